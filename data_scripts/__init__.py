@@ -1,0 +1,45 @@
+"""Data sets for visual grounding, one module a source and one schema for all."""
+
+import datasets
+
+from .schema import FEATURES
+from .shapes import Shapes
+
+
+BUILDERS = {"shapes": Shapes}
+
+
+def load(name: str, split: str | None = None, cache_dir: str | None = None, **config) -> datasets.Dataset:
+    """
+    Build a set, or take it from the cache where it was built before, and load it.
+
+    Args:
+        name (`str`): the set, one of `BUILDERS`.
+        split (`str`, *optional*): one of its splits; absent: all of them, as a `DatasetDict`.
+        cache_dir (`str`, *optional*): where built sets are kept, the datasets library's own cache by default.
+        config: fields of the set's configuration, for example `image_size=64`.
+
+    Returns:
+        `datasets.Dataset`: a row an image, see `schema.FEATURES`.
+
+    Raises:
+        ValueError: if there is no such set.
+
+    Example:
+
+    ```python
+    >>> import data_scripts
+
+    >>> rows = data_scripts.load("shapes", split="test", num_train=1, num_validation=1, num_test=2)
+    >>> rows[0]["sentences"][0]["phrases"][0]["types"]
+    ['attribute']
+
+    ```"""
+    if name not in BUILDERS:
+        raise ValueError(f"There is no data set {name!r}; there are: {', '.join(BUILDERS)}.")
+    builder = BUILDERS[name](cache_dir=cache_dir, **config)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+__all__ = ["BUILDERS", "FEATURES", "load"]

@@ -1,0 +1,40 @@
+"""The one schema of all sets: a row is an image with its objects and all that is said about it."""
+
+import datasets
+
+
+FEATURES = datasets.Features(
+    {
+        "image_id": datasets.Value("string"),
+        "image": datasets.Image(),
+        "width": datasets.Value("int32"),
+        "height": datasets.Value("int32"),
+        "objects": [
+            {
+                "object_id": datasets.Value("string"),
+                # xyxy in pixels, right and bottom exclusive; what a phrase that names the object is answered with
+                "box": [datasets.Value("float32")],
+                # every box of it, where a name covers several (then `box` is their union)
+                "boxes": [[datasets.Value("float32")]],
+                "category": datasets.Value("string"),
+                # COCO run-length encoding at the picture's size, or null
+                "segmentation": {"size": [datasets.Value("int32")], "counts": datasets.Value("string")},
+            }
+        ],
+        "sentences": [
+            {
+                "sentence_id": datasets.Value("string"),
+                "text": datasets.Value("string"),
+                # text[start:end] names the objects; a referring expression is a sentence whose one phrase is all of it
+                "phrases": [
+                    {
+                        "start": datasets.Value("int32"),
+                        "end": datasets.Value("int32"),
+                        "objects": [datasets.Value("int32")],
+                        "types": [datasets.Value("string")],
+                    }
+                ],
+            }
+        ],
+    }
+)

@@ -1,0 +1,342 @@
+"""
+Coloured shapes on textured grounds, with expressions that single one of them out: a set that is drawn, not downloaded.
+
+Four kinds of expression, named in each phrase's `types`:
+
+- attribute: "the small red star", unique by size, colour and shape;
+- place: "the leftmost circle", the extreme one of two or more;
+- relation: "the star below the blue square", where the words before the relation fit two or more objects;
+- caption: "the red circle is left of the star", several phrases, each unique by attributes.
+"""
+
+import io
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+from .schema import FEATURES
+
+
+COLORS = {
+    "red": (215, 45, 40),
+    "green": (45, 165, 65),
+    "blue": (45, 85, 215),
+    "yellow": (240, 210, 50),
+    "purple": (150, 60, 175),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SIZES = {"small": (0.075, 0.095), "large": (0.14, 0.18)}  # radius, in picture sides
+PLACES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, direction
+RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+KINDS = ("attribute", "place", "relation", "caption")
+SPLITS = ("train", "validation", "test")
+
+MIN_VISIBLE = 0.6  # of an object's area
+MARGIN = 0.08  # in picture sides: what is called left is left by this much, what is not, is not
+SUPERSAMPLING = 4
+
+
+@dataclass
+class ShapesConfig(datasets.BuilderConfig):
+    """
+    Args:
+        image_size (`int`): side of the pictures in pixels, at least 32.
+        num_train, num_validation, num_test (`int`): pictures a split, each with about seven expressions.
+        seed (`int`): another seed draws another set.
+    """
+
+    image_size: int = 96
+    num_train: int = 5000
+    num_validation: int = 200
+    num_test: int = 200
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size < 32:
+            raise ValueError(f"image_size={self.image_size}: shapes need pictures of at least 32 pixels a side.")
+        for name in ("num_train", "num_validation", "num_test"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative.")
+
+
+class Shapes(datasets.GeneratorBasedBuilder):
+    """Builder of the set; every picture is a function of (seed, split, index)."""
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = ShapesConfig
+    BUILDER_CONFIGS = [ShapesConfig(name="default", version=VERSION)]
+    DEFAULT_CONFIG_NAME = "default"
+
+    def _info(self):
+        return datasets.DatasetInfo(description=__doc__, features=FEATURES)
+
+    def _split_generators(self, dl_manager):
+        return [
+            datasets.SplitGenerator(
+                name=split, gen_kwargs={"split": split, "indices": list(range(getattr(self.config, f"num_{split}")))}
+            )
+            for split in SPLITS
+        ]
+
+    def _generate_examples(self, split, indices):
+        for index in indices:
+            yield index, draw_row(split, index, self.config.image_size, self.config.seed)
+
+
+@dataclass
+class Shape:
+    """One object of a scene; centre and radius in pixels, box xyxy of its visible part."""
+
+    size: str
+    color: str
+    shape: str
+    center: tuple[float, float]
+    radius: float
+    visible: np.ndarray | None = None
+    box: tuple[int, int, int, int] | None = None
+
+    def fits(self, size: str | None, color: str | None, shape: str | None) -> bool:
+        return size in (None, self.size) and color in (None, self.color) and shape in (None, self.shape)
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Middle of the visible box, which places and relations speak of."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
+    """Draw scenes until one allows every kind of expression, and describe it."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    while True:
+        picture, shapes = draw_scene(rng, image_size)
+        sentences = [] if shapes is None else write_sentences(rng, shapes, image_size)
+        if {phrase["types"][0] for sentence in sentences for phrase in sentence["phrases"]} == set(KINDS):
+            break
+    image_id = f"shapes_{split}_{index:06d}"
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    objects = []
+    for number, shape in enumerate(shapes):
+        encoded = coco_mask.encode(np.asfortranarray(shape.visible.astype(np.uint8)))
+        objects.append(
+            {
+                "object_id": f"{image_id}_{number}",
+                "box": list(shape.box),
+                "boxes": [list(shape.box)],
+                "category": shape.shape,
+                "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")},
+            }
+        )
+    for number, sentence in enumerate(sentences):
+        sentence["sentence_id"] = f"{image_id}_{number}"
+    return {
+        "image_id": image_id,
+        "image": {"bytes": png.getvalue(), "path": f"{image_id}.png"},
+        "width": image_size,
+        "height": image_size,
+        "objects": objects,
+        "sentences": sentences,
+    }
+
+
+def draw_scene(rng: np.random.Generator, image_size: int):
+    """A picture and its shapes, later ones in front; no shapes if one hides too much of another."""
+    canvas = draw_ground(rng, image_size)
+    # few colours and shapes a scene, so that one word alone seldom tells its objects apart
+    colors = rng.choice(list(COLORS), size=rng.integers(2, 4), replace=False)
+    kinds = rng.choice(SHAPES, size=rng.integers(2, 4), replace=False)
+    shapes, areas = [], []
+    for _ in range(rng.integers(4, 7)):
+        size = str(rng.choice(list(SIZES)))
+        radius = rng.uniform(*SIZES[size]) * image_size
+        center = tuple(rng.uniform(radius + 1, image_size - radius - 1, size=2))
+        shapes.append(Shape(size, str(rng.choice(colors)), str(rng.choice(kinds)), center, radius))
+        alpha = draw_alpha(shapes[-1], image_size)
+        shade = np.array(COLORS[shapes[-1].color]) + rng.normal(0, 8, size=3)
+        color = shade + rng.normal(0, 6, size=(image_size, image_size, 1))
+        canvas += alpha[..., None] * (color - canvas)
+        covered = alpha > 0.5
+        areas.append(covered.sum())
+        for shape in shapes[:-1]:
+            shape.visible = shape.visible & ~covered
+        shapes[-1].visible = covered
+    for shape, area in zip(shapes, areas, strict=True):
+        if shape.visible.sum() < MIN_VISIBLE * area:
+            return None, None
+        rows, columns = shape.visible.any(axis=1).nonzero()[0], shape.visible.any(axis=0).nonzero()[0]
+        shape.box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), shapes
+
+
+def draw_ground(rng: np.random.Generator, image_size: int) -> np.ndarray:
+    """A dull ground with blotches, stripes and grain, (image_size, image_size, 3) in 0..255."""
+    base = rng.uniform(70, 170) + rng.normal(0, 10, size=3)
+    blotches = Image.fromarray(rng.normal(0, 20, size=(5, 5)).astype(np.float32))
+    blotches = np.asarray(blotches.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    y, x = np.mgrid[:image_size, :image_size]
+    angle, period = rng.uniform(0, np.pi), rng.uniform(0.1, 0.3) * image_size
+    stripes = 10 * np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period)
+    grain = rng.normal(0, 5, size=(image_size, image_size))
+    return base + (blotches + stripes + grain)[..., None]
+
+
+def draw_alpha(shape: Shape, image_size: int) -> np.ndarray:
+    """The share of each pixel that the shape covers, (image_size, image_size) in 0..1."""
+    center = np.array(shape.center) * SUPERSAMPLING
+    radius = shape.radius * SUPERSAMPLING
+    image = Image.new("L", (image_size * SUPERSAMPLING,) * 2)
+    draw = ImageDraw.Draw(image)
+
+    def polygon(angles, radii):
+        angles = np.asarray(angles) * np.pi / 180
+        points = center + radius * np.asarray(radii)[:, None] * np.stack((np.sin(angles), -np.cos(angles)), axis=1)
+        draw.polygon([tuple(point) for point in points], fill=255)
+
+    if shape.shape == "circle":
+        draw.ellipse([*(center - 0.9 * radius), *(center + 0.9 * radius)], fill=255)
+    elif shape.shape == "square":
+        draw.rectangle([*(center - 0.8 * radius), *(center + 0.8 * radius)], fill=255)
+    elif shape.shape == "triangle":
+        polygon([0, 125, 235], [1, 1, 1])
+    elif shape.shape == "star":
+        polygon(np.arange(10) * 36, [1, 0.45] * 5)
+    else:  # cross
+        for half in ((0.9, 0.3), (0.3, 0.9)):
+            draw.rectangle([*(center - radius * np.array(half)), *(center + radius * np.array(half))], fill=255)
+    return np.asarray(image.reduce(SUPERSAMPLING)) / 255
+
+
+def describe(attributes: tuple) -> str:
+    """(size, color, shape), any of them None -> "small red star", "red shape"."""
+    size, color, shape = attributes
+    return " ".join(word for word in (size, color, shape or "shape") if word)
+
+
+def attributes_of(shape: Shape) -> list[tuple]:
+    """Every description of an object by its attributes."""
+    return [
+        (size, color, kind)
+        for size in (None, shape.size)
+        for color in (None, shape.color)
+        for kind in (None, shape.shape)
+    ]
+
+
+def matches(shapes: list[Shape], attributes: tuple) -> list[int]:
+    return [index for index, shape in enumerate(shapes) if shape.fits(*attributes)]
+
+
+def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: int) -> list[dict]:
+    """About seven sentences, each unambiguous; fewer kinds where the scene does not allow them."""
+    margin = MARGIN * image_size
+    by_attribute = [
+        [words for words in attributes_of(shape) if any(words) and matches(shapes, words) == [index]]
+        for index, shape in enumerate(shapes)
+    ]
+    written = {
+        "attribute": [
+            [(f"the {describe(words)}", index)] for index, choices in enumerate(by_attribute) for words in choices
+        ],
+        "place": places(shapes, margin),
+        "relation": relations(shapes, by_attribute, margin),
+        "caption": captions(rng, shapes, by_attribute, margin),
+    }
+    sentences = []
+    for kind, count in zip(KINDS, (2, 2, 2, 1), strict=True):
+        choices = written[kind]
+        # an object is asked for before one is asked for twice
+        asked = set()
+        for choice in rng.permutation(len(choices)):
+            parts = choices[choice]
+            index = parts[0][1]
+            if index not in asked and len(asked) < count:
+                asked.add(index)
+                sentences.append(join_parts(parts, kind))
+    return sentences
+
+
+def join_parts(parts: list, kind: str) -> dict:
+    """[(words, object index or None), ...] -> a sentence with a phrase for each part that names an object."""
+    text, phrases = "", []
+    for words, index in parts:
+        if index is not None:
+            span = {"start": len(text), "end": len(text) + len(words)}
+            phrases.append({**span, "objects": [index], "types": [kind]})
+        text += words
+    return {"text": text, "phrases": phrases}
+
+
+def places(shapes: list[Shape], margin: float) -> list:
+    """ "the leftmost red shape": the extreme one of two or more, by a margin."""
+    found = []
+    descriptions = sorted({words for shape in shapes for words in attributes_of(shape)}, key=str)
+    for words in descriptions:
+        candidates = matches(shapes, words)
+        for place, (axis, direction) in PLACES.items():
+            order = sorted(candidates, key=lambda index: direction * shapes[index].middle[axis])
+            if len(order) > 1:
+                gap = direction * (shapes[order[1]].middle[axis] - shapes[order[0]].middle[axis])
+                if gap >= margin:
+                    found.append([(f"the {place} {describe(words)}", order[0])])
+    return found
+
+
+def relations(shapes: list[Shape], by_attribute: list, margin: float) -> list:
+    """ "the star below the blue square": one of two or more stars is below it, the others clearly are not."""
+    found = []
+    for anchor, anchor_words in enumerate(by_attribute):
+        if not anchor_words:
+            continue
+        # the fullest description that is not the longest: two words where they do, else what there is
+        told_by = min(anchor_words, key=lambda words: abs(2 - sum(word is not None for word in words)))
+        descriptions = sorted({words for shape in shapes for words in attributes_of(shape)}, key=str)
+        for words in descriptions:
+            candidates = [index for index in matches(shapes, words) if index != anchor]
+            if len(candidates) < 2:
+                continue
+            for relation, (axis, direction) in RELATIONS.items():
+                distances = [
+                    direction * (shapes[anchor].middle[axis] - shapes[index].middle[axis]) for index in candidates
+                ]
+                inside = [index for index, distance in zip(candidates, distances, strict=True) if distance >= margin]
+                outside = [index for index, distance in zip(candidates, distances, strict=True) if distance <= 0]
+                if len(inside) == 1 and len(outside) == len(candidates) - 1:
+                    found.append([(f"the {describe(words)} {relation} the {describe(told_by)}", inside[0])])
+    return found
+
+
+def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, margin: float) -> list:
+    """ "the red circle is left of the star and above the small cross": several phrases, each unique by itself."""
+    told = [index for index, choices in enumerate(by_attribute) if choices]
+    found = []
+    for first in told:
+        related = [
+            (relation, other)
+            for other in told
+            for relation, (axis, direction) in RELATIONS.items()
+            if other != first and direction * (shapes[other].middle[axis] - shapes[first].middle[axis]) >= margin
+        ]
+        links = []
+        for choice in rng.permutation(len(related)):
+            relation, other = related[choice]
+            if other not in [linked for _, linked in links] and len(links) < 2:
+                links.append((relation, other))
+        if not links:
+            continue
+
+        def name(index):
+            choices = by_attribute[index]
+            return f"the {describe(choices[rng.integers(len(choices))])}"
+
+        parts = [(name(first), first)]
+        for number, (relation, other) in enumerate(links):
+            parts += [(f" {'and' if number else 'is'} {relation} ", None), (name(other), other)]
+        found.append(parts)
+    return found

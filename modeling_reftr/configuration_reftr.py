@@ -1,0 +1,221 @@
+"""RefTR model configuration."""
+
+import functools
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+def raise_value_errors(config_class):
+    """Make construction of a strict config raise a ValueError with the validator's sentence (strict raises its own)."""
+    strict_init = config_class.__init__
+
+    @functools.wraps(strict_init)
+    def __init__(self, *args, **kwargs):
+        try:
+            strict_init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{config_class.__name__}: {error.__cause__ or error}") from error
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+@raise_value_errors
+@strict
+class RefTRConfig(PreTrainedConfig):
+    r"""
+    Configuration of a RefTR model ("Referring Transformer: A One-step Approach to Multi-task Visual Grounding",
+    Li & Sigal, NeurIPS 2021). The defaults give the published model with ResNet-50 and BERT-base.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a timm ResNet-50 giving stages 1 to 4):
+            Image backbone, any configuration that `AutoBackbone` takes. Boxes are read off the last feature map that
+            the backbone gives. `{"output_stride": 16}` on a timm ResNet is the published DC5 variant.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BERT-base-uncased):
+            Text encoder with a pooled output.
+        d_model (`int`, *optional*, defaults to 256):
+            Width of the encoder, the query encoder and the decoder.
+        encoder_layers, decoder_layers (`int`, *optional*, default to 6):
+            Layers of the visual-language encoder and of the query decoder (ReferIt without pre-training: 3 decoder
+            layers).
+        encoder_attention_heads, decoder_attention_heads (`int`, *optional*, default to 8):
+            Attention heads of each layer.
+        encoder_ffn_dim, decoder_ffn_dim (`int`, *optional*, default to 2048):
+            Width of the feed-forward blocks.
+        activation_function (`str`, *optional*, defaults to `"relu"`):
+            Activation of the feed-forward blocks.
+        dropout, attention_dropout, activation_dropout (`float`, *optional*, default to 0.1):
+            Dropout after attention and feed-forward and inside the text projections; on attention weights; after
+            the activation of the feed-forward blocks.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of every layer norm but the text encoder's.
+        projection_group_norm_groups (`int`, *optional*, defaults to 32):
+            Groups of the group norm behind the 1x1 projection of the image features.
+        position_embedding_type (`str`, *optional*, defaults to `"sine"`):
+            Image positions, `"sine"` or `"learned"`.
+        position_embedding_temperature (`float`, *optional*, defaults to 10000):
+            Base of the sine embedding's frequencies.
+        max_image_positions (`int`, *optional*, defaults to 50):
+            Rows and columns of the learned image positions.
+        max_text_positions (`int`, *optional*, defaults to 128):
+            Longest sentence in tokens.
+        freeze_backbone_batch_norm (`bool`, *optional*, defaults to `True`):
+            Keep statistics and affine of the backbone's batch norms as they were loaded. The one switch for it.
+        num_frozen_backbone_stages (`int`, *optional*, defaults to 1):
+            0 trains the whole backbone; N > 0 freezes the stem and the first N stages. Training a backbone from
+            scratch needs 0 here and `freeze_backbone_batch_norm=False`.
+        predict_masks (`bool`, *optional*, defaults to `False`):
+            Whether the head predicts masks beside boxes.
+        auxiliary_loss (`bool`, *optional*, defaults to `True`):
+            Whether the earlier decoder layers' boxes are returned and trained too.
+        bbox_loss_coefficient, giou_loss_coefficient (`float`, *optional*, default to 1.0):
+            Weights of the L1 and the generalised-IoU box losses.
+        init_xavier_std (`float`, *optional*, defaults to 1.0):
+            Gain of the xavier-uniform initialisation of encoder, decoder and projections.
+
+    Raises:
+        ValueError: if a value is out of its range or two values do not fit together.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+
+    >>> config = RefTRConfig(d_model=64, encoder_ffn_dim=128, decoder_ffn_dim=128)
+    >>> config.backbone_config.backbone
+    'resnet50'
+
+    ```"""
+
+    model_type = "reftr"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="timm_backbone",
+            init_kwargs={"backbone": "resnet50", "out_indices": [1, 2, 3, 4]},
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    is_encoder_decoder: bool = True
+    d_model: int = 256
+    encoder_layers: int = 6
+    encoder_attention_heads: int = 8
+    encoder_ffn_dim: int = 2048
+    decoder_layers: int = 6
+    decoder_attention_heads: int = 8
+    decoder_ffn_dim: int = 2048
+    activation_function: str = "relu"
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.1
+    layer_norm_eps: float = 1e-5
+    projection_group_norm_groups: int = 32
+    position_embedding_type: str = "sine"
+    position_embedding_temperature: float | int = 10000
+    max_image_positions: int = 50
+    max_text_positions: int = 128
+    freeze_backbone_batch_norm: bool = True
+    num_frozen_backbone_stages: int = 1
+    predict_masks: bool = False
+    auxiliary_loss: bool = True
+    bbox_loss_coefficient: float | int = 1.0
+    giou_loss_coefficient: float | int = 1.0
+    init_xavier_std: float | int = 1.0
+
+    def __post_init__(self, **kwargs):
+        if "backbone" in kwargs:
+            raise ValueError(
+                f"backbone={kwargs['backbone']!r} is not taken, because a name alone can reach the network; give "
+                "backbone_config, for example {'model_type': 'timm_backbone', 'backbone': 'resnet50', "
+                "'out_indices': [1, 2, 3, 4]}."
+            )
+        if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
+            self.backbone_config = {"model_type": "timm_backbone", **self.backbone_config}
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Refuse widths and counts that no model can be built from."""
+        at_least_one = (
+            "d_model",
+            "encoder_layers",
+            "decoder_layers",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "projection_group_norm_groups",
+            "max_image_positions",
+            "max_text_positions",
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_frozen_backbone_stages < 0:
+            raise ValueError(
+                f"num_frozen_backbone_stages={self.num_frozen_backbone_stages} must be 0 (train the whole backbone) "
+                "or the number of stages to freeze behind the stem."
+            )
+        divisors = {
+            "encoder_attention_heads": self.encoder_attention_heads,
+            "decoder_attention_heads": self.decoder_attention_heads,
+            "projection_group_norm_groups": self.projection_group_norm_groups,
+        }
+        for name, divisor in divisors.items():
+            if self.d_model % divisor:
+                raise ValueError(f"d_model={self.d_model} is not a multiple of {name}={divisor}.")
+        if self.d_model % 4:
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of 4: image positions are sines and cosines of x and y."
+            )
+
+    def validate_ranges(self):
+        """Refuse probabilities, weights and choices out of their range."""
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
+        for name in ("bbox_loss_coefficient", "giou_loss_coefficient"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
+        for name in ("layer_norm_eps", "position_embedding_temperature", "init_xavier_std"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number greater than 0.")
+        if self.position_embedding_type not in ("sine", "learned"):
+            raise ValueError(f"position_embedding_type={self.position_embedding_type!r} must be 'sine' or 'learned'.")
+        from transformers.activations import ACT2FN  # here, because it imports torch
+
+        if self.activation_function not in ACT2FN:
+            raise ValueError(
+                f"activation_function={self.activation_function!r} is not one of {', '.join(sorted(ACT2FN))}."
+            )
+
+    def validate_backbone(self):
+        """Refuse backbone names that would reach the network or the disk."""
+        name = getattr(self.backbone_config, "backbone", None) or ""
+        if ":" in name:
+            raise ValueError(
+                f"backbone_config.backbone={name!r} names a place to load from; give the plain name of a timm "
+                "architecture, for example 'resnet50'."
+            )
+
+    def validate_text_length(self):
+        """Refuse a sentence limit that the text encoder cannot reach."""
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        if limit is not None and self.max_text_positions > limit:
+            raise ValueError(
+                f"max_text_positions={self.max_text_positions} is more than text_config.max_position_embeddings="
+                f"{limit}: longer sentences would have no position in the text encoder."
+            )
+
+
+__all__ = ["RefTRConfig"]

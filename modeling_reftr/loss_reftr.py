@@ -1,0 +1,97 @@
+"""RefTR's losses, plain functions of predictions and labels."""
+
+import torch
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+
+def box_losses(
+    pred_boxes_cxcywh: torch.Tensor, target_boxes_cxcywh: torch.Tensor, mask: torch.Tensor, num_sentences
+) -> dict[str, torch.Tensor]:
+    """
+    L1 and generalised-IoU losses as published: summed over phrases, divided by the number of sentences.
+
+    Args:
+        pred_boxes_cxcywh, target_boxes_cxcywh (`torch.Tensor` of shape `(S, P, 4)`): (cx, cy, w, h) in 0..1.
+        mask (`torch.Tensor` of shape `(S, P)`): True for the phrases that count.
+        num_sentences (`int` or `torch.Tensor`): sentences in the global batch.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `loss_bbox` and `loss_giou`, each of shape ().
+    """
+    l1 = (pred_boxes_cxcywh - target_boxes_cxcywh).abs().sum(dim=-1)
+    giou = generalized_box_iou_loss(
+        box_convert(pred_boxes_cxcywh, "cxcywh", "xyxy"), box_convert(target_boxes_cxcywh, "cxcywh", "xyxy")
+    )
+    zero = l1.new_zeros(())
+    return {
+        "loss_bbox": torch.where(mask, l1, zero).sum() / num_sentences,
+        "loss_giou": torch.where(mask, giou, zero).sum() / num_sentences,
+    }
+
+
+def pad_target_boxes(
+    labels: list[dict[str, torch.Tensor]], phrase_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Lay the labels' boxes into the phrase slots.
+
+    Args:
+        labels (`list[dict]` of length `S`): `boxes` (P or fewer, 4) each.
+        phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: boxes (S, P, 4) in float32, and a mask (S, P) of the real phrases that
+        have one.
+
+    Raises:
+        ValueError: if there is not one label a sentence, or a label has more boxes than the sentence has slots.
+    """
+    num_sentences, num_slots = phrase_mask.shape
+    if len(labels) != num_sentences:
+        raise ValueError(f"{len(labels)} labels for {num_sentences} sentences: give one dict a sentence.")
+    target_boxes = phrase_mask.new_zeros((num_sentences, num_slots, 4), dtype=torch.float32)
+    # a box without extent is what padding slots compare with: any finite box will do, none of them counts
+    has_box = torch.zeros_like(phrase_mask)
+    for index, label in enumerate(labels):
+        boxes = label["boxes"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) > num_slots:
+            raise ValueError(
+                f"labels[{index}]['boxes'] has shape {tuple(boxes.shape)}, expected (phrases, 4) with at most "
+                f"{num_slots} phrases."
+            )
+        target_boxes[index, : len(boxes)] = boxes.to(target_boxes)
+        has_box[index, : len(boxes)] = True
+    return target_boxes, phrase_mask & has_box
+
+
+def grounding_loss(
+    pred_boxes: torch.Tensor,
+    phrase_mask: torch.Tensor,
+    labels: list[dict[str, torch.Tensor]],
+    config,
+    auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    RefTR's training loss: box losses of the last decoder layer and of every earlier one.
+
+    Args:
+        pred_boxes (`torch.Tensor` of shape `(S, P, 4)`): (cx, cy, w, h) in 0..1.
+        phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
+        labels (`list[dict]` of length `S`): `boxes` (P or fewer, 4) each, (cx, cy, w, h) in 0..1.
+        config (`RefTRConfig`): the losses' weights.
+        auxiliary_outputs (`list[dict]`, *optional*): `pred_boxes` of each earlier decoder layer.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S): sentences in the global batch.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the weighted sum, and its parts under their published names.
+    """
+    target_boxes, mask = pad_target_boxes(labels, phrase_mask)
+    num_sentences = len(labels) if num_items_in_batch is None else num_items_in_batch
+    loss_dict = box_losses(pred_boxes, target_boxes, mask, num_sentences)
+    for index, outputs in enumerate(auxiliary_outputs or []):
+        losses = box_losses(outputs["pred_boxes"], target_boxes, mask, num_sentences)
+        loss_dict.update({f"{name}_{index}": value for name, value in losses.items()})
+    weights = {"loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
+    loss = sum(value * weights["_".join(name.split("_")[:2])] for name, value in loss_dict.items())
+    return loss, loss_dict

@@ -1,0 +1,941 @@
+"""RefTR: boxes (and masks) from an image and words, after "Referring Transformer", Li & Sigal, NeurIPS 2021."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import load_backbone
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, is_timm_available, requires_backends
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_reftr import RefTRConfig
+from .loss_reftr import grounding_loss
+
+
+if is_timm_available():
+    from timm.layers import freeze_batch_norm_2d
+
+
+# I images, S sentences, P phrase slots a sentence, L tokens a sentence, d = config.d_model, h x w cells of the last
+# feature map. An image token is one of its cells. Boxes are in the image without its padding.
+
+
+@dataclass
+class RefTRImageFeatures(ModelOutput):
+    """
+    What the model keeps of each image, before any word is read.
+
+    Args:
+        feature_maps (`tuple[torch.Tensor]`):
+            The backbone's feature maps, each (I, channels, height, width).
+        image_features (`torch.Tensor` of shape `(I, h * w, d)`):
+            The last feature map projected to the model's width.
+        image_position_embeddings (`torch.Tensor` of shape `(I, h * w, d)`):
+            Positions of the image tokens.
+        image_mask (`torch.Tensor` of shape `(I, h * w)`):
+            True for cells of the picture, False for padding.
+    """
+
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+    image_features: torch.Tensor | None = None
+    image_position_embeddings: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+
+
+@dataclass
+class RefTRDecoderOutput(BaseModelOutputWithCrossAttentions):
+    """
+    Args:
+        intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+            Every layer's output behind the shared final layer norm.
+    """
+
+    intermediate_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class RefTRModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(S, P, d)`):
+            The decoder's output, a vector a phrase.
+        intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+            Every decoder layer's output behind the shared final layer norm.
+        phrase_mask (`torch.Tensor` of shape `(S, P)`):
+            True for real phrases, False for padding.
+        encoder_last_hidden_state (`torch.Tensor` of shape `(S, L + h * w, d)`):
+            The encoder's output, text tokens first, then image tokens.
+        feature_maps (`tuple[torch.Tensor]`):
+            The backbone's feature maps, each (I, channels, height, width).
+        image_features (`torch.Tensor` of shape `(I, h * w, d)`):
+            The last feature map projected to the model's width.
+        decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
+            (`tuple[torch.Tensor]`, *optional*): each layer's, on request.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    phrase_mask: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+    image_features: torch.Tensor | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    encoder_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class RefTRVisualGroundingOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+            Weighted sum of `loss_dict`.
+        loss_dict (`dict[str, torch.Tensor]`, *optional*, returned with `labels`):
+            `loss_bbox` and `loss_giou`, and the same with `_0`, `_1`, ... for the earlier decoder layers.
+        pred_boxes (`torch.Tensor` of shape `(S, P, 4)`):
+            (center_x, center_y, width, height) in 0..1 of the picture without its padding, for every phrase slot.
+            What stands in padding slots means nothing: see `phrase_mask`.
+        phrase_mask (`torch.Tensor` of shape `(S, P)`):
+            True for real phrases, False for padding.
+        auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*, returned if `config.auxiliary_loss`):
+            `pred_boxes` of each earlier decoder layer.
+        image_index, input_ids, phrase_input_ids (`torch.Tensor`, *optional*):
+            The inputs of these names, for the processor's post-processing.
+        last_hidden_state, intermediate_hidden_states, encoder_last_hidden_state, decoder_hidden_states,
+            decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions: see [`RefTRModelOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    pred_boxes: torch.Tensor | None = None
+    phrase_mask: torch.Tensor | None = None
+    auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None
+    image_index: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
+    phrase_input_ids: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    encoder_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class RefTRSinePositionEmbedding(nn.Module):
+    """
+    Sines and cosines of the cell's place in the *valid* part of the image, with a half-cell offset that DETR's
+    embedding does not have. A row or column that is all padding gives angles near -3e6: they are part of the
+    published model, whose mask head reads padded cells.
+    """
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__()
+        self.num_features = config.d_model // 2
+        self.temperature = config.position_embedding_temperature
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` (I, h, w), True = picture -> (I, h * w, d), y features first, always in float32."""
+        feature = torch.arange(self.num_features, device=mask.device)
+        frequencies = self.temperature ** (2 * (feature // 2).float() / self.num_features)
+        embeddings = []
+        for axis in (1, 2):
+            place = mask.cumsum(axis, dtype=torch.float32)
+            place = (place - 0.5) / (place.narrow(axis, -1, 1) + 1e-6) * 2 * math.pi
+            angles = place[..., None] / frequencies
+            embeddings.append(torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2))
+        return torch.cat(embeddings, dim=-1).flatten(1, 2)
+
+
+class RefTRLearnedPositionEmbedding(nn.Module):
+    """A learned vector for each column and row, column half first."""
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__()
+        self.row_embeddings = nn.Embedding(config.max_image_positions, config.d_model // 2)
+        self.column_embeddings = nn.Embedding(config.max_image_positions, config.d_model // 2)
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` (I, h, w) -> (I, h * w, d). Raises ValueError if the feature map has more rows than embeddings."""
+        batch_size, height, width = mask.shape
+        limit = self.row_embeddings.num_embeddings
+        if max(height, width) > limit:
+            raise ValueError(
+                f"A feature map of {height} x {width} has no learned positions past max_image_positions={limit}; "
+                "use smaller pictures or position_embedding_type='sine'."
+            )
+        columns = self.column_embeddings.weight[:width].expand(height, width, -1)
+        rows = self.row_embeddings.weight[:height, None].expand(height, width, -1)
+        return torch.cat((columns, rows), dim=-1).flatten(0, 1).expand(batch_size, -1, -1)
+
+
+class RefTRProjection(nn.Module):
+    """Two linear layers, each with layer norm and ReLU, and dropout between them."""
+
+    def __init__(self, config: RefTRConfig, input_size: int):
+        super().__init__()
+        self.linear1 = nn.Linear(input_size, config.d_model)
+        self.layer_norm1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.linear2 = nn.Linear(config.d_model, config.d_model)
+        self.layer_norm2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.layer_norm1(self.linear1(hidden_states)).relu())
+        return self.layer_norm2(self.linear2(hidden_states)).relu()
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with its weights written out, the fallback of `ALL_ATTENTION_FUNCTIONS`."""
+    attention_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attention_weights = attention_weights + attention_mask
+    attention_weights = nn.functional.softmax(attention_weights, dim=-1)
+    attention_weights = nn.functional.dropout(attention_weights, p=dropout, training=module.training)
+    return torch.matmul(attention_weights, value).transpose(1, 2).contiguous(), attention_weights
+
+
+class RefTRAttention(nn.Module):
+    """Multi-head attention, to itself or to other states. Positions are added to queries and keys, not to values."""
+
+    def __init__(self, config: RefTRConfig, num_attention_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.d_model // num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.o_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        key_position_embeddings: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if key_value_states is None:
+            key_value_states, key_position_embeddings = hidden_states, position_embeddings
+
+        def split_heads(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attention_output, attention_weights = attention_interface(
+            self,
+            split_heads(self.q_proj(hidden_states + position_embeddings)),
+            split_heads(self.k_proj(key_value_states + key_position_embeddings)),
+            split_heads(self.v_proj(key_value_states)),
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attention_output.flatten(-2)), attention_weights
+
+
+class RefTRMLP(nn.Module):
+    """The feed-forward block of a layer."""
+
+    def __init__(self, config: RefTRConfig, ffn_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.activation = ACT2FN[config.activation_function]
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_dropout(self.activation(self.fc1(hidden_states))))
+
+
+class RefTREncoderLayer(GradientCheckpointingLayer):
+    """Post-norm self-attention and feed-forward over text and image tokens."""
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__()
+        self.self_attn = RefTRAttention(config, config.encoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.mlp = RefTRMLP(config, config.encoder_ffn_dim)
+        self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attention_output))
+        return self.final_layer_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+class RefTRDecoderLayer(GradientCheckpointingLayer):
+    """Post-norm self-attention among phrases, cross-attention to the encoder's output, feed-forward."""
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__()
+        self.self_attn = RefTRAttention(config, config.decoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.cross_attn = RefTRAttention(config, config.decoder_attention_heads)
+        self.cross_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.mlp = RefTRMLP(config, config.decoder_ffn_dim)
+        self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_position_embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attention_output))
+        attention_output, _ = self.cross_attn(
+            hidden_states,
+            position_embeddings,
+            key_value_states=encoder_hidden_states,
+            key_position_embeddings=encoder_position_embeddings,
+            attention_mask=encoder_attention_mask,
+            **kwargs,
+        )
+        hidden_states = self.cross_attn_layer_norm(hidden_states + self.dropout(attention_output))
+        return self.final_layer_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+class RefTRQueryEncoder(nn.Module):
+    """Makes the decoder's input and query position of each phrase from its words and their context."""
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__()
+        self.context_query = nn.Linear(config.d_model, config.d_model)
+        self.context_key = nn.Linear(config.d_model, config.d_model)
+        self.context_value = nn.Linear(config.d_model, config.d_model)
+        self.context_projection = nn.Linear(config.d_model, config.d_model)
+        self.context_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.fusion = RefTRProjection(config, 2 * config.d_model)
+        self.query_embedding = nn.Embedding(1, 2 * config.d_model)
+
+    def forward(
+        self, text_memory: torch.Tensor, context_mask: torch.Tensor, phrase_features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            text_memory (`torch.Tensor` of shape `(S, L, d)`): the encoder's output at the text positions.
+            context_mask (`torch.Tensor` of shape `(S, P, L)`): True for the tokens that a phrase may see, one or more.
+            phrase_features (`torch.Tensor` of shape `(S, P, d)`): the phrases by themselves.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: decoder input and query position, each (S, P, d).
+        """
+        sentence_token = text_memory[:, :1]
+        scores = self.context_query(sentence_token) @ self.context_key(text_memory).transpose(1, 2)
+        scores = scores.float().masked_fill(~context_mask, -torch.inf)
+        context = scores.softmax(dim=-1).to(text_memory.dtype) @ self.context_value(text_memory)
+        context = self.context_layer_norm(self.context_projection(context)) + sentence_token
+        fused = self.fusion(torch.cat((context, phrase_features), dim=-1))
+        return (torch.cat((fused, fused), dim=-1) + self.query_embedding.weight).chunk(2, dim=-1)
+
+
+class RefTRBoxHead(nn.Module):
+    """Three linear layers from a phrase's state to the logits of its box; the last starts at zero."""
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(config.d_model, output_size) for output_size in (config.d_model, config.d_model, 4)
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states).relu()
+        return self.layers[-1](hidden_states)
+
+
+class RefTRPreTrainedModel(PreTrainedModel):
+    config: RefTRConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RefTREncoderLayer", "RefTRDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As published: PyTorch's defaults but where a case below says otherwise."""
+        xavier_std = self.config.init_xavier_std
+        if isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = module.in_features**-0.5
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RefTRAttention):
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                # published as one (3d, d) matrix, whose fans give a bound smaller by sqrt(2)
+                init.xavier_uniform_(projection.weight, gain=xavier_std / math.sqrt(2))
+            init.xavier_uniform_(module.o_proj.weight, gain=xavier_std)
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+                init.zeros_(projection.bias)
+        elif isinstance(module, RefTRMLP):
+            init.xavier_uniform_(module.fc1.weight, gain=xavier_std)
+            init.xavier_uniform_(module.fc2.weight, gain=xavier_std)
+        elif isinstance(module, RefTRLearnedPositionEmbedding):
+            init.uniform_(module.row_embeddings.weight)
+            init.uniform_(module.column_embeddings.weight)
+        elif isinstance(module, RefTRBoxHead):
+            init.zeros_(module.layers[-1].weight)
+            init.zeros_(module.layers[-1].bias)
+        elif isinstance(module, RefTRModel):
+            init.xavier_uniform_(module.text_position_embeddings.weight, gain=xavier_std)
+            init.xavier_uniform_(module.token_type_embeddings.weight, gain=xavier_std)
+            init.xavier_uniform_(module.image_projection[0].weight, gain=xavier_std)
+            init.zeros_(module.image_projection[0].bias)
+            init.normal_(module.level_embedding)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """See `PreTrainedModel.from_pretrained`, which makes every parameter trainable: freeze again behind it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.freeze_backbone_stages()
+        return loaded
+
+
+class RefTREncoder(RefTRPreTrainedModel):
+    """The visual-language encoder, over text tokens and image tokens together."""
+
+    _can_record_outputs = {"hidden_states": RefTREncoderLayer, "attentions": RefTRAttention}
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(RefTREncoderLayer(config) for _ in range(config.encoder_layers))
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        attention_mask: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(S, L + h * w, d)`): text tokens, then image tokens.
+            position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): their positions.
+            attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
+        """
+        hidden_states = inputs_embeds
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_embeddings, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class RefTRDecoder(RefTRPreTrainedModel):
+    """The query decoder, one query a phrase."""
+
+    _can_record_outputs = {
+        "hidden_states": RefTRDecoderLayer,
+        "attentions": OutputRecorder(RefTRAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(RefTRAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(RefTRDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        attention_mask: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_position_embeddings: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RefTRDecoderOutput:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(S, P, d)`): the queries, one a phrase.
+            position_embeddings (`torch.Tensor` of shape `(S, P, d)`): their positions.
+            attention_mask (`torch.Tensor` of shape `(S, P)`): which queries the others may see, one or more.
+            encoder_hidden_states (`torch.Tensor` of shape `(S, L + h * w, d)`): the encoder's output.
+            encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): its positions.
+            encoder_attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
+        """
+        hidden_states = inputs_embeds
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        encoder_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        intermediate_hidden_states = []
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings,
+                encoder_hidden_states,
+                encoder_position_embeddings,
+                attention_mask,
+                encoder_attention_mask,
+                **kwargs,
+            )
+            # the norm is applied to a copy: the next layer reads the states without it
+            intermediate_hidden_states.append(self.layer_norm(hidden_states))
+        return RefTRDecoderOutput(
+            last_hidden_state=intermediate_hidden_states[-1],
+            intermediate_hidden_states=torch.stack(intermediate_hidden_states),
+        )
+
+
+class RefTRModel(RefTRPreTrainedModel):
+    """Image backbone, text backbone, visual-language encoder, query encoder and query decoder, without a head."""
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__(config)
+        self.backbone = load_backbone(config)
+        if config.freeze_backbone_batch_norm:
+            requires_backends(self, "timm")
+            self.backbone = freeze_batch_norm_2d(self.backbone)
+        self.image_projection = nn.Sequential(
+            nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1),
+            nn.GroupNorm(config.projection_group_norm_groups, config.d_model),
+        )
+        if config.position_embedding_type == "learned":
+            self.image_position_embedding = RefTRLearnedPositionEmbedding(config)
+        else:
+            self.image_position_embedding = RefTRSinePositionEmbedding(config)
+
+        self.text_backbone = AutoModel.from_config(config.text_config)
+        if getattr(self.text_backbone, "pooler", None) is None:
+            raise ValueError(
+                f"text_config.model_type={config.text_config.model_type!r} has no pooled output, which RefTR reads "
+                "the phrases from; use an encoder that has one, for example bert or roberta."
+            )
+        self.text_projection = RefTRProjection(config, config.text_config.hidden_size)
+        self.phrase_projection = RefTRProjection(config, config.text_config.hidden_size)
+
+        self.text_position_embeddings = nn.Embedding(config.max_text_positions, config.d_model)
+        self.token_type_embeddings = nn.Embedding(2, config.d_model)  # row 0: text, row 1: image
+        self.level_embedding = nn.Parameter(torch.empty(1, config.d_model))
+        self.encoder = RefTREncoder(config)
+        self.query_encoder = RefTRQueryEncoder(config)
+        self.decoder = RefTRDecoder(config)
+        self.post_init()
+        self.freeze_backbone_stages()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_backbone.set_input_embeddings(value)
+
+    def freeze_backbone_stages(self):
+        """
+        Stop training the backbone's stem and its first `config.num_frozen_backbone_stages` stages (0: nothing).
+
+        Raises:
+            ValueError: if the backbone has fewer stages or does not tell where they end.
+        """
+        num_stages = self.config.num_frozen_backbone_stages
+        if num_stages == 0:
+            return
+        if hasattr(self.backbone, "_backbone"):  # timm; what it gives at stride 2 is the stem
+            feature_info = self.backbone._backbone.feature_info.info
+            stages = [stage["module"] for stage in feature_info if stage["reduction"] > 2]
+            stages = [name for stage in stages for name in (stage, stage.replace(".", "_"))]
+            last_modules = [name for name, _ in self.backbone._backbone.named_modules() if name in stages]
+            prefix = "_backbone."
+        else:
+            encoder = self.backbone.get_submodule("encoder") if hasattr(self.backbone, "encoder") else nn.Module()
+            lists = [name for name, module in encoder.named_children() if isinstance(module, nn.ModuleList)]
+            last_modules = [f"{name}.{index}" for name in lists[:1] for index in range(len(encoder.get_submodule(name)))]
+            prefix = "encoder."
+        if num_stages > len(last_modules):
+            raise ValueError(
+                f"num_frozen_backbone_stages={num_stages}, but {len(last_modules)} stages were found in the backbone "
+                f"{type(self.backbone).__name__}; give a number up to that, 0 to train all of it."
+            )
+        # a backbone registers its parameters in the order in which it uses them
+        last_module = f"{prefix}{last_modules[num_stages - 1]}."
+        parameters = list(self.backbone.named_parameters())
+        end = 1 + max(index for index, (name, _) in enumerate(parameters) if name.startswith(last_module))
+        for _, parameter in parameters[:end]:
+            parameter.requires_grad_(False)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
+    ) -> RefTRImageFeatures:
+        """
+        Encode images, once for all that is asked about them.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): normalised pictures, padded bottom and right.
+            pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): 1 for the picture, 0 for padding.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values must be (images, channels, height, width), got {tuple(pixel_values.shape)}.")
+        if pixel_mask is None:
+            pixel_mask = pixel_values.new_ones((pixel_values.shape[0], *pixel_values.shape[-2:]), dtype=torch.long)
+        if pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
+            raise ValueError(
+                f"pixel_mask {tuple(pixel_mask.shape)} does not fit pixel_values {tuple(pixel_values.shape)}: it must "
+                "be (images, height, width)."
+            )
+        feature_maps = self.backbone(pixel_values.to(self.dtype)).feature_maps
+        projected = self.image_projection(feature_maps[-1])
+        mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=projected.shape[-2:], mode="nearest")
+        mask = mask[:, 0].bool()
+        position_embeddings = self.image_position_embedding(mask) + (
+            self.level_embedding + self.token_type_embeddings.weight[1]
+        )
+        return RefTRImageFeatures(
+            feature_maps=feature_maps,
+            image_features=projected.flatten(2).transpose(1, 2),
+            image_position_embeddings=position_embeddings.to(projected.dtype),
+            image_mask=mask.flatten(1),
+        )
+
+    def encode_phrases(
+        self,
+        phrase_input_ids: torch.Tensor,
+        phrase_attention_mask: torch.Tensor,
+        phrase_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the real phrases alone through the text backbone -> (S, P, d), zero for padding phrases."""
+        pooled = self.text_backbone(
+            input_ids=phrase_input_ids[phrase_mask], attention_mask=phrase_attention_mask[phrase_mask]
+        ).pooler_output
+        features = self.phrase_projection(pooled)
+        return features.new_zeros(*phrase_mask.shape, features.shape[-1]).masked_scatter(
+            phrase_mask[..., None], features
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        phrase_input_ids: torch.Tensor | None = None,
+        phrase_attention_mask: torch.Tensor | None = None,
+        phrase_spans: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RefTRModelOutput:
+        """
+        See [`RefTRForVisualGrounding.forward`] for the arguments.
+
+        Returns:
+            [`RefTRModelOutput`]
+        """
+        if input_ids is None:
+            raise ValueError("RefTR answers words: give input_ids of shape (sentences, tokens).")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        self._check_text_shapes(
+            pixel_values, input_ids, attention_mask, image_index, phrase_input_ids, phrase_attention_mask, phrase_spans
+        )
+        length = input_ids.shape[1]
+
+        # the backbones: images once each, sentences once each
+        image = self.get_image_features(pixel_values, pixel_mask)
+        image_features, image_positions, image_mask = (
+            image.image_features,
+            image.image_position_embeddings,
+            image.image_mask,
+        )
+        if image_index is not None:
+            image_features, image_positions, image_mask = (
+                states[image_index] for states in (image_features, image_positions, image_mask)
+            )
+        text = self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
+        text_features = self.text_projection(text.last_hidden_state)
+        text_positions = self.text_position_embeddings.weight[:length] + self.token_type_embeddings.weight[0]
+        text_positions = text_positions.expand(len(input_ids), -1, -1)
+
+        # the visual-language encoder, from here on a sentence at a time
+        position_embeddings = torch.cat((text_positions.to(image_positions.dtype), image_positions), dim=1)
+        memory_mask = torch.cat((attention_mask.bool(), image_mask), dim=1)
+        encoder_outputs = self.encoder(
+            inputs_embeds=torch.cat((text_features, image_features), dim=1),
+            position_embeddings=position_embeddings,
+            attention_mask=memory_mask,
+            **kwargs,
+        )
+        memory = encoder_outputs.last_hidden_state
+
+        # a query a phrase; without phrases the sentence is the one phrase
+        token = torch.arange(length, device=input_ids.device)
+        is_real = attention_mask.bool()
+        if phrase_input_ids is None:
+            phrase_mask = (attention_mask.sum(dim=1, keepdim=True) > 2) & is_real.any(dim=1, keepdim=True)
+            phrase_features = self.phrase_projection(text.pooler_output)[:, None]
+            order = is_real.cumsum(dim=1)
+            context_mask = (is_real & (order > 1) & (order < order[:, -1:]))[:, None]
+        else:
+            if phrase_attention_mask is None:
+                phrase_attention_mask = torch.ones_like(phrase_input_ids)
+            phrase_mask = phrase_attention_mask.sum(dim=-1) > 2
+            phrase_features = self.encode_phrases(phrase_input_ids, phrase_attention_mask, phrase_mask)
+            start, end = phrase_spans[..., :1], phrase_spans[..., 1:]
+            context_mask = (token >= start) & (token < end) & is_real[:, None]
+        # where nothing may be seen, [CLS] stands in: a softmax over nothing is not a number
+        context_mask = context_mask | (~context_mask.any(dim=-1, keepdim=True) & (token == 0))
+        queries, query_positions = self.query_encoder(memory[:, :length], context_mask, phrase_features)
+
+        decoder_outputs = self.decoder(
+            inputs_embeds=queries,
+            position_embeddings=query_positions,
+            attention_mask=phrase_mask | ~phrase_mask.any(dim=1, keepdim=True),
+            encoder_hidden_states=memory,
+            encoder_position_embeddings=position_embeddings,
+            encoder_attention_mask=memory_mask,
+            **kwargs,
+        )
+        return RefTRModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            intermediate_hidden_states=decoder_outputs.intermediate_hidden_states,
+            phrase_mask=phrase_mask,
+            encoder_last_hidden_state=memory,
+            feature_maps=image.feature_maps,
+            image_features=image.image_features,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+    def _check_text_shapes(
+        self, pixel_values, input_ids, attention_mask, image_index, phrase_input_ids, phrase_attention_mask, phrase_spans
+    ):
+        """Raise a ValueError that names the shapes, where two inputs do not fit together."""
+        if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} must both be "
+                "(sentences, tokens)."
+            )
+        num_sentences, length = input_ids.shape
+        if length > self.config.max_text_positions:
+            raise ValueError(
+                f"input_ids holds {length} tokens a sentence, more than max_text_positions="
+                f"{self.config.max_text_positions}; truncate the text."
+            )
+        if image_index is None and num_sentences != len(pixel_values):
+            raise ValueError(
+                f"{num_sentences} sentences and {len(pixel_values)} images: without image_index they must be as many."
+            )
+        if image_index is not None and image_index.shape != (num_sentences,):
+            raise ValueError(
+                f"image_index {tuple(image_index.shape)} must name one image for each of {num_sentences} sentences."
+            )
+        if (phrase_input_ids is None) != (phrase_spans is None):
+            raise ValueError("phrase_input_ids and phrase_spans belong together: give both or neither.")
+        if phrase_input_ids is None:
+            return
+        if phrase_input_ids.ndim != 3 or len(phrase_input_ids) != num_sentences:
+            raise ValueError(
+                f"phrase_input_ids {tuple(phrase_input_ids.shape)} must be (sentences, phrases, tokens) for "
+                f"{num_sentences} sentences."
+            )
+        if phrase_attention_mask is not None and phrase_attention_mask.shape != phrase_input_ids.shape:
+            raise ValueError(
+                f"phrase_attention_mask {tuple(phrase_attention_mask.shape)} does not fit phrase_input_ids "
+                f"{tuple(phrase_input_ids.shape)}."
+            )
+        if phrase_spans.shape != (*phrase_input_ids.shape[:2], 2):
+            raise ValueError(
+                f"phrase_spans {tuple(phrase_spans.shape)} must be (sentences, phrases, 2) like phrase_input_ids "
+                f"{tuple(phrase_input_ids.shape)}."
+            )
+
+
+class RefTRForVisualGrounding(RefTRPreTrainedModel):
+    """RefTR with its box head: a box for every phrase of every sentence."""
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__(config)
+        if config.predict_masks:
+            raise ValueError("predict_masks=True: this version has no mask head yet; set predict_masks=False.")
+        self.model = RefTRModel(config)
+        self.box_head = RefTRBoxHead(config)
+        self.loss_function = grounding_loss
+        self.post_init()
+        self.model.freeze_backbone_stages()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        phrase_input_ids: torch.Tensor | None = None,
+        phrase_attention_mask: torch.Tensor | None = None,
+        phrase_spans: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RefTRVisualGroundingOutput:
+        """
+        Text padding, phrase padding and grouping sentences by image never change an answer at one padded picture
+        size. Picture padding does, a little, as published: convolutions and group norm see it. Keep pictures of like
+        size together.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`):
+                Normalised pictures, padded bottom and right.
+            pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*):
+                1 for the picture, 0 for padding. Absent: no padding.
+            input_ids, attention_mask (`torch.Tensor` of shape `(S, L)`):
+                The sentences, [CLS] first and padding last; 1 for real tokens.
+            image_index (`torch.Tensor` of shape `(S,)`, *optional*):
+                Which image each sentence speaks of. Absent: one sentence an image, in order.
+            phrase_input_ids, phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
+                The phrases by themselves. One with nothing between its special tokens is padding. Absent: one phrase,
+                the whole sentence.
+            phrase_spans (`torch.Tensor` of shape `(S, P, 2)`, *optional*):
+                Where each phrase stands in its sentence, token positions [start, end), [CLS] counted as 0.
+            labels (`list[dict]` of length `S`, *optional*):
+                `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, (center_x, center_y, width,
+                height) in 0..1 of the picture without its padding.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
+                Sentences in the global batch (all ranks, all accumulation steps), which the loss is divided by.
+
+        Returns:
+            [`RefTRVisualGroundingOutput`]
+
+        Raises:
+            ValueError: if shapes or counts do not fit together.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+
+        >>> model = RefTRForVisualGrounding(
+        ...     RefTRConfig(
+        ...         backbone_config={"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]},
+        ...         text_config={"model_type": "bert", "num_hidden_layers": 1},
+        ...         d_model=32,
+        ...         encoder_layers=1,
+        ...         decoder_layers=1,
+        ...     )
+        ... ).eval()
+        >>> outputs = model(
+        ...     pixel_values=torch.zeros(1, 3, 64, 96),
+        ...     input_ids=torch.tensor([[101, 2417, 3608, 102], [101, 2630, 3608, 102]]),
+        ...     image_index=torch.tensor([0, 0]),
+        ... )
+        >>> outputs.pred_boxes.shape
+        torch.Size([2, 1, 4])
+
+        ```"""
+        outputs: RefTRModelOutput = self.model(
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_index=image_index,
+            phrase_input_ids=phrase_input_ids,
+            phrase_attention_mask=phrase_attention_mask,
+            phrase_spans=phrase_spans,
+            **kwargs,
+        )
+        layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid()
+        auxiliary_outputs = None
+        if self.config.auxiliary_loss:
+            auxiliary_outputs = [{"pred_boxes": boxes} for boxes in layer_boxes[:-1]]
+        loss, loss_dict = None, None
+        if labels is not None:
+            loss, loss_dict = self.loss_function(
+                layer_boxes[-1],
+                outputs.phrase_mask,
+                labels,
+                config=self.config,
+                auxiliary_outputs=auxiliary_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return RefTRVisualGroundingOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            pred_boxes=layer_boxes[-1],
+            phrase_mask=outputs.phrase_mask,
+            auxiliary_outputs=auxiliary_outputs,
+            image_index=image_index,
+            input_ids=input_ids,
+            phrase_input_ids=phrase_input_ids,
+            last_hidden_state=outputs.last_hidden_state,
+            intermediate_hidden_states=outputs.intermediate_hidden_states,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+__all__ = ["RefTRForVisualGrounding", "RefTRModel", "RefTRPreTrainedModel"]
