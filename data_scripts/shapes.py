@@ -29,7 +29,7 @@ COLORS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": (0.075, 0.095), "large": (0.14, 0.18)}  # radius, in picture sides
+SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in picture sides
 PLACES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, direction
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
 KINDS = ("attribute", "place", "relation", "caption")
@@ -153,7 +153,7 @@ def draw_scene(rng: np.random.Generator, image_size: int):
     colors = rng.choice(list(COLORS), size=rng.integers(2, 4), replace=False)
     kinds = rng.choice(SHAPES, size=rng.integers(2, 4), replace=False)
     shapes, areas = [], []
-    for _ in range(rng.integers(4, 7)):
+    for _ in range(rng.integers(3, 6)):
         size = str(rng.choice(list(SIZES)))
         radius = rng.uniform(*SIZES[size]) * image_size
         center = tuple(rng.uniform(radius + 1, image_size - radius - 1, size=2))

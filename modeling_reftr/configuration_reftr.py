@@ -9,7 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 def raise_value_errors(config_class):
-    """Make construction of a strict config raise a ValueError with the validator's sentence (strict raises its own)."""
+    """Make a strict config raise a ValueError with the validator's sentence, where strict raises errors of its own."""
     strict_init = config_class.__init__
 
     @functools.wraps(strict_init)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, initialization as init
+from transformers import AutoModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import load_backbone
 from transformers.masking_utils import create_bidirectional_mask
@@ -607,7 +608,9 @@ class RefTRModel(RefTRPreTrainedModel):
         else:
             encoder = self.backbone.get_submodule("encoder") if hasattr(self.backbone, "encoder") else nn.Module()
             lists = [name for name, module in encoder.named_children() if isinstance(module, nn.ModuleList)]
-            last_modules = [f"{name}.{index}" for name in lists[:1] for index in range(len(encoder.get_submodule(name)))]
+            last_modules = [
+                f"{name}.{index}" for name in lists[:1] for index in range(len(encoder.get_submodule(name)))
+            ]
             prefix = "encoder."
         if num_stages > len(last_modules):
             raise ValueError(
@@ -632,7 +635,9 @@ class RefTRModel(RefTRPreTrainedModel):
             pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): 1 for the picture, 0 for padding.
         """
         if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values must be (images, channels, height, width), got {tuple(pixel_values.shape)}.")
+            raise ValueError(
+                f"pixel_values must be (images, channels, height, width), got {tuple(pixel_values.shape)}."
+            )
         if pixel_mask is None:
             pixel_mask = pixel_values.new_ones((pixel_values.shape[0], *pixel_values.shape[-2:]), dtype=torch.long)
         if pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
@@ -728,7 +733,7 @@ class RefTRModel(RefTRPreTrainedModel):
         token = torch.arange(length, device=input_ids.device)
         is_real = attention_mask.bool()
         if phrase_input_ids is None:
-            phrase_mask = (attention_mask.sum(dim=1, keepdim=True) > 2) & is_real.any(dim=1, keepdim=True)
+            phrase_mask = attention_mask.sum(dim=1, keepdim=True) > 2
             phrase_features = self.phrase_projection(text.pooler_output)[:, None]
             order = is_real.cumsum(dim=1)
             context_mask = (is_real & (order > 1) & (order < order[:, -1:]))[:, None]
@@ -767,7 +772,14 @@ class RefTRModel(RefTRPreTrainedModel):
         )
 
     def _check_text_shapes(
-        self, pixel_values, input_ids, attention_mask, image_index, phrase_input_ids, phrase_attention_mask, phrase_spans
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask,
+        image_index,
+        phrase_input_ids,
+        phrase_attention_mask,
+        phrase_spans,
     ):
         """Raise a ValueError that names the shapes, where two inputs do not fit together."""
         if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:

@@ -44,17 +44,17 @@ def golden_config(case, **overrides):
     text_config = {"model_type": case["text"], **case["text_config"], "layer_norm_eps": 1e-12}
     if case["text"] == "roberta":
         text_config |= {"type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    settings = dict(
-        text_config=text_config,
-        d_model=build["hidden"],
-        encoder_layers=build["enc"],
-        decoder_layers=build["dec"],
-        encoder_attention_heads=build["nheads"],
-        decoder_attention_heads=build["nheads"],
-        encoder_ffn_dim=build["ff"],
-        decoder_ffn_dim=build["ff"],
-        predict_masks=case["masks"],
-    )
+    settings = {
+        "text_config": text_config,
+        "d_model": build["hidden"],
+        "encoder_layers": build["enc"],
+        "decoder_layers": build["dec"],
+        "encoder_attention_heads": build["nheads"],
+        "decoder_attention_heads": build["nheads"],
+        "encoder_ffn_dim": build["ff"],
+        "decoder_ffn_dim": build["ff"],
+        "predict_masks": case["masks"],
+    }
     return RefTRConfig(**settings | overrides)
 
 

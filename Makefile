@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11 or newer, make and git; everything else is installed into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+# two cores: one process with two threads, or two test workers with one each
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(VENV)/.installed
+	$(RUN)/python train_reftr.py recipes/demo.yaml --output_dir runs/demo
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow" tests modeling_reftr data_scripts
+
+test-all: $(VENV)/.installed
+	$(RUN)/python -m pytest tests modeling_reftr data_scripts
+
+lint: $(VENV)/.installed
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet --editable ".[test,dev]"
+	touch $@

@@ -1,0 +1,69 @@
+"""Pictures of answers: boxes in colours, and the words that each one answers."""
+
+import textwrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+COLORS = ("#e6194b", "#3c78d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#d01c8b")
+TRUTH_COLOR = "#2ca02c"
+
+
+def draw_boxes(
+    image: Image.Image, boxes_xyxy, phrases: list[str], true_boxes_xyxy=(), title: str = "", width: int = 320
+) -> Image.Image:
+    """
+    A picture with its boxes, and the words under it.
+
+    Args:
+        image (`PIL.Image.Image`): the picture.
+        boxes_xyxy (`(phrases, 4)`): predicted boxes in pixels of the picture; None where there is no answer.
+        phrases (`list[str]`): the words of each box, written in the colour of its box.
+        true_boxes_xyxy (`(phrases, 4)`, *optional*): boxes to compare with, drawn in green.
+        title (`str`, *optional*): words above the phrases, in black.
+        width (`int`, *optional*, defaults to 320): of the result, in pixels.
+    """
+    scale = width / image.width
+    canvas = image.convert("RGB").resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(canvas)
+    line = max(2, width // 120)
+    for box in true_boxes_xyxy:
+        draw.rectangle(corners(box, scale), outline=TRUTH_COLOR, width=line)
+    for index, box in enumerate(boxes_xyxy):
+        if box is not None:
+            draw.rectangle(corners(box, scale), outline=COLORS[index % len(COLORS)], width=line)
+
+    font = ImageFont.load_default(size=max(12, width // 22))
+    letters = max(8, int(width / font.getlength("n") * 1.05))
+    lines = [(words, "black") for words in textwrap.wrap(title, letters)]
+    for index, phrase in enumerate(phrases):
+        lines += [(words, COLORS[index % len(COLORS)]) for words in textwrap.wrap(phrase, letters)]
+    height = int(font.size * 1.35)
+    sheet = Image.new("RGB", (width, canvas.height + height * len(lines) + 8), "white")
+    sheet.paste(canvas, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for number, (words, color) in enumerate(lines):
+        draw.text((4, canvas.height + 2 + number * height), words, fill=color, font=font)
+    return sheet
+
+
+def corners(box_xyxy, scale: float) -> list[float]:
+    """Scaled corners in the order that drawing asks for, whatever a box holds."""
+    x0, y0, x1, y1 = (float(value) * scale for value in box_xyxy)
+    return [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]
+
+
+def make_grid(pictures: list[Image.Image], columns: int, gap: int = 8) -> Image.Image:
+    """Pictures of one width in rows, each row as high as its highest."""
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    width = gap + sum(picture.width + gap for picture in max(rows, key=len))
+    height = gap + sum(max(picture.height for picture in row) + gap for row in rows)
+    grid = Image.new("RGB", (width, height), "white")
+    top = gap
+    for row in rows:
+        left = gap
+        for picture in row:
+            grid.paste(picture, (left, top))
+            left += picture.width + gap
+        top += max(picture.height for picture in row) + gap
+    return grid

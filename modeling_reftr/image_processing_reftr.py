@@ -1,0 +1,246 @@
+"""RefTR's image processor: resize, normalise, pad; boxes back to the picture."""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional as tvF
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    PILImageResampling,
+    SizeDict,
+    load_image,
+    make_flat_list_of_images,
+)
+
+
+def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """
+    Height and width after the published resize, which keeps the aspect ratio; never under 1 pixel. The library's own
+    `get_size_with_aspect_ratio` rounds otherwise.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.image_processing_reftr import resized_size
+
+    >>> resized_size(500, 333, shortest_edge=640, longest_edge=640)
+    (639, 426)
+
+    ```"""
+    shorter, longer = min(height, width), max(height, width)
+    short = shortest_edge
+    if longer / shorter * short > longest_edge:
+        short = round(longest_edge * shorter / longer)
+    if shorter == short:
+        return height, width
+    long = int(short * longer / shorter)
+    new_height, new_width = (short, long) if height <= width else (long, short)
+    return max(1, new_height), max(1, new_width)
+
+
+def turn_upright(image: Image.Image, annotated_size: tuple[int, int] | None = None) -> Image.Image:
+    """
+    Turn a picture as its EXIF orientation says, as OpenCV does, unless only the stored size agrees with the annotated
+    (height, width).
+    """
+    turned = ImageOps.exif_transpose(image)
+    if annotated_size is not None:
+        stored_agrees = (image.height, image.width) == tuple(annotated_size)
+        turned_agrees = (turned.height, turned.width) == tuple(annotated_size)
+        if stored_agrees and not turned_agrees:
+            return image
+    return turned
+
+
+class RefTRImageProcessor(TorchvisionBackend):
+    r"""
+    Published preprocessing: the longer side resized to about 640 pixels with the aspect ratio kept, ImageNet mean and
+    standard deviation, zeros bottom and right of smaller pictures of a batch. Pictures of any mode come out as RGB,
+    turned as EXIF says.
+
+    Args:
+        size (`dict`, *optional*, defaults to `{"shortest_edge": 640, "longest_edge": 640}`):
+            The shorter side is brought to `shortest_edge`, or less where the longer would pass `longest_edge`.
+        do_resize, do_rescale, do_normalize, do_pad, image_mean, image_std, pad_size, ...: see `BaseImageProcessor`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_reftr import RefTRImageProcessor
+
+    >>> pictures = [np.zeros((60, 100, 3), dtype=np.uint8), np.zeros((80, 80, 3), dtype=np.uint8)]
+    >>> inputs = RefTRImageProcessor()(pictures, return_tensors="pt")
+    >>> inputs["pixel_values"].shape, inputs["pixel_mask"].shape
+    (torch.Size([2, 3, 640, 640]), torch.Size([2, 640, 640]))
+
+    ```"""
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 640, "longest_edge": 640}
+    default_to_square = False
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    model_input_names = ["pixel_values", "pixel_mask"]
+
+    def fetch_images(self, image_url_or_urls):
+        """
+        Open what is given by name.
+
+        Raises:
+            OSError: if a file is missing or is no picture.
+        """
+        images = image_url_or_urls
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, os.PathLike) or (
+            isinstance(images, str) and not images.startswith(("http://", "https://", "data:"))
+        ):
+            try:
+                image = Image.open(images)
+                image.load()
+            except FileNotFoundError as error:
+                raise OSError(f"There is no picture at {str(images)!r}.") from error
+            except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                raise OSError(f"{str(images)!r} cannot be read as a picture: {error}") from error
+            return image
+        return load_image(images) if isinstance(images, str) else super().fetch_images(images)
+
+    def open_images(self, images, annotated_sizes=None) -> list:
+        """
+        Whatever `images` is, a flat list of upright pictures.
+
+        Args:
+            images: a picture (PIL, array, tensor, path, URL) or a list of them.
+            annotated_sizes (list of `(height, width)`, *optional*): the size each picture was annotated at.
+
+        Raises:
+            ValueError: if there are no images, or not one annotated size an image.
+            OSError: if a file is missing or is no picture.
+        """
+        if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
+            raise ValueError("There are no images: give one picture or a list of them.")
+        images = make_flat_list_of_images(self.fetch_images(images))
+        if annotated_sizes is None:
+            annotated_sizes = [None] * len(images)
+        if len(annotated_sizes) != len(images):
+            raise ValueError(f"{len(annotated_sizes)} annotated_sizes for {len(images)} images: give one an image.")
+        return [
+            turn_upright(image, size) if isinstance(image, Image.Image) else image
+            for image, size in zip(images, annotated_sizes, strict=True)
+        ]
+
+    def preprocess(self, images, annotated_sizes=None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: a picture (PIL, array, tensor, path, URL) or a list of them.
+            annotated_sizes (list of `(height, width)`, *optional*):
+                The size each picture was annotated at, which decides whether its EXIF orientation is followed.
+            kwargs: any of the processor's settings, for this call.
+
+        Returns:
+            `BatchFeature`: `pixel_values` (I, 3, H, W) and `pixel_mask` (I, H, W), int64, 1 = picture.
+        """
+        return super().preprocess(self.open_images(images, annotated_sizes), **kwargs)
+
+    def process_image(self, image, **kwargs) -> torch.Tensor:
+        """One picture of any mode -> uint8 or float (3, height, width); 16-bit values are brought to 8 bits."""
+        if isinstance(image, Image.Image) and (image.mode.startswith("I;16") or image.mode == "I"):
+            image = np.asarray(image).astype(np.int64)
+            image = image if image.max() > 255 else image * 257
+            image = (image.clip(0, 65535) // 257).astype(np.uint8)
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
+            image = (image // 257).astype(np.uint8)
+        elif isinstance(image, torch.Tensor) and image.dtype == torch.uint16:
+            image = (image.int() // 257).to(torch.uint8)
+        return super().process_image(image, **kwargs)
+
+    def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
+        """Resize by the published rule, or to an exact `{"height", "width"}`."""
+        if size.shortest_edge and size.longest_edge:
+            height, width = resized_size(*image.shape[-2:], size.shortest_edge, size.longest_edge)
+            size = SizeDict(height=height, width=width)
+        elif not (size.height and size.width):
+            raise ValueError(
+                f"size={size} must be {{'shortest_edge', 'longest_edge'}} (aspect kept) or {{'height', 'width'}}."
+            )
+        if tuple(image.shape[-2:]) == (size.height, size.width):
+            return image
+        return super().resize(image, size=size, resample=resample, **kwargs)
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        disable_grouping: bool | None,
+        return_tensors,
+        **kwargs,
+    ) -> BatchFeature:
+        grouped_images, order = group_images_by_shape(images, disable_grouping=disable_grouping)
+        for shape, stacked in grouped_images.items():
+            if do_resize:
+                stacked = self.resize(stacked, size=size, resample=resample)
+            grouped_images[shape] = self.rescale_and_normalize(
+                stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+        images = reorder_images(grouped_images, order)
+        data = {"pixel_values": images}
+        if do_pad:
+            data["pixel_values"], data["pixel_mask"] = self.pad(
+                images, pad_size=pad_size, return_mask=True, disable_grouping=disable_grouping
+            )
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def resize_masks(self, masks, padded_size: tuple[int, int], size: SizeDict | dict | None = None) -> torch.Tensor:
+        """
+        Bring the masks of one picture to its resized size (nearest) and pad them.
+
+        Args:
+            masks (array of shape `(phrases, height, width)`): at the picture's own size.
+            padded_size (`(height, width)`): of the batch.
+
+        Returns:
+            `torch.Tensor` of shape `(phrases, *padded_size)`, bool.
+        """
+        size = self.size if size is None else size
+        masks = torch.as_tensor(np.asarray(masks)).bool().to(torch.uint8)
+        masks = self.resize(masks, size, resample=PILImageResampling.NEAREST)
+        height, width = masks.shape[-2:]
+        return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height]).bool()
+
+    def post_process_boxes(self, boxes_cxcywh: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            boxes_cxcywh (`torch.Tensor` of shape `(S, P, 4)`): (cx, cy, w, h) in 0..1 of the picture.
+            target_sizes (`torch.Tensor` of shape `(S, 2)`): (height, width) of each sentence's picture.
+
+        Returns:
+            `torch.Tensor` of shape `(S, P, 4)`: xyxy in pixels.
+        """
+        height, width = target_sizes.to(boxes_cxcywh).unbind(1)
+        scale = torch.stack((width, height, width, height), dim=1)
+        return box_convert(boxes_cxcywh, "cxcywh", "xyxy") * scale[:, None]
+
+
+__all__ = ["RefTRImageProcessor"]

@@ -1,0 +1,387 @@
+"""RefTR's processor: pictures, words and phrases -> tensors; boxes back to pixels and phrases."""
+
+import re
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class RefTRProcessor(ProcessorMixin):
+    r"""
+    Joins [`RefTRImageProcessor`] and a fast tokenizer.
+
+    Args:
+        image_processor ([`RefTRImageProcessor`]): for the pictures.
+        tokenizer (`PreTrainedTokenizerFast`): for the words.
+        max_expression_length (`int`, *optional*, defaults to 40):
+            Longest sentence, in tokens, where no phrases are given (published: RefCOCO family, ReferIt, Visual
+            Genome).
+        max_caption_length, max_phrase_length, max_phrases (`int`, *optional*, default to 90, 22 and 16):
+            Longest sentence and phrase where phrases are given (published: Flickr30k Entities), and the number of
+            phrase slots that fixed length pads to.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from modeling_reftr import RefTRImageProcessor, RefTRProcessor
+
+    >>> words = {word: index for index, word in enumerate("[PAD] [CLS] [SEP] [UNK] the red blue cup".split())}
+    >>> tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]")
+
+    >>> processor = RefTRProcessor(RefTRImageProcessor(), tokenizer)
+    >>> picture = Image.new("RGB", (100, 80))
+    >>> inputs = processor(picture, ["the red cup", "the cup"], boxes=[[10, 20, 30, 40], [50, 20, 90, 60]])
+    >>> inputs["input_ids"].tolist()
+    [[1, 4, 5, 7, 2], [1, 4, 7, 2, 0]]
+    >>> inputs["image_index"].tolist()
+    [0, 0]
+
+    ```"""
+
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        max_expression_length: int = 40,
+        max_caption_length: int = 90,
+        max_phrase_length: int = 22,
+        max_phrases: int = 16,
+    ):
+        self.max_expression_length = max_expression_length
+        self.max_caption_length = max_caption_length
+        self.max_phrase_length = max_phrase_length
+        self.max_phrases = max_phrases
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(
+        self,
+        images,
+        text,
+        phrases=None,
+        boxes=None,
+        masks=None,
+        annotated_sizes=None,
+        padding="longest",
+        return_tensors="pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: a picture (PIL, array, tensor, path, URL) or a list of them.
+            text (`str`, `list[str]` or `list[list[str]]`):
+                One sentence; a list: all of one image, or one an image; a list of lists: the sentences of each image.
+            phrases (*optional*):
+                The phrases of each sentence, nested as `text` is and one list deeper: strings found in their sentence
+                (regardless of case, whole words first, a repeated one at its next place), or (start, end) characters.
+                Absent: one phrase, the whole sentence.
+            boxes (*optional*):
+                The box of each phrase, nested as `phrases` is, or, without phrases, one a sentence, nested as `text`
+                is; (x0, y0, x1, y1) in pixels of the upright picture. Gives `labels`.
+            masks (*optional*):
+                The mask of each phrase, nested as `boxes` is, (height, width) of the picture. Gives `labels` too.
+            annotated_sizes (list of `(height, width)`, *optional*):
+                The size each picture was annotated at, which decides whether its EXIF orientation is followed.
+            padding (`"longest"` or `"max_length"`, *optional*):
+                Pad text to the longest of the batch, or to the published fixed lengths.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): see `BatchFeature`.
+            kwargs: settings of the image processor for this call.
+
+        Returns:
+            `BatchFeature`: `pixel_values`, `pixel_mask`, `input_ids`, `attention_mask`, `image_index`; with phrases
+            also `phrase_input_ids`, `phrase_attention_mask`, `phrase_spans`; with boxes or masks also `labels`. See
+            [`RefTRForVisualGrounding.forward`] for their shapes.
+
+        Raises:
+            ValueError: if counts do not match, a text is blank, a phrase is not in its sentence, or a box is empty,
+                inverted, not a number or outside its picture.
+            OSError: if a file is missing or is no picture.
+        """
+        if padding not in ("longest", "max_length", True):
+            raise ValueError(f"padding={padding!r} must be 'longest' or 'max_length'.")
+        image_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
+        images = self.image_processor.open_images(images, annotated_sizes)
+        sizes = [picture_size(image) for image in images]
+        sentences, image_index, depth = arrange_sentences(text, len(images))
+        data = dict(self.image_processor(images, return_tensors=return_tensors, **image_kwargs))
+        data["image_index"] = image_index
+
+        fixed = padding == "max_length"
+        if phrases is None:
+            data.update(self.encode_sentences(sentences, self.max_expression_length, fixed)[0])
+            num_phrases = [1] * len(sentences)
+        else:
+            phrases = arrange_by_sentence(phrases, depth, sentences, image_index, "phrases")
+            spans = [find_phrases(sentence, names) for sentence, names in zip(sentences, phrases, strict=True)]
+            text_inputs, encodings = self.encode_sentences(sentences, self.max_caption_length, fixed)
+            data.update(text_inputs)
+            data.update(self.encode_phrases(sentences, spans, encodings, fixed))
+            num_phrases = [len(names) for names in spans]
+
+        if boxes is not None or masks is not None:
+            labels = [{} for _ in sentences]
+            for name, values in (("boxes", boxes), ("masks", masks)):
+                if values is None:
+                    continue
+                values = arrange_by_sentence(values, depth, sentences, image_index, name)
+                for index, value in enumerate(values):
+                    if phrases is None and np.ndim(value) == {"boxes": 1, "masks": 2}[name]:
+                        value = [value]
+                    if len(value) != num_phrases[index]:
+                        raise ValueError(
+                            f"{len(value)} {name} for the {num_phrases[index]} phrases of {sentences[index]!r}: give "
+                            "one a phrase."
+                        )
+                    height, width = sizes[image_index[index]]
+                    if name == "boxes":
+                        labels[index]["boxes"] = to_label_boxes(value, height, width, sentences[index])
+                    else:
+                        shapes = {np.shape(mask) for mask in value}
+                        if shapes != {(height, width)}:
+                            raise ValueError(
+                                f"Masks of {sentences[index]!r} have the sizes {sorted(shapes)}, their picture has "
+                                f"{(height, width)} (height, width)."
+                            )
+                        padded_size = tuple(np.shape(data["pixel_values"])[-2:])
+                        labels[index]["masks"] = self.image_processor.resize_masks(
+                            value, padded_size, image_kwargs.get("size")
+                        )
+            data["labels"] = labels
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["labels"])
+
+    def encode_sentences(self, sentences: list[str], max_length: int, fixed: bool):
+        """Token ids and mask of each sentence, (S, L), and the encodings with their character offsets."""
+        sentences = [lower_case(sentence) for sentence in sentences]
+        max_length = min(max_length, self.tokenizer.model_max_length)
+        encodings = self.tokenizer(sentences, return_offsets_mapping=True, add_special_tokens=True)
+        num_cut = 0
+        for sentence, ids in zip(sentences, encodings["input_ids"], strict=True):
+            if len(ids) <= 2:
+                raise ValueError(f"The text {sentence!r} has no words: there is nothing to look for.")
+            num_cut += len(ids) > max_length
+        if num_cut:
+            logger.warning(
+                f"{num_cut} of {len(sentences)} texts are longer than {max_length} tokens and were cut; phrases past "
+                "the cut are masked and get no answer."
+            )
+            encodings = self.tokenizer(
+                sentences, return_offsets_mapping=True, truncation=True, max_length=max_length, padding=False
+            )
+        width = max_length if fixed else max(len(ids) for ids in encodings["input_ids"])
+        return self.pad_tokens(encodings["input_ids"], width), encodings
+
+    def pad_tokens(self, token_ids: list[list[int]], width: int, prefix: str = "") -> dict[str, np.ndarray]:
+        """Right-pad lists of token ids to (len, width), with their mask."""
+        input_ids = np.full((len(token_ids), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for index, ids in enumerate(token_ids):
+            input_ids[index, : len(ids)] = ids
+            attention_mask[index, : len(ids)] = 1
+        return {f"{prefix}input_ids": input_ids, f"{prefix}attention_mask": attention_mask}
+
+    def encode_phrases(self, sentences, spans, encodings, fixed: bool) -> dict[str, np.ndarray]:
+        """
+        Each phrase by itself and where its tokens stand in the sentence. Padding slots, and phrases past the cut of
+        their sentence, hold an empty phrase with the span [0, 1).
+        """
+        num_slots = max(len(sentence_spans) for sentence_spans in spans)
+        if fixed and num_slots > self.max_phrases:
+            raise ValueError(
+                f"A sentence has {num_slots} phrases; padding='max_length' has room for max_phrases="
+                f"{self.max_phrases}."
+            )
+        num_slots = self.max_phrases if fixed else num_slots
+        phrase_spans = np.zeros((len(sentences), num_slots, 2), dtype=np.int64)
+        phrase_spans[..., 1] = 1
+        texts = [[""] * num_slots for _ in sentences]
+        for index, (sentence, sentence_spans) in enumerate(zip(sentences, spans, strict=True)):
+            offsets = encodings["offset_mapping"][index]
+            for slot, (start, end) in enumerate(sentence_spans):
+                tokens = [number for number, (left, right) in enumerate(offsets) if left < end and right > start]
+                if tokens:
+                    phrase_spans[index, slot] = tokens[0], tokens[-1] + 1
+                    texts[index][slot] = lower_case(sentence[start:end])
+        flat = [text for row in texts for text in row]
+        token_ids = self.tokenizer(flat, truncation=True, max_length=self.max_phrase_length, padding=False)[
+            "input_ids"
+        ]
+        width = self.max_phrase_length if fixed else max(len(ids) for ids in token_ids)
+        data = self.pad_tokens(token_ids, width, prefix="phrase_")
+        data = {name: values.reshape(len(sentences), num_slots, width) for name, values in data.items()}
+        return {**data, "phrase_spans": phrase_spans}
+
+    def post_process_grounding(self, outputs, target_sizes) -> list[dict]:
+        """
+        Boxes in pixels and the phrases that they answer.
+
+        Args:
+            outputs ([`RefTRVisualGroundingOutput`]): of the model.
+            target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`):
+                The original size of each image, or of each sentence's image.
+
+        Returns:
+            `list[dict]`, one a sentence: `boxes` (`torch.Tensor` of shape `(phrases, 4)`, xyxy in pixels), `phrases`
+            (`list[str]`, as the tokenizer reads them) and `phrase_indices` (`list[int]`, their slots: padding and
+            phrases past the cut of their sentence get no answer).
+
+        Raises:
+            ValueError: if there is not one size an image or a sentence.
+        """
+        num_sentences = len(outputs.pred_boxes)
+        image_index = outputs.image_index
+        if image_index is None:
+            image_index = torch.arange(num_sentences, device=outputs.pred_boxes.device)
+        num_images = int(image_index.max()) + 1
+        target_sizes = torch.as_tensor(target_sizes).reshape(-1, 2).to(image_index.device)
+        if len(target_sizes) == num_images:
+            target_sizes = target_sizes[image_index]
+        elif len(target_sizes) != num_sentences:
+            raise ValueError(
+                f"{len(target_sizes)} target_sizes for {num_images} images and {num_sentences} sentences: give "
+                "(height, width) of each image, or of each sentence's image."
+            )
+        boxes_xyxy = self.image_processor.post_process_boxes(outputs.pred_boxes, target_sizes)
+        token_ids = outputs.input_ids[:, None] if outputs.phrase_input_ids is None else outputs.phrase_input_ids
+        results = []
+        for boxes, mask, ids in zip(boxes_xyxy, outputs.phrase_mask, token_ids, strict=True):
+            results.append(
+                {
+                    "boxes": boxes[mask],
+                    "phrases": self.tokenizer.batch_decode(ids[mask], skip_special_tokens=True),
+                    "phrase_indices": mask.nonzero().flatten().tolist(),
+                }
+            )
+        return results
+
+
+def picture_size(image) -> tuple[int, int]:
+    """(height, width) of a PIL picture, or of an array with its channels first, last or absent."""
+    if hasattr(image, "mode"):
+        return image.height, image.width
+    shape = tuple(image.shape)
+    if len(shape) == 2 or shape[-1] in (1, 3, 4):
+        return shape[:2]
+    return shape[-2:]
+
+
+def lower_case(text: str) -> str:
+    """Lower case, a character for a character, so that places in the text stay what they are."""
+    return "".join(low if len(low := character.lower()) == 1 else character for character in text)
+
+
+def arrange_sentences(text, num_images: int) -> tuple[list[str], list[int], int]:
+    """`text` as the processor takes it -> the sentences in one list, the image of each, and how deep `text` nests."""
+    if isinstance(text, str):
+        if num_images != 1:
+            raise ValueError(f"One text for {num_images} images: give a list with one text an image.")
+        sentences, image_index, depth = [text], [0], 0
+    elif not isinstance(text, (list, tuple)) or len(text) == 0:
+        raise ValueError(f"text={text!r} must be a sentence, a list of them, or a list for each image.")
+    elif all(isinstance(sentence, str) for sentence in text):
+        if num_images not in (1, len(text)):
+            raise ValueError(
+                f"{len(text)} texts for {num_images} images: give one an image, or a list for each image."
+            )
+        image_index = [0] * len(text) if num_images == 1 else list(range(num_images))
+        sentences, depth = list(text), 1
+    elif all(isinstance(group, (list, tuple)) and all(isinstance(s, str) for s in group) for group in text):
+        if len(text) != num_images:
+            raise ValueError(f"{len(text)} lists of texts for {num_images} images: give one list an image.")
+        sentences = [sentence for group in text for sentence in group]
+        image_index = [index for index, group in enumerate(text) for _ in group]
+        depth = 2
+        if [] in [list(group) for group in text]:
+            raise ValueError("An image has no sentence: give each image one, or leave the image out.")
+    else:
+        raise ValueError("text mixes sentences and lists: give a list of sentences, or a list of sentences an image.")
+    for sentence in sentences:
+        if not sentence.strip():
+            raise ValueError(f"The text {sentence!r} is blank: there is nothing to look for.")
+    return sentences, image_index, depth
+
+
+def arrange_by_sentence(values, depth: int, sentences: list[str], image_index: list[int], name: str) -> list:
+    """Values nested as the text is -> one entry a sentence."""
+    if depth == 0:
+        return [values]
+    if depth == 2:
+        counts, given = (
+            [image_index.count(index) for index in sorted(set(image_index))],
+            [len(group) for group in values],
+        )
+        if given != counts:
+            raise ValueError(f"{name} must be nested as text is: {counts} sentences an image, got {given}.")
+        values = [value for group in values for value in group]
+    if len(values) != len(sentences):
+        raise ValueError(f"{len(values)} entries of {name} for {len(sentences)} sentences: give one a sentence.")
+    return list(values)
+
+
+def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
+    """
+    Where phrases stand in their sentence, as (start, end) characters.
+
+    Raises:
+        ValueError: if a phrase is blank or not in the sentence, or a span is empty or leaves it.
+    """
+    if isinstance(phrases, str):
+        raise ValueError(f"phrases={phrases!r}: give a list of phrases for each sentence.")
+    lowered = lower_case(sentence)
+    spans, next_place = [], {}
+    for phrase in phrases:
+        if isinstance(phrase, str):
+            wanted = lower_case(phrase.strip())
+            if not wanted:
+                raise ValueError(f"A phrase of {sentence!r} is blank.")
+            begin = next_place.get(wanted, 0)
+            match = re.compile(rf"(?<!\w){re.escape(wanted)}(?!\w)").search(lowered, begin)
+            start = match.start() if match else lowered.find(wanted, begin)
+            if start < 0:
+                times = "" if begin == 0 else " once more"
+                raise ValueError(f"The phrase {phrase!r} is not{times} in its sentence {sentence!r}.")
+            end = start + len(wanted)
+            next_place[wanted] = end
+        else:
+            start, end = (int(place) for place in phrase)
+            if not 0 <= start < end <= len(sentence) or not sentence[start:end].strip():
+                raise ValueError(
+                    f"The span ({start}, {end}) is no part of {sentence!r}, which has {len(sentence)} characters."
+                )
+        spans.append((start, end))
+    return spans
+
+
+def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tensor:
+    """
+    (phrases, 4) xyxy in pixels -> (cx, cy, w, h) in 0..1 of the picture. A box may pass the picture's edge by a pixel
+    (annotations round), and is cut there.
+    """
+    boxes_xyxy = torch.as_tensor(np.asarray(boxes, dtype=np.float64).reshape(-1, 4))
+    limits = torch.tensor([width, height, width, height], dtype=torch.float64)
+    for box in boxes_xyxy:
+        x0, y0, x1, y1 = box.tolist()
+        if not (x0 < x1 and y0 < y1 and bool(box.isfinite().all())):
+            raise ValueError(
+                f"The box {box.tolist()} of {sentence!r} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1."
+            )
+        if not (box >= -1).all() or not (box <= limits + 1).all():
+            raise ValueError(
+                f"The box {box.tolist()} of {sentence!r} leaves its picture of {width} x {height} pixels."
+            )
+    boxes_xyxy = torch.minimum(boxes_xyxy.clamp(min=0), limits) / limits
+    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=1).float()
+
+
+__all__ = ["RefTRProcessor"]

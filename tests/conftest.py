@@ -1,0 +1,101 @@
+"""Shared parts: a tiny model, a tokenizer of the shapes set, its processor, and the set itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data_scripts
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
+from training_reftr.data import all_sentences, train_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY_TEXT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+TINY_MODEL = {
+    "backbone_config": {"backbone": "test_efficientnet_gn", "out_indices": [1, 2, 3, 4], "output_stride": 8},
+    "freeze_backbone_batch_norm": False,
+    "num_frozen_backbone_stages": 0,
+    "max_text_positions": 64,
+    "d_model": 32,
+    "projection_group_norm_groups": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+}
+TINY_SET = {"image_size": 64, "num_train": 48, "num_validation": 9, "num_test": 10}
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory, worker_id="master"):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def shapes(data_cache):
+    return data_scripts.load("shapes", cache_dir=data_cache, **TINY_SET)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shapes):
+    return train_tokenizer(all_sentences(shapes["train"]), max_length=64)
+
+
+@pytest.fixture
+def processor(tokenizer):
+    return RefTRProcessor(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), tokenizer)
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    """Builds a tiny model in eval mode; overrides are fields of its config."""
+
+    def make(**overrides):
+        torch.manual_seed(0)
+        text_config = {**TINY_TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        config = RefTRConfig(**{**TINY_MODEL, "text_config": text_config, **overrides})
+        model = RefTRForVisualGrounding(config).eval()
+        # a new model's last box layer is zero: give it weights, so that answers differ
+        torch.nn.init.normal_(model.box_head.layers[-1].weight, std=0.5)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def run():
+    """Runs a command of the project as a user does: a process of its own, in the checkout, with one thread."""
+
+    def run_command(*command, cwd=ROOT, timeout=300, check=True, **environment):
+        result = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and result.returncode:
+            raise RuntimeError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+        return result
+
+    return run_command

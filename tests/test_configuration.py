@@ -1,0 +1,60 @@
+"""RefTRConfig: published defaults, and nonsense refused with a sentence."""
+
+import re
+
+import pytest
+
+from modeling_reftr import RefTRConfig
+
+
+def test_defaults_are_the_published_model():
+    config = RefTRConfig()
+    assert config.backbone_config.model_type == "timm_backbone"
+    assert config.backbone_config.backbone == "resnet50"
+    assert config.backbone_config.out_indices == [1, 2, 3, 4]
+    assert (config.text_config.model_type, config.text_config.hidden_size) == ("bert", 768)
+    assert (config.d_model, config.encoder_layers, config.decoder_layers) == (256, 6, 6)
+    assert (config.encoder_attention_heads, config.encoder_ffn_dim, config.dropout) == (8, 2048, 0.1)
+    assert config.freeze_backbone_batch_norm is True
+    assert config.num_frozen_backbone_stages == 1
+    assert config.predict_masks is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"d_model": 30}, "d_model=30 is not a multiple of encoder_attention_heads=8"),
+        ({"d_model": 96, "projection_group_norm_groups": 5}, "projection_group_norm_groups=5"),
+        (
+            {
+                "d_model": 6,
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2,
+                "projection_group_norm_groups": 2,
+            },
+            "d_model=6 is not a multiple of 4",
+        ),
+        ({"d_model": 0}, "d_model=0 must be at least 1"),
+        ({"decoder_layers": 0}, "decoder_layers=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and less than 1"),
+        ({"giou_loss_coefficient": float("nan")}, "giou_loss_coefficient=nan"),
+        ({"num_frozen_backbone_stages": -1}, "num_frozen_backbone_stages=-1"),
+        ({"position_embedding_type": "cosine"}, "position_embedding_type='cosine' must be 'sine' or 'learned'"),
+        ({"activation_function": "rellu"}, "activation_function='rellu' is not one of"),
+        ({"max_text_positions": 1000}, "max_text_positions=1000 is more than"),
+        ({"d_model": "256"}, "expected int, got str"),
+        ({"backbone": "resnet50"}, "give backbone_config"),
+        ({"backbone_config": {"backbone": "hf-hub:someone/model"}}, "names a place to load from"),
+        ({"backbone_config": {"backbone": "local-dir:/tmp"}}, "names a place to load from"),
+        ({"text_config": {"model_type": "no-such-model"}}, "no-such-model"),
+    ],
+)
+def test_nonsense_is_refused_with_a_sentence(settings, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RefTRConfig(**settings)
+
+
+def test_saved_config_is_the_same(tmp_path):
+    config = RefTRConfig(d_model=64, backbone_config={"backbone": "resnet18", "output_stride": 16})
+    config.save_pretrained(tmp_path)
+    assert RefTRConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

@@ -1,0 +1,139 @@
+"""RefTRImageProcessor: the published sizes and pixels, every mode of picture, EXIF."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden import GOLDEN
+from PIL import Image
+
+from modeling_reftr import RefTRImageProcessor
+from modeling_reftr.image_processing_reftr import resized_size
+from modeling_reftr.processing_reftr import to_label_boxes
+
+
+@pytest.fixture
+def image_processor():
+    return RefTRImageProcessor()
+
+
+def test_sizes_are_the_published_ones():
+    rows = json.loads((GOLDEN / "preprocess_sizes.json").read_text())["rows"]
+    assert len(rows) == 140
+    for height, width, resized_height, resized_width in rows:
+        assert resized_size(height, width, 640, 640) == (resized_height, resized_width), (height, width)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_pixels_and_boxes_are_the_published_ones(image_processor, index):
+    golden = np.load(GOLDEN / "preprocess.npz")
+    picture = golden[f"image_{index}"]
+    pixels = image_processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+    assert tuple(pixels.shape) == tuple(golden[f"shape_{index}"])
+    # one grey level is 0.0175 to 0.0176 after normalising
+    np.testing.assert_allclose(pixels[:, ::19, ::23], golden[f"pixels_{index}"], atol=0.02)
+    np.testing.assert_allclose([pixels.mean(), pixels.std()], golden[f"mean_std_{index}"], atol=1e-3)
+    boxes = to_label_boxes(golden[f"boxes_xyxy_{index}"], *picture.shape[:2], "a sentence")
+    np.testing.assert_allclose(boxes, golden[f"boxes_cxcywh_{index}"], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 1300), (1300, 1), (2, 3)])
+def test_thin_pictures_keep_a_pixel(image_processor, size):
+    inputs = image_processor(np.zeros((*size, 3), dtype=np.uint8), return_tensors="pt")
+    assert min(inputs["pixel_values"].shape) >= 1
+    assert inputs["pixel_values"].isfinite().all()
+
+
+def test_smaller_pictures_are_padded_with_zeros_after_normalising(image_processor):
+    pictures = [np.full((320, 640, 3), 200, np.uint8), np.full((640, 640, 3), 200, np.uint8)]
+    inputs = image_processor(pictures, return_tensors="pt")
+    assert inputs["pixel_mask"].dtype == torch.int64
+    assert inputs["pixel_mask"].sum(dim=(1, 2)).tolist() == [320 * 640, 640 * 640]
+    assert (inputs["pixel_values"][0, :, 320:] == 0).all()
+
+
+def half_and_half():
+    """A picture whose left half is darker than its right."""
+    picture = np.full((60, 80, 3), 40, np.uint8)
+    picture[:, 40:] = 210
+    return Image.fromarray(picture)
+
+
+def as_mode(mode, rotated):
+    picture = half_and_half()
+    exif = Image.Exif()
+    if rotated:  # stored turned by 90 degrees, with the tag that says so
+        picture = picture.transpose(Image.Transpose.ROTATE_90)
+        exif[0x0112] = 6
+    if mode == "I;16":
+        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        picture = Image.fromarray(grey)
+    elif mode == "I":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.int32) * 257)
+    else:
+        picture = picture.convert(mode)
+    picture.getexif().update(exif)
+    return picture
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "I;16", "I"])
+def test_every_mode_comes_out_as_upright_rgb(image_processor, mode, rotated):
+    pixels = image_processor(as_mode(mode, rotated), return_tensors="pt")["pixel_values"][0]
+    assert pixels.shape == (3, 480, 640)
+    expected = image_processor(half_and_half(), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, expected, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.full((30, 40), 9, np.uint8),
+        np.full((30, 40, 1), 9, np.uint8),
+        np.full((3, 30, 40), 9, np.uint8),
+        np.full((30, 40, 3), 9 * 257, np.uint16),
+        torch.full((3, 30, 40), 9, dtype=torch.uint8),
+    ],
+)
+def test_arrays_and_tensors(image_processor, picture):
+    pixels = image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    expected = image_processor(np.full((30, 40, 3), 9, np.uint8), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, expected)
+
+
+def test_exif_is_not_followed_where_only_the_stored_size_was_annotated(image_processor):
+    picture = as_mode("RGB", rotated=True)  # stored 80 x 60 (height, width), upright 60 x 80
+    upright = image_processor(picture, annotated_sizes=[(60, 80)], return_tensors="pt")["pixel_values"]
+    stored = image_processor(picture, annotated_sizes=[(80, 60)], return_tensors="pt")["pixel_values"]
+    neither = image_processor(picture, annotated_sizes=[(1, 2)], return_tensors="pt")["pixel_values"]
+    assert upright.shape[-2:] == neither.shape[-2:] == (480, 640)
+    assert stored.shape[-2:] == (640, 480)
+
+
+def test_missing_and_broken_files_are_named(image_processor, tmp_path):
+    with pytest.raises(OSError, match=r"no picture at .*nowhere\.png"):
+        image_processor(str(tmp_path / "nowhere.png"), return_tensors="pt")
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(OSError, match=r"text\.jpg.* cannot be read as a picture"):
+        image_processor(tmp_path / "text.jpg", return_tensors="pt")
+    half_and_half().save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) * 9 // 10])
+    with pytest.raises(OSError, match=r"cut\.jpg.* cannot be read as a picture"):
+        image_processor(tmp_path / "cut.jpg", return_tensors="pt")
+    assert image_processor(str(tmp_path / "whole.jpg"), return_tensors="pt")["pixel_values"].shape == (1, 3, 480, 640)
+
+
+def test_no_images(image_processor):
+    with pytest.raises(ValueError, match="There are no images"):
+        image_processor([], return_tensors="pt")
+
+
+def test_saved_processor_is_the_same(image_processor, tmp_path):
+    processor = RefTRImageProcessor(size={"shortest_edge": 96, "longest_edge": 96})
+    processor.save_pretrained(tmp_path)
+    loaded = RefTRImageProcessor.from_pretrained(tmp_path)
+    pixels = [p(half_and_half(), return_tensors="pt")["pixel_values"] for p in (processor, loaded)]
+    assert pixels[0].shape == (1, 3, 72, 96)
+    assert torch.equal(*pixels)

@@ -1,0 +1,205 @@
+"""RefTRProcessor: text, phrases, boxes and masks in their shapes; truncation; answers; sentences for what is wrong."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_reftr import RefTRProcessor
+
+
+PICTURE = Image.new("RGB", (64, 48), "gray")
+
+
+def words(processor, ids):
+    return processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_one_sentence(processor):
+    inputs = processor(PICTURE, "The RED circle")
+    assert inputs["pixel_values"].shape == (1, 3, 48, 64)
+    assert inputs["image_index"].tolist() == [0]
+    assert words(processor, inputs["input_ids"][0]) == "the red circle"
+    assert "phrase_input_ids" not in inputs
+    assert "labels" not in inputs
+
+
+def test_a_list_about_one_image(processor):
+    inputs = processor([PICTURE], ["the red circle", "the star"])
+    assert inputs["image_index"].tolist() == [0, 0]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+
+
+def test_a_list_with_one_sentence_an_image(processor):
+    inputs = processor([PICTURE, PICTURE], ["the red circle", "the star"])
+    assert inputs["image_index"].tolist() == [0, 1]
+
+
+def test_a_list_of_lists(processor):
+    inputs = processor([PICTURE, PICTURE], [["the star"], ["the cross", "the circle"]])
+    assert inputs["image_index"].tolist() == [0, 1, 1]
+
+
+def test_phrases_by_words_and_by_place(processor):
+    text = "the red circle is left of the star"
+    inputs = processor(PICTURE, text, phrases=["the star", (0, 14)])
+    spans = inputs["phrase_spans"][0].tolist()
+    assert spans == [[7, 9], [1, 4]]
+    assert [words(processor, ids) for ids in inputs["phrase_input_ids"][0]] == ["the star", "the red circle"]
+    for span, phrase in zip(spans, ("the star", "the red circle"), strict=True):
+        assert words(processor, inputs["input_ids"][0][slice(*span)]) == phrase
+
+
+def test_a_repeated_phrase_is_its_next_place(processor):
+    inputs = processor(PICTURE, "the star above the star", phrases=["the star", "The Star"])
+    assert inputs["phrase_spans"][0].tolist() == [[1, 3], [4, 6]]
+    with pytest.raises(ValueError, match="is not once more in its sentence"):
+        processor(PICTURE, "the star above the star", phrases=["the star"] * 3)
+
+
+def test_whole_words_are_found_first(processor):
+    inputs = processor(PICTURE, "the starry star", phrases=["star"])
+    first = inputs["phrase_spans"][0, 0, 0].item()
+    assert words(processor, inputs["input_ids"][0, first : first + 1]) == "star"
+
+
+def test_letters_that_grow_in_lower_case_keep_places(processor):
+    inputs = processor(PICTURE, "İİİ the star", phrases=["the star", (4, 12)])
+    assert inputs["phrase_spans"][0, 0].tolist() == inputs["phrase_spans"][0, 1].tolist()
+    assert words(processor, inputs["phrase_input_ids"][0, 0]) == "the star"
+
+
+def test_phrase_slots_are_padded_with_empty_phrases(processor):
+    text = ["the star above the cross", "the circle"]
+    inputs = processor(PICTURE, text, phrases=[["the star", "the cross"], ["the circle"]])
+    assert inputs["phrase_attention_mask"].sum(dim=-1).tolist() == [[4, 4], [4, 2]]
+    assert inputs["phrase_spans"][1].tolist() == [[1, 3], [0, 1]]
+
+
+def test_fixed_length_on_request(processor):
+    inputs = processor(PICTURE, "the star", padding="max_length")
+    assert inputs["input_ids"].shape == (1, 40)
+    small = RefTRProcessor(processor.image_processor, processor.tokenizer, max_caption_length=50)
+    inputs = small(PICTURE, "the star", phrases=["the star"], padding="max_length")
+    assert inputs["input_ids"].shape == (1, 50)
+    assert inputs["phrase_input_ids"].shape == (1, 16, 22)
+    with pytest.raises(ValueError, match="17 phrases"):
+        small(PICTURE, "the star " * 17, phrases=[["the star"] * 17][0], padding="max_length")
+
+
+def test_long_text_is_cut_with_one_counted_warning(processor, make_model, caplog):
+    texts = ["the star " * 200 + "the cross", "the circle", "the red star " * 100]
+    phrases = [["the star", "the cross"], ["the circle"], ["the red star"]]
+    logger = logging.getLogger("transformers")
+    logger.propagate = True
+    with caplog.at_level(logging.WARNING):
+        inputs = processor(PICTURE, texts, phrases=phrases)
+    logger.propagate = False
+    (record,) = [record for record in caplog.records if "were cut" in record.message]
+    assert "2 of 3 texts are longer than 64 tokens" in record.message
+    assert inputs["input_ids"].shape == (3, 64)
+    outputs = make_model()(**inputs)
+    assert outputs.phrase_mask.tolist() == [[True, False], [True, False], [True, False]]
+    answers = processor.post_process_grounding(outputs, [(48, 64)])
+    assert [answer["phrase_indices"] for answer in answers] == [[0], [0], [0]]
+
+
+def test_boxes_become_labels(processor):
+    inputs = processor(PICTURE, "the star", boxes=[16, 12, 48, 36])
+    torch.testing.assert_close(inputs["labels"][0]["boxes"], torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
+    inputs = processor(PICTURE, ["the star", "the cross"], boxes=[[0, 0, 64, 48], [0, 0, 32, 24]])
+    torch.testing.assert_close(inputs["labels"][1]["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5]]))
+    inputs = processor(
+        [PICTURE, PICTURE],
+        [["the star above the cross"], ["the circle", "the star"]],
+        phrases=[[["the star", "the cross"]], [["the circle"], ["the star"]]],
+        boxes=[[[[0, 0, 8, 8], [8, 8, 16, 16]]], [[[0, 0, 8, 8]], [[0, 0, 9, 9]]]],
+    )
+    assert [len(label["boxes"]) for label in inputs["labels"]] == [2, 1, 1]
+
+
+def test_masks_become_labels_of_the_padded_picture(processor):
+    mask = np.zeros((48, 64), bool)
+    mask[:24, :32] = True
+    inputs = processor(
+        [PICTURE, Image.new("RGB", (64, 64))], ["the star", "the cross"], masks=[[mask], [np.ones((64, 64))]]
+    )
+    masks = inputs["labels"][0]["masks"]
+    assert masks.shape == (1, 64, 64)
+    assert masks.dtype == torch.bool
+    assert masks.sum() == 24 * 32
+    assert masks[0, :24, :32].all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": [], "text": "the star"}, "There are no images"),
+        ({"text": ""}, "The text '' is blank"),
+        ({"text": " \n"}, "is blank"),
+        ({"text": "\u200b"}, "has no words"),
+        ({"text": []}, "must be a sentence, a list"),
+        ({"text": [["the star"], "the cross"]}, "mixes sentences and lists"),
+        ({"images": [PICTURE] * 2, "text": "the star"}, "One text for 2 images"),
+        ({"images": [PICTURE] * 2, "text": ["a"] * 3}, "3 texts for 2 images"),
+        ({"images": [PICTURE] * 2, "text": [["a"]]}, "1 lists of texts for 2 images"),
+        ({"images": [PICTURE] * 2, "text": [["a"], []]}, "An image has no sentence"),
+        ({"text": "the star", "phrases": ["the cross"]}, "'the cross' is not in its sentence 'the star'"),
+        ({"text": "the star", "phrases": [(4, 9)]}, r"\(4, 9\) is no part of 'the star', which has 8 characters"),
+        ({"text": "the star", "phrases": [(4, 4)]}, r"\(4, 4\) is no part"),
+        ({"text": "the star", "phrases": [" "]}, "A phrase of 'the star' is blank"),
+        ({"text": ["a", "b"], "phrases": [["a"]]}, "1 entries of phrases for 2 sentences"),
+        ({"text": ["a", "b"], "phrases": ["a", "b"]}, "give a list of phrases for each sentence"),
+        ({"text": "the star", "boxes": [[0, 0, 9, 9], [0, 0, 9, 9]]}, "2 boxes for the 1 phrases of 'the star'"),
+        ({"text": "the star", "boxes": [9, 0, 9, 9]}, "x0 < x1"),
+        ({"text": "the star", "boxes": [0, 9, 9, 0]}, "x0 < x1 and y0 < y1"),
+        ({"text": "the star", "boxes": [0, 0, float("nan"), 9]}, "nan"),
+        ({"text": "the star", "boxes": [0, 0, 99, 9]}, "leaves its picture of 64 x 48 pixels"),
+        ({"text": "the star", "masks": [np.ones((9, 9))]}, r"have the sizes \[\(9, 9\)\]"),
+        ({"text": "the star", "annotated_sizes": [(1, 1), (2, 2)]}, "2 annotated_sizes for 1 images"),
+        ({"text": "the star", "padding": "left"}, "padding='left' must be"),
+    ],
+)
+def test_what_is_wrong_is_said(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**{"images": PICTURE, **arguments})
+
+
+def test_boxes_at_the_edge_are_cut_there(processor):
+    inputs = processor(PICTURE, "the star", boxes=[-0.5, 0, 64.4, 48.9])
+    torch.testing.assert_close(inputs["labels"][0]["boxes"], torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
+
+
+def test_answers_are_in_pixels_of_each_picture(processor, make_model):
+    model = make_model()
+    pictures = [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 32))]
+    inputs = processor(pictures, [["the star", "the cross"], ["the circle"]])
+    outputs = model(**inputs)
+    by_image = processor.post_process_grounding(outputs, [(64, 64), (32, 32)])
+    by_sentence = processor.post_process_grounding(outputs, torch.tensor([[64, 64], [64, 64], [32, 32]]))
+    for first, second in zip(by_image, by_sentence, strict=True):
+        assert torch.equal(first["boxes"], second["boxes"])
+    assert [answer["phrases"] for answer in by_image] == [["the star"], ["the cross"], ["the circle"]]
+    cx, cy, w, h = outputs.pred_boxes[2, 0].tolist()
+    expected = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]]) * 32
+    torch.testing.assert_close(by_image[2]["boxes"], expected)
+    with pytest.raises(ValueError, match="4 target_sizes for 2 images and 3 sentences"):
+        processor.post_process_grounding(outputs, [(1, 1)] * 4)
+
+
+def test_saved_processor_is_the_same(processor, tmp_path):
+    processor.max_expression_length = 11
+    processor.save_pretrained(tmp_path)
+    loaded = RefTRProcessor.from_pretrained(tmp_path)
+    assert loaded.max_expression_length == 11
+    inputs = [p(PICTURE, "the red star", phrases=["red star"]) for p in (processor, loaded)]
+    assert inputs[0].keys() == inputs[1].keys()
+    for name, value in inputs[0].items():
+        assert torch.equal(value, inputs[1][name]), name
+
+
+def test_numpy_is_returned_on_request(processor):
+    inputs = processor(PICTURE, "the star", return_tensors="np")
+    assert all(isinstance(value, np.ndarray) for value in inputs.values())

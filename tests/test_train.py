@@ -1,0 +1,276 @@
+"""train_reftr.py and the predict command, run as a user runs them."""
+
+import json
+import re
+import socket
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
+from PIL import Image
+
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from training_reftr.arguments import TrainingArguments, parse_arguments
+from training_reftr.data import EpochSampler
+from training_reftr.evaluation import constant_box, grounding_metrics, summarize, swapped_expressions
+from training_reftr.optimization import build_scheduler
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, data_cache):
+    """A recipe that trains a tiny model for seconds."""
+    folder = tmp_path_factory.mktemp("recipe")
+    settings = {
+        "dataset": "shapes",
+        "dataset_config": TINY_SET,
+        "data_cache_dir": data_cache,
+        "image_size": 64,
+        "model": {**TINY_MODEL, "text_config": {**TINY_TEXT}},
+        "expressions_per_image": 2,
+        "num_epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "backbone_learning_rate": 1e-3,
+        "text_learning_rate": 1e-3,
+        "num_workers": 0,
+        "log_every": 1,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(recipe, shapes, tmp_path_factory):
+    """A run of the script, and what it wrote."""
+    import subprocess
+    import sys
+
+    output = tmp_path_factory.mktemp("run")
+    result = subprocess.run(
+        [sys.executable, "train_reftr.py", str(recipe), "--output_dir", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def logged_losses(log):
+    """(step, {part: value}) of each line of loss parts."""
+    lines = re.findall(r"step (\d+) epoch \d+ (.*?) rates", log)
+    return [(int(step), {k: float(v) for k, v in (p.split("=") for p in parts.split())}) for step, parts in lines]
+
+
+def test_a_run_leaves_model_processor_and_report(trained):
+    output, result = trained
+    names = {path.name for path in output.iterdir()}
+    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= names
+    assert {"metrics.json", "predictions.png"} <= names
+    assert not list(output.glob("*.bin"))
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert {"accuracy@0.5", "mean_iou", "num_phrases"} <= metrics.keys()
+    assert set(metrics["per_kind"]) == {"attribute", "place", "relation", "caption"}
+    assert sum(kind["num_phrases"] for kind in metrics["per_kind"].values()) == metrics["num_phrases"]
+    assert metrics["constant_box"]["num_phrases"] == metrics["num_phrases"]
+    with Image.open(output / "predictions.png") as picture:
+        assert min(picture.size) > 320
+    assert "best constant box" in result.stdout
+    losses = logged_losses(result.stderr)
+    assert [step for step, _ in losses] == list(range(1, 13))
+    assert {"loss", "loss_bbox", "loss_giou", "loss_bbox_0", "gradient_norm"} <= losses[0][1].keys()
+    assert losses[-1][1]["loss"] < losses[0][1]["loss"]
+
+
+def test_eval_only_gives_the_same_figures(trained, recipe, run, tmp_path):
+    output, _ = trained
+    run("train_reftr.py", recipe, "--model_name_or_path", output, "--output_dir", tmp_path, "--eval_only")
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+    for metrics in (first, second):
+        metrics.pop("model")
+    assert first == second
+
+
+def test_training_goes_on_from_a_saved_model(trained, recipe, run, tmp_path):
+    output, _ = trained
+    result = run(
+        "train_reftr.py", recipe, "--model_name_or_path", output, "--output_dir", tmp_path, "--max_steps", "1"
+    )
+    first_loss = logged_losses(result.stderr)[0][1]["loss"]
+    assert first_loss < logged_losses(trained[1].stderr)[0][1]["loss"]
+
+
+def test_prediction_on_ones_own_picture(trained, run, tmp_path):
+    output, _ = trained
+    Image.fromarray(np.full((90, 150, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
+    result = run(
+        "-m", "modeling_reftr.predict", "--model", output, "--image", tmp_path / "photo.jpg",
+        "--text", "the red circle", "the star", "--output", tmp_path / "out.png",
+    )  # fmt: skip
+    answers = json.loads(result.stdout)
+    assert [answer["phrase"] for answer in answers] == ["the red circle", "the star"]
+    model, processor = RefTRForVisualGrounding.from_pretrained(output), RefTRProcessor.from_pretrained(output)
+    inputs = processor(str(tmp_path / "photo.jpg"), ["the red circle", "the star"])
+    expected = processor.post_process_grounding(model.eval()(**inputs), [(90, 150)])
+    for answer, box in zip(answers, expected, strict=True):
+        assert answer["box"] == pytest.approx(box["boxes"][0].tolist(), abs=0.02)
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.width >= 320
+
+
+def test_prediction_says_what_is_missing(trained, run, tmp_path):
+    command = ("-m", "modeling_reftr.predict", "--model", trained[0], "--text", "the star", "--image")
+    result = run(*command, tmp_path / "none.jpg", check=False)
+    assert result.returncode != 0
+    assert "error: There is no picture at" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_train_as_one_process(run, tmp_path, accumulation, data_cache):
+    """The demo's first 20 steps: the same losses (1e-5) with the same global batch."""
+    settings = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    assert settings["model"]["dropout"] == settings["model"]["text_config"]["hidden_dropout_prob"] == 0.0
+    settings["dataset_config"] |= {"num_train": 340, "num_validation": 4, "num_test": 4}
+    settings |= {"data_cache_dir": data_cache, "batch_size": 16, "num_workers": 0, "log_every": 1, "max_steps": 20}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    one = run("train_reftr.py", recipe, "--output_dir", tmp_path / "one")
+    two = run(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "train_reftr.py", recipe,
+        "--batch_size", 8 // accumulation, "--gradient_accumulation_steps", accumulation,
+        "--output_dir", tmp_path / "two", ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    losses_one, losses_two = logged_losses(one.stderr), logged_losses(two.stderr)
+    assert [step for step, _ in losses_one] == [step for step, _ in losses_two] == list(range(1, 21))
+    if accumulation == 2:  # another cut of the order: the first update sees the same images
+        losses_one, losses_two = losses_one[:1], losses_two[:1]
+    for (step, first), (_, second) in zip(losses_one, losses_two, strict=True):
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (step, name)
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert first["num_phrases"] == second["num_phrases"]
+
+
+# settings
+
+
+def test_recipe_and_command_line(recipe):
+    args = parse_arguments([str(recipe), "--batch_size", "3", "--learning_rate=5e-4", "--eval_only"])
+    assert (args.batch_size, args.learning_rate, args.eval_only) == (3, 5e-4, True)
+    assert args.dataset_config == TINY_SET
+    assert args.model["d_model"] == 32
+    assert parse_arguments([]) == TrainingArguments()
+    assert parse_arguments(["--model", '{"d_model": 64}']).model == {"d_model": 64}
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        ("learning_rat: 1", [], "no field 'learning_rat'. Did you mean 'learning_rate'?"),
+        ("- 1", [], "must be a mapping"),
+        ("batch_size: 0", [], "batch_size=0 must be at least 1"),
+        ("", ["--bach_size", "3"], "no field 'bach_size'. Did you mean 'batch_size'?"),
+        ("", ["--lr_schedule", "linear"], "lr_schedule='linear' must be"),
+        ("", ["--learning_rate", "nan"], "learning_rate=nan"),
+        ("", ["--max_grad_norm", "0"], "max_grad_norm=0.0 must be greater than 0"),
+        ("", ["--model", "{"], "is not JSON"),
+        ("", ["--model", "[1]"], "must be a mapping"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, content, words, message):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_arguments([str(tmp_path / "recipe.yaml"), *words])
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(OSError, match=r"no recipe 'nowhere\.yaml'"):
+        parse_arguments(["nowhere.yaml"])
+
+
+def test_unknown_model_fields_are_refused(recipe, run, tmp_path):
+    result = run("train_reftr.py", recipe, "--model", '{"d_modl": 8}', "--output_dir", tmp_path, check=False)
+    assert result.returncode != 0
+    assert "model has no field 'd_modl'. Did you mean 'd_model'?" in result.stderr
+
+
+# parts
+
+
+def test_every_image_is_seen_once_an_epoch_by_one_process():
+    for world_size in (1, 2, 3):
+        samplers = [EpochSampler(50, 4, 0, rank, world_size) for rank in range(world_size)]
+        epochs = []
+        for epoch in (0, 1):
+            for sampler in samplers:
+                sampler.epoch = epoch
+            seen = [index for batches in zip(*samplers, strict=True) for batch in batches for _, index in batch]
+            assert len(seen) == len(set(seen)) == 50 // (4 * world_size) * 4 * world_size
+            epochs.append(seen)
+        assert epochs[0] != epochs[1]
+    with pytest.raises(ValueError, match="3 training images do not fill one global batch of 8"):
+        EpochSampler(3, 4, 0, 0, 2)
+
+
+def test_metrics_by_hand():
+    assert grounding_metrics([0.5, 0.51, 0.2, 1.0]) == {
+        "accuracy@0.5": 0.5,
+        "mean_iou": pytest.approx(0.5525),
+        "num_phrases": 4,
+    }
+    record = {"image_id": "a", "image_size": (10, 20), "types": ["place"]}
+    records = [
+        {**record, "object_id": "x", "box": [0, 0, 10, 10], "pred_box": [0, 0, 10, 10], "iou": 1.0},
+        {**record, "object_id": "y", "box": [10, 0, 20, 10], "pred_box": [0, 0, 10, 10], "iou": 0.0},
+        {**record, "object_id": "x", "box": [0, 0, 10, 10], "pred_box": None, "iou": 0.0, "types": []},
+    ]
+    summary = summarize(records)
+    assert summary["num_phrases"] == 3
+    assert summary["per_kind"] == {"place": {"accuracy@0.5": 0.5, "mean_iou": 0.5, "num_phrases": 2}}
+    # x is held against y's answer (a hit), y against x's (a miss), and x again against y's
+    assert swapped_expressions(records)["accuracy@0.5"] == pytest.approx(2 / 3)
+
+
+def test_the_best_constant_box_is_the_commonest(shapes):
+    rows = shapes["train"]
+    records = [
+        {"image_size": (row["height"], row["width"]), "box": item["box"]} for row in rows for item in row["objects"]
+    ]
+    answer = constant_box(rows, records)
+    assert 0 < answer["accuracy@0.5"] < 0.5
+    x0, y0, x1, y1 = answer["box_xyxy"]
+    assert 0 <= x0 < x1 <= 1
+    assert 0 <= y0 < y1 <= 1
+
+
+def test_schedules():
+    def factors(**settings):
+        args = TrainingArguments(learning_rate=1.0, **settings)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        scheduler = build_scheduler(optimizer, args, steps_per_epoch=10, num_steps=100)
+        values = []
+        for _ in range(100):
+            values.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return values
+
+    step = factors(lr_drop_epochs=6)
+    assert (step[0], step[59], step[60], step[99]) == (1, 1, pytest.approx(0.1), pytest.approx(0.1))
+    cosine = factors(lr_schedule="cosine", warmup_steps=20)
+    assert cosine[:2] == [pytest.approx(1 / 20), pytest.approx(2 / 20)]
+    assert cosine[60] == pytest.approx(0.5)
+    assert min(cosine[20:]) == pytest.approx(0.01)
+    assert set(factors(lr_schedule="constant")) == {1}

@@ -1,0 +1,167 @@
+"""
+Train RefTR, or evaluate it:
+
+    accelerate launch train_reftr.py recipes/demo.yaml --output_dir runs/demo
+    python train_reftr.py recipes/demo.yaml --output_dir runs/demo --eval_only
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+import data_scripts
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from training_reftr.arguments import TrainingArguments, parse_arguments
+from training_reftr.build import build_model
+from training_reftr.data import move, training_loader
+from training_reftr.evaluation import constant_box, evaluate, grounding_metrics, summarize, swapped_expressions
+from training_reftr.optimization import build_optimizer, build_scheduler
+from training_reftr.report import format_table, write_report
+
+
+logger = logging.getLogger("train_reftr")
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    accelerator = Accelerator()
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+    )
+    # the main process builds the set, the others take it from the cache
+    with accelerator.main_process_first():
+        rows = data_scripts.load(args.dataset, cache_dir=args.data_cache_dir, **args.dataset_config)
+
+    if not args.eval_only:
+        set_seed(args.seed)  # equal weights on all processes
+        model, processor = build_model(args, rows[args.train_split])
+        set_seed(args.seed, device_specific=True)  # but not equal dropout
+        train(model, processor, rows, args, accelerator)
+        args.model_name_or_path = args.output_dir
+
+    report(rows, args, accelerator)
+    accelerator.end_training()
+
+
+def train(model, processor, rows, args: TrainingArguments, accelerator: Accelerator):
+    """Train, and leave the best model by validation, with its processor, in the run's folder."""
+    loader = training_loader(
+        rows[args.train_split], processor, args, accelerator.process_index, accelerator.num_processes
+    )
+    steps_per_epoch = max(1, len(loader) // args.gradient_accumulation_steps)
+    num_steps = steps_per_epoch * args.num_epochs
+    num_steps = min(num_steps, args.max_steps) if args.max_steps else num_steps
+    optimizer = build_optimizer(model, args)
+    scheduler = build_scheduler(optimizer, args, steps_per_epoch, num_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+
+    best_accuracy = -1.0
+    step = 0
+    with tqdm(total=num_steps, desc="training", unit="step", disable=not accelerator.is_main_process) as progress:
+        for epoch in range(args.num_epochs):
+            loader.batch_sampler.epoch = epoch
+            batches = iter(loader)
+            for _ in range(steps_per_epoch):
+                losses = update(model, optimizer, scheduler, batches, args, accelerator)
+                step += 1
+                progress.update()
+                if step % args.log_every == 0 or step == num_steps:
+                    losses = {name: value.item() for name, value in losses.items()}
+                    progress.set_postfix(loss=f"{losses['loss']:.3f}")
+                    log_losses(step, epoch, losses, scheduler)
+                if step == num_steps:
+                    break
+            if (epoch + 1) % args.evaluate_every == 0 or step == num_steps:
+                best_accuracy = validate_and_save(model, processor, rows, args, accelerator, best_accuracy, step)
+            if step == num_steps:
+                break
+
+
+def update(model, optimizer, scheduler, batches, args: TrainingArguments, accelerator: Accelerator) -> dict:
+    """
+    One update of the weights from the next batches. Holds a collective: the loss is divided by the sentences of all
+    processes and accumulation steps together, which must be known before the first backward.
+    """
+    batches = [move(next(batches), accelerator.device) for _ in range(args.gradient_accumulation_steps)]
+    num_sentences = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=accelerator.device)
+    num_sentences = accelerator.reduce(num_sentences.float(), reduction="sum")
+    totals = {}
+    for number, batch in enumerate(batches):
+        # gradients travel between processes once an update
+        context = accelerator.no_sync(model) if number + 1 < len(batches) else accelerator.accumulate(model)
+        with context:
+            with accelerator.autocast():
+                outputs = model(**batch, num_items_in_batch=num_sentences)
+            # the processes' gradients are averaged, while the loss is a sum over them
+            accelerator.backward(outputs.loss * accelerator.num_processes)
+        for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    totals["gradient_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return sum_over_processes(totals, accelerator)
+
+
+def sum_over_processes(totals: dict, accelerator: Accelerator) -> dict:
+    """The loss parts of all processes together. A collective; the gradient norm is the same on all of them."""
+    gradient_norm = totals.pop("gradient_norm")
+    summed = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
+    return {**dict(zip(totals, summed, strict=True)), "gradient_norm": gradient_norm}
+
+
+def log_losses(step: int, epoch: int, losses: dict[str, float], scheduler):
+    """One line of loss parts, gradient norm and rates."""
+    parts = " ".join(f"{name}={value:.6f}" for name, value in losses.items())
+    rates = " ".join(f"{rate:.2e}" for rate in scheduler.get_last_lr())
+    logger.info(f"step {step} epoch {epoch} {parts} rates {rates}")
+
+
+def validate_and_save(
+    model, processor, rows, args, accelerator: Accelerator, best_accuracy: float, step: int
+) -> float:
+    """Evaluate on the validation split; save the model if it is the best so far. All processes call it."""
+    records = evaluate(model, processor, rows[args.validation_split], args, accelerator, "validation")
+    metrics = grounding_metrics(record["iou"] for record in records)
+    logger.info(
+        f"step {step} {args.validation_split}: accuracy@0.5 {metrics['accuracy@0.5']:.3f}, "
+        f"mean IoU {metrics['mean_iou']:.3f}, {metrics['num_phrases']} phrases"
+    )
+    if metrics["accuracy@0.5"] <= best_accuracy:
+        return best_accuracy
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(args.output_dir)
+        processor.save_pretrained(args.output_dir)
+    accelerator.wait_for_everyone()
+    return metrics["accuracy@0.5"]
+
+
+def report(rows, args: TrainingArguments, accelerator: Accelerator):
+    """Evaluate on the test split, and write figures and pictures. All processes call it."""
+    source = args.model_name_or_path or args.output_dir
+    model = RefTRForVisualGrounding.from_pretrained(source, dtype=torch.float32).to(accelerator.device)
+    processor = RefTRProcessor.from_pretrained(source)
+    records = evaluate(model, processor, rows[args.test_split], args, accelerator, "test")
+    if not accelerator.is_main_process:
+        return
+    metrics = {
+        "model": str(source),
+        "dataset": args.dataset,
+        "split": args.test_split,
+        **summarize(records),
+        "constant_box": constant_box(rows[args.train_split], records),
+        "swapped_expressions": swapped_expressions(records),
+    }
+    write_report(Path(args.output_dir), metrics, records, rows[args.test_split], args.num_pictures)
+    sys.stdout.write(f"{format_table(metrics)}\n{Path(args.output_dir) / 'predictions.png'}\n")
+
+
+if __name__ == "__main__":
+    main()

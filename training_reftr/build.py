@@ -1,0 +1,42 @@
+"""Model and processor of a run. Nothing here holds a collective."""
+
+from dataclasses import fields
+
+import torch
+from transformers import AutoTokenizer
+
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
+from training_reftr.arguments import check_names
+from training_reftr.data import all_sentences, train_tokenizer
+
+
+def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+    """
+    Where weights come from: `model_name_or_path`, a RefTR folder or Hub id; absent, a new model as `args.model` says,
+    with random weights. Nothing is downloaded unless `model_name_or_path` or `tokenizer` names it.
+
+    Raises:
+        ValueError: if `args.model` has an unknown field, or its vocabulary is smaller than the tokenizer's.
+    """
+    if args.model_name_or_path is not None:
+        model = RefTRForVisualGrounding.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        return model, RefTRProcessor.from_pretrained(args.model_name_or_path)
+
+    check_names(args.model, {item.name for item in fields(RefTRConfig)}, "model")
+    settings = dict(args.model)
+    max_length = settings.get("max_text_positions", RefTRConfig.max_text_positions)
+    if args.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    else:
+        tokenizer = train_tokenizer(all_sentences(train_rows), max_length)
+        text_config = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        settings["text_config"] = {**text_config, **settings.get("text_config", {})}
+    config = RefTRConfig(**settings)
+    if config.text_config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.text_config.vocab_size={config.text_config.vocab_size} is smaller than the tokenizer's "
+            f"{len(tokenizer)} tokens."
+        )
+    size = {"shortest_edge": args.image_size, "longest_edge": args.image_size}
+    processor = RefTRProcessor(RefTRImageProcessor(size=size), tokenizer)
+    return RefTRForVisualGrounding(config), processor
