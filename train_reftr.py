@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 import data_scripts
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.arguments import TrainingArguments, parse_arguments
+from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import build_model
 from training_reftr.data import move, training_loader
 from training_reftr.evaluation import constant_box, evaluate, grounding_metrics, summarize, swapped_expressions
@@ -57,6 +58,8 @@ def train(model, processor, rows, args: TrainingArguments, accelerator: Accelera
     steps_per_epoch = max(1, len(loader) // args.gradient_accumulation_steps)
     num_steps = steps_per_epoch * args.num_epochs
     num_steps = min(num_steps, args.max_steps) if args.max_steps else num_steps
+    if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
+        synchronize_batch_norm(model)
     optimizer = build_optimizer(model, args)
     scheduler = build_scheduler(optimizer, args, steps_per_epoch, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -1,5 +1,6 @@
 """RefTR's processor: pictures, words and phrases -> tensors; boxes back to pixels and phrases."""
 
+import math
 import re
 
 import numpy as np
@@ -277,6 +278,8 @@ def picture_size(image) -> tuple[int, int]:
 
 def lower_case(text: str) -> str:
     """Lower case, a character for a character, so that places in the text stay what they are."""
+    if text.isascii():
+        return text.lower()
     return "".join(low if len(low := character.lower()) == 1 else character for character in text)
 
 
@@ -367,21 +370,17 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
     (phrases, 4) xyxy in pixels -> (cx, cy, w, h) in 0..1 of the picture. A box may pass the picture's edge by a pixel
     (annotations round), and is cut there.
     """
-    boxes_xyxy = torch.as_tensor(np.asarray(boxes, dtype=np.float64).reshape(-1, 4))
-    limits = torch.tensor([width, height, width, height], dtype=torch.float64)
-    for box in boxes_xyxy:
-        x0, y0, x1, y1 = box.tolist()
-        if not (x0 < x1 and y0 < y1 and bool(box.isfinite().all())):
-            raise ValueError(
-                f"The box {box.tolist()} of {sentence!r} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1."
-            )
-        if not (box >= -1).all() or not (box <= limits + 1).all():
-            raise ValueError(
-                f"The box {box.tolist()} of {sentence!r} leaves its picture of {width} x {height} pixels."
-            )
-    boxes_xyxy = torch.minimum(boxes_xyxy.clamp(min=0), limits) / limits
-    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
-    return torch.cat(((low + high) / 2, high - low), dim=1).float()
+    labels = []
+    for box in np.asarray(boxes, dtype=np.float64).reshape(-1, 4).tolist():
+        x0, y0, x1, y1 = box
+        if not (x0 < x1 and y0 < y1 and math.isfinite(sum(box))):
+            raise ValueError(f"The box {box} of {sentence!r} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1.")
+        left, top, right, bottom = max(x0, 0) / width, max(y0, 0) / height, min(x1, width) / width, min(y1, height) / height
+        passes = min(x0, y0) < -1 or x1 > width + 1 or y1 > height + 1
+        if passes or left >= right or top >= bottom:
+            raise ValueError(f"The box {box} of {sentence!r} leaves its picture of {width} x {height} pixels.")
+        labels.append([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
+    return torch.tensor(labels, dtype=torch.float32).reshape(-1, 4)
 
 
 __all__ = ["RefTRProcessor"]

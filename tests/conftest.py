@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import data_scripts
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
@@ -46,7 +47,7 @@ TINY_SET = {"image_size": 64, "num_train": 48, "num_validation": 9, "num_test": 
 
 
 @pytest.fixture(scope="session")
-def data_cache(tmp_path_factory, worker_id="master"):
+def data_cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))
 
 
@@ -99,3 +100,42 @@ def run():
         return result
 
     return run_command
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, data_cache):
+    """A recipe that trains a tiny model for seconds."""
+    folder = tmp_path_factory.mktemp("recipe")
+    settings = {
+        "dataset": "shapes",
+        "dataset_config": TINY_SET,
+        "data_cache_dir": data_cache,
+        "image_size": 64,
+        "model": {**TINY_MODEL, "text_config": {**TINY_TEXT}},
+        "expressions_per_image": 2,
+        "num_epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "backbone_learning_rate": 1e-3,
+        "text_learning_rate": 1e-3,
+        "num_workers": 0,
+        "log_every": 1,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(recipe, shapes, tmp_path_factory):
+    """A run of the script, and what it wrote."""
+    output = tmp_path_factory.mktemp("run")
+    result = subprocess.run(
+        [sys.executable, "train_reftr.py", str(recipe), "--output_dir", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return output, result

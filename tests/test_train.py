@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
+from conftest import ROOT, TINY_SET
 from PIL import Image
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
@@ -16,48 +16,6 @@ from training_reftr.arguments import TrainingArguments, parse_arguments
 from training_reftr.data import EpochSampler
 from training_reftr.evaluation import constant_box, grounding_metrics, summarize, swapped_expressions
 from training_reftr.optimization import build_scheduler
-
-
-@pytest.fixture(scope="session")
-def recipe(tmp_path_factory, data_cache):
-    """A recipe that trains a tiny model for seconds."""
-    folder = tmp_path_factory.mktemp("recipe")
-    settings = {
-        "dataset": "shapes",
-        "dataset_config": TINY_SET,
-        "data_cache_dir": data_cache,
-        "image_size": 64,
-        "model": {**TINY_MODEL, "text_config": {**TINY_TEXT}},
-        "expressions_per_image": 2,
-        "num_epochs": 2,
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "backbone_learning_rate": 1e-3,
-        "text_learning_rate": 1e-3,
-        "num_workers": 0,
-        "log_every": 1,
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-@pytest.fixture(scope="session")
-def trained(recipe, shapes, tmp_path_factory):
-    """A run of the script, and what it wrote."""
-    import subprocess
-    import sys
-
-    output = tmp_path_factory.mktemp("run")
-    result = subprocess.run(
-        [sys.executable, "train_reftr.py", str(recipe), "--output_dir", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return output, result
 
 
 def logged_losses(log):

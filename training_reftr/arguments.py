@@ -12,8 +12,6 @@ from transformers import HfArgumentParser
 
 def setting(default, text: str):
     """A field with its help text."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -24,7 +22,7 @@ class TrainingArguments:
     output_dir: str = setting("runs/reftr", "Folder of the best model, its processor and the report.")
 
     dataset: str = setting("shapes", "Name of the data set, see data_scripts.")
-    dataset_config: dict | str = setting({}, "Settings of the data set, in JSON on the command line.")
+    dataset_config: str = setting("{}", "Settings of the data set: a mapping, in JSON on the command line.")
     data_cache_dir: str | None = setting(None, "Where built sets are kept (the datasets library's own cache).")
     train_split: str = setting("train", "Split to train on.")
     validation_split: str = setting("validation", "Split that chooses the best checkpoint.")
@@ -34,7 +32,8 @@ class TrainingArguments:
     num_workers: int = setting(2, "Processes that prepare batches.")
 
     model_name_or_path: str | None = setting(None, "RefTR folder or Hub id to start from, or to evaluate.")
-    model: dict | str = setting({}, "Fields of RefTRConfig for a new model, in JSON on the command line.")
+    model: str = setting("{}", "Fields of RefTRConfig for a new model: a mapping, in JSON on the command line.")
+    attn_implementation: str | None = setting(None, "eager, sdpa, ...; none: what transformers chooses.")
     tokenizer: str | None = setting(None, "Tokenizer of a new model, a folder or Hub id; none: trained on the set.")
 
     num_epochs: int = setting(90, "Passes over the training images.")
@@ -60,11 +59,10 @@ class TrainingArguments:
     def __post_init__(self):
         for name in ("dataset_config", "model"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
+            try:
+                setattr(self, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name}={value!r} must be a mapping of names to values.")
         at_least_one = ("image_size", "expressions_per_image", "num_epochs", "batch_size")

@@ -19,7 +19,9 @@ def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcess
         ValueError: if `args.model` has an unknown field, or its vocabulary is smaller than the tokenizer's.
     """
     if args.model_name_or_path is not None:
-        model = RefTRForVisualGrounding.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        model = RefTRForVisualGrounding.from_pretrained(
+            args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
+        )
         return model, RefTRProcessor.from_pretrained(args.model_name_or_path)
 
     check_names(args.model, {item.name for item in fields(RefTRConfig)}, "model")
@@ -39,4 +41,4 @@ def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcess
         )
     size = {"shortest_edge": args.image_size, "longest_edge": args.image_size}
     processor = RefTRProcessor(RefTRImageProcessor(size=size), tokenizer)
-    return RefTRForVisualGrounding(config), processor
+    return RefTRForVisualGrounding._from_config(config, attn_implementation=args.attn_implementation), processor

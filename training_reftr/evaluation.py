@@ -29,7 +29,8 @@ def evaluate(model, processor, rows, args, accelerator: Accelerator, description
         `list[dict]`, on every process, in the split's order of sentence and phrase: the target as the collator gives
         it, `pred_box` (xyxy in pixels) and `iou`. A phrase past the cut of its sentence has `pred_box` None, `iou` 0.
     """
-    model.eval()
+    # without the wrapper, whose forward talks to the other processes: they may hold fewer batches
+    model = accelerator.unwrap_model(model).eval()
     records = []
     loader = evaluation_loader(rows, processor, args, accelerator.process_index, accelerator.num_processes)
     for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
