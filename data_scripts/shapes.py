@@ -36,7 +36,7 @@ SPLITS = ("train", "validation", "test")
 MIN_VISIBLE = 0.6  # of an object's area
 MARGIN = 0.08  # in picture sides: what is called left is left by this much, what is not, is not
 SUPERSAMPLING = 4
-MIN_SENTENCES = 4  # a picture
+MIN_SENTENCES = 3  # a picture
 
 
 @dataclass
@@ -147,9 +147,9 @@ def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
 def draw_scene(rng: np.random.Generator, image_size: int):
     """A picture and its shapes, later ones in front; no shapes if one hides too much of another."""
     canvas = draw_ground(rng, image_size)
-    count = rng.integers(2, 5)
-    # in half of the scenes no colour comes twice
-    colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(2)))
+    count = rng.integers(2, 4)
+    # in two scenes of three no colour comes twice
+    colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(3) == 0))
     shapes, areas = [], []
     for color in colors:
         size = str(rng.choice(list(SIZES)))
@@ -225,8 +225,8 @@ def attributes_of(shape: Shape) -> list[tuple]:
 
 
 def draw_description(rng: np.random.Generator, choices: list[tuple]) -> tuple:
-    """One of several descriptions; people name the colour more often than not."""
-    weights = np.array([4.0 if color else 1.0 for _, color, _ in choices])
+    """One of several descriptions; people name the colour more often than not, and the size where they must."""
+    weights = np.array([(4.0 if color else 1.0) * (0.2 if size else 1.0) for size, color, _ in choices])
     return choices[rng.choice(len(choices), p=weights / weights.sum())]
 
 

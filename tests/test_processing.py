@@ -38,7 +38,7 @@ def test_a_list_with_one_sentence_an_image(processor):
 
 
 def test_a_list_of_lists(processor):
-    inputs = processor([PICTURE, PICTURE], [["the star"], ["the cross", "the circle"]])
+    inputs = processor([PICTURE, PICTURE], [["the star"], ["the square", "the circle"]])
     assert inputs["image_index"].tolist() == [0, 1, 1]
 
 
@@ -72,8 +72,8 @@ def test_letters_that_grow_in_lower_case_keep_places(processor):
 
 
 def test_phrase_slots_are_padded_with_empty_phrases(processor):
-    text = ["the star above the cross", "the circle"]
-    inputs = processor(PICTURE, text, phrases=[["the star", "the cross"], ["the circle"]])
+    text = ["the star above the square", "the circle"]
+    inputs = processor(PICTURE, text, phrases=[["the star", "the square"], ["the circle"]])
     assert inputs["phrase_attention_mask"].sum(dim=-1).tolist() == [[4, 4], [4, 2]]
     assert inputs["phrase_spans"][1].tolist() == [[1, 3], [0, 1]]
 
@@ -90,8 +90,8 @@ def test_fixed_length_on_request(processor):
 
 
 def test_long_text_is_cut_with_one_counted_warning(processor, make_model, caplog):
-    texts = ["the star " * 200 + "the cross", "the circle", "the red star " * 100]
-    phrases = [["the star", "the cross"], ["the circle"], ["the red star"]]
+    texts = ["the star " * 200 + "the square", "the circle", "the red star " * 100]
+    phrases = [["the star", "the square"], ["the circle"], ["the red star"]]
     logger = logging.getLogger("transformers")
     logger.propagate = True
     with caplog.at_level(logging.WARNING):
@@ -109,12 +109,12 @@ def test_long_text_is_cut_with_one_counted_warning(processor, make_model, caplog
 def test_boxes_become_labels(processor):
     inputs = processor(PICTURE, "the star", boxes=[16, 12, 48, 36])
     torch.testing.assert_close(inputs["labels"][0]["boxes"], torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
-    inputs = processor(PICTURE, ["the star", "the cross"], boxes=[[0, 0, 64, 48], [0, 0, 32, 24]])
+    inputs = processor(PICTURE, ["the star", "the square"], boxes=[[0, 0, 64, 48], [0, 0, 32, 24]])
     torch.testing.assert_close(inputs["labels"][1]["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5]]))
     inputs = processor(
         [PICTURE, PICTURE],
-        [["the star above the cross"], ["the circle", "the star"]],
-        phrases=[[["the star", "the cross"]], [["the circle"], ["the star"]]],
+        [["the star above the square"], ["the circle", "the star"]],
+        phrases=[[["the star", "the square"]], [["the circle"], ["the star"]]],
         boxes=[[[[0, 0, 8, 8], [8, 8, 16, 16]]], [[[0, 0, 8, 8]], [[0, 0, 9, 9]]]],
     )
     assert [len(label["boxes"]) for label in inputs["labels"]] == [2, 1, 1]
@@ -124,7 +124,7 @@ def test_masks_become_labels_of_the_padded_picture(processor):
     mask = np.zeros((48, 64), bool)
     mask[:24, :32] = True
     inputs = processor(
-        [PICTURE, Image.new("RGB", (64, 64))], ["the star", "the cross"], masks=[[mask], [np.ones((64, 64))]]
+        [PICTURE, Image.new("RGB", (64, 64))], ["the star", "the square"], masks=[[mask], [np.ones((64, 64))]]
     )
     masks = inputs["labels"][0]["masks"]
     assert masks.shape == (1, 64, 64)
@@ -141,12 +141,12 @@ def test_masks_become_labels_of_the_padded_picture(processor):
         ({"text": " \n"}, "is blank"),
         ({"text": "\u200b"}, "has no words"),
         ({"text": []}, "must be a sentence, a list"),
-        ({"text": [["the star"], "the cross"]}, "mixes sentences and lists"),
+        ({"text": [["the star"], "the square"]}, "mixes sentences and lists"),
         ({"images": [PICTURE] * 2, "text": "the star"}, "One text for 2 images"),
         ({"images": [PICTURE] * 2, "text": ["a"] * 3}, "3 texts for 2 images"),
         ({"images": [PICTURE] * 2, "text": [["a"]]}, "1 lists of texts for 2 images"),
         ({"images": [PICTURE] * 2, "text": [["a"], []]}, "An image has no sentence"),
-        ({"text": "the star", "phrases": ["the cross"]}, "'the cross' is not in its sentence 'the star'"),
+        ({"text": "the star", "phrases": ["the square"]}, "'the square' is not in its sentence 'the star'"),
         ({"text": "the star", "phrases": [(4, 9)]}, r"\(4, 9\) is no part of 'the star', which has 8 characters"),
         ({"text": "the star", "phrases": [(4, 4)]}, r"\(4, 4\) is no part"),
         ({"text": "the star", "phrases": [" "]}, "A phrase of 'the star' is blank"),
@@ -175,13 +175,13 @@ def test_boxes_at_the_edge_are_cut_there(processor):
 def test_answers_are_in_pixels_of_each_picture(processor, make_model):
     model = make_model()
     pictures = [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 32))]
-    inputs = processor(pictures, [["the star", "the cross"], ["the circle"]])
+    inputs = processor(pictures, [["the star", "the square"], ["the circle"]])
     outputs = model(**inputs)
     by_image = processor.post_process_grounding(outputs, [(64, 64), (32, 32)])
     by_sentence = processor.post_process_grounding(outputs, torch.tensor([[64, 64], [64, 64], [32, 32]]))
     for first, second in zip(by_image, by_sentence, strict=True):
         assert torch.equal(first["boxes"], second["boxes"])
-    assert [answer["phrases"] for answer in by_image] == [["the star"], ["the cross"], ["the circle"]]
+    assert [answer["phrases"] for answer in by_image] == [["the star"], ["the square"], ["the circle"]]
     cx, cy, w, h = outputs.pred_boxes[2, 0].tolist()
     expected = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]]) * 32
     torch.testing.assert_close(by_image[2]["boxes"], expected)
