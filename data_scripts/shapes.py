@@ -54,8 +54,8 @@ class ShapesConfig(datasets.BuilderConfig):
     num_test: int = 200
     seed: int = 0
 
-    def __post_init__(self):
-        super().__post_init__()
+    def validate(self):
+        """Raise a ValueError for a setting that nothing can be drawn with."""
         if self.image_size < 32:
             raise ValueError(f"image_size={self.image_size}: shapes need pictures of at least 32 pixels a side.")
         for name in ("num_train", "num_validation", "num_test"):
@@ -74,6 +74,7 @@ class Shapes(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "default"
 
     def _info(self):
+        self.config.validate()
         return datasets.DatasetInfo(description=__doc__, features=FEATURES)
 
     def _split_generators(self, dl_manager):

@@ -59,6 +59,11 @@ def turn_upright(image: Image.Image, annotated_size: tuple[int, int] | None = No
     return turned
 
 
+def add_channels(image):
+    """A grey (height, width) array or tensor with an axis for its channel; anything else as it is."""
+    return image[..., None] if getattr(image, "ndim", None) == 2 else image
+
+
 class RefTRImageProcessor(TorchvisionBackend):
     r"""
     Published preprocessing: the longer side resized to about 640 pixels with the aspect ratio kept, ImageNet mean and
@@ -132,7 +137,10 @@ class RefTRImageProcessor(TorchvisionBackend):
         """
         if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
             raise ValueError("There are no images: give one picture or a list of them.")
-        images = make_flat_list_of_images(self.fetch_images(images))
+        images = self.fetch_images(images)
+        images = make_flat_list_of_images(
+            [add_channels(image) for image in images] if isinstance(images, (list, tuple)) else add_channels(images)
+        )
         if annotated_sizes is None:
             annotated_sizes = [None] * len(images)
         if len(annotated_sizes) != len(images):
@@ -178,6 +186,10 @@ class RefTRImageProcessor(TorchvisionBackend):
             )
         if tuple(image.shape[-2:]) == (size.height, size.width):
             return image
+        if image.dtype == torch.uint8 and 1 in (*image.shape[-2:], size.height, size.width):
+            # torch's 8-bit kernel takes a picture one pixel wide for one with its channels last, and fails
+            resized = super().resize(image.float(), size=size, resample=resample, **kwargs)
+            return resized.round().clamp(0, 255).to(torch.uint8)
         return super().resize(image, size=size, resample=resample, **kwargs)
 
     def _preprocess(

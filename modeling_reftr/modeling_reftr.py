@@ -403,6 +403,11 @@ class RefTRPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # For code outside of the library it passes over modules whose parameters all lie in their children. It need
+        # not: `_init_weights` asks each parameter whether it was loaded.
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """As published: PyTorch's defaults but where a case below says otherwise."""
@@ -666,13 +671,14 @@ class RefTRModel(RefTRPreTrainedModel):
         phrase_mask: torch.Tensor,
     ) -> torch.Tensor:
         """Run the real phrases alone through the text backbone -> (S, P, d), zero for padding phrases."""
+        # where no phrase is real, the first slot stands in: the text backbone does not take an empty batch
+        encoded = phrase_mask.clone()
+        encoded[:1, :1] |= ~phrase_mask.any()
         pooled = self.text_backbone(
-            input_ids=phrase_input_ids[phrase_mask], attention_mask=phrase_attention_mask[phrase_mask]
+            input_ids=phrase_input_ids[encoded], attention_mask=phrase_attention_mask[encoded]
         ).pooler_output
         features = self.phrase_projection(pooled)
-        return features.new_zeros(*phrase_mask.shape, features.shape[-1]).masked_scatter(
-            phrase_mask[..., None], features
-        )
+        return features.new_zeros(*phrase_mask.shape, features.shape[-1]).masked_scatter(encoded[..., None], features)
 
     @can_return_tuple
     def forward(

@@ -375,7 +375,12 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
         x0, y0, x1, y1 = box
         if not (x0 < x1 and y0 < y1 and math.isfinite(sum(box))):
             raise ValueError(f"The box {box} of {sentence!r} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1.")
-        left, top, right, bottom = max(x0, 0) / width, max(y0, 0) / height, min(x1, width) / width, min(y1, height) / height
+        left, top, right, bottom = (
+            max(x0, 0) / width,
+            max(y0, 0) / height,
+            min(x1, width) / width,
+            min(y1, height) / height,
+        )
         passes = min(x0, y0) < -1 or x1 > width + 1 or y1 > height + 1
         if passes or left >= right or top >= bottom:
             raise ValueError(f"The box {box} of {sentence!r} leaves its picture of {width} x {height} pixels.")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from golden import GOLDEN, golden_config, golden_model, load_case, published_state_dict
 
+from golden import GOLDEN, golden_config, golden_model, load_case, published_state_dict
 from modeling_reftr import RefTRForVisualGrounding
 from modeling_reftr.convert_reftr_checkpoint import convert_state_dict
 

@@ -12,9 +12,7 @@ from conftest import ROOT
 @pytest.mark.slow
 def test_the_demo_learns_to_find_what_the_words_say(run, tmp_path):
     start = time.monotonic()
-    result = run(
-        "train_reftr.py", "recipes/demo.yaml", "--output_dir", tmp_path, timeout=1500, OMP_NUM_THREADS="2"
-    )
+    result = run("train_reftr.py", "recipes/demo.yaml", "--output_dir", tmp_path, timeout=1500, OMP_NUM_THREADS="2")
     minutes = (time.monotonic() - start) / 60
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     print(f"{minutes:.1f} minutes\n{result.stdout}")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden import golden_inputs, golden_model, load_case
 
+from golden import golden_inputs, golden_model, load_case
 from modeling_reftr import RefTRImageProcessor
 from modeling_reftr.convert_reftr_checkpoint import rename_key
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden import GOLDEN
 from PIL import Image
 
+from golden import GOLDEN
 from modeling_reftr import RefTRImageProcessor
 from modeling_reftr.image_processing_reftr import resized_size
 from modeling_reftr.processing_reftr import to_label_boxes
@@ -71,6 +71,8 @@ def as_mode(mode, rotated):
         picture = Image.fromarray(grey)
     elif mode == "I":
         picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.int32) * 257)
+    elif mode == "P":
+        picture = picture.quantize(8)
     else:
         picture = picture.convert(mode)
     picture.getexif().update(exif)

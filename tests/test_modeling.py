@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_TEXT
 from torch import nn
 
+from conftest import TINY_MODEL, TINY_TEXT
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRModel
 from training_reftr.data import GroundingCollator
 
@@ -324,7 +324,10 @@ def test_saved_model_gives_the_same_answer(batch, make_model, tmp_path):
     model, inputs = make_model(), model_inputs(batch)
     model.save_pretrained(tmp_path)
     loaded = RefTRForVisualGrounding.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(**inputs).pred_boxes, model(**inputs).pred_boxes)
+    saved, read = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == read.keys()
+    assert all(torch.equal(value, read[name]) for name, value in saved.items())
+    assert_same_boxes(loaded(**inputs), model(**inputs))
     assert not list(tmp_path.glob("*.bin"))
 
 

@@ -163,7 +163,7 @@ def test_size_words_agree_with_sizes(rows):
                 widest = [max(box[2] - box[0], box[3] - box[1]) for box in (a["box"], b["box"])]
                 assert widest[0] < widest[1]
                 compared += 1
-    assert compared > 10
+    assert compared > 2
 
 
 @pytest.mark.parametrize("side", [32, 65, 200])
