@@ -34,8 +34,8 @@ def quote(readme: str) -> str:
     """The README with the committed results between its marks."""
     table = demo_table(json.loads((RESULTS / "metrics.json").read_text()))
     return re.sub(
-        r"(<!-- demo results -->\n).*?(\n<!-- end of demo results -->)",
-        lambda match: match[1] + table + match[2],
+        r"(<!-- demo results -->\n).*?(<!-- end of demo results -->)",
+        lambda match: f"{match[1]}{table}\n{match[2]}",
         readme,
         flags=re.DOTALL,
     )
