@@ -75,6 +75,9 @@ class RefTRConfig(PreTrainedConfig):
             Weights of the L1 and the generalised-IoU box losses.
         init_xavier_std (`float`, *optional*, defaults to 1.0):
             Gain of the xavier-uniform initialisation of encoder, decoder and projections.
+        box_head_init_std (`float`, *optional*, defaults to 0.0):
+            Standard deviation of the box head's last weights. The published 0 makes the first boxes equal, and a model
+            without pretrained backbones slow to leave them: about 0.07 trains much faster from scratch.
 
     Raises:
         ValueError: if a value is out of its range or two values do not fit together.
@@ -132,6 +135,7 @@ class RefTRConfig(PreTrainedConfig):
     bbox_loss_coefficient: float | int = 1.0
     giou_loss_coefficient: float | int = 1.0
     init_xavier_std: float | int = 1.0
+    box_head_init_std: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         if "backbone" in kwargs:
@@ -184,7 +188,7 @@ class RefTRConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
-        for name in ("bbox_loss_coefficient", "giou_loss_coefficient"):
+        for name in ("bbox_loss_coefficient", "giou_loss_coefficient", "box_head_init_std"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
         for name in ("layer_norm_eps", "position_embedding_temperature", "init_xavier_std"):

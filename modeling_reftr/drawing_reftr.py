@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 COLORS = ("#e6194b", "#3c78d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#d01c8b")
-TRUTH_COLOR = "#2ca02c"
+TRUTH_COLOR = "white"
 
 
 def draw_boxes(
@@ -19,7 +19,7 @@ def draw_boxes(
         image (`PIL.Image.Image`): the picture.
         boxes_xyxy (`(phrases, 4)`): predicted boxes in pixels of the picture; None where there is no answer.
         phrases (`list[str]`): the words of each box, written in the colour of its box.
-        true_boxes_xyxy (`(phrases, 4)`, *optional*): boxes to compare with, drawn in green.
+        true_boxes_xyxy (`(phrases, 4)`, *optional*): boxes to compare with, drawn in white.
         title (`str`, *optional*): words above the phrases, in black.
         width (`int`, *optional*, defaults to 320): of the result, in pixels.
     """

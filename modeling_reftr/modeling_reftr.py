@@ -376,7 +376,7 @@ class RefTRQueryEncoder(nn.Module):
 
 
 class RefTRBoxHead(nn.Module):
-    """Three linear layers from a phrase's state to the logits of its box; the last starts at zero."""
+    """Three linear layers from a phrase's state to the logits of its box; the last starts at zero, as published."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -435,7 +435,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
             init.uniform_(module.row_embeddings.weight)
             init.uniform_(module.column_embeddings.weight)
         elif isinstance(module, RefTRBoxHead):
-            init.zeros_(module.layers[-1].weight)
+            init.normal_(module.layers[-1].weight, std=self.config.box_head_init_std)
             init.zeros_(module.layers[-1].bias)
         elif isinstance(module, RefTRModel):
             init.xavier_uniform_(module.text_position_embeddings.weight, gain=xavier_std)

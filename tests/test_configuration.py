@@ -23,6 +23,7 @@ def test_defaults_are_the_published_model():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"box_head_init_std": -1.0}, "box_head_init_std=-1.0"),
         ({"d_model": 30}, "d_model=30 is not a multiple of encoder_attention_heads=8"),
         ({"d_model": 96, "projection_group_norm_groups": 5}, "projection_group_norm_groups=5"),
         (

@@ -349,6 +349,12 @@ def test_initialisation_is_the_published_one():
     assert linear.bias.any()
 
 
+def test_box_head_starts_as_wide_as_asked(make_model):
+    last = make_model(box_head_init_std=0.5, d_model=64).box_head.layers[-1]
+    assert last.weight.std().item() == pytest.approx(0.5, rel=0.2)
+    assert not last.bias.any()
+
+
 # learning
 
 

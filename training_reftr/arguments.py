@@ -29,8 +29,6 @@ class TrainingArguments:
     test_split: str = setting("test", "Split that the report is about.")
     image_size: int = setting(640, "Length in pixels that the longer side of a picture is brought to.")
     expressions_per_image: int = setting(8, "Sentences drawn for each image of a batch; all, where it has fewer.")
-    curriculum_type: str | None = setting(None, "Type of phrase that the first epochs keep to, see its epochs.")
-    curriculum_epochs: int = setting(0, "Epochs that train on sentences of curriculum_type alone.")
     num_workers: int = setting(2, "Processes that prepare batches.")
 
     model_name_or_path: str | None = setting(None, "RefTR folder or Hub id to start from, or to evaluate.")
@@ -46,6 +44,7 @@ class TrainingArguments:
     backbone_learning_rate: float = setting(1e-5, "Peak rate of the image backbone.")
     text_learning_rate: float = setting(1e-5, "Peak rate of the text backbone.")
     weight_decay: float = setting(1e-4, "AdamW's.")
+    adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients; shorter leaves plateaus sooner.")
     max_grad_norm: float = setting(0.1, "The gradient of all parameters together is cut to this norm.")
     lr_schedule: str = setting("step", "step: x0.1 after lr_drop_epochs; cosine; or constant.")
     lr_drop_epochs: int = setting(60, "Epochs before the step schedule's drop.")
@@ -79,16 +78,15 @@ class TrainingArguments:
             "lr_drop_epochs",
             "num_pictures",
             "seed",
-            "curriculum_epochs",
         )
         not_negative += ("learning_rate", "backbone_learning_rate", "text_learning_rate", "weight_decay")
         for name in not_negative:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2={self.adam_beta2} must be at least 0 and less than 1.")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be greater than 0; inf does not cut.")
-        if self.curriculum_epochs and self.curriculum_type is None:
-            raise ValueError(f"curriculum_epochs={self.curriculum_epochs} needs a curriculum_type to keep to.")
         if self.lr_schedule not in ("step", "cosine", "constant"):
             raise ValueError(f"lr_schedule={self.lr_schedule!r} must be 'step', 'cosine' or 'constant'.")
 

@@ -20,21 +20,12 @@ class GroundingDataset(Dataset):
         rows (`datasets.Dataset`): see `data_scripts.FEATURES`.
         expressions_per_image (`int`, *optional*): sentences to draw for an image; absent: all.
         seed (`int`): of the draw, which depends on nothing but (seed, epoch, index).
-        curriculum (`tuple[str, int]`, *optional*): a phrase type and a number of epochs: so long, an image that has
-            sentences of the type comes with these alone.
     """
 
-    def __init__(
-        self,
-        rows,
-        expressions_per_image: int | None = None,
-        seed: int = 0,
-        curriculum: tuple[str | None, int] = (None, 0),
-    ):
+    def __init__(self, rows, expressions_per_image: int | None = None, seed: int = 0):
         self.rows = rows
         self.expressions_per_image = expressions_per_image
         self.seed = seed
-        self.curriculum_type, self.curriculum_epochs = curriculum
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,13 +33,6 @@ class GroundingDataset(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> dict:
         epoch, index = place
         row = self.rows[index]
-        if epoch < self.curriculum_epochs:
-            easy = [
-                sentence
-                for sentence in row["sentences"]
-                if all(self.curriculum_type in phrase["types"] for phrase in sentence["phrases"])
-            ]
-            row["sentences"] = easy or row["sentences"]
         count = self.expressions_per_image
         if count is not None and count < len(row["sentences"]):
             draw = random.Random(f"{self.seed}/{epoch}/{index}")
@@ -138,7 +122,7 @@ class GroundingCollator:
 def training_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
     """Batches of this process; set `loader.batch_sampler.epoch` before each epoch."""
     return DataLoader(
-        GroundingDataset(rows, args.expressions_per_image, args.seed, (args.curriculum_type, args.curriculum_epochs)),
+        GroundingDataset(rows, args.expressions_per_image, args.seed),
         batch_sampler=EpochSampler(len(rows), args.batch_size, args.seed, rank, world_size),
         collate_fn=GroundingCollator(processor),
         num_workers=args.num_workers,

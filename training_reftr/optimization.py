@@ -19,6 +19,7 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
             groups[next(prefix for prefix in rates if name.startswith(prefix))].append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rates[prefix]} for prefix, parameters in groups.items() if parameters],
+        betas=(0.9, args.adam_beta2),
         weight_decay=args.weight_decay,
         fused=True,
     )
