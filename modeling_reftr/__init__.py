@@ -1,17 +1,25 @@
-"""RefTR ("Referring Transformer", NeurIPS 2021) for transformers."""
+"""RefTR ("Referring Transformer", NeurIPS 2021) for transformers. Nothing is imported before it is asked for."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+import importlib
+from typing import TYPE_CHECKING
 
-from .configuration_reftr import RefTRConfig
-from .image_processing_reftr import RefTRImageProcessor
-from .modeling_reftr import RefTRForVisualGrounding, RefTRModel, RefTRPreTrainedModel
-from .processing_reftr import RefTRProcessor
+from .auto_classes import register_when_imported
 
 
-AutoConfig.register("reftr", RefTRConfig)
-AutoModel.register(RefTRConfig, RefTRModel)
-AutoImageProcessor.register(RefTRConfig, image_processor_classes={"torchvision": RefTRImageProcessor})
-AutoProcessor.register(RefTRConfig, RefTRProcessor)
+if TYPE_CHECKING:
+    from .configuration_reftr import RefTRConfig
+    from .image_processing_reftr import RefTRImageProcessor
+    from .modeling_reftr import RefTRForVisualGrounding, RefTRModel, RefTRPreTrainedModel
+    from .processing_reftr import RefTRProcessor
+
+_MODULES = {
+    "RefTRConfig": "configuration_reftr",
+    "RefTRForVisualGrounding": "modeling_reftr",
+    "RefTRImageProcessor": "image_processing_reftr",
+    "RefTRModel": "modeling_reftr",
+    "RefTRPreTrainedModel": "modeling_reftr",
+    "RefTRProcessor": "processing_reftr",
+}
 
 __all__ = [
     "RefTRConfig",
@@ -21,3 +29,16 @@ __all__ = [
     "RefTRPreTrainedModel",
     "RefTRProcessor",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_imported()

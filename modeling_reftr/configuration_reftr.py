@@ -8,6 +8,35 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+# where a saved folder keeps our classes; written by every save, whatever a loaded file said
+AUTO_MAP = {
+    "AutoConfig": "configuration_reftr.RefTRConfig",
+    "AutoModel": "modeling_reftr.RefTRModel",
+    "AutoModelForZeroShotObjectDetection": "modeling_reftr.RefTRForVisualGrounding",
+    "AutoImageProcessor": "image_processing_reftr.RefTRImageProcessor",
+    "AutoProcessor": "processing_reftr.RefTRProcessor",
+}
+
+
+def without_foreign_code(values: dict) -> dict:
+    """
+    The values of a configuration file, nested ones too, without references to code.
+
+    Raises:
+        ValueError: if a value names attention code to fetch.
+    """
+    kept = {}
+    for name, value in values.items():
+        if name in ("attn_implementation", "_attn_implementation") and "/" in str(value):
+            raise ValueError(
+                f"{name}={value!r} in the configuration names code to fetch; if you want it, give it to "
+                "from_pretrained yourself."
+            )
+        if name != "auto_map":
+            kept[name] = without_foreign_code(value) if isinstance(value, dict) else value
+    return kept
+
+
 def raise_value_errors(config_class):
     """Make a strict config raise a ValueError with the validator's sentence, where strict raises errors of its own."""
     strict_init = config_class.__init__
@@ -146,7 +175,15 @@ class RefTRConfig(PreTrainedConfig):
             )
         if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
             self.backbone_config = {"model_type": "timm_backbone", **self.backbone_config}
+        kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
+
+        self.auto_map = dict(AUTO_MAP)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """See `PreTrainedConfig.from_dict`. A file cannot make us run code of others: see `without_foreign_code`."""
+        return super().from_dict(without_foreign_code(config_dict), **kwargs)
 
     def validate_sizes(self):
         """Refuse widths and counts that no model can be built from."""
@@ -204,13 +241,15 @@ class RefTRConfig(PreTrainedConfig):
             )
 
     def validate_backbone(self):
-        """Refuse backbone names that would reach the network or the disk."""
-        name = getattr(self.backbone_config, "backbone", None) or ""
-        if ":" in name:
-            raise ValueError(
-                f"backbone_config.backbone={name!r} names a place to load from; give the plain name of a timm "
-                "architecture, for example 'resnet50'."
-            )
+        """Refuse names of timm architectures that would reach the network or the disk, in either sub-configuration."""
+        for part in ("backbone_config", "text_config"):
+            for field in ("backbone", "architecture"):
+                name = getattr(getattr(self, part), field, None)
+                if name is not None and ":" in str(name):
+                    raise ValueError(
+                        f"{part}.{field}={name!r} names a place to load from; give the plain name of a timm "
+                        "architecture, for example 'resnet50'."
+                    )
 
     def validate_text_length(self):
         """Refuse a sentence limit that the text encoder cannot reach."""
@@ -221,5 +260,7 @@ class RefTRConfig(PreTrainedConfig):
                 f"{limit}: longer sentences would have no position in the text encoder."
             )
 
+
+RefTRConfig.register_for_auto_class()
 
 __all__ = ["RefTRConfig"]

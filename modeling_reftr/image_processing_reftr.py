@@ -241,18 +241,59 @@ class RefTRImageProcessor(TorchvisionBackend):
         height, width = masks.shape[-2:]
         return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height]).bool()
 
-    def post_process_boxes(self, boxes_cxcywh: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+    def post_process_boxes(self, outputs, target_sizes=None) -> torch.Tensor:
         """
         Args:
-            boxes_cxcywh (`torch.Tensor` of shape `(S, P, 4)`): (cx, cy, w, h) in 0..1 of the picture.
-            target_sizes (`torch.Tensor` of shape `(S, 2)`): (height, width) of each sentence's picture.
+            outputs ([`RefTRVisualGroundingOutput`]): of the model.
+            target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
+                The original size of each image, or of each sentence's image. Absent: boxes stay in 0..1.
 
         Returns:
             `torch.Tensor` of shape `(S, P, 4)`: xyxy in pixels.
-        """
-        height, width = target_sizes.to(boxes_cxcywh).unbind(1)
-        scale = torch.stack((width, height, width, height), dim=1)
-        return box_convert(boxes_cxcywh, "cxcywh", "xyxy") * scale[:, None]
 
+        Raises:
+            ValueError: if there is not one size an image or a sentence.
+        """
+        boxes_xyxy = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
+        if target_sizes is None:
+            return boxes_xyxy
+        num_sentences = len(boxes_xyxy)
+        image_index = getattr(outputs, "image_index", None)
+        if image_index is None:
+            image_index = torch.arange(num_sentences, device=boxes_xyxy.device)
+        num_images = int(image_index.max()) + 1
+        target_sizes = torch.as_tensor(target_sizes).reshape(-1, 2).to(boxes_xyxy)
+        if len(target_sizes) == num_images:
+            target_sizes = target_sizes[image_index]
+        elif len(target_sizes) != num_sentences:
+            raise ValueError(
+                f"{len(target_sizes)} target_sizes for {num_images} images and {num_sentences} sentences: give "
+                "(height, width) of each image, or of each sentence's image."
+            )
+        height, width = target_sizes.unbind(1)
+        return boxes_xyxy * torch.stack((width, height, width, height), dim=1)[:, None]
+
+    def post_process_object_detection(self, outputs, threshold: float = 0.0, target_sizes=None) -> list[dict]:
+        """
+        What the `zero-shot-object-detection` pipeline reads. RefTR answers each phrase with one box and has no score:
+        every score is 1.0.
+
+        Args:
+            outputs ([`RefTRVisualGroundingOutput`]): of the model.
+            threshold (`float`, *optional*, defaults to 0.0): from 1.0 on, nothing is kept.
+            target_sizes: see `post_process_boxes`.
+
+        Returns:
+            `list[dict]`, one a sentence: `scores` (phrases,), `labels` (phrases,), the phrases' slots, and `boxes`
+            (phrases, 4), xyxy in pixels.
+        """
+        results = []
+        for boxes, mask in zip(self.post_process_boxes(outputs, target_sizes), outputs.phrase_mask, strict=True):
+            labels = mask.nonzero().flatten() if threshold < 1 else mask.new_zeros(0, dtype=torch.long)
+            results.append({"scores": boxes.new_ones(len(labels)), "labels": labels, "boxes": boxes[labels]})
+        return results
+
+
+RefTRImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = ["RefTRImageProcessor"]

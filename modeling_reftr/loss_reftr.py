@@ -1,7 +1,39 @@
 """RefTR's losses, plain functions of predictions and labels."""
 
 import torch
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
+
+
+def generalized_box_iou(boxes1_xyxy: torch.Tensor, boxes2_xyxy: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
+    """
+    Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes pair by pair, without the boolean indexing of
+    torchvision's loss, which makes the host wait for the device.
+
+    Args:
+        boxes1_xyxy, boxes2_xyxy (`torch.Tensor` of shape `(..., 4)`): corners, top left first.
+        eps (`float`, *optional*, defaults to 1e-7): keeps two boxes without extent from a division by zero.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: from -1 to 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_reftr.loss_reftr import generalized_box_iou
+
+    >>> generalized_box_iou(torch.tensor([0.0, 0.0, 0.5, 1.0]), torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    tensor(0.5000)
+
+    ```"""
+    (left1, top1, right1, bottom1), (left2, top2, right2, bottom2) = boxes1_xyxy.unbind(-1), boxes2_xyxy.unbind(-1)
+    width = (torch.min(right1, right2) - torch.max(left1, left2)).clamp(min=0)
+    height = (torch.min(bottom1, bottom2) - torch.max(top1, top2)).clamp(min=0)
+    intersection = width * height
+    union = (right1 - left1) * (bottom1 - top1) + (right2 - left2) * (bottom2 - top2) - intersection
+    hull_width = torch.max(right1, right2) - torch.min(left1, left2)
+    hull = hull_width * (torch.max(bottom1, bottom2) - torch.min(top1, top2))
+    return intersection / (union + eps) - (hull - union) / (hull + eps)
 
 
 def box_losses(
@@ -19,7 +51,7 @@ def box_losses(
         `dict[str, torch.Tensor]`: `loss_bbox` and `loss_giou`, each of shape ().
     """
     l1 = (pred_boxes_cxcywh - target_boxes_cxcywh).abs().sum(dim=-1)
-    giou = generalized_box_iou_loss(
+    giou = 1 - generalized_box_iou(
         box_convert(pred_boxes_cxcywh, "cxcywh", "xyxy"), box_convert(target_boxes_cxcywh, "cxcywh", "xyxy")
     )
     zero = l1.new_zeros(())

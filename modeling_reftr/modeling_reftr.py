@@ -136,6 +136,20 @@ class RefTRVisualGroundingOutput(ModelOutput):
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
 
+def expand_attention_mask(config, inputs_embeds, attention_mask, encoder_hidden_states=None):
+    """
+    A (batch, tokens) mask in the form that the attention implementation reads. It is never left out where nothing is
+    masked: to find that out the host would wait for the device.
+    """
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        encoder_hidden_states=encoder_hidden_states,
+        allow_is_bidirectional_skip=False,
+    )
+
+
 class RefTRSinePositionEmbedding(nn.Module):
     """
     Sines and cosines of the cell's place in the *valid* part of the image, with a half-cell offset that DETR's
@@ -479,9 +493,7 @@ class RefTREncoder(RefTRPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
         """
         hidden_states = inputs_embeds
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
+        attention_mask = expand_attention_mask(self.config, inputs_embeds, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_embeddings, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -524,14 +536,9 @@ class RefTRDecoder(RefTRPreTrainedModel):
             encoder_attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
         """
         hidden_states = inputs_embeds
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
-        encoder_attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=encoder_attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
+        attention_mask = expand_attention_mask(self.config, inputs_embeds, attention_mask)
+        encoder_attention_mask = expand_attention_mask(
+            self.config, inputs_embeds, encoder_attention_mask, encoder_hidden_states
         )
         intermediate_hidden_states = []
         for layer in self.layers:
@@ -570,7 +577,7 @@ class RefTRModel(RefTRPreTrainedModel):
         else:
             self.image_position_embedding = RefTRSinePositionEmbedding(config)
 
-        self.text_backbone = AutoModel.from_config(config.text_config)
+        self.text_backbone = AutoModel.from_config(config.text_config, trust_remote_code=False)
         if getattr(self.text_backbone, "pooler", None) is None:
             raise ValueError(
                 f"text_config.model_type={config.text_config.model_type!r} has no pooled output, which RefTR reads "
@@ -664,21 +671,31 @@ class RefTRModel(RefTRPreTrainedModel):
             image_mask=mask.flatten(1),
         )
 
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        """Run (N, L) tokens through the text backbone."""
+        if self.text_backbone._supports_attention_backend:
+            # such a backbone takes a mask that is ready, and would wait for the device to make its own
+            embeds = self.text_position_embeddings.weight[: input_ids.shape[1]].expand(len(input_ids), -1, -1)
+            attention_mask = expand_attention_mask(self.text_backbone.config, embeds, attention_mask)
+        return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
+
     def encode_phrases(
         self,
         phrase_input_ids: torch.Tensor,
         phrase_attention_mask: torch.Tensor,
         phrase_mask: torch.Tensor,
+        phrase_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the real phrases alone through the text backbone -> (S, P, d), zero for padding phrases."""
-        # where no phrase is real, the first slot stands in: the text backbone does not take an empty batch
-        encoded = phrase_mask.clone()
-        encoded[:1, :1] |= ~phrase_mask.any()
-        pooled = self.text_backbone(
-            input_ids=phrase_input_ids[encoded], attention_mask=phrase_attention_mask[encoded]
-        ).pooler_output
+        if phrase_index is None:
+            # where no phrase is real, the first slot stands in: the text backbone does not take an empty batch
+            encoded = phrase_mask.clone()
+            encoded[:1, :1] |= ~phrase_mask.any()
+            phrase_index = encoded.nonzero()
+        slots = phrase_index.unbind(1)
+        pooled = self.encode_text(phrase_input_ids[slots], phrase_attention_mask[slots]).pooler_output
         features = self.phrase_projection(pooled)
-        return features.new_zeros(*phrase_mask.shape, features.shape[-1]).masked_scatter(encoded[..., None], features)
+        return features.new_zeros(*phrase_mask.shape, features.shape[-1]).index_put(slots, features)
 
     @can_return_tuple
     def forward(
@@ -691,6 +708,7 @@ class RefTRModel(RefTRPreTrainedModel):
         phrase_input_ids: torch.Tensor | None = None,
         phrase_attention_mask: torch.Tensor | None = None,
         phrase_spans: torch.Tensor | None = None,
+        phrase_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRModelOutput:
         """
@@ -699,12 +717,20 @@ class RefTRModel(RefTRPreTrainedModel):
         Returns:
             [`RefTRModelOutput`]
         """
+        kwargs.pop("token_type_ids", None)  # tokenizers make them; a sentence of RefTR is one segment
         if input_ids is None:
             raise ValueError("RefTR answers words: give input_ids of shape (sentences, tokens).")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self._check_text_shapes(
-            pixel_values, input_ids, attention_mask, image_index, phrase_input_ids, phrase_attention_mask, phrase_spans
+            pixel_values,
+            input_ids,
+            attention_mask,
+            image_index,
+            phrase_input_ids,
+            phrase_attention_mask,
+            phrase_spans,
+            phrase_index,
         )
         length = input_ids.shape[1]
 
@@ -719,7 +745,7 @@ class RefTRModel(RefTRPreTrainedModel):
             image_features, image_positions, image_mask = (
                 states[image_index] for states in (image_features, image_positions, image_mask)
             )
-        text = self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
+        text = self.encode_text(input_ids, attention_mask)
         text_features = self.text_projection(text.last_hidden_state)
         text_positions = self.text_position_embeddings.weight[:length] + self.token_type_embeddings.weight[0]
         text_positions = text_positions.expand(len(input_ids), -1, -1)
@@ -747,7 +773,7 @@ class RefTRModel(RefTRPreTrainedModel):
             if phrase_attention_mask is None:
                 phrase_attention_mask = torch.ones_like(phrase_input_ids)
             phrase_mask = phrase_attention_mask.sum(dim=-1) > 2
-            phrase_features = self.encode_phrases(phrase_input_ids, phrase_attention_mask, phrase_mask)
+            phrase_features = self.encode_phrases(phrase_input_ids, phrase_attention_mask, phrase_mask, phrase_index)
             start, end = phrase_spans[..., :1], phrase_spans[..., 1:]
             context_mask = (token >= start) & (token < end) & is_real[:, None]
         # where nothing may be seen, [CLS] stands in: a softmax over nothing is not a number
@@ -786,6 +812,7 @@ class RefTRModel(RefTRPreTrainedModel):
         phrase_input_ids,
         phrase_attention_mask,
         phrase_spans,
+        phrase_index,
     ):
         """Raise a ValueError that names the shapes, where two inputs do not fit together."""
         if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
@@ -809,6 +836,11 @@ class RefTRModel(RefTRPreTrainedModel):
             )
         if (phrase_input_ids is None) != (phrase_spans is None):
             raise ValueError("phrase_input_ids and phrase_spans belong together: give both or neither.")
+        if phrase_index is not None and (phrase_input_ids is None or phrase_index.shape[1:] != (2,)):
+            raise ValueError(
+                f"phrase_index {tuple(phrase_index.shape)} must be (real phrases, 2), sentence and slot of each of "
+                "phrase_input_ids."
+            )
         if phrase_input_ids is None:
             return
         if phrase_input_ids.ndim != 3 or len(phrase_input_ids) != num_sentences:
@@ -852,6 +884,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         phrase_input_ids: torch.Tensor | None = None,
         phrase_attention_mask: torch.Tensor | None = None,
         phrase_spans: torch.Tensor | None = None,
+        phrase_index: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -875,6 +908,9 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 the whole sentence.
             phrase_spans (`torch.Tensor` of shape `(S, P, 2)`, *optional*):
                 Where each phrase stands in its sentence, token positions [start, end), [CLS] counted as 0.
+            phrase_index (`torch.Tensor` of shape `(N, 2)`, *optional*):
+                Sentence and slot of each real phrase, as the processor gives them. Absent: they are looked for, which
+                makes the host wait for the device, and breaks the graph of `torch.compile`.
             labels (`list[dict]` of length `S`, *optional*):
                 `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, (center_x, center_y, width,
                 height) in 0..1 of the picture without its padding.
@@ -920,6 +956,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             phrase_input_ids=phrase_input_ids,
             phrase_attention_mask=phrase_attention_mask,
             phrase_spans=phrase_spans,
+            phrase_index=phrase_index,
             **kwargs,
         )
         layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid()
@@ -955,5 +992,8 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             encoder_attentions=outputs.encoder_attentions,
         )
 
+
+RefTRModel.register_for_auto_class("AutoModel")
+RefTRForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
 
 __all__ = ["RefTRForVisualGrounding", "RefTRModel", "RefTRPreTrainedModel"]

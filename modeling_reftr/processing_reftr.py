@@ -101,8 +101,8 @@ class RefTRProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature`: `pixel_values`, `pixel_mask`, `input_ids`, `attention_mask`, `image_index`; with phrases
-            also `phrase_input_ids`, `phrase_attention_mask`, `phrase_spans`; with boxes or masks also `labels`. See
-            [`RefTRForVisualGrounding.forward`] for their shapes.
+            also `phrase_input_ids`, `phrase_attention_mask`, `phrase_spans`, `phrase_index`; with boxes or masks also
+            `labels`. See [`RefTRForVisualGrounding.forward`] for their shapes.
 
         Raises:
             ValueError: if counts do not match, a text is blank, a phrase is not in its sentence, or a box is empty,
@@ -217,10 +217,12 @@ class RefTRProcessor(ProcessorMixin):
         token_ids = self.tokenizer(flat, truncation=True, max_length=self.max_phrase_length, padding=False)[
             "input_ids"
         ]
+        # where no phrase is real, the first slot stands in for the model's text backbone
+        phrase_index = [divmod(number, num_slots) for number, ids in enumerate(token_ids) if len(ids) > 2] or [(0, 0)]
         width = self.max_phrase_length if fixed else max(len(ids) for ids in token_ids)
         data = self.pad_tokens(token_ids, width, prefix="phrase_")
         data = {name: values.reshape(len(sentences), num_slots, width) for name, values in data.items()}
-        return {**data, "phrase_spans": phrase_spans}
+        return {**data, "phrase_spans": phrase_spans, "phrase_index": np.array(phrase_index)}
 
     def post_process_grounding(self, outputs, target_sizes) -> list[dict]:
         """
@@ -239,20 +241,7 @@ class RefTRProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is not one size an image or a sentence.
         """
-        num_sentences = len(outputs.pred_boxes)
-        image_index = outputs.image_index
-        if image_index is None:
-            image_index = torch.arange(num_sentences, device=outputs.pred_boxes.device)
-        num_images = int(image_index.max()) + 1
-        target_sizes = torch.as_tensor(target_sizes).reshape(-1, 2).to(image_index.device)
-        if len(target_sizes) == num_images:
-            target_sizes = target_sizes[image_index]
-        elif len(target_sizes) != num_sentences:
-            raise ValueError(
-                f"{len(target_sizes)} target_sizes for {num_images} images and {num_sentences} sentences: give "
-                "(height, width) of each image, or of each sentence's image."
-            )
-        boxes_xyxy = self.image_processor.post_process_boxes(outputs.pred_boxes, target_sizes)
+        boxes_xyxy = self.image_processor.post_process_boxes(outputs, target_sizes)
         token_ids = outputs.input_ids[:, None] if outputs.phrase_input_ids is None else outputs.phrase_input_ids
         results = []
         for boxes, mask, ids in zip(boxes_xyxy, outputs.phrase_mask, token_ids, strict=True):
@@ -387,5 +376,7 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
         labels.append([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
     return torch.tensor(labels, dtype=torch.float32).reshape(-1, 4)
 
+
+RefTRProcessor.register_for_auto_class()
 
 __all__ = ["RefTRProcessor"]

@@ -66,7 +66,7 @@ def test_boxes(golden_run):
 
 def test_post_processed_boxes(golden_run):
     case, arrays, _, outputs, _ = golden_run
-    boxes = RefTRImageProcessor().post_process_boxes(outputs.pred_boxes, torch.tensor(case["orig_sizes"]))
+    boxes = RefTRImageProcessor().post_process_boxes(outputs, torch.tensor(case["orig_sizes"]))
     for index, real in enumerate(outputs.phrase_mask):
         expected = arrays[f"out.post_boxes_xyxy_{index}"]
         torch.testing.assert_close(boxes[index][real].detach(), expected, atol=1e-2, rtol=0)

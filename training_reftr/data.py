@@ -76,11 +76,13 @@ class GroundingCollator:
     Rows -> what the model takes, through the processor as a user would call it.
 
     Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, types, object id,
-    true box, picture size) for each phrase, in the batch's order.
+    true box, picture size) for each phrase, in the batch's order; `with_targets=False` leaves them out, for trainers
+    that hand a whole batch to the model.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor, with_targets: bool = True):
         self.processor = processor
+        self.with_targets = with_targets
 
     def __call__(self, rows: list[dict]) -> dict:
         texts, phrases, boxes, targets = [], [], [], []
@@ -116,7 +118,7 @@ class GroundingCollator:
             boxes=boxes,
             annotated_sizes=[(row["height"], row["width"]) for row in rows],
         )
-        return {**batch, "targets": targets}
+        return {**batch, "targets": targets} if self.with_targets else dict(batch)
 
 
 def training_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
