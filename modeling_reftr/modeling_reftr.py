@@ -636,7 +636,7 @@ class RefTRModel(RefTRPreTrainedModel):
         for _, parameter in parameters[:end]:
             parameter.requires_grad_(False)
 
-    def get_image_features(
+    def encode_images(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
     ) -> RefTRImageFeatures:
         """
@@ -657,7 +657,10 @@ class RefTRModel(RefTRPreTrainedModel):
                 f"pixel_mask {tuple(pixel_mask.shape)} does not fit pixel_values {tuple(pixel_values.shape)}: it must "
                 "be (images, height, width)."
             )
-        feature_maps = self.backbone(pixel_values.to(self.dtype)).feature_maps
+        # its feature maps alone, even if the configuration asks every part for more, which timm's backbones cannot give
+        feature_maps = self.backbone(
+            pixel_values.to(self.dtype), output_attentions=False, output_hidden_states=False
+        ).feature_maps
         projected = self.image_projection(feature_maps[-1])
         mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=projected.shape[-2:], mode="nearest")
         mask = mask[:, 0].bool()
@@ -735,7 +738,7 @@ class RefTRModel(RefTRPreTrainedModel):
         length = input_ids.shape[1]
 
         # the backbones: images once each, sentences once each
-        image = self.get_image_features(pixel_values, pixel_mask)
+        image = self.encode_images(pixel_values, pixel_mask)
         image_features, image_positions, image_mask = (
             image.image_features,
             image.image_position_embeddings,

@@ -64,6 +64,9 @@ class RefTRProcessor(ProcessorMixin):
         self.max_caption_length = max_caption_length
         self.max_phrase_length = max_phrase_length
         self.max_phrases = max_phrases
+        if type(tokenizer).__module__.startswith("transformers."):
+            # its file may name code of somebody; that was not followed, and is not passed on
+            tokenizer.init_kwargs.pop("auto_map", None)
         super().__init__(image_processor, tokenizer)
 
     def __call__(

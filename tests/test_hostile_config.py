@@ -1,0 +1,101 @@
+"""Configurations by somebody who means harm: no network, nothing read outside of the folder, no code of others."""
+
+import json
+import socket
+import sys
+
+import pytest
+
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRProcessor
+
+
+TIMM = {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}
+FOREIGN = {"AutoConfig": "evil/code--evil.Config", "AutoModel": "evil/code--evil.Model"}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any attempt to reach the network is recorded, and fails."""
+    attempts = []
+
+    def refuse(self, address, *_):
+        attempts.append(address)
+        raise OSError(f"the test has no network, {address} was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: refuse(None, address))
+    yield
+    assert attempts == []
+
+
+@pytest.fixture
+def folder(make_model, processor, tmp_path):
+    """A saved model whose `config.json` the test may change."""
+    make_model().save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def change(path, **changes):
+    values = json.loads(path.read_text())
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(values.get(name), dict) else value
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backbone_config": {"backbone": "hf-hub:evil/model"}}, "names a place to load from"),
+        ({"backbone_config": {"backbone": "local-dir:/etc"}}, "names a place to load from"),
+        ({"text_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/model"}}, "names a place"),
+        ({"text_config": {"model_type": "evil", "auto_map": FOREIGN}}, "evil"),
+        ({"attn_implementation": "evil/kernel"}, "names code to fetch"),
+        ({"_attn_implementation": "evil/kernel"}, "names code to fetch"),
+        ({"text_config": {"attn_implementation": "evil/kernel:main"}}, "names code to fetch"),
+        ({"backbone": "resnet50"}, "backbone='resnet50' is not taken"),
+    ],
+)
+def test_refused(folder, no_network, changes, words):
+    change(folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=words):
+        RefTRForVisualGrounding.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": FOREIGN},
+        {"text_config": {"auto_map": FOREIGN, "trust_remote_code": True, "_name_or_path": "evil/code"}},
+        {"backbone_config": {"auto_map": FOREIGN, "name_or_path": "evil/code"}},
+        {"backbone_config": {"use_pretrained_backbone": True, "backbone_kwargs": {"pretrained": True}}},
+        {"backbone_config": {"pretrained": True, "checkpoint_path": "/etc/hostname"}},
+        {"trust_remote_code": True, "_name_or_path": "evil/code", "name_or_path": "evil/code"},
+    ],
+    ids=["auto_map", "text", "backbone", "pretrained_backbone", "checkpoint_path", "trust"],
+)
+def test_loaded_without_following_it_and_never_saved_again(folder, no_network, tmp_path, changes):
+    change(folder / "config.json", **changes)
+    modules = set(sys.modules)
+    model = RefTRForVisualGrounding.from_pretrained(folder)
+    assert not [name for name in set(sys.modules) - modules if "transformers_modules" in name or "evil" in name]
+    model.save_pretrained(tmp_path / "again")
+    assert "evil--" not in (text := (tmp_path / "again" / "config.json").read_text())
+    assert "evil/code--" not in text
+    assert RefTRConfig.from_pretrained(tmp_path / "again").auto_map["AutoModel"] == "modeling_reftr.RefTRModel"
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json"])
+def test_processors_do_not_pass_foreign_code_on(folder, no_network, tmp_path, file):
+    foreign = {"AutoProcessor": "evil/code--evil.P", "AutoTokenizer": ["evil/code--evil.T", None]}
+    changes = {"auto_map": foreign}
+    if file == "processor_config.json":
+        changes["image_processor"] = {"auto_map": {"AutoImageProcessor": "evil/code--evil.I"}}
+    values = json.loads((folder / file).read_text())
+    values.update(changes) if file == "tokenizer_config.json" else values.update(
+        {"auto_map": foreign, "image_processor": {**values["image_processor"], **changes["image_processor"]}}
+    )
+    (folder / file).write_text(json.dumps(values))
+    RefTRProcessor.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").iterdir():
+        assert "evil" not in path.read_text(), path.name
