@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-peer lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/python train_reftr.py recipes/demo.yaml --output_dir runs/demo
@@ -15,6 +15,11 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(RUN)/python -m pytest tests modeling_reftr data_scripts
+
+# transformers' own tests of models and processors; fetches its source distribution
+test-peer: $(VENV)/.installed
+	$(RUN)/python tests/peer/fetch.py .peer
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 2 -c tests/peer/pytest.ini -rs tests/peer
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .

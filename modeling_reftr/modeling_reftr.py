@@ -636,9 +636,7 @@ class RefTRModel(RefTRPreTrainedModel):
         for _, parameter in parameters[:end]:
             parameter.requires_grad_(False)
 
-    def encode_images(
-        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
-    ) -> RefTRImageFeatures:
+    def encode_images(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> RefTRImageFeatures:
         """
         Encode images, once for all that is asked about them.
 
@@ -657,7 +655,7 @@ class RefTRModel(RefTRPreTrainedModel):
                 f"pixel_mask {tuple(pixel_mask.shape)} does not fit pixel_values {tuple(pixel_values.shape)}: it must "
                 "be (images, height, width)."
             )
-        # its feature maps alone, even if the configuration asks every part for more, which timm's backbones cannot give
+        # its feature maps alone: a configuration may ask every part for more, which timm's backbones cannot give
         feature_maps = self.backbone(
             pixel_values.to(self.dtype), output_attentions=False, output_hidden_states=False
         ).feature_maps

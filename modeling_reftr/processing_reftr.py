@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
@@ -77,7 +78,7 @@ class RefTRProcessor(ProcessorMixin):
         boxes=None,
         masks=None,
         annotated_sizes=None,
-        padding="longest",
+        padding=None,
         return_tensors="pt",
         **kwargs,
     ) -> BatchFeature:
@@ -97,10 +98,11 @@ class RefTRProcessor(ProcessorMixin):
                 The mask of each phrase, nested as `boxes` is, (height, width) of the picture. Gives `labels` too.
             annotated_sizes (list of `(height, width)`, *optional*):
                 The size each picture was annotated at, which decides whether its EXIF orientation is followed.
-            padding (`"longest"` or `"max_length"`, *optional*):
+            padding (`"longest"` or `"max_length"`, *optional*, defaults to `"longest"`):
                 Pad text to the longest of the batch, or to the published fixed lengths.
             return_tensors (`str`, *optional*, defaults to `"pt"`): see `BatchFeature`.
-            kwargs: settings of the image processor for this call.
+            kwargs: settings of the image processor for this call, and `max_length`, the longest sentence in tokens,
+                in place of the processor's own. Both also as `images_kwargs` and `text_kwargs`.
 
         Returns:
             `BatchFeature`: `pixel_values`, `pixel_mask`, `input_ids`, `attention_mask`, `image_index`; with phrases
@@ -112,9 +114,15 @@ class RefTRProcessor(ProcessorMixin):
                 inverted, not a number or outside its picture.
             OSError: if a file is missing or is no picture.
         """
+        if padding is not None:
+            kwargs["padding"] = padding
+        kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        image_kwargs, text_kwargs = kwargs["images_kwargs"], kwargs["text_kwargs"]
+        return_tensors = image_kwargs.pop("return_tensors", return_tensors)
+        max_length = text_kwargs.pop("max_length", None)
+        padding = text_kwargs.pop("padding", None) or "longest"
         if padding not in ("longest", "max_length", True):
             raise ValueError(f"padding={padding!r} must be 'longest' or 'max_length'.")
-        image_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
         images = self.image_processor.open_images(images, annotated_sizes)
         sizes = [picture_size(image) for image in images]
         sentences, image_index, depth = arrange_sentences(text, len(images))
@@ -123,12 +131,12 @@ class RefTRProcessor(ProcessorMixin):
 
         fixed = padding == "max_length"
         if phrases is None:
-            data.update(self.encode_sentences(sentences, self.max_expression_length, fixed)[0])
+            data.update(self.encode_sentences(sentences, max_length or self.max_expression_length, fixed)[0])
             num_phrases = [1] * len(sentences)
         else:
             phrases = arrange_by_sentence(phrases, depth, sentences, image_index, "phrases")
             spans = [find_phrases(sentence, names) for sentence, names in zip(sentences, phrases, strict=True)]
-            text_inputs, encodings = self.encode_sentences(sentences, self.max_caption_length, fixed)
+            text_inputs, encodings = self.encode_sentences(sentences, max_length or self.max_caption_length, fixed)
             data.update(text_inputs)
             data.update(self.encode_phrases(sentences, spans, encodings, fixed))
             num_phrases = [len(names) for names in spans]
@@ -164,6 +172,11 @@ class RefTRProcessor(ProcessorMixin):
             data["labels"] = labels
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["labels"])
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call without phrases gives."""
+        return [*self.image_processor.model_input_names, "input_ids", "attention_mask", "image_index"]
+
     def encode_sentences(self, sentences: list[str], max_length: int, fixed: bool):
         """Token ids and mask of each sentence, (S, L), and the encodings with their character offsets."""
         sentences = [lower_case(sentence) for sentence in sentences]
@@ -182,6 +195,7 @@ class RefTRProcessor(ProcessorMixin):
             encodings = self.tokenizer(
                 sentences, return_offsets_mapping=True, truncation=True, max_length=max_length, padding=False
             )
+            self.tokenizer.backend_tokenizer.no_truncation()  # else the limit would be saved as the tokenizer's own
         width = max_length if fixed else max(len(ids) for ids in encodings["input_ids"])
         return self.pad_tokens(encodings["input_ids"], width), encodings
 
@@ -220,6 +234,7 @@ class RefTRProcessor(ProcessorMixin):
         token_ids = self.tokenizer(flat, truncation=True, max_length=self.max_phrase_length, padding=False)[
             "input_ids"
         ]
+        self.tokenizer.backend_tokenizer.no_truncation()
         # where no phrase is real, the first slot stands in for the model's text backbone
         phrase_index = [divmod(number, num_slots) for number, ids in enumerate(token_ids) if len(ids) > 2] or [(0, 0)]
         width = self.max_phrase_length if fixed else max(len(ids) for ids in token_ids)
@@ -260,7 +275,7 @@ class RefTRProcessor(ProcessorMixin):
 
 def picture_size(image) -> tuple[int, int]:
     """(height, width) of a PIL picture, or of an array with its channels first, last or absent."""
-    if hasattr(image, "mode"):
+    if isinstance(image, Image.Image):
         return image.height, image.width
     shape = tuple(image.shape)
     if len(shape) == 2 or shape[-1] in (1, 3, 4):

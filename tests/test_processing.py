@@ -203,3 +203,33 @@ def test_saved_processor_is_the_same(processor, tmp_path):
 def test_numpy_is_returned_on_request(processor):
     inputs = processor(PICTURE, "the star", return_tensors="np")
     assert all(isinstance(value, np.ndarray) for value in inputs.values())
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "channels_first"])
+def test_pictures_as_tensors_and_arrays(processor, kind):
+    """A tensor has a method called `mode`, which a PIL picture has as its mode."""
+    array = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    picture = {
+        "tensor": torch.from_numpy(array).permute(2, 0, 1),
+        "array": array,
+        "channels_first": array.transpose(2, 0, 1),
+    }[kind]
+    inputs = processor(picture, "the red circle", boxes=[0, 0, 30, 20])
+    expected = processor(Image.fromarray(array), "the red circle", boxes=[0, 0, 30, 20])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert torch.equal(inputs["labels"][0]["boxes"], expected["labels"][0]["boxes"])
+
+
+def test_max_length_of_a_call_and_nothing_of_it_is_kept(processor, tmp_path):
+    picture = Image.new("RGB", (40, 30))
+    words = "the red circle is left of the blue star"
+    assert processor(picture, words, max_length=6)["input_ids"].shape == (1, 6)
+    fixed = processor(picture, "the star", text_kwargs={"max_length": 6, "padding": "max_length"})
+    assert fixed["input_ids"].shape == (1, 6)
+    processor(picture, words, phrases=["the red circle"])
+    processor.save_pretrained(tmp_path)
+    loaded = RefTRProcessor.from_pretrained(tmp_path)
+    assert torch.equal(loaded(picture, words)["input_ids"], processor(picture, words)["input_ids"])
+    assert loaded(picture, words)["input_ids"].shape[1] > 6
+    with pytest.raises(ValueError, match="padding='left'"):
+        processor(picture, words, padding="left")

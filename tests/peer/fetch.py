@@ -1,9 +1,9 @@
 """
-Fetch the model test-suite of the installed transformers from its source distribution: `python tests/peer/fetch.py DIR`.
+Fetch the test-suite of the installed transformers from its source distribution: `python tests/peer/fetch.py DIR`.
 
-Its package is called `tests`, like ours; here it becomes `transformers_tests`. What it imports and the archive lacks is
-stubbed: two mixins that do not apply to RefTR (exporters, text generation), and the values that its configuration test
-sets.
+Its package is called `tests`, like ours; here it becomes `transformers_tests`. What it imports and the archive lacks
+is stubbed: two mixins that do not apply to RefTR (exporters, text generation), the values that its configuration test
+sets, and its store of downloads.
 """
 
 import importlib.metadata
@@ -15,21 +15,21 @@ from pathlib import Path
 
 
 STUBS = {
-    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
-    "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
-    "utils/test_configuration_utils.py": (
+    "transformers_tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    "transformers_tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
+    "transformers_tests/utils/test_configuration_utils.py": (
         "config_common_kwargs = {\n"
         '    "return_dict": False, "output_hidden_states": True, "output_attentions": False, "dtype": "float16",\n'
         '    "chunk_size_feed_forward": 5, "architectures": ["BertModel"], "id2label": {0: "label"},\n'
         '    "label2id": {"label": "0"}, "problem_type": "regression",\n'
         "}\n"
     ),
+    "fetch_hub_objects_for_ci.py": "def url_to_local_path(url, return_url_if_not_found=True):\n    return url\n",
 }
 
 
 def main(folder: Path):
     version = importlib.metadata.version("transformers")
-    package = folder / "transformers_tests"
     marker = folder / version
     if marker.exists():
         return
@@ -42,14 +42,15 @@ def main(folder: Path):
             for member in source.getmembers():
                 place = Path(member.name)
                 if place.parent.as_posix() == top and place.suffix == ".py":
-                    path = package / place.name
+                    path = folder / "transformers_tests" / place.name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(source.extractfile(member).read())
-    for name, text in {"__init__.py": "", **STUBS}.items():
-        path = package / name
+    for name, text in {"transformers_tests/__init__.py": "", **STUBS}.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        (path.parent / "__init__.py").touch()
+        if path.parent != folder:
+            (path.parent / "__init__.py").touch()
     marker.touch()
 
 

@@ -1,4 +1,16 @@
-"""RefTR under transformers' own model and configuration tests; run by `make test-peer`. Every skip says why."""
+"""
+RefTR under transformers' own model and configuration tests; run by `make test-peer`.
+
+The suite skips what does not apply, and says why in its report:
+
+- a machine's part that is absent: an accelerator or several, Flash Attention, MPS, DeepSpeed, the kernels library;
+- parts that RefTR has not: a language modelling head, `inputs_embeds` (the text goes through a backbone of its own),
+  sliding windows, rotary positions (`base_model_class`), experts, tensor parallelism, modules kept in float32,
+  weights that are renamed while they are loaded, positions that can be resized;
+- "does not support SDPA" and "does not have both a non-text modality tower and a language sub-model": of the three
+  tests of SDPA dispatch one is for models without sub-configurations and one for generators; the third is run;
+- hidden states by layer: RefTR names them by encoder and decoder, the test asks for one `hidden_states`.
+"""
 
 import copy
 import unittest
@@ -143,7 +155,7 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         inputs = {name: value for name, value in inputs.items() if not name.startswith("phrase_")}
         with unittest.mock.patch.object(
-            self.model_tester, "prepare_config_and_inputs_for_common", lambda: (config, inputs)
+            self.model_tester, "prepare_config_and_inputs_for_common", return_value=(config, inputs)
         ):
             super().test_resize_tokens_embeddings()
 
@@ -169,7 +181,7 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
                 with torch.no_grad():
                     outputs = model.eval()(**inputs, **asked)
                 for name, shape in expected.items():
-                    self.assertEqual([tuple(weights.shape) for weights in outputs[name]], [shape] * layers, name)
+                    assert [tuple(weights.shape) for weights in outputs[name]] == [shape] * layers, name
 
     def test_config(self):
         self.config_tester.run_common_tests()

@@ -1,0 +1,70 @@
+"""
+Time to load a saved full-size RefTR, beside the time to load a BERT as large as it is without its image backbone, and
+that backbone; and time that importing `modeling_reftr` adds to importing transformers: `python benchmarks/loading.py`.
+
+All are loaded by the library, in turn, in one run; the ratio of medians counts, not the seconds. Random weights, no
+network.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from transformers import BertConfig, BertModel, PreTrainedModel, TimmBackbone
+
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+
+
+ROUNDS = 15
+
+
+def seconds(action) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def import_seconds(statement: str) -> float:
+    code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = RefTRForVisualGrounding(RefTRConfig())
+        model.save_pretrained(folder / "reftr")
+        # 14 layers: 124 million parameters, where RefTR has 128 without its image backbone
+        BertModel(BertConfig(num_hidden_layers=14)).save_pretrained(folder / "bert")
+        model.model.backbone.save_pretrained(folder / "backbone")
+        loads = {
+            "RefTR": lambda: RefTRForVisualGrounding.from_pretrained(folder / "reftr"),
+            "BERT": lambda: BertModel.from_pretrained(folder / "bert"),
+            # its own from_pretrained takes names on the Hub alone
+            "backbone": lambda: PreTrainedModel.from_pretrained.__func__(TimmBackbone, folder / "backbone"),
+        }
+        times = {name: [] for name in loads}
+        for _ in range(ROUNDS):
+            for name, load in loads.items():
+                times[name].append(seconds(load))
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    ratio = medians["RefTR"] / (medians["BERT"] + medians["backbone"])
+    statements = ("import transformers", "import transformers, modeling_reftr")
+    imports = {statement: [] for statement in statements}
+    for _ in range(ROUNDS):
+        for statement in statements:
+            imports[statement].append(import_seconds(statement))
+    alone, both = (statistics.median(imports[statement]) for statement in statements)
+    sys.stdout.write(
+        f"loading: {', '.join(f'{name} {value:.2f} s' for name, value in medians.items())}; "
+        f"RefTR / (BERT + backbone) = {ratio:.2f} (goal: under 1.5)\n"
+        f"importing: transformers {alone:.2f} s, with modeling_reftr {both:.2f} s, "
+        f"added {both - alone:.2f} s (goal: under 0.3 s)\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
