@@ -31,11 +31,13 @@ def test_python_runs(trained, tmp_path, monkeypatch, capsys):
     Image.fromarray(np.full((90, 150, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     code = blocks("python")
-    assert len(code) == 2
+    assert len(code) == 3
     names = {}
     for block in code:
         exec(block, names)
-    assert "'boxes': tensor(" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "'boxes': tensor(" in printed
+    assert "'score': 1.0, 'label': 'the red circle'" in printed
     assert names["inputs"]["phrase_spans"].shape == (1, 2, 2)
 
 
