@@ -412,7 +412,8 @@ class RefTRPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RefTREncoderLayer", "RefTRDecoderLayer"]
     _supports_sdpa = True
-    _supports_flash_attn = True
+    # no Flash Attention: of a padding mask over the memory, the library's path hides the decoder's last queries
+    _supports_flash_attn = False
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
