@@ -175,6 +175,16 @@ class RefTRConfig(PreTrainedConfig):
             )
         if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
             self.backbone_config = {"model_type": "timm_backbone", **self.backbone_config}
+        for part in ("backbone_config", "text_config"):
+            values = getattr(self, part)
+            if isinstance(values, dict):
+                is_timm = part == "backbone_config" and values["model_type"] == "timm_backbone"
+                inside = {"backbone", "backbone_config", "architecture"} & set(values)
+                if inside := sorted(inside - {"backbone"} if is_timm else inside):
+                    raise ValueError(
+                        f"{part} of model_type={values.get('model_type')!r} has {', '.join(inside)} inside: models made "
+                        "of others can reach the network while they are built; give a plain encoder."
+                    )
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 

@@ -48,7 +48,11 @@ def change(path, **changes):
     [
         ({"backbone_config": {"backbone": "hf-hub:evil/model"}}, "names a place to load from"),
         ({"backbone_config": {"backbone": "local-dir:/etc"}}, "names a place to load from"),
-        ({"text_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/model"}}, "names a place"),
+        ({"text_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/model"}}, "architecture inside"),
+        ({"text_config": {"model_type": "detr", "backbone_config": {**TIMM, "backbone": "hf-hub:evil/m"}}}, "inside"),
+        ({"text_config": {"model_type": "detr", "backbone": "resnet50", "use_pretrained_backbone": True}}, "inside"),
+        ({"backbone_config": {"model_type": "detr", "backbone_config": TIMM}}, "inside"),
+        ({"backbone_config": {"model_type": "detr", "use_pretrained_backbone": True}}, "backbone inside"),
         ({"text_config": {"model_type": "evil", "auto_map": FOREIGN}}, "evil"),
         ({"attn_implementation": "evil/kernel"}, "names code to fetch"),
         ({"_attn_implementation": "evil/kernel"}, "names code to fetch"),
