@@ -182,8 +182,8 @@ class RefTRConfig(PreTrainedConfig):
                 inside = {"backbone", "backbone_config", "architecture"} & set(values)
                 if inside := sorted(inside - {"backbone"} if is_timm else inside):
                     raise ValueError(
-                        f"{part} of model_type={values.get('model_type')!r} has {', '.join(inside)} inside: models made "
-                        "of others can reach the network while they are built; give a plain encoder."
+                        f"{part} of model_type={values.get('model_type')!r} has {', '.join(inside)} inside: models of "
+                        "models can reach the network while they are built; give a plain encoder."
                     )
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
