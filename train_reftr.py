@@ -29,6 +29,7 @@ logger = logging.getLogger("train_reftr")
 
 
 def main(argv: list[str] | None = None):
+    """Parse, build, train or evaluate, report."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     accelerator = Accelerator()
     logging.basicConfig(

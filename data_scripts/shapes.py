@@ -99,6 +99,7 @@ class Shape:
     box: tuple[int, int, int, int] | None = None
 
     def fits(self, size: str | None, color: str | None, shape: str | None) -> bool:
+        """Whether it has these attributes, None being any."""
         return size in (None, self.size) and color in (None, self.color) and shape in (None, self.shape)
 
     @property
@@ -223,6 +224,7 @@ def draw_description(rng: np.random.Generator, choices: list[tuple]) -> tuple:
 
 
 def matches(shapes: list[Shape], attributes: tuple) -> list[int]:
+    """Numbers of the shapes that have these attributes (size, color, shape), None being any."""
     return [index for index, shape in enumerate(shapes) if shape.fits(*attributes)]
 
 

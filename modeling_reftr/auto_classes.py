@@ -45,6 +45,7 @@ class RegisteringFinder(MetaPathFinder):
         self.loading = set()
 
     def find_spec(self, name, path=None, target=None):
+        """Python's own answer for the modules we wait for, so that their loading is noticed; None for all others."""
         pairs = [(f"{AUTO}.{auto}", f"{__package__}.{ours}") for auto, ours, _ in self.pending]
         if not any(name in pair for pair in pairs):
             return None

@@ -39,7 +39,18 @@ IGNORED = re.compile(r"lang_backbone\.embeddings\.position_ids$|(.*\.)?(total_pa
 
 
 def rename_key(key: str) -> str:
-    """Our name of a published key; a key that is not known comes back as it is."""
+    """
+    Our name of a published key; a key that is not known comes back as it is.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.convert_reftr_checkpoint import rename_key
+
+    >>> rename_key("vl_transformer.decoder.layers.0.multihead_attn.out_proj.bias")
+    'model.decoder.layers.0.cross_attn.o_proj.bias'
+
+    ```"""
     for pattern, replacement in RENAMES:
         if re.match(pattern, key):
             key = re.sub(pattern, replacement, key, count=1)

@@ -22,6 +22,9 @@ def draw_boxes(
         true_boxes_xyxy (`(phrases, 4)`, *optional*): boxes to compare with, drawn in white.
         title (`str`, *optional*): words above the phrases, in black.
         width (`int`, *optional*, defaults to 320): of the result, in pixels.
+
+    Returns:
+        `PIL.Image.Image`: `width` wide, as high as picture and words need.
     """
     scale = width / image.width
     canvas = image.convert("RGB").resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)

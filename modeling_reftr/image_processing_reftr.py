@@ -1,10 +1,14 @@
 """RefTR's image processor: resize, normalise, pad; boxes back to the picture."""
 
+import base64
+import contextlib
+import io
 import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from huggingface_hub import get_session
+from PIL import Image, ImageOps
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
@@ -15,9 +19,12 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     PILImageResampling,
     SizeDict,
-    load_image,
     make_flat_list_of_images,
 )
+
+
+# a picture of this size takes half a gigabyte as float tensor; a file of a few kilobytes can claim to be larger
+MAX_PIXELS = 50_000_000
 
 
 def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
@@ -57,6 +64,72 @@ def turn_upright(image: Image.Image, annotated_size: tuple[int, int] | None = No
         if stored_agrees and not turned_agrees:
             return image
     return turned
+
+
+def picture_size(image) -> tuple[int, int]:
+    """(height, width) of a PIL picture, or of an array with its channels first, last or absent."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    shape = tuple(image.shape)
+    if len(shape) == 2 or shape[-1] in (1, 3, 4):
+        return shape[:2]
+    return shape[-2:]
+
+
+def check_picture(image, name: str = "A picture"):
+    """
+    Refuse a picture, of which nothing was decoded yet, that would take gigabytes; and arrays that are not numbers.
+
+    Raises:
+        ValueError: if it has no pixel or more than `MAX_PIXELS`, or an array has values that are not finite.
+    """
+    height, width = picture_size(image)
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(
+            f"{name} has {width} x {height} pixels; between 1 and {MAX_PIXELS:,} are taken: make it smaller first."
+        )
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+        is_finite = np.isfinite(image).all()
+    else:
+        is_finite = not isinstance(image, torch.Tensor) or image.isfinite().all()
+    if not is_finite:
+        raise ValueError(f"{name} of {width} x {height} pixels has values that are not finite numbers.")
+
+
+@contextlib.contextmanager
+def reading(name: str):
+    """Turn whatever a decoder raises into an OSError, or a ValueError of a picture too large, with its name."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise OSError(f"There is no picture at {name!r}.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name!r} has more than {MAX_PIXELS:,} pixels: make it smaller first.") from error
+    except Exception as error:
+        raise OSError(f"{name!r} cannot be read as a picture: {error}") from error
+
+
+def open_picture(source: str | os.PathLike) -> Image.Image:
+    """
+    A picture by its path, its URL, or its content in base64 ("data:image/png;base64,..."); every pixel of it is read.
+
+    Raises:
+        ValueError: if it has more than `MAX_PIXELS` pixels; found out before any is decoded.
+        OSError: if a file is missing or is no picture.
+    """
+    name = str(source)[:200]
+    with reading(name):
+        if name.startswith(("http://", "https://")):
+            answer = get_session().get(source, follow_redirects=True)
+            answer.raise_for_status()
+            source = io.BytesIO(answer.content)
+        elif name.startswith("data:"):
+            source = io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
+        image = Image.open(source)
+    check_picture(image, repr(name))
+    with reading(name):
+        image.load()
+    return image
 
 
 def add_channels(image):
@@ -102,26 +175,16 @@ class RefTRImageProcessor(TorchvisionBackend):
 
     def fetch_images(self, image_url_or_urls):
         """
-        Open what is given by name.
+        Open what is given by name: a path, a URL, or the content itself in base64 ("data:image/png;base64,...").
 
         Raises:
+            ValueError: if a picture has more than `MAX_PIXELS` pixels.
             OSError: if a file is missing or is no picture.
         """
         images = image_url_or_urls
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        if isinstance(images, os.PathLike) or (
-            isinstance(images, str) and not images.startswith(("http://", "https://", "data:"))
-        ):
-            try:
-                image = Image.open(images)
-                image.load()
-            except FileNotFoundError as error:
-                raise OSError(f"There is no picture at {str(images)!r}.") from error
-            except (UnidentifiedImageError, OSError, SyntaxError) as error:
-                raise OSError(f"{str(images)!r} cannot be read as a picture: {error}") from error
-            return image
-        return load_image(images) if isinstance(images, str) else super().fetch_images(images)
+        return open_picture(images) if isinstance(images, (str, os.PathLike)) else super().fetch_images(images)
 
     def open_images(self, images, annotated_sizes=None) -> list:
         """
@@ -132,7 +195,8 @@ class RefTRImageProcessor(TorchvisionBackend):
             annotated_sizes (list of `(height, width)`, *optional*): the size each picture was annotated at.
 
         Raises:
-            ValueError: if there are no images, or not one annotated size an image.
+            ValueError: if there are no images, not one annotated size an image, or a picture has more than
+                `MAX_PIXELS` pixels or values that are not numbers.
             OSError: if a file is missing or is no picture.
         """
         if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
@@ -141,6 +205,8 @@ class RefTRImageProcessor(TorchvisionBackend):
         images = make_flat_list_of_images(
             [add_channels(image) for image in images] if isinstance(images, (list, tuple)) else add_channels(images)
         )
+        for image in images:
+            check_picture(image)
         if annotated_sizes is None:
             annotated_sizes = [None] * len(images)
         if len(annotated_sizes) != len(images):
@@ -160,6 +226,9 @@ class RefTRImageProcessor(TorchvisionBackend):
 
         Returns:
             `BatchFeature`: `pixel_values` (I, 3, H, W) and `pixel_mask` (I, H, W), int64, 1 = picture.
+
+        Raises:
+            ValueError, OSError: see `open_images`.
         """
         return super().preprocess(self.open_images(images, annotated_sizes), **kwargs)
 
@@ -176,7 +245,12 @@ class RefTRImageProcessor(TorchvisionBackend):
         return super().process_image(image, **kwargs)
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
-        """Resize by the published rule, or to an exact `{"height", "width"}`."""
+        """
+        Resize (..., height, width) by the published rule (`resized_size`), or to an exact `{"height", "width"}`.
+
+        Raises:
+            ValueError: if `size` is neither.
+        """
         if size.shortest_edge and size.longest_edge:
             height, width = resized_size(*image.shape[-2:], size.shortest_edge, size.longest_edge)
             size = SizeDict(height=height, width=width)
@@ -253,7 +327,19 @@ class RefTRImageProcessor(TorchvisionBackend):
 
         Raises:
             ValueError: if there is not one size an image or a sentence.
-        """
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from modeling_reftr import RefTRImageProcessor
+
+        >>> outputs = SimpleNamespace(pred_boxes=torch.tensor([[[0.5, 0.5, 0.5, 1.0]]]))
+        >>> RefTRImageProcessor().post_process_boxes(outputs, target_sizes=[(480, 640)])
+        tensor([[[160.,   0., 480., 480.]]])
+
+        ```"""
         boxes_xyxy = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
         if target_sizes is None:
             return boxes_xyxy
@@ -286,6 +372,9 @@ class RefTRImageProcessor(TorchvisionBackend):
         Returns:
             `list[dict]`, one a sentence: `scores` (phrases,), `labels` (phrases,), the phrases' slots, and `boxes`
             (phrases, 4), xyxy in pixels.
+
+        Raises:
+            ValueError: see `post_process_boxes`.
         """
         results = []
         for boxes, mask in zip(self.post_process_boxes(outputs, target_sizes), outputs.phrase_mask, strict=True):

@@ -49,7 +49,18 @@ def box_losses(
 
     Returns:
         `dict[str, torch.Tensor]`: `loss_bbox` and `loss_giou`, each of shape ().
-    """
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_reftr.loss_reftr import box_losses
+
+    >>> predicted, target = torch.tensor([[[0.25, 0.5, 0.5, 1.0]]]), torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
+    >>> box_losses(predicted, target, mask=torch.tensor([[True]]), num_sentences=1)
+    {'loss_bbox': tensor(0.7500), 'loss_giou': tensor(0.5000)}
+
+    ```"""
     l1 = (pred_boxes_cxcywh - target_boxes_cxcywh).abs().sum(dim=-1)
     giou = 1 - generalized_box_iou(
         box_convert(pred_boxes_cxcywh, "cxcywh", "xyxy"), box_convert(target_boxes_cxcywh, "cxcywh", "xyxy")
@@ -72,19 +83,20 @@ def pad_target_boxes(
         phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: boxes (S, P, 4) in float32, and a mask (S, P) of the real phrases that
-        have one.
+        `tuple[torch.Tensor, torch.Tensor]`: boxes (S, P, 4) in float32, zero where there is none, and a mask (S, P) of
+        the real phrases that have one. A box that leaves 0..1 by more than 0.01, is empty, inverted or not a number
+        counts as none.
 
     Raises:
-        ValueError: if there is not one label a sentence, or a label has more boxes than the sentence has slots.
+        ValueError: if there is not one label a sentence, a label has no boxes, or more than the sentence has slots.
     """
     num_sentences, num_slots = phrase_mask.shape
     if len(labels) != num_sentences:
         raise ValueError(f"{len(labels)} labels for {num_sentences} sentences: give one dict a sentence.")
     target_boxes = phrase_mask.new_zeros((num_sentences, num_slots, 4), dtype=torch.float32)
-    # a box without extent is what padding slots compare with: any finite box will do, none of them counts
-    has_box = torch.zeros_like(phrase_mask)
     for index, label in enumerate(labels):
+        if "boxes" not in label:
+            raise ValueError(f"labels[{index}] has {sorted(label)}, but no boxes: give a box for each phrase.")
         boxes = label["boxes"]
         if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) > num_slots:
             raise ValueError(
@@ -92,8 +104,10 @@ def pad_target_boxes(
                 f"{num_slots} phrases."
             )
         target_boxes[index, : len(boxes)] = boxes.to(target_boxes)
-        has_box[index, : len(boxes)] = True
-    return target_boxes, phrase_mask & has_box
+    corners = box_convert(target_boxes, "cxcywh", "xyxy")
+    # what is not a number fails every comparison
+    is_box = (target_boxes[..., 2:] > 0).all(dim=-1) & ((corners >= -0.01) & (corners <= 1.01)).all(dim=-1)
+    return target_boxes.where(is_box[..., None], 0), phrase_mask & is_box
 
 
 def grounding_loss(
@@ -117,6 +131,9 @@ def grounding_loss(
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the weighted sum, and its parts under their published names.
+
+    Raises:
+        ValueError: see `pad_target_boxes`.
     """
     target_boxes, mask = pad_target_boxes(labels, phrase_mask)
     num_sentences = len(labels) if num_items_in_batch is None else num_items_in_batch

@@ -138,8 +138,8 @@ class RefTRVisualGroundingOutput(ModelOutput):
 
 def expand_attention_mask(config, inputs_embeds, attention_mask, encoder_hidden_states=None):
     """
-    A (batch, tokens) mask in the form that the attention implementation reads. It is never left out where nothing is
-    masked: to find that out the host would wait for the device.
+    A (batch, tokens) mask, 1 = may be seen, in the form that the attention implementation reads. It is never left out
+    where nothing is masked: to find that out the host would wait for the device.
     """
     return create_bidirectional_mask(
         config=config,
@@ -209,6 +209,7 @@ class RefTRProjection(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., input_size) -> (..., d)."""
         hidden_states = self.dropout(self.layer_norm1(self.linear1(hidden_states)).relu())
         return self.layer_norm2(self.linear2(hidden_states)).relu()
 
@@ -255,6 +256,17 @@ class RefTRAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states, position_embeddings (`torch.Tensor` of shape `(batch, queries, d)`): what asks.
+            key_value_states, key_position_embeddings (`torch.Tensor` of shape `(batch, keys, d)`, *optional*):
+                What is looked at. Absent: the queries themselves.
+            attention_mask (*optional*): as `expand_attention_mask` makes it.
+
+        Returns:
+            `tuple`: new states (batch, queries, d), and the weights (batch, heads, queries, keys) where the attention
+            implementation gives them.
+        """
         if key_value_states is None:
             key_value_states, key_position_embeddings = hidden_states, position_embeddings
 
@@ -288,6 +300,7 @@ class RefTRMLP(nn.Module):
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., d)."""
         return self.fc2(self.activation_dropout(self.activation(self.fc1(hidden_states))))
 
 
@@ -309,6 +322,7 @@ class RefTREncoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """States and positions (S, L + h * w, d), mask as `expand_attention_mask` makes it -> states."""
         attention_output, _ = self.self_attn(
             hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
         )
@@ -339,6 +353,7 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
         encoder_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """States and positions (S, P, d), the memory's (S, L + h * w, d), masks of both -> states (S, P, d)."""
         attention_output, _ = self.self_attn(
             hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
         )
@@ -399,12 +414,15 @@ class RefTRBoxHead(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., 4): logits of (center_x, center_y, width, height)."""
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states).relu()
         return self.layers[-1](hidden_states)
 
 
 class RefTRPreTrainedModel(PreTrainedModel):
+    """What RefTR can do within transformers, how its weights start, and how a checkpoint is loaded."""
+
     config: RefTRConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -461,7 +479,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """See `PreTrainedModel.from_pretrained`, which makes every parameter trainable: freeze again behind it."""
+        """See `PreTrainedModel.from_pretrained`, which thaws every parameter; frozen stages are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze_backbone_stages()
@@ -597,9 +615,11 @@ class RefTRModel(RefTRPreTrainedModel):
         self.freeze_backbone_stages()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The text backbone's word embeddings."""
         return self.text_backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
+        """Replace the text backbone's word embeddings."""
         self.text_backbone.set_input_embeddings(value)
 
     def freeze_backbone_stages(self):
@@ -644,6 +664,12 @@ class RefTRModel(RefTRPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): normalised pictures, padded bottom and right.
             pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): 1 for the picture, 0 for padding.
+
+        Returns:
+            [`RefTRImageFeatures`]
+
+        Raises:
+            ValueError: if the shapes do not fit together.
         """
         if pixel_values.ndim != 4:
             raise ValueError(
@@ -674,12 +700,18 @@ class RefTRModel(RefTRPreTrainedModel):
         )
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        """Run (N, L) tokens through the text backbone."""
+        """(N, L) tokens and their mask -> the text backbone's output: last_hidden_state (N, L, text width) and
+        pooler_output (N, text width)."""
         if self.text_backbone._supports_attention_backend:
             # such a backbone takes a mask that is ready, and would wait for the device to make its own
             embeds = self.text_position_embeddings.weight[: input_ids.shape[1]].expand(len(input_ids), -1, -1)
             attention_mask = expand_attention_mask(self.text_backbone.config, embeds, attention_mask)
         return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
+
+    def known_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (..., L) that can be looked up, and which texts (...) hold no real token outside the vocabulary."""
+        is_known = (input_ids >= 0) & (input_ids < self.get_input_embeddings().num_embeddings)
+        return input_ids.where(is_known, 0), (is_known | ~attention_mask.bool()).all(dim=-1)
 
     def encode_phrases(
         self,
@@ -687,17 +719,37 @@ class RefTRModel(RefTRPreTrainedModel):
         phrase_attention_mask: torch.Tensor,
         phrase_mask: torch.Tensor,
         phrase_index: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Run the real phrases alone through the text backbone -> (S, P, d), zero for padding phrases."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Run the real phrases alone through the text backbone.
+
+        Args:
+            phrase_input_ids, phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`): the phrases by themselves.
+            phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
+            phrase_index (`torch.Tensor` of shape `(N, 2)`, *optional*): sentence and slot of the phrases to encode.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: features (S, P, d), zero where nothing was encoded, and the mask
+            (S, P) of what was.
+        """
         if phrase_index is None:
             # where no phrase is real, the first slot stands in: the text backbone does not take an empty batch
             encoded = phrase_mask.clone()
             encoded[:1, :1] |= ~phrase_mask.any()
             phrase_index = encoded.nonzero()
-        slots = phrase_index.unbind(1)
-        pooled = self.encode_text(phrase_input_ids[slots], phrase_attention_mask[slots]).pooler_output
+        (num_sentences, num_slots), (sentence, slot) = phrase_mask.shape, phrase_index.unbind(1)
+        is_slot = (sentence >= 0) & (sentence < num_sentences) & (slot >= 0) & (slot < num_slots)
+        # what points nowhere goes to a place behind the last slot, which is cut off
+        num_places = num_sentences * num_slots
+        place = torch.where(is_slot, sentence * num_slots + slot, num_places)
+        rows = place.clamp(max=num_places - 1)
+        pooled = self.encode_text(
+            phrase_input_ids.flatten(0, 1)[rows], phrase_attention_mask.flatten(0, 1)[rows]
+        ).pooler_output
         features = self.phrase_projection(pooled)
-        return features.new_zeros(*phrase_mask.shape, features.shape[-1]).index_put(slots, features)
+        features = features.new_zeros(num_places + 1, features.shape[-1]).index_put((place,), features)
+        is_encoded = phrase_mask.new_zeros(num_places + 1).index_fill(0, place, True)
+        return tuple(values[:-1].unflatten(0, phrase_mask.shape) for values in (features, is_encoded))
 
     @can_return_tuple
     def forward(
@@ -718,6 +770,9 @@ class RefTRModel(RefTRPreTrainedModel):
 
         Returns:
             [`RefTRModelOutput`]
+
+        Raises:
+            ValueError: if shapes or counts do not fit together.
         """
         kwargs.pop("token_type_ids", None)  # tokenizers make them; a sentence of RefTR is one segment
         if input_ids is None:
@@ -735,6 +790,8 @@ class RefTRModel(RefTRPreTrainedModel):
             phrase_index,
         )
         length = input_ids.shape[1]
+        # what points nowhere (a token, an image, a span, a phrase) is not followed, and its phrases are masked
+        input_ids, can_answer = self.known_tokens(input_ids, attention_mask)
 
         # the backbones: images once each, sentences once each
         image = self.encode_images(pixel_values, pixel_mask)
@@ -744,6 +801,8 @@ class RefTRModel(RefTRPreTrainedModel):
             image.image_mask,
         )
         if image_index is not None:
+            is_image = (image_index >= 0) & (image_index < len(image_features))
+            image_index, can_answer = image_index.where(is_image, 0), can_answer & is_image
             image_features, image_positions, image_mask = (
                 states[image_index] for states in (image_features, image_positions, image_mask)
             )
@@ -774,10 +833,16 @@ class RefTRModel(RefTRPreTrainedModel):
         else:
             if phrase_attention_mask is None:
                 phrase_attention_mask = torch.ones_like(phrase_input_ids)
-            phrase_mask = phrase_attention_mask.sum(dim=-1) > 2
-            phrase_features = self.encode_phrases(phrase_input_ids, phrase_attention_mask, phrase_mask, phrase_index)
-            start, end = phrase_spans[..., :1], phrase_spans[..., 1:]
-            context_mask = (token >= start) & (token < end) & is_real[:, None]
+            phrase_input_ids, is_known = self.known_tokens(phrase_input_ids, phrase_attention_mask)
+            start, end = phrase_spans.unbind(-1)
+            is_span = (start >= 0) & (start < end) & (end <= is_real.sum(dim=1, keepdim=True))
+            phrase_mask = (phrase_attention_mask.sum(dim=-1) > 2) & is_known & is_span
+            phrase_features, is_encoded = self.encode_phrases(
+                phrase_input_ids, phrase_attention_mask, phrase_mask, phrase_index
+            )
+            phrase_mask = phrase_mask & is_encoded
+            context_mask = (token >= start[..., None]) & (token < end[..., None]) & is_real[:, None]
+        phrase_mask = phrase_mask & can_answer[:, None]
         # where nothing may be seen, [CLS] stands in: a softmax over nothing is not a number
         context_mask = context_mask | (~context_mask.any(dim=-1, keepdim=True) & (token == 0))
         queries, query_positions = self.query_encoder(memory[:, :length], context_mask, phrase_features)
@@ -850,6 +915,11 @@ class RefTRModel(RefTRPreTrainedModel):
                 f"phrase_input_ids {tuple(phrase_input_ids.shape)} must be (sentences, phrases, tokens) for "
                 f"{num_sentences} sentences."
             )
+        if phrase_input_ids.shape[2] > self.config.max_text_positions:
+            raise ValueError(
+                f"phrase_input_ids holds {phrase_input_ids.shape[2]} tokens a phrase, more than max_text_positions="
+                f"{self.config.max_text_positions}; truncate the phrases."
+            )
         if phrase_attention_mask is not None and phrase_attention_mask.shape != phrase_input_ids.shape:
             raise ValueError(
                 f"phrase_attention_mask {tuple(phrase_attention_mask.shape)} does not fit phrase_input_ids "
@@ -915,12 +985,14 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 makes the host wait for the device, and breaks the graph of `torch.compile`.
             labels (`list[dict]` of length `S`, *optional*):
                 `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, (center_x, center_y, width,
-                height) in 0..1 of the picture without its padding.
+                height) in 0..1 of the picture without its padding. A box that leaves it, is empty, inverted or not a
+                number has no part in the loss.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
                 Sentences in the global batch (all ranks, all accumulation steps), which the loss is divided by.
 
         Returns:
-            [`RefTRVisualGroundingOutput`]
+            [`RefTRVisualGroundingOutput`]. Where a token, an image index, a span or a phrase index points nowhere, the
+            answer is finite and `phrase_mask` is False: to refuse it, the host would have to wait for the device.
 
         Raises:
             ValueError: if shapes or counts do not fit together.

@@ -41,6 +41,7 @@ def predict(model, processor, image: Image.Image, texts: list[str]) -> list[dict
 
 
 def main(argv: list[str] | None = None):
+    """The command: answers as JSON on stdout."""
     parser = argparse.ArgumentParser(prog="python -m modeling_reftr.predict", description="Boxes from words.")
     parser.add_argument("--model", required=True, help="RefTR folder or Hub id")
     parser.add_argument("--image", required=True, help="picture to look at")

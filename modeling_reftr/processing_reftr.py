@@ -5,10 +5,11 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
+
+from .image_processing_reftr import picture_size
 
 
 logger = logging.get_logger(__name__)
@@ -178,10 +179,15 @@ class RefTRProcessor(ProcessorMixin):
         return [*self.image_processor.model_input_names, "input_ids", "attention_mask", "image_index"]
 
     def encode_sentences(self, sentences: list[str], max_length: int, fixed: bool):
-        """Token ids and mask of each sentence, (S, L), and the encodings with their character offsets."""
+        """
+        Token ids and mask of each sentence, (S, L), and the encodings with their character offsets.
+
+        Raises:
+            ValueError: if a sentence has no words.
+        """
         sentences = [lower_case(sentence) for sentence in sentences]
         max_length = min(max_length, self.tokenizer.model_max_length)
-        encodings = self.tokenizer(sentences, return_offsets_mapping=True, add_special_tokens=True)
+        encodings = self.tokenizer(sentences, return_offsets_mapping=True, add_special_tokens=True, verbose=False)
         num_cut = 0
         for sentence, ids in zip(sentences, encodings["input_ids"], strict=True):
             if len(ids) <= 2:
@@ -212,8 +218,13 @@ class RefTRProcessor(ProcessorMixin):
         """
         Each phrase by itself and where its tokens stand in the sentence. Padding slots, and phrases past the cut of
         their sentence, hold an empty phrase with the span [0, 1).
+
+        Raises:
+            ValueError: if there are no phrases, or more than fixed length has room for.
         """
         num_slots = max(len(sentence_spans) for sentence_spans in spans)
+        if num_slots == 0:
+            raise ValueError("No sentence has a phrase: name what to look for, or leave phrases out.")
         if fixed and num_slots > self.max_phrases:
             raise ValueError(
                 f"A sentence has {num_slots} phrases; padding='max_length' has room for max_phrases="
@@ -273,16 +284,6 @@ class RefTRProcessor(ProcessorMixin):
         return results
 
 
-def picture_size(image) -> tuple[int, int]:
-    """(height, width) of a PIL picture, or of an array with its channels first, last or absent."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    shape = tuple(image.shape)
-    if len(shape) == 2 or shape[-1] in (1, 3, 4):
-        return shape[:2]
-    return shape[-2:]
-
-
 def lower_case(text: str) -> str:
     """Lower case, a character for a character, so that places in the text stay what they are."""
     if text.isascii():
@@ -291,7 +292,12 @@ def lower_case(text: str) -> str:
 
 
 def arrange_sentences(text, num_images: int) -> tuple[list[str], list[int], int]:
-    """`text` as the processor takes it -> the sentences in one list, the image of each, and how deep `text` nests."""
+    """
+    `text` as the processor takes it -> the sentences in one list, the image of each, and how deep `text` nests.
+
+    Raises:
+        ValueError: if the counts do not match, a sentence is blank, or an image has none.
+    """
     if isinstance(text, str):
         if num_images != 1:
             raise ValueError(f"One text for {num_images} images: give a list with one text an image.")
@@ -322,7 +328,12 @@ def arrange_sentences(text, num_images: int) -> tuple[list[str], list[int], int]
 
 
 def arrange_by_sentence(values, depth: int, sentences: list[str], image_index: list[int], name: str) -> list:
-    """Values nested as the text is -> one entry a sentence."""
+    """
+    Values nested as the text is -> one entry a sentence.
+
+    Raises:
+        ValueError: if they are nested otherwise.
+    """
     if depth == 0:
         return [values]
     if depth == 2:
@@ -340,11 +351,20 @@ def arrange_by_sentence(values, depth: int, sentences: list[str], image_index: l
 
 def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
     """
-    Where phrases stand in their sentence, as (start, end) characters.
+    Where phrases (strings, or spans that are checked) stand in their sentence, as (start, end) characters.
 
     Raises:
         ValueError: if a phrase is blank or not in the sentence, or a span is empty or leaves it.
-    """
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.processing_reftr import find_phrases
+
+    >>> find_phrases("A dog beside a dog", ["a dog", "a dog"])
+    [(0, 5), (13, 18)]
+
+    ```"""
     if isinstance(phrases, str):
         raise ValueError(f"phrases={phrases!r}: give a list of phrases for each sentence.")
     lowered = lower_case(sentence)
@@ -376,7 +396,19 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
     """
     (phrases, 4) xyxy in pixels -> (cx, cy, w, h) in 0..1 of the picture. A box may pass the picture's edge by a pixel
     (annotations round), and is cut there.
-    """
+
+    Raises:
+        ValueError: if a box is empty, inverted, not a number or outside its picture.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.processing_reftr import to_label_boxes
+
+    >>> to_label_boxes([[160, 0, 480, 480]], height=480, width=640, sentence="the bus")
+    tensor([[0.5000, 0.5000, 0.5000, 1.0000]])
+
+    ```"""
     labels = []
     for box in np.asarray(boxes, dtype=np.float64).reshape(-1, 4).tolist():
         x0, y0, x1, y1 = box

@@ -1,6 +1,9 @@
 """RefTRImageProcessor: the published sizes and pixels, every mode of picture, EXIF."""
 
+import functools
+import http.server
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -139,3 +142,16 @@ def test_saved_processor_is_the_same(image_processor, tmp_path):
     pixels = [p(half_and_half(), return_tensors="pt")["pixel_values"] for p in (processor, loaded)]
     assert pixels[0].shape == (1, 3, 72, 96)
     assert torch.equal(*pixels)
+
+
+def test_a_picture_by_its_address(tmp_path):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        processor = RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
+        assert processor(f"{address}/red.png", return_tensors="pt")["pixel_values"].shape == (1, 3, 48, 64)
+        with pytest.raises(OSError, match=r"/none\.png' cannot be read as a picture: .*404"):
+            processor(f"{address}/none.png", return_tensors="pt")
+        server.shutdown()

@@ -12,6 +12,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, channels, height, width) -> the same, by the statistics of all processes while training."""
         if not self.training:
             return super().forward(input)
         values = input.float()

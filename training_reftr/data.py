@@ -85,6 +85,7 @@ class GroundingCollator:
         self.with_targets = with_targets
 
     def __call__(self, rows: list[dict]) -> dict:
+        """Rows of the schema -> what the model takes, `labels` included, and `targets` where they are wanted."""
         texts, phrases, boxes, targets = [], [], [], []
         whole = True
         for row in rows:
