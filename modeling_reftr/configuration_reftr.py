@@ -97,11 +97,19 @@ class RefTRConfig(PreTrainedConfig):
             0 trains the whole backbone; N > 0 freezes the stem and the first N stages. Training a backbone from
             scratch needs 0 here and `freeze_backbone_batch_norm=False`.
         predict_masks (`bool`, *optional*, defaults to `False`):
-            Whether the head predicts masks beside boxes.
+            Whether the head predicts masks beside boxes, from the backbone's last four feature maps.
+        mask_head_group_norm_groups (`int`, *optional*, defaults to 8):
+            Most groups of the mask head's group norms; fewer where they do not divide a layer's channels.
+        freeze_grounding (`bool`, *optional*, defaults to `False`):
+            Train the mask head alone; everything else stays as it was loaded, and without dropout.
         auxiliary_loss (`bool`, *optional*, defaults to `True`):
             Whether the earlier decoder layers' boxes are returned and trained too.
         bbox_loss_coefficient, giou_loss_coefficient (`float`, *optional*, default to 1.0):
             Weights of the L1 and the generalised-IoU box losses.
+        mask_loss_coefficient, dice_loss_coefficient (`float`, *optional*, default to 1.0):
+            Weights of the focal and the dice mask losses.
+        mask_loss_over_padding (`bool`, *optional*, defaults to `True`):
+            Whether pixels of a batch's padding count as background in the mask losses, as published.
         init_xavier_std (`float`, *optional*, defaults to 1.0):
             Gain of the xavier-uniform initialisation of encoder, decoder and projections.
         box_head_init_std (`float`, *optional*, defaults to 0.0):
@@ -160,9 +168,14 @@ class RefTRConfig(PreTrainedConfig):
     freeze_backbone_batch_norm: bool = True
     num_frozen_backbone_stages: int = 1
     predict_masks: bool = False
+    mask_head_group_norm_groups: int = 8
+    freeze_grounding: bool = False
     auxiliary_loss: bool = True
     bbox_loss_coefficient: float | int = 1.0
     giou_loss_coefficient: float | int = 1.0
+    mask_loss_coefficient: float | int = 1.0
+    dice_loss_coefficient: float | int = 1.0
+    mask_loss_over_padding: bool = True
     init_xavier_std: float | int = 1.0
     box_head_init_std: float | int = 0.0
 
@@ -206,6 +219,7 @@ class RefTRConfig(PreTrainedConfig):
             "encoder_ffn_dim",
             "decoder_ffn_dim",
             "projection_group_norm_groups",
+            "mask_head_group_norm_groups",
             "max_image_positions",
             "max_text_positions",
         )
@@ -235,7 +249,8 @@ class RefTRConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
-        for name in ("bbox_loss_coefficient", "giou_loss_coefficient", "box_head_init_std"):
+        not_negative = ("bbox_loss_coefficient", "giou_loss_coefficient", "box_head_init_std")
+        for name in (*not_negative, "mask_loss_coefficient", "dice_loss_coefficient"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
         for name in ("layer_norm_eps", "position_embedding_temperature", "init_xavier_std"):
@@ -260,6 +275,16 @@ class RefTRConfig(PreTrainedConfig):
                         f"{part}.{field}={name!r} names a place to load from; give the plain name of a timm "
                         "architecture, for example 'resnet50'."
                     )
+
+    def validate_masks(self):
+        """Refuse masks that cannot be trained or built."""
+        if self.freeze_grounding and not self.predict_masks:
+            raise ValueError("freeze_grounding=True trains the mask head alone, but predict_masks=False has none.")
+        if self.predict_masks and self.d_model < 32:
+            raise ValueError(
+                f"d_model={self.d_model} is too narrow for predict_masks=True, whose last layer is d_model / 16 wide: "
+                "at least 32."
+            )
 
     def validate_text_length(self):
         """Refuse a sentence limit that the text encoder cannot reach."""

@@ -28,6 +28,12 @@ RENAMES = [
     (r"query_encoder\.context_out\.1\.", "model.query_encoder.context_layer_norm."),
     (r"query_encoder\.fuse_encoder_query\.", "model.query_encoder.fusion."),
     (r"bbox_embed\.", "box_head."),
+    (r"bbox_attention\.q_linear\.", "mask_head.query_projection."),
+    (r"bbox_attention\.k_linear\.", "mask_head.key_projection."),
+    (r"mask_head\.out_lay\.", "mask_head.output_convolution."),
+    *[(rf"mask_head\.lay{number + 1}\.", f"mask_head.convolutions.{number}.") for number in range(5)],
+    *[(rf"mask_head\.gn{number + 1}\.", f"mask_head.norms.{number}.") for number in range(5)],
+    *[(rf"mask_head\.adapter{number + 1}\.", f"mask_head.adapters.{number}.") for number in range(3)],
 ]
 PROJECTION_LAYERS = {"0": "linear1", "1": "layer_norm1", "4": "linear2", "5": "layer_norm2"}
 ENCODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}

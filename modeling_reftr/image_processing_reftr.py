@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps
+from torch import nn
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
@@ -135,6 +136,39 @@ def open_picture(source: str | os.PathLike) -> Image.Image:
 def add_channels(image):
     """A grey (height, width) array or tensor with an axis for its channel; anything else as it is."""
     return image[..., None] if getattr(image, "ndim", None) == 2 else image
+
+
+def resize_logits(logits: torch.Tensor, padded_size, resized_size, target_size, threshold: float) -> torch.Tensor:
+    """
+    A mask at the picture's own size from logits over the padded picture, resized bilinearly once.
+
+    Args:
+        logits (`torch.Tensor` of shape `(h1, w1)`): over the whole padded picture.
+        padded_size, resized_size, target_size (`(height, width)`):
+            Of the padded picture, of the part of it that is the picture, and of the result.
+        threshold (`float`): probability over which a pixel belongs to the mask.
+
+    Returns:
+        `torch.Tensor` of shape `target_size`, bool.
+    """
+    places = []
+    for padded, resized, target in zip(padded_size, resized_size, target_size, strict=True):
+        # middles of the result's pixels, as grid_sample wants them: -1 and 1 are the padded picture's edges
+        places.append((torch.arange(target, device=logits.device) + 0.5) / target * (resized / padded) * 2 - 1)
+    grid = torch.stack(torch.meshgrid(*places, indexing="ij")[::-1], dim=-1)
+    sampled = nn.functional.grid_sample(
+        logits[None, None].float(), grid[None], mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return sampled[0, 0].sigmoid() > threshold
+
+
+def resize_logits_in_two_steps(
+    logits: torch.Tensor, padded_size, resized_size, target_size, threshold: float
+) -> torch.Tensor:
+    """As `resize_logits`, by way of the padded size, where the threshold is applied: as published."""
+    padded = nn.functional.interpolate(logits[None, None].float(), size=tuple(padded_size), mode="bilinear")
+    mask = (padded.sigmoid() > threshold)[..., : resized_size[0], : resized_size[1]]
+    return nn.functional.interpolate(mask.float(), size=tuple(target_size), mode="nearest")[0, 0].bool()
 
 
 class RefTRImageProcessor(TorchvisionBackend):
@@ -315,6 +349,28 @@ class RefTRImageProcessor(TorchvisionBackend):
         height, width = masks.shape[-2:]
         return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height]).bool()
 
+    def sizes_of_sentences(self, target_sizes, outputs) -> torch.Tensor:
+        """
+        (height, width) of each image, or of each sentence's image -> of each sentence's image, (S, 2).
+
+        Raises:
+            ValueError: if there is not one size an image or a sentence.
+        """
+        num_sentences = len(outputs.pred_boxes)
+        image_index = getattr(outputs, "image_index", None)
+        if image_index is None:
+            image_index = torch.arange(num_sentences)
+        num_images = int(image_index.max()) + 1
+        target_sizes = torch.as_tensor(target_sizes).reshape(-1, 2)
+        if len(target_sizes) == num_images:
+            return target_sizes[image_index.to(target_sizes.device)]
+        if len(target_sizes) != num_sentences:
+            raise ValueError(
+                f"{len(target_sizes)} target_sizes for {num_images} images and {num_sentences} sentences: give "
+                "(height, width) of each image, or of each sentence's image."
+            )
+        return target_sizes
+
     def post_process_boxes(self, outputs, target_sizes=None) -> torch.Tensor:
         """
         Args:
@@ -343,21 +399,52 @@ class RefTRImageProcessor(TorchvisionBackend):
         boxes_xyxy = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
         if target_sizes is None:
             return boxes_xyxy
-        num_sentences = len(boxes_xyxy)
-        image_index = getattr(outputs, "image_index", None)
-        if image_index is None:
-            image_index = torch.arange(num_sentences, device=boxes_xyxy.device)
-        num_images = int(image_index.max()) + 1
-        target_sizes = torch.as_tensor(target_sizes).reshape(-1, 2).to(boxes_xyxy)
-        if len(target_sizes) == num_images:
-            target_sizes = target_sizes[image_index]
-        elif len(target_sizes) != num_sentences:
-            raise ValueError(
-                f"{len(target_sizes)} target_sizes for {num_images} images and {num_sentences} sentences: give "
-                "(height, width) of each image, or of each sentence's image."
-            )
-        height, width = target_sizes.unbind(1)
+        height, width = self.sizes_of_sentences(target_sizes, outputs).to(boxes_xyxy).unbind(1)
         return boxes_xyxy * torch.stack((width, height, width, height), dim=1)[:, None]
+
+    def post_process_masks(
+        self, outputs, target_sizes=None, threshold: float = 0.5, two_step: bool = False
+    ) -> list[torch.Tensor]:
+        """
+        Args:
+            outputs ([`RefTRVisualGroundingOutput`]): of a model with `config.predict_masks`.
+            target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
+                The original size of each image, or of each sentence's image. Absent: masks are of the size that the
+                image was resized to.
+            threshold (`float`, *optional*, defaults to 0.5): probability over which a pixel belongs to the mask.
+            two_step (`bool`, *optional*, defaults to `False`):
+                Resize as published: to the padded size, where the threshold is applied, then to the original size by
+                the nearest pixel. Else logits are resized once, straight to the original size.
+
+        Returns:
+            `list[torch.Tensor]`, one a sentence: bool, (phrases, height, width), for its real phrases.
+
+        Raises:
+            ValueError: if the model predicts no masks, or there is not one size an image or a sentence.
+        """
+        if outputs.pred_masks is None:
+            raise ValueError("There are no masks: the model's configuration has predict_masks=False.")
+        num_sentences = len(outputs.pred_masks)
+        image_index = outputs.image_index
+        image_index = list(range(num_sentences)) if image_index is None else image_index.tolist()
+        # a picture's own size is where its pixel mask ends
+        sizes = torch.stack([outputs.pixel_mask.amax(axis).sum(1) for axis in (2, 1)], dim=1).long().tolist()
+        resized_sizes = [sizes[index] for index in image_index]
+        if target_sizes is None:
+            target_sizes = resized_sizes
+        else:
+            target_sizes = self.sizes_of_sentences(target_sizes, outputs).long().tolist()
+        masks = []
+        for logits, is_real, resized, target in zip(
+            outputs.pred_masks, outputs.phrase_mask, resized_sizes, target_sizes, strict=True
+        ):
+            resize = resize_logits_in_two_steps if two_step else resize_logits
+            # one at a time: at the size of a photograph they are large
+            resized_masks = [
+                resize(mask, outputs.pixel_mask.shape[-2:], resized, target, threshold) for mask in logits[is_real]
+            ]
+            masks.append(torch.stack(resized_masks) if resized_masks else is_real.new_zeros(0, *target))
+        return masks
 
     def post_process_object_detection(self, outputs, threshold: float = 0.0, target_sizes=None) -> list[dict]:
         """

@@ -1,6 +1,7 @@
 """RefTR's losses, plain functions of predictions and labels."""
 
 import torch
+from torch import nn
 from torchvision.ops import box_convert
 
 
@@ -110,30 +111,113 @@ def pad_target_boxes(
     return target_boxes.where(is_box[..., None], 0), phrase_mask & is_box
 
 
+def mask_losses(
+    pred_masks: torch.Tensor,
+    phrase_mask: torch.Tensor,
+    labels: list[dict[str, torch.Tensor]],
+    num_sentences,
+    size: tuple[int, int],
+    pixel_mask: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Focal (Lin et al., ICCV 2017; alpha 0.25, gamma 2) and dice losses as published: summed over the phrases that have
+    a mask, divided by the number of sentences. Logits are brought to the padded picture's size bilinearly.
+
+    Args:
+        pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`): logits.
+        phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
+        labels (`list[dict]` of length `S`): `masks` (P or fewer, *size), True where the phrase is; or none.
+        num_sentences (`int` or `torch.Tensor`): sentences in the global batch.
+        size (`(height, width)`): of the padded pictures.
+        pixel_mask (`torch.Tensor` of shape `(S, *size)`, *optional*):
+            Nonzero for the pixels that count; absent: all, padding as background.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `loss_mask` (focal, mean over pixels) and `loss_dice`, each of shape ().
+
+    Raises:
+        ValueError: if masks are not of the padded picture's size, or more than the sentence has slots.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_reftr.loss_reftr import mask_losses
+
+    >>> right = torch.tensor([[[[9.0, -9.0], [9.0, -9.0]]]])
+    >>> labels = [{"masks": right[0] > 0}]
+    >>> losses = mask_losses(right, torch.tensor([[True]]), labels, num_sentences=1, size=(2, 2))
+    >>> {name: round(value.item(), 3) for name, value in losses.items()}
+    {'loss_mask': 0.0, 'loss_dice': 0.0}
+
+    ```"""
+    logits, targets, counted, pixels = [], [], [], []
+    for index, label in enumerate(labels):
+        masks = label.get("masks")
+        if masks is None:
+            continue
+        if masks.ndim != 3 or masks.shape[1:] != tuple(size) or len(masks) > pred_masks.shape[1]:
+            raise ValueError(
+                f"labels[{index}]['masks'] has shape {tuple(masks.shape)}, expected (phrases, {size[0]}, {size[1]}), "
+                f"the size of the padded picture, with at most {pred_masks.shape[1]} phrases."
+            )
+        logits.append(pred_masks[index, : len(masks)])
+        targets.append(masks.to(pred_masks.device).bool())
+        counted.append(phrase_mask[index, : len(masks)])
+        if pixel_mask is not None:
+            pixels.append(pixel_mask[index].expand(len(masks), -1, -1))
+    if sum(map(len, logits)) == 0:
+        # still a function of every weight, which processes that train together need
+        nothing = pred_masks.sum() * 0
+        return {"loss_mask": nothing, "loss_dice": nothing}
+    logits = nn.functional.interpolate(torch.cat(logits)[:, None], size=tuple(size), mode="bilinear")[:, 0].flatten(1)
+    targets = torch.cat(targets).flatten(1).to(logits.dtype)
+    counts = torch.cat(pixels).flatten(1).bool().to(logits.dtype) if pixels else torch.ones_like(targets)
+    probability = logits.sigmoid()
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    missed = probability + targets - 2 * probability * targets  # 1 - the probability given to the truth
+    focal = (0.25 * targets + 0.75 * (1 - targets)) * cross_entropy * missed.square()
+    focal = (focal * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+    probability, targets = probability * counts, targets * counts
+    dice = 1 - (2 * (probability * targets).sum(dim=1) + 1) / (probability.sum(dim=1) + targets.sum(dim=1) + 1)
+    counted, zero = torch.cat(counted), logits.new_zeros(())
+    return {
+        "loss_mask": torch.where(counted, focal, zero).sum() / num_sentences,
+        "loss_dice": torch.where(counted, dice, zero).sum() / num_sentences,
+    }
+
+
 def grounding_loss(
     pred_boxes: torch.Tensor,
     phrase_mask: torch.Tensor,
     labels: list[dict[str, torch.Tensor]],
     config,
     auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None,
+    pred_masks: torch.Tensor | None = None,
+    pixel_mask: torch.Tensor | None = None,
+    image_index: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    RefTR's training loss: box losses of the last decoder layer and of every earlier one.
+    RefTR's training loss: box losses of the last decoder layer and of every earlier one, and mask losses.
 
     Args:
         pred_boxes (`torch.Tensor` of shape `(S, P, 4)`): (cx, cy, w, h) in 0..1.
         phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
-        labels (`list[dict]` of length `S`): `boxes` (P or fewer, 4) each, (cx, cy, w, h) in 0..1.
+        labels (`list[dict]` of length `S`):
+            `boxes` (P or fewer, 4) each, (cx, cy, w, h) in 0..1, and with masks `masks` (P or fewer, H, W).
         config (`RefTRConfig`): the losses' weights.
         auxiliary_outputs (`list[dict]`, *optional*): `pred_boxes` of each earlier decoder layer.
+        pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`, *optional*): logits.
+        pixel_mask (`torch.Tensor` of shape `(I, H, W)`, with `pred_masks`): 1 for the picture, 0 for padding.
+        image_index (`torch.Tensor` of shape `(S,)`, *optional*): the image of each sentence; absent: in order.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S): sentences in the global batch.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the weighted sum, and its parts under their published names.
 
     Raises:
-        ValueError: see `pad_target_boxes`.
+        ValueError: see `pad_target_boxes` and `mask_losses`.
     """
     target_boxes, mask = pad_target_boxes(labels, phrase_mask)
     num_sentences = len(labels) if num_items_in_batch is None else num_items_in_batch
@@ -141,6 +225,17 @@ def grounding_loss(
     for index, outputs in enumerate(auxiliary_outputs or []):
         losses = box_losses(outputs["pred_boxes"], target_boxes, mask, num_sentences)
         loss_dict.update({f"{name}_{index}": value for name, value in losses.items()})
-    weights = {"loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
+    if pred_masks is not None:
+        counted_pixels = None
+        if not config.mask_loss_over_padding:
+            counted_pixels = pixel_mask if image_index is None else pixel_mask[image_index]
+        size = tuple(pixel_mask.shape[-2:])
+        loss_dict |= mask_losses(pred_masks, phrase_mask, labels, num_sentences, size, counted_pixels)
+    weights = {
+        "loss_bbox": config.bbox_loss_coefficient,
+        "loss_giou": config.giou_loss_coefficient,
+        "loss_mask": config.mask_loss_coefficient,
+        "loss_dice": config.dice_loss_coefficient,
+    }
     loss = sum(value * weights["_".join(name.split("_")[:2])] for name, value in loss_dict.items())
     return loss, loss_dict

@@ -80,6 +80,10 @@ class RefTRModelOutput(ModelOutput):
             The backbone's feature maps, each (I, channels, height, width).
         image_features (`torch.Tensor` of shape `(I, h * w, d)`):
             The last feature map projected to the model's width.
+        image_mask (`torch.Tensor` of shape `(I, h * w)`):
+            True for cells of the picture, False for padding.
+        image_index (`torch.Tensor` of shape `(S,)`, *optional*):
+            The image each sentence was read with: the input, 0 where that points nowhere.
         decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
             (`tuple[torch.Tensor]`, *optional*): each layer's, on request.
     """
@@ -90,6 +94,8 @@ class RefTRModelOutput(ModelOutput):
     encoder_last_hidden_state: torch.Tensor | None = None
     feature_maps: tuple[torch.Tensor, ...] | None = None
     image_features: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+    image_index: torch.Tensor | None = None
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -104,7 +110,8 @@ class RefTRVisualGroundingOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             Weighted sum of `loss_dict`.
         loss_dict (`dict[str, torch.Tensor]`, *optional*, returned with `labels`):
-            `loss_bbox` and `loss_giou`, and the same with `_0`, `_1`, ... for the earlier decoder layers.
+            `loss_bbox` and `loss_giou`, and the same with `_0`, `_1`, ... for the earlier decoder layers; with masks
+            also `loss_mask` (focal) and `loss_dice`.
         pred_boxes (`torch.Tensor` of shape `(S, P, 4)`):
             (center_x, center_y, width, height) in 0..1 of the picture without its padding, for every phrase slot.
             What stands in padding slots means nothing: see `phrase_mask`.
@@ -112,7 +119,12 @@ class RefTRVisualGroundingOutput(ModelOutput):
             True for real phrases, False for padding.
         auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*, returned if `config.auxiliary_loss`):
             `pred_boxes` of each earlier decoder layer.
-        image_index, input_ids, phrase_input_ids (`torch.Tensor`, *optional*):
+        pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`, *optional*, returned if `config.predict_masks`):
+            Logits of each phrase's mask over the whole padded picture, at the size of the backbone's fourth to last
+            feature map (a quarter of the picture for a ResNet).
+        mask_attentions (`torch.Tensor` of shape `(S, P, heads, h, w)`, *optional*, with `output_attentions=True`):
+            The maps that the mask head starts from; heads and cells together sum to 1.
+        image_index, input_ids, phrase_input_ids, pixel_mask (`torch.Tensor`, *optional*):
             The inputs of these names, for the processor's post-processing.
         last_hidden_state, intermediate_hidden_states, encoder_last_hidden_state, decoder_hidden_states,
             decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions: see [`RefTRModelOutput`].
@@ -123,9 +135,12 @@ class RefTRVisualGroundingOutput(ModelOutput):
     pred_boxes: torch.Tensor | None = None
     phrase_mask: torch.Tensor | None = None
     auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None
+    pred_masks: torch.Tensor | None = None
+    mask_attentions: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
     input_ids: torch.Tensor | None = None
     phrase_input_ids: torch.Tensor | None = None
+    pixel_mask: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     intermediate_hidden_states: torch.Tensor | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
@@ -420,6 +435,91 @@ class RefTRBoxHead(nn.Module):
         return self.layers[-1](hidden_states)
 
 
+class RefTRMaskHead(nn.Module):
+    """
+    Masks of phrases: an attention map of each over the image, then 3x3 convolutions that take up one finer feature map
+    of the backbone after the other, each half as wide as the one before.
+    """
+
+    def __init__(self, config: RefTRConfig, backbone_channels: list[int]):
+        super().__init__()
+        if len(backbone_channels) < 4:
+            raise ValueError(
+                f"predict_masks=True reads four feature maps, the backbone gives {len(backbone_channels)}; set "
+                "backbone_config.out_indices to its last four stages."
+            )
+        self.num_heads = config.decoder_attention_heads
+        self.scaling = (config.d_model // self.num_heads) ** -0.5
+        self.query_projection = nn.Linear(config.d_model, config.d_model)
+        self.key_projection = nn.Linear(config.d_model, config.d_model)
+        # image, memory and attention maps side by side, then from the coarsest feature map to the finest
+        widths = [2 * config.d_model + self.num_heads] + [config.d_model // divisor for divisor in (2, 4, 8, 16)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+            for inputs, outputs in zip([widths[0], *widths], widths, strict=False)
+        )
+        self.norms = nn.ModuleList(
+            nn.GroupNorm(math.gcd(config.mask_head_group_norm_groups, width), width) for width in widths
+        )
+        self.adapters = nn.ModuleList(
+            nn.Conv2d(channels, width, kernel_size=1)
+            for channels, width in zip(backbone_channels[-2:-5:-1], widths[1:4], strict=True)
+        )
+        self.output_convolution = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        image_features: torch.Tensor,
+        image_memory: torch.Tensor,
+        image_mask: torch.Tensor,
+        feature_maps: tuple[torch.Tensor, ...],
+        image_index: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            queries (`torch.Tensor` of shape `(S, P, d)`): the decoder's output.
+            image_features (`torch.Tensor` of shape `(I, h * w, d)`): the projected image.
+            image_memory (`torch.Tensor` of shape `(S, h * w, d)`): the encoder's output at the image tokens.
+            image_mask (`torch.Tensor` of shape `(I, h * w)`):
+                True for the picture. Padding is not attended to, but convolutions and group norms read it, as published.
+            feature_maps (`tuple[torch.Tensor]`): the backbone's, each (I, channels, height, width).
+            image_index (`torch.Tensor` of shape `(S,)`, *optional*): the image of each sentence; absent: in order.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: logits (S, P, h1, w1), and attention maps (S, P, heads, h, w).
+        """
+        (num_sentences, num_phrases, _), size = queries.shape, feature_maps[-1].shape[-2:]
+
+        def of_sentences(states: torch.Tensor) -> torch.Tensor:
+            return states if image_index is None else states[image_index]
+
+        def of_phrases(states: torch.Tensor) -> torch.Tensor:
+            return states[:, None].expand(-1, num_phrases, *states.shape[1:]).flatten(0, 1)
+
+        keys = self.key_projection(image_memory).unflatten(-1, (self.num_heads, -1))
+        queries = self.query_projection(queries).unflatten(-1, (self.num_heads, -1))
+        scores = torch.einsum("sphc,snhc->sphn", queries * self.scaling, keys).float()
+        # where a picture is all padding, all of it is seen: a softmax over nothing is not a number
+        is_seen = of_sentences(image_mask | ~image_mask.any(dim=-1, keepdim=True))
+        scores = scores.masked_fill(~is_seen[:, None, None], -torch.inf)
+        attentions = scores.flatten(2).softmax(dim=-1).to(queries.dtype).unflatten(2, (self.num_heads, *size))
+
+        image = torch.cat((of_sentences(image_features), image_memory), dim=-1).transpose(1, 2).unflatten(-1, size)
+        hidden_states = torch.cat((of_phrases(image), attentions.flatten(0, 1)), dim=1)
+        finer = [None, None, *feature_maps[-2:-5:-1]]
+        adapters = [None, None, *self.adapters]
+        for feature_map, adapter, convolution, norm in zip(
+            finer, adapters, self.convolutions, self.norms, strict=True
+        ):
+            if feature_map is not None:
+                hidden_states = nn.functional.interpolate(hidden_states, size=feature_map.shape[-2:], mode="nearest")
+                hidden_states = hidden_states + of_phrases(of_sentences(adapter(feature_map)))
+            hidden_states = norm(convolution(hidden_states)).relu()
+        logits = self.output_convolution(hidden_states)
+        return logits[:, 0].unflatten(0, (num_sentences, num_phrases)), attentions
+
+
 class RefTRPreTrainedModel(PreTrainedModel):
     """What RefTR can do within transformers, how its weights start, and how a checkpoint is loaded."""
 
@@ -470,6 +570,13 @@ class RefTRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RefTRBoxHead):
             init.normal_(module.layers[-1].weight, std=self.config.box_head_init_std)
             init.zeros_(module.layers[-1].bias)
+        elif isinstance(module, RefTRMaskHead):
+            for projection in (module.query_projection, module.key_projection):
+                init.xavier_uniform_(projection.weight)
+                init.zeros_(projection.bias)
+            for convolution in (*module.convolutions, *module.adapters, module.output_convolution):
+                init.kaiming_uniform_(convolution.weight, a=1)
+                init.zeros_(convolution.bias)
         elif isinstance(module, RefTRModel):
             init.xavier_uniform_(module.text_position_embeddings.weight, gain=xavier_std)
             init.xavier_uniform_(module.token_type_embeddings.weight, gain=xavier_std)
@@ -477,12 +584,17 @@ class RefTRPreTrainedModel(PreTrainedModel):
             init.zeros_(module.image_projection[0].bias)
             init.normal_(module.level_embedding)
 
+    def freeze_parameters(self):
+        """Stop training what the configuration freezes."""
+        if self.base_model is not self:
+            self.base_model.freeze_parameters()
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """See `PreTrainedModel.from_pretrained`, which thaws every parameter; frozen stages are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.base_model.freeze_backbone_stages()
+        model.freeze_parameters()
         return loaded
 
 
@@ -612,7 +724,7 @@ class RefTRModel(RefTRPreTrainedModel):
         self.query_encoder = RefTRQueryEncoder(config)
         self.decoder = RefTRDecoder(config)
         self.post_init()
-        self.freeze_backbone_stages()
+        self.freeze_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
         """The text backbone's word embeddings."""
@@ -622,7 +734,7 @@ class RefTRModel(RefTRPreTrainedModel):
         """Replace the text backbone's word embeddings."""
         self.text_backbone.set_input_embeddings(value)
 
-    def freeze_backbone_stages(self):
+    def freeze_parameters(self):
         """
         Stop training the backbone's stem and its first `config.num_frozen_backbone_stages` stages (0: nothing).
 
@@ -863,6 +975,8 @@ class RefTRModel(RefTRPreTrainedModel):
             encoder_last_hidden_state=memory,
             feature_maps=image.feature_maps,
             image_features=image.image_features,
+            image_mask=image.image_mask,
+            image_index=image_index,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -933,17 +1047,32 @@ class RefTRModel(RefTRPreTrainedModel):
 
 
 class RefTRForVisualGrounding(RefTRPreTrainedModel):
-    """RefTR with its box head: a box for every phrase of every sentence."""
+    """RefTR with its heads: a box for every phrase of every sentence, and a mask if `config.predict_masks`."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
-        if config.predict_masks:
-            raise ValueError("predict_masks=True: this version has no mask head yet; set predict_masks=False.")
         self.model = RefTRModel(config)
         self.box_head = RefTRBoxHead(config)
+        if config.predict_masks:
+            self.mask_head = RefTRMaskHead(config, self.model.backbone.channels)
         self.loss_function = grounding_loss
         self.post_init()
-        self.model.freeze_backbone_stages()
+        self.freeze_parameters()
+
+    def freeze_parameters(self):
+        """Stop training what the configuration freezes: the backbone's first stages, or all but the mask head."""
+        self.model.freeze_parameters()
+        if self.config.freeze_grounding:
+            for module in (self.model, self.box_head):
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """As any module, but what `config.freeze_grounding` freezes stays without dropout and batch statistics."""
+        super().train(mode)
+        if self.config.freeze_grounding:
+            for module in (self.model, self.box_head):
+                module.eval()
+        return self
 
     @can_return_tuple
     def forward(
@@ -986,7 +1115,8 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             labels (`list[dict]` of length `S`, *optional*):
                 `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, (center_x, center_y, width,
                 height) in 0..1 of the picture without its padding. A box that leaves it, is empty, inverted or not a
-                number has no part in the loss.
+                number has no part in the loss. With `config.predict_masks` also `masks` (P or fewer, H, W), True where
+                the phrase is, of the padded picture.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
                 Sentences in the global batch (all ranks, all accumulation steps), which the loss is divided by.
 
@@ -1037,6 +1167,20 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         auxiliary_outputs = None
         if self.config.auxiliary_loss:
             auxiliary_outputs = [{"pred_boxes": boxes} for boxes in layer_boxes[:-1]]
+        pred_masks, mask_attentions = None, None
+        return_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if self.config.predict_masks:
+            pred_masks, mask_attentions = self.mask_head(
+                outputs.last_hidden_state,
+                outputs.image_features,
+                outputs.encoder_last_hidden_state[:, input_ids.shape[1] :],
+                outputs.image_mask,
+                outputs.feature_maps,
+                outputs.image_index,
+            )
+            pred_masks = pred_masks.float()
+            if pixel_mask is None:
+                pixel_mask = torch.ones_like(pixel_values[:, 0], dtype=torch.long)
         loss, loss_dict = None, None
         if labels is not None:
             loss, loss_dict = self.loss_function(
@@ -1045,6 +1189,9 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 labels,
                 config=self.config,
                 auxiliary_outputs=auxiliary_outputs,
+                pred_masks=pred_masks,
+                pixel_mask=pixel_mask,
+                image_index=outputs.image_index,
                 num_items_in_batch=num_items_in_batch,
             )
         return RefTRVisualGroundingOutput(
@@ -1053,9 +1200,14 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             pred_boxes=layer_boxes[-1],
             phrase_mask=outputs.phrase_mask,
             auxiliary_outputs=auxiliary_outputs,
-            image_index=image_index,
+            pred_masks=pred_masks,
+            mask_attentions=mask_attentions
+            if kwargs.get("output_attentions", self.config.output_attentions)
+            else None,
+            image_index=outputs.image_index,
             input_ids=input_ids,
             phrase_input_ids=phrase_input_ids,
+            pixel_mask=pixel_mask,
             last_hidden_state=outputs.last_hidden_state,
             intermediate_hidden_states=outputs.intermediate_hidden_states,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,

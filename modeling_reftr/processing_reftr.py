@@ -283,6 +283,47 @@ class RefTRProcessor(ProcessorMixin):
             )
         return results
 
+    def post_process_referring_segmentation(
+        self,
+        outputs,
+        target_sizes,
+        threshold: float = 0.5,
+        two_step: bool = False,
+        return_coco_rle: bool = False,
+    ) -> list[dict]:
+        """
+        Boxes and masks in pixels, and the phrases that they answer.
+
+        Args:
+            outputs ([`RefTRVisualGroundingOutput`]): of a model with `config.predict_masks`.
+            target_sizes, threshold, two_step: see [`RefTRImageProcessor.post_process_masks`].
+            return_coco_rle (`bool`, *optional*, defaults to `False`):
+                Give `segmentations`, COCO's run-length encoding, in place of `masks`.
+
+        Returns:
+            `list[dict]`, one a sentence: what `post_process_grounding` gives, and `masks` (`torch.Tensor` of shape
+            `(phrases, height, width)`, bool), or `segmentations` (`list[dict]`, `size` and `counts` each).
+
+        Raises:
+            ValueError: if the model predicts no masks, or there is not one size an image or a sentence.
+        """
+        results = self.post_process_grounding(outputs, target_sizes)
+        masks_of_sentences = self.image_processor.post_process_masks(outputs, target_sizes, threshold, two_step)
+        for result, masks in zip(results, masks_of_sentences, strict=True):
+            if return_coco_rle:
+                result["segmentations"] = [to_coco_rle(mask) for mask in masks]
+            else:
+                result["masks"] = masks
+        return results
+
+
+def to_coco_rle(mask: torch.Tensor) -> dict:
+    """A bool mask (height, width) -> COCO's run-length encoding: `size` [height, width] and `counts` (`str`)."""
+    from pycocotools import mask as coco_mask  # here, because only who asks for it needs it
+
+    encoded = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
 
 def lower_case(text: str) -> str:
     """Lower case, a character for a character, so that places in the text stay what they are."""

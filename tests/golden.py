@@ -54,6 +54,7 @@ def golden_config(case, **overrides):
         "encoder_ffn_dim": build["ff"],
         "decoder_ffn_dim": build["ff"],
         "predict_masks": case["masks"],
+        "auxiliary_loss": not case["masks"],
     }
     return RefTRConfig(**settings | overrides)
 
@@ -86,4 +87,13 @@ def golden_inputs(case, arrays):
     inputs["labels"] = [
         {"boxes": torch.from_numpy(arrays[f"in.target_boxes_{i}"]).reshape(-1, 4)} for i in range(len(pictures))
     ]
+    if case["masks"]:
+        for i, (label, (rows, columns)) in enumerate(zip(inputs["labels"], case["sizes"], strict=True)):
+            label["masks"] = torch.zeros(1, height, width, dtype=torch.bool)
+            label["masks"][0, :rows, :columns] = golden_mask(arrays[f"in.target_masks_{i}"], (rows, columns))
     return inputs
+
+
+def golden_mask(packed, size):
+    """A mask of (height, width) out of its packed bits."""
+    return torch.from_numpy(np.unpackbits(packed)[: size[0] * size[1]].reshape(size).astype(bool))

@@ -67,6 +67,6 @@ def test_unfrozen_batch_norm_takes_the_same_weights():
 
 def test_golden_files_are_the_cases_compared():
     names = {path.stem for path in GOLDEN.glob("*.json")} - {"preprocess_sizes"}
-    assert names == {"rec_bert", "rec_roberta", "multiphrase_bert"}
+    assert names == {"rec_bert", "rec_roberta", "multiphrase_bert", "res_bert"}
     for name in names:
         assert json.loads((GOLDEN / f"{name}.json").read_text())["name"] == name

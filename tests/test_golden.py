@@ -8,7 +8,7 @@ from modeling_reftr import RefTRImageProcessor
 from modeling_reftr.convert_reftr_checkpoint import rename_key
 
 
-CASES = ("rec_bert", "rec_roberta", "multiphrase_bert")
+CASES = ("rec_bert", "rec_roberta", "multiphrase_bert", "res_bert")
 
 
 @pytest.fixture(scope="module", params=[(name, attention) for name in CASES for attention in ("eager", "sdpa")])
@@ -59,7 +59,7 @@ def test_boxes(golden_run):
     _, arrays, _, outputs, _ = golden_run
     real = outputs.phrase_mask
     torch.testing.assert_close(outputs.pred_boxes[real], arrays["out.pred_boxes"][:, :, 0][real], atol=1e-5, rtol=0)
-    for index, auxiliary in enumerate(outputs.auxiliary_outputs):
+    for index, auxiliary in enumerate(outputs.auxiliary_outputs or []):
         expected = arrays[f"out.aux_pred_boxes_{index}"][:, :, 0][real]
         torch.testing.assert_close(auxiliary["pred_boxes"][real], expected, atol=1e-5, rtol=0)
 
@@ -70,6 +70,14 @@ def test_post_processed_boxes(golden_run):
     for index, real in enumerate(outputs.phrase_mask):
         expected = arrays[f"out.post_boxes_xyxy_{index}"]
         torch.testing.assert_close(boxes[index][real].detach(), expected, atol=1e-2, rtol=0)
+
+
+def test_masks(golden_run):
+    case, arrays, _, outputs, _ = golden_run
+    if not case["masks"]:
+        assert outputs.pred_masks is None
+        return
+    torch.testing.assert_close(outputs.pred_masks, arrays["out.pred_masks"], atol=1e-4, rtol=0)
 
 
 def test_losses(golden_run):
