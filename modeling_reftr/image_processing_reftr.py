@@ -332,20 +332,25 @@ class RefTRImageProcessor(TorchvisionBackend):
             )
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def resize_masks(self, masks, padded_size: tuple[int, int], size: SizeDict | dict | None = None) -> torch.Tensor:
+    def resize_masks(
+        self, masks, padded_size: tuple[int, int], size: SizeDict | dict | None = None, do_resize: bool | None = None
+    ) -> torch.Tensor:
         """
         Bring the masks of one picture to its resized size (nearest) and pad them.
 
         Args:
             masks (array of shape `(phrases, height, width)`): at the picture's own size.
             padded_size (`(height, width)`): of the batch.
+            size, do_resize (*optional*): as for the pictures, by default the processor's own.
 
         Returns:
             `torch.Tensor` of shape `(phrases, *padded_size)`, bool.
         """
         size = self.size if size is None else size
         masks = torch.as_tensor(np.asarray(masks)).bool().to(torch.uint8)
-        masks = self.resize(masks, size, resample=PILImageResampling.NEAREST)
+        if self.do_resize if do_resize is None else do_resize:
+            size = size if isinstance(size, SizeDict) else SizeDict(**size)
+            masks = self.resize(masks, size, resample=PILImageResampling.NEAREST)
         height, width = masks.shape[-2:]
         return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height]).bool()
 

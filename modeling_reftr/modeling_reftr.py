@@ -482,7 +482,7 @@ class RefTRMaskHead(nn.Module):
             image_features (`torch.Tensor` of shape `(I, h * w, d)`): the projected image.
             image_memory (`torch.Tensor` of shape `(S, h * w, d)`): the encoder's output at the image tokens.
             image_mask (`torch.Tensor` of shape `(I, h * w)`):
-                True for the picture. Padding is not attended to, but convolutions and group norms read it, as published.
+                True for the picture. Padding gets no attention; convolutions and group norms read it, as published.
             feature_maps (`tuple[torch.Tensor]`): the backbone's, each (I, channels, height, width).
             image_index (`torch.Tensor` of shape `(S,)`, *optional*): the image of each sentence; absent: in order.
 
@@ -1201,9 +1201,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             phrase_mask=outputs.phrase_mask,
             auxiliary_outputs=auxiliary_outputs,
             pred_masks=pred_masks,
-            mask_attentions=mask_attentions
-            if kwargs.get("output_attentions", self.config.output_attentions)
-            else None,
+            mask_attentions=mask_attentions if return_attentions else None,
             image_index=outputs.image_index,
             input_ids=input_ids,
             phrase_input_ids=phrase_input_ids,

@@ -96,7 +96,8 @@ class RefTRProcessor(ProcessorMixin):
                 The box of each phrase, nested as `phrases` is, or, without phrases, one a sentence, nested as `text`
                 is; (x0, y0, x1, y1) in pixels of the upright picture. Gives `labels`.
             masks (*optional*):
-                The mask of each phrase, nested as `boxes` is, (height, width) of the picture. Gives `labels` too.
+                The mask of each phrase, nested as `boxes` is, (height, width) of the picture, or COCO's run-length
+                encoding of it; None for a sentence without masks. Gives `labels` too.
             annotated_sizes (list of `(height, width)`, *optional*):
                 The size each picture was annotated at, which decides whether its EXIF orientation is followed.
             padding (`"longest"` or `"max_length"`, *optional*, defaults to `"longest"`):
@@ -142,35 +143,33 @@ class RefTRProcessor(ProcessorMixin):
             data.update(self.encode_phrases(sentences, spans, encodings, fixed))
             num_phrases = [len(names) for names in spans]
 
-        if boxes is not None or masks is not None:
-            labels = [{} for _ in sentences]
-            for name, values in (("boxes", boxes), ("masks", masks)):
-                if values is None:
+        targets = {"boxes": boxes, "masks": masks}
+        targets = {
+            name: arrange_by_sentence(values, depth, sentences, image_index, name)
+            for name, values in targets.items()
+            if values is not None
+        }
+        if targets:
+            data["labels"] = [{} for _ in sentences]
+        padded_size = tuple(np.shape(data["pixel_values"][0])[-2:])
+        for index, (sentence, image) in enumerate(zip(sentences, image_index, strict=True)):
+            for name, values in targets.items():
+                value = values[index]
+                if value is None:
                     continue
-                values = arrange_by_sentence(values, depth, sentences, image_index, name)
-                for index, value in enumerate(values):
-                    if phrases is None and np.ndim(value) == {"boxes": 1, "masks": 2}[name]:
-                        value = [value]
-                    if len(value) != num_phrases[index]:
-                        raise ValueError(
-                            f"{len(value)} {name} for the {num_phrases[index]} phrases of {sentences[index]!r}: give "
-                            "one a phrase."
-                        )
-                    height, width = sizes[image_index[index]]
-                    if name == "boxes":
-                        labels[index]["boxes"] = to_label_boxes(value, height, width, sentences[index])
-                    else:
-                        shapes = {np.shape(mask) for mask in value}
-                        if shapes != {(height, width)}:
-                            raise ValueError(
-                                f"Masks of {sentences[index]!r} have the sizes {sorted(shapes)}, their picture has "
-                                f"{(height, width)} (height, width)."
-                            )
-                        padded_size = tuple(np.shape(data["pixel_values"])[-2:])
-                        labels[index]["masks"] = self.image_processor.resize_masks(
-                            value, padded_size, image_kwargs.get("size")
-                        )
-            data["labels"] = labels
+                if phrases is None and is_one_target(value, name):
+                    value = [value]
+                if len(value) != num_phrases[index]:
+                    raise ValueError(
+                        f"{len(value)} {name} for the {num_phrases[index]} phrases of {sentence!r}: give one a phrase."
+                    )
+                if name == "boxes":
+                    data["labels"][index]["boxes"] = to_label_boxes(value, *sizes[image], sentence)
+                else:
+                    value = to_masks(value, *sizes[image], sentence)
+                    data["labels"][index]["masks"] = self.image_processor.resize_masks(
+                        value, padded_size, image_kwargs.get("size"), image_kwargs.get("do_resize")
+                    )
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["labels"])
 
     @property
@@ -325,6 +324,31 @@ def to_coco_rle(mask: torch.Tensor) -> dict:
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
+def from_coco_rle(segmentation: dict) -> np.ndarray:
+    """
+    COCO's run-length encoding (`size` [height, width], `counts` as `str`, `bytes` or a list of lengths) -> bool mask
+    (height, width).
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.processing_reftr import from_coco_rle
+
+    >>> from_coco_rle({"size": [2, 3], "counts": [2, 2, 2]}).astype(int)
+    array([[0, 1, 0],
+           [0, 1, 0]])
+
+    ```"""
+    from pycocotools import mask as coco_mask
+
+    counts = segmentation["counts"]
+    if isinstance(counts, (list, tuple)):
+        segmentation = coco_mask.frPyObjects({**segmentation, "counts": list(counts)}, *segmentation["size"])
+    elif isinstance(counts, str):
+        segmentation = {"size": segmentation["size"], "counts": counts.encode("ascii")}
+    return coco_mask.decode(segmentation).astype(bool)
+
+
 def lower_case(text: str) -> str:
     """Lower case, a character for a character, so that places in the text stay what they are."""
     if text.isascii():
@@ -431,6 +455,31 @@ def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
                 )
         spans.append((start, end))
     return spans
+
+
+def is_one_target(value, name: str) -> bool:
+    """Whether this is one box or mask itself, not a list of them."""
+    if isinstance(value, dict):
+        return True
+    return len(value) > 0 and not isinstance(value[0], dict) and np.ndim(value[0]) == {"boxes": 0, "masks": 1}[name]
+
+
+def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
+    """
+    Masks, or COCO's run-length encodings of them -> (phrases, height, width), bool.
+
+    Raises:
+        ValueError: if a mask has not the size of its picture.
+    """
+    arrays = np.zeros((len(masks), height, width), dtype=bool)
+    for index, mask in enumerate(masks):
+        size = tuple(mask["size"]) if isinstance(mask, dict) else np.shape(mask)
+        if size != (height, width):
+            raise ValueError(
+                f"A mask of {sentence!r} has the size {size}, its picture has {(height, width)} (height, width)."
+            )
+        arrays[index] = from_coco_rle(mask) if isinstance(mask, dict) else np.asarray(mask) != 0
+    return arrays
 
 
 def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tensor:

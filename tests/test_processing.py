@@ -157,7 +157,7 @@ def test_masks_become_labels_of_the_padded_picture(processor):
         ({"text": "the star", "boxes": [0, 9, 9, 0]}, "x0 < x1 and y0 < y1"),
         ({"text": "the star", "boxes": [0, 0, float("nan"), 9]}, "nan"),
         ({"text": "the star", "boxes": [0, 0, 99, 9]}, "leaves its picture of 64 x 48 pixels"),
-        ({"text": "the star", "masks": [np.ones((9, 9))]}, r"have the sizes \[\(9, 9\)\]"),
+        ({"text": "the star", "masks": [np.ones((9, 9))]}, r"has the size \(9, 9\), its picture has \(48, 64\)"),
         ({"text": "the star", "annotated_sizes": [(1, 1), (2, 2)]}, "2 annotated_sizes for 1 images"),
         ({"text": "the star", "padding": "left"}, "padding='left' must be"),
     ],

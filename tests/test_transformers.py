@@ -21,7 +21,9 @@ from training_reftr.data import GroundingCollator
 @pytest.fixture
 def batch(shapes, processor):
     """Three images with their sentences, one phrase or several, and labels."""
-    return GroundingCollator(processor, with_targets=False)([shapes["test"][index] for index in range(3)])
+    return GroundingCollator(processor, with_targets=False, with_masks=True)(
+        [shapes["test"][index] for index in range(3)]
+    )
 
 
 @pytest.fixture(params=["single", "several_phrases"])
@@ -89,14 +91,17 @@ def test_positions_are_float32_arithmetic(make_model):
     assert torch.equal(positions, expected)
 
 
-def test_compiles_to_one_graph(inputs, batch, make_model):
-    model = make_model()
+@pytest.mark.parametrize("predict_masks", [False, True])
+def test_compiles_to_one_graph(inputs, batch, make_model, predict_masks):
+    model = make_model(predict_masks=predict_masks)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     if "phrase_index" in inputs:
         inputs = batch  # the loss is in the graph too
     with torch.no_grad():
         outputs, expected = compiled(**inputs), model(**inputs)
     assert_same_boxes(outputs, expected)
+    if predict_masks:
+        torch.testing.assert_close(outputs.pred_masks, expected.pred_masks, atol=1e-4, rtol=0)
     assert outputs.loss == pytest.approx(expected.loss)
 
 
@@ -117,9 +122,10 @@ class NoWaiting(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.parametrize("mask_settings", [{}, {"predict_masks": True, "mask_loss_over_padding": False}])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_forward_and_loss_do_not_wait_for_the_device(batch, make_model, attention):
-    model = make_model()
+def test_forward_and_loss_do_not_wait_for_the_device(batch, make_model, attention, mask_settings):
+    model = make_model(**mask_settings)
     model.set_attn_implementation(attention)
     with NoWaiting() as waiting:
         model(**batch)

@@ -76,28 +76,33 @@ class GroundingCollator:
     Rows -> what the model takes, through the processor as a user would call it.
 
     Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, types, object id,
-    true box, picture size) for each phrase, in the batch's order; `with_targets=False` leaves them out, for trainers
-    that hand a whole batch to the model.
+    true box and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves them out, for
+    trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of sentences all of
+    whose phrases have one.
     """
 
-    def __init__(self, processor, with_targets: bool = True):
+    def __init__(self, processor, with_targets: bool = True, with_masks: bool = False):
         self.processor = processor
         self.with_targets = with_targets
+        self.with_masks = with_masks
 
     def __call__(self, rows: list[dict]) -> dict:
         """Rows of the schema -> what the model takes, `labels` included, and `targets` where they are wanted."""
-        texts, phrases, boxes, targets = [], [], [], []
+        texts, phrases, boxes, masks, targets = [], [], [], [], []
         whole = True
         for row in rows:
             texts.append([sentence["text"] for sentence in row["sentences"]])
             phrases.append([])
             boxes.append([])
+            masks.append([])
             for sentence in row["sentences"]:
                 spans = [(phrase["start"], phrase["end"]) for phrase in sentence["phrases"]]
                 whole = whole and spans == [(0, len(sentence["text"]))]
                 objects = [row["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]
                 phrases[-1].append(spans)
                 boxes[-1].append([item["box"] for item in objects])
+                encoded = [item["segmentation"] for item in objects]
+                masks[-1].append(None if None in encoded else encoded)
                 targets.append(
                     [
                         {
@@ -107,6 +112,7 @@ class GroundingCollator:
                             "types": phrase["types"],
                             "object_id": item["object_id"],
                             "box": item["box"],
+                            "segmentation": item["segmentation"],
                             "image_size": (row["height"], row["width"]),
                         }
                         for number, (phrase, item) in enumerate(zip(sentence["phrases"], objects, strict=True))
@@ -117,6 +123,7 @@ class GroundingCollator:
             text=texts,
             phrases=None if whole else phrases,
             boxes=boxes,
+            masks=masks if self.with_masks else None,
             annotated_sizes=[(row["height"], row["width"]) for row in rows],
         )
         return {**batch, "targets": targets} if self.with_targets else dict(batch)
