@@ -11,10 +11,10 @@ demo: $(VENV)/.installed
 	$(RUN)/python train_reftr.py recipes/demo.yaml --output_dir runs/demo
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow" tests modeling_reftr data_scripts
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow" tests modeling_reftr data_scripts training_reftr
 
 test-all: $(VENV)/.installed
-	$(RUN)/python -m pytest tests modeling_reftr data_scripts
+	$(RUN)/python -m pytest tests modeling_reftr data_scripts training_reftr
 
 # transformers' own tests of models and processors; fetches its source distribution
 test-peer: $(VENV)/.installed

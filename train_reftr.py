@@ -20,7 +20,7 @@ from training_reftr.arguments import TrainingArguments, parse_arguments
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import build_model
 from training_reftr.data import move, training_loader
-from training_reftr.evaluation import constant_box, evaluate, grounding_metrics, summarize, swapped_expressions
+from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.optimization import build_optimizer, build_scheduler
 from training_reftr.report import format_table, write_report
 
@@ -54,7 +54,12 @@ def main(argv: list[str] | None = None):
 def train(model, processor, rows, args: TrainingArguments, accelerator: Accelerator):
     """Train, and leave the best model by validation, with its processor, in the run's folder."""
     loader = training_loader(
-        rows[args.train_split], processor, args, accelerator.process_index, accelerator.num_processes
+        rows[args.train_split],
+        processor,
+        args,
+        accelerator.process_index,
+        accelerator.num_processes,
+        with_masks=model.config.predict_masks,
     )
     steps_per_epoch = max(1, len(loader) // args.gradient_accumulation_steps)
     num_steps = steps_per_epoch * args.num_epochs
@@ -66,7 +71,7 @@ def train(model, processor, rows, args: TrainingArguments, accelerator: Accelera
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
 
-    best_accuracy = -1.0
+    best = -1.0
     step = 0
     with tqdm(total=num_steps, desc="training", unit="step", disable=not accelerator.is_main_process) as progress:
         for epoch in range(args.num_epochs):
@@ -83,7 +88,7 @@ def train(model, processor, rows, args: TrainingArguments, accelerator: Accelera
                 if step == num_steps:
                     break
             if (epoch + 1) % args.evaluate_every == 0 or step == num_steps:
-                best_accuracy = validate_and_save(model, processor, rows, args, accelerator, best_accuracy, step)
+                best = validate_and_save(model, processor, rows, args, accelerator, best, step)
             if step == num_steps:
                 break
 
@@ -128,23 +133,21 @@ def log_losses(step: int, epoch: int, losses: dict[str, float], scheduler):
     logger.info(f"step {step} epoch {epoch} {parts} rates {rates}")
 
 
-def validate_and_save(
-    model, processor, rows, args, accelerator: Accelerator, best_accuracy: float, step: int
-) -> float:
+def validate_and_save(model, processor, rows, args, accelerator: Accelerator, best: float, step: int) -> float:
     """Evaluate on the validation split; save the model if it is the best so far. All processes call it."""
-    records = evaluate(model, processor, rows[args.validation_split], args, accelerator, "validation")
-    metrics = grounding_metrics(record["iou"] for record in records)
-    logger.info(
-        f"step {step} {args.validation_split}: accuracy@0.5 {metrics['accuracy@0.5']:.3f}, "
-        f"mean IoU {metrics['mean_iou']:.3f}, {metrics['num_phrases']} phrases"
-    )
-    if metrics["accuracy@0.5"] <= best_accuracy:
-        return best_accuracy
+    metrics = summarize(evaluate(model, processor, rows[args.validation_split], args, accelerator, "validation"))
+    name = args.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
+    if name not in metrics:
+        raise ValueError(f"best_metric={name!r} is not one of {', '.join(sorted(metrics))}.")
+    figures = " ".join(f"{key}={value:.3f}" for key, value in metrics.items() if isinstance(value, float))
+    logger.info(f"step {step} {args.validation_split} of {metrics['num_phrases']} phrases: {figures}")
+    if metrics[name] <= best:
+        return best
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir)
         processor.save_pretrained(args.output_dir)
     accelerator.wait_for_everyone()
-    return metrics["accuracy@0.5"]
+    return metrics[name]
 
 
 def report(rows, args: TrainingArguments, accelerator: Accelerator):

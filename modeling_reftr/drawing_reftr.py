@@ -2,24 +2,34 @@
 
 import textwrap
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
 COLORS = ("#e6194b", "#3c78d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#d01c8b")
 TRUTH_COLOR = "white"
+MASK_OPACITY = 140  # of 255
 
 
-def draw_boxes(
-    image: Image.Image, boxes_xyxy, phrases: list[str], true_boxes_xyxy=(), title: str = "", width: int = 320
+def draw_answers(
+    image: Image.Image,
+    boxes_xyxy,
+    phrases: list[str],
+    true_boxes_xyxy=(),
+    masks=(),
+    title: str = "",
+    width: int = 320,
 ) -> Image.Image:
     """
-    A picture with its boxes, and the words under it.
+    A picture with its boxes and masks, and the words under it.
 
     Args:
         image (`PIL.Image.Image`): the picture.
         boxes_xyxy (`(phrases, 4)`): predicted boxes in pixels of the picture; None where there is no answer.
         phrases (`list[str]`): the words of each box, written in the colour of its box.
         true_boxes_xyxy (`(phrases, 4)`, *optional*): boxes to compare with, drawn in white.
+        masks (list of bool `(height, width)` arrays at the picture's size, *optional*):
+            Predicted masks, laid over the picture in the colour of their box; None where there is no answer.
         title (`str`, *optional*): words above the phrases, in black.
         width (`int`, *optional*, defaults to 320): of the result, in pixels.
 
@@ -28,6 +38,10 @@ def draw_boxes(
     """
     scale = width / image.width
     canvas = image.convert("RGB").resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
+    for index, mask in enumerate(masks):
+        if mask is not None:
+            stencil = Image.fromarray(np.asarray(mask).astype(np.uint8) * MASK_OPACITY).resize(canvas.size)
+            canvas.paste(COLORS[index % len(COLORS)], (0, 0), stencil)
     draw = ImageDraw.Draw(canvas)
     line = max(2, width // 120)
     for box in true_boxes_xyxy:

@@ -74,6 +74,8 @@ class RefTRModelOutput(ModelOutput):
             Every decoder layer's output behind the shared final layer norm.
         phrase_mask (`torch.Tensor` of shape `(S, P)`):
             True for real phrases, False for padding.
+        phrase_places (`torch.Tensor` of shape `(N,)`, *optional*, returned for several phrases):
+            The slots that were encoded, `sentence * P + slot`, or `S * P` where `phrase_index` points nowhere.
         encoder_last_hidden_state (`torch.Tensor` of shape `(S, L + h * w, d)`):
             The encoder's output, text tokens first, then image tokens.
         feature_maps (`tuple[torch.Tensor]`):
@@ -91,6 +93,7 @@ class RefTRModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     intermediate_hidden_states: torch.Tensor | None = None
     phrase_mask: torch.Tensor | None = None
+    phrase_places: torch.Tensor | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
     feature_maps: tuple[torch.Tensor, ...] | None = None
     image_features: torch.Tensor | None = None
@@ -163,6 +166,22 @@ def expand_attention_mask(config, inputs_embeds, attention_mask, encoder_hidden_
         encoder_hidden_states=encoder_hidden_states,
         allow_is_bidirectional_skip=False,
     )
+
+
+def scatter_phrases(values: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """
+    Lay values of phrases into their slots, zero elsewhere.
+
+    Args:
+        values (`torch.Tensor` of shape `(N, ...)`): one a phrase.
+        places (`torch.Tensor` of shape `(N,)`): `sentence * P + slot` of each, or `S * P`, which is left out.
+        shape (`(S, P)`): sentences and slots.
+
+    Returns:
+        `torch.Tensor` of shape `(S, P, ...)`
+    """
+    slots = values.new_zeros(shape[0] * shape[1] + 1, *values.shape[1:]).index_put((places,), values)
+    return slots[:-1].unflatten(0, shape)
 
 
 class RefTRSinePositionEmbedding(nn.Module):
@@ -475,6 +494,7 @@ class RefTRMaskHead(nn.Module):
         image_mask: torch.Tensor,
         feature_maps: tuple[torch.Tensor, ...],
         image_index: torch.Tensor | None = None,
+        phrase_places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -485,39 +505,41 @@ class RefTRMaskHead(nn.Module):
                 True for the picture. Padding gets no attention; convolutions and group norms read it, as published.
             feature_maps (`tuple[torch.Tensor]`): the backbone's, each (I, channels, height, width).
             image_index (`torch.Tensor` of shape `(S,)`, *optional*): the image of each sentence; absent: in order.
+            phrase_places (`torch.Tensor` of shape `(N,)`, *optional*):
+                The slots to make masks for, see [`RefTRModelOutput`]; absent: all.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: logits (S, P, h1, w1), and attention maps (S, P, heads, h, w).
+            `tuple[torch.Tensor, torch.Tensor]`: logits (S, P, h1, w1), and attention maps (S, P, heads, h, w), zero in
+            slots that no mask was made for.
         """
-        (num_sentences, num_phrases, _), size = queries.shape, feature_maps[-1].shape[-2:]
+        shape, size = queries.shape[:2], feature_maps[-1].shape[-2:]
+        if phrase_places is None:
+            phrase_places = torch.arange(shape[0] * shape[1], device=queries.device)
+        # N phrases from here on
+        rows = phrase_places.clamp(max=shape[0] * shape[1] - 1)
+        sentence = rows // shape[1]
+        image = sentence if image_index is None else image_index[sentence]
 
-        def of_sentences(states: torch.Tensor) -> torch.Tensor:
-            return states if image_index is None else states[image_index]
-
-        def of_phrases(states: torch.Tensor) -> torch.Tensor:
-            return states[:, None].expand(-1, num_phrases, *states.shape[1:]).flatten(0, 1)
-
+        image_memory = image_memory[sentence]
+        queries = self.query_projection(queries.flatten(0, 1)[rows]).unflatten(-1, (self.num_heads, -1))
         keys = self.key_projection(image_memory).unflatten(-1, (self.num_heads, -1))
-        queries = self.query_projection(queries).unflatten(-1, (self.num_heads, -1))
-        scores = torch.einsum("sphc,snhc->sphn", queries * self.scaling, keys).float()
+        scores = torch.einsum("phc,pnhc->phn", queries * self.scaling, keys).float()
         # where a picture is all padding, all of it is seen: a softmax over nothing is not a number
-        is_seen = of_sentences(image_mask | ~image_mask.any(dim=-1, keepdim=True))
-        scores = scores.masked_fill(~is_seen[:, None, None], -torch.inf)
-        attentions = scores.flatten(2).softmax(dim=-1).to(queries.dtype).unflatten(2, (self.num_heads, *size))
+        is_seen = (image_mask | ~image_mask.any(dim=-1, keepdim=True))[image]
+        scores = scores.masked_fill(~is_seen[:, None], -torch.inf)
+        attentions = scores.flatten(1).softmax(dim=-1).to(queries.dtype).unflatten(1, (self.num_heads, *size))
 
-        image = torch.cat((of_sentences(image_features), image_memory), dim=-1).transpose(1, 2).unflatten(-1, size)
-        hidden_states = torch.cat((of_phrases(image), attentions.flatten(0, 1)), dim=1)
-        finer = [None, None, *feature_maps[-2:-5:-1]]
-        adapters = [None, None, *self.adapters]
+        states = torch.cat((image_features[image], image_memory), dim=-1).transpose(1, 2).unflatten(-1, size)
+        states = torch.cat((states, attentions), dim=1)
+        for convolution, norm in zip(self.convolutions[:2], self.norms[:2], strict=True):
+            states = norm(convolution(states)).relu()
         for feature_map, adapter, convolution, norm in zip(
-            finer, adapters, self.convolutions, self.norms, strict=True
+            feature_maps[-2:-5:-1], self.adapters, self.convolutions[2:], self.norms[2:], strict=True
         ):
-            if feature_map is not None:
-                hidden_states = nn.functional.interpolate(hidden_states, size=feature_map.shape[-2:], mode="nearest")
-                hidden_states = hidden_states + of_phrases(of_sentences(adapter(feature_map)))
-            hidden_states = norm(convolution(hidden_states)).relu()
-        logits = self.output_convolution(hidden_states)
-        return logits[:, 0].unflatten(0, (num_sentences, num_phrases)), attentions
+            states = nn.functional.interpolate(states, size=feature_map.shape[-2:], mode="nearest")
+            states = norm(convolution(states + adapter(feature_map)[image])).relu()
+        logits = self.output_convolution(states)[:, 0]
+        return tuple(scatter_phrases(values, phrase_places, shape) for values in (logits, attentions))
 
 
 class RefTRPreTrainedModel(PreTrainedModel):
@@ -841,8 +863,8 @@ class RefTRModel(RefTRPreTrainedModel):
             phrase_index (`torch.Tensor` of shape `(N, 2)`, *optional*): sentence and slot of the phrases to encode.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: features (S, P, d), zero where nothing was encoded, and the mask
-            (S, P) of what was.
+            `tuple[torch.Tensor, torch.Tensor]`: features (S, P, d), zero where nothing was encoded, and the places
+            (N,) of what was, see [`RefTRModelOutput`].
         """
         if phrase_index is None:
             # where no phrase is real, the first slot stands in: the text backbone does not take an empty batch
@@ -851,17 +873,12 @@ class RefTRModel(RefTRPreTrainedModel):
             phrase_index = encoded.nonzero()
         (num_sentences, num_slots), (sentence, slot) = phrase_mask.shape, phrase_index.unbind(1)
         is_slot = (sentence >= 0) & (sentence < num_sentences) & (slot >= 0) & (slot < num_slots)
-        # what points nowhere goes to a place behind the last slot, which is cut off
-        num_places = num_sentences * num_slots
-        place = torch.where(is_slot, sentence * num_slots + slot, num_places)
-        rows = place.clamp(max=num_places - 1)
+        places = torch.where(is_slot, sentence * num_slots + slot, num_sentences * num_slots)
+        rows = places.clamp(max=num_sentences * num_slots - 1)
         pooled = self.encode_text(
             phrase_input_ids.flatten(0, 1)[rows], phrase_attention_mask.flatten(0, 1)[rows]
         ).pooler_output
-        features = self.phrase_projection(pooled)
-        features = features.new_zeros(num_places + 1, features.shape[-1]).index_put((place,), features)
-        is_encoded = phrase_mask.new_zeros(num_places + 1).index_fill(0, place, True)
-        return tuple(values[:-1].unflatten(0, phrase_mask.shape) for values in (features, is_encoded))
+        return scatter_phrases(self.phrase_projection(pooled), places, phrase_mask.shape), places
 
     @can_return_tuple
     def forward(
@@ -937,6 +954,7 @@ class RefTRModel(RefTRPreTrainedModel):
         # a query a phrase; without phrases the sentence is the one phrase
         token = torch.arange(length, device=input_ids.device)
         is_real = attention_mask.bool()
+        phrase_places = None
         if phrase_input_ids is None:
             phrase_mask = attention_mask.sum(dim=1, keepdim=True) > 2
             phrase_features = self.phrase_projection(text.pooler_output)[:, None]
@@ -949,10 +967,11 @@ class RefTRModel(RefTRPreTrainedModel):
             start, end = phrase_spans.unbind(-1)
             is_span = (start >= 0) & (start < end) & (end <= is_real.sum(dim=1, keepdim=True))
             phrase_mask = (phrase_attention_mask.sum(dim=-1) > 2) & is_known & is_span
-            phrase_features, is_encoded = self.encode_phrases(
+            phrase_features, phrase_places = self.encode_phrases(
                 phrase_input_ids, phrase_attention_mask, phrase_mask, phrase_index
             )
-            phrase_mask = phrase_mask & is_encoded
+            is_encoded = scatter_phrases(torch.ones_like(phrase_places), phrase_places, phrase_mask.shape)
+            phrase_mask = phrase_mask & is_encoded.bool()
             context_mask = (token >= start[..., None]) & (token < end[..., None]) & is_real[:, None]
         phrase_mask = phrase_mask & can_answer[:, None]
         # where nothing may be seen, [CLS] stands in: a softmax over nothing is not a number
@@ -972,6 +991,7 @@ class RefTRModel(RefTRPreTrainedModel):
             last_hidden_state=decoder_outputs.last_hidden_state,
             intermediate_hidden_states=decoder_outputs.intermediate_hidden_states,
             phrase_mask=phrase_mask,
+            phrase_places=phrase_places,
             encoder_last_hidden_state=memory,
             feature_maps=image.feature_maps,
             image_features=image.image_features,
@@ -1177,6 +1197,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 outputs.image_mask,
                 outputs.feature_maps,
                 outputs.image_index,
+                outputs.phrase_places,
             )
             pred_masks = pred_masks.float()
             if pixel_mask is None:

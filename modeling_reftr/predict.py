@@ -13,9 +13,9 @@ import sys
 import torch
 from PIL import Image
 
-from .drawing_reftr import draw_boxes
+from .drawing_reftr import draw_answers
 from .modeling_reftr import RefTRForVisualGrounding
-from .processing_reftr import RefTRProcessor
+from .processing_reftr import RefTRProcessor, from_coco_rle
 
 
 def predict(model, processor, image: Image.Image, texts: list[str]) -> list[dict]:
@@ -28,14 +28,23 @@ def predict(model, processor, image: Image.Image, texts: list[str]) -> list[dict
         texts (`list[str]`): the expressions.
 
     Returns:
-        `list[dict]`, one an expression: `phrase`, and `box` as (x0, y0, x1, y1) in pixels of the picture.
+        `list[dict]`, one an expression: `phrase`, `box` as (x0, y0, x1, y1) in pixels of the picture, and from a model
+        that predicts masks `segmentation`, COCO's run-length encoding.
     """
     inputs = processor(image, texts).to(model.device)
     with torch.no_grad():
         outputs = model(**inputs)
-    answers = processor.post_process_grounding(outputs, [(image.height, image.width)])
+    size = [(image.height, image.width)]
+    if outputs.pred_masks is None:
+        answers = processor.post_process_grounding(outputs, size)
+    else:
+        answers = processor.post_process_referring_segmentation(outputs, size, return_coco_rle=True)
     return [
-        {"phrase": text, "box": [round(value, 2) for value in answer["boxes"][0].tolist()]}
+        {
+            "phrase": text,
+            "box": [round(value, 2) for value in answer["boxes"][0].tolist()],
+            **({"segmentation": answer["segmentations"][0]} if "segmentations" in answer else {}),
+        }
         for text, answer in zip(texts, answers, strict=True)
     ]
 
@@ -55,7 +64,9 @@ def main(argv: list[str] | None = None):
     answers = predict(model, processor, image, args.text)
     if args.output:
         boxes, phrases = ([answer[name] for answer in answers] for name in ("box", "phrase"))
-        draw_boxes(image, boxes, phrases, width=max(320, min(960, image.width))).save(args.output)
+        masks = [from_coco_rle(answer["segmentation"]) for answer in answers if "segmentation" in answer]
+        width = max(320, min(960, image.width))
+        draw_answers(image, boxes, phrases, masks=masks, width=width).save(args.output)
     sys.stdout.write(json.dumps(answers, indent=2) + "\n")
 
 

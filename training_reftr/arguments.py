@@ -32,7 +32,7 @@ class TrainingArguments:
     num_workers: int = setting(2, "Processes that prepare batches.")
 
     model_name_or_path: str | None = setting(None, "RefTR folder or Hub id to start from, or to evaluate.")
-    model: str = setting("{}", "Fields of RefTRConfig for a new model: a mapping, in JSON on the command line.")
+    model: str = setting("{}", "Fields of RefTRConfig, new or changed: a mapping, in JSON on the command line.")
     attn_implementation: str | None = setting(None, "eager, sdpa, ...; none: what transformers chooses.")
     tokenizer: str | None = setting(None, "Tokenizer of a new model, a folder or Hub id; none: trained on the set.")
 
@@ -43,6 +43,7 @@ class TrainingArguments:
     learning_rate: float = setting(1e-4, "Peak rate of everything but the backbones.")
     backbone_learning_rate: float = setting(1e-5, "Peak rate of the image backbone.")
     text_learning_rate: float = setting(1e-5, "Peak rate of the text backbone.")
+    mask_head_learning_rate: float = setting(1e-4, "Peak rate of the mask head; published: 10 x learning_rate.")
     weight_decay: float = setting(1e-4, "AdamW's.")
     adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients; shorter leaves plateaus sooner.")
     max_grad_norm: float = setting(0.1, "The gradient of all parameters together is cut to this norm.")
@@ -54,6 +55,10 @@ class TrainingArguments:
     evaluation_batch_size: int = setting(16, "Images a process and step of evaluation.")
     evaluate_every: int = setting(1, "Epochs between evaluations.")
     log_every: int = setting(50, "Updates between lines of the log.")
+    best_metric: str | None = setting(
+        None, "Validation figure that chooses the best; none: mask_mean_iou with masks, else accuracy@0.5."
+    )
+    two_step_masks: bool = setting(False, "Resize masks as published, in two steps; else once, which fits better.")
     num_pictures: int = setting(12, "Pictures in predictions.png.")
     eval_only: bool = setting(False, "Evaluate model_name_or_path (absent: output_dir) on the test split, and report.")
 
@@ -79,7 +84,8 @@ class TrainingArguments:
             "num_pictures",
             "seed",
         )
-        not_negative += ("learning_rate", "backbone_learning_rate", "text_learning_rate", "weight_decay")
+        not_negative += ("learning_rate", "backbone_learning_rate", "text_learning_rate", "mask_head_learning_rate")
+        not_negative += ("weight_decay",)
         for name in not_negative:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")

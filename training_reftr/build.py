@@ -12,19 +12,25 @@ from training_reftr.data import all_sentences, train_tokenizer
 
 def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
-    Where weights come from: `model_name_or_path`, a RefTR folder or Hub id; absent, a new model as `args.model` says,
-    with random weights. Nothing is downloaded unless `model_name_or_path` or `tokenizer` names it.
+    Where weights come from: `model_name_or_path`, a RefTR folder or Hub id, with the fields that `args.model` changes
+    (masks over a boxes-only model, for example); absent, a new model as `args.model` says, with random weights.
+    Nothing is downloaded unless `model_name_or_path` or `tokenizer` names it.
 
     Raises:
-        ValueError: if `args.model` has an unknown field, or its vocabulary is smaller than the tokenizer's.
+        ValueError: if `args.model` has an unknown field, its vocabulary is smaller than the tokenizer's, or it changes
+            a backbone of the loaded model.
     """
+    check_names(args.model, {item.name for item in fields(RefTRConfig)}, "model")
     if args.model_name_or_path is not None:
+        config = RefTRConfig.from_pretrained(args.model_name_or_path)
         model = RefTRForVisualGrounding.from_pretrained(
-            args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
+            args.model_name_or_path,
+            config=change_config(config, args.model),
+            dtype=torch.float32,
+            attn_implementation=args.attn_implementation,
         )
         return model, RefTRProcessor.from_pretrained(args.model_name_or_path)
 
-    check_names(args.model, {item.name for item in fields(RefTRConfig)}, "model")
     settings = dict(args.model)
     max_length = settings.get("max_text_positions", RefTRConfig.max_text_positions)
     if args.tokenizer is not None:
@@ -42,3 +48,25 @@ def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcess
     size = {"shortest_edge": args.image_size, "longest_edge": args.image_size}
     processor = RefTRProcessor(RefTRImageProcessor(size=size), tokenizer)
     return RefTRForVisualGrounding._from_config(config, attn_implementation=args.attn_implementation), processor
+
+
+def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
+    """
+    A loaded configuration with other values of its own fields.
+
+    Raises:
+        ValueError: if a change is about a backbone, whose weights are what they are.
+    """
+    values = config.to_dict()
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            known = values[name]
+            for key, wanted in value.items():
+                if known.get(key) != wanted:
+                    raise ValueError(
+                        f"model.{name}.{key}={wanted!r}, but model_name_or_path has {known.get(key)!r} there: leave "
+                        "it out, or train a new model."
+                    )
+        else:
+            values[name] = value
+    return RefTRConfig.from_dict(values)

@@ -129,12 +129,12 @@ class GroundingCollator:
         return {**batch, "targets": targets} if self.with_targets else dict(batch)
 
 
-def training_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
+def training_loader(rows, processor, args, rank: int, world_size: int, with_masks: bool = False) -> DataLoader:
     """Batches of this process; set `loader.batch_sampler.epoch` before each epoch."""
     return DataLoader(
         GroundingDataset(rows, args.expressions_per_image, args.seed),
         batch_sampler=EpochSampler(len(rows), args.batch_size, args.seed, rank, world_size),
-        collate_fn=GroundingCollator(processor),
+        collate_fn=GroundingCollator(processor, with_masks=with_masks),
         num_workers=args.num_workers,
     )
 

@@ -14,10 +14,9 @@ from accelerate.utils import gather_object
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
+from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import evaluation_loader, move
-
-
-IOU_THRESHOLD = 0.5  # a hit is strictly more
+from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics
 
 
 @torch.no_grad()
@@ -28,6 +27,9 @@ def evaluate(model, processor, rows, args, accelerator: Accelerator, description
     Returns:
         `list[dict]`, on every process, in the split's order of sentence and phrase: the target as the collator gives
         it, `pred_box` (xyxy in pixels) and `iou`. A phrase past the cut of its sentence has `pred_box` None, `iou` 0.
+        With masks also `pred_segmentation` (COCO's run-length encoding, or None), and, where the truth is known,
+        `mask_pixels` and `resized_mask_pixels`: (intersection, union) at the picture's original size, and at the size
+        that it is resized to, where the published evaluation compares.
     """
     # without the wrapper, whose forward talks to the other processes: they may hold fewer batches
     model = accelerator.unwrap_model(model).eval()
@@ -40,39 +42,80 @@ def evaluate(model, processor, rows, args, accelerator: Accelerator, description
             outputs = model(**inputs)
         sizes = [targets[0]["image_size"] for targets in batch["targets"]]
         answers = processor.post_process_grounding(outputs, sizes)
-        for targets, answer in zip(batch["targets"], answers, strict=True):
-            boxes = dict(zip(answer["phrase_indices"], answer["boxes"].float().cpu(), strict=True))
+        if outputs.pred_masks is None:
+            masks = [()] * len(answers)
+        else:
+            masks = zip(
+                processor.image_processor.post_process_masks(outputs, sizes, two_step=args.two_step_masks),
+                processor.image_processor.post_process_masks(outputs, two_step=True),
+                strict=True,
+            )
+        for targets, answer, masks_of_sentence in zip(batch["targets"], answers, masks, strict=True):
+            places = {slot: place for place, slot in enumerate(answer["phrase_indices"])}
             for target in targets:
-                pred_box = boxes.get(target["phrase"])
-                iou = 0.0
-                if pred_box is not None:
-                    iou = box_iou(pred_box[None], torch.tensor([target["box"]])).item()
-                    pred_box = pred_box.tolist()
-                records.append({**target, "pred_box": pred_box, "iou": iou})
+                place = places.get(target["phrase"])
+                record = {**target, "pred_box": None, "iou": 0.0}
+                if place is not None:
+                    pred_box = answer["boxes"][place].float().cpu()
+                    record["pred_box"] = pred_box.tolist()
+                    record["iou"] = box_iou(pred_box[None], torch.tensor([target["box"]])).item()
+                if masks_of_sentence:
+                    record |= compare_masks(*masks_of_sentence, place, target, processor)
+                records.append(record)
     model.train()
     order = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     return sorted(gather_object(records), key=lambda record: order[record["image_id"]])
 
 
+def compare_masks(masks, resized_masks, place: int | None, target: dict, processor) -> dict:
+    """The fields about masks of one phrase's record, whose answer is at `place`, or which has none."""
+    fields = {"pred_segmentation": None if place is None else to_coco_rle(masks[place])}
+    if target["segmentation"] is None:
+        return fields
+    truth = torch.from_numpy(from_coco_rle(target["segmentation"]))
+    resized_truth = processor.image_processor.resize_masks(truth[None], resized_masks.shape[-2:])[0]
+    for name, answers, expected in (
+        ("mask_pixels", masks, truth),
+        ("resized_mask_pixels", resized_masks, resized_truth),
+    ):
+        answer = torch.zeros_like(expected) if place is None else answers[place].cpu()
+        fields[name] = ((answer & expected).sum().item(), (answer | expected).sum().item())
+    return fields
+
+
 def grounding_metrics(ious: Iterable[float]) -> dict[str, float | int]:
-    """`accuracy@0.5` (IoU strictly over 0.5), `mean_iou` and `num_phrases` of a list of IoUs."""
-    ious = np.asarray(list(ious), dtype=np.float64)
-    return {
-        "accuracy@0.5": float((ious > IOU_THRESHOLD).mean()) if len(ious) else 0.0,
-        "mean_iou": float(ious.mean()) if len(ious) else 0.0,
-        "num_phrases": len(ious),
-    }
+    """`BoxMetrics` of a list of IoUs."""
+    metrics = BoxMetrics()
+    metrics.update(ious)
+    return metrics.compute()
+
+
+def mask_metrics(records: list[dict]) -> dict[str, float | int]:
+    """
+    `MaskMetrics` of the records that have masks, each name behind `mask_`, and `mask_mean_iou_resized`, the published
+    figure; empty where no record has.
+    """
+    records = [record for record in records if "mask_pixels" in record]
+    if not records:
+        return {}
+    metrics, resized = MaskMetrics(), MaskMetrics()
+    metrics.update(*zip(*(record["mask_pixels"] for record in records), strict=True))
+    resized.update(*zip(*(record["resized_mask_pixels"] for record in records), strict=True))
+    values = {f"mask_{name}": value for name, value in metrics.compute().items()}
+    return values | {"mask_mean_iou_resized": resized.compute()["mean_iou"]}
 
 
 def summarize(records: list[dict]) -> dict:
-    """`grounding_metrics` of all phrases, and under `per_kind` of each of their types."""
+    """`grounding_metrics` and `mask_metrics` of all phrases, and under `per_kind` of each of their types."""
     by_kind = defaultdict(list)
     for record in records:
         for kind in record["types"]:
-            by_kind[kind].append(record["iou"])
-    summary = grounding_metrics(record["iou"] for record in records)
-    summary["per_kind"] = {kind: grounding_metrics(ious) for kind, ious in sorted(by_kind.items())}
-    return summary
+            by_kind[kind].append(record)
+
+    def metrics(group: list[dict]) -> dict:
+        return grounding_metrics(record["iou"] for record in group) | mask_metrics(group)
+
+    return metrics(records) | {"per_kind": {kind: metrics(group) for kind, group in sorted(by_kind.items())}}
 
 
 def swapped_expressions(records: list[dict]) -> dict:
@@ -111,7 +154,7 @@ def constant_box(train_rows, records: list[dict], num_phrases: int = 2000, num_c
         boxes.append(np.array(box) / [row["width"], row["height"], row["width"], row["height"]])
     boxes = torch.from_numpy(np.stack(boxes))
     candidates = torch.cat((boxes[:num_candidates], boxes.mean(dim=0, keepdim=True)))
-    hits = (box_iou(candidates, boxes) > IOU_THRESHOLD).sum(dim=1)
+    hits = (box_iou(candidates, boxes) > THRESHOLDS[0]).sum(dim=1)
     best = candidates[hits.argmax()]
     sizes = torch.tensor([record["image_size"][::-1] * 2 for record in records], dtype=torch.float64)
     true_boxes = torch.tensor([record["box"] for record in records], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Optimiser, its three rates, and their schedules. Nothing here holds a collective."""
+"""Optimiser, its rates, and their schedules. Nothing here holds a collective."""
 
 import math
 
@@ -7,10 +7,11 @@ from torch import nn
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """AdamW over what is trained, with a rate each for the image backbone, the text backbone and the rest."""
+    """AdamW over what is trained, with a rate each for the backbones, the mask head and the rest."""
     rates = {
         "model.backbone.": args.backbone_learning_rate,
         "model.text_backbone.": args.text_learning_rate,
+        "mask_head.": args.mask_head_learning_rate,
         "": args.learning_rate,
     }
     groups = {prefix: [] for prefix in rates}

@@ -4,7 +4,8 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from modeling_reftr.drawing_reftr import draw_boxes, make_grid
+from modeling_reftr.drawing_reftr import draw_answers, make_grid
+from modeling_reftr.processing_reftr import from_coco_rle
 
 
 def write_report(output_dir: Path, metrics: dict, records: list[dict], rows, num_pictures: int):
@@ -40,11 +41,16 @@ def draw_predictions(records: list[dict], rows, num_pictures: int):
             phrases = [sentence["phrases"][record["phrase"]] for record in group]
             words = [sentence["text"][phrase["start"] : phrase["end"]] for phrase in phrases]
             pictures.append(
-                draw_boxes(
+                draw_answers(
                     row["image"],
                     [record["pred_box"] for record in group],
                     [f"{word} ({record['iou']:.2f})" for word, record in zip(words, group, strict=True)],
                     true_boxes_xyxy=[record["box"] for record in group],
+                    masks=[
+                        record["pred_segmentation"] and from_coco_rle(record["pred_segmentation"])
+                        for record in group
+                        if "pred_segmentation" in record
+                    ],
                     title=sentence["text"] if len(group) > 1 else "",
                 )
             )
@@ -53,10 +59,15 @@ def draw_predictions(records: list[dict], rows, num_pictures: int):
 
 def format_table(metrics: dict) -> str:
     """The figures as people read them."""
-    lines = [f"{'':<22}{'accuracy@0.5':>14}{'mean IoU':>10}{'phrases':>9}"]
+    with_masks = "mask_mean_iou" in metrics
+    lines = [f"{'':<22}{'accuracy@0.5':>14}{'mean IoU':>10}{'mask mIoU' if with_masks else '':>11}{'phrases':>9}"]
     entries = {"all phrases": metrics, **{f"  {kind}": values for kind, values in metrics["per_kind"].items()}}
     entries["best constant box"] = metrics["constant_box"]
     entries["expressions swapped"] = metrics["swapped_expressions"]
     for name, values in entries.items():
-        lines.append(f"{name:<22}{values['accuracy@0.5']:>14.3f}{values['mean_iou']:>10.3f}{values['num_phrases']:>9}")
+        mask_mean_iou = f"{values['mask_mean_iou']:.3f}" if "mask_mean_iou" in values else ""
+        lines.append(
+            f"{name:<22}{values['accuracy@0.5']:>14.3f}{values['mean_iou']:>10.3f}{mask_mean_iou:>11}"
+            f"{values['num_phrases']:>9}"
+        )
     return "\n".join(lines)
