@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "demo"
 
 def demo_table(metrics: dict) -> str:
     """The demo's figures as a Markdown table."""
-    lines = ["| asked | accuracy at IoU 0.5 | mean IoU | phrases |", "|---|---|---|---|"]
+    lines = ["| asked | accuracy at IoU 0.5 | mean IoU | mask mean IoU | phrases |", "|---|---|---|---|---|"]
     entries = {
         "all expressions": metrics,
         **metrics["per_kind"],
@@ -26,7 +26,9 @@ def demo_table(metrics: dict) -> str:
         "expressions swapped between objects": metrics["swapped_expressions"],
     }
     for name, values in entries.items():
-        lines.append(f"| {name} | {values['accuracy@0.5']:.3f} | {values['mean_iou']:.3f} | {values['num_phrases']} |")
+        figures = [values["accuracy@0.5"], values["mean_iou"], values.get("mask_mean_iou")]
+        cells = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+        lines.append(f"| {name} | {' | '.join(cells)} | {values['num_phrases']} |")
     return "\n".join(lines)
 
 

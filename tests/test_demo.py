@@ -20,6 +20,8 @@ def test_the_demo_learns_to_find_what_the_words_say(run, tmp_path):
     assert metrics["num_phrases"] >= 1000
     assert metrics["accuracy@0.5"] >= 0.75
     assert min(kind["accuracy@0.5"] for kind in metrics["per_kind"].values()) >= 0.5
+    assert metrics["mask_num_phrases"] == metrics["num_phrases"]
+    assert metrics["mask_mean_iou"] >= 0.60
     assert metrics["swapped_expressions"]["accuracy@0.5"] < 0.3
     assert metrics["constant_box"]["accuracy@0.5"] < 0.3
     with Image.open(tmp_path / "predictions.png") as picture:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from benchmarks.quote_results import quote
 from conftest import ROOT
+from modeling_reftr import RefTRForVisualGrounding
 from training_reftr.arguments import parse_arguments
 
 
@@ -26,29 +29,33 @@ def test_figures_are_the_committed_results():
 
 
 def test_python_runs(trained, tmp_path, monkeypatch, capsys):
-    (tmp_path / "runs").mkdir()
-    os.symlink(trained[0], tmp_path / "runs" / "demo")
+    shutil.copytree(trained[0], tmp_path / "runs" / "demo")
+    # as the demo's, with masks
+    RefTRForVisualGrounding.from_pretrained(trained[0], predict_masks=True).save_pretrained(tmp_path / "runs" / "demo")
+    os.symlink(ROOT / "metrics", tmp_path / "metrics")
     Image.fromarray(np.full((90, 150, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     code = blocks("python")
-    assert len(code) == 3
+    assert len(code) == 5
     names = {}
     for block in code:
         exec(block, names)
     printed = capsys.readouterr().out
     assert "'boxes': tensor(" in printed
     assert "'score': 1.0, 'label': 'the red circle'" in printed
+    assert "torch.Size([1, 90, 150])" in printed
+    assert "\n0.8\n" in printed
     assert names["inputs"]["phrase_spans"].shape == (1, 2, 2)
 
 
 def test_commands_name_what_there_is():
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for command in commands:
         if command.startswith("make "):
             assert command.split()[1] in targets, command
         if "train_reftr.py" in command:
-            words = command.split("train_reftr.py")[1].split()
+            words = shlex.split(command.split("train_reftr.py")[1])
             parse_arguments([str(ROOT / words[0]), *words[1:]])
     assert len(commands) >= 6
 

@@ -233,3 +233,102 @@ def test_schedules():
     assert cosine[60] == pytest.approx(0.5)
     assert min(cosine[20:]) == pytest.approx(0.01)
     assert set(factors(lr_schedule="constant")) == {1}
+
+
+# masks
+
+
+MASKS = {"predict_masks": True, "auxiliary_loss": False}
+
+
+def test_boxes_then_masks(trained, recipe, run, tmp_path):
+    """The published two stages: masks over the boxes run's best, the mask head alone if it is said."""
+    output, _ = trained
+    stage = {**MASKS, "freeze_grounding": True}
+    result = run(
+        "train_reftr.py", recipe, "--model_name_or_path", output, "--output_dir", tmp_path, "--max_steps", "6",
+        "--model", json.dumps(stage), "--learning_rate", "1e-5", "--mask_head_learning_rate", "1e-2",
+    )  # fmt: skip
+    assert "mask_head.output_convolution" in result.stderr  # what is new is said
+    losses = logged_losses(result.stderr)
+    assert {"loss_mask", "loss_dice"} <= losses[0][1].keys()
+    assert "loss_bbox_0" not in losses[0][1]
+    assert losses[-1][1]["loss_mask"] < losses[0][1]["loss_mask"]
+    boxes, masks = (json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path))
+    assert masks["mean_iou"] == pytest.approx(boxes["mean_iou"], abs=1e-6)  # the boxes are what they were
+    for name in ("mask_mean_iou", "mask_mean_iou_resized", "mask_overall_iou", "mask_precision@0.9"):
+        assert 0 <= masks[name] <= 1
+        assert name not in boxes
+    assert masks["mask_num_phrases"] == masks["num_phrases"]
+    assert "mask mIoU" in result.stdout
+
+    answers = run(
+        "-m", "modeling_reftr.predict", "--model", tmp_path, "--image", tmp_path / "predictions.png",
+        "--text", "the star", "--output", tmp_path / "out.png",
+    )  # fmt: skip
+    (answer,) = json.loads(answers.stdout)
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert answer["segmentation"]["size"] == [picture.height, picture.width]
+
+
+def test_two_ranks_give_the_masks_of_one_process(recipe, run, tmp_path):
+    """Joint training, grouped images, shares of unlike size: the same losses and the same figures."""
+    settings = yaml.safe_load(recipe.read_text())
+    settings["model"] |= MASKS
+    settings |= {"max_steps": 3, "batch_size": 8}
+    path = tmp_path / "masks.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    one = run("train_reftr.py", path, "--output_dir", tmp_path / "one")
+    two = run(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "train_reftr.py", path,
+        "--batch_size", "4", "--output_dir", tmp_path / "two", ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    for (_, first), (_, second) in zip(logged_losses(one.stderr), logged_losses(two.stderr), strict=True):
+        for name in ("loss_mask", "loss_dice", "loss_bbox"):
+            assert second[name] == pytest.approx(first[name], abs=1e-5, rel=1e-4)
+    evaluated = []
+    for ranks in (1, 2):
+        run(
+            "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py",
+            path, "--eval_only", "--model_name_or_path", tmp_path / "one", "--output_dir", tmp_path / f"eval{ranks}",
+            ACCELERATE_USE_CPU="true",
+        )  # fmt: skip
+        evaluated.append(json.loads((tmp_path / f"eval{ranks}" / "metrics.json").read_text()))
+    for name in ("num_phrases", "mask_num_phrases"):
+        assert evaluated[0][name] == evaluated[1][name]
+    for name in ("mask_mean_iou", "mask_overall_iou", "accuracy@0.5"):
+        assert evaluated[0][name] == pytest.approx(evaluated[1][name], abs=1e-3)
+
+
+def test_a_figure_that_is_not_there_cannot_choose_the_best(recipe, run, tmp_path):
+    command = (
+        "train_reftr.py",
+        recipe,
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        "1",
+        "--best_metric",
+        "mask_mean_iou",
+    )
+    assert "best_metric='mask_mean_iou' is not one of accuracy@0.5" in run(*command, check=False).stderr
+
+
+def test_a_backbone_that_differs_is_refused(trained, recipe, run, tmp_path):
+    changes = json.dumps({"text_config": {"hidden_size": 48}})
+    command = ("train_reftr.py", recipe, "--model_name_or_path", trained[0], "--output_dir", tmp_path)
+    result = run(*command, "--model", changes, check=False)
+    assert "model.text_config.hidden_size=48, but model_name_or_path has 32 there" in result.stderr
+
+
+def test_phrases_without_answer_or_truth_in_the_mask_figures():
+    record = {"image_id": "a", "types": [], "iou": 1.0}
+    records = [
+        {**record, "mask_pixels": (50, 100), "resized_mask_pixels": (3, 4)},
+        {**record, "mask_pixels": (0, 100), "resized_mask_pixels": (0, 4)},
+        record,  # no truth: its box counts, its mask does not
+    ]
+    summary = summarize(records)
+    assert (summary["num_phrases"], summary["mask_num_phrases"]) == (3, 2)
+    assert (summary["mask_mean_iou"], summary["mask_mean_iou_resized"]) == (0.25, 0.375)
+    assert summary["mask_overall_iou"] == 0.25

@@ -1,0 +1,162 @@
+"""Reading what others have written, without running any of their code."""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+# pictures over this are refused, as by the image processor
+MAX_PIXELS = 50_000_000
+
+
+def _numpy_scalar(dtype, data=None):
+    """A numpy scalar of a pickle, as the Python number or text that it is."""
+    if data is None or dtype.hasobject:
+        raise pickle.UnpicklingError("a numpy scalar of objects")
+    return np.frombuffer(data.encode("latin-1") if isinstance(data, str) else data, dtype=dtype)[0].item()
+
+
+def _encode(text, encoding="latin-1", *_):
+    """Python 2's bytes, as protocol 2 writes them."""
+    if not isinstance(text, str) or str(encoding).lower() not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
+        raise pickle.UnpicklingError(f"an encoding {encoding!r}")
+    return text.encode(encoding)
+
+
+def _numpy_array(buffer, dtype, shape, order="C", *_):
+    """A numpy array of a pickle of protocol 5."""
+    if dtype.hasobject:
+        raise pickle.UnpicklingError("a numpy array of objects")
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
+NUMPY_RECONSTRUCT = np.ndarray.__reduce__(np.zeros(0))[0]
+# (module, name) -> what stands in for it; nothing else is ever looked up
+ALLOWED = {
+    ("collections", "OrderedDict"): dict,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): NUMPY_RECONSTRUCT for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _numpy_array for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
+}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Reads numbers, texts, lists, tuples, dicts, sets and numpy arrays, of Python 2 as well; refuses the rest."""
+
+    def __init__(self, file, name: str):
+        super().__init__(file, encoding="latin-1")
+        self.name = name
+
+    def find_class(self, module, name):
+        """What a pickle may name."""
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module in ("builtins", "__builtin__") and name in ("set", "frozenset", "complex", "bytearray"):
+            return {"set": set, "frozenset": frozenset, "complex": complex, "bytearray": bytearray}[name]
+        raise ValueError(
+            f"{self.name!r} is refused: it asks for {module}.{name}, and an annotation file needs nothing but "
+            "numbers, texts, lists and numpy arrays. If you trust its source, ask them for JSON."
+        )
+
+    def persistent_load(self, pid):
+        """Tensors are kept beside a pickle; an annotation file has none."""
+        raise ValueError(f"{self.name!r} is refused: it holds tensors, which an annotation file does not.")
+
+
+def read_pickle(path: str | Path):
+    """
+    A pickle of Python 2 or 3, or a file of `torch.save` without tensors, read by a restricted reader.
+
+    Args:
+        path (`str` or `Path`): the file.
+
+    Returns:
+        Lists, tuples, dicts, sets, numbers, texts and numpy arrays, as they were written.
+
+    Raises:
+        OSError: if there is no such file, or it is damaged.
+        ValueError: if it asks for anything that is not data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"There is no file {str(path)!r}.")
+    content = path.read_bytes()
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)):  # torch.save since 1.6
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                return RestrictedUnpickler(archive.open(name), str(path)).load()
+        file = io.BytesIO(content)
+        value = RestrictedUnpickler(file, str(path)).load()
+        if value == 0x1950A86A20F9469CFC6C:  # torch.save before 1.6: its magic number, version and system come first
+            for _ in range(2):
+                RestrictedUnpickler(file, str(path)).load()
+            value = RestrictedUnpickler(file, str(path)).load()
+        return value
+    except (OSError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{str(path)!r} is damaged: {error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise OSError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """
+    (width, height) of a picture file as stored, from its header: nothing is decoded.
+
+    Raises:
+        OSError: if the file is missing or has no picture's header.
+        ValueError: if it claims more than `MAX_PIXELS` pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except FileNotFoundError as error:
+        raise OSError(f"There is no picture at {str(path)!r}.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(path)!r} has more than {MAX_PIXELS:,} pixels.") from error
+    except Exception as error:
+        raise OSError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}.")
+    return width, height
+
+
+def upright_size(path: str | Path, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """
+    (width, height) of a picture file once it is turned as its EXIF orientation says, unless only the stored size
+    agrees with the annotated (width, height): the rule of the image processor.
+
+    Raises:
+        OSError, ValueError: see `picture_size`.
+    """
+    stored = picture_size(path)
+    with Image.open(path) as image:
+        turned = stored[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else stored
+    if annotated_size is not None and stored == tuple(annotated_size) != turned:
+        return stored
+    return turned
+
+
+def check_decodes(path: str | Path):
+    """
+    Decode every pixel of a picture file.
+
+    Raises:
+        OSError: if the file is missing, cut or damaged.
+        ValueError: if it claims more than `MAX_PIXELS` pixels.
+    """
+    picture_size(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:
+        raise OSError(f"{str(path)!r} is damaged: {error}") from error
