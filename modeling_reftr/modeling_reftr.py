@@ -520,16 +520,15 @@ class RefTRMaskHead(nn.Module):
         sentence = rows // shape[1]
         image = sentence if image_index is None else image_index[sentence]
 
-        image_memory = image_memory[sentence]
         queries = self.query_projection(queries.flatten(0, 1)[rows]).unflatten(-1, (self.num_heads, -1))
-        keys = self.key_projection(image_memory).unflatten(-1, (self.num_heads, -1))
+        keys = self.key_projection(image_memory).unflatten(-1, (self.num_heads, -1))[sentence]
         scores = torch.einsum("phc,pnhc->phn", queries * self.scaling, keys).float()
         # where a picture is all padding, all of it is seen: a softmax over nothing is not a number
         is_seen = (image_mask | ~image_mask.any(dim=-1, keepdim=True))[image]
         scores = scores.masked_fill(~is_seen[:, None], -torch.inf)
         attentions = scores.flatten(1).softmax(dim=-1).to(queries.dtype).unflatten(1, (self.num_heads, *size))
 
-        states = torch.cat((image_features[image], image_memory), dim=-1).transpose(1, 2).unflatten(-1, size)
+        states = torch.cat((image_features[image], image_memory[sentence]), dim=-1).transpose(1, 2).unflatten(-1, size)
         states = torch.cat((states, attentions), dim=1)
         for convolution, norm in zip(self.convolutions[:2], self.norms[:2], strict=True):
             states = norm(convolution(states)).relu()

@@ -338,15 +338,26 @@ def from_coco_rle(segmentation: dict) -> np.ndarray:
     array([[0, 1, 0],
            [0, 1, 0]])
 
-    ```"""
+    ```
+
+    Raises:
+        ValueError: if the run lengths are no mask of that size.
+    """
     from pycocotools import mask as coco_mask
 
-    counts = segmentation["counts"]
-    if isinstance(counts, (list, tuple)):
-        segmentation = coco_mask.frPyObjects({**segmentation, "counts": list(counts)}, *segmentation["size"])
-    elif isinstance(counts, str):
-        segmentation = {"size": segmentation["size"], "counts": counts.encode("ascii")}
-    return coco_mask.decode(segmentation).astype(bool)
+    size, counts = list(segmentation["size"]), segmentation["counts"]
+    try:
+        if isinstance(counts, (list, tuple)):
+            encoded = coco_mask.frPyObjects({"size": size, "counts": list(counts)}, *size)
+        else:
+            encoded = {"size": size, "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
+        mask = coco_mask.decode(encoded).astype(bool)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ValueError(f"The run lengths {str(counts)[:80]!r} are no mask of {size} [height, width].") from error
+    # where run lengths end early, the library leaves the rest of the mask to chance
+    if mask.sum() != coco_mask.area(encoded):
+        raise ValueError(f"The run lengths {str(counts)[:80]!r} do not fill a mask of {size} [height, width].")
+    return mask
 
 
 def lower_case(text: str) -> str:

@@ -1,5 +1,6 @@
 """RefTRProcessor: text, phrases, boxes and masks in their shapes; truncation; answers; sentences for what is wrong."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from modeling_reftr import RefTRProcessor
+from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 
 
 PICTURE = Image.new("RGB", (64, 48), "gray")
@@ -165,6 +167,38 @@ def test_masks_become_labels_of_the_padded_picture(processor):
 def test_what_is_wrong_is_said(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**{"images": PICTURE, **arguments})
+
+
+@pytest.mark.parametrize("counts", [[1000], [-5, 11], "~~~~", b"\xff\xff", [0, 10**9], ["x"], None, 7])
+def test_run_lengths_that_are_no_mask_are_refused(counts):
+    with pytest.raises(ValueError, match="The run lengths"):
+        from_coco_rle({"size": [2, 3], "counts": counts})
+
+
+def test_run_lengths_that_end_early_give_no_garbage():
+    for _ in range(50):
+        np.full(600, 1, np.uint8)  # memory to find again
+        with contextlib.suppress(ValueError):  # refused, unless chance left zeros there
+            assert from_coco_rle({"size": [20, 30], "counts": [1, 2]}).sum() == 2
+
+
+def test_run_lengths_and_masks_are_the_same_labels(processor):
+    mask = np.zeros((48, 64), bool)
+    mask[5:20, 10:40] = True
+    encoded = to_coco_rle(torch.from_numpy(mask))
+    lengths = {"size": [48, 64], "counts": [int(mask.size)]}
+    inputs = processor(
+        PICTURE,
+        ["the star", "the circle", "it", "this"],
+        masks=[mask, encoded, [encoded], lengths],
+        boxes=[[0, 0, 9, 9]] * 4,
+    )
+    masks = [label["masks"] for label in inputs["labels"]]
+    assert all(torch.equal(other, masks[0]) for other in masks[1:3])
+    assert masks[3].sum() == 0
+    none = processor(PICTURE, ["the star", "it"], masks=[None, encoded])["labels"]
+    assert "masks" not in none[0]
+    assert torch.equal(none[1]["masks"], masks[0])
 
 
 def test_boxes_at_the_edge_are_cut_there(processor):
