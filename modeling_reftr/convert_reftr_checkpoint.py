@@ -1,47 +1,95 @@
-"""Published RefTR weights -> the weights of `RefTRForVisualGrounding`."""
+"""
+Published RefTR checkpoints -> folders that `RefTRForVisualGrounding.from_pretrained` reads, and back:
 
+    python -m modeling_reftr.convert_reftr_checkpoint --checkpoint refcoco.pth --output_dir reftr-refcoco
+    python -m modeling_reftr.convert_reftr_checkpoint --checkpoint reftr-refcoco --output_dir back.safetensors \
+        --to_published
+
+Nothing that a file holds is run: pickles are read for their tensors alone. Way back, the published code reads the
+file after `torch.save({"model": safetensors.torch.load_file("back.safetensors")}, "back.pth")`.
+"""
+
+import argparse
+import os
 import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from .configuration_reftr import RefTRConfig
+from .image_processing_reftr import RefTRImageProcessor
+from .modeling_reftr import RefTRForVisualGrounding
+from .processing_reftr import RefTRProcessor
 
 
-# published name -> ours; each pattern is matched from the start of the key
-RENAMES = [
-    (r"img_backbone\.0\.body\.", "model.backbone._backbone."),
-    (r"img_backbone\.1\.row_embed\.", "model.image_position_embedding.row_embeddings."),
-    (r"img_backbone\.1\.col_embed\.", "model.image_position_embedding.column_embeddings."),
-    (r"input_proj\.0\.", "model.image_projection."),
-    (r"lang_backbone\.", "model.text_backbone."),
-    (r"map_sentence\.", "model.text_projection."),
-    (r"map_phrase\.", "model.phrase_projection."),
-    (r"vl_transformer\.level_embed$", "model.level_embedding"),
-    (r"vl_transformer\.lang_pos_embeddings\.", "model.text_position_embeddings."),
-    (r"vl_transformer\.token_type_embeddings\.", "model.token_type_embeddings."),
-    (r"vl_transformer\.encoder\.", "model.encoder."),
-    (r"vl_transformer\.decoder\.norm\.", "model.decoder.layer_norm."),
-    (r"vl_transformer\.decoder\.", "model.decoder."),
-    (r"query_encoder\.query_embed\.", "model.query_encoder.query_embedding."),
-    (r"query_encoder\.linear1\.", "model.query_encoder.context_query."),
-    (r"query_encoder\.linear2\.", "model.query_encoder.context_key."),
-    (r"query_encoder\.linear3\.", "model.query_encoder.context_value."),
-    (r"query_encoder\.context_out\.0\.", "model.query_encoder.context_projection."),
-    (r"query_encoder\.context_out\.1\.", "model.query_encoder.context_layer_norm."),
-    (r"query_encoder\.fuse_encoder_query\.", "model.query_encoder.fusion."),
-    (r"bbox_embed\.", "box_head."),
-    (r"bbox_attention\.q_linear\.", "mask_head.query_projection."),
-    (r"bbox_attention\.k_linear\.", "mask_head.key_projection."),
-    (r"mask_head\.out_lay\.", "mask_head.output_convolution."),
-    *[(rf"mask_head\.lay{number + 1}\.", f"mask_head.convolutions.{number}.") for number in range(5)],
-    *[(rf"mask_head\.gn{number + 1}\.", f"mask_head.norms.{number}.") for number in range(5)],
-    *[(rf"mask_head\.adapter{number + 1}\.", f"mask_head.adapters.{number}.") for number in range(3)],
+logger = logging.get_logger(__name__)
+
+# (published, ours); the first that a key starts with is replaced
+PREFIXES = [
+    ("img_backbone.0.body.", "model.backbone._backbone."),
+    ("img_backbone.1.row_embed.", "model.image_position_embedding.row_embeddings."),
+    ("img_backbone.1.col_embed.", "model.image_position_embedding.column_embeddings."),
+    ("input_proj.0.", "model.image_projection."),
+    ("lang_backbone.", "model.text_backbone."),
+    ("map_sentence.", "model.text_projection."),
+    ("map_phrase.", "model.phrase_projection."),
+    ("vl_transformer.level_embed", "model.level_embedding"),
+    ("vl_transformer.lang_pos_embeddings.", "model.text_position_embeddings."),
+    ("vl_transformer.token_type_embeddings.", "model.token_type_embeddings."),
+    ("vl_transformer.encoder.", "model.encoder."),
+    ("vl_transformer.decoder.norm.", "model.decoder.layer_norm."),
+    ("vl_transformer.decoder.", "model.decoder."),
+    ("query_encoder.query_embed.", "model.query_encoder.query_embedding."),
+    ("query_encoder.linear1.", "model.query_encoder.context_query."),
+    ("query_encoder.linear2.", "model.query_encoder.context_key."),
+    ("query_encoder.linear3.", "model.query_encoder.context_value."),
+    ("query_encoder.context_out.0.", "model.query_encoder.context_projection."),
+    ("query_encoder.context_out.1.", "model.query_encoder.context_layer_norm."),
+    ("query_encoder.fuse_encoder_query.", "model.query_encoder.fusion."),
+    ("bbox_embed.", "box_head."),
+    ("bbox_attention.q_linear.", "mask_head.query_projection."),
+    ("bbox_attention.k_linear.", "mask_head.key_projection."),
+    ("mask_head.out_lay.", "mask_head.output_convolution."),
+    *[(f"mask_head.lay{number + 1}.", f"mask_head.convolutions.{number}.") for number in range(5)],
+    *[(f"mask_head.gn{number + 1}.", f"mask_head.norms.{number}.") for number in range(5)],
+    *[(f"mask_head.adapter{number + 1}.", f"mask_head.adapters.{number}.") for number in range(3)],
 ]
-PROJECTION_LAYERS = {"0": "linear1", "1": "layer_norm1", "4": "linear2", "5": "layer_norm2"}
-ENCODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
-DECODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "cross_attn_layer_norm", "norm3": "final_layer_norm"}
+PROJECTION_MODULES = {"0": "linear1", "1": "layer_norm1", "4": "linear2", "5": "layer_norm2"}
 FEED_FORWARD = {"linear1": "mlp.fc1", "linear2": "mlp.fc2"}
+LAYER_MODULES = {
+    "encoder": {**FEED_FORWARD, "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"},
+    "decoder": {
+        **FEED_FORWARD,
+        "multihead_attn": "cross_attn",
+        "norm1": "self_attn_layer_norm",
+        "norm2": "cross_attn_layer_norm",
+        "norm3": "final_layer_norm",
+    },
+}
+OUR_LAYER = re.compile(r"(model\.(encoder|decoder)\.layers\.\d+\.)((?:mlp\.)?\w+)\.(.*)")
+OUR_PROJECTION = re.compile(r"(model\.(?:text_projection|phrase_projection|query_encoder\.fusion)\.)(\w+)\.(.*)")
 
-# left in files of 2021 by the text backbone and by a profiler; they hold no weights
-IGNORED = re.compile(r"lang_backbone\.embeddings\.position_ids$|(.*\.)?(total_params|total_ops)$")
+# left in files of 2021 by the text backbone, by batch norm and by a profiler; they hold no weights
+IGNORED = re.compile(r"lang_backbone\.embeddings\.position_ids|(.*\.)?(num_batches_tracked|total_params|total_ops)")
+
+BACKBONES = {6: "resnet50", 23: "resnet101"}  # blocks in the third stage -> name
+TEXT_BACKBONES = {2: "bert", 1: "roberta"}  # rows of token types -> kind
+TOKENIZERS = {"bert": "bert-base-uncased", "roberta": "roberta-base"}
+WEIGHTS_FILE = "published.safetensors"
+
+
+def replace_prefix(key: str, prefixes) -> str:
+    """The key with the first of the (old, new) `prefixes` that it starts with replaced; as it is if there is none."""
+    return next((new + key.removeprefix(old) for old, new in prefixes if key.startswith(old)), key)
 
 
 def rename_key(key: str) -> str:
@@ -57,59 +105,537 @@ def rename_key(key: str) -> str:
     'model.decoder.layers.0.cross_attn.o_proj.bias'
 
     ```"""
-    for pattern, replacement in RENAMES:
-        if re.match(pattern, key):
-            key = re.sub(pattern, replacement, key, count=1)
-            break
-    layer = re.match(r"(model\.(encoder|decoder)\.layers\.\d+\.)(\w+)\.(.*)", key)
-    if layer:
+    name = replace_prefix(key, PREFIXES)
+    if layer := OUR_LAYER.fullmatch(name):
         prefix, stack, module, rest = layer.groups()
-        module = (ENCODER_NORMS if stack == "encoder" else DECODER_NORMS).get(module, module)
-        module = {**FEED_FORWARD, "multihead_attn": "cross_attn"}.get(module, module)
-        return f"{prefix}{module}.{rest.replace('out_proj.', 'o_proj.')}"
-    projection = re.match(r"(model\.(?:text_projection|phrase_projection|query_encoder\.fusion)\.)(\d)\.(.*)", key)
-    if projection and projection[2] in PROJECTION_LAYERS:
-        return f"{projection[1]}{PROJECTION_LAYERS[projection[2]]}.{projection[3]}"
-    return key
+        return f"{prefix}{LAYER_MODULES[stack].get(module, module)}.{rest.replace('out_proj.', 'o_proj.')}"
+    if projection := OUR_PROJECTION.fullmatch(name):
+        prefix, module, rest = projection.groups()
+        return f"{prefix}{PROJECTION_MODULES.get(module, module)}.{rest}"
+    return name
 
 
-def convert_state_dict(published: dict[str, torch.Tensor], expected_keys) -> dict[str, torch.Tensor]:
+def published_key(name: str) -> str:
+    """
+    The published key of one of our names, the reverse of `rename_key`; query, key and value share one.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.convert_reftr_checkpoint import published_key
+
+    >>> published_key("model.decoder.layers.0.cross_attn.q_proj.bias")
+    'vl_transformer.decoder.layers.0.multihead_attn.in_proj_bias'
+
+    ```"""
+    if layer := OUR_LAYER.fullmatch(name):
+        prefix, stack, module, rest = layer.groups()
+        modules = {ours: published for published, ours in LAYER_MODULES[stack].items()}
+        rest = re.sub(r"^[qkv]_proj\.", "in_proj_", rest).replace("o_proj.", "out_proj.")
+        name = f"{prefix}{modules.get(module, module)}.{rest}"
+    elif projection := OUR_PROJECTION.fullmatch(name):
+        prefix, module, rest = projection.groups()
+        modules = {ours: published for published, ours in PROJECTION_MODULES.items()}
+        name = f"{prefix}{modules.get(module, module)}.{rest}"
+    return replace_prefix(name, [(ours, published) for published, ours in PREFIXES])
+
+
+def our_names(key: str) -> list[str]:
+    """Our names of a published key: three for a packed `in_proj`, in the order of its rows, one for any other."""
+    name = rename_key(key)
+    packed = re.fullmatch(r"(model\.(?:encoder|decoder)\..*)\.in_proj_(weight|bias)", name)
+    return [f"{packed[1]}.{part}_proj.{packed[2]}" for part in "qkv"] if packed else [name]
+
+
+def convert_state_dict(
+    published: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """
     Rename published weights to ours, splitting each packed `in_proj` into query, key and value.
 
     Args:
-        published (`dict[str, torch.Tensor]`): the published model's state dict.
-        expected_keys (iterable of `str`): the keys of our model, `model.state_dict()` will do.
+        published (`Mapping[str, torch.Tensor]`): the published model's state dict.
+        expected (`Mapping[str, torch.Tensor]`): our model's state dict, for its names and shapes.
 
     Returns:
         `dict[str, torch.Tensor]`: weights that `model.load_state_dict` takes with `strict=True`.
 
     Raises:
-        ValueError: if a published key has no place in our model, or a weight of our model has no published key. The
-            message lists them.
+        ValueError: if a published key has no place in our model, a weight of our model has no published key, a shape
+            differs, or a weight is not finite. The message names them.
     """
-    converted = {}
-    sources = {}
-    for key, value in published.items():
-        if IGNORED.fullmatch(key):
-            continue
-        name = rename_key(key)
-        packed = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
-        if packed:
-            names = [f"{packed[1]}.{part}_proj.{packed[2]}" for part in "qkv"]
-            parts = value.chunk(3)
-        else:
-            names, parts = [name], [value]
-        for part_name, part in zip(names, parts, strict=True):
-            converted[part_name] = part.clone() if packed else part
-            sources[part_name] = key
+    return place_weights(published, expected, our_names)
+
+
+def place_weights(
+    weights: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    names_of: Callable[[str], list[str]],
+) -> dict[str, torch.Tensor]:
+    """
+    Give weights the names of `expected`, all of them and no others; see [`convert_state_dict`].
+
+    Args:
+        weights, expected (`Mapping[str, torch.Tensor]`): what there is, and what is to be filled.
+        names_of (`Callable`): from a key of `weights` to its names in `expected`, which share its rows equally.
+    """
+    places = {key: names_of(key) for key in weights if not IGNORED.fullmatch(key)}
     # batch norm's counter of training steps is not published; a frozen batch norm has none
-    expected_keys = {key for key in expected_keys if not key.endswith("num_batches_tracked")}
-    unknown = sorted({sources[name] for name in converted if name not in expected_keys})
-    missing = sorted(expected_keys - converted.keys())
+    wanted = {name for name in expected if not IGNORED.fullmatch(name)}
+    unknown = sorted(key for key, names in places.items() if not wanted.issuperset(names))
+    missing = sorted(wanted - {name for names in places.values() for name in names})
     if unknown or missing:
         raise ValueError(
-            f"These weights do not fit the model. Published keys without a place in it: {unknown or 'none'}. "
-            f"Weights of it that are not published: {missing or 'none'}."
+            f"These weights do not fit the model. Keys without a place in it: {unknown or 'none'}. "
+            f"Weights of it that the checkpoint does not have: {missing or 'none'}."
         )
-    return converted
+    placed = {}
+    for key, names in places.items():
+        value, shape = weights[key], expected[names[0]].shape
+        check_weight(key, value, (len(names) * shape[0], *shape[1:]))
+        parts = [part.clone() for part in value.chunk(len(names))] if len(names) > 1 else [value]
+        placed.update(zip(names, parts, strict=True))
+    return placed
+
+
+def check_weight(key: str, value: torch.Tensor, shape: tuple[int, ...]):
+    """Raise a ValueError unless a weight has this shape and is finite."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{key} has the shape {tuple(value.shape)} in the checkpoint, but the model takes {tuple(shape)}; the "
+            "weights are of a model of other sizes."
+        )
+    if not value.isfinite().all():
+        raise ValueError(f"{key} holds values that are not finite (NaN or infinite); the checkpoint is damaged.")
+
+
+def to_published_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Our weights under their published names, query, key and value packed again: the reverse of `convert_state_dict`.
+
+    Raises:
+        ValueError: if a weight has no published name, because the model is none that the published code can build.
+    """
+    weights = {name: value for name, value in weights.items() if not IGNORED.fullmatch(name)}
+    strangers = sorted(name for name in weights if name not in our_names(published_key(name)))
+    strangers += sorted(name for name in weights if published_key(name) == name)
+    if strangers:
+        raise ValueError(f"The published model has no place for these weights: {strangers}.")
+    published = {}
+    for name in weights:
+        parts = our_names(published_key(name))
+        if name == parts[0]:
+            values = [weights[part] for part in parts]
+            published[published_key(name)] = torch.cat(values) if len(values) > 1 else values[0]
+    return published
+
+
+class NotRead:
+    """What stands for objects of a checkpoint that are no tensors: it takes anything and keeps nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __new__(cls, *args, **kwargs):
+        """Takes any arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+# what `args` and numbers of a published checkpoint are made of; their own classes are never called
+NOT_READ = [
+    (NotRead, name)
+    for name in (
+        "argparse.Namespace",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "numpy.ndarray",
+    )
+]
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The weights of a file, without running anything that it holds.
+
+    Args:
+        path (`str` or `os.PathLike`): a `.safetensors` file, or a file of `torch.save` (any format of it) that holds
+            a state dict or a dict with one under `"model"`. The tensors of a zip file stay on disk until they are
+            read.
+
+    Returns:
+        `dict[str, torch.Tensor]`: floating-point weights by key, on the CPU. Counters and other leftovers that hold
+        no weights are not among them.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no such file, is damaged, or asks for anything but tensors, numbers, text, and the
+            settings (`argparse.Namespace`) and NumPy values of a published checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; give the path of a checkpoint (.pth or .safetensors).")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals(NOT_READ):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in any place of its reader
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} is refused: it asks for {asked[1]}, which no checkpoint of weights needs. Nothing of it was "
+                "run."
+            ) from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
+    weights = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"{path} holds no weights: expected a state dict, or a dict with a state dict in 'model'.")
+    weights = {str(key): value for key, value in weights.items() if not IGNORED.fullmatch(str(key))}
+    for key, value in weights.items():
+        if not (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.layout == torch.strided
+            and value.device.type == "cpu"
+        ):
+            raise ValueError(f"{key!r} in {path} is not a dense floating-point tensor, as weights are.")
+    if sum(value.nbytes for value in weights.values()) > path.stat().st_size:
+        raise ValueError(f"The tensors of {path} are larger than the file: they lie over each other, weights do not.")
+    return weights
+
+
+def read_published_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The weights of a published RefTR checkpoint; see [`read_weights`].
+
+    Raises:
+        OSError, ValueError: as `read_weights`, and if the weights are not those of a RefTR.
+    """
+    published = read_weights(path)
+    if not any(key.startswith("vl_transformer.") for key in published):
+        raise ValueError(
+            f"{path} holds no published RefTR checkpoint: no key starts with 'vl_transformer.', the first is "
+            f"{next(iter(published), None)!r}."
+        )
+    return published
+
+
+def settings_from_shapes(published: Mapping[str, torch.Tensor]) -> dict:
+    """
+    The settings of [`RefTRConfig`] that names and shapes of published weights tell.
+
+    Raises:
+        ValueError: if a weight that tells one is missing, or the backbones are none of the published ones.
+    """
+
+    def rows(key: str, axis: int = 0) -> int:
+        if key not in published or published[key].dim() <= axis:
+            raise ValueError(f"The checkpoint has no weights {key!r} of {axis + 1} dimensions or more; a RefTR has.")
+        return published[key].shape[axis]
+
+    def count(prefix: str) -> int:
+        return len({key.removeprefix(prefix).split(".")[0] for key in published if key.startswith(prefix)})
+
+    d_model = rows("vl_transformer.level_embed", 1)
+    num_blocks = count("img_backbone.0.body.layer3.")
+    num_token_types = rows("lang_backbone.embeddings.token_type_embeddings.weight")
+    if num_blocks not in BACKBONES:
+        raise ValueError(
+            f"The image backbone has {num_blocks} blocks in its third stage; a ResNet-50 has 6, a ResNet-101 has 23."
+        )
+    if num_token_types not in TEXT_BACKBONES:
+        raise ValueError(f"The text backbone has {num_token_types} token types; BERT has 2, RoBERTa has 1.")
+    settings = {
+        "backbone_config": {"backbone": BACKBONES[num_blocks]},
+        "text_config": {
+            "model_type": TEXT_BACKBONES[num_token_types],
+            "vocab_size": rows("lang_backbone.embeddings.word_embeddings.weight"),
+            "hidden_size": rows("lang_backbone.embeddings.word_embeddings.weight", 1),
+            "num_hidden_layers": count("lang_backbone.encoder.layer."),
+            "intermediate_size": rows("lang_backbone.encoder.layer.0.intermediate.dense.weight"),
+            "max_position_embeddings": rows("lang_backbone.embeddings.position_embeddings.weight"),
+            "type_vocab_size": num_token_types,
+        },
+        "d_model": d_model,
+        "encoder_layers": count("vl_transformer.encoder.layers."),
+        "decoder_layers": count("vl_transformer.decoder.layers."),
+        "encoder_ffn_dim": rows("vl_transformer.encoder.layers.0.linear1.weight"),
+        "decoder_ffn_dim": rows("vl_transformer.decoder.layers.0.linear1.weight"),
+        "position_embedding_type": "sine",
+        "max_text_positions": rows("vl_transformer.lang_pos_embeddings.weight"),
+        "predict_masks": any(key.startswith("mask_head.") for key in published),
+    }
+    if "img_backbone.1.row_embed.weight" in published:
+        settings["position_embedding_type"] = "learned"
+        settings["max_image_positions"] = rows("img_backbone.1.row_embed.weight")
+    if settings["predict_masks"]:  # its first layer reads image, memory and an attention map of each head
+        settings["decoder_attention_heads"] = rows("mask_head.lay1.weight") - 2 * d_model
+    return settings
+
+
+def settings_as_published(told: dict) -> dict:
+    """
+    The settings of [`RefTRConfig`] that shapes cannot tell, as the published models have them.
+
+    Args:
+        told (`dict`): what `settings_from_shapes` gave.
+    """
+    heads = told.get("decoder_attention_heads", 8)
+    text_config = {"num_attention_heads": max(1, told["text_config"]["hidden_size"] // 64)}
+    if told["text_config"]["model_type"] == "bert":
+        text_config |= {"layer_norm_eps": 1e-12, "pad_token_id": 0}
+    else:
+        text_config |= {"layer_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return {
+        "backbone_config": {"out_indices": [1, 2, 3, 4], "output_stride": None},
+        "text_config": text_config,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "layer_norm_eps": 1e-5,
+        "projection_group_norm_groups": 32,
+        "mask_head_group_norm_groups": 8,
+        "auxiliary_loss": not told["predict_masks"],
+    }
+
+
+def config_from_shapes(published: Mapping[str, torch.Tensor]) -> RefTRConfig:
+    """The configuration of published weights: what their shapes tell, and the rest as the published models have it."""
+    told = settings_from_shapes(published)
+    settings = settings_as_published(told)
+    for name, value in told.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    return RefTRConfig(**settings)
+
+
+def check_config(config: RefTRConfig, published: Mapping[str, torch.Tensor]):
+    """Raise a ValueError that lists where a configuration and the shapes of published weights differ."""
+    differences = []
+    for name, told in settings_from_shapes(published).items():
+        for inner, value in told.items() if isinstance(told, dict) else ((None, told),):
+            given = getattr(config, name)
+            given = given if inner is None else getattr(given, inner, None)
+            if inner == "backbone":
+                given = str(given).split(".")[0]  # timm writes its weights' name behind a dot
+            if given != value:
+                full_name = name if inner is None else f"{name}.{inner}"
+                differences.append(f"{full_name} is {given!r} in the configuration, {value!r} in the checkpoint")
+    if differences:
+        raise ValueError(f"The configuration is not that of the checkpoint: {'; '.join(differences)}.")
+
+
+def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig):
+    """
+    The tokenizer of a text backbone.
+
+    Args:
+        tokenizer (`str` or `os.PathLike`, *optional*):
+            Folder or Hub id. Absent: the published one, if it is on this machine already.
+        config ([`RefTRConfig`]): of the model.
+
+    Raises:
+        OSError: if it is not found.
+        ValueError: if it has more tokens than the text backbone.
+    """
+    name = tokenizer or TOKENIZERS[config.text_config.model_type]
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, local_files_only=tokenizer is None, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if tokenizer:
+            raise OSError(f"There is no tokenizer {str(name)!r} to be loaded, as a folder or from the Hub.") from error
+        raise OSError(
+            f"The tokenizer {name!r} is not on this machine. Give --tokenizer NAME (fetched from the Hub) or "
+            "--tokenizer FOLDER, or --no_processor to write the model alone."
+        ) from error
+    if len(loaded) > config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer {str(name)!r} has {len(loaded)} tokens, the checkpoint's text backbone has "
+            f"{config.text_config.vocab_size}; give the tokenizer it was trained with."
+        )
+    return loaded
+
+
+@contextmanager
+def written_aside(output: Path):
+    """A path beside `output` to write a file or a folder to; whatever fails, nothing is left of it."""
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+    except SafetensorError as error:
+        raise OSError(f"{output} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.unlink(missing_ok=True)
+
+
+def convert_checkpoint(
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    config: str | os.PathLike | RefTRConfig | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    with_processor: bool = True,
+    overwrite: bool = False,
+) -> RefTRConfig:
+    """
+    Write a published checkpoint as a folder that `from_pretrained` reads, with its configuration, code and processor.
+    The folder appears when it is complete.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`):
+            A published `.pth` file, or a `.safetensors` file with the published names.
+        output_dir (`str` or `os.PathLike`): the folder to write.
+        config ([`RefTRConfig`], `str` or `os.PathLike`, *optional*):
+            A configuration, its file or its folder. Absent: it is read off the shapes of the weights, and what they
+            cannot tell is taken as published.
+        tokenizer (`str` or `os.PathLike`, *optional*):
+            Folder or Hub id of the tokenizer. Absent: the published one, if it is on this machine already.
+        with_processor (`bool`, *optional*, defaults to `True`): False writes the model alone.
+        overwrite (`bool`, *optional*, defaults to `False`): replace files of the same names in `output_dir`.
+
+    Returns:
+        [`RefTRConfig`]: the configuration as written.
+
+    Raises:
+        OSError: if a file is missing, or the folder is not empty.
+        ValueError: if the checkpoint is refused or does not fit; the message says why.
+    """
+    output = Path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise OSError(f"{output} is a file; give a folder to write to.")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise OSError(f"{output} is not empty; give another folder, or --overwrite to replace its files.")
+    published = read_published_checkpoint(checkpoint)
+    if config is None:
+        config = config_from_shapes(published)
+    else:
+        if not isinstance(config, RefTRConfig):
+            if not Path(config).exists():
+                raise FileNotFoundError(f"There is no configuration {config}; give a config.json or its folder.")
+            config = RefTRConfig.from_pretrained(config)
+        check_config(config, published)
+    processor = None
+    if with_processor:
+        processor = RefTRProcessor(RefTRImageProcessor(), load_tokenizer(tokenizer, config))
+    with torch.device("meta"):
+        model = RefTRForVisualGrounding(config)
+    expected = model.state_dict()
+    counters = {
+        name: torch.zeros_like(value, device="cpu") for name, value in expected.items() if IGNORED.fullmatch(name)
+    }
+    model.load_state_dict(convert_state_dict(published, expected) | counters, assign=True)
+    with written_aside(output) as aside:
+        model.save_pretrained(aside)
+        if processor is not None:
+            processor.save_pretrained(aside)
+        if output.exists():
+            for path in aside.iterdir():
+                os.replace(path, output / path.name)
+        else:
+            os.replace(aside, output)
+    return config
+
+
+def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, overwrite: bool = False) -> Path:
+    """
+    Write the weights of one of our folders under their published names.
+
+    Args:
+        model (`str` or `os.PathLike`): the folder.
+        output (`str` or `os.PathLike`): a `.safetensors` file, or a folder to write `published.safetensors` into.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the file if it is there.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        OSError: if the folder is no model of ours, or the file is there already.
+        ValueError: if its weights are not complete or not finite, or have no published names.
+    """
+    folder, output = Path(model), Path(output)
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json and model.safetensors; give a folder of a saved RefTR.")
+    if output.suffix != ".safetensors":
+        output = output / WEIGHTS_FILE
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} is there already; give another path, or --overwrite to replace it.")
+    config = RefTRConfig.from_pretrained(folder)
+    published = to_published_state_dict({name: value for file in files for name, value in read_weights(file).items()})
+    with torch.device("meta"):
+        expected = RefTRForVisualGrounding(config).state_dict()
+    convert_state_dict(published, expected)  # nothing is missing, and it is the way back
+    with written_aside(output) as aside:
+        save_file(published, aside, metadata={"format": "pt"})
+        os.replace(aside, output)
+    return output
+
+
+def describe_assumptions(config: RefTRConfig) -> str:
+    """What was taken as published because shapes cannot tell it, as `name=value` in one line."""
+    told = {"text_config": config.text_config.to_dict(), "predict_masks": config.predict_masks}
+    parts = []
+    for name, value in settings_as_published(told).items():
+        if isinstance(value, dict):
+            parts += [f"{name}.{inner}={inner_value}" for inner, inner_value in value.items()]
+        else:
+            parts.append(f"{name}={getattr(config, name)}")
+    return ", ".join(parts)
+
+
+def main(argv: list[str] | None = None):
+    """The command: what it took and wrote on stdout."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_reftr.convert_reftr_checkpoint",
+        description="Published RefTR checkpoints to folders for from_pretrained, and back.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="published file; with --to_published a RefTR folder")
+    parser.add_argument(
+        "--output_dir", required=True, help="folder to write; with --to_published also a .safetensors file"
+    )
+    parser.add_argument("--config", help="config.json or its folder; by default it is read off the shapes")
+    parser.add_argument("--tokenizer", help="folder or Hub id; by default the published one if it is on this machine")
+    parser.add_argument("--no_processor", action="store_true", help="write the model without its processor")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--to_published",
+        action="store_true",
+        help="the way back, to published names in safetensors; the published code reads them after "
+        'torch.save({"model": safetensors.torch.load_file(FILE)}, "checkpoint.pth")',
+    )
+    args = parser.parse_args(argv)
+
+    if args.to_published:
+        written = convert_to_published(args.checkpoint, args.output_dir, overwrite=args.overwrite)
+        sys.stdout.write(f"Written: {written}\n")
+        return
+    config = convert_checkpoint(
+        args.checkpoint,
+        args.output_dir,
+        config=args.config,
+        tokenizer=args.tokenizer,
+        with_processor=not args.no_processor,
+        overwrite=args.overwrite,
+    )
+    if args.config is None:
+        sys.stdout.write(
+            f"Taken as published, because shapes do not tell: {describe_assumptions(config)}. --config decides "
+            "otherwise.\n"
+        )
+    sys.stdout.write(f"Written: {args.output_dir}\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
