@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -83,7 +84,10 @@ IGNORED = re.compile(r"lang_backbone\.embeddings\.position_ids|(.*\.)?(num_batch
 
 BACKBONES = {6: "resnet50", 23: "resnet101"}  # blocks in the third stage -> name
 TEXT_BACKBONES = {2: "bert", 1: "roberta"}  # rows of token types -> kind
-TOKENIZERS = {"bert": "bert-base-uncased", "roberta": "roberta-base"}
+TOKENIZERS = {  # old and new Hub ids of the published ones
+    "bert": ("bert-base-uncased", "google-bert/bert-base-uncased"),
+    "roberta": ("roberta-base", "FacebookAI/roberta-base"),
+}
 WEIGHTS_FILE = "published.safetensors"
 
 
@@ -286,8 +290,6 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         else:
             with torch.serialization.safe_globals(NOT_READ):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # a damaged or hostile file can fail in any place of its reader
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -445,19 +447,24 @@ def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig):
         OSError: if it is not found.
         ValueError: if it has more tokens than the text backbone.
     """
-    name = tokenizer or TOKENIZERS[config.text_config.model_type]
+    source = tokenizer
+    if source is None:
+        names = TOKENIZERS[config.text_config.model_type]
+        # of the cache alone: AutoTokenizer calls the Hub even with local_files_only=True
+        files = [try_to_load_from_cache(name, "tokenizer.json") for name in names]
+        source = next((Path(file).parent for file in files if isinstance(file, str)), None)
+        if source is None:
+            raise FileNotFoundError(
+                f"The tokenizer {names[0]!r} is not on this machine. Give --tokenizer NAME (fetched from the Hub) or "
+                "--tokenizer FOLDER, or --no_processor to write the model alone."
+            )
     try:
-        loaded = AutoTokenizer.from_pretrained(name, local_files_only=tokenizer is None, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        if tokenizer:
-            raise OSError(f"There is no tokenizer {str(name)!r} to be loaded, as a folder or from the Hub.") from error
-        raise OSError(
-            f"The tokenizer {name!r} is not on this machine. Give --tokenizer NAME (fetched from the Hub) or "
-            "--tokenizer FOLDER, or --no_processor to write the model alone."
-        ) from error
+        raise OSError(f"There is no tokenizer {str(source)!r} to be loaded, as a folder or from the Hub.") from error
     if len(loaded) > config.text_config.vocab_size:
         raise ValueError(
-            f"The tokenizer {str(name)!r} has {len(loaded)} tokens, the checkpoint's text backbone has "
+            f"The tokenizer {str(source)!r} has {len(loaded)} tokens, the checkpoint's text backbone has "
             f"{config.text_config.vocab_size}; give the tokenizer it was trained with."
         )
     return loaded

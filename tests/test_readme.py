@@ -1,5 +1,6 @@
 """What the README shows is what there is: its Python runs, its figures are the committed ones, its files exist."""
 
+import json
 import os
 import re
 import shlex
@@ -7,12 +8,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from benchmarks.quote_results import quote
 from conftest import ROOT
-from modeling_reftr import RefTRForVisualGrounding
+from golden import GOLDEN, load_case, published_state_dict
+from modeling_reftr import RefTRForVisualGrounding, convert_reftr_checkpoint
 from training_reftr.arguments import parse_arguments
 
 
@@ -21,6 +24,14 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def detr_keys(shapes):
+    """A published RefTR's keys that come from DETR, under DETR's names, with their shapes; and one that is left."""
+    for key, shape in shapes.items():
+        if key.startswith(("img_backbone.0.", "vl_transformer.encoder.")):
+            yield key.replace("img_backbone", "backbone").replace("vl_transformer", "transformer"), shape
+    yield "query_embed.weight", [100, 256]
 
 
 def test_figures_are_the_committed_results():
@@ -35,8 +46,10 @@ def test_python_runs(trained, tmp_path, monkeypatch, capsys):
     os.symlink(ROOT / "metrics", tmp_path / "metrics")
     Image.fromarray(np.full((90, 150, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
+    shapes = json.loads((GOLDEN / "full_size_keys.json").read_text())["rec_resnet50_bert"]
+    torch.save({"model": {key: torch.zeros(shape) for key, shape in detr_keys(shapes)}}, "detr-r50-e632da11.pth")
     code = blocks("python")
-    assert len(code) == 5
+    assert len(code) == 6
     names = {}
     for block in code:
         exec(block, names)
@@ -46,6 +59,26 @@ def test_python_runs(trained, tmp_path, monkeypatch, capsys):
     assert "torch.Size([1, 90, 150])" in printed
     assert "\n0.8\n" in printed
     assert names["inputs"]["phrase_spans"].shape == (1, 2, 2)
+    assert "337 weights taken, left: ['query_embed.weight']" in printed
+
+
+def test_published_weights_are_converted(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = published_state_dict(load_case("rec_bert")[0])
+    torch.save({"model": published}, "refcoco.pth")
+    tokenizer.save_pretrained("bert-base-uncased")
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if "convert" in line or "python -c" in line]
+    for _, option, code, *arguments in commands:
+        if option == "-m":
+            assert code == "modeling_reftr.convert_reftr_checkpoint"
+            convert_reftr_checkpoint.main(arguments)
+        else:
+            exec(code, {})
+    assert len(commands) == 3
+    back = torch.load("back.pth", weights_only=True)["model"]
+    assert back.keys() == published.keys()
+    assert all(torch.equal(back[key], value) for key, value in published.items())
 
 
 def test_commands_name_what_there_is():
