@@ -5,8 +5,8 @@ Published RefTR checkpoints -> folders that `RefTRForVisualGrounding.from_pretra
     python -m modeling_reftr.convert_reftr_checkpoint --checkpoint reftr-refcoco --output_dir back.safetensors \
         --to_published
 
-Nothing that a file holds is run: pickles are read for their tensors alone. Way back, the published code reads the
-file after `torch.save({"model": safetensors.torch.load_file("back.safetensors")}, "back.pth")`.
+Nothing that a file holds is run: pickles are read for their tensors alone. The published code reads what comes back
+after `torch.save({"model": safetensors.torch.load_file("back.safetensors")}, "back.pth")`.
 """
 
 import argparse
@@ -218,13 +218,18 @@ def to_published_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, to
     Our weights under their published names, query, key and value packed again: the reverse of `convert_state_dict`.
 
     Raises:
-        ValueError: if a weight has no published name, because the model is none that the published code can build.
+        ValueError: if a weight has no published name, because the model is none that the published code can build, or
+            one of query, key and value is missing.
     """
     weights = {name: value for name, value in weights.items() if not IGNORED.fullmatch(name)}
-    strangers = sorted(name for name in weights if name not in our_names(published_key(name)))
-    strangers += sorted(name for name in weights if published_key(name) == name)
+    strangers = sorted(
+        name for name in weights if published_key(name) == name or name not in our_names(published_key(name))
+    )
     if strangers:
         raise ValueError(f"The published model has no place for these weights: {strangers}.")
+    missing = sorted({part for name in weights for part in our_names(published_key(name))} - weights.keys())
+    if missing:
+        raise ValueError(f"Query, key and value are published in one, but these of them are missing: {missing}.")
     published = {}
     for name in weights:
         parts = our_names(published_key(name))
@@ -566,7 +571,7 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
 
     Raises:
         OSError: if the folder is no model of ours, or the file is there already.
-        ValueError: if its weights are not complete or not finite, or have no published names.
+        ValueError: if its weights are not complete or not finite, or the published code cannot build such a model.
     """
     folder, output = Path(model), Path(output)
     files = sorted(folder.glob("model*.safetensors"))
@@ -580,7 +585,8 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
     published = to_published_state_dict({name: value for file in files for name, value in read_weights(file).items()})
     with torch.device("meta"):
         expected = RefTRForVisualGrounding(config).state_dict()
-    convert_state_dict(published, expected)  # nothing is missing, and it is the way back
+    convert_state_dict(published, expected)  # nothing is missing, and there is a way back
+    check_config(config, published)
     with written_aside(output) as aside:
         save_file(published, aside, metadata={"format": "pt"})
         os.replace(aside, output)
@@ -588,14 +594,14 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
 
 
 def describe_assumptions(config: RefTRConfig) -> str:
-    """What was taken as published because shapes cannot tell it, as `name=value` in one line."""
-    told = {"text_config": config.text_config.to_dict(), "predict_masks": config.predict_masks}
+    """What `config_from_shapes` took as published, because shapes do not tell it, as `name=value` in one line."""
+    assumed = settings_as_published(config.to_dict())
+    if config.predict_masks:
+        del assumed["decoder_attention_heads"]  # the mask head tells it
     parts = []
-    for name, value in settings_as_published(told).items():
-        if isinstance(value, dict):
-            parts += [f"{name}.{inner}={inner_value}" for inner, inner_value in value.items()]
-        else:
-            parts.append(f"{name}={getattr(config, name)}")
+    for name, value in assumed.items():
+        inner = value.items() if isinstance(value, dict) else ()
+        parts += [f"{name}.{inner_name}={inner_value}" for inner_name, inner_value in inner] or [f"{name}={value}"]
     return ", ".join(parts)
 
 
