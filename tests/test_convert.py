@@ -207,6 +207,8 @@ def test_full_size_keys_find_their_places_and_back(name):
         assert {published_key(ours) for ours in our_names(key)} == {key}
     back = to_published_state_dict(state_dict)
     assert {key: list(value.shape) for key, value in back.items()} == FULL_SIZE[name]
+    weights = {key: torch.zeros(1).expand(shape) for key, shape in FULL_SIZE[name].items()}
+    assert convert_state_dict(weights, state_dict).keys() == state_dict.keys()
     if name in FULL_SIZE_PARAMETERS:
         assert sum(parameter.numel() for parameter in model.parameters()) == FULL_SIZE_PARAMETERS[name]
 
