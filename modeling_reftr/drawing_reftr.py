@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-COLORS = ("#e6194b", "#3c78d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#d01c8b")
+COLORS = ("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab")
 TRUTH_COLOR = "white"
 MASK_OPACITY = 140  # of 255
 
