@@ -98,8 +98,8 @@ def free_port():
 @pytest.mark.parametrize(("accumulation", "masks", "steps"), [(1, False, 20), (2, False, 2), (1, True, 7)])
 def test_two_ranks_train_as_one_process(run, tmp_path, accumulation, masks, steps, data_cache):
     """
-    The demo's first steps: the same losses (1e-5) with the same global batch. With masks rounding grows faster: by step
-    20 one process differs by 2e-5 from itself with the images of each batch in reverse.
+    The demo's first steps: the same losses (1e-5) with the same global batch. With masks rounding grows faster: by
+    step 20 one process differs by 2e-5 from itself with the images of each batch in reverse.
     """
     settings = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
     assert settings["model"]["dropout"] == settings["model"]["text_config"]["hidden_dropout_prob"] == 0.0
