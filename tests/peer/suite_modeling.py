@@ -28,6 +28,7 @@ class RefTRModelTester:
 
     def __init__(self, parent):
         self.parent = parent
+        self.predict_masks = False
         self.batch_size = 2
         self.image_size = 64
         self.seq_length = 7
@@ -72,6 +73,7 @@ class RefTRModelTester:
             num_frozen_backbone_stages=0,
             # the suite compares pairs of boxes, which a new head answers alike
             box_head_init_std=0.5,
+            predict_masks=self.predict_masks,
         )
 
     def prepare_config_and_inputs_for_common(self):
@@ -111,12 +113,14 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
         inputs = copy.deepcopy(inputs_dict)
         if return_labels and model_class is RefTRForVisualGrounding:
             boxes = torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.6, 0.5, 0.3, 0.1]])
-            inputs["labels"] = [{"boxes": boxes} for _ in range(self.model_tester.batch_size)]
+            masks = torch.zeros(len(boxes), self.model_tester.image_size, self.model_tester.image_size)
+            masks[:, 8:32, 16:48] = 1
+            inputs["labels"] = [{"boxes": boxes, "masks": masks} for _ in range(self.model_tester.batch_size)]
         return inputs
 
     def only_with_a_loss(self, test):
         """The suite looks for the loss of every class that it does not know by name."""
-        with unittest.mock.patch.object(RefTRModelTest, "all_model_classes", (RefTRForVisualGrounding,)):
+        with unittest.mock.patch.object(type(self), "all_model_classes", (RefTRForVisualGrounding,)):
             test()
 
     def test_training(self):
@@ -132,7 +136,7 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
         self.only_with_a_loss(super().test_training_gradient_checkpointing_use_reentrant_true)
 
     def test_model_outputs_equivalence(self):
-        """The suite subtracts outputs from each other, and a boolean `phrase_mask` has no minus: as 0 and 1 it has."""
+        """The suite subtracts outputs from each other, and booleans have no minus: as 0 and 1 they have."""
 
         def with_numbers(model_class):
             def forward(model, *args, **kwargs):
@@ -141,13 +145,15 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
                     return tuple(
                         value.long() if getattr(value, "dtype", None) == torch.bool else value for value in outputs
                     )
-                outputs["phrase_mask"] = outputs["phrase_mask"].long()
+                for name, value in outputs.items():
+                    if getattr(value, "dtype", None) == torch.bool:
+                        outputs[name] = value.long()
                 return outputs
 
             return type(model_class.__name__, (model_class,), {"forward": forward})
 
         classes = tuple(with_numbers(model_class) for model_class in self.all_model_classes)
-        with unittest.mock.patch.object(RefTRModelTest, "all_model_classes", classes):
+        with unittest.mock.patch.object(type(self), "all_model_classes", classes):
             super().test_model_outputs_equivalence()
 
     def test_resize_tokens_embeddings(self):
@@ -185,3 +191,13 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+
+class RefTRWithMasksModelTest(RefTRModelTest):
+    """The same, with the mask head."""
+
+    all_model_classes = (RefTRForVisualGrounding,)
+
+    def setUp(self):
+        super().setUp()
+        self.model_tester.predict_masks = True
