@@ -1,39 +1,51 @@
 """Data sets for visual grounding, one module a source and one schema for all."""
 
-import hashlib
-import inspect
-from pathlib import Path
-
 import datasets
 
+from . import shapes
+from .building import Source, prepare
 from .schema import FEATURES
-from .shapes import Shapes
 
 
-BUILDERS = {"shapes": Shapes}
+SOURCES: dict[str, Source] = {source.name: source for module in (shapes,) for source in module.SOURCES}
 
 
-def source_hash(builder: type[datasets.DatasetBuilder]) -> str:
-    """Changes whenever a builder's module or the schema does; without it, an edited builder gives its old rows."""
-    sources = (Path(inspect.getfile(builder)), Path(__file__).with_name("schema.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+def source_of(name: str) -> Source:
+    """
+    The set of this name.
+
+    Raises:
+        ValueError: if there is no such set.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"There is no data set {name!r}; there are: {', '.join(SOURCES)}.")
+    return SOURCES[name]
 
 
-def load(name: str, split: str | None = None, cache_dir: str | None = None, **config) -> datasets.Dataset:
+def load(
+    name: str,
+    split: str | None = None,
+    data_dir: str | None = None,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    **flags,
+) -> datasets.Dataset:
     """
     Build a set, or take it from the cache where it was built before, and load it.
 
     Args:
-        name (`str`): the set, one of `BUILDERS`.
+        name (`str`): the set, one of `SOURCES`.
         split (`str`, *optional*): one of its splits; absent: all of them, as a `DatasetDict`.
+        data_dir (`str`, *optional*): where its files are.
+        streaming (`bool`, *optional*, defaults to `False`): rows as they are made, nothing is built.
         cache_dir (`str`, *optional*): where built sets are kept, the datasets library's own cache by default.
-        config: fields of the set's configuration, for example `image_size=64`.
+        flags: fields of the set's configuration, for example `image_size=64`.
 
     Returns:
         `datasets.Dataset`: a row an image, see `schema.FEATURES`.
 
     Raises:
-        ValueError: if there is no such set.
+        ValueError: if there is no such set or flag.
 
     Example:
 
@@ -45,11 +57,11 @@ def load(name: str, split: str | None = None, cache_dir: str | None = None, **co
     ['attribute']
 
     ```"""
-    if name not in BUILDERS:
-        raise ValueError(f"There is no data set {name!r}; there are: {', '.join(BUILDERS)}.")
-    builder = BUILDERS[name](cache_dir=cache_dir, hash=source_hash(BUILDERS[name]), **config)
-    builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    source = source_of(name)
+    if streaming:
+        builder = source.builder(config_name=source.config_name, data_dir=data_dir, cache_dir=cache_dir, **flags)
+        return builder.as_streaming_dataset(split=split)
+    return prepare(source, data_dir, cache_dir, **flags).as_dataset(split=split)
 
 
-__all__ = ["BUILDERS", "FEATURES", "load"]
+__all__ = ["FEATURES", "SOURCES", "load"]

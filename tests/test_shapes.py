@@ -67,9 +67,10 @@ def test_an_edited_builder_is_noticed(tmp_path, monkeypatch):
     before = data_scripts.load("shapes", split="test", **settings)[0]
     edited = tmp_path / "edited_shapes.py"
     source = Path(data_scripts.shapes.__file__).read_text()
-    edited.write_text(source.replace("from .schema", "from data_scripts.schema").replace('"the {', '"that {'))
+    edited.write_text(source.replace("from .", "from data_scripts.").replace('"the {', '"that {'))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(data_scripts.BUILDERS, "shapes", importlib.import_module("edited_shapes").Shapes)
+    (edited_source,) = importlib.import_module("edited_shapes").SOURCES
+    monkeypatch.setitem(data_scripts.SOURCES, "shapes", edited_source)
     after = data_scripts.load("shapes", split="test", **settings)[0]
     assert [sentence["text"] for sentence in before["sentences"]] != [s["text"] for s in after["sentences"]]
 
