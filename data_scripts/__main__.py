@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from . import SOURCES, source_of
-from .building import flags_of, prepare
+from . import SOURCES, load
+from .building import flags_of
 from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings
 from .exporting import check_output, export, push
 from .preview import draw_preview, save_picture
@@ -46,7 +46,7 @@ def write(text: str):
 
 def load_splits(args) -> dict:
     """Build the set that the command names, or find it in the cache: split -> rows."""
-    return prepare(args.source, args.data_dir, args.cache_dir, args.num_proc, **args.flags).as_dataset()
+    return load(args.name, data_dir=args.data_dir, cache_dir=args.cache_dir, num_proc=args.num_proc, **args.flags)
 
 
 def run_list(args):
@@ -87,9 +87,7 @@ def run_export(args):
         raise ValueError("--private says nothing without --push_to_hub.")
     check_output(Path(args.output).absolute(), args.overwrite)
     splits = load_splits(args)
-    folder = export(
-        args.source, splits, args.output, not args.by_path, args.num_proc, args.overwrite, {**args.flags}
-    )
+    folder = export(args.source, splits, args.output, not args.by_path, args.num_proc, args.overwrite, {**args.flags})
     write(f'Written to {folder}; datasets.load_dataset("{folder}") reads it.')
     if args.push_to_hub:
         write(f"Pushed: {push(folder, args.push_to_hub, args.private or None)}")
@@ -101,7 +99,7 @@ def run_preview(args):
     split = args.split or next(iter(splits))
     if split not in splits:
         raise ValueError(f"{args.name!r} has no split {split!r}; it has: {', '.join(splits)}.")
-    save_picture(draw_preview(splits[split], args.num, args.seed, args.name), args.output)
+    save_picture(draw_preview(splits[split], args.num, args.seed), args.output)
     write(f"Written to {args.output}.")
 
 
@@ -179,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.name is None and rest:
         raise ValueError(f"{rest[0]!r} is no option of the command.")
     if args.name is not None:
-        args.source = source_of(args.name)
+        if args.name not in SOURCES:
+            raise ValueError(f"There is no data set {args.name!r}; there are: {', '.join(SOURCES)}.")
+        args.source = SOURCES[args.name]
         args.flags = parse_flags(args.source, rest)
     if getattr(args, "num_proc", None) is not None and args.num_proc < 1:
         raise ValueError(f"--num_proc {args.num_proc} must be at least 1.")

@@ -47,47 +47,6 @@ def flags_of(source: Source) -> dict[str, Field]:
     return {item.name: item for item in fields(source.builder.BUILDER_CONFIG_CLASS) if item.name not in own}
 
 
-def prepare(
-    source: Source,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    num_proc: int | None = None,
-    **flags,
-) -> datasets.DatasetBuilder:
-    """
-    Build a set, or find it in the cache.
-
-    Args:
-        source (`Source`): the set.
-        data_dir (`str` or `Path`, *optional*): where its files are.
-        cache_dir (`str` or `Path`, *optional*): where built sets are kept, the datasets library's own by default.
-        num_proc (`int`, *optional*): processes that build it.
-        flags: fields of its configuration.
-
-    Returns:
-        `datasets.DatasetBuilder`: ask it for the rows by `as_dataset()`.
-
-    Raises:
-        ValueError: if there is no such flag.
-        ValueError, OSError: whatever its builder raises.
-    """
-    known = flags_of(source)
-    for name in flags:
-        if name not in known:
-            raise ValueError(f"{source.name!r} has no flag {name!r}; it has: {', '.join(known) or 'none'}.")
-    builder = source.builder(
-        config_name=source.config_name,
-        data_dir=None if data_dir is None else str(data_dir),
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        **flags,
-    )
-    try:
-        builder.download_and_prepare(num_proc=num_proc)
-    except DatasetGenerationError as error:
-        raise reason_of(error) from error
-    return builder
-
-
 def reason_of(error: DatasetGenerationError) -> Exception:
     """The sentence of a builder, which the library wraps, and which reaches us from another process as text alone."""
     cause = error.__cause__

@@ -12,6 +12,7 @@ from .checking import picture_of
 
 MAX_OBJECTS = 4  # of a picture with many expressions
 COLUMNS = 4
+MASK_OPACITY = 80  # of 255: the thing itself is to be seen
 
 
 def choose_phrases(row: dict, draw: random.Random) -> tuple[str, list[tuple[str, int]]]:
@@ -26,7 +27,9 @@ def choose_phrases(row: dict, draw: random.Random) -> tuple[str, list[tuple[str,
         sentence = draw.choice(captions)
         chosen = [(sentence, phrase) for phrase in sentence["phrases"]]
         return sentence["text"], [(words_of(*pair), pair[1]["objects"][0]) for pair in chosen if pair[1]["objects"]]
-    pairs = [(sentence, phrase) for sentence in row["sentences"] for phrase in sentence["phrases"] if phrase["objects"]]
+    pairs = [
+        (sentence, phrase) for sentence in row["sentences"] for phrase in sentence["phrases"] if phrase["objects"]
+    ]
     draw.shuffle(pairs)
     chosen = {}
     for sentence, phrase in pairs:
@@ -40,7 +43,7 @@ def words_of(sentence: dict, phrase: dict) -> str:
     return sentence["text"][phrase["start"] : phrase["end"]]
 
 
-def draw_preview(rows: datasets.Dataset, num: int, seed: int, title: str, width: int = 320) -> Image.Image:
+def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) -> Image.Image:
     """
     Rows drawn at random: each picture with boxes and masks in the colours of the words under it. Where a name covers
     several boxes they are white, and their union is coloured.
@@ -49,7 +52,6 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, title: str, width:
         rows (`datasets.Dataset`): a split.
         num (`int`): pictures, at least 1; fewer where the split has fewer.
         seed (`int`): of the draw.
-        title (`str`): what stands above each picture's image id.
         width (`int`, *optional*, defaults to 320): of each picture in pixels.
 
     Returns:
@@ -81,7 +83,8 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, title: str, width:
                 [words for words, _ in phrases],
                 true_boxes_xyxy=parts,
                 masks=masks,
-                title=f"{title} {row['image_id']}" + (f": {sentence}" if sentence else ""),
+                title=f"{row['image_id']}: {sentence}" if sentence else row["image_id"],
+                mask_opacity=MASK_OPACITY,
                 width=width,
             )
         )

@@ -33,13 +33,7 @@ def format_table(rows: list[list], indent: str = "") -> str:
     ['split  images', 'train  16,994', 'testA       -']
 
     ```"""
-    cells = [[format_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    is_left = [all(isinstance(value, str) for value in column[1:]) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, is_left))
-        for row in cells
-    ]
+    lines = ["  ".join(map(pad, row, widths)) for row in cells]
     return "\n".join(indent + line.rstrip() for line in lines)
 
 
@@ -95,13 +89,14 @@ def published_counts(source: Source, split: str) -> dict[str, int | None]:
 
 def format_counts(source: Source, counts: dict[str, dict[str, int]]) -> str:
     """Counts of each split beside the published ones."""
-    has_published = any(value is not None for numbers in source.counts.values() for value in numbers)
-    heading = ["split", *(f"{name}{end}" for name in COUNTS for end in (("", "(published)") if has_published else ("",)))]
-    rows = [heading]
+    if not any(value is not None for numbers in source.counts.values() for value in numbers):
+        return format_table(
+            [["split", *COUNTS], *([split, *map(found.get, COUNTS)] for split, found in counts.items())]
+        )
+    rows = [["split", *(heading for name in COUNTS for heading in (name, "published"))]]
     for split, found in counts.items():
         published = published_counts(source, split)
-        cells = [[found[name], published[name]] if has_published else [found[name]] for name in COUNTS]
-        rows.append([split, *(value for pair in cells for value in pair)])
+        rows.append([split, *(numbers[name] for name in COUNTS for numbers in (found, published))])
     return format_table(rows)
 
 
@@ -171,10 +166,10 @@ def summarize(rows: datasets.Dataset) -> tuple[dict, list[str]]:
         "phrases a sentence, mean": mean(phrases) if phrases else None,
         "phrases a sentence, most": max(phrases, default=None),
         "words a sentence, mean": mean(words) if words else None,
-        "words a sentence, median": median(words) if words else None,
+        "words a sentence, median": float(median(words)) if words else None,
         "words a sentence, most": max(words, default=None),
-        "image width, median": median(width for width, _ in sizes) if sizes else None,
-        "image height, median": median(height for _, height in sizes) if sizes else None,
+        "image width, median": round(median(width for width, _ in sizes)) if sizes else None,
+        "image height, median": round(median(height for _, height in sizes)) if sizes else None,
         f"boxes up to {SMALL_AREA:,} px² (small)": share(small, areas),
         f"boxes up to {MEDIUM_AREA:,} px² (medium)": share(len(areas) - small - large, areas),
         "larger boxes": share(large, areas),

@@ -65,9 +65,8 @@ class ShapesConfig(datasets.BuilderConfig):
 class Shapes(GroundingBuilder):
     """Builder of the set; every picture is a function of (seed, split, index)."""
 
-    VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = ShapesConfig
-    BUILDER_CONFIGS = [ShapesConfig(name="default", version=VERSION)]
+    BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "default"
 
     @classmethod
@@ -344,13 +343,4 @@ def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, 
     return found
 
 
-SOURCES = [
-    Source(
-        name="shapes",
-        builder=Shapes,
-        config_name="default",
-        splits=SPLITS,
-        files=(),
-        distribution="The set is drawn: there is nothing to download.",
-    )
-]
+SOURCES = [Source("shapes", Shapes, "default", SPLITS, (), "Drawn here; there is nothing to download.")]
