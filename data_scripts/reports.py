@@ -33,7 +33,11 @@ def format_table(rows: list[list], indent: str = "") -> str:
     ['split  images', 'train  16,994', 'testA       -']
 
     ```"""
-    lines = ["  ".join(map(pad, row, widths)) for row in cells]
+    columns = list(zip(*rows, strict=True))
+    aligns = ["<" if all(isinstance(value, str) for value in column[1:]) else ">" for column in columns]
+    widths = [max(len(format_cell(value)) for value in column) for column in columns]
+    template = "  ".join(f"{{:{align}{width}}}" for align, width in zip(aligns, widths, strict=True))
+    lines = [template.format(*map(format_cell, row)) for row in rows]
     return "\n".join(indent + line.rstrip() for line in lines)
 
 
