@@ -1,4 +1,16 @@
-"""What the builders of sets that lie on disk have in common."""
+"""
+What the builders of sets that lie on disk have in common.
+
+A builder module also works as a script of datasets up to 3.6 (`load_dataset("data_scripts/shapes.py",
+trust_remote_code=True)`), which copies the script and the siblings that it imports to another place. So a builder
+module
+
+- imports by `from .sibling import name` at the start of a line (the library reads text, not Python);
+- imports itself from every sibling that its siblings import from, for the library does not look into those;
+- has its builder first: of several builders in a module only that one is found;
+- has no other files beside it, and imports nothing that is not installed with datasets 3.6, numpy, pillow and
+  pycocotools.
+"""
 
 import hashlib
 import inspect

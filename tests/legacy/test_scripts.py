@@ -1,0 +1,73 @@
+"""
+The builders as scripts of datasets 3.6, which copies a script and the siblings that it imports to another place: rows
+are the same as of `data_scripts.load`. Files are made by `tests/layout_<builder module>.py`, where there is one.
+"""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import data_scripts  # noqa: E402 -- found by the line above
+
+
+SMALL = {"shapes": {"num_train": 3, "num_validation": 2, "num_test": 2}}
+
+
+def is_made(name: str) -> bool:
+    module = name.rpartition(".")[2]
+    return module in SMALL or (ROOT / "tests" / f"layout_{module}.py").is_file()
+
+
+SOURCES = [
+    source
+    for source in data_scripts.SOURCES.values()
+    if source.builder.__module__.startswith("data_scripts.") and is_made(source.builder.__module__)
+]
+
+
+def test_this_is_the_old_library():
+    assert datasets.__version__.startswith("3.6.")
+    assert SOURCES
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_script_gives_the_same_rows(source, num_proc, tmp_path, monkeypatch):
+    module = source.builder.__module__.rpartition(".")[2]
+    flags = SMALL.get(module, {})
+    folder = tmp_path / "files"
+    folder.mkdir()
+    data_dir = None
+    if module not in SMALL:
+        getattr(importlib.import_module(f"layout_{module}"), f"make_{module}")(folder)
+        data_dir = str(folder)
+        missing = [path for path in source.builder.annotation_files(folder, source.config_name) if not path.exists()]
+        if missing:
+            pytest.skip(f"layout_{module} makes no {missing[0].relative_to(folder)}")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    loaded = datasets.load_dataset(
+        str(Path(inspect.getfile(source.builder))),
+        source.config_name,
+        data_dir=data_dir,
+        cache_dir=str(tmp_path / "cache"),
+        num_proc=num_proc,
+        trust_remote_code=True,
+        **flags,
+    )
+    expected = data_scripts.load(source.name, data_dir=data_dir, cache_dir=str(tmp_path / "other"), **flags)
+    assert set(loaded) == set(expected) <= set(source.splits)
+    for split, rows in loaded.items():
+        assert rows.features == data_scripts.FEATURES
+        raw, wanted = (
+            part.cast_column("image", datasets.Image(decode=False)).to_list() for part in (rows, expected[split])
+        )
+        assert raw == wanted
