@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 
+from .reading import upright_size
 from .schema import FEATURES
 
 
@@ -105,6 +106,41 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"{len(missing)} pictures of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):\n"
                 f"  {names}{'' if len(missing) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
             )
+
+    def read_sizes(self, annotated_sizes: dict, distribution: str) -> dict:
+        """
+        The upright (width, height) of pictures from their headers; nothing is decoded.
+
+        Args:
+            annotated_sizes (`dict`): path of each picture -> its annotated (width, height), or None.
+            distribution (`str`): how the authors distribute the pictures, in a sentence.
+
+        Returns:
+            `dict`: path -> (width, height), see `reading.upright_size`.
+
+        Raises:
+            OSError: naming every missing picture (their number and the first twenty), or every unreadable one.
+        """
+        self.need_pictures(annotated_sizes, distribution)
+        sizes, unreadable = {}, []
+        for path, annotated_size in annotated_sizes.items():
+            try:
+                sizes[path] = upright_size(path, annotated_size)
+            except (OSError, ValueError) as error:
+                unreadable.append(str(error))
+        if unreadable:
+            reasons = "\n  ".join(unreadable[:20])
+            raise OSError(
+                f"{len(unreadable)} pictures of {self.config.name!r} cannot be read; copy them again:\n"
+                f"  {reasons}{'' if len(unreadable) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
+            )
+        return sizes
+
+    def report_changed(self, split: str, changed: Counter):
+        """Say once what was kept but is not as annotated: what was done -> number."""
+        if changed:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(changed.items()))
+            logger.warning(f"{self.config.name} {split}: {reasons}.")
 
     def report_dropped(self, split: str, dropped: Counter):
         """Say once what was left out of a split, and why: reason -> number."""

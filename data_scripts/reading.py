@@ -1,6 +1,7 @@
 """Reading what others have written, without running any of their code."""
 
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -106,6 +107,22 @@ def read_pickle(path: str | Path):
         raise OSError(f"{str(path)!r} is damaged: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise OSError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def read_json(path: str | Path):
+    """
+    A JSON file in UTF-8.
+
+    Raises:
+        OSError: if there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"There is no file {str(path)!r}.")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise OSError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from .building import GroundingBuilder, Source
 from .schema import FEATURES
 
 
@@ -61,12 +62,11 @@ class ShapesConfig(datasets.BuilderConfig):
             raise ValueError(f"seed={self.seed} must not be negative.")
 
 
-class Shapes(datasets.GeneratorBasedBuilder):
+class Shapes(GroundingBuilder):
     """Builder of the set; every picture is a function of (seed, split, index)."""
 
-    VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = ShapesConfig
-    BUILDER_CONFIGS = [ShapesConfig(name="default", version=VERSION)]
+    BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "default"
 
     def _info(self):
@@ -336,3 +336,6 @@ def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, 
             parts += [(f" {'and' if number else 'is'} {relation} ", None), (name(other), other)]
         found.append(parts)
     return found
+
+
+SOURCES = [Source("shapes", Shapes, "default", SPLITS, (), "Drawn here; there is nothing to download.")]
