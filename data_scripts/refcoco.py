@@ -28,7 +28,11 @@ from pycocotools import mask as coco_mask
 
 from .building import GroundingBuilder, Source, clip_box
 from .reading import MAX_PIXELS, read_json, read_pickle
-from .schema import FEATURES  # noqa: F401  datasets <= 3.6 copies what a script imports itself, and no further
+from .schema import FEATURES
+
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "RefCoco", "RefCocoConfig"]
 
 
 # where people keep the pictures, relative to data_dir; the first place that holds one of them is taken

@@ -27,7 +27,11 @@ import datasets
 from .building import GroundingBuilder, Source, clip_box, fingerprint
 from .reading import read_json
 from .refcoco import RefCoco, annotated_size_of, has_words, read_refs, to_xyxy
-from .schema import FEATURES  # noqa: F401  datasets <= 3.6 copies what a script imports itself, and no further
+from .schema import FEATURES
+
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "VisualGenome", "VisualGenomeConfig", "held_out_coco_ids", "write_held_out"]
 
 
 logger = logging.getLogger(__name__)
