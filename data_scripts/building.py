@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+from datasets.utils import tqdm
 
 from .reading import upright_size
 from .schema import FEATURES
@@ -123,7 +124,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         """
         self.need_pictures(annotated_sizes, distribution)
         sizes, unreadable = {}, []
-        for path, annotated_size in annotated_sizes.items():
+        for path, annotated_size in tqdm(annotated_sizes.items(), desc="Reading the pictures' headers"):
             try:
                 sizes[path] = upright_size(path, annotated_size)
             except (OSError, ValueError) as error:

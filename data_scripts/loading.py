@@ -57,11 +57,11 @@ def load(
     if name not in SOURCES:
         raise ValueError(f"There is no data set {name!r}; there are: {', '.join(SOURCES)}.")
     source = SOURCES[name]
-    flags = source.builder.BUILDER_CONFIG_CLASS.__dataclass_fields__
+    inherited = datasets.BuilderConfig.__dataclass_fields__
+    flags = [flag for flag in source.builder.BUILDER_CONFIG_CLASS.__dataclass_fields__ if flag not in inherited]
     unknown = sorted(set(config) - set(flags))
     if unknown:
-        own = sorted(set(flags) - set(datasets.BuilderConfig.__dataclass_fields__))
-        raise ValueError(f"{name!r} has no flag {', '.join(unknown)}; it has: {', '.join(own)}.")
+        raise ValueError(f"{name!r} has no flag {', '.join(unknown)}; it has: {', '.join(flags)}.")
     if data_dir is not None:
         config["data_dir"] = str(data_dir)
     builder = source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)

@@ -121,7 +121,7 @@ def read_json(path: str | Path):
         raise OSError(f"There is no file {str(path)!r}.")
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OSError(f"{str(path)!r} is damaged: {error}") from error
 
 

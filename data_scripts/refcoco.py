@@ -16,7 +16,6 @@ configuration says who cut the splits.
 told apart from those that do not (`combine.coco_id`).
 """
 
-import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +203,7 @@ class RefCoco(GroundingBuilder):
                 dropped["expressions of objects that instances.json lacks"] += len(said)
                 continue
             if ref["ann_id"] not in indices:
-                annotated_box = to_xyxy(annotation["bbox"], scale)
+                annotated_box = to_xyxy(annotation.get("bbox"), scale)
                 box_xyxy = annotated_box and clip_box(annotated_box, width, height)
                 if box_xyxy and self.config.integer_boxes:
                     box_xyxy = clip_box([int(value) for value in box_xyxy], width, height)
@@ -219,7 +218,7 @@ class RefCoco(GroundingBuilder):
                         "object_id": f"{self.picture_source}_{ref['ann_id']}",
                         "box": box_xyxy,
                         "boxes": [box_xyxy],
-                        "category": categories.get(annotation["category_id"]),
+                        "category": categories.get(annotation.get("category_id")),
                         "segmentation": annotation.get("segmentation"),
                     }
                 )
@@ -303,8 +302,8 @@ def has_words(text) -> bool:
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether it is a number that a picture can have to do with: finite, and not astronomical."""
+    return isinstance(value, int | float) and abs(value) < 1e9
 
 
 def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
@@ -335,7 +334,7 @@ def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tup
     width, height = size
     try:
         runs = [run for part in parts if (run := encode_part(part, annotated_size, size)) is not None]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
     if not runs:
         return None
@@ -370,7 +369,8 @@ def encode_runs(runs: dict, size: tuple[int, int]) -> dict:
         raise ValueError(f"a mask of {columns} x {rows} pixels")
     if isinstance(counts, str):
         counts = uncompress_counts(counts)
-    if sum(counts) != rows * columns or min(counts, default=0) < 0:  # pycocotools would read or write past its memory
+    # pycocotools would read or write past its memory
+    if sum(counts) != rows * columns or not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("run lengths that do not fill their picture")
     encoded = coco_mask.frPyObjects({"size": [rows, columns], "counts": counts}, rows, columns)
     if (columns, rows) == tuple(size):

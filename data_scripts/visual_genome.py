@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+from datasets.utils import tqdm
 
 from .building import GroundingBuilder, Source, clip_box, fingerprint
 from .reading import read_json
@@ -70,8 +71,8 @@ class VisualGenome(GroundingBuilder):
     """Region descriptions of Visual Genome, without pictures that other sets hold out."""
 
     BUILDER_CONFIG_CLASS = VisualGenomeConfig
-    BUILDER_CONFIGS = [VisualGenomeConfig(name="regions", version=GroundingBuilder.VERSION)]
-    DEFAULT_CONFIG_NAME = "regions"
+    BUILDER_CONFIGS = [VisualGenomeConfig(name="visual_genome", version=GroundingBuilder.VERSION)]
+    DEFAULT_CONFIG_NAME = "visual_genome"
 
     def __init__(self, *args, hash=None, **kwargs):
         excluded_from = kwargs.get("exclude_data_dir") or kwargs.get("data_dir")
@@ -94,12 +95,20 @@ class VisualGenome(GroundingBuilder):
         held_out = self.held_out()
         dropped = Counter()
         spans = {}  # image id -> (first byte, number of bytes) in region_descriptions.json
-        for start, length, entry in scan_list(regions_file):
-            image = images.get(entry["id"])
+        holders = ", ".join(config.exclude) or config.held_out_file
+        for start, length, entry in tqdm(scan_list(regions_file), desc="Reading the regions", unit=" images"):
+            if not isinstance(entry.get("regions"), list):
+                raise ValueError(
+                    f"{str(regions_file)!r} is no region_descriptions.json of Visual Genome: a list of images with id "
+                    f"and regions, not with {sorted(entry)}."
+                )
+            image = images.get(entry.get("id"))
             if image is None:
                 dropped["images that image_data.json lacks"] += 1
             elif image["coco_id"] in held_out:
-                dropped["images that are held out in other sets"] += 1
+                dropped[f"images that are held out in {holders}"] += 1
+            elif entry["id"] in spans:
+                dropped["images that are there twice"] += 1
             else:
                 spans[entry["id"]] = (start, length)
         paths = self.find_pictures(spans)
@@ -175,11 +184,11 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
         changed["pictures have another size than annotated, boxes are scaled to it"] += 1
     objects, sentences = [], []
     for region in regions:
-        if not has_words(region["phrase"]):
+        if not has_words(region.get("phrase")):
             dropped["regions without words"] += 1
             continue
         text = region["phrase"].strip()
-        annotated_box = to_xyxy([region["x"], region["y"], region["width"], region["height"]], scale)
+        annotated_box = to_xyxy([region.get(key) for key in ("x", "y", "width", "height")], scale)
         box_xyxy = annotated_box and clip_box(annotated_box, width, height)
         if box_xyxy is None:
             dropped["regions without a box in the picture"] += 1
@@ -253,6 +262,8 @@ def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[in
             elif text[position] == "{":
                 try:
                     value, end = decoder.raw_decode(text, position)
+                except RecursionError as error:
+                    raise damaged(str(error)) from error
                 except ValueError as error:  # an object that goes on in the next chunk
                     chunk = file.read(max(chunk_bytes, len(text) - position))
                     if not chunk or len(text) - position > MAX_IMAGE_BYTES:
@@ -325,7 +336,7 @@ SOURCES = [
     Source(
         name="visual_genome",
         builder=VisualGenome,
-        config_name="regions",
+        config_name="visual_genome",
         splits=("train",),
         files=("region_descriptions.json", "image_data.json", "VG_100K/", "VG_100K_2/"),
         distribution=DISTRIBUTION,

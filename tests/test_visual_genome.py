@@ -70,7 +70,7 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     kept = {data_scripts.coco_id(image_id) for image_id in rows["image_id"]}
     assert kept == {581857, 20, None}
     assert not kept & held_out
-    assert "3 images that are held out in other sets" in caplog.text
+    assert "3 images that are held out in refcoco_unc" in caplog.text
     # and by a list, without the sets at hand; another list, another cache
     path = tmp_path / "held_out.json"
     assert write_held_out(path, ["refcoco_unc"], tmp_path / "refer") == 3
@@ -113,10 +113,13 @@ def test_a_validation_split_is_drawn(genome):
 
 def test_missing_pictures_are_named(tmp_path, genome):
     next((tmp_path / "vg").glob("*/50.jpg")).unlink()
-    with pytest.raises(OSError, match="1 pictures of 'regions' are not there") as error:
+    with pytest.raises(OSError, match="1 pictures of 'visual_genome' are not there") as error:
         genome[1]()
     for part in ("50.jpg", "VG_100K", "VG_100K_2", "images2.zip"):
         assert part in str(error.value)
+    (tmp_path / "vg" / "region_descriptions.json").write_text('[{"id": 1, "objects": []}]')
+    with pytest.raises(ValueError, match=r"no region_descriptions\.json .* \['id', 'objects'\]"):
+        genome[1]()
     with pytest.raises(OSError, match="region_descriptions"):
         data_scripts.load("visual_genome", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
 
