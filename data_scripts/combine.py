@@ -56,7 +56,7 @@ def combine(sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, **
         `datasets.Dataset`: the rows of the first set, then those of the second, ...
 
     Raises:
-        ValueError: if there is no set, or one of them lacks the split.
+        ValueError: if there is no set, or one of them lacks the split or is streamed.
 
     Example:
 
@@ -75,6 +75,8 @@ def combine(sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, **
         name, splits = _splits(item, number, split, flags)
         if split not in splits:
             raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(splits)}.")
+        if not all(isinstance(rows, datasets.Dataset) for rows in splits.values()):
+            raise ValueError(f"{name} is streamed; combine looks through all rows of sets that are built.")
         names.append(name)
         parts.append(splits)
     keys = {

@@ -100,8 +100,8 @@ class RefCoco(GroundingBuilder):
         files = [] if self.config.data_dir is None else self.annotation_files(self.config.data_dir, self.config.name)
         self.need_files(files, ANNOTATIONS)
         instances_file, refs_file = files
-        images, annotations, categories = read_instances(instances_file)
         refs = read_refs(refs_file)
+        images, annotations, categories = read_instances(instances_file, {ref["ann_id"] for ref in refs})
         needed = {ref["image_id"] for ref in refs}
         unknown = sorted(needed - images.keys())
         if unknown:
@@ -238,13 +238,13 @@ class RefCoco(GroundingBuilder):
         }
 
 
-def read_instances(path: Path) -> tuple[dict, dict, dict]:
-    """`instances.json` as (images by id, annotations by id, category names by id)."""
+def read_instances(path: Path, annotation_ids: set[int]) -> tuple[dict, dict, dict]:
+    """`instances.json` as (images by id, those annotations by id, category names by id)."""
     instances = read_json(path)
     try:
         return (
             {image["id"]: image for image in instances["images"]},
-            {annotation["id"]: annotation for annotation in instances["annotations"]},
+            {item["id"]: item for item in instances["annotations"] if item["id"] in annotation_ids},
             {category["id"]: category["name"] for category in instances["categories"]},
         )
     except (KeyError, TypeError) as error:

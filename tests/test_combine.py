@@ -62,5 +62,7 @@ def test_wrong_sets_are_refused(settings):
         combine([])
     with pytest.raises(ValueError, match=r"visual_genome has no split 'testA'; it has: train\."):
         combine(["refcoco_unc", "visual_genome"], split="testA", **settings)
+    with pytest.raises(ValueError, match="refcoco_unc is streamed"):
+        combine(["refcoco_unc"], streaming=True, **settings)
     with pytest.raises(ValueError, match="no data set 'refcocos'"):
         combine(["refcocos"], **settings)
