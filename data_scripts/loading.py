@@ -1,15 +1,18 @@
 """Sets by name: built where they are not in the cache, and loaded."""
 
 import datasets
+import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from . import shapes
+from . import refcoco, shapes, visual_genome
 from .building import Source, flags_of, reason_of
 from .schema import FEATURES
 
 
 # every set that `load` takes; a module of builders lists its own
-SOURCES: dict[str, Source] = {source.name: source for module in (shapes,) for source in module.SOURCES}
+SOURCES: dict[str, Source] = {
+    source.name: source for module in (shapes, refcoco, visual_genome) for source in module.SOURCES
+}
 
 
 def load(
@@ -58,17 +61,27 @@ def load(
     flags = flags_of(source)
     unknown = sorted(set(config) - set(flags))
     if unknown:
-        raise ValueError(f"{name!r} has no flag {', '.join(unknown)}; it has: {', '.join(flags) or 'none'}.")
+        raise ValueError(f"{name!r} has no flag {', '.join(unknown)}; it has: {', '.join(flags)}.")
     if data_dir is not None:
         config["data_dir"] = str(data_dir)
     builder = source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)
     if streaming:
         rows = builder.as_streaming_dataset(split=split)
         if split is None:
-            return datasets.IterableDatasetDict({key: part.cast(FEATURES) for key, part in rows.items()})
-        return rows.cast(FEATURES)
+            return datasets.IterableDatasetDict(
+                {key: part.map(_as_stored, features=FEATURES) for key, part in rows.items()}
+            )
+        return rows.map(_as_stored, features=FEATURES)
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except DatasetGenerationError as error:
         raise reason_of(error) from error
     return builder.as_dataset(split=split)
+
+
+def _as_stored(row: dict) -> dict:
+    """A streamed row with its boxes in single precision, as they come back from the cache."""
+    for item in row["objects"]:
+        item["box"] = np.float32(item["box"]).tolist()
+        item["boxes"] = [np.float32(box).tolist() for box in item["boxes"]]
+    return row

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from .building import GroundingBuilder, Source
+from .reading import MAX_PIXELS
 from .schema import FEATURES
 
 
@@ -55,6 +56,8 @@ class ShapesConfig(datasets.BuilderConfig):
         """Raise a ValueError for a setting that nothing can be drawn with."""
         if self.image_size < 32:
             raise ValueError(f"image_size={self.image_size}: shapes need pictures of at least 32 pixels a side.")
+        if self.image_size**2 > MAX_PIXELS:
+            raise ValueError(f"image_size={self.image_size}: pictures have no more than {MAX_PIXELS:,} pixels.")
         for name in ("num_train", "num_validation", "num_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -68,11 +71,6 @@ class Shapes(GroundingBuilder):
     BUILDER_CONFIG_CLASS = ShapesConfig
     BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "default"
-
-    @classmethod
-    def annotation_files(cls, data_dir, config_name):
-        """None: the set is drawn."""
-        return []
 
     def _info(self):
         self.config.validate()
