@@ -172,7 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ValueError, OSError: a sentence for whoever typed the command.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger(__package__).addHandler(handler)  # not to the root: datasets shows its own messages
     args, rest = make_parser().parse_known_args(argv)
     if args.name is None and rest:
         raise ValueError(f"{rest[0]!r} is no option of the command.")
