@@ -12,7 +12,7 @@ from . import SOURCES, load
 from .building import flags_of
 from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings
 from .exporting import check_output, export, push
-from .preview import draw_preview, save_picture
+from .preview import check_name, draw_preview
 from .reports import count_split, describe_source, format_counts, format_statistics, list_sources
 
 
@@ -95,11 +95,14 @@ def run_export(args):
 
 def run_preview(args):
     """`preview`: a picture of samples."""
+    check_name(args.output)
     splits = load_splits(args)
     split = args.split or next(iter(splits))
     if split not in splits:
         raise ValueError(f"{args.name!r} has no split {split!r}; it has: {', '.join(splits)}.")
-    save_picture(draw_preview(splits[split], args.num, args.seed), args.output)
+    picture = draw_preview(splits[split], args.num, args.seed)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output)
     write(f"Written to {args.output}.")
 
 

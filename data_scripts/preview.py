@@ -61,12 +61,12 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
         ValueError: if there is nothing to draw.
         OSError: if a picture cannot be read.
     """
+    if num < 1 or not len(rows):
+        raise ValueError(f"--num {num} of {len(rows)} pictures: there must be at least one of each.")
     # torch and transformers come with them: seconds that no other command has to wait
     from modeling_reftr.drawing_reftr import draw_answers, make_grid
     from modeling_reftr.image_processing_reftr import open_picture, turn_upright
 
-    if num < 1 or not len(rows):
-        raise ValueError(f"--num {num} of {len(rows)} pictures: there must be at least one of each.")
     draw = random.Random(seed)
     indices = sorted(draw.sample(range(len(rows)), min(num, len(rows))))
     pictures = []
@@ -98,13 +98,12 @@ def decode_mask(segmentation: dict | None):
     return coco_mask.decode({"size": segmentation["size"], "counts": segmentation["counts"].encode("ascii")})
 
 
-def save_picture(picture: Image.Image, path: str | Path):
+def check_name(path: str | Path):
     """
-    Save a picture in the format that its name ends with.
+    Refuse a file's name that no format of pictures ends with.
 
     Raises:
-        ValueError: if there is no such format.
-        OSError: if the folder cannot be written.
+        ValueError: naming it.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output {str(path)!r}: end it with a format of pictures, for example .png or .jpg.")
