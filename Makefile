@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-peer lint format clean
+.PHONY: demo test test-all test-peer test-legacy-datasets lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/python train_reftr.py recipes/demo.yaml --output_dir runs/demo
@@ -21,6 +21,15 @@ test-peer: $(VENV)/.installed
 	$(RUN)/python tests/peer/fetch.py .peer
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 2 -c tests/peer/pytest.ini -rs tests/peer
 
+# the builders as scripts of datasets 3.6, the last that runs scripts; into an environment of its own
+test-legacy-datasets: .legacy/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .legacy/bin/python -m pytest -c tests/legacy/pytest.ini -rs tests/legacy
+
+.legacy/.installed:
+	$(PYTHON) -m venv .legacy
+	.legacy/bin/python -m pip install --quiet "datasets==3.6.*" "numpy>=2.0" pillow pycocotools pytest pyyaml tqdm
+	touch $@
+
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -30,7 +39,7 @@ format: $(VENV)/.installed
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .legacy runs
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'

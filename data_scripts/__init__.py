@@ -1,55 +1,8 @@
 """Data sets for visual grounding, one module a source and one schema for all."""
 
-import hashlib
-import inspect
-from pathlib import Path
-
-import datasets
-
+from .combine import coco_id, combine
+from .loading import SOURCES, load
 from .schema import FEATURES
-from .shapes import Shapes
 
 
-BUILDERS = {"shapes": Shapes}
-
-
-def source_hash(builder: type[datasets.DatasetBuilder]) -> str:
-    """Changes whenever a builder's module or the schema does; without it, an edited builder gives its old rows."""
-    sources = (Path(inspect.getfile(builder)), Path(__file__).with_name("schema.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-
-
-def load(name: str, split: str | None = None, cache_dir: str | None = None, **config) -> datasets.Dataset:
-    """
-    Build a set, or take it from the cache where it was built before, and load it.
-
-    Args:
-        name (`str`): the set, one of `BUILDERS`.
-        split (`str`, *optional*): one of its splits; absent: all of them, as a `DatasetDict`.
-        cache_dir (`str`, *optional*): where built sets are kept, the datasets library's own cache by default.
-        config: fields of the set's configuration, for example `image_size=64`.
-
-    Returns:
-        `datasets.Dataset`: a row an image, see `schema.FEATURES`.
-
-    Raises:
-        ValueError: if there is no such set.
-
-    Example:
-
-    ```python
-    >>> import data_scripts
-
-    >>> rows = data_scripts.load("shapes", split="test", num_train=1, num_validation=1, num_test=2)
-    >>> rows[0]["sentences"][0]["phrases"][0]["types"]
-    ['attribute']
-
-    ```"""
-    if name not in BUILDERS:
-        raise ValueError(f"There is no data set {name!r}; there are: {', '.join(BUILDERS)}.")
-    builder = BUILDERS[name](cache_dir=cache_dir, hash=source_hash(BUILDERS[name]), **config)
-    builder.download_and_prepare()
-    return builder.as_dataset(split=split)
-
-
-__all__ = ["BUILDERS", "FEATURES", "load"]
+__all__ = ["FEATURES", "SOURCES", "coco_id", "combine", "load"]

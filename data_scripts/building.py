@@ -1,14 +1,32 @@
-"""What the builders of sets that lie on disk have in common."""
+"""
+What the builders of sets that lie on disk have in common.
 
+A builder module also works as a script of datasets up to 3.6 (`load_dataset("data_scripts/shapes.py",
+trust_remote_code=True)`), which copies the script and the siblings that it imports to another place. So a builder
+module
+
+- imports by `from .sibling import name` at the start of a line and with nothing behind it, no comment either
+  (the library reads text, not Python);
+- imports itself from every sibling that its siblings import from, for the library does not look into those;
+- has its builder first: of several builders in a module only that one is found;
+- has no other files beside it, and imports nothing that is not installed with datasets 3.6, numpy, pillow and
+  pycocotools.
+"""
+
+import builtins
 import hashlib
 import inspect
 import logging
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils import tqdm
 
+from .reading import upright_size
 from .schema import FEATURES
 
 
@@ -37,6 +55,27 @@ class Source:
     files: tuple[str, ...]
     distribution: str
     counts: dict[str, tuple[int | None, int | None, int | None]] = field(default_factory=dict)
+
+
+def flags_of(source: Source) -> dict[str, Field]:
+    """The fields that a set's configuration adds to the library's own, by name."""
+    own = {item.name for item in fields(datasets.BuilderConfig)}
+    return {item.name: item for item in fields(source.builder.BUILDER_CONFIG_CLASS) if item.name not in own}
+
+
+def reason_of(error: DatasetGenerationError) -> Exception:
+    """The sentence of a builder, which the library wraps, and which reaches us from another process as text alone."""
+    cause = error.__cause__
+    while isinstance(cause, DatasetGenerationError):
+        cause = cause.__cause__
+    if isinstance(cause, ValueError | OSError):
+        return cause
+    for found in re.finditer(r"^(\w+): (.*?)\n\n", str(cause), re.MULTILINE | re.DOTALL):
+        kind = getattr(builtins, found[1], None)
+        for base in (ValueError, OSError):
+            if isinstance(kind, type) and issubclass(kind, base):
+                return base(found[2])
+    return error
 
 
 def fingerprint(paths, *words) -> str:
@@ -105,6 +144,41 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"{len(missing)} pictures of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):\n"
                 f"  {names}{'' if len(missing) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
             )
+
+    def read_sizes(self, annotated_sizes: dict, distribution: str) -> dict:
+        """
+        The upright (width, height) of pictures from their headers; nothing is decoded.
+
+        Args:
+            annotated_sizes (`dict`): path of each picture -> its annotated (width, height), or None.
+            distribution (`str`): how the authors distribute the pictures, in a sentence.
+
+        Returns:
+            `dict`: path -> (width, height), see `reading.upright_size`.
+
+        Raises:
+            OSError: naming every missing picture (their number and the first twenty), or every unreadable one.
+        """
+        self.need_pictures(annotated_sizes, distribution)
+        sizes, unreadable = {}, []
+        for path, annotated_size in tqdm(annotated_sizes.items(), desc="Reading the pictures' headers"):
+            try:
+                sizes[path] = upright_size(path, annotated_size)
+            except (OSError, ValueError) as error:
+                unreadable.append(str(error))
+        if unreadable:
+            reasons = "\n  ".join(unreadable[:20])
+            raise OSError(
+                f"{len(unreadable)} pictures of {self.config.name!r} cannot be read; copy them again:\n"
+                f"  {reasons}{'' if len(unreadable) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
+            )
+        return sizes
+
+    def report_changed(self, split: str, changed: Counter):
+        """Say once what was kept but is not as annotated: what was done -> number."""
+        if changed:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(changed.items()))
+            logger.warning(f"{self.config.name} {split}: {reasons}.")
 
     def report_dropped(self, split: str, dropped: Counter):
         """Say once what was left out of a split, and why: reason -> number."""

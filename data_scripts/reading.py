@@ -1,6 +1,7 @@
 """Reading what others have written, without running any of their code."""
 
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -108,6 +109,22 @@ def read_pickle(path: str | Path):
         raise OSError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
 
 
+def read_json(path: str | Path):
+    """
+    A JSON file in UTF-8.
+
+    Raises:
+        OSError: if there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"There is no file {str(path)!r}.")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{str(path)!r} is damaged: {error}") from error
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
     """
     (width, height) of a picture file as stored, from its header: nothing is decoded.
@@ -116,18 +133,25 @@ def picture_size(path: str | Path) -> tuple[int, int]:
         OSError: if the file is missing or has no picture's header.
         ValueError: if it claims more than `MAX_PIXELS` pixels.
     """
+    return _read_header(path)[0]
+
+
+def _read_header(path: str | Path, with_orientation: bool = False) -> tuple[tuple[int, int], int]:
+    """The stored (width, height) of a picture file, and its EXIF orientation where that is asked for, else 1."""
     try:
         with Image.open(path) as image:
             width, height = image.size
+            small = width * height <= MAX_PIXELS
+            orientation = image.getexif().get(0x0112, 1) if with_orientation and small else 1
     except FileNotFoundError as error:
         raise OSError(f"There is no picture at {str(path)!r}.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{str(path)!r} has more than {MAX_PIXELS:,} pixels.") from error
     except Exception as error:
         raise OSError(f"{str(path)!r} cannot be read as a picture: {error}") from error
-    if width * height > MAX_PIXELS:
+    if not small:
         raise ValueError(f"{str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}.")
-    return width, height
+    return (width, height), orientation
 
 
 def upright_size(path: str | Path, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -138,9 +162,8 @@ def upright_size(path: str | Path, annotated_size: tuple[int, int] | None = None
     Raises:
         OSError, ValueError: see `picture_size`.
     """
-    stored = picture_size(path)
-    with Image.open(path) as image:
-        turned = stored[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else stored
+    stored, orientation = _read_header(path, with_orientation=True)
+    turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
     if annotated_size is not None and stored == tuple(annotated_size) != turned:
         return stored
     return turned

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from .building import GroundingBuilder, Source
+from .reading import MAX_PIXELS
 from .schema import FEATURES
 
 
@@ -54,6 +56,8 @@ class ShapesConfig(datasets.BuilderConfig):
         """Raise a ValueError for a setting that nothing can be drawn with."""
         if self.image_size < 32:
             raise ValueError(f"image_size={self.image_size}: shapes need pictures of at least 32 pixels a side.")
+        if self.image_size**2 > MAX_PIXELS:
+            raise ValueError(f"image_size={self.image_size}: pictures have no more than {MAX_PIXELS:,} pixels.")
         for name in ("num_train", "num_validation", "num_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -61,12 +65,11 @@ class ShapesConfig(datasets.BuilderConfig):
             raise ValueError(f"seed={self.seed} must not be negative.")
 
 
-class Shapes(datasets.GeneratorBasedBuilder):
+class Shapes(GroundingBuilder):
     """Builder of the set; every picture is a function of (seed, split, index)."""
 
-    VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = ShapesConfig
-    BUILDER_CONFIGS = [ShapesConfig(name="default", version=VERSION)]
+    BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "default"
 
     def _info(self):
@@ -336,3 +339,6 @@ def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, 
             parts += [(f" {'and' if number else 'is'} {relation} ", None), (name(other), other)]
         found.append(parts)
     return found
+
+
+SOURCES = [Source("shapes", Shapes, "default", SPLITS, (), "Drawn here; there is nothing to download.")]

@@ -155,3 +155,25 @@ def test_a_picture_by_its_address(tmp_path):
         with pytest.raises(OSError, match=r"/none\.png' cannot be read as a picture: .*404"):
             processor(f"{address}/none.png", return_tensors="pt")
         server.shutdown()
+
+
+def test_pictures_and_arrays_give_the_same_batch(image_processor):
+    """Pictures are resized with their channels last in memory, arrays with their channels first."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((90, 140, 3), (700, 500, 3), (480, 640, 3))]
+    inputs = image_processor([Image.fromarray(array) for array in arrays], return_tensors="pt")
+    expected = image_processor([array.transpose(2, 0, 1) for array in arrays], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert torch.equal(inputs["pixel_mask"], expected["pixel_mask"])
+    assert inputs["pixel_values"].is_contiguous()
+    apart = image_processor([Image.fromarray(array) for array in arrays])
+    assert all(torch.equal(*pair) for pair in zip(apart["pixel_values"], inputs["pixel_values"], strict=True))
+
+
+def test_a_batch_of_a_given_size(image_processor):
+    picture = np.zeros((320, 640, 3), np.uint8)
+    inputs = image_processor(picture, pad_size={"height": 700, "width": 800}, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 700, 800)
+    assert inputs["pixel_mask"].sum() == 320 * 640
+    with pytest.raises(ValueError, match="at least 320 and 640"):
+        image_processor(picture, pad_size={"height": 300, "width": 800}, return_tensors="pt")

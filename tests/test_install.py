@@ -11,7 +11,9 @@ def test_a_wheel_holds_no_vague_top_level_names(run, tmp_path):
     import shutil
 
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "*.egg-info", "build"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".venv", ".legacy", ".git", "runs", "*.egg-info", "build")
+    )
     run("-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source, timeout=600)
     (wheel,) = tmp_path.glob("*.whl")
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}

@@ -67,9 +67,11 @@ def test_an_edited_builder_is_noticed(tmp_path, monkeypatch):
     before = data_scripts.load("shapes", split="test", **settings)[0]
     edited = tmp_path / "edited_shapes.py"
     source = Path(data_scripts.shapes.__file__).read_text()
-    edited.write_text(source.replace("from .schema", "from data_scripts.schema").replace('"the {', '"that {'))
+    for sibling in ("building", "reading", "schema"):
+        source = source.replace(f"from .{sibling}", f"from data_scripts.{sibling}")
+    edited.write_text(source.replace('"the {', '"that {'))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(data_scripts.BUILDERS, "shapes", importlib.import_module("edited_shapes").Shapes)
+    monkeypatch.setitem(data_scripts.SOURCES, "shapes", importlib.import_module("edited_shapes").SOURCES[0])
     after = data_scripts.load("shapes", split="test", **settings)[0]
     assert [sentence["text"] for sentence in before["sentences"]] != [s["text"] for s in after["sentences"]]
 
@@ -177,6 +179,8 @@ def test_any_side(side, tmp_path):
 def test_wrong_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="image_size=8"):
         data_scripts.load("shapes", cache_dir=str(tmp_path), image_size=8)
+    with pytest.raises(ValueError, match="50,000,000 pixels"):
+        data_scripts.load("shapes", cache_dir=str(tmp_path), image_size=8000)
     with pytest.raises(ValueError, match="num_test=0"):
         data_scripts.load("shapes", cache_dir=str(tmp_path), num_test=0)
     with pytest.raises(ValueError, match="no data set 'shape'"):

@@ -1,0 +1,198 @@
+"""The commands of data sets: `python -m data_scripts --help`."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import yaml
+
+from . import SOURCES, load
+from .building import flags_of
+from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings
+from .exporting import check_output, export, push
+from .preview import check_name, draw_preview
+from .reports import count_split, describe_source, format_counts, format_statistics, list_sources
+
+
+def parse_flags(source, words: list[str]) -> dict:
+    """
+    What argparse leaves over, as fields of a set's configuration: `--name value`, or `--name` for true.
+
+    Raises:
+        ValueError: for anything that is no flag of the set.
+    """
+    known, flags = flags_of(source), {}
+    while words:
+        word, *words = words
+        name, is_joined, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in known:
+            has = ", ".join(f"--{name}" for name in known) or "none"
+            raise ValueError(f"{word!r} is neither an option of the command nor a flag of {source.name!r} ({has}).")
+        if not is_joined:
+            value, words = (words[0], words[1:]) if words and not words[0].startswith("--") else ("true", words)
+        try:
+            flags[name] = value if known[name].type in (str, "str") else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--{name} {value!r} cannot be read as a value: {error}") from error
+    return flags
+
+
+def write(text: str):
+    """Text to stdout, with its line's end."""
+    sys.stdout.write(text + "\n")
+
+
+def load_splits(args) -> dict:
+    """Build the set that the command names, or find it in the cache: split -> rows."""
+    return load(args.name, data_dir=args.data_dir, cache_dir=args.cache_dir, num_proc=args.num_proc, **args.flags)
+
+
+def run_list(args):
+    """`list`: all sets, or all about one."""
+    write(list_sources(SOURCES) if args.name is None else describe_source(args.source))
+
+
+def run_build(args):
+    """`build`: counts of every split, and pictures that are missing or broken."""
+    splits = load_splits(args)
+    broken = find_broken_pictures(splits, args.verify, args.num_proc)
+    write(format_counts(args.source, {split: count_split(rows) for split, rows in splits.items()}))
+    if broken:
+        names = "\n  ".join(f"{item.split}: {item.message}" for item in broken[:20])
+        more = "\n  ..." if len(broken) > 20 else ""
+        raise OSError(f"{len(broken)} pictures of {args.name!r} cannot be read:\n  {names}{more}")
+    write(f"All pictures {'decode' if args.verify else 'are there (--verify decodes them as well)'}.")
+
+
+def run_check(args):
+    """`check`: everything that can be wrong with rows and pictures; errors make the exit code 1."""
+    report = check(args.source, load_splits(args), args.num_proc, args.mask_tolerance)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    write(format_counts(args.source, report["splits"]))
+    for kind in ("warnings", "errors"):
+        if report[kind]:
+            write(format_findings(report[kind], kind[:-1], args.limit))
+    write(f"{args.name}: {len(report['errors'])} errors, {len(report['warnings'])} warnings.")
+    return 1 if report["errors"] else 0
+
+
+def run_export(args):
+    """`export`: Parquet files with a card, and the way to the Hub where it is asked for."""
+    if args.push_to_hub and args.by_path:
+        raise ValueError("--by_path leaves the pictures on this machine: nothing for --push_to_hub.")
+    if args.private and not args.push_to_hub:
+        raise ValueError("--private says nothing without --push_to_hub.")
+    check_output(Path(args.output).absolute(), args.overwrite)
+    splits = load_splits(args)
+    folder = export(args.source, splits, args.output, not args.by_path, args.num_proc, args.overwrite, {**args.flags})
+    write(f'Written to {folder}; datasets.load_dataset("{folder}") reads it.')
+    if args.push_to_hub:
+        write(f"Pushed: {push(folder, args.push_to_hub, args.private or None)}")
+
+
+def run_preview(args):
+    """`preview`: a picture of samples."""
+    check_name(args.output)
+    splits = load_splits(args)
+    split = args.split or next(iter(splits))
+    if split not in splits:
+        raise ValueError(f"{args.name!r} has no split {split!r}; it has: {', '.join(splits)}.")
+    picture = draw_preview(splits[split], args.num, args.seed)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output)
+    write(f"Written to {args.output}.")
+
+
+def run_stats(args):
+    """`stats`: figures of every split."""
+    write(format_statistics(load_splits(args)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_scripts",
+        description="Build data sets for visual grounding, check them, look at them, and hand them on.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(command, run, description, needs_name=True):
+        epilog = "Flags of the set itself are given as --flag value; `list NAME` shows them." if needs_name else None
+        added = commands.add_parser(
+            command, help=description, description=description, epilog=epilog, allow_abbrev=False
+        )
+        added.set_defaults(run=run)
+        if not needs_name:
+            added.add_argument("name", nargs="?", metavar="NAME", help="a set, for all that is known of it")
+            return added
+        added.add_argument("name", metavar="NAME", help="a set, see `list`")
+        added.add_argument("--data_dir", metavar="DIR", help="where the set's files are")
+        added.add_argument("--cache_dir", metavar="DIR", help="where built sets are kept (default: the library's own)")
+        added.add_argument("--num_proc", type=int, metavar="N", help="processes (default: 1)")
+        return added
+
+    add("list", run_list, "sets, their splits, published counts and files", needs_name=False)
+    build = add("build", run_build, "build every split, and see that every picture is there")
+    build.add_argument("--verify", action="store_true", help="decode every picture")
+    checks = add("check", run_check, "check every row and picture: exit code 1 for errors, counts are warnings")
+    checks.add_argument("--json", metavar="FILE", help="write the report there as well")
+    checks.add_argument("--limit", type=int, default=5, metavar="N", help="lines of a kind to show (default: 5)")
+    checks.add_argument(
+        "--mask_tolerance",
+        type=float,
+        default=MASK_TOLERANCE,
+        metavar="PIXELS",
+        help="by which a mask's bounding box may differ from its box on each side (default: %(default)s)",
+    )
+    exports = add("export", run_export, "write Parquet files that datasets.load_dataset reads")
+    exports.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    form = exports.add_mutually_exclusive_group()
+    form.add_argument("--embed", action="store_true", help="pictures inside the files (default)")
+    form.add_argument("--by_path", action="store_true", help="pictures by their paths on this machine")
+    exports.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    exports.add_argument("--push_to_hub", metavar="REPO", help="upload it to this repository (user/name)")
+    exports.add_argument("--private", action="store_true", help="to a private one")
+    previews = add("preview", run_preview, "draw samples with boxes, masks and words")
+    previews.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
+    previews.add_argument("--split", help="split to draw from (default: the first)")
+    previews.add_argument("--num", type=int, default=12, metavar="N", help="pictures (default: %(default)s)")
+    previews.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    add("stats", run_stats, "figures of images, boxes, phrases and words")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run a command.
+
+    Returns:
+        `int`: the exit code, 1 where `check` found errors.
+
+    Raises:
+        ValueError, OSError: a sentence for whoever typed the command.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger(__package__).addHandler(handler)  # not to the root: datasets shows its own messages
+    args, rest = make_parser().parse_known_args(argv)
+    if args.name is None and rest:
+        raise ValueError(f"{rest[0]!r} is no option of the command.")
+    if args.name is not None:
+        if args.name not in SOURCES:
+            raise ValueError(f"There is no data set {args.name!r}; there are: {', '.join(SOURCES)}.")
+        args.source = SOURCES[args.name]
+        args.flags = parse_flags(args.source, rest)
+    if getattr(args, "num_proc", None) is not None and args.num_proc < 1:
+        raise ValueError(f"--num_proc {args.num_proc} must be at least 1.")
+    return args.run(args) or 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

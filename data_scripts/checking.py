@@ -1,0 +1,328 @@
+"""Whether the rows of a set are what the schema promises, and its pictures whole."""
+
+import io
+import math
+import multiprocessing
+from collections import Counter
+from functools import partial
+from typing import NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from .building import Source, merge_boxes
+from .reading import check_decodes, picture_size, upright_size
+from .reports import COUNTS, count_split, flatten, published_counts, table_of
+
+
+# images that a process takes at a time
+PART_SIZE = 64
+# pixels by which a mask's bounding box may differ from the box on each side: a polygon's edge falls on whole pixels,
+# and so do boxes that are cut to them
+MASK_TOLERANCE = 2.0
+BOX_TOLERANCE = 0.01
+
+
+class Finding(NamedTuple):
+    """Something wrong: what kind of thing, in which split and image, and a sentence."""
+
+    kind: str
+    split: str
+    image_id: str | None
+    message: str
+
+
+class NamedBytes(io.BytesIO):
+    """The content of a picture that a row carries, by its name."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+
+def picture_of(row: dict) -> str | NamedBytes:
+    """The picture of a row that is not decoded: its path, or its content."""
+    image = row["image"]
+    return image["path"] if image["bytes"] is None else NamedBytes(image["bytes"], image["path"] or row["image_id"])
+
+
+def run_lengths(counts: str) -> list[int]:
+    """
+    Lengths of the runs of a mask in COCO's compressed run-length encoding, background first.
+
+    Raises:
+        ValueError: if it has other letters, ends within a number, or a run is negative.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.checking import run_lengths
+
+    >>> run_lengths("01900000000000I")
+    [0, 1, 9, 1, 9, 1, 9, 1, 9, 1, 9, 1, 9, 1, 2]
+
+    ```"""
+    lengths, value, shift = [], 0, 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"its counts hold {letter!r}, which is not of COCO's run-length encoding")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the number's last letter
+            if bits & 16:
+                value -= 1 << shift
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value, shift = 0, 0
+    if shift or min(lengths, default=0) < 0:
+        raise ValueError("its counts are no run-length encoding")
+    return lengths
+
+
+def find_picture_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
+    """(kind, sentence) where a row's picture is missing, no picture or, asked to decode, damaged."""
+    try:
+        (check_decodes if decode else picture_size)(picture_of(row))
+    except (OSError, ValueError) as error:
+        return [("picture", str(error))]
+    return []
+
+
+def find_box_faults(row: dict) -> list[tuple[str, str]]:
+    """(kind, sentence) where a box is none, passes the picture's edge, or is not the union of the object's boxes."""
+    faults, width, height = [], row["width"], row["height"]
+    for item in row["objects"]:
+        bad = [box for box in (item["box"], *item["boxes"]) if not is_box_within(box, width, height)]
+        for box in bad[:1]:
+            faults.append(("box", f"object {item['object_id']!r}: {box} is no box in a picture of {width} x {height}"))
+        if not bad:
+            union = merge_boxes(item["boxes"]) if item["boxes"] else None
+            if union is None or not are_close(union, item["box"], BOX_TOLERANCE):
+                faults.append(("box", f"object {item['object_id']!r}: {item['box']} is not the union of its boxes"))
+    return faults
+
+
+def is_box_within(box_xyxy, width: int, height: int) -> bool:
+    """Whether this is a box with an extent that lies inside its picture."""
+    if len(box_xyxy) != 4 or not all(map(math.isfinite, box_xyxy)):
+        return False
+    x0, y0, x1, y1 = box_xyxy
+    return 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+
+
+def are_close(first_xyxy, second_xyxy, tolerance: float) -> bool:
+    """Whether no side of two boxes is further apart than that."""
+    return all(abs(a - b) <= tolerance for a, b in zip(first_xyxy, second_xyxy, strict=True))
+
+
+def find_mask_faults(row: dict, tolerance: float) -> list[tuple[str, str]]:
+    """(kind, sentence) where a mask has another size than the picture, is none, or disagrees with its box."""
+    faults, size = [], [row["height"], row["width"]]
+    for item in row["objects"]:
+        if item["segmentation"] is None:
+            continue
+        if list(item["segmentation"]["size"]) != size:
+            fault = f"its size is {item['segmentation']['size']}, the picture's {size} (height, width)"
+        else:
+            fault = find_mask_fault(item["segmentation"]["counts"], size, item["box"], tolerance)
+        if fault:
+            faults.append(("mask", f"mask of object {item['object_id']!r}: {fault}"))
+    return faults
+
+
+def find_mask_fault(counts: str, size: list[int], box_xyxy, tolerance: float) -> str | None:
+    """What is wrong with one mask, None where nothing is."""
+    try:
+        lengths = run_lengths(counts)
+    except ValueError as error:
+        return str(error)
+    if sum(lengths) != size[0] * size[1]:  # pycocotools reads past the end of such a mask
+        return f"its runs cover {sum(lengths)} pixels of {size[0] * size[1]}"
+    if not sum(lengths[1::2]):
+        return "no pixel belongs to it"
+    x, y, width, height = coco_mask.toBbox({"size": size, "counts": counts.encode("ascii")}).tolist()
+    found = [x, y, x + width, y + height]
+    if len(box_xyxy) == 4 and not are_close(found, box_xyxy, tolerance):
+        box = [round(value, 1) for value in box_xyxy]
+        return f"it spans {found}, its box is {box}: more than {tolerance:g} pixels apart"
+    return None
+
+
+def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
+    """(kind, sentence) where a sentence is blank, or a phrase lies outside it, is blank or names no object."""
+    faults = []
+    for sentence in row["sentences"]:
+        text, where = sentence["text"], f"sentence {sentence['sentence_id']!r}"
+        if not text.strip():
+            faults.append(("sentence", f"{where} is blank"))
+            continue
+        for phrase in sentence["phrases"]:
+            start, end = phrase["start"], phrase["end"]
+            if not 0 <= start < end <= len(text):
+                faults.append(("phrase", f"{where}: {start}:{end} is no span of its {len(text)} characters"))
+            elif not text[start:end].strip():
+                faults.append(("phrase", f"{where}: {start}:{end} holds no word"))
+            if not phrase["objects"]:
+                faults.append(("phrase", f"{where}: {text[start:end]!r} names no object"))
+            elif not all(0 <= index < len(row["objects"]) for index in phrase["objects"]):
+                faults.append(("phrase", f"{where}: objects {phrase['objects']} of {len(row['objects'])}"))
+    return faults
+
+
+def find_row_faults(row: dict, mask_tolerance: float) -> list[tuple[str, str]]:
+    """(kind, sentence) of everything that is wrong with a row and its picture."""
+    faults = find_picture_faults(row, decode=True)
+    if not faults:
+        size = (row["width"], row["height"])
+        found = upright_size(picture_of(row), annotated_size=size)
+        if found != size:
+            faults.append(("picture", f"the picture has {found[0]} x {found[1]} pixels, the row says {size}"))
+    return faults + find_box_faults(row) + find_mask_faults(row, mask_tolerance) + find_sentence_faults(row)
+
+
+def find_faults_of_part(find, rows: datasets.Dataset) -> tuple[int, list[tuple[str, str, str]]]:
+    """(number of rows, [(kind, image id, sentence)]) of a part of a split, in a process of its own."""
+    return len(rows), [(kind, row["image_id"], message) for row in rows for kind, message in find(row)]
+
+
+def find_faults(splits: dict[str, datasets.Dataset], find, num_proc: int | None, description: str) -> list[Finding]:
+    """
+    Whatever `find(row) -> [(kind, sentence)]` finds in any row, pictures not decoded.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`): split -> rows.
+        find (callable): one that another process can take over.
+        num_proc (`int`, *optional*): processes, one by default.
+        description (`str`): what the progress bar says.
+    """
+    parts = []
+    for split, rows in splits.items():
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+        starts = range(0, len(rows), PART_SIZE)
+        parts += [(split, rows.select(range(start, min(start + PART_SIZE, len(rows))))) for start in starts]
+    findings = []
+    with tqdm(total=sum(map(len, splits.values())), desc=description, unit="image") as progress:
+
+        def take(results):
+            for (split, _), (count, faults) in zip(parts, results, strict=True):
+                findings.extend(Finding(kind, split, image_id, message) for kind, image_id, message in faults)
+                progress.update(count)
+
+        work, inputs = partial(find_faults_of_part, find), (rows for _, rows in parts)
+        if num_proc is None or num_proc == 1:
+            take(map(work, inputs))
+        else:
+            with multiprocessing.Pool(num_proc) as pool:
+                take(pool.imap(work, inputs))
+    return findings
+
+
+def find_broken_pictures(
+    splits: dict[str, datasets.Dataset], decode: bool, num_proc: int | None = None
+) -> list[Finding]:
+    """Pictures that are missing or no pictures, and where they are to be decoded, damaged ones."""
+    description = "decoding pictures" if decode else "reading headers"
+    return find_faults(splits, partial(find_picture_faults, decode=decode), num_proc, description)
+
+
+def repeated_values(values: pa.Array) -> list:
+    """Values that come more than once."""
+    counted = pc.value_counts(values)
+    return counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist()
+
+
+def find_repeated_ids(splits: dict[str, datasets.Dataset]) -> tuple[list[Finding], list[Finding]]:
+    """Ids that come twice in one split (errors), and those that two splits share (warnings)."""
+    errors, warnings, seen = [], [], {}
+    for split, rows in splits.items():
+        if not len(rows):
+            continue
+        table = table_of(rows, "image_id", "objects", "sentences")
+        for name, path in {
+            "image_id": ("image_id",),
+            "object_id": ("objects", "object_id"),
+            "sentence_id": ("sentences", "sentence_id"),
+        }.items():
+            values = flatten(table, *path)
+            errors += [
+                Finding("id", split, None, f"{name} {value!r} comes more than once")
+                for value in repeated_values(values)
+            ]
+            values = values.unique()
+            for other, others in seen.setdefault(name, {}).items():
+                shared = pc.sum(pc.is_in(values, value_set=others)).as_py()
+                if shared:
+                    warnings.append(Finding("shared", split, None, f"{shared} {name}s are in {other!r} as well"))
+            seen[name][split] = values
+    return errors, warnings
+
+
+def find_silent_sentences(splits: dict[str, datasets.Dataset]) -> list[Finding]:
+    """Sentences without a phrase, which are asked about nothing: a warning a split."""
+    warnings = []
+    for split, rows in splits.items():
+        if len(rows):
+            lengths = pc.list_value_length(flatten(table_of(rows, "sentences"), "sentences", "phrases"))
+            count = pc.sum(pc.equal(lengths, 0)).as_py()
+            if count:
+                warnings.append(Finding("sentence", split, None, f"{count} sentences have no phrase"))
+    return warnings
+
+
+def check(
+    source: Source,
+    splits: dict[str, datasets.Dataset],
+    num_proc: int | None = None,
+    mask_tolerance: float = MASK_TOLERANCE,
+) -> dict:
+    """
+    Check every row and picture of a set.
+
+    Args:
+        source (`Source`): the set, for its published counts.
+        splits (`dict[str, datasets.Dataset]`): split -> rows.
+        num_proc (`int`, *optional*): processes, one by default.
+        mask_tolerance (`float`, *optional*, defaults to 2.0):
+            Pixels by which a mask's bounding box may differ from its box on each side.
+
+    Returns:
+        `dict`: `name`; `splits`, split -> counts and `published` counts; `errors` and `warnings`, each a list of
+        `{kind, split, image_id, message}`.
+    """
+    errors = find_faults(splits, partial(find_row_faults, mask_tolerance=mask_tolerance), num_proc, "checking")
+    repeated, warnings = find_repeated_ids(splits)
+    warnings += find_silent_sentences(splits)
+    report = {}
+    for split, rows in splits.items():
+        counts, published = count_split(rows), published_counts(source, split)
+        report[split] = {**counts, "published": published}
+        for name in COUNTS:
+            if published[name] is not None and published[name] != counts[name]:
+                message = f"{counts[name]:,} {name}, published are {published[name]:,}"
+                warnings.append(Finding("count", split, None, message))
+    return {
+        "name": source.name,
+        "splits": report,
+        "errors": [finding._asdict() for finding in errors + repeated],
+        "warnings": [finding._asdict() for finding in warnings],
+    }
+
+
+def format_findings(findings: list[dict], title: str, limit: int) -> str:
+    """A line for each kind of finding with its number, and the first `limit` of them."""
+    lines = []
+    for kind, count in Counter(finding["kind"] for finding in findings).items():
+        lines.append(f"{title}: {kind}: {count}")
+        chosen = [finding for finding in findings if finding["kind"] == kind]
+        for finding in chosen[:limit]:
+            image = "" if finding["image_id"] is None else f", image {finding['image_id']!r}"
+            lines.append(f"  {finding['split']}{image}: {finding['message']}")
+        if count > limit:
+            lines.append(f"  ... and {count - limit} more")
+    return "\n".join(lines)

@@ -1,0 +1,216 @@
+"""A built set as a folder of Parquet files that plain `datasets.load_dataset` reads, here or from the Hub."""
+
+import math
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import yaml
+from datasets.table import embed_table_storage
+from huggingface_hub import HfApi
+from tqdm import tqdm
+
+from .building import Source
+from .reports import COUNTS, count_split
+
+
+# of pictures, in a file; what the datasets library itself cuts at
+MAX_SHARD_BYTES = 500_000_000
+# rows that are read at a time by whoever streams the files
+ROW_GROUP_SIZE = 100
+README, DATA = "README.md", "data"
+
+
+def picture_bytes(rows: datasets.Dataset) -> int:
+    """
+    Size of a split's pictures as files.
+
+    Raises:
+        OSError: naming a picture that is not there.
+    """
+    total = 0
+    for image in rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]:
+        total += len(image["bytes"]) if image["bytes"] is not None else os.stat(image["path"]).st_size
+    return total
+
+
+def with_absolute_path(row: dict) -> dict:
+    """A row whose picture's path says where it is from anywhere."""
+    image = row["image"]
+    if image["bytes"] is not None:
+        raise ValueError(
+            f"The pictures of this set are in its rows ({row['image_id']!r} is no file): they cannot be exported by "
+            "path. Leave out --by_path."
+        )
+    return {"image": {"bytes": None, "path": os.path.abspath(image["path"])}}
+
+
+def write_shard(task: tuple[datasets.Dataset, Path, bool]) -> int:
+    """Write one Parquet file of (rows, path, whether to embed the pictures); returns the number of rows."""
+    rows, path, embed = task
+    rows = rows.with_format("arrow")
+    with pq.ParquetWriter(path, rows.features.arrow_schema) as writer:
+        for start in range(0, len(rows), ROW_GROUP_SIZE):
+            table = rows[start : start + ROW_GROUP_SIZE]
+            writer.write_table(embed_table_storage(table) if embed else table)
+    return len(rows)
+
+
+def write_card(path: Path, source: Source, splits: dict[str, datasets.Dataset], embed: bool, flags: dict):
+    """Write the dataset card: which file is of which split, what is in it, and where it comes from."""
+    settings = {
+        "pretty_name": source.name,
+        "task_categories": ["zero-shot-object-detection"],
+        "tags": ["visual-grounding", "referring-expression-comprehension", "phrase-grounding"],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"{DATA}/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    }
+    counts = {split: count_split(rows) for split, rows in splits.items()}
+    table = [["split", *COUNTS], ["---"] * (1 + len(COUNTS))]
+    table += [[split, *(f"{numbers[name]:,}" for name in COUNTS)] for split, numbers in counts.items()]
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    pictures = "inside the files" if embed else "by their paths on the machine that wrote it"
+    chosen = "".join(f" `{name}={value!r}`" for name, value in flags.items()) or " none"
+    path.write_text(
+        f"""---
+{yaml.safe_dump(settings, sort_keys=False)}---
+
+# {source.name}
+
+Visual grounding: pictures ({pictures}), objects, and the sentences that speak of them. A row is an image.
+
+{lines}
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("path/to/this/folder", split="{next(iter(splits))}")
+```
+
+- `objects`: `box` is xyxy in pixels of the upright picture, right and bottom exclusive; `boxes` are all boxes of an
+  object that has several, `box` their union; `segmentation` is COCO's run-length encoding, or null.
+- `sentences`: `text[start:end]` of each phrase names the `objects` with these indices. A referring expression is a
+  sentence whose one phrase is all of it.
+
+Source: {source.distribution} Licences of pictures and annotations are their authors'.
+
+Written by `python -m data_scripts export {source.name}`; flags:{chosen}.
+"""
+    )
+
+
+def check_output(output: Path, overwrite: bool):
+    """
+    Refuse a folder that must not be replaced.
+
+    Raises:
+        OSError: if it exists, unless it is an earlier export and is to be overwritten.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise OSError(f"{str(output)!r} exists. Choose another --output, or replace it by --overwrite.")
+    if not output.is_dir() or not {entry.name for entry in output.iterdir()} <= {README, DATA}:
+        raise OSError(f"{str(output)!r} is not replaced: it holds more than an export ({README} and {DATA}/).")
+
+
+def export(
+    source: Source,
+    splits: dict[str, datasets.Dataset],
+    output: str | Path,
+    embed: bool = True,
+    num_proc: int | None = None,
+    overwrite: bool = False,
+    flags: dict | None = None,
+) -> Path:
+    """
+    Write a set as Parquet files with a dataset card. It is written beside `output` and renamed when it is complete.
+
+    ```
+    output/README.md
+    output/data/train-00000-of-00002.parquet ...
+    ```
+
+    Args:
+        source (`Source`): the set.
+        splits (`dict[str, datasets.Dataset]`): split -> rows.
+        output (`str` or `Path`): the folder.
+        embed (`bool`, *optional*, defaults to `True`): pictures inside the files, as they are; else by their paths.
+        num_proc (`int`, *optional*): processes, one by default.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an earlier export.
+        flags (`dict`, *optional*): what the set was built with, for the card.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        OSError: if `output` exists, or a picture does not.
+        ValueError: if pictures that are no files are to be exported by path.
+    """
+    output = Path(output).absolute()
+    check_output(output, overwrite)
+    aside = output.with_name(f".{output.name}.incomplete-{os.getpid()}")
+    (aside / DATA).mkdir(parents=True)
+    try:
+        tasks = []
+        for split, rows in splits.items():
+            num_shards = max(1, min(len(rows), math.ceil(picture_bytes(rows) / MAX_SHARD_BYTES))) if embed else 1
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+            if not embed:
+                rows = rows.map(with_absolute_path, features=rows.features, desc=f"paths of {split}")
+            rows = rows.cast_column("image", datasets.Image())
+            for index in range(num_shards):
+                path = aside / DATA / f"{split}-{index:05d}-of-{num_shards:05d}.parquet"
+                tasks.append((rows.shard(num_shards, index, contiguous=True), path, embed))
+        with tqdm(total=sum(map(len, splits.values())), desc="exporting", unit="image") as progress:
+            if num_proc is None or num_proc == 1:
+                for task in tasks:
+                    progress.update(write_shard(task))
+            else:
+                with multiprocessing.Pool(num_proc) as pool:
+                    for count in pool.imap_unordered(write_shard, tasks):
+                        progress.update(count)
+        write_card(aside / README, source, splits, embed, flags or {})
+        if output.exists():
+            shutil.rmtree(output)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return output
+
+
+def push(folder: str | Path, repository: str, private: bool | None = None) -> str:
+    """
+    Upload an exported folder to the Hub.
+
+    Args:
+        folder (`str` or `Path`): what `export` wrote, with its pictures embedded.
+        repository (`str`): "user/name"; made where it is not there.
+        private (`bool`, *optional*): whether a new repository is private.
+
+    Returns:
+        `str`: the commit's address.
+
+    Raises:
+        OSError: if the Hub is out of reach or refuses it; the folder stays.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="Upload Parquet files and card"
+        )
+    except Exception as error:  # the network, the server and the token each have exceptions of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{str(folder)!r} is complete, but was not pushed to {repository!r}: {reason} Log in (`hf auth login`) "
+            "and see that the network is there, then push again."
+        ) from error
+    return str(commit.commit_url)

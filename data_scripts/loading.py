@@ -1,0 +1,87 @@
+"""Sets by name: built where they are not in the cache, and loaded."""
+
+import datasets
+import numpy as np
+from datasets.exceptions import DatasetGenerationError
+
+from . import refcoco, shapes, visual_genome
+from .building import Source, flags_of, reason_of
+from .schema import FEATURES
+
+
+# every set that `load` takes; a module of builders lists its own
+SOURCES: dict[str, Source] = {
+    source.name: source for module in (shapes, refcoco, visual_genome) for source in module.SOURCES
+}
+
+
+def load(
+    name: str,
+    split: str | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    streaming: bool = False,
+    num_proc: int | None = None,
+    **config,
+) -> datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict:
+    """
+    Build a set, or take it from the cache where it was built before, and load it.
+
+    A change of the annotation files, of the builder or of a flag builds anew.
+
+    Args:
+        name (`str`): the set, one of `SOURCES`.
+        split (`str`, *optional*): one of its splits; absent: all of them, in a dict.
+        data_dir (`str`, *optional*): where its files lie as its authors distribute them.
+        cache_dir (`str`, *optional*): where built sets are kept, the datasets library's own cache by default.
+        streaming (`bool`): yield the rows from the files in turn, writing nothing.
+        num_proc (`int`, *optional*): processes that build.
+        config: flags of the set's configuration, for example `image_size=64`.
+
+    Returns:
+        `datasets.Dataset`, or `IterableDataset` when streaming: a row an image, see `schema.FEATURES`.
+
+    Raises:
+        ValueError: if there is no such set, no such flag, or `data_dir` is needed.
+        OSError: if files are missing or damaged, naming them.
+
+    Example:
+
+    ```python
+    >>> import data_scripts
+
+    >>> rows = data_scripts.load("shapes", split="test", num_train=1, num_validation=1, num_test=2)
+    >>> rows[0]["sentences"][0]["phrases"][0]["types"]
+    ['attribute']
+
+    ```"""
+    if name not in SOURCES:
+        raise ValueError(f"There is no data set {name!r}; there are: {', '.join(SOURCES)}.")
+    source = SOURCES[name]
+    flags = flags_of(source)
+    unknown = sorted(set(config) - set(flags))
+    if unknown:
+        raise ValueError(f"{name!r} has no flag {', '.join(unknown)}; it has: {', '.join(flags)}.")
+    if data_dir is not None:
+        config["data_dir"] = str(data_dir)
+    builder = source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)
+    if streaming:
+        rows = builder.as_streaming_dataset(split=split)
+        if split is None:
+            return datasets.IterableDatasetDict(
+                {key: part.map(_as_stored, features=FEATURES) for key, part in rows.items()}
+            )
+        return rows.map(_as_stored, features=FEATURES)
+    try:
+        builder.download_and_prepare(num_proc=num_proc)
+    except DatasetGenerationError as error:
+        raise reason_of(error) from error
+    return builder.as_dataset(split=split)
+
+
+def _as_stored(row: dict) -> dict:
+    """A streamed row with its boxes in single precision, as they come back from the cache."""
+    for item in row["objects"]:
+        item["box"] = np.float32(item["box"]).tolist()
+        item["boxes"] = [np.float32(box).tolist() for box in item["boxes"]]
+    return row

@@ -1,0 +1,461 @@
+"""
+RefCOCO, RefCOCO+, RefCOCOg and ReferItGame (RefCLEF), from the files of the refer API as its authors publish them:
+
+    data_dir/
+      refcoco/  refcoco+/  refcocog/  refclef/
+        instances.json            images, annotations (box xywh in pixels, polygons or run lengths), categories
+        refs(unc).p               pickled list of references; also (google), (umd), (berkeley)
+      images/train2014/COCO_train2014_000000581857.jpg     or in another of `IMAGE_PLACES`
+      images/saiapr_tc-12/...                              RefCLEF's; in folders as distributed, or flat
+
+A row holds the objects of one image that a split's references point at, and their expressions; rows are sorted by
+image id, objects and sentences stand in the order of the references. The word after the underscore of a
+configuration says who cut the splits.
+
+`image_id` is "coco_<id>" for pictures of COCO and "saiapr_<id>" for RefCLEF's, so that sets that share pictures can be
+told apart from those that do not (`combine.coco_id`).
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from .building import GroundingBuilder, Source, clip_box
+from .reading import MAX_PIXELS, read_json, read_pickle
+from .schema import FEATURES
+
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "RefCoco", "RefCocoConfig"]
+
+
+# where people keep the pictures, relative to data_dir; the first place that holds one of them is taken
+IMAGE_PLACES = {
+    "coco": (
+        "images/train2014",
+        "train2014",
+        "images/mscoco/images/train2014",
+        "images/mscoco/train2014",
+        "refcoco/images/train2014",
+        "coco/train2014",
+        "../train2014",
+        "../images/train2014",
+        "../coco/train2014",
+    ),
+    "saiapr": ("images/saiapr_tc-12", "saiapr_tc-12", "referit/images", "../saiapr_tc-12", "../referit/images"),
+}
+ANNOTATIONS = (
+    "The refer API's authors publish the annotations as refcoco.zip, refcoco+.zip, refcocog.zip and refclef.zip "
+    "(github.com/lichengunc/refer); extract them into data_dir."
+)
+PICTURES = {
+    "coco": "The pictures are COCO's train2014.zip (cocodataset.org).",
+    "saiapr": "The pictures are saiapr_tc-12.zip, the subset of ImageCLEF that the refer API's authors publish.",
+}
+
+
+@dataclass
+class RefCocoConfig(datasets.BuilderConfig):
+    """
+    Args:
+        image_dir (`str`, *optional*): the folder of the pictures; absent: the first of `IMAGE_PLACES` that holds any.
+        integer_boxes (`bool`): cut the corners of boxes to whole pixels, as the published loaders do, so that their
+            figures can be compared.
+    """
+
+    image_dir: str | None = None
+    integer_boxes: bool = False
+
+
+class RefCoco(GroundingBuilder):
+    """Referring expressions of the refer API: RefCOCO, RefCOCO+, RefCOCOg, ReferItGame."""
+
+    BUILDER_CONFIG_CLASS = RefCocoConfig
+    BUILDER_CONFIGS = [
+        RefCocoConfig(name=name, version=GroundingBuilder.VERSION)
+        for name in (
+            "refcoco_unc",
+            "refcoco_google",
+            "refcoco+_unc",
+            "refcocog_umd",
+            "refcocog_google",
+            "refclef_unc",
+            "refclef_berkeley",
+        )
+    ]
+    DEFAULT_CONFIG_NAME = "refcoco_unc"
+
+    @classmethod
+    def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
+        """`instances.json` and the pickled references."""
+        folder, split_by = config_name.rsplit("_", 1)
+        return [Path(data_dir) / folder / "instances.json", Path(data_dir) / folder / f"refs({split_by}).p"]
+
+    def _split_generators(self, dl_manager):
+        files = [] if self.config.data_dir is None else self.annotation_files(self.config.data_dir, self.config.name)
+        self.need_files(files, ANNOTATIONS)
+        instances_file, refs_file = files
+        refs = read_refs(refs_file)
+        images, annotations, categories = read_instances(instances_file, {ref["ann_id"] for ref in refs})
+        needed = {ref["image_id"] for ref in refs}
+        unknown = sorted(needed - images.keys())
+        if unknown:
+            raise OSError(
+                f"{str(refs_file)!r} names {len(unknown)} images that {str(instances_file)!r} lacks, among them "
+                f"{unknown[:20]}: the two files do not belong together."
+            )
+        pictures = self.find_pictures([images[image_id] for image_id in sorted(needed)])
+        sizes = self.read_sizes(
+            {path: annotated_size_of(images[image_id]) for image_id, path in pictures.items()}, self.distribution
+        )
+        generators = []
+        for split in dict.fromkeys(ref["split"] for ref in refs):
+            by_image = defaultdict(list)
+            for ref in refs:
+                if ref["split"] == split:
+                    by_image[ref["image_id"]].append(ref)
+            dropped, changed = Counter(), Counter()
+            records = []
+            for image_id in sorted(by_image):
+                path = pictures[image_id]
+                record = self.make_record(
+                    images[image_id], path, sizes[path], by_image[image_id], annotations, categories, dropped, changed
+                )
+                if record["sentences"]:
+                    records.append(record)
+            self.report_dropped(split, dropped)
+            self.report_changed(split, changed)
+            generators.append(datasets.SplitGenerator(name=split, gen_kwargs={"records": records}))
+        return generators
+
+    def _generate_examples(self, records):
+        changed = Counter()
+        for record in records:
+            annotated_size = record["annotated_size"]
+            objects = []
+            for item in record["objects"]:
+                segmentation = encode_segmentation(
+                    item["segmentation"], annotated_size, (record["width"], record["height"])
+                )
+                if segmentation is None and item["segmentation"]:
+                    changed["objects lost a mask that is empty or cannot be read"] += 1
+                objects.append({**item, "segmentation": segmentation})
+            row = {key: value for key, value in record.items() if key != "annotated_size"}
+            yield record["image_id"], {**row, "objects": objects}
+        self.report_changed("masks", changed)
+
+    @property
+    def picture_source(self) -> str:
+        """Whose pictures they are, "coco" or "saiapr"."""
+        return "saiapr" if self.config.name.startswith("refclef") else "coco"
+
+    @property
+    def distribution(self) -> str:
+        """Where the pictures come from and where they are looked for."""
+        places = ", ".join(IMAGE_PLACES[self.picture_source])
+        return (
+            f"{PICTURES[self.picture_source]} They are looked for in image_dir, or below data_dir in the first of "
+            f"these places that holds one of them: {places}."
+        )
+
+    def find_pictures(self, images: list[dict]) -> dict[int, str]:
+        """Image id -> path of its picture, whether or not it is there."""
+        if self.picture_source == "coco":  # the refs' own file_name has a number at its end and is no file's name
+            names = {image["id"]: (f"COCO_train2014_{image['id']:012d}.jpg",) for image in images}
+        else:
+            names = {image["id"]: (image["file_name"], Path(image["file_name"]).name) for image in images}
+        if self.config.image_dir is not None:
+            place = Path(self.config.image_dir)
+        else:
+            places = [Path(self.config.data_dir) / place for place in IMAGE_PLACES[self.picture_source]]
+            used = (
+                place for place in places if any((place / name).is_file() for some in names.values() for name in some)
+            )
+            place = next(used, places[0])
+        return {
+            image_id: str(place / next((name for name in some if (place / name).is_file()), some[0]))
+            for image_id, some in names.items()
+        }
+
+    def make_record(
+        self, image, path, size, refs, annotations, categories, dropped: Counter, changed: Counter
+    ) -> dict:
+        """A row whose segmentations are as annotated yet, counting what is left out and what is changed."""
+        width, height = size
+        annotated_size = annotated_size_of(image) or size
+        scale = (width / annotated_size[0], height / annotated_size[1])
+        if scale != (1.0, 1.0):
+            changed["pictures have another size than annotated, boxes and masks are scaled to it"] += 1
+        objects, sentences, indices = [], [], {}
+        for ref in refs:
+            said = [sentence for sentence in ref["sentences"] if has_words(sentence.get("sent"))]
+            if len(said) < len(ref["sentences"]):
+                dropped["expressions without words"] += len(ref["sentences"]) - len(said)
+            if not said:
+                continue
+            annotation = annotations.get(ref["ann_id"])
+            if annotation is None:
+                dropped["expressions of objects that instances.json lacks"] += len(said)
+                continue
+            if ref["ann_id"] not in indices:
+                annotated_box = to_xyxy(annotation.get("bbox"), scale)
+                box_xyxy = annotated_box and clip_box(annotated_box, width, height)
+                if box_xyxy and self.config.integer_boxes:
+                    box_xyxy = clip_box([int(value) for value in box_xyxy], width, height)
+                if box_xyxy is None:
+                    dropped["expressions of objects without a box in the picture"] += len(said)
+                    continue
+                if not self.config.integer_boxes and box_xyxy != annotated_box:
+                    changed["boxes are cut at their picture's edge"] += 1
+                indices[ref["ann_id"]] = len(objects)
+                objects.append(
+                    {
+                        "object_id": f"{self.picture_source}_{ref['ann_id']}",
+                        "box": box_xyxy,
+                        "boxes": [box_xyxy],
+                        "category": categories.get(annotation.get("category_id")),
+                        "segmentation": annotation.get("segmentation"),
+                    }
+                )
+            for sentence in said:
+                text = sentence["sent"].strip()  # `raw` is not in lower case
+                phrase = {"start": 0, "end": len(text), "objects": [indices[ref["ann_id"]]], "types": []}
+                sentence_id = f"{self.config.name}_{sentence['sent_id']}"
+                sentences.append({"sentence_id": sentence_id, "text": text, "phrases": [phrase]})
+        return {
+            "image_id": f"{self.picture_source}_{image['id']}",
+            "image": path,
+            "width": width,
+            "height": height,
+            "annotated_size": annotated_size,
+            "objects": objects,
+            "sentences": sentences,
+        }
+
+
+def read_instances(path: Path, annotation_ids: set[int]) -> tuple[dict, dict, dict]:
+    """`instances.json` as (images by id, those annotations by id, category names by id)."""
+    instances = read_json(path)
+    try:
+        return (
+            {image["id"]: image for image in instances["images"]},
+            {item["id"]: item for item in instances["annotations"] if item["id"] in annotation_ids},
+            {category["id"]: category["name"] for category in instances["categories"]},
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no instances.json of the refer API: it should hold images, annotations and categories "
+            f"with their ids ({type(error).__name__}: {error})."
+        ) from error
+
+
+def read_refs(path: Path) -> list[dict]:
+    """
+    The references of a `refs(...).p`, in their order: dicts with `ann_id`, `image_id`, `split` and `sentences`.
+
+    Raises:
+        OSError: if the file is missing or damaged.
+        ValueError: if it holds anything but references.
+    """
+    refs = read_pickle(path)
+    needed = {"ann_id", "image_id", "split", "sentences"}
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) and needed <= ref.keys() for ref in refs):
+        raise ValueError(f"{str(path)!r} is no refs(...).p of the refer API: a list of dicts with {sorted(needed)}.")
+    return refs
+
+
+def annotated_size_of(image: dict) -> tuple[int, int] | None:
+    """(width, height) of an entry of an annotation file; None where it tells none."""
+    size = (image.get("width"), image.get("height"))
+    return size if all(is_number(side) and side > 0 for side in size) else None
+
+
+def to_xyxy(box_xywh, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | None:
+    """
+    An annotated box [x, y, width, height] as [left, top, right, bottom], scaled by (horizontal, vertical); None where
+    it is no box.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.refcoco import to_xyxy
+
+    >>> to_xyxy([100, 200, 20, 10], scale=(0.5, 1.0))
+    [50.0, 200.0, 60.0, 210.0]
+
+    ```"""
+    if not isinstance(box_xywh, list) or len(box_xywh) != 4 or not all(map(is_number, box_xywh)):
+        return None
+    x, y, width, height = box_xywh
+    across, down = scale
+    return [x * across, y * down, (x + width) * across, (y + height) * down]
+
+
+def has_words(text) -> bool:
+    """Whether it is text of more than spaces."""
+    return isinstance(text, str) and bool(text.strip())
+
+
+def is_number(value) -> bool:
+    """Whether it is a number that a picture can have to do with: finite, and not astronomical."""
+    return isinstance(value, int | float) and abs(value) < 1e9
+
+
+def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
+    """
+    A segmentation of COCO as run-length encoding at the picture's real size.
+
+    Args:
+        segmentation: polygons `[[x, y, x, y, ...], ...]`, run lengths `{"size": [height, width], "counts"}` with
+            counts as a list or a string, or a list of such run lengths.
+        annotated_size (`tuple[int, int]`): (width, height) that polygons are drawn on.
+        size (`tuple[int, int]`): the picture's (width, height); where it is another, the mask is scaled.
+
+    Returns:
+        `dict`: `{"size": [height, width], "counts": str}`, or None where nothing is left of it.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.refcoco import encode_segmentation
+
+    >>> encode_segmentation([[1, 1, 3, 1, 3, 3, 1, 3]], (4, 4), (4, 4))
+    {'size': [4, 4], 'counts': '52203'}
+
+    ```"""
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if not isinstance(parts, list):
+        return None
+    width, height = size
+    try:
+        runs = [run for part in parts if (run := encode_part(part, annotated_size, size)) is not None]
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+    if not runs:
+        return None
+    merged = runs[0] if len(runs) == 1 else coco_mask.merge(runs)
+    if not coco_mask.area(merged):
+        return None
+    return {"size": [height, width], "counts": merged["counts"].decode("ascii")}
+
+
+def encode_part(part, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
+    """One polygon or run-length encoding at `size` (width, height), counts in bytes; None for fewer than 3 points."""
+    width, height = size
+    if isinstance(part, dict):
+        return encode_runs(part, size)
+    if len(part) < 6 or len(part) % 2:
+        return None
+    points = np.array(part, dtype=np.float64).reshape(-1, 2)
+    if not np.isfinite(points).all():
+        return None
+    if tuple(annotated_size) != (width, height):
+        points *= (width / annotated_size[0], height / annotated_size[1])
+    # an edge is followed pixel by pixel, however far away it is
+    np.clip(points, (-width, -height), (2 * width, 2 * height), out=points)
+    return coco_mask.frPyObjects([points.ravel().tolist()], height, width)[0]
+
+
+def encode_runs(runs: dict, size: tuple[int, int]) -> dict:
+    """A run-length encoding moved to `size` (width, height), with counts in bytes."""
+    rows, columns = runs["size"]
+    counts = runs["counts"]
+    if not 0 < rows * columns <= MAX_PIXELS:
+        raise ValueError(f"a mask of {columns} x {rows} pixels")
+    if isinstance(counts, str):
+        counts = uncompress_counts(counts)
+    # pycocotools would read or write past its memory
+    if sum(counts) != rows * columns or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("run lengths that do not fill their picture")
+    encoded = coco_mask.frPyObjects({"size": [rows, columns], "counts": counts}, rows, columns)
+    if (columns, rows) == tuple(size):
+        return encoded
+    mask = Image.fromarray(coco_mask.decode(encoded)).resize(size, Image.Resampling.NEAREST)
+    return coco_mask.encode(np.asfortranarray(mask))
+
+
+def uncompress_counts(text: str) -> list[int]:
+    """
+    The run lengths of COCO's compressed text: five bits a character, lowest first, from the fourth on as differences
+    to the one before the last.
+
+    Raises:
+        ValueError: if the text ends within a number or has other characters.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.refcoco import uncompress_counts
+
+    >>> uncompress_counts("52203")
+    [5, 2, 2, 2, 5]
+
+    ```"""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"a character {character!r} in run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise ValueError("run lengths that end within a number")
+    return counts
+
+
+def _source(name: str, counts: dict[str, tuple]) -> Source:
+    folder, split_by = name.rsplit("_", 1)
+    place = "images/saiapr_tc-12/" if folder == "refclef" else "images/train2014/"
+    return Source(
+        name=name,
+        builder=RefCoco,
+        config_name=name,
+        splits=tuple(counts),
+        files=(f"{folder}/instances.json", f"{folder}/refs({split_by}).p", place),
+        distribution=f"{ANNOTATIONS} {PICTURES['saiapr' if folder == 'refclef' else 'coco']}",
+        counts=counts,
+    )
+
+
+# (images, objects, expressions); None where no two sources agree
+SOURCES = [
+    _source(
+        "refcoco_unc",
+        {
+            "train": (16994, 42404, 120624),
+            "val": (1500, 3811, 10834),
+            "testA": (750, 1975, 5657),
+            "testB": (750, 1810, 5095),
+        },
+    ),
+    _source("refcoco_google", dict.fromkeys(("train", "val", "test"), (None, None, None))),
+    _source(
+        "refcoco+_unc",
+        {
+            "train": (16992, 42278, 120191),
+            "val": (1500, 3805, 10758),
+            "testA": (750, 1975, 5726),
+            "testB": (750, 1798, 4889),
+        },
+    ),
+    _source(
+        "refcocog_umd",
+        {"train": (21899, 42226, None), "val": (1300, 2573, 4896), "test": (2600, 5023, None)},
+    ),
+    _source("refcocog_google", {"train": (None, None, 85474), "val": (4650, None, 9536)}),
+    _source("refclef_unc", dict.fromkeys(("train", "val", "testA", "testB", "testC"), (None, None, None))),
+    _source(
+        "refclef_berkeley",
+        {"train": (None, None, 54127), "val": (None, None, 5842), "test": (None, None, 60103)},
+    ),
+]

@@ -1,0 +1,196 @@
+"""What is known of a set, as text: its counts beside the published ones, its files and flags, its statistics."""
+
+import heapq
+import inspect
+import shutil
+import textwrap
+from statistics import mean, median
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .building import Source, flags_of
+
+
+COUNTS = ("images", "objects", "expressions")
+# areas in square pixels up to which COCO calls an object small or medium
+SMALL_AREA, MEDIUM_AREA = 32**2, 96**2
+NUM_LONGEST = 3
+
+
+def format_table(rows: list[list], indent: str = "") -> str:
+    """
+    Rows of cells, the first of them the heading, as lines of one width a column; numbers stand right.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reports import format_table
+
+    >>> table = format_table([["split", "images"], ["train", 16994], ["testA", None]])
+    >>> table.splitlines()
+    ['split  images', 'train  16,994', 'testA       -']
+
+    ```"""
+    columns = list(zip(*rows, strict=True))
+    aligns = ["<" if all(isinstance(value, str) for value in column[1:]) else ">" for column in columns]
+    widths = [max(len(format_cell(value)) for value in column) for column in columns]
+    template = "  ".join(f"{{:{align}{width}}}" for align, width in zip(aligns, widths, strict=True))
+    lines = [template.format(*map(format_cell, row)) for row in rows]
+    return "\n".join(indent + line.rstrip() for line in lines)
+
+
+def format_cell(value) -> str:
+    """A number with its thousands apart, "-" for what is not known, a text as it is."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def flatten(table: pa.Table, *path: str) -> pa.Array:
+    """What lies at a path of fields, lists joined: `flatten(table, "objects", "object_id")`."""
+    column = table[path[0]].combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    for name in path[1:]:
+        column = pc.struct_field(pc.list_flatten(column), name)
+    return column
+
+
+def table_of(rows: datasets.Dataset, *columns: str) -> pa.Table:
+    """Some columns of a split as an Arrow table."""
+    return rows.select_columns(list(columns)).with_format("arrow")[:]
+
+
+def count_split(rows: datasets.Dataset) -> dict[str, int]:
+    """
+    Images, objects and expressions of a split; an expression is a phrase: whatever is asked for by itself.
+
+    Example:
+
+    ```python
+    >>> import data_scripts
+    >>> from data_scripts.reports import count_split
+
+    >>> count_split(data_scripts.load("shapes", split="test", num_train=1, num_validation=1, num_test=2))
+    {'images': 2, 'objects': 5, 'expressions': 12}
+
+    ```"""
+    table = table_of(rows, "objects", "sentences")
+    if not len(table):
+        return dict.fromkeys(COUNTS, 0)
+    numbers = (len(table), pc.sum(pc.list_value_length(table["objects"])).as_py())
+    phrases = pc.sum(pc.list_value_length(flatten(table, "sentences", "phrases"))).as_py()
+    return dict(zip(COUNTS, (*numbers, phrases or 0), strict=True))
+
+
+def published_counts(source: Source, split: str) -> dict[str, int | None]:
+    """What the authors count in a split, None where it is not known."""
+    return dict(zip(COUNTS, source.counts.get(split, (None,) * 3), strict=True))
+
+
+def format_counts(source: Source, counts: dict[str, dict[str, int]]) -> str:
+    """Counts of each split beside the published ones."""
+    if not any(value is not None for numbers in source.counts.values() for value in numbers):
+        return format_table(
+            [["split", *COUNTS], *([split, *map(found.get, COUNTS)] for split, found in counts.items())]
+        )
+    rows = [["split", *(heading for name in COUNTS for heading in (name, "published"))]]
+    for split, found in counts.items():
+        published = published_counts(source, split)
+        rows.append([split, *(numbers[name] for name in COUNTS for numbers in (found, published))])
+    return format_table(rows)
+
+
+def list_sources(sources: dict[str, Source]) -> str:
+    """A line a set: its splits, what it is known to hold, and the files that it needs."""
+    rows = [["name", "images", "expressions", "splits", "files"]]
+    for name, source in sources.items():
+        rows.append([name, total(source, "images"), total(source, "expressions"), ", ".join(source.splits)])
+        rows[-1].append(", ".join(source.files) or "none, it is drawn")
+    width = shutil.get_terminal_size((119, 24)).columns
+    lines = format_table(rows).splitlines()
+    return "\n".join(line if len(line) <= width else line[: width - 3] + "..." for line in lines)
+
+
+def total(source: Source, name: str) -> int | None:
+    """A published count over all splits, None where one of them is not known."""
+    numbers = [published_counts(source, split)[name] for split in source.splits]
+    return None if None in numbers else sum(numbers)
+
+
+def describe_source(source: Source) -> str:
+    """All that is known of a set before it is built: splits, files, where they come from, flags."""
+    counts = [["split", *COUNTS]]
+    counts += [[split, *published_counts(source, split).values()] for split in source.splits]
+    parts = [f"{source.name} (builder {source.builder.__name__}, configuration {source.config_name!r})"]
+    parts.append("published counts:\n" + format_table(counts, indent="  "))
+    parts.append("files in --data_dir:\n" + "\n".join(f"  {name}" for name in source.files or ("none",)))
+    parts.append(textwrap.fill(source.distribution, 100))
+    flags = [f"  --{name} ({item.default!r})" for name, item in flags_of(source).items()]
+    if flags:
+        documentation = inspect.getdoc(source.builder.BUILDER_CONFIG_CLASS) or ""
+        parts.append("flags and what they are by default:\n" + "\n".join(flags))
+        parts.append(documentation.removeprefix("Args:\n"))
+    return "\n\n".join(parts)
+
+
+def summarize(rows: datasets.Dataset) -> tuple[dict, list[str]]:
+    """
+    Figures of a split, and its longest sentences.
+
+    Returns:
+        `dict`: what the figure is -> its value. `list[str]`: the sentences, the longest first.
+    """
+    sizes, phrases, words, areas, masks, longest = [], [], [], [], 0, []
+    for row in rows.select_columns(["width", "height", "objects", "sentences"]):
+        sizes.append((row["width"], row["height"]))
+        for item in row["objects"]:
+            x0, y0, x1, y1 = item["box"]
+            areas.append(((x1 - x0) * (y1 - y0), (x1 - x0) * (y1 - y0) / (row["width"] * row["height"])))
+            masks += item["segmentation"] is not None
+        for sentence in row["sentences"]:
+            phrases.append(len(sentence["phrases"]))
+            words.append(len(sentence["text"].split()))
+        longest = heapq.nlargest(NUM_LONGEST, {*longest, *(item["text"] for item in row["sentences"])}, key=len)
+
+    def share(count: int, of: list) -> str:
+        return f"{100 * count / len(of):.1f}%" if of else "-"
+
+    small = sum(area <= SMALL_AREA for area, _ in areas)
+    large = sum(area > MEDIUM_AREA for area, _ in areas)
+    figures = {
+        "images": len(sizes),
+        "objects": len(areas),
+        "sentences": len(words),
+        "expressions (phrases)": sum(phrases),
+        "sentences an image": len(words) / len(sizes) if sizes else None,
+        "phrases a sentence, mean": float(mean(phrases)) if phrases else None,
+        "phrases a sentence, most": max(phrases, default=None),
+        "words a sentence, mean": float(mean(words)) if words else None,
+        "words a sentence, median": float(median(words)) if words else None,
+        "words a sentence, most": max(words, default=None),
+        "image width, median": round(median(width for width, _ in sizes)) if sizes else None,
+        "image height, median": round(median(height for _, height in sizes)) if sizes else None,
+        f"boxes up to {SMALL_AREA:,} px² (small)": share(small, areas),
+        f"boxes up to {MEDIUM_AREA:,} px² (medium)": share(len(areas) - small - large, areas),
+        "larger boxes": share(large, areas),
+        "box of its image, median": f"{100 * median(part for _, part in areas):.1f}%" if areas else None,
+        "objects with a mask": share(masks, areas),
+    }
+    return figures, longest
+
+
+def format_statistics(splits: dict[str, datasets.Dataset]) -> str:
+    """Figures of all splits side by side, and the longest sentences of each."""
+    summaries = {split: summarize(rows) for split, rows in splits.items()}
+    names = next(iter(summaries.values()))[0]
+    table = [["", *summaries], *([name, *(figures[name] for figures, _ in summaries.values())] for name in names)]
+    lines = [format_table(table)]
+    for split, (_, longest) in summaries.items():
+        lines.append(f"\nlongest sentences of {split}:")
+        for text in longest:
+            lines.append(textwrap.shorten(f"  {len(text)} characters: {text}", 110, placeholder=" ..."))
+    return "\n".join(lines)

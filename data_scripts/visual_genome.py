@@ -1,0 +1,345 @@
+"""
+Region descriptions of Visual Genome, from the files that its authors publish:
+
+    data_dir/
+      region_descriptions.json    [{"id", "regions": [{"region_id", "phrase", "x", "y", "width", "height"}, ...]}, ...]
+      image_data.json             [{"image_id", "width", "height", "coco_id", ...}, ...]
+      VG_100K/  VG_100K_2/        the pictures, <image_id>.jpg, in either folder; or both below images/
+
+A row is an image with an object and a sentence for each region, in the order of region_descriptions.json, which is
+read image by image (it has 5.4 million regions).
+
+About half of the pictures are COCO's, among them validation and test pictures of RefCOCO, RefCOCO+ and RefCOCOg.
+Name those sets in `exclude`, or their list of held-out pictures in `held_out_file`, and the pictures stay out.
+`image_id` is "vg_<id>", or "vg_<id>_coco_<COCO's id>" (`combine.coco_id`).
+"""
+
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from datasets.utils import tqdm
+
+from .building import GroundingBuilder, Source, clip_box, fingerprint
+from .reading import read_json
+from .refcoco import RefCoco, annotated_size_of, has_words, read_refs, to_xyxy
+from .schema import FEATURES
+
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "VisualGenome", "VisualGenomeConfig", "held_out_coco_ids", "write_held_out"]
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_PLACES = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images/VG_100K_2/VG_100K_2")
+DISTRIBUTION = (
+    "Visual Genome's authors publish region_descriptions.json.zip, image_data.json.zip, images.zip (VG_100K) and "
+    "images2.zip (VG_100K_2); extract them into data_dir."
+)
+IMAGES_A_SHARD = 1000
+MAX_IMAGE_BYTES = 64 << 20  # of region_descriptions.json for one image; more is a damaged file
+
+
+@dataclass
+class VisualGenomeConfig(datasets.BuilderConfig):
+    """
+    Args:
+        exclude (`list[str]`): sets of the refer API, for example ["refcoco_unc", "refcocog_umd"], whose validation
+            and test pictures are left out.
+        exclude_data_dir (`str`, *optional*): where the files of those sets lie, `data_dir` by default.
+        held_out_file (`str`, *optional*): a list of COCO ids to leave out, as `write_held_out` writes it.
+        validation_images (`int`): pictures drawn for a split "validation"; with 0 all are in "train".
+        seed (`int`): another seed draws others.
+        image_dir (`str`, *optional*): one folder of all pictures; absent: each is looked for in `IMAGE_PLACES`.
+    """
+
+    exclude: list[str] = field(default_factory=list)
+    exclude_data_dir: str | None = None
+    held_out_file: str | None = None
+    validation_images: int = 0
+    seed: int = 0
+    image_dir: str | None = None
+
+
+class VisualGenome(GroundingBuilder):
+    """Region descriptions of Visual Genome, without pictures that other sets hold out."""
+
+    BUILDER_CONFIG_CLASS = VisualGenomeConfig
+    BUILDER_CONFIGS = [VisualGenomeConfig(name="visual_genome", version=GroundingBuilder.VERSION)]
+    DEFAULT_CONFIG_NAME = "visual_genome"
+
+    def __init__(self, *args, hash=None, **kwargs):
+        excluded_from = kwargs.get("exclude_data_dir") or kwargs.get("data_dir")
+        files = [] if kwargs.get("held_out_file") is None else [Path(kwargs["held_out_file"])]
+        if excluded_from is not None:
+            files += [refs_file(name, excluded_from) for name in kwargs.get("exclude", ())]
+        super().__init__(*args, hash=fingerprint([path for path in files if path.exists()], hash), **kwargs)
+
+    @classmethod
+    def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
+        """Regions and images."""
+        return [Path(data_dir) / "region_descriptions.json", Path(data_dir) / "image_data.json"]
+
+    def _split_generators(self, dl_manager):
+        config = self.config
+        files = [] if config.data_dir is None else self.annotation_files(config.data_dir, config.name)
+        self.need_files(files, DISTRIBUTION)
+        regions_file, images_file = files
+        images = read_images(images_file)
+        held_out = self.held_out()
+        dropped = Counter()
+        spans = {}  # image id -> (first byte, number of bytes) in region_descriptions.json
+        holders = ", ".join(config.exclude) or config.held_out_file
+        for start, length, entry in tqdm(scan_list(regions_file), desc="Reading the regions", unit=" images"):
+            if not isinstance(entry.get("regions"), list):
+                raise ValueError(
+                    f"{str(regions_file)!r} is no region_descriptions.json of Visual Genome: a list of images with id "
+                    f"and regions, not with {sorted(entry)}."
+                )
+            image = images.get(entry.get("id"))
+            if image is None:
+                dropped["images that image_data.json lacks"] += 1
+            elif image["coco_id"] in held_out:
+                dropped[f"images that are held out in {holders}"] += 1
+            elif entry["id"] in spans:
+                dropped["images that are there twice"] += 1
+            else:
+                spans[entry["id"]] = (start, length)
+        paths = self.find_pictures(spans)
+        sizes = self.read_sizes(
+            {paths[image_id]: annotated_size_of(images[image_id]) for image_id in spans},
+            f"{DISTRIBUTION} They are looked for in image_dir, or below data_dir in {', '.join(IMAGE_PLACES)}.",
+        )
+        self.report_dropped("all", dropped)
+        if not 0 <= config.validation_images < max(len(spans), 1):
+            raise ValueError(
+                f"validation_images={config.validation_images} must be at least 0, and less than the {len(spans)} "
+                "images that there are."
+            )
+        drawn = set(random.Random(config.seed).sample(sorted(spans), config.validation_images))
+        generators = []
+        for split, wanted in (("train", spans.keys() - drawn), ("validation", drawn)):
+            records = [
+                {
+                    "image_id": image_id,
+                    "coco_id": images[image_id]["coco_id"],
+                    "path": paths[image_id],
+                    "size": sizes[paths[image_id]],
+                    "annotated_size": annotated_size_of(images[image_id]) or sizes[paths[image_id]],
+                    "span": span,
+                }
+                for image_id, span in spans.items()
+                if image_id in wanted
+            ]
+            if records or split == "train":
+                shards = [records[first : first + IMAGES_A_SHARD] for first in range(0, len(records), IMAGES_A_SHARD)]
+                gen_kwargs = {"split": split, "regions_file": str(regions_file), "shards": shards}
+                generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
+        return generators
+
+    def _generate_examples(self, split, regions_file, shards):
+        dropped, changed = Counter(), Counter()
+        with open(regions_file, "rb") as file:
+            for record in (record for shard in shards for record in shard):
+                start, length = record["span"]
+                file.seek(start)
+                row = make_row(record, json.loads(file.read(length))["regions"], dropped, changed)
+                if row["sentences"]:
+                    yield row["image_id"], row
+        self.report_dropped(split, dropped)
+        self.report_changed(split, changed)
+
+    def held_out(self) -> set[int]:
+        """The COCO ids that the configuration leaves out."""
+        config = self.config
+        if not config.exclude and config.held_out_file is None:
+            logger.warning(
+                f"{config.name}: nothing is left out; validation and test pictures of RefCOCO, RefCOCO+ and RefCOCOg "
+                'are among the pictures. Name the sets that you evaluate on: exclude=["refcoco_unc", ...].'
+            )
+        ids = set() if config.held_out_file is None else read_held_out(config.held_out_file)
+        return ids | held_out_coco_ids(config.exclude, config.exclude_data_dir or config.data_dir)
+
+    def find_pictures(self, image_ids) -> dict[int, str]:
+        """Image id -> path of its picture, whether or not it is there."""
+        if self.config.image_dir is not None:
+            places = [Path(self.config.image_dir)]
+        else:
+            places = [Path(self.config.data_dir) / place for place in IMAGE_PLACES]
+        present = {path.name: str(path) for place in reversed(places) if place.is_dir() for path in place.iterdir()}
+        return {image_id: present.get(f"{image_id}.jpg", str(places[0] / f"{image_id}.jpg")) for image_id in image_ids}
+
+
+def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Counter) -> dict:
+    """An image's row of its regions, counting what is left out and what is changed."""
+    width, height = record["size"]
+    scale = (width / record["annotated_size"][0], height / record["annotated_size"][1])
+    if scale != (1.0, 1.0):
+        changed["pictures have another size than annotated, boxes are scaled to it"] += 1
+    objects, sentences = [], []
+    for region in regions:
+        if not has_words(region.get("phrase")):
+            dropped["regions without words"] += 1
+            continue
+        text = region["phrase"].strip()
+        annotated_box = to_xyxy([region.get(key) for key in ("x", "y", "width", "height")], scale)
+        box_xyxy = annotated_box and clip_box(annotated_box, width, height)
+        if box_xyxy is None:
+            dropped["regions without a box in the picture"] += 1
+            continue
+        if box_xyxy != annotated_box:
+            changed["boxes are cut at their picture's edge"] += 1
+        phrase = {"start": 0, "end": len(text), "objects": [len(objects)], "types": []}
+        name = f"vg_{region['region_id']}"
+        objects.append(
+            {"object_id": name, "box": box_xyxy, "boxes": [box_xyxy], "category": None, "segmentation": None}
+        )
+        sentences.append({"sentence_id": name, "text": text, "phrases": [phrase]})
+    coco = "" if record["coco_id"] is None else f"_coco_{record['coco_id']}"
+    return {
+        "image_id": f"vg_{record['image_id']}{coco}",
+        "image": record["path"],
+        "width": width,
+        "height": height,
+        "objects": objects,
+        "sentences": sentences,
+    }
+
+
+def read_images(path: Path) -> dict[int, dict]:
+    """`image_data.json` by image id."""
+    try:
+        return {
+            image["image_id"]: {key: image[key] for key in ("width", "height", "coco_id")} for image in read_json(path)
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no image_data.json of Visual Genome: a list of images with image_id, width, height and "
+            f"coco_id ({type(error).__name__}: {error})."
+        ) from error
+
+
+def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[int, int, dict]]:
+    """
+    The objects of a JSON file that is one list, in turn, without reading the whole of it.
+
+    Args:
+        path (`str` or `Path`): the file, `[{...}, {...}, ...]`.
+        chunk_bytes (`int`): how much is read at a time.
+
+    Yields:
+        (first byte, number of bytes, object); its texts are in latin-1, read the bytes for the true ones.
+
+    Raises:
+        OSError: if the file is damaged or is no list of objects, saying where.
+    """
+    decoder = json.JSONDecoder()
+    with open(path, "rb") as file:
+        # a character a byte, so that positions in the text are positions in the file
+        text, base, position, expected = "", 0, 0, "["
+
+        def damaged(reason):
+            return OSError(f"{str(path)!r} is damaged at byte {base + position}: {reason}.")
+
+        while True:
+            while position < len(text) and text[position] in " \t\r\n":
+                position += 1
+            if position == len(text):
+                chunk = file.read(chunk_bytes)
+                if not chunk:
+                    raise damaged("it ends before its list does")
+                base, text, position = base + position, chunk.decode("latin-1"), 0
+            elif text[position] not in expected:
+                raise damaged(f"{' or '.join(expected)} was expected")
+            elif text[position] == "]":
+                return
+            elif text[position] == "{":
+                try:
+                    value, end = decoder.raw_decode(text, position)
+                except RecursionError as error:
+                    raise damaged(str(error)) from error
+                except ValueError as error:  # an object that goes on in the next chunk
+                    chunk = file.read(max(chunk_bytes, len(text) - position))
+                    if not chunk or len(text) - position > MAX_IMAGE_BYTES:
+                        raise damaged(str(error)) from error
+                    base, text, position = base + position, text[position:] + chunk.decode("latin-1"), 0
+                    continue
+                yield base + position, end - position, value
+                position, expected = end, ",]"
+            else:
+                expected = "{]" if text[position] == "[" else "{"
+                position += 1
+
+
+def refs_file(name: str, data_dir: str | Path) -> Path:
+    """The file that tells which pictures a set of the refer API holds out."""
+    known = [config.name for config in RefCoco.BUILDER_CONFIGS if not config.name.startswith("refclef")]
+    if name not in known:
+        raise ValueError(f"{name!r} is no set with pictures of COCO; there are: {', '.join(known)}.")
+    return RefCoco.annotation_files(Path(data_dir), name)[1]
+
+
+def held_out_coco_ids(names: list[str], data_dir: str | Path) -> set[int]:
+    """
+    COCO ids of all validation and test pictures of sets of the refer API.
+
+    Args:
+        names (`list[str]`): the sets, for example ["refcoco_unc", "refcoco+_unc", "refcocog_umd"].
+        data_dir (`str` or `Path`): where their files lie.
+
+    Raises:
+        ValueError: if a set is not known, or its pictures are not COCO's.
+        OSError: if a file is missing or damaged.
+    """
+    files = [refs_file(name, data_dir) for name in names]
+    return {ref["image_id"] for path in files for ref in read_refs(path) if ref["split"] != "train"}
+
+
+def write_held_out(path: str | Path, names: list[str], data_dir: str | Path) -> int:
+    """
+    Write a list of held-out pictures for `held_out_file`, so that the sets need not lie where Visual Genome is built.
+
+    Args:
+        path (`str` or `Path`): the file to write, JSON: `{"sets": [...], "coco_ids": [...]}`.
+        names, data_dir: see `held_out_coco_ids`.
+
+    Returns:
+        `int`: the number of pictures.
+    """
+    ids = sorted(held_out_coco_ids(names, data_dir))
+    Path(path).write_text(json.dumps({"sets": list(names), "coco_ids": ids}) + "\n")
+    return len(ids)
+
+
+def read_held_out(path: str | Path) -> set[int]:
+    """
+    The COCO ids of a file that `write_held_out` wrote.
+
+    Raises:
+        OSError: if it is missing or damaged.
+        ValueError: if it holds no list of ids.
+    """
+    content = read_json(path)
+    ids = content.get("coco_ids") if isinstance(content, dict) else None
+    if not isinstance(ids, list) or not all(type(value) is int for value in ids):
+        raise ValueError(f'{str(path)!r} is no list of held-out pictures: {{"coco_ids": [1, 2, ...]}} was expected.')
+    return set(ids)
+
+
+SOURCES = [
+    Source(
+        name="visual_genome",
+        builder=VisualGenome,
+        config_name="visual_genome",
+        splits=("train",),
+        files=("region_descriptions.json", "image_data.json", "VG_100K/", "VG_100K_2/"),
+        distribution=DISTRIBUTION,
+        counts={"train": (108077, None, None)},
+    )
+]

@@ -1,0 +1,85 @@
+"""
+The builders as scripts of datasets 3.6, which copies a script and the siblings that it imports to another place: rows
+are the same as of `data_scripts.load`. Files are made by `tests/layout_<builder module>.py`, where there is one.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+MODULES = tempfile.TemporaryDirectory()
+os.environ["HF_MODULES_CACHE"] = MODULES.name  # where scripts are copied to; read when datasets is imported
+
+import datasets  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import data_scripts  # noqa: E402 -- found by the line above
+
+
+SMALL = {"shapes": {"num_train": 3, "num_validation": 2, "num_test": 2}}
+
+
+def module_of(source) -> str:
+    return source.builder.__module__.rpartition(".")[2]
+
+
+def layout_of(source) -> str | None:
+    """The module that makes a source's files: `layout_flickr30k` for the builder module `flickr30k_entities`."""
+    names = [path.stem.removeprefix("layout_") for path in (ROOT / "tests").glob("layout_*.py")]
+    return max((name for name in names if module_of(source).startswith(name)), key=len, default=None)
+
+
+SOURCES = [
+    source
+    for source in data_scripts.SOURCES.values()
+    if source.builder.__module__.startswith("data_scripts.") and (module_of(source) in SMALL or layout_of(source))
+]
+
+
+def test_this_is_the_old_library():
+    assert datasets.__version__.startswith("3.6.")
+    assert SOURCES
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_script_gives_the_same_rows(source, num_proc, tmp_path):
+    flags = SMALL.get(module_of(source), {})
+    folder = tmp_path / "files"
+    folder.mkdir()
+    data_dir = None
+    if module_of(source) not in SMALL:
+        layout = layout_of(source)
+        make = getattr(importlib.import_module(f"layout_{layout}"), f"make_{layout}")
+        named = {"name": source.name} if "name" in inspect.signature(make).parameters else {}
+        make(folder, **named)
+        data_dir = str(folder)
+        missing = [path for path in source.builder.annotation_files(folder, source.config_name) if not path.exists()]
+        if missing:
+            pytest.skip(f"layout_{layout} makes no {missing[0].relative_to(folder)}")
+    loaded = datasets.load_dataset(
+        str(Path(inspect.getfile(source.builder))),
+        source.config_name,
+        data_dir=data_dir,
+        cache_dir=str(tmp_path / "cache"),
+        num_proc=num_proc,
+        trust_remote_code=True,
+        **flags,
+    )
+    expected = data_scripts.load(source.name, data_dir=data_dir, cache_dir=str(tmp_path / "other"), **flags)
+    assert set(loaded) == set(expected) <= set(source.splits)
+    for split, rows in loaded.items():
+        assert rows.features == data_scripts.FEATURES
+        raw, wanted = (
+            part.cast_column("image", datasets.Image(decode=False)).to_list() for part in (rows, expected[split])
+        )
+        assert raw == wanted

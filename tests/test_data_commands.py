@@ -1,0 +1,387 @@
+"""`python -m data_scripts` as it is typed, on drawn shapes and on a small source of files."""
+
+import copy
+import io
+import json
+import os
+import random
+
+import datasets
+import numpy as np
+import pytest
+from layout_toy import make_row, make_toy, save_picture
+from local_hub import Hub
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from conftest import ROOT
+from data_scripts import FEATURES, SOURCES, exporting, load
+
+
+# the module itself, in a process that knows one source more
+WITH_TOY = "import runpy, layout_toy; runpy.run_module('data_scripts', run_name='__main__')"
+SMALL = ("--num_train", "4", "--num_validation", "2", "--num_test", "2", "--image_size", "64")
+
+
+@pytest.fixture
+def command(run, tmp_path):
+    """Runs a command on the toy source in a folder, with a cache of its own."""
+
+    def run_command(name, *words, folder=tmp_path / "toy", check=True, **environment):
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        where = ("--data_dir", folder, "--cache_dir", tmp_path / "cache")
+        return run("-c", WITH_TOY, name, "toy", *where, *words, check=check, PYTHONPATH=path, **environment)
+
+    return run_command
+
+
+@pytest.fixture
+def toy(tmp_path):
+    (tmp_path / "toy").mkdir()
+    return tmp_path / "toy"
+
+
+def refused(result, *words):
+    """A failed command says a sentence and shows no traceback; the sentence."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    errors = result.stderr[result.stderr.index("error: ") :]
+    for word in words:
+        assert word in errors
+    return errors
+
+
+@pytest.mark.parametrize("name", [None, "list", "build", "check", "export", "preview", "stats"])
+def test_help_fits_a_screen(run, name):
+    result = run("-m", "data_scripts", *([name] if name else []), "--help", COLUMNS="80")
+    assert len(result.stdout.splitlines()) <= 40
+    assert "usage: python -m data_scripts" in result.stdout
+
+
+def test_list(run, command, toy):
+    lines = run("-m", "data_scripts", "list", COLUMNS="80").stdout.splitlines()
+    assert lines[0].split() == ["name", "images", "expressions", "splits", "files"]
+    assert any(line.startswith("shapes ") for line in lines)
+    assert max(map(len, lines)) <= 80
+    details = run("-m", "data_scripts", "list", "shapes").stdout
+    assert "--image_size (96)" in details
+    assert "at least 32" in details
+    refused(run("-m", "data_scripts", "list", "shape", check=False), "no data set 'shape'", "shapes")
+
+
+def test_list_tells_where_files_come_from(run):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    details = run("-c", WITH_TOY, "list", "toy", PYTHONPATH=path).stdout
+    for words in ("testA.json", "pictures/", "made by the tests", "--limit (0)"):
+        assert words in details
+    assert ["testA", "2", "-", "-"] in [line.split() for line in details.splitlines()]
+
+
+def test_build_prints_counts_beside_the_published_ones(command, toy):
+    make_toy(toy)
+    lines = command("build", "--num_proc", "2").stdout.splitlines()
+    assert lines[1].split() == ["train", "6", "6", "6", "6", "6", "6"]
+    assert lines[2].split() == ["testA", "2", "2", "2", "-", "2", "-"]
+    lines = command("build", "--limit", "1", "--prefix=see: ").stdout.splitlines()
+    assert lines[1].split() == ["train", "1", "6", "1", "6", "1", "6"]
+
+
+def test_wrong_words_are_refused(command, toy):
+    make_toy(toy)
+    refused(command("build", "--limits", "3", check=False), "'--limits'", "--limit, --prefix")
+    refused(command("build", "again", check=False), "'again'")
+    refused(command("build", "--num_proc", "0", check=False), "--num_proc 0")
+    refused(command("preview", "--output", "x.png", "--split", "dev", check=False), "no split 'dev'", "train, testA")
+    refused(command("build", "--limit", "[", check=False), "--limit '['")
+
+
+def test_missing_files_and_pictures_are_named(command, toy):
+    sentence = refused(command("build", check=False), "train.json", "Ask the tests")
+    assert str(toy) in sentence
+    make_toy(toy)
+    for index in range(3):
+        (toy / f"pictures/train_{index}.jpg").unlink()
+    refused(command("build", check=False), "3 pictures", "train_0.jpg", "train_2.jpg")
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_what_a_builder_refuses_is_its_sentence(command, toy, num_proc):
+    rows = {"train": [make_row("train", i) for i in range(3)], "testA": [make_row("testA", 0)]}
+    rows["train"][1]["image_id"] = "raises"
+    make_toy(toy, rows)
+    errors = refused(command("build", "--num_proc", num_proc, check=False))
+    assert errors.strip().endswith("error: The row 'raises' cannot be read: take it out.")
+
+
+def break_pictures(folder, rows) -> list[str]:
+    """Break one picture a row, in five ways by turns; returns their names."""
+    for index, row in enumerate(rows):
+        path = folder / row["image"]
+        content = path.read_bytes()
+        share = (0, 0.3, 0.9, 0.999)
+        path.write_bytes(b"this is no picture" if index % 5 == 4 else content[: int(len(content) * share[index % 5])])
+    return [row["image"] for row in rows]
+
+
+def test_broken_pictures_are_found_and_good_ones_are_not(command, toy):
+    """R2: 20 of 20 broken ones, no false alarm in 1,000."""
+    rows = {"train": [make_row("train", index) for index in range(1020)], "testA": [make_row("testA", 0)]}
+    make_toy(toy, rows)
+    for index, row in enumerate(rows["train"][:400]):  # every way that pictures are stored
+        settings = [{"progressive": True}, {"quality": 40, "subsampling": 2}, {"optimize": True}, {"comment": b"x"}]
+        save_picture(toy / row["image"], seed=index, **settings[index % 4])
+    for row in rows["train"][400:420]:
+        Image.open(toy / row["image"]).convert("CMYK").save(toy / row["image"])
+    for row in rows["train"][420:440]:
+        Image.open(toy / row["image"]).convert("L").save(toy / row["image"])
+    assert "All pictures decode." in command("build", "--verify", "--num_proc", "2").stdout
+    broken = break_pictures(toy, random.Random(0).sample(rows["train"], 20))
+    sentence = refused(command("build", check=False))  # headers alone
+    assert all(name in sentence for name in (*broken[0::5], *broken[4::5]))
+    sentence = refused(command("build", "--verify", "--num_proc", "2", check=False), "20 pictures")
+    assert all(name in sentence for name in broken)
+
+
+def spoil(rows):
+    """Put one fault of each kind into rows; returns split -> [(kind, image id, words of the message)]."""
+    train = rows["train"]
+    expected = []
+
+    def fault(index, kind, words):
+        expected.append((kind, train[index]["image_id"], words))
+        return train[index]["objects"][0], train[index]["sentences"][0]
+
+    fault(0, "box", "48 x 32")[0].update(box=[10, 8, 60, 20], boxes=[[10, 8, 60, 20]], segmentation=None)
+    fault(1, "box", "no box")[0].update(box=[30, 8, 10, 20], boxes=[[30, 8, 10, 20]], segmentation=None)
+    fault(2, "box", "nan")[0].update(box=[float("nan")] * 4, segmentation=None)
+    fault(3, "box", "union")[0].update(boxes=[[10.4, 8.2, 20, 20]])
+    fault(4, "mask", "[32, 47]")[0]["segmentation"]["size"] = [32, 47]
+    fault(5, "mask", "more than 2 pixels")[0].update(box=[10, 8, 37, 20], boxes=[[10, 8, 37, 20]])
+    fault(6, "mask", "runs cover 1488")[0]["segmentation"]["counts"] = empty_counts(height=31)
+    fault(7, "mask", "no pixel")[0]["segmentation"]["counts"] = empty_counts(height=32)
+    fault(8, "phrase", "holds no word")[1]["phrases"][0].update(start=3, end=4)
+    fault(9, "phrase", "no span")[1]["phrases"][0].update(end=999)
+    fault(10, "phrase", "[1]")[1]["phrases"][0].update(objects=[1])
+    fault(11, "phrase", "names no object")[1]["phrases"][0].update(objects=[])
+    fault(12, "sentence", "blank")[1].update(text=" ")
+    fault(13, "picture", "48 x 32")
+    train[13].update(width=47)
+    train[13]["objects"][0]["segmentation"] = None
+    fault(14, "mask", "run-length")[0]["segmentation"]["counts"] = "\u00e9\u00e9"
+    return expected
+
+
+def empty_counts(height):
+    return coco_mask.encode(np.zeros((height, 48), np.uint8, order="F"))["counts"].decode()
+
+
+def test_check_finds_every_kind_of_fault(command, toy):
+    rows = {"train": [make_row("train", index) for index in range(40)], "testA": [make_row("testA", 0)]}
+    expected = spoil(rows)
+    rows["train"][20]["image_id"] = rows["train"][21]["image_id"]
+    rows["train"][22]["sentences"][0]["sentence_id"] = rows["train"][23]["sentences"][0]["sentence_id"]
+    rows["train"][24]["objects"][0]["object_id"] = rows["train"][25]["objects"][0]["object_id"]
+    rows["testA"].append({**copy.deepcopy(rows["train"][30]), "objects": [], "sentences": []})
+    rows["train"][31]["sentences"][0]["phrases"] = []
+    make_toy(toy, rows)
+    path = toy / rows["train"][35]["image"]
+    path.write_bytes(path.read_bytes()[:-20])
+    expected.append(("picture", "train_35", "damaged"))
+
+    result = command("check", "--json", toy / "report.json", "--num_proc", "2", "--limit", "2", check=False)
+    assert result.returncode == 1
+    report = json.loads((toy / "report.json").read_text())
+    assert {(item["kind"], item["image_id"]) for item in report["errors"]} == {
+        *((kind, image_id) for kind, image_id, _ in expected),
+        ("id", None),
+    }
+    for kind, image_id, words in expected:
+        assert any(
+            (item["kind"], item["image_id"]) == (kind, image_id) and words in item["message"]
+            for item in report["errors"]
+        ), (kind, image_id, words)
+    assert len([item for item in report["errors"] if item["kind"] == "id"]) == 3
+    warnings = [item["message"] for item in report["warnings"]]
+    assert "1 image_ids are in 'train' as well" in warnings
+    assert "1 sentences have no phrase" in warnings
+    assert "40 images, published are 6" in warnings
+    assert report["splits"]["testA"] == {
+        "images": 2,
+        "objects": 1,
+        "expressions": 1,
+        "published": {"images": 2, "objects": None, "expressions": None},
+    }
+    assert f"{len(report['errors'])} errors" in result.stdout
+    assert "error: mask: 5\n" in result.stdout
+    assert "... and 3 more" in result.stdout
+    one_process = command("check", "--limit", "2", check=False)
+    assert one_process.stdout == result.stdout
+
+
+def test_check_passes_what_is_right(command, toy, run, tmp_path):
+    rows = {"train": [make_row("train", index) for index in range(6)], "testA": [make_row("testA", 0)]}
+    rows["train"][0]["objects"][0]["segmentation"] = None
+    make_toy(toy, rows)
+    # stored turned, with the tag that says so: the row has the upright size
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save_picture(toy / rows["train"][1]["image"], size=(32, 48), exif=exif.tobytes())
+    result = command("check")
+    assert "toy: 0 errors, 1 warnings." in result.stdout
+    assert "warning: count: 1" in result.stdout
+    result = run("-m", "data_scripts", "check", "shapes", *SMALL, "--cache_dir", tmp_path / "cache")
+    assert result.stdout.endswith("shapes: 0 errors, 0 warnings.\n")
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_export_is_found_by_plain_datasets(command, toy, tmp_path, num_proc):
+    rows = make_toy(toy)
+    output = tmp_path / "export"
+    printed = command("export", "--output", output, "--num_proc", num_proc).stdout
+    assert str(output) in printed
+    loaded = datasets.load_dataset(str(output), cache_dir=str(tmp_path / "other"))
+    assert list(loaded) == ["train", "testA"]
+    assert loaded["testA"].features == FEATURES
+    stored = loaded["train"].cast_column("image", datasets.Image(decode=False))
+    for row, original in zip(stored, rows["train"], strict=True):
+        assert row["image"]["bytes"] == (toy / original["image"]).read_bytes()
+        assert row["image_id"] == original["image_id"]
+        assert row["sentences"] == original["sentences"]
+    assert loaded["train"][0]["image"].size == (48, 32)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "export", "other", "toy"]
+    card = (output / "README.md").read_text()
+    assert "| train | 6 | 6 | 6 |" in card
+    assert "made by the tests" in card
+
+
+def test_export_by_path(command, toy, tmp_path, run):
+    make_toy(toy)
+    output = tmp_path / "export"
+    command("export", "--output", output, "--by_path")
+    loaded = datasets.load_dataset(str(output), split="testA", cache_dir=str(tmp_path / "other"))
+    assert loaded.cast_column("image", datasets.Image(decode=False))[0]["image"] == {
+        "bytes": None,
+        "path": str(toy / "pictures/testA_0.jpg"),
+    }
+    assert loaded[0]["image"].size == (48, 32)
+    drawn = run(
+        *("-m", "data_scripts", "export", "shapes", *SMALL, "--cache_dir", tmp_path / "cache", "--by_path"),
+        *("--output", tmp_path / "shapes"),
+        check=False,
+    )
+    refused(drawn, "Leave out --by_path")
+    assert not (tmp_path / "shapes").exists()
+
+
+def test_export_cuts_large_splits(toy, tmp_path, monkeypatch):
+    make_toy(toy)
+    monkeypatch.setattr(exporting, "MAX_SHARD_BYTES", 2000)
+    rows = load("toy", data_dir=toy, cache_dir=str(tmp_path / "cache"))
+    exporting.export(SOURCES["toy"], rows, tmp_path / "export")
+    files = sorted(path.name for path in (tmp_path / "export/data").iterdir())
+    assert len(files) > 3
+    loaded = datasets.load_dataset(str(tmp_path / "export"), cache_dir=str(tmp_path / "other"))
+    assert loaded["train"]["image_id"][:] == [f"train_{index}" for index in range(6)]
+
+
+def test_export_replaces_nothing_unasked(command, toy, tmp_path):
+    make_toy(toy)
+    output = tmp_path / "export"
+    command("export", "--output", output)
+    refused(command("export", "--output", output, check=False), "exists", "--overwrite")
+    command("export", "--output", output, "--limit", "1", "--overwrite")
+    assert "`limit=1`" in (output / "README.md").read_text()
+    (output / "mine.txt").write_text("mine")
+    refused(command("export", "--output", output, "--overwrite", check=False), "more than an export")
+    assert (output / "mine.txt").exists()
+
+
+def test_a_failed_export_leaves_nothing(command, toy, tmp_path):
+    make_toy(toy)
+    command("build")
+    (toy / "pictures/train_5.jpg").unlink()
+    refused(command("export", "--output", tmp_path / "export", check=False), "train_5.jpg")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "toy"]
+
+
+def test_preview_draws_boxes_masks_and_words(command, toy, tmp_path, run):
+    rows = {"train": [make_row("train", index) for index in range(6)], "testA": [make_row("testA", 0)]}
+    item = rows["testA"][0]["objects"][0]
+    item["boxes"] = [[10.4, 8.2, 15, 20], [20, 9, 29.8, 20]]
+    make_toy(toy, rows)
+    command("preview", "--output", tmp_path / "train.png", "--num", "5")
+    picture = Image.open(tmp_path / "train.png")
+    assert picture.width == 8 + 4 * 328
+    command("preview", "--output", tmp_path / "test.png", "--split", "testA")
+    pixels = np.asarray(Image.open(tmp_path / "test.png")).astype(int)
+    color = (0xE6, 0x19, 0x4B)
+    scale = 320 / 48
+    row, column = 8 + round(14 * scale), 8 + round(10.4 * scale)
+    assert (pixels[row, column] == color).all()  # the box's left side
+    assert (pixels[row, 8 + round(15 * scale)] == 255).all()  # one of its boxes
+    assert (pixels[8 + round(32 * scale) :] == color).all(axis=-1).sum() > 50  # the words
+    first = (tmp_path / "train.png").read_bytes()
+    command("preview", "--output", tmp_path / "train.png", "--num", "5")
+    assert (tmp_path / "train.png").read_bytes() == first
+    refused(command("preview", "--output", tmp_path / "train.nothing", check=False), ".nothing")
+    refused(command("preview", "--output", tmp_path / "train.png", "--num", "0", check=False), "--num 0")
+
+
+def test_stats(command, toy):
+    make_toy(toy)
+    lines = command("stats").stdout.splitlines()
+    figures = {" ".join(line.split()[:-2]): line.split()[-2:] for line in lines if line}
+    assert figures["images"] == ["6", "2"]
+    assert figures["words a sentence, most"] == ["6", "6"]
+    assert figures["objects with a mask"] == ["100.0%", "100.0%"]
+    assert "29 characters: the bright patch of picture 0" in lines
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+def test_export_to_the_hub(command, toy, tmp_path, hub):
+    make_toy(toy)
+    online = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.address,
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    command("export", "--output", tmp_path / "export", **online)
+    assert hub.requests == []  # nothing goes out without the flag
+    words = ("--overwrite", "--push_to_hub", "someone/toy", "--private")
+    printed = command("export", "--output", tmp_path / "export", *words, **online).stdout
+    assert "Pushed: " in printed
+    assert (hub.created["name"], hub.created["type"]) == ("toy", "dataset")
+    assert hub.created.get("private") is True or hub.created.get("visibility") == "private"
+    for path in (tmp_path / "export").rglob("*"):
+        if path.is_file():
+            name = path.relative_to(tmp_path / "export").as_posix()
+            assert hub.files.pop(name) == path.read_bytes()
+            assert b"hf_secret" not in path.read_bytes()
+    assert set(hub.files) <= {".gitattributes"}
+
+
+def test_without_network_the_export_stays(command, toy, tmp_path):
+    make_toy(toy)
+    words = ("--output", tmp_path / "export", "--push_to_hub", "someone/toy")
+    refused(command("export", *words, check=False), "complete", "'someone/toy'", "push again")
+    assert len(datasets.load_dataset(str(tmp_path / "export"), split="testA", cache_dir=str(tmp_path / "other"))) == 2
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
+    result = command("export", *words, "--overwrite", check=False, **nowhere)
+    assert "hf_secret" not in refused(result, "complete", "push again")
+    refused(command("export", *words, "--overwrite", "--by_path", check=False), "--by_path")
+    refused(command("export", "--output", tmp_path / "other_export", "--private", check=False), "--private")
+
+
+def test_rows_keep_pictures_of_bytes(run, tmp_path):
+    """Pictures that are no files are embedded as well."""
+    run("-m", "data_scripts", "export", "shapes", *SMALL, "--cache_dir", tmp_path / "c", "--output", tmp_path / "out")
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="test", cache_dir=str(tmp_path / "other"))
+    content = rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
+    assert Image.open(io.BytesIO(content)).size == (64, 64)
