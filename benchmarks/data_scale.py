@@ -34,12 +34,12 @@ MEASURE = """
 import json, resource, sys, time
 start = time.perf_counter()
 import data_scripts
-imported = time.perf_counter()
+imported, cpu = time.perf_counter(), time.process_time()
 rows = data_scripts.load(sys.argv[1], **json.loads(sys.argv[2]))
-end = time.perf_counter()
+end, cpu = time.perf_counter(), time.process_time() - cpu
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sys.stdout.write(json.dumps({
-    "import": imported - start, "load": end - imported, "gigabytes": peak / 1e6,
+    "import": imported - start, "load": end - imported, "cpu": cpu, "gigabytes": peak / 1e6,
     "rows": {split: len(part) for split, part in rows.items()},
     "sentences": sum(len(item) for part in rows.values() for batch in part.select_columns(["sentences"])
                      .with_format("arrow").iter(1000) for item in batch["sentences"]),
@@ -183,8 +183,9 @@ def measure(title: str, name: str, folder: Path):
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     result = json.loads(output)
     sys.stdout.write(
-        f"{title}: {result['load']:.1f} s (and {result['import']:.1f} s of imports), "
-        f"{result['gigabytes']:.2f} GB at most; {sum(result['rows'].values()):,} rows {result['rows']}, "
+        f"{title}: {result['load']:.1f} s, of them {result['cpu']:.1f} s on the processor "
+        f"(imports: {result['import']:.1f} s), {result['gigabytes']:.2f} GB at most; "
+        f"{sum(result['rows'].values()):,} rows {result['rows']}, "
         f"{result['sentences']:,} sentences{f' ({GOALS[title]})' if title in GOALS else ''}\n"
     )
     sys.stdout.flush()

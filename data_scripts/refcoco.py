@@ -177,10 +177,11 @@ class RefCoco(GroundingBuilder):
                 place for place in places if any((place / name).is_file() for some in names.values() for name in some)
             )
             place = next(used, places[0])
-        return {
-            image_id: str(place / next((name for name in some if (place / name).is_file()), some[0]))
-            for image_id, some in names.items()
-        }
+        found = {image_id: place / some[0] for image_id, some in names.items()}
+        for image_id, (first, *others) in names.items():
+            if others and not found[image_id].is_file():
+                found[image_id] = next((place / name for name in others if (place / name).is_file()), place / first)
+        return {image_id: str(path) for image_id, path in found.items()}
 
     def make_record(
         self, image, path, size, refs, annotations, categories, dropped: Counter, changed: Counter

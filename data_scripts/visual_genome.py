@@ -95,7 +95,7 @@ class VisualGenome(GroundingBuilder):
         held_out = self.held_out()
         dropped = Counter()
         spans = {}  # image id -> (first byte, number of bytes) in region_descriptions.json
-        holders = ", ".join(config.exclude) or config.held_out_file
+        holders = ", ".join([*config.exclude, *([config.held_out_file] if config.held_out_file else [])])
         for start, length, entry in tqdm(scan_list(regions_file), desc="Reading the regions", unit=" images"):
             if not isinstance(entry.get("regions"), list):
                 raise ValueError(
@@ -117,7 +117,11 @@ class VisualGenome(GroundingBuilder):
             f"{DISTRIBUTION} They are looked for in image_dir, or below data_dir in {', '.join(IMAGE_PLACES)}.",
         )
         self.report_dropped("all", dropped)
-        if not 0 <= config.validation_images < max(len(spans), 1):
+        if not spans:
+            raise ValueError(
+                f"No image of {str(regions_file)!r} is left; check image_data.json, exclude and held_out_file."
+            )
+        if not 0 <= config.validation_images < len(spans):
             raise ValueError(
                 f"validation_images={config.validation_images} must be at least 0, and less than the {len(spans)} "
                 "images that there are."
@@ -137,7 +141,7 @@ class VisualGenome(GroundingBuilder):
                 for image_id, span in spans.items()
                 if image_id in wanted
             ]
-            if records or split == "train":
+            if records:
                 shards = [records[first : first + IMAGES_A_SHARD] for first in range(0, len(records), IMAGES_A_SHARD)]
                 gen_kwargs = {"split": split, "regions_file": str(regions_file), "shards": shards}
                 generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
@@ -216,7 +220,12 @@ def read_images(path: Path) -> dict[int, dict]:
     """`image_data.json` by image id."""
     try:
         return {
-            image["image_id"]: {key: image[key] for key in ("width", "height", "coco_id")} for image in read_json(path)
+            image["image_id"]: {
+                "width": image["width"],
+                "height": image["height"],
+                "coco_id": None if image["coco_id"] is None else int(image["coco_id"]),
+            }
+            for image in read_json(path)
         }
     except (KeyError, TypeError) as error:
         raise ValueError(

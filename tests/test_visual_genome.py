@@ -76,6 +76,11 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     assert write_held_out(path, ["refcoco_unc"], tmp_path / "refer") == 3
     assert read_held_out(path) == held_out
     assert load("train", held_out_file=str(path))["image_id"] == rows["image_id"]
+    # another image_data.json may hold the ids as text
+    images = json.loads(genome[0]["images_file"].read_text())
+    texts = [{**image, "coco_id": image["coco_id"] and str(image["coco_id"])} for image in images]
+    genome[0]["images_file"].write_text(json.dumps(texts))
+    assert load("train", held_out_file=str(path))["image_id"] == rows["image_id"]
     path.write_text(json.dumps({"coco_ids": [20]}))
     assert len(load("train", held_out_file=str(path))) == len(COCO_IDS) + 1
     # held-out pictures need not be there
@@ -117,6 +122,9 @@ def test_missing_pictures_are_named(tmp_path, genome):
         genome[1]()
     for part in ("50.jpg", "VG_100K", "VG_100K_2", "images2.zip"):
         assert part in str(error.value)
+    (tmp_path / "vg" / "region_descriptions.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"No image of .* is left"):
+        genome[1]()
     (tmp_path / "vg" / "region_descriptions.json").write_text('[{"id": 1, "objects": []}]')
     with pytest.raises(ValueError, match=r"no region_descriptions\.json .* \['id', 'objects'\]"):
         genome[1]()
