@@ -6,11 +6,13 @@ from pathlib import Path
 
 import datasets
 
+from . import flickr30k_entities
 from .schema import FEATURES
 from .shapes import Shapes
 
 
-BUILDERS = {"shapes": Shapes}
+SOURCES = {source.name: source for module in (flickr30k_entities,) for source in module.SOURCES}
+BUILDERS = {"shapes": Shapes, **{name: source.builder for name, source in SOURCES.items()}}
 
 
 def source_hash(builder: type[datasets.DatasetBuilder]) -> str:
@@ -47,6 +49,8 @@ def load(name: str, split: str | None = None, cache_dir: str | None = None, **co
     ```"""
     if name not in BUILDERS:
         raise ValueError(f"There is no data set {name!r}; there are: {', '.join(BUILDERS)}.")
+    if name in SOURCES:
+        config["config_name"] = SOURCES[name].config_name
     builder = BUILDERS[name](cache_dir=cache_dir, hash=source_hash(BUILDERS[name]), **config)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +41,15 @@ class Source:
 
 
 def fingerprint(paths, *words) -> str:
-    """A short hash of files by name, size and time of change, and of words."""
+    """A short hash of files by name, size and time of change, and of words; a folder stands for the files in it."""
     digest = hashlib.sha256(repr(words).encode())
     for path in sorted(map(Path, paths)):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        files = [(path.resolve(), path.stat())]
+        if path.is_dir():
+            with os.scandir(path.resolve()) as entries:
+                files = sorted((entry.path, entry.stat()) for entry in entries if entry.is_file())
+        for name, status in files:
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -66,9 +71,23 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         sources = [path.read_text() for path in code if path.exists()]
         super().__init__(*args, hash=fingerprint(paths, hash, *sources), **kwargs)
 
+    def download_and_prepare(self, *args, **kwargs):
+        """
+        Build the set where the cache does not have it, as the datasets library does.
+
+        Raises:
+            OSError, ValueError: what a builder found wrong, itself and not inside an error of the library.
+        """
+        try:
+            super().download_and_prepare(*args, **kwargs)
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, (OSError, ValueError)):
+                raise error.__cause__ from None
+            raise
+
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """The annotation files (no pictures) that this configuration reads."""
+        """The annotation files (no pictures) that this configuration reads; a folder stands for the files in it."""
         raise NotImplementedError
 
     def _info(self):
@@ -91,9 +110,10 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"\n  {names}\n{distribution}"
             )
 
-    def need_pictures(self, paths, distribution: str):
+    def need_pictures(self, paths, distribution: str, what: str = "pictures"):
         """
-        Raise where a picture is missing, with the number of them and the first twenty.
+        Raise where a picture (or one of another many files, `what`) is missing, with the number of them and the
+        first twenty.
 
         Raises:
             OSError: naming them, and how the authors distribute them.
@@ -102,14 +122,14 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         if missing:
             names = "\n  ".join(missing[:20])
             raise OSError(
-                f"{len(missing)} pictures of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):\n"
+                f"{len(missing)} {what} of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):\n"
                 f"  {names}{'' if len(missing) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
             )
 
     def report_dropped(self, split: str, dropped: Counter):
         """Say once what was left out of a split, and why: reason -> number."""
-        if dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()) if count)
+        if reasons:
             logger.warning(f"{self.config.name} {split}: left out {reasons}.")
 
 
@@ -132,6 +152,19 @@ def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:
     x0, y0, x1, y1 = (float(value) for value in box_xyxy)
     x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
+
+
+def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter) -> list[list[float]]:
+    """What is left of boxes in their picture; what is not is counted in `dropped`, reason -> number."""
+    kept = []
+    for box_xyxy in boxes_xyxy:
+        box = clip_box(box_xyxy, width, height)
+        if box is None:
+            dropped["boxes of which nothing is in the picture"] += 1
+            continue
+        dropped["parts of boxes past the edge of their picture"] += box != [float(value) for value in box_xyxy]
+        kept.append(box)
+    return kept
 
 
 def merge_boxes(boxes_xyxy) -> list[float]:
