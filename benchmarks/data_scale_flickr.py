@@ -1,8 +1,8 @@
 """
-Time and memory to build a set of the size of Flickr30k Entities (31,783 pictures with five captions and about nine boxes
-each, as its authors' files) into an empty cache, and to open it once it is built:
-`python benchmarks/data_scale_flickr.py [--pictures 31783] [--num_proc 1]`. The files are made in a temporary folder first
-(about 400 MB on disk); the pictures are small ones of the annotated size.
+Time and memory to build a set of the size of Flickr30k Entities (31,783 pictures with five captions and about nine
+boxes each, as its authors' files) into an empty cache, and to open it once it is built:
+`python benchmarks/data_scale_flickr.py [--pictures 31783] [--num_proc 1]`. The files are made in a temporary folder
+first (about 400 MB on disk).
 """
 
 import argparse
@@ -18,7 +18,23 @@ from PIL import Image
 from data_scripts.flickr30k_entities import Flickr30kEntities
 
 
-WORDS = "a man in the red shirt with two small dogs on green grass near old wooden house under blue sky".split()
+WORDS = (
+    "a",
+    "man",
+    "in",
+    "the",
+    "red",
+    "shirt",
+    "with",
+    "two",
+    "small",
+    "dogs",
+    "on",
+    "green",
+    "grass",
+    "near",
+    "old",
+)
 TYPES = ("people", "clothing", "bodyparts", "animals", "vehicles", "instruments", "scene", "other", "vehicles/scene")
 
 
@@ -32,7 +48,7 @@ def write_set(folder: Path, num_pictures: int):
     image_ids = [str(100_000 + 7 * number) for number in range(num_pictures)]
     for number, image_id in enumerate(image_ids):
         chains = [str(8 * number + chain + 1) for chain in range(8)]
-        objects = ["<object><name>{}</name><nobndbox>0</nobndbox><scene>1</scene></object>".format(chains[7])]
+        objects = [f"<object><name>{chains[7]}</name><nobndbox>0</nobndbox><scene>1</scene></object>"]
         for place in range(9):
             x, y = draw.randint(1, 400), draw.randint(1, 300)
             bound = f"<xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + 70}</xmax><ymax>{y + 60}</ymax>"

@@ -9,9 +9,9 @@ name chains of mentions, and the boxes of those chains.
         UNRELATED_CAPTIONS            only for drop_unrelated_captions
         flickr30k-images/<image id>.jpg
 
-A chain is one object: `boxes` are all its boxes, `box` is their union ("merged boxes"). The authors count pixels from 1;
-as in their own Python reader, 1 is subtracted from all four figures of a box, and the results are taken as the box's
-edges (right and bottom exclusive), as all published figures do. The words of a phrase without a box stay in the caption.
+A chain is one object: `boxes` are all its boxes, `box` is their union ("merged boxes"). The authors count pixels from
+1; as in their own Python reader, 1 is subtracted from all four figures of a box, and the results are taken as the
+box's edges (right and bottom exclusive). The words of a phrase without a box stay in the caption.
 """
 
 import re
@@ -30,9 +30,9 @@ from .schema import FEATURES  # noqa: F401  datasets <= 3.6 copies only what a s
 SPLITS = ("train", "val", "test")
 IMAGE_DIRS = ("flickr30k-images", "flickr30k_images", "f30k_images", "images", "flickr30k/f30k_images")
 DISTRIBUTION = (
-    "Annotations/ and Sentences/ are in annotations.zip, beside the lists train.txt, val.txt and test.txt and the file "
-    "UNRELATED_CAPTIONS, at https://github.com/BryanPlummer/flickr30k_entities; the pictures are sent on request: "
-    "https://shannon.cs.illinois.edu/DenotationGraph/."
+    "Annotations/ and Sentences/ are in annotations.zip, beside the lists train.txt, val.txt and test.txt and the "
+    "file UNRELATED_CAPTIONS, at https://github.com/BryanPlummer/flickr30k_entities; the pictures are sent on "
+    "request: https://shannon.cs.illinois.edu/DenotationGraph/."
 )
 # [/EN#<chain>/<type>[/<type>...] words]
 PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\]]+)*)(?: ([^\[\]]*))?\]")
@@ -53,7 +53,7 @@ class Flickr30kEntitiesConfig(datasets.BuilderConfig):
 
 
 class Flickr30kEntities(GroundingBuilder):
-    """Flickr30k Entities: captions of pictures, and boxes of their phrases. Rows are in the order of the split lists."""
+    """Flickr30k Entities: captions of pictures, and boxes of their phrases. Rows have the order of the split lists."""
 
     BUILDER_CONFIG_CLASS = Flickr30kEntitiesConfig
     BUILDER_CONFIGS = [Flickr30kEntitiesConfig(name="flickr30k_entities", version=GroundingBuilder.VERSION)]

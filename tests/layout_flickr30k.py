@@ -51,7 +51,8 @@ def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
             (["0"], (3, 3, 9, 9)),
         ],
         [
-            "[/EN#11/people A man] with [/EN#12/vehicles/scene two buses] , [/EN#0/notvisual that] , on [/EN#14/scene a street] .",
+            "[/EN#11/people A man] with [/EN#12/vehicles/scene two buses] , [/EN#0/notvisual that] , "
+            "on [/EN#14/scene a street] .",
             "A man near [/EN#15/other the   edge] and [/EN#13/vehicles a bus] .",
             "[/EN#14/scene A street] is all there is .",
             "[/EN#16/other A thin line] and [/EN#11/people Zoë 's café] .",
