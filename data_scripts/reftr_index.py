@@ -29,9 +29,10 @@ from .schema import FEATURES  # noqa: F401  datasets <= 3.6 copies only what a s
 
 
 DISTRIBUTION = (
-    "The indexes and masks are linked in the README of https://github.com/ubc-vision/RefTR (annotations, refcoco/masks, "
-    "refcoco/anns, annotations_resc/vg) and of https://github.com/zyang-ur/ReSC (annotations_resc); the pictures are "
-    "those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first README's tree."
+    "The indexes and masks are linked in the READMEs of https://github.com/ubc-vision/RefTR (annotations, "
+    "refcoco/masks, refcoco/anns, annotations_resc/vg) and of https://github.com/zyang-ur/ReSC (annotations_resc); "
+    "the pictures are those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first "
+    "README's tree."
 )
 FLICKR_IMAGES = ("flickr30k/f30k_images",)
 COCO_IMAGES = ("refcoco/images/train2014",)
@@ -53,7 +54,8 @@ class RefTRIndexConfig(datasets.BuilderConfig):
         integer_boxes (`bool`): cut the figures of boxes to whole pixels as the published loaders do, before width and
             height are added to x and y.
         stem (`str`): the index files in `data_dir` without `_<split>.pth`. This and what follows is set by the name.
-        splits (`tuple[str, ...]`): its splits. trainval is train and val together, but a file of its own in referit.
+        splits (`tuple[str, ...]`): its splits. trainval is train and val together, but a file of its own in referit;
+            the file vg_all is the split train, as the datasets library means something else by "all".
         image_dirs (`tuple[str, ...]`): where its pictures are.
         layout (`tuple[str | None, ...]`): what the items of a record are.
         box_format (`str`): "xyxy" or "xywh".
@@ -69,7 +71,12 @@ class RefTRIndexConfig(datasets.BuilderConfig):
 
     def split_files(self, split: str) -> list[str]:
         """The index files of a split, relative to `data_dir`."""
-        parts = ("train", "val") if split == "trainval" and "referit" not in self.name else (split,)
+        if self.name == "resc_vg":
+            parts = ("all",)
+        elif split == "trainval" and self.name != "resc_referit":
+            parts = ("train", "val")
+        else:
+            parts = (split,)
         return [f"{self.stem}_{part}.pth" for part in parts]
 
     @property
@@ -82,7 +89,7 @@ def configurations() -> list[RefTRIndexConfig]:
     """The sets that there are, by name: `resc_...` for the index of ReSC, `reftr_...` for RefTR's own."""
     resc = {
         "flickr": (TRAIN_VAL_TEST, FLICKR_IMAGES, RESC_SHORT, "xyxy"),
-        "vg": (("all",), ("visualgenome/VG_100K", "visualgenome/VG_100K_2"), RESC_SHORT, "xywh"),
+        "vg": (("train",), ("visualgenome/VG_100K", "visualgenome/VG_100K_2"), RESC_SHORT, "xywh"),
         "referit": (TRAIN_VAL_TEST, ("referit/images",), RESC_LONG, "xyxy"),
         "unc": (TRAIN_VAL_A_B, COCO_IMAGES, RESC_LONG, "xywh"),
         "unc+": (TRAIN_VAL_A_B, COCO_IMAGES, RESC_LONG, "xywh"),
@@ -114,40 +121,43 @@ class RefTRIndex(GroundingBuilder):
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
         """The index files of a set, and the folder of its masks."""
-        config = next(config for config in cls.BUILDER_CONFIGS if config.name == config_name)
-        files = dict.fromkeys(file for split in config.splits for file in config.split_files(split))
-        return [data_dir / name for name in (*files, config.mask_dir) if name is not None]
+        configs = [config for config in cls.BUILDER_CONFIGS if config.name == config_name]
+        files = dict.fromkeys(
+            name for config in configs for split in config.splits for name in config.split_files(split)
+        )
+        folders = [config.mask_dir for config in configs if config.mask_dir]
+        return [data_dir / name for name in (*files, *folders)]
 
     def _split_generators(self, dl_manager):
         config, data_dir = self.config, Path(self.config.data_dir or "").absolute()
-        self.need_files(self.annotation_files(data_dir, config.name), DISTRIBUTION)
-        self.encoded = {}  # mask file -> run-length encoding, or None for a mask without a pixel; splits share masks
-        files = dict.fromkeys(file for split in config.splits for file in config.split_files(split))
-        indexes = {file: read_index(data_dir / file, config.layout) for file in files}
+        needed = self.annotation_files(data_dir, config.name)
+        self.need_files(needed, DISTRIBUTION)
+        self.encoded = {}  # mask file -> see `encode_mask`; splits share masks
+        indexes = {path: read_index(path, config.layout) for path in needed if path.suffix == ".pth"}
         folders = [data_dir / name for name in ([config.image_dir] if config.image_dir else config.image_dirs)]
-        paths, masks = {}, {}
-        for record in (record for index in indexes.values() for record in index):
-            if record["image"] not in paths:
-                choices = [folder / record["image"] for folder in folders]
-                paths[record["image"]] = str(next((path for path in choices if path.is_file()), choices[0]))
-            if "mask" in record:
-                masks[record["mask"]] = data_dir / config.mask_dir / record["mask"]
+        paths = {}
+        for name in names_of(indexes.values(), config.layout.index("image")):
+            choices = [folder / name for folder in folders]
+            paths[name] = str(next((path for path in choices if path.is_file()), choices[0]))
         self.need_pictures(paths.values(), DISTRIBUTION)
-        self.need_pictures(masks.values(), DISTRIBUTION, "masks")
+        if config.mask_dir:
+            masks = names_of(indexes.values(), config.layout.index("mask"))
+            self.need_pictures((data_dir / config.mask_dir / name for name in masks), DISTRIBUTION, "masks")
         generators = []
         for split in config.splits:
             images = {}
-            for file in config.split_files(split):
-                for record in indexes[file]:
-                    images.setdefault(record["image"], []).append(record)
-            images = [(paths[name], records) for name, records in images.items()]
-            generators.append(datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "images": images}))
+            for path in (data_dir / name for name in config.split_files(split)):
+                for number, record in enumerate(indexes[path]):
+                    name = record[config.layout.index("image")]
+                    images.setdefault(name, (paths[name], []))[1].append((path.name, number, record))
+            gen_kwargs = {"split": split, "images": list(images.values())}
+            generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
         return generators
 
     def _generate_examples(self, split, images):
         dropped = Counter()
         for path, records in images:
-            row = self._row(path, records, dropped)
+            row = self._row(path, [read_record(*record, self.config.layout) for record in records], dropped)
             if row["sentences"]:
                 yield row["image_id"], row
             else:
@@ -155,9 +165,9 @@ class RefTRIndex(GroundingBuilder):
         self.report_dropped(split, dropped)
 
     def _row(self, path: str, records: list[dict], dropped: Counter) -> dict:
-        sizes = [self._encode(record["mask"])["size"] for record in records if "mask" in record]
-        # the masks were made for the picture as published code reads it
-        width, height = upright_size(path, tuple(sizes[0][::-1]) if sizes else None)
+        # a mask tells for which size of its picture it was made, stored or upright
+        sizes = [self._encode(record["mask"])["size"] for record in records[:1] if "mask" in record]
+        width, height = upright_size(path, *(tuple(size[::-1]) for size in sizes))
         image_id, objects, sentences = picture_id(path), {}, []
         for record in records:
             if not record["text"].strip():
@@ -166,28 +176,26 @@ class RefTRIndex(GroundingBuilder):
             segmentation = self._segmentation(record, (width, height), path, dropped)
             phrases = []
             for start, end, box in zip(record["starts"], record["ends"], record["boxes"], strict=True):
-                if not 0 <= start < end <= len(record["text"]):
+                if not 0 <= start < end:
                     dropped["phrases that are not at their place in the sentence"] += 1
                     continue
                 box_xyxy = to_xyxy(box, self.config.box_format, self.config.integer_boxes)
                 kept = clip_boxes([box_xyxy], width, height, dropped)
                 if kept:
-                    # the boxes name the object, as nothing else does
                     key = (*kept[0], record.get("mask"))
-                    item = {"object_id": f"{image_id}_{len(objects)}", "box": kept[0], "boxes": kept}
-                    item = {"index": len(objects), **item, "category": None, "segmentation": segmentation}
-                    index = objects.setdefault(key, item)["index"]
+                    index = list(objects).index(key) if key in objects else len(objects)
+                    item = {"object_id": f"{image_id}_{index}", "box": kept[0], "boxes": kept}
+                    objects.setdefault(key, {**item, "category": None, "segmentation": segmentation})
                     phrases.append({"start": start, "end": end, "objects": [index], "types": []})
             if phrases:
                 sentences.append({"sentence_id": record["sentence_id"], "text": record["text"], "phrases": phrases})
             else:
                 dropped["expressions without a box"] += 1
-        objects = [{name: value for name, value in item.items() if name != "index"} for item in objects.values()]
         row = {"image_id": image_id, "image": path, "width": width, "height": height}
-        return {**row, "objects": objects, "sentences": sentences}
+        return {**row, "objects": list(objects.values()), "sentences": sentences}
 
     def _encode(self, mask: str) -> dict:
-        """A mask file's size and run-length encoding, None for a mask without a pixel; read once."""
+        """See `encode_mask`; each file is read once."""
         if mask not in self.encoded:
             self.encoded[mask] = encode_mask(Path(self.config.data_dir) / self.config.mask_dir / mask)
         return self.encoded[mask]
@@ -207,62 +215,80 @@ class RefTRIndex(GroundingBuilder):
         return encoded
 
 
-def read_index(path: Path, layout: tuple[str | None, ...]) -> list[dict]:
+def names_of(indexes, place: int) -> list[str]:
+    """The different names at a place of the records of indexes, in order."""
+    return list(dict.fromkeys(record[place] for records in indexes for record in records))
+
+
+def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
     """
-    The records of an index file.
+    The records of an index file as they are; `read_record` makes sense of one.
 
     Args:
         path (`Path`): the file.
         layout (`tuple[str | None, ...]`): what the items of a record are.
 
-    Returns:
-        `list[dict]`: of each record "sentence_id", "image" and "mask" (relative paths, "mask" only where there is one),
-        "text", and lists "starts", "ends" (characters of the text; -1 for words that are not there) and "boxes".
-
     Raises:
         OSError, ValueError: see `reading.read_pickle`.
-        ValueError: if a record is not as its layout says; it names the file and the record.
+        ValueError: if it is no list of such records, or a picture or mask is not inside its folder.
     """
     records = read_pickle(path)
     if not isinstance(records, list | tuple):
         raise ValueError(f"{str(path)!r} holds a {type(records).__name__} and not a list of records.")
-    read = []
+    expected = f"expected ({', '.join(name or '_' for name in layout)})."
     for number, record in enumerate(records):
-        try:
-            read.append(read_record(record, layout, f"{path.stem}_{number}"))
-        except (TypeError, ValueError) as error:
-            names = ", ".join(name or "_" for name in layout)
-            raise ValueError(f"{str(path)!r}, record {number} (from 0): {error}; expected ({names}).") from error
-    return read
+        if not isinstance(record, list | tuple) or len(record) != len(layout):
+            raise ValueError(f"{str(path)!r}, record {number}: {str(record)[:200]} is none; {expected}")
+    for place in (layout.index(name) for name in ("image", "mask") if name in layout):
+        wrong = [record[place] for record in records if not isinstance(record[place], str)][:1]
+        wrong += [name for name in ([] if wrong else names_of([records], place)) if not is_inside(name)]
+        if wrong:
+            raise ValueError(f"{str(path)!r}: {wrong[0]!r} is no {layout[place]} file inside its folder; {expected}")
+    return records
 
 
-def read_record(record, layout: tuple[str | None, ...], sentence_id: str) -> dict:
-    """One record of an index, see `read_index`."""
-    if not isinstance(record, list | tuple) or len(record) != len(layout):
-        items = f"{len(record)} items" if isinstance(record, list | tuple) else f"a {type(record).__name__}"
-        raise ValueError(f"it is {items}")
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder, on every system."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+
+
+def read_record(file: str, number: int, record: tuple, layout: tuple[str | None, ...]) -> dict:
+    """
+    A record of an index.
+
+    Args:
+        file (`str`): name of the index file.
+        number (`int`): the record's place in it, from 0.
+        record (`tuple`): what stands there.
+        layout (`tuple[str | None, ...]`): what its items are.
+
+    Returns:
+        `dict`: "sentence_id", "text", lists "starts", "ends" (characters of the text; end -1 for words that are not
+        there) and "boxes" of four figures, and "mask" where there is one.
+
+    Raises:
+        ValueError: if an item is not what it should be.
+    """
     found = {name: value for name, value in zip(layout, record, strict=True) if name is not None}
-    for name in ("image", "mask", "text"):
-        if not isinstance(found.get(name, ""), str):
-            raise ValueError(f"{name} is {found[name]!r} and not text")
-    for name in ("image", "mask"):
-        path = PurePosixPath(found.get(name, "picture").replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or not path.name or ":" in path.parts[0]:
-            raise ValueError(f"{name} {found[name]!r} leads out of its folder")
-    if "phrases" in found:
-        starts, phrases = [int(start) for start in found["starts"]], list(found["phrases"])
-        text = found["text"]
-        # where the words are not at their place the phrase is dropped later, and counted
-        there = [text[s : s + len(p)].lower() == p.lower() for s, p in zip(starts, phrases, strict=True)]
-        ends = [s + len(p) if ok else -1 for s, p, ok in zip(starts, phrases, there, strict=True)]
-        boxes = found["boxes"]
-    else:
-        starts, ends, boxes = [0], [len(found["text"])], [found["box"]]
-    boxes = [[float(value) for value in box] for box in boxes]
-    if len(boxes) != len(starts) or any(len(box) != 4 for box in boxes):
-        raise ValueError(f"there are {len(starts)} phrases and the boxes {boxes}")
-    paths = {name: found[name] for name in ("image", "mask") if name in found}
-    return {"sentence_id": sentence_id, **paths, "text": found["text"], "starts": starts, "ends": ends, "boxes": boxes}
+    text = found["text"]
+    try:
+        starts, phrases = [int(start) for start in found.get("starts", [0])], found.get("phrases", [text])
+        boxes = [[float(value) for value in box] for box in found.get("boxes", [found.get("box")])]
+        if not all(isinstance(words, str) for words in (text, *phrases)):
+            raise TypeError("text that is none")
+        if not len(starts) == len(phrases) == len(boxes) or any(len(box) != 4 for box in boxes):
+            raise ValueError(f"{len(starts)} starts, {len(phrases)} phrases and {len(boxes)} boxes of four figures")
+    except (TypeError, ValueError, OverflowError) as error:
+        expected = ", ".join(name or "_" for name in layout)
+        raise ValueError(f"{file!r}, record {number}: {error}; expected ({expected}) in {record}.") from error
+    ends = [
+        start + len(words) if words.strip() and text[start : start + len(words)].lower() == words.lower() else -1
+        for start, words in zip(starts, phrases, strict=True)
+    ]
+    mask = {"mask": found["mask"]} if "mask" in found else {}
+    sentence_id = f"{file.removesuffix('.pth')}_{number}"
+    return {"sentence_id": sentence_id, "text": text, "starts": starts, "ends": ends, "boxes": boxes, **mask}
 
 
 def to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[float]:
@@ -313,13 +339,14 @@ def encode_mask(path: Path) -> dict:
         ValueError: if it holds objects, which can run code, or is not of numbers and two dimensions.
     """
     try:
-        mask = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        if "allow_pickle" in str(error) or "Array can't be memory-mapped" in str(error):
+        # never unpickles, and maps no more than the file has
+        mask = np.lib.format.open_memmap(str(path), mode="r")
+    except Exception as error:  # a damaged header can raise anything
+        if "Python objects in dtype" in str(error):
             raise ValueError(f"The mask {str(path)!r} is refused: it holds objects and not numbers.") from error
         raise OSError(f"The mask {str(path)!r} is damaged: {error}") from error
-    if not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.dtype.kind not in "biuf":
-        raise ValueError(f"The mask {str(path)!r} is {getattr(mask, 'shape', mask)}; expected numbers of (H, W).")
+    if mask.ndim != 2 or mask.dtype.kind not in "biuf":
+        raise ValueError(f"The mask {str(path)!r} is {mask.dtype} of {mask.shape}; expected numbers of (H, W).")
     mask = np.asfortranarray(mask != 0, dtype=np.uint8)
     encoded = coco_mask.encode(mask) if mask.any() else {"size": list(mask.shape), "counts": None}
     counts = encoded["counts"]
