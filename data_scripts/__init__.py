@@ -52,7 +52,12 @@ def load(name: str, split: str | None = None, cache_dir: str | None = None, **co
     if name in SOURCES:
         config["config_name"] = SOURCES[name].config_name
     builder = BUILDERS[name](cache_dir=cache_dir, hash=source_hash(BUILDERS[name]), **config)
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, (OSError, ValueError)):
+            raise error.__cause__ from None  # what a builder found, and not that something was found
+        raise
     return builder.as_dataset(split=split)
 
 

@@ -71,20 +71,6 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         sources = [path.read_text() for path in code if path.exists()]
         super().__init__(*args, hash=fingerprint(paths, hash, *sources), **kwargs)
 
-    def download_and_prepare(self, *args, **kwargs):
-        """
-        Build the set where the cache does not have it, as the datasets library does.
-
-        Raises:
-            OSError, ValueError: what a builder found wrong, itself and not inside an error of the library.
-        """
-        try:
-            super().download_and_prepare(*args, **kwargs)
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, (OSError, ValueError)):
-                raise error.__cause__ from None
-            raise
-
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
         """The annotation files (no pictures) that this configuration reads; a folder stands for the files in it."""

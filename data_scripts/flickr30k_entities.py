@@ -24,8 +24,11 @@ import datasets
 
 from .building import GroundingBuilder, Source, clip_boxes, merge_boxes
 from .reading import upright_size
-from .schema import FEATURES  # noqa: F401  datasets <= 3.6 copies only what a script itself imports
+from .schema import FEATURES
 
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "Flickr30kEntities", "Flickr30kEntitiesConfig"]
 
 SPLITS = ("train", "val", "test")
 IMAGE_DIRS = ("flickr30k-images", "flickr30k_images", "f30k_images", "images", "flickr30k/f30k_images")
@@ -110,7 +113,7 @@ class Flickr30kEntities(GroundingBuilder):
             yield (
                 image_id,
                 {
-                    "image_id": image_id,
+                    "image_id": f"flickr30k_{image_id}",
                     "image": str(image),
                     "width": width,
                     "height": height,
@@ -190,7 +193,7 @@ def join(text: str, more: str) -> str:
 def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list]]:
     """
     (sentence id, plain caption, phrases) of each line of a sentence file, see `parse_caption`. A sentence id is
-    `<image id>_<line>`, lines from 1, as UNRELATED_CAPTIONS counts them.
+    `flickr30k_<image id>_<line>`, lines from 1, as UNRELATED_CAPTIONS counts them.
     """
     content = path.read_bytes()
     try:
@@ -198,7 +201,7 @@ def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list
     except UnicodeDecodeError:  # every byte has a letter there
         lines = content.decode("latin-1").split("\n")
     numbered = enumerate((line for line in lines if line.strip()), start=1)
-    return [(f"{image_id}_{number}", *parse_caption(line)) for number, line in numbered]
+    return [(f"flickr30k_{image_id}_{number}", *parse_caption(line)) for number, line in numbered]
 
 
 def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]]]:
@@ -259,7 +262,7 @@ def read_unrelated(path: Path) -> set[str]:
             continue
         if not re.fullmatch(r"\w+\s+\d+\s*", line):
             raise ValueError(f"{str(path)!r}, line {number}: {line!r} is not an image id and a caption's number.")
-        sentence_ids.add("_".join(line.split()))
+        sentence_ids.add("_".join(("flickr30k", *line.split())))
     return sentence_ids
 
 

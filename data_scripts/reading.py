@@ -3,7 +3,7 @@
 import io
 import pickle
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -142,6 +142,23 @@ def read_pickle(path: str | Path):
         raise OSError(f"{str(path)!r} is damaged: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise OSError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def is_inside(name: str) -> bool:
+    """
+    Whether a relative path stays in its folder, on every system.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import is_inside
+
+    >>> is_inside("pictures/1.jpg"), is_inside("../1.jpg"), is_inside("/1.jpg"), is_inside("http://host/1.jpg")
+    (True, False, False, False)
+
+    ```"""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ they are, fractions of pixels included; the published loaders cut them to whole 
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -24,9 +24,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from .building import GroundingBuilder, Source, clip_boxes
-from .reading import read_pickle, upright_size
-from .schema import FEATURES  # noqa: F401  datasets <= 3.6 copies only what a script itself imports
+from .reading import is_inside, read_pickle, upright_size
+from .schema import FEATURES
 
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "INDEXES", "SOURCES", "RefTRIndex", "RefTRIndexConfig"]
 
 DISTRIBUTION = (
     "The indexes and masks are linked in the READMEs of https://github.com/ubc-vision/RefTR (annotations, "
@@ -34,16 +37,76 @@ DISTRIBUTION = (
     "the pictures are those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first "
     "README's tree."
 )
-FLICKR_IMAGES = ("flickr30k/f30k_images",)
-COCO_IMAGES = ("refcoco/images/train2014",)
+
+
+@dataclass(frozen=True)
+class Index:
+    """
+    Where the files of a set are and how they are to be read.
+
+    Args:
+        stem (`str`): the index files in `data_dir` without `_<split>.pth`.
+        splits (`tuple[str, ...]`): its splits.
+        pictures (`str`): which pictures, of `IMAGE_DIRS`; ids of pictures begin with it.
+        layout (`tuple[str | None, ...]`): what the items of a record are.
+        box_format (`str`): "xyxy" or "xywh".
+        parts (`dict[str, tuple[str, ...]]`): the files of a split, where it is not one of its own name.
+    """
+
+    stem: str
+    splits: tuple[str, ...]
+    pictures: str
+    layout: tuple[str | None, ...]
+    box_format: str = "xyxy"
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def split_files(self, split: str) -> list[str]:
+        """The index files of a split, relative to `data_dir`."""
+        return [f"{self.stem}_{part}.pth" for part in self.parts.get(split, (split,))]
+
+    @property
+    def files(self) -> list[str]:
+        """All index files, relative to `data_dir`."""
+        return list(dict.fromkeys(file for split in self.splits for file in self.split_files(split)))
+
+    @property
+    def mask_dir(self) -> str | None:
+        """The folder of the masks in `data_dir`, if there are masks."""
+        return f"refcoco/masks/{PurePosixPath(self.stem).parent.name}" if "mask" in self.layout else None
+
+
+IMAGE_DIRS = {
+    "coco": ("refcoco/images/train2014",),
+    "flickr30k": ("flickr30k/f30k_images",),
+    "saiapr": ("referit/images",),
+    "vg": ("visualgenome/VG_100K", "visualgenome/VG_100K_2"),
+}
 TRAIN_VAL_TEST = ("train", "val", "test", "trainval")
 TRAIN_VAL_A_B = ("train", "val", "testA", "testB", "trainval")
+BOTH = {"trainval": ("train", "val")}
 
 # what the items of a record are, in order; None: not read
 RESC_SHORT = ("image", "box", "text")
 RESC_LONG = ("image", None, "box", "text", None)
 CAPTION = ("image", "starts", "boxes", "phrases", None, "text")
 MASK = ("image", "mask", "box", "text")
+
+# the index of ReSC, and RefTR's own
+INDEXES = {
+    "resc_flickr": Index("annotations_resc/flickr/flickr", TRAIN_VAL_TEST, "flickr30k", RESC_SHORT, "xyxy", BOTH),
+    # the datasets library means something else by a split "all"
+    "resc_vg": Index("annotations_resc/vg/vg", ("train",), "vg", RESC_SHORT, "xywh", {"train": ("all",)}),
+    "resc_referit": Index("annotations_resc/referit/referit", TRAIN_VAL_TEST, "saiapr", RESC_LONG, "xyxy"),
+    "resc_unc": Index("annotations_resc/unc/unc", TRAIN_VAL_A_B, "coco", RESC_LONG, "xywh", BOTH),
+    "resc_unc+": Index("annotations_resc/unc+/unc+", TRAIN_VAL_A_B, "coco", RESC_LONG, "xywh", BOTH),
+    "resc_gref": Index("annotations_resc/gref/gref", ("train", "val"), "coco", RESC_LONG, "xywh"),
+    "resc_gref_umd": Index("annotations_resc/gref_umd/gref_umd", ("train", "val", "test"), "coco", RESC_LONG, "xywh"),
+    "reftr_flickr": Index("annotations/flickr/flickr", TRAIN_VAL_TEST, "flickr30k", CAPTION, "xyxy", BOTH),
+    "reftr_refcoco_unc": Index("refcoco/anns/refcoco/refcoco_unc", TRAIN_VAL_A_B, "coco", MASK, "xyxy", BOTH),
+    "reftr_refcoco+_unc": Index("refcoco/anns/refcoco+/refcoco+_unc", TRAIN_VAL_A_B, "coco", MASK, "xyxy", BOTH),
+    "reftr_refcocog_google": Index("refcoco/anns/refcocog/refcocog_google", ("train", "val"), "coco", MASK),
+    "reftr_refcocog_umd": Index("refcoco/anns/refcocog/refcocog_umd", ("train", "val", "test"), "coco", MASK),
+}
 
 
 @dataclass
@@ -53,103 +116,52 @@ class RefTRIndexConfig(datasets.BuilderConfig):
         image_dir (`str`, *optional*): folder of the pictures, in `data_dir` or absolute; absent: the published one.
         integer_boxes (`bool`): cut the figures of boxes to whole pixels as the published loaders do, before width and
             height are added to x and y.
-        stem (`str`): the index files in `data_dir` without `_<split>.pth`. This and what follows is set by the name.
-        splits (`tuple[str, ...]`): its splits. trainval is train and val together, but a file of its own in referit;
-            the file vg_all is the split train, as the datasets library means something else by "all".
-        image_dirs (`tuple[str, ...]`): where its pictures are.
-        layout (`tuple[str | None, ...]`): what the items of a record are.
-        box_format (`str`): "xyxy" or "xywh".
     """
 
     image_dir: str | None = None
     integer_boxes: bool = False
-    stem: str = ""
-    splits: tuple[str, ...] = ()
-    image_dirs: tuple[str, ...] = ()
-    layout: tuple[str | None, ...] = ()
-    box_format: str = "xyxy"
-
-    def split_files(self, split: str) -> list[str]:
-        """The index files of a split, relative to `data_dir`."""
-        if self.name == "resc_vg":
-            parts = ("all",)
-        elif split == "trainval" and self.name != "resc_referit":
-            parts = ("train", "val")
-        else:
-            parts = (split,)
-        return [f"{self.stem}_{part}.pth" for part in parts]
-
-    @property
-    def mask_dir(self) -> str | None:
-        """The folder of the masks in `data_dir`, if there are masks."""
-        return f"refcoco/masks/{PurePosixPath(self.stem).parent.name}" if "mask" in self.layout else None
-
-
-def configurations() -> list[RefTRIndexConfig]:
-    """The sets that there are, by name: `resc_...` for the index of ReSC, `reftr_...` for RefTR's own."""
-    resc = {
-        "flickr": (TRAIN_VAL_TEST, FLICKR_IMAGES, RESC_SHORT, "xyxy"),
-        "vg": (("train",), ("visualgenome/VG_100K", "visualgenome/VG_100K_2"), RESC_SHORT, "xywh"),
-        "referit": (TRAIN_VAL_TEST, ("referit/images",), RESC_LONG, "xyxy"),
-        "unc": (TRAIN_VAL_A_B, COCO_IMAGES, RESC_LONG, "xywh"),
-        "unc+": (TRAIN_VAL_A_B, COCO_IMAGES, RESC_LONG, "xywh"),
-        "gref": (("train", "val"), COCO_IMAGES, RESC_LONG, "xywh"),
-        "gref_umd": (("train", "val", "test"), COCO_IMAGES, RESC_LONG, "xywh"),
-    }
-    own = {
-        "flickr": ("annotations/flickr/flickr", TRAIN_VAL_TEST, FLICKR_IMAGES, CAPTION),
-        "refcoco_unc": ("refcoco/anns/refcoco/refcoco_unc", TRAIN_VAL_A_B, COCO_IMAGES, MASK),
-        "refcoco+_unc": ("refcoco/anns/refcoco+/refcoco+_unc", TRAIN_VAL_A_B, COCO_IMAGES, MASK),
-        "refcocog_google": ("refcoco/anns/refcocog/refcocog_google", ("train", "val"), COCO_IMAGES, MASK),
-        "refcocog_umd": ("refcoco/anns/refcocog/refcocog_umd", ("train", "val", "test"), COCO_IMAGES, MASK),
-    }
-    fields = {f"resc_{name}": (f"annotations_resc/{name}/{name}", *values) for name, values in resc.items()}
-    fields |= {f"reftr_{name}": (*values, "xyxy") for name, values in own.items()}
-    names = ("stem", "splits", "image_dirs", "layout", "box_format")
-    return [
-        RefTRIndexConfig(name=name, version=GroundingBuilder.VERSION, **dict(zip(names, values, strict=True)))
-        for name, values in fields.items()
-    ]
 
 
 class RefTRIndex(GroundingBuilder):
     """The published indexes of RefTR and ReSC. Rows have the order in which the index first names their pictures."""
 
     BUILDER_CONFIG_CLASS = RefTRIndexConfig
-    BUILDER_CONFIGS = configurations()
+    BUILDER_CONFIGS = [RefTRIndexConfig(name=name, version=GroundingBuilder.VERSION) for name in INDEXES]
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
         """The index files of a set, and the folder of its masks."""
-        configs = [config for config in cls.BUILDER_CONFIGS if config.name == config_name]
-        files = dict.fromkeys(
-            name for config in configs for split in config.splits for name in config.split_files(split)
-        )
-        folders = [config.mask_dir for config in configs if config.mask_dir]
-        return [data_dir / name for name in (*files, *folders)]
+        index = INDEXES.get(config_name)
+        names = (*index.files, *filter(None, [index.mask_dir])) if index else ()
+        return [data_dir / name for name in names]
+
+    @property
+    def index(self) -> Index:
+        """Where the files of this set are and how they are to be read."""
+        return INDEXES[self.config.name]
 
     def _split_generators(self, dl_manager):
-        config, data_dir = self.config, Path(self.config.data_dir or "").absolute()
-        needed = self.annotation_files(data_dir, config.name)
-        self.need_files(needed, DISTRIBUTION)
+        index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
+        self.need_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
         self.encoded = {}  # mask file -> see `encode_mask`; splits share masks
-        indexes = {path: read_index(path, config.layout) for path in needed if path.suffix == ".pth"}
-        folders = [data_dir / name for name in ([config.image_dir] if config.image_dir else config.image_dirs)]
+        records = {file: read_index(data_dir / file, index.layout) for file in index.files}
+        place = index.layout.index("image")
+        folders = IMAGE_DIRS[index.pictures] if self.config.image_dir is None else (self.config.image_dir,)
         paths = {}
-        for name in names_of(indexes.values(), config.layout.index("image")):
-            choices = [folder / name for folder in folders]
+        for name in names_of(records.values(), place):
+            choices = [data_dir / folder / name for folder in folders]
             paths[name] = str(next((path for path in choices if path.is_file()), choices[0]))
         self.need_pictures(paths.values(), DISTRIBUTION)
-        if config.mask_dir:
-            masks = names_of(indexes.values(), config.layout.index("mask"))
-            self.need_pictures((data_dir / config.mask_dir / name for name in masks), DISTRIBUTION, "masks")
+        if index.mask_dir:
+            masks = names_of(records.values(), index.layout.index("mask"))
+            self.need_pictures((data_dir / index.mask_dir / name for name in masks), DISTRIBUTION, "masks")
         generators = []
-        for split in config.splits:
+        for split in index.splits:
             images = {}
-            for path in (data_dir / name for name in config.split_files(split)):
-                for number, record in enumerate(indexes[path]):
-                    name = record[config.layout.index("image")]
-                    images.setdefault(name, (paths[name], []))[1].append((path.name, number, record))
+            for file in index.split_files(split):
+                for number, record in enumerate(records[file]):
+                    _, mine = images.setdefault(record[place], (paths[record[place]], []))
+                    mine.append((PurePosixPath(file).name, number, record))
             gen_kwargs = {"split": split, "images": list(images.values())}
             generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
         return generators
@@ -157,7 +169,7 @@ class RefTRIndex(GroundingBuilder):
     def _generate_examples(self, split, images):
         dropped = Counter()
         for path, records in images:
-            row = self._row(path, [read_record(*record, self.config.layout) for record in records], dropped)
+            row = self._row(path, [read_record(*record, self.index.layout) for record in records], dropped)
             if row["sentences"]:
                 yield row["image_id"], row
             else:
@@ -168,7 +180,7 @@ class RefTRIndex(GroundingBuilder):
         # a mask tells for which size of its picture it was made, stored or upright
         sizes = [self._encode(record["mask"])["size"] for record in records[:1] if "mask" in record]
         width, height = upright_size(path, *(tuple(size[::-1]) for size in sizes))
-        image_id, objects, sentences = picture_id(path), {}, []
+        image_id, objects, sentences = f"{self.index.pictures}_{picture_number(path)}", {}, []
         for record in records:
             if not record["text"].strip():
                 dropped["expressions without words"] += 1
@@ -179,7 +191,7 @@ class RefTRIndex(GroundingBuilder):
                 if not 0 <= start < end:
                     dropped["phrases that are not at their place in the sentence"] += 1
                     continue
-                box_xyxy = to_xyxy(box, self.config.box_format, self.config.integer_boxes)
+                box_xyxy = to_xyxy(box, self.index.box_format, self.config.integer_boxes)
                 kept = clip_boxes([box_xyxy], width, height, dropped)
                 if kept:
                     key = (*kept[0], record.get("mask"))
@@ -197,7 +209,7 @@ class RefTRIndex(GroundingBuilder):
     def _encode(self, mask: str) -> dict:
         """See `encode_mask`; each file is read once."""
         if mask not in self.encoded:
-            self.encoded[mask] = encode_mask(Path(self.config.data_dir) / self.config.mask_dir / mask)
+            self.encoded[mask] = encode_mask(Path(self.config.data_dir) / self.index.mask_dir / mask)
         return self.encoded[mask]
 
     def _segmentation(self, record: dict, size: tuple[int, int], path: str, dropped: Counter) -> dict | None:
@@ -245,12 +257,6 @@ def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
         if wrong:
             raise ValueError(f"{str(path)!r}: {wrong[0]!r} is no {layout[place]} file inside its folder; {expected}")
     return records
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder, on every system."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
 def read_record(file: str, number: int, record: tuple, layout: tuple[str | None, ...]) -> dict:
@@ -312,16 +318,16 @@ def to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[floa
     return [x, y, x + right, y + bottom] if box_format == "xywh" else box
 
 
-def picture_id(path: str) -> str:
+def picture_number(path: str) -> str:
     """
-    The id of a picture: the number in COCO's names, else the name without its ending.
+    What tells a picture from others of its source: the number in COCO's names, else the name without its ending.
 
     Example:
 
     ```python
-    >>> from data_scripts.reftr_index import picture_id
+    >>> from data_scripts.reftr_index import picture_number
 
-    >>> picture_id("refcoco/images/train2014/COCO_train2014_000000581857.jpg"), picture_id("images/36979.jpg")
+    >>> picture_number("train2014/COCO_train2014_000000581857.jpg"), picture_number("images/36979.jpg")
     ('581857', '36979')
 
     ```"""
@@ -382,16 +388,13 @@ COUNTS_OF = {
 }
 SOURCES = [
     Source(
-        name=config.name,
+        name=name,
         builder=RefTRIndex,
-        config_name=config.name,
-        splits=config.splits,
-        files=tuple(
-            str(path) + "/" * (path.suffix != ".pth") for path in RefTRIndex.annotation_files(Path(), config.name)
-        )
-        + tuple(f"{name}/" for name in config.image_dirs[:1]),
+        config_name=name,
+        splits=index.splits,
+        files=(*index.files, *filter(None, [index.mask_dir]), IMAGE_DIRS[index.pictures][0]),
         distribution=DISTRIBUTION,
-        counts=COUNTS.get(COUNTS_OF.get(config.name), {}),
+        counts=COUNTS.get(COUNTS_OF.get(name), {}),
     )
-    for config in RefTRIndex.BUILDER_CONFIGS
+    for name, index in INDEXES.items()
 ]

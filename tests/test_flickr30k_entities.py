@@ -44,9 +44,9 @@ def test_rows_have_the_schema_and_the_order_of_the_lists(load):
     assert rows["train"].features == FEATURES
     # 1003 has no boxed phrase
     assert {split: part["image_id"] for split, part in rows.items()} == {
-        "train": ["36979", "1002"],
-        "val": ["1001"],
-        "test": ["1004"],
+        "train": ["flickr30k_36979", "flickr30k_1002"],
+        "val": ["flickr30k_1001"],
+        "test": ["flickr30k_1004"],
     }
     row = rows["train"][0]
     assert row["image"].size == (row["width"], row["height"]) == (50, 40)
@@ -54,7 +54,11 @@ def test_rows_have_the_schema_and_the_order_of_the_lists(load):
 
 def test_phrases_are_at_their_characters_of_the_plain_caption(load):
     row = load("train")[0]
-    assert [sentence["sentence_id"] for sentence in row["sentences"]] == ["36979_1", "36979_2", "36979_4"]
+    assert [sentence["sentence_id"] for sentence in row["sentences"]] == [
+        "flickr30k_36979_1",
+        "flickr30k_36979_2",
+        "flickr30k_36979_4",
+    ]
     assert [sentence["text"] for sentence in row["sentences"]] == [
         "A man with two buses , that , on a street .",
         "A man near the edge and a bus .",
@@ -102,10 +106,10 @@ def test_a_picture_with_an_orientation_has_its_upright_size(load):
 
 def test_unrelated_captions_are_left_out_where_asked(load, folder):
     rows = load("train", drop_unrelated_captions=True)
-    assert rows["image_id"] == ["36979"]
-    assert [sentence["sentence_id"] for sentence in rows[0]["sentences"]] == ["36979_1", "36979_4"]
+    assert rows["image_id"] == ["flickr30k_36979"]
+    assert [sentence["sentence_id"] for sentence in rows[0]["sentences"]] == ["flickr30k_36979_1", "flickr30k_36979_4"]
     (folder / "UNRELATED_CAPTIONS").unlink()
-    assert load("train")["image_id"] == ["36979", "1002"]
+    assert load("train")["image_id"] == ["flickr30k_36979", "flickr30k_1002"]
     with pytest.raises(OSError, match=r"(?s)UNRELATED_CAPTIONS.*annotations\.zip"):
         load("train", drop_unrelated_captions=True)
     (folder / "UNRELATED_CAPTIONS").write_text("36979 two")
