@@ -6,12 +6,12 @@ from pathlib import Path
 
 import datasets
 
-from . import flickr30k_entities, reftr_index
+from . import flickr30k_entities, jsonl, reftr_index
 from .schema import FEATURES
 from .shapes import Shapes
 
 
-SOURCES = {source.name: source for module in (flickr30k_entities, reftr_index) for source in module.SOURCES}
+SOURCES = {source.name: source for module in (flickr30k_entities, jsonl, reftr_index) for source in module.SOURCES}
 BUILDERS = {"shapes": Shapes, **{name: source.builder for name, source in SOURCES.items()}}
 
 
