@@ -20,10 +20,11 @@ A line, here on several:
   encoding, compressed or not, at the picture's size) or `mask` (a picture file of one channel and the picture's size,
   0 where the object is not). With a mask, `box` may be absent: it is the mask's.
 - `category` (text) and `types` (list of texts) of the object and of the words, for reports.
-- in the line: `image_id`, else the path; `width` and `height`, if the boxes were drawn on a picture of that size, which
-  tells whether its EXIF orientation was followed.
+- in the line: `image_id`, else the path; `width` and `height`, if the boxes were drawn on a picture of that size,
+  which tells whether its EXIF orientation was followed.
 
-Nothing is passed over: bad lines are an error that lists them, unless `drop_bad_lines` leaves them out and counts them.
+Nothing is passed over: bad lines are an error that lists them, unless `drop_bad_lines` leaves them out and counts
+them.
 """
 
 import json
@@ -61,16 +62,16 @@ LINE_FIELDS = ("image", "expressions", "image_id", "width", "height", "box_forma
 class JsonLinesConfig(datasets.BuilderConfig):
     """
     Args:
-        path (`str` or `dict[str, str]`, *optional*): a file for the split train, or split -> file, in place of all
-            .jsonl files of `data_dir`; relative to `data_dir` where that is given.
-        image_dir (`str`, *optional*): folder that the paths of pictures and masks are relative to; absent: that of the
-            .jsonl file.
+        path (`str`, `list[str]` or `dict`, *optional*): a file or files for the split train, or split -> such, in
+            place of the .jsonl files of `data_dir`; in `data_dir` or absolute. The library's `data_files` is the same.
+        image_dir (`str`, *optional*): folder that the paths of pictures and masks are relative to, in `data_dir` or
+            absolute; absent: that of the .jsonl file.
         box_format (`str`): "xyxy" or "xywh", of lines that do not say it.
         drop_bad_lines (`bool`): leave out bad lines and count them; else they are an error.
         allow_outside_paths (`bool`): allow absolute paths and `..` in the files. Addresses are never fetched.
     """
 
-    path: str | dict | None = None
+    path: str | list | dict | None = None
     image_dir: str | None = None
     box_format: str = "xyxy"
     drop_bad_lines: bool = False
@@ -84,46 +85,45 @@ class JsonLines(GroundingBuilder):
     BUILDER_CONFIGS = [JsonLinesConfig(name="jsonl", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "jsonl"
 
-    def __init__(self, *args, hash=None, **kwargs):
-        if kwargs.get("data_files"):  # what the library calls the same
-            files = kwargs.pop("data_files")
-            files = files if isinstance(files, dict) else {"train": files}
-            one = {split: file if isinstance(file, str) else list(file)[0] for split, file in files.items()}
-            kwargs["path"] = one
-        data_dir, path = Path(kwargs.get("data_dir") or ""), kwargs.get("path")
-        self.split_paths = find_splits(data_dir, path) if path or kwargs.get("data_dir") else {}
-        files = [file for file in self.split_paths.values() if file.is_file()]
-        masks = [mask for file in files for mask in mask_paths(file, kwargs.get("image_dir")) if mask.is_file()]
-        super().__init__(*args, hash=fingerprint([*files, *masks], hash, list(self.split_paths)), **kwargs)
+    def __init__(self, *args, hash=None, data_files=None, **kwargs):
+        if data_files is not None:
+            kwargs["path"] = data_files
+        data_dir, path = kwargs.get("data_dir"), kwargs.get("path")
+        self.split_files = {} if data_dir is None and path is None else find_splits(Path(data_dir or ""), path)
+        files = [file for files in self.split_files.values() for file in files if file.is_file()]
+        image_dir = folder_of_images(data_dir, kwargs.get("image_dir"))
+        masks = [mask for file in files for mask in mask_paths(file, image_dir or file.parent) if mask.is_file()]
+        words = {split: [str(file) for file in files] for split, files in self.split_files.items()}
+        super().__init__(*args, hash=fingerprint([*files, *masks], hash, words), **kwargs)
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
         """The .jsonl files of a folder."""
-        return list(find_splits(data_dir, None).values())
+        return sorted(data_dir.glob("*.jsonl"))
 
     def _split_generators(self, dl_manager):
         if self.config.box_format not in BOX_FORMATS:
             raise ValueError(f"box_format={self.config.box_format!r} must be one of {', '.join(BOX_FORMATS)}.")
-        if not self.split_paths:
+        if not self.split_files:
             if self.config.data_dir is None:
                 raise ValueError(f"Say where the files are: data_dir=... or path=... . {DISTRIBUTION}")
             raise OSError(f"There is no .jsonl file in {self.config.data_dir!r}. {DISTRIBUTION}")
-        missing = [str(path) for path in self.split_paths.values() if not path.is_file()]
+        missing = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
         if missing:
             raise OSError(f"There is no file {', '.join(missing)}. {DISTRIBUTION}")
         good, bad, pictures = {}, [], {}
-        for split, path in self.split_paths.items():
+        for split, files in self.split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
-                raise ValueError(
-                    f"{split!r} (of {str(path)!r}) is no name of a split: letters, digits and _, not 'all'."
-                )
+                raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
             good[split], dropped, seen = [], Counter(), {}
-            for number, offset, line in read_lines(path):
+            lines = ((file, *line) for file in files for line in read_lines(file))
+            for path, number, offset, line in lines:
                 try:
                     value = parse_line(line)
                     picture = self._picture(path, value)
-                    earlier = seen.setdefault(image_id_of(value), number)
-                    need(earlier == number, "image", value["image"], f"another picture than in line {earlier}")
+                    place = f"{path}, line {number}"
+                    earlier = seen.setdefault(image_id_of(value), place)
+                    need(earlier == place, "image", value["image"], f"another picture than in {earlier}")
                     pictures[picture] = None
                     if picture.is_file():
                         self._row(path, value, dropped)
@@ -158,11 +158,11 @@ class JsonLines(GroundingBuilder):
 
     def _inside(self, path: Path, name, field: str) -> Path:
         """The file that a line of `path` names."""
-        need(isinstance(name, str) and name.strip(), field, name, "the path of a file")
+        need(isinstance(name, str) and name.strip() and "\0" not in name, field, name, "the path of a file")
         need("://" not in name, field, name, "the path of a file on this machine; addresses are not fetched")
         allowed = self.config.allow_outside_paths or is_inside(name)
         need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
-        return folder_of(path, self.config.image_dir) / name
+        return (folder_of_images(self.config.data_dir, self.config.image_dir) or path.parent) / name
 
     def _row(self, path: Path, value: dict, dropped: Counter) -> dict:
         """The row of a parsed line of a file; raises a ValueError or OSError where it is bad."""
@@ -181,9 +181,8 @@ class JsonLines(GroundingBuilder):
                 boxes = read_boxes(target, where, box_format)
                 mask = self._mask(path, target, where, height, width)
                 kept = clip_boxes(boxes or [box_of(mask)], width, height, dropped)
-                need(
-                    len(kept) == max(1, len(boxes)), f"{where}.box", boxes, f"boxes in a picture of {width} x {height}"
-                )
+                inside = len(kept) == max(1, len(boxes))
+                need(inside, f"{where}.box", boxes, f"boxes in the picture of {width} x {height}")
                 item = {"box": merge_boxes(kept), "boxes": kept, "category": target.get("category")}
                 key = json.dumps([item, mask])
                 item = {"object_id": f"{image_id}_{len(objects)}", **item, "segmentation": mask}
@@ -222,26 +221,29 @@ def need(condition, field: str, value, expected: str):
         raise ValueError(f"{field} is {shown}; expected {expected}.")
 
 
-def find_splits(data_dir: Path, path: str | dict | None) -> dict[str, Path]:
-    """Split -> its file: what `path` says, or the .jsonl files of a folder, by name."""
+def find_splits(data_dir: Path, path: str | list | dict | None) -> dict[str, list[Path]]:
+    """Split -> its files: what `path` says, or the .jsonl files of a folder, by name."""
     if path is None:
-        return {file.stem: file for file in sorted(data_dir.glob("*.jsonl"))}
-    files = path if isinstance(path, dict) else {"train": path}
-    return {split: data_dir / file for split, file in files.items()}
+        return {file.stem: [file] for file in sorted(data_dir.glob("*.jsonl"))}
+    splits = path if isinstance(path, dict) else {"train": path}
+    return {
+        split: [data_dir / file for file in ([files] if isinstance(files, str | Path) else files)]
+        for split, files in splits.items()
+    }
 
 
-def folder_of(path: Path, image_dir: str | None) -> Path:
-    """The folder that the paths in a file are relative to."""
-    return path.parent if image_dir is None else Path(image_dir)
+def folder_of_images(data_dir: str | None, image_dir: str | None) -> Path | None:
+    """The folder that paths are relative to, where it is not that of their file."""
+    return None if image_dir is None else Path(data_dir or "") / image_dir
 
 
-def mask_paths(path: Path, image_dir: str | None) -> list[Path]:
+def mask_paths(path: Path, folder: Path) -> list[Path]:
     """The mask files that a .jsonl file names, as far as it can be read."""
     paths = []
     for _, _, line in read_lines(path):
         for name in re.findall(rb'"mask"\s*:\s*("(?:[^"\\]|\\.)*")', line):
             try:
-                paths.append(folder_of(path, image_dir) / json.loads(name))
+                paths.append(folder / json.loads(name))
             except ValueError:  # named when the line is read
                 continue
     return [mask for mask in paths if "\0" not in str(mask)]
@@ -275,9 +277,9 @@ def parse_line(line: bytes) -> dict:
         raise ValueError(f"it is no JSON: {error}.") from error
     need(isinstance(value, dict), "the line", value, '{"image": ..., "expressions": [...]}')
     known(value, LINE_FIELDS, "the line")
-    for name in ("image", "expressions"):
-        need(name in value, "the line", sorted(value), f"a field {name!r}")
-    expressions = value["expressions"]
+    if "image" not in value:
+        raise ValueError("the line has no field 'image'; expected the path of a picture.")
+    expressions = value.get("expressions")
     need(isinstance(expressions, list) and expressions, "expressions", expressions, "a list of one or more")
     return value
 
@@ -285,7 +287,8 @@ def parse_line(line: bytes) -> dict:
 def known(value: dict, names: tuple[str, ...], field: str):
     """Raise a ValueError for a field that is not one of these."""
     unknown = [name for name in value if name not in names]
-    need(not unknown, field, unknown, f"no fields but {', '.join(names)}")
+    if unknown:
+        raise ValueError(f"{field} has fields that are unknown, {unknown}; expected of {', '.join(names)}.")
 
 
 def image_id_of(value: dict) -> str:
@@ -362,7 +365,8 @@ def read_boxes(target: dict, field: str, box_format: str) -> list[list[float]]:
         need(isinstance(boxes, list) and boxes, f"{field}.boxes", boxes, "a list of one or more")
     else:
         boxes, name = [target["box"]] if "box" in target else [], "box"
-    need(boxes or any(mask in target for mask in MASK_FIELDS), field, sorted(target), "a field 'box' or a mask")
+    if not boxes and not any(mask in target for mask in MASK_FIELDS):
+        raise ValueError(f"{field} has no field 'box'; expected one, or 'boxes', or a mask.")
     figures = "[left, top, right, bottom]" if box_format == "xyxy" else "[left, top, width, height]"
     boxes_xyxy = []
     for box in boxes:
@@ -399,9 +403,10 @@ def read_polygons(value, field: str, height: int, width: int) -> dict:
         for polygon in polygons
     )
     need(good, field, value, "polygons [[x, y, x, y, x, y, ...], ...] of three or more points")
-    # what lies past the edge cannot be drawn: it takes the library time and memory
+    # the library walks along every edge, so a point far away takes its time and memory
     limits = np.array([width, height])
-    polygons = [np.clip(np.reshape(polygon, (-1, 2)), -limits, 2 * limits).ravel().tolist() for polygon in polygons]
+    near = all((np.abs(np.reshape(polygon, (-1, 2)) - limits / 2) <= 1.5 * limits).all() for polygon in polygons)
+    need(near, field, value, f"points in the picture of {width} x {height}, or as far outside of it at most")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 

@@ -193,7 +193,9 @@ def upright_size(path: str | Path, annotated_size: tuple[int, int] | None = None
     """
     stored = picture_size(path)
     with Image.open(path) as image:
-        turned = stored[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else stored
+        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Pillow itself turns a TIFF, and says so in its size
+        turned = stored[::-1] if sideways and image.format != "TIFF" else stored
     if annotated_size is not None and stored == tuple(annotated_size) != turned:
         return stored
     return turned
