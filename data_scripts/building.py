@@ -112,10 +112,16 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"  {names}{'' if len(missing) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
             )
 
+    def report_changed(self, split: str, changed: Counter):
+        """Say once what was kept but is not as annotated: what was done -> number."""
+        if changed:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(changed.items()))
+            logger.warning(f"{self.config.name} {split}: {reasons}.")
+
     def report_dropped(self, split: str, dropped: Counter):
         """Say once what was left out of a split, and why: reason -> number."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()) if count)
-        if reasons:
+        if dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
             logger.warning(f"{self.config.name} {split}: left out {reasons}.")
 
 
@@ -140,15 +146,16 @@ def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
 
 
-def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter) -> list[list[float]]:
-    """What is left of boxes in their picture; what is not is counted in `dropped`, reason -> number."""
+def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter, changed: Counter) -> list[list[float]]:
+    """What is left of boxes in their picture; counts those of which nothing is, and those that were cut."""
     kept = []
     for box_xyxy in boxes_xyxy:
         box = clip_box(box_xyxy, width, height)
         if box is None:
             dropped["boxes of which nothing is in the picture"] += 1
             continue
-        dropped["parts of boxes past the edge of their picture"] += box != [float(value) for value in box_xyxy]
+        if box != [float(value) for value in box_xyxy]:
+            changed["boxes are cut at their picture's edge"] += 1
         kept.append(box)
     return kept
 

@@ -91,7 +91,8 @@ class Flickr30kEntities(GroundingBuilder):
         return next((data_dir / name for name in names if (data_dir / name).is_dir()), data_dir / names[0])
 
     def _generate_examples(self, split, image_ids):
-        data_dir, image_dir, dropped = Path(self.config.data_dir), self._image_dir(), Counter()
+        data_dir, image_dir = Path(self.config.data_dir), self._image_dir()
+        dropped, changed = Counter(), Counter()
         unrelated = set()
         if self.config.drop_unrelated_captions:
             unrelated = read_unrelated(data_dir / "UNRELATED_CAPTIONS")
@@ -99,9 +100,13 @@ class Flickr30kEntities(GroundingBuilder):
             size, boxes = read_boxes(data_dir / "Annotations" / f"{image_id}.xml")
             image = image_dir / f"{image_id}.jpg"
             width, height = upright_size(image, size)
+            scale = (width / size[0], height / size[1]) * 2
+            if scale != (1.0, 1.0, 1.0, 1.0):
+                changed["pictures have another size than annotated, boxes are scaled to it"] += 1
             objects = []
             for chain, chain_boxes in boxes.items():
-                kept = clip_boxes(chain_boxes, width, height, dropped)
+                scaled = [[value * factor for value, factor in zip(box, scale, strict=True)] for box in chain_boxes]
+                kept = clip_boxes(scaled, width, height, dropped, changed)
                 if kept:
                     item = {"object_id": chain, "box": merge_boxes(kept), "boxes": kept}
                     objects.append({**item, "category": None, "segmentation": None})
@@ -122,6 +127,7 @@ class Flickr30kEntities(GroundingBuilder):
                 },
             )
         self.report_dropped(split, dropped)
+        self.report_changed(split, changed)
 
 
 def boxed_sentences(captions: list, objects: list[dict], unrelated: set[str], dropped: Counter) -> list[dict]:
@@ -219,6 +225,8 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
             raise ValueError("it has a document type, which an annotation does not need")
         root = ElementTree.fromstring(text)
         size = (int(root.findtext("size/width")), int(root.findtext("size/height")))
+        if min(size) < 1:
+            raise ValueError(f"its picture has the size {size}")
         for item in root.iterfind("object"):
             bound = item.find("bndbox")
             if bound is None:

@@ -115,7 +115,7 @@ class JsonLines(GroundingBuilder):
         for split, files in self.split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
                 raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
-            good[split], dropped, seen = [], Counter(), {}
+            good[split], seen = [], {}
             lines = ((file, *line) for file in files for line in read_lines(file))
             for path, number, offset, line in lines:
                 try:
@@ -126,7 +126,7 @@ class JsonLines(GroundingBuilder):
                     need(earlier == place, "image", value["image"], f"another picture than in {earlier}")
                     pictures[picture] = None
                     if picture.is_file():
-                        self._row(path, value, dropped)
+                        self._row(path, value, Counter())
                     good[split].append((str(path), number, offset))
                 except (OSError, ValueError) as error:
                     bad.append(f"{path}, line {number}: {error}")
@@ -145,13 +145,13 @@ class JsonLines(GroundingBuilder):
         ]
 
     def _generate_examples(self, split, lines):
-        dropped = Counter()
+        changed = Counter()
         for path, number, offset in lines:
             with open(path, "rb") as file:
                 file.seek(offset)
                 value = parse_line(file.readline())
-            yield f"{path}:{number}", self._row(Path(path), value, dropped)
-        self.report_dropped(split, dropped)
+            yield f"{path}:{number}", self._row(Path(path), value, changed)
+        self.report_changed(split, changed)
 
     def _picture(self, path: Path, value: dict) -> Path:
         return self._inside(path, value["image"], "image")
@@ -164,7 +164,7 @@ class JsonLines(GroundingBuilder):
         need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
         return (folder_of_images(self.config.data_dir, self.config.image_dir) or path.parent) / name
 
-    def _row(self, path: Path, value: dict, dropped: Counter) -> dict:
+    def _row(self, path: Path, value: dict, changed: Counter) -> dict:
         """The row of a parsed line of a file; raises a ValueError or OSError where it is bad."""
         picture = self._picture(path, value)
         size = annotated_size(value)
@@ -180,7 +180,7 @@ class JsonLines(GroundingBuilder):
             for start, end, target, where in spans:
                 boxes = read_boxes(target, where, box_format)
                 mask = self._mask(path, target, where, height, width)
-                kept = clip_boxes(boxes or [box_of(mask)], width, height, dropped)
+                kept = clip_boxes(boxes or [box_of(mask)], width, height, Counter(), changed)
                 inside = len(kept) == max(1, len(boxes))
                 need(inside, f"{where}.box", boxes, f"boxes in the picture of {width} x {height}")
                 item = {"box": merge_boxes(kept), "boxes": kept, "category": target.get("category")}

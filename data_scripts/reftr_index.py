@@ -167,16 +167,18 @@ class RefTRIndex(GroundingBuilder):
         return generators
 
     def _generate_examples(self, split, images):
-        dropped = Counter()
+        dropped, changed = Counter(), Counter()
         for path, records in images:
-            row = self._row(path, [read_record(*record, self.index.layout) for record in records], dropped)
+            records = [read_record(*record, self.index.layout) for record in records]
+            row = self._row(path, records, dropped, changed)
             if row["sentences"]:
                 yield row["image_id"], row
             else:
                 dropped["pictures without an expression"] += 1
         self.report_dropped(split, dropped)
+        self.report_changed(split, changed)
 
-    def _row(self, path: str, records: list[dict], dropped: Counter) -> dict:
+    def _row(self, path: str, records: list[dict], dropped: Counter, changed: Counter) -> dict:
         # a mask tells for which size of its picture it was made, stored or upright
         sizes = [self._encode(record["mask"])["size"] for record in records[:1] if "mask" in record]
         width, height = upright_size(path, *(tuple(size[::-1]) for size in sizes))
@@ -192,7 +194,7 @@ class RefTRIndex(GroundingBuilder):
                     dropped["phrases that are not at their place in the sentence"] += 1
                     continue
                 box_xyxy = to_xyxy(box, self.index.box_format, self.config.integer_boxes)
-                kept = clip_boxes([box_xyxy], width, height, dropped)
+                kept = clip_boxes([box_xyxy], width, height, dropped, changed)
                 if kept:
                     key = (*kept[0], record.get("mask"))
                     index = list(objects).index(key) if key in objects else len(objects)

@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from PIL import Image
 
 import data_scripts
 from data_scripts.flickr30k_entities import Flickr30kEntities
@@ -86,10 +87,10 @@ def test_boxes_count_from_0_and_a_chain_is_one_object_with_all_its_boxes(load):
 def test_what_is_left_out_is_counted(load, caplog):
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         load()
-    (message,) = [record.getMessage() for record in caplog.records if " train: " in record.getMessage()]
+    message, changes = [record.getMessage() for record in caplog.records if " train: " in record.getMessage()]
+    assert "train: 1 boxes are cut at their picture's edge." in changes
     for reason in (
         "1 boxes of which nothing is in the picture",
-        "1 parts of boxes past the edge",
         "1 captions whose brackets do not match",
         "6 captions without a boxed phrase",
         "9 phrases without a box",
@@ -102,6 +103,15 @@ def test_a_picture_with_an_orientation_has_its_upright_size(load):
     row = load("val")[0]
     assert (row["width"], row["height"]) == (40, 60) == row["image"].size
     assert row["objects"][0]["box"] == [1, 2, 11, 12]
+
+
+def test_boxes_are_scaled_to_a_picture_of_another_size(load, folder, caplog):
+    Image.new("RGB", (60, 60)).save(folder / "flickr30k-images" / "1004.jpg")  # annotated as 30 x 20
+    with caplog.at_level(logging.WARNING, "data_scripts.building"):
+        row = load("test")[0]
+    assert (row["width"], row["height"]) == (60, 60)
+    assert row["objects"][0]["box"] == [0, 0, 60, 60]
+    assert "test: 1 pictures have another size than annotated, boxes are scaled to it" in caplog.text
 
 
 def test_unrelated_captions_are_left_out_where_asked(load, folder):

@@ -270,7 +270,7 @@ def test_boxes_past_the_edge_are_cut_and_counted(load, caplog):
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         row = load(line(box(box=[-5, 2, 900, 12])))[0]
     assert row["objects"][0]["box"] == [0, 2, 40, 12]
-    assert "1 parts of boxes past the edge" in caplog.text
+    assert "train: 1 boxes are cut at their picture's edge." in caplog.text
 
 
 def test_files_by_name(folder, tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 import subprocess
 
 import numpy as np
@@ -229,15 +230,34 @@ def test_bad_boxes_and_texts_are_dropped_and_counted(load, folder, caplog):
             (row,) = load("resc_unc", **flags)["val"]
         assert [len(sentence["text"]) for sentence in row["sentences"]] == [8, 8, 3, 10_000]
         assert [item["box"] for item in row["objects"]] == [[1, 2, 64, 6], [0, 0, 5, 5], [1, 2, 4, 6]]
-        (message,) = [record.getMessage() for record in caplog.records if " val: " in record.getMessage()]
+        message, changes = [record.getMessage() for record in caplog.records if " val: " in record.getMessage()]
+        assert "val: 2 boxes are cut at their picture's edge." in changes
         for reason in (
             "2 expressions without words",
             "5 expressions without a box",
             "5 boxes of which nothing is in the picture",
-            "2 parts of boxes past the edge",
             "1 pictures without an expression",
         ):
             assert reason in message
+
+
+def test_of_10000_random_boxes_those_that_are_kept_are_boxes_in_their_picture(load, folder, caplog):
+    random = np.random.default_rng(0)
+    boxes = random.normal(20, 40, size=(10_000, 4)).round(1)
+    boxes[random.random(boxes.shape) < 0.02] = np.nan
+    boxes[random.random(boxes.shape) < 0.02] = np.inf
+    records = [(COCO, "", box, f"number {number}", "") for number, box in enumerate(boxes)]
+    save(records, folder / "annotations_resc/unc/unc_val.pth")
+    with caplog.at_level(logging.WARNING, "data_scripts.building"):
+        (row,) = load("resc_unc", "val")
+    kept = np.array([item["box"] for item in row["objects"]])
+    assert np.isfinite(kept).all()
+    assert (kept >= 0).all()
+    assert (kept <= [64, 48, 64, 48]).all()
+    assert (kept[:, :2] < kept[:, 2:]).all()
+    (number,) = set(re.findall(r" val: left out (\d+) boxes of which nothing is in the picture", caplog.text))
+    assert len(row["sentences"]) + int(number) == 10_000
+    assert 1_000 < len(row["sentences"]) < 9_000
 
 
 def test_phrases_that_are_not_where_they_should_be_are_dropped(load, folder, caplog):
