@@ -159,9 +159,10 @@ class RefTRIndex(GroundingBuilder):
         for split in index.splits:
             images = {}
             for file in index.split_files(split):
+                name = PurePosixPath(file).name
                 for number, record in enumerate(records[file]):
                     _, mine = images.setdefault(record[place], (paths[record[place]], []))
-                    mine.append((PurePosixPath(file).name, number, record))
+                    mine.append((name, number, record))
             gen_kwargs = {"split": split, "images": list(images.values())}
             generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
         return generators

@@ -1,6 +1,7 @@
 """The published indexes in the published tree: every layout, its boxes, masks and splits; hostile files refused."""
 
 import logging
+import operator
 import os
 import pickle
 import re
@@ -164,7 +165,7 @@ def test_hostile_masks_are_refused(load, folder, tmp_path):
 @pytest.mark.parametrize("legacy", [True, False])
 def test_hostile_indexes_are_refused(load, folder, tmp_path, legacy):
     path = folder / "annotations_resc/unc/unc_val.pth"
-    for call in (Evil(tmp_path / "ran"), subprocess.Popen, eval):
+    for call in (Evil(tmp_path / "ran"), subprocess.Popen, eval, operator.attrgetter, torch.hub.load):
         save([(COCO, "", [1, 2, 3, 4], "words", call)], path, legacy)
         with pytest.raises(ValueError, match=r"unc_val\.pth' is refused: it asks for"):
             load("resc_unc")
