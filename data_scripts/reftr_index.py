@@ -197,7 +197,7 @@ class RefTRIndex(GroundingBuilder):
                 box_xyxy = to_xyxy(box, self.index.box_format, self.config.integer_boxes)
                 kept = clip_boxes([box_xyxy], width, height, dropped, changed)
                 if kept:
-                    key = (*kept[0], record.get("mask"))
+                    key = (*kept[0], segmentation and segmentation["counts"])
                     index = list(objects).index(key) if key in objects else len(objects)
                     item = {"object_id": f"{image_id}_{index}", "box": kept[0], "boxes": kept}
                     objects.setdefault(key, {**item, "category": None, "segmentation": segmentation})

@@ -80,13 +80,14 @@ def make_reftr_index(folder: Path) -> dict:
         masks = folder / "refcoco" / "masks" / family
         masks.mkdir(parents=True, exist_ok=True)
         np.save(masks / "0.npy", rectangle(48, 64, (10, 20, 41, 37)))
+        np.save(masks / "0_again.npy", rectangle(48, 64, (10, 20, 41, 37)))
         np.save(masks / "1.npy", rectangle(30, 40, (5, 5, 15, 15)).astype(bool))
         np.save(masks / "2.npy", np.zeros((48, 64)))
         for split in splits:
             records = [
                 (COCO, "0.npy", [10.75, 20.5, 41.25, 37.75], "blue shirt"),
                 (COCO_GREY, "1.npy", [5, 5, 15, 15], "left man"),
-                (COCO, "0.npy", [10.75, 20.5, 41.25, 37.75], f"the lady {split}"),
+                (COCO, "0_again.npy", [10.75, 20.5, 41.25, 37.75], f"the lady {split}"),
                 (COCO, "2.npy", [0, 0, 10, 10], "nothing to see"),
             ]
             save(records, folder / "refcoco" / "anns" / family / f"{name}_{split}.pth")
