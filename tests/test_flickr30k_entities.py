@@ -23,7 +23,7 @@ def folder(tmp_path):
 def load(folder, tmp_path):
     def load_set(split=None, **flags):
         cache = str(tmp_path / "cache")
-        return data_scripts.load("flickr30k_entities", split, cache, data_dir=str(folder), **flags)
+        return data_scripts.load("flickr30k_entities", split, cache_dir=cache, data_dir=str(folder), **flags)
 
     return load_set
 
@@ -132,7 +132,7 @@ def test_pictures_lie_in_one_of_several_folders(tmp_path, image_dir):
     make_flickr30k(tmp_path, image_dir)
     flags = {"image_dir": image_dir} if "/" in image_dir else {}
     cache = str(tmp_path / "cache")
-    rows = data_scripts.load("flickr30k_entities", "test", cache, data_dir=str(tmp_path), **flags)
+    rows = data_scripts.load("flickr30k_entities", "test", cache_dir=cache, data_dir=str(tmp_path), **flags)
     assert rows[0]["image"].size == (30, 20)
     assert rows[0]["objects"][0]["box"] == [0, 0, 30, 20]
 

@@ -49,7 +49,7 @@ def load(folder, tmp_path):
     def load_set(*lines, split="train", **flags):
         if lines:
             write(folder / "train.jsonl", *lines)
-        return data_scripts.load("jsonl", split, str(tmp_path / "cache"), data_dir=str(folder), **flags)
+        return data_scripts.load("jsonl", split, cache_dir=str(tmp_path / "cache"), data_dir=str(folder), **flags)
 
     return load_set
 
@@ -277,12 +277,14 @@ def test_files_by_name(folder, tmp_path):
     cache = str(tmp_path / "cache")
     write(folder / "a.jsonl", line(box("one")))
     write(folder / "b.jsonl", line(box("two"), image="a.png"))
-    rows = data_scripts.load("jsonl", "train", cache, path=str(folder / "a.jsonl"))
+    rows = data_scripts.load("jsonl", "train", cache_dir=cache, path=str(folder / "a.jsonl"))
     assert rows[0]["sentences"][0]["text"] == "one"
-    rows = data_scripts.load("jsonl", "train", cache, data_dir=str(folder), path="b.jsonl", image_dir="pictures")
+    rows = data_scripts.load(
+        "jsonl", "train", cache_dir=cache, data_dir=str(folder), path="b.jsonl", image_dir="pictures"
+    )
     assert rows[0]["sentences"][0]["text"] == "two"
     files = {"train": str(folder / "a.jsonl"), "held_out": [str(folder / "a.jsonl")]}
-    rows = data_scripts.load("jsonl", None, cache, data_files=files)
+    rows = data_scripts.load("jsonl", None, cache_dir=cache, data_files=files)
     assert {split: len(part) for split, part in rows.items()} == {"train": 1, "held_out": 1}
 
 
@@ -347,7 +349,7 @@ def test_64_kinds_of_pictures_have_three_channels_and_boxes_on_the_right_pixels(
             stored_picture(mode, orientation).save(folder / name, exif=exif)
             lines.append(line({"text": "the bright part", "box": list(SEEN)}, image=name))
     write(folder / "train.jsonl", *lines)
-    rows = data_scripts.load("jsonl", "train", str(tmp_path / "cache"), data_dir=str(folder))
+    rows = data_scripts.load("jsonl", "train", cache_dir=str(tmp_path / "cache"), data_dir=str(folder))
     image_processor = RefTRImageProcessor(size={"shortest_edge": 240, "longest_edge": 240})
     right = 0
     for row in rows:

@@ -33,7 +33,7 @@ def folder(tmp_path):
 @pytest.fixture
 def load(folder, tmp_path):
     def load_set(name, split=None, **flags):
-        return data_scripts.load(name, split, str(tmp_path / "cache"), data_dir=str(folder), **flags)
+        return data_scripts.load(name, split, cache_dir=str(tmp_path / "cache"), data_dir=str(folder), **flags)
 
     return load_set
 
