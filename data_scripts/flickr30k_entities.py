@@ -224,21 +224,29 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
         if "<!DOCTYPE" in text:
             raise ValueError("it has a document type, which an annotation does not need")
         root = ElementTree.fromstring(text)
-        size = (int(root.findtext("size/width")), int(root.findtext("size/height")))
+        size = (int(read_number(root, "size/width")), int(read_number(root, "size/height")))
         if min(size) < 1:
             raise ValueError(f"its picture has the size {size}")
         for item in root.iterfind("object"):
             bound = item.find("bndbox")
             if bound is None:
                 continue
-            box_xyxy = [float(bound.findtext(name)) - 1 for name in ("xmin", "ymin", "xmax", "ymax")]
+            box_xyxy = [read_number(bound, name) - 1 for name in ("xmin", "ymin", "xmax", "ymax")]
             for name in item.iterfind("name"):
                 chain = (name.text or "0").strip()
                 if chain != "0":
                     boxes.setdefault(chain, []).append(box_xyxy)
-    except (ElementTree.ParseError, TypeError, ValueError) as error:  # TypeError: a tag that is not there
+    except (ElementTree.ParseError, ValueError, OverflowError) as error:
         raise ValueError(f"{str(path)!r} is no annotation of Flickr30k Entities: {error}.") from error
     return size, boxes
+
+
+def read_number(element: ElementTree.Element, tag: str) -> float:
+    """The number in a tag below an element; a ValueError where it is not there."""
+    text = element.findtext(tag)
+    if text is None:
+        raise ValueError(f"<{element.tag}> has no <{tag}>")
+    return float(text)
 
 
 def read_image_ids(path: Path) -> list[str]:

@@ -284,8 +284,12 @@ def test_files_by_name(folder, tmp_path):
     )
     assert rows[0]["sentences"][0]["text"] == "two"
     files = {"train": str(folder / "a.jsonl"), "held_out": [str(folder / "a.jsonl")]}
-    rows = data_scripts.load("jsonl", None, cache_dir=cache, data_files=files)
+    rows = data_scripts.load("jsonl", None, cache_dir=cache, path=files)
     assert {split: len(part) for split, part in rows.items()} == {"train": 1, "held_out": 1}
+    # the library's own name for it
+    builder = JsonLines(cache_dir=cache, data_files=files)
+    builder.download_and_prepare()
+    assert builder.as_dataset(split="held_out").to_dict() == rows["held_out"].to_dict()
 
 
 def test_outside_paths_where_allowed(load, folder, tmp_path):
