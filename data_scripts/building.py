@@ -17,6 +17,7 @@ import builtins
 import hashlib
 import inspect
 import logging
+import os
 import re
 from collections import Counter
 from dataclasses import Field, dataclass, field, fields
@@ -79,11 +80,15 @@ def reason_of(error: DatasetGenerationError) -> Exception:
 
 
 def fingerprint(paths, *words) -> str:
-    """A short hash of files by name, size and time of change, and of words."""
+    """A short hash of files by name, size and time of change, and of words; a folder stands for the files in it."""
     digest = hashlib.sha256(repr(words).encode())
     for path in sorted(map(Path, paths)):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        files = [(path.resolve(), path.stat())]
+        if path.is_dir():
+            with os.scandir(path.resolve()) as entries:
+                files = sorted((entry.path, entry.stat()) for entry in entries if entry.is_file())
+        for name, status in files:
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -107,7 +112,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """The annotation files (no pictures) that this configuration reads."""
+        """The annotation files (no pictures) that this configuration reads; a folder stands for the files in it."""
         raise NotImplementedError
 
     def _info(self):
@@ -130,9 +135,10 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"\n  {names}\n{distribution}"
             )
 
-    def need_pictures(self, paths, distribution: str):
+    def need_pictures(self, paths, distribution: str, what: str = "pictures"):
         """
-        Raise where a picture is missing, with the number of them and the first twenty.
+        Raise where a picture (or one of another many files, `what`) is missing, with the number of them and the
+        first twenty.
 
         Raises:
             OSError: naming them, and how the authors distribute them.
@@ -141,7 +147,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         if missing:
             names = "\n  ".join(missing[:20])
             raise OSError(
-                f"{len(missing)} pictures of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):\n"
+                f"{len(missing)} {what} of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):\n"
                 f"  {names}{'' if len(missing) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
             )
 
@@ -206,6 +212,20 @@ def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:
     x0, y0, x1, y1 = (float(value) for value in box_xyxy)
     x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
+
+
+def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter, changed: Counter) -> list[list[float]]:
+    """What is left of boxes in their picture; counts those of which nothing is, and those that were cut."""
+    kept = []
+    for box_xyxy in boxes_xyxy:
+        box = clip_box(box_xyxy, width, height)
+        if box is None:
+            dropped["boxes of which nothing is in the picture"] += 1
+            continue
+        if box != [float(value) for value in box_xyxy]:
+            changed["boxes are cut at their picture's edge"] += 1
+        kept.append(box)
+    return kept
 
 
 def merge_boxes(boxes_xyxy) -> list[float]:

@@ -4,15 +4,14 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from . import refcoco, shapes, visual_genome
+from . import flickr30k_entities, jsonl, refcoco, reftr_index, shapes, visual_genome
 from .building import Source, flags_of, reason_of
 from .schema import FEATURES
 
 
 # every set that `load` takes; a module of builders lists its own
-SOURCES: dict[str, Source] = {
-    source.name: source for module in (shapes, refcoco, visual_genome) for source in module.SOURCES
-}
+MODULES = (shapes, jsonl, refcoco, flickr30k_entities, visual_genome, reftr_index)
+SOURCES: dict[str, Source] = {source.name: source for module in MODULES for source in module.SOURCES}
 
 
 def load(

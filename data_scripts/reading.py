@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,20 @@ def _numpy_array(buffer, dtype, shape, order="C", *_):
     return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
 
 
+def _tensor(storage, offset, shape, stride, *_):
+    """A tensor of a file of `torch.save`, as the numpy array that it is; storages are arrays that are filled later."""
+    count = int(np.prod(shape, dtype=np.int64))
+    array = storage[offset : offset + count].reshape(shape)
+    steps = zip(shape, array.strides, stride, strict=True)
+    if offset < 0 or any(size > 1 and step != number * array.itemsize for size, step, number in steps):
+        raise pickle.UnpicklingError("a tensor that does not lie in one piece")
+    return array
+
+
+TORCH_TYPES = {
+    "Double": "<f8", "Float": "<f4", "Half": "<f2", "Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1",
+    "Byte": "u1", "Bool": "?",
+}  # fmt: skip
 NUMPY_RECONSTRUCT = np.ndarray.__reduce__(np.zeros(0))[0]
 # (module, name) -> what stands in for it; nothing else is ever looked up
 ALLOWED = {
@@ -45,15 +59,22 @@ ALLOWED = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): NUMPY_RECONSTRUCT for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _numpy_array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    **{("torch", f"{name}Storage"): np.dtype(code) for name, code in TORCH_TYPES.items()},
 }
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Reads numbers, texts, lists, tuples, dicts, sets and numpy arrays, of Python 2 as well; refuses the rest."""
+    """
+    Reads numbers, texts, lists, tuples, dicts, sets and numpy arrays, of Python 2 as well; refuses the rest. Tensors
+    become numpy arrays over `storages`, key -> array, which lie beside the pickle and are to be filled after it.
+    """
 
-    def __init__(self, file, name: str):
+    def __init__(self, file, name: str, max_bytes: int = 0):
         super().__init__(file, encoding="latin-1")
         self.name = name
+        self.max_bytes = max_bytes
+        self.storages = {}
 
     def find_class(self, module, name):
         """What a pickle may name."""
@@ -67,19 +88,24 @@ class RestrictedUnpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, pid):
-        """Tensors are kept beside a pickle; an annotation file has none."""
-        raise ValueError(f"{self.name!r} is refused: it holds tensors, which an annotation file does not.")
+        """The storage of a tensor: ("storage", type, key, device, number of elements, ...)."""
+        _, dtype, key, _, count, *_ = pid
+        if key not in self.storages:
+            if not 0 <= count * dtype.itemsize <= self.max_bytes:
+                raise ValueError(f"{self.name!r} is refused: it has a tensor of {count} elements, more than it holds.")
+            self.storages[key] = np.zeros(count, dtype)
+        return self.storages[key]
 
 
 def read_pickle(path: str | Path):
     """
-    A pickle of Python 2 or 3, or a file of `torch.save` without tensors, read by a restricted reader.
+    A pickle of Python 2 or 3, or a file of `torch.save`, read by a restricted reader.
 
     Args:
         path (`str` or `Path`): the file.
 
     Returns:
-        Lists, tuples, dicts, sets, numbers, texts and numpy arrays, as they were written.
+        Lists, tuples, dicts, sets, numbers, texts and numpy arrays, as they were written; tensors as numpy arrays.
 
     Raises:
         OSError: if there is no such file, or it is damaged.
@@ -93,13 +119,23 @@ def read_pickle(path: str | Path):
         if zipfile.is_zipfile(io.BytesIO(content)):  # torch.save since 1.6
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
-                return RestrictedUnpickler(archive.open(name), str(path)).load()
+                reader = RestrictedUnpickler(archive.open(name), str(path), len(content))
+                value = reader.load()
+                for key, storage in reader.storages.items():
+                    stored = archive.open(f"{name.removesuffix('data.pkl')}data/{key}").read(storage.nbytes)
+                    storage[:] = np.frombuffer(stored, storage.dtype)
+                return value
         file = io.BytesIO(content)
         value = RestrictedUnpickler(file, str(path)).load()
         if value == 0x1950A86A20F9469CFC6C:  # torch.save before 1.6: its magic number, version and system come first
             for _ in range(2):
                 RestrictedUnpickler(file, str(path)).load()
-            value = RestrictedUnpickler(file, str(path)).load()
+            reader = RestrictedUnpickler(file, str(path), len(content))
+            value = reader.load()
+            # the storages' keys, then each storage with its number of elements before it
+            for key in RestrictedUnpickler(file, str(path)).load():
+                storage = reader.storages[key]
+                storage[:] = np.frombuffer(file.read(8 + storage.nbytes)[8:], storage.dtype)
         return value
     except (OSError, ValueError) as error:
         if str(path) in str(error):
@@ -125,6 +161,23 @@ def read_json(path: str | Path):
         raise OSError(f"{str(path)!r} is damaged: {error}") from error
 
 
+def is_inside(name: str) -> bool:
+    """
+    Whether a relative path stays in its folder, on every system.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import is_inside
+
+    >>> is_inside("pictures/1.jpg"), is_inside("../1.jpg"), is_inside("/1.jpg"), is_inside("http://host/1.jpg")
+    (True, False, False, False)
+
+    ```"""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
     """
     (width, height) of a picture file as stored, from its header: nothing is decoded.
@@ -142,7 +195,9 @@ def _read_header(path: str | Path, with_orientation: bool = False) -> tuple[tupl
         with Image.open(path) as image:
             width, height = image.size
             small = width * height <= MAX_PIXELS
-            orientation = image.getexif().get(0x0112, 1) if with_orientation and small else 1
+            # Pillow itself turns a TIFF, and says so in its size
+            is_asked = with_orientation and small and image.format != "TIFF"
+            orientation = image.getexif().get(0x0112, 1) if is_asked else 1
     except FileNotFoundError as error:
         raise OSError(f"There is no picture at {str(path)!r}.") from error
     except Image.DecompressionBombError as error:

@@ -1,0 +1,479 @@
+"""
+One's own pictures: a JSON Lines file for each split, a line for each picture.
+
+    data_dir/
+        train.jsonl  validation.jsonl  test.jsonl      or any names: each file is a split
+        pictures/1.jpg                                 anywhere in the folder
+
+A line, here on several:
+
+    {"image": "pictures/1.jpg",
+     "expressions": [{"text": "the red car", "box": [10, 20, 110, 90]},
+                     {"text": "the tree", "box": [200, 5, 260, 190], "polygon": [[200, 5, 260, 5, 230, 190]]},
+                     {"text": "a car near a tree",
+                      "phrases": [{"text": "a car", "box": [10, 20, 110, 90]},
+                                  {"start": 11, "end": 17, "boxes": [[200, 5, 260, 190]]}]}]}
+
+- `box` (or `boxes`, all that the words mean; then their union is the answer): pixels of the picture as one looks at
+  it, right and bottom exclusive; `"box_format": "xywh"` in the line, or as a flag, where they are x, y, width, height.
+- a mask, if there is one: `polygon` (lists of x, y, x, y, ...), `segmentation` (such polygons, or COCO's run-length
+  encoding, compressed or not, at the picture's size) or `mask` (a picture file of one channel and the picture's size,
+  0 where the object is not). With a mask, `box` may be absent: it is the mask's.
+- `category` (text) and `types` (list of texts) of the object and of the words, for reports.
+- in the line: `image_id`, else the path; `width` and `height`, if the boxes were drawn on a picture of that size,
+  which tells whether its EXIF orientation was followed.
+
+Nothing is passed over: bad lines are an error that lists them, unless `drop_bad_lines` leaves them out and counts
+them.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from .building import GroundingBuilder, Source, clip_boxes, fingerprint, merge_boxes
+from .reading import is_inside, picture_size, upright_size
+from .schema import FEATURES
+
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "JsonLines", "JsonLinesConfig"]
+
+DISTRIBUTION = (
+    "A folder of one's own data holds a file for each split, such as train.jsonl and validation.jsonl, with a line of "
+    'JSON for each picture: {"image": "pictures/1.jpg", "expressions": [{"text": "the red car", "box": [10, 20, 110, '
+    "90]}]}."
+)
+MAX_LISTED = 20
+MASK_FIELDS = ("polygon", "segmentation", "mask")
+TARGET_FIELDS = ("box", "boxes", *MASK_FIELDS, "category", "types")
+LINE_FIELDS = ("image", "expressions", "image_id", "width", "height", "box_format")
+
+
+@dataclass
+class JsonLinesConfig(datasets.BuilderConfig):
+    """
+    Args:
+        path (`str`, `list[str]` or `dict`, *optional*): a file or files for the split train, or split -> such, in
+            place of the .jsonl files of `data_dir`; in `data_dir` or absolute. The library's `data_files` is the same.
+        image_dir (`str`, *optional*): folder that the paths of pictures and masks are relative to, in `data_dir` or
+            absolute; absent: that of the .jsonl file.
+        box_format (`str`): "xyxy" or "xywh", of lines that do not say it.
+        drop_bad_lines (`bool`): leave out bad lines and count them; else they are an error.
+        allow_outside_paths (`bool`): allow absolute paths and `..` in the files. Addresses are never fetched.
+    """
+
+    path: str | list | dict | None = None
+    image_dir: str | None = None
+    box_format: str = "xyxy"
+    drop_bad_lines: bool = False
+    allow_outside_paths: bool = False
+
+
+class JsonLines(GroundingBuilder):
+    """One's own pictures and expressions from JSON Lines files. Rows are in the order of the lines."""
+
+    BUILDER_CONFIG_CLASS = JsonLinesConfig
+    BUILDER_CONFIGS = [JsonLinesConfig(name="jsonl", version=GroundingBuilder.VERSION)]
+    DEFAULT_CONFIG_NAME = "jsonl"
+
+    def __init__(self, *args, hash=None, data_files=None, **kwargs):
+        if data_files is not None:
+            kwargs["path"] = data_files
+        data_dir, path = kwargs.get("data_dir"), kwargs.get("path")
+        self.split_files = {} if data_dir is None and path is None else find_splits(Path(data_dir or ""), path)
+        files = [file for files in self.split_files.values() for file in files if file.is_file()]
+        image_dir = folder_of_images(data_dir, kwargs.get("image_dir"))
+        masks = [mask for file in files for mask in mask_paths(file, image_dir or file.parent) if mask.is_file()]
+        words = {split: [str(file) for file in files] for split, files in self.split_files.items()}
+        super().__init__(*args, hash=fingerprint([*files, *masks], hash, words), **kwargs)
+
+    @classmethod
+    def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
+        """The .jsonl files of a folder."""
+        return sorted(data_dir.glob("*.jsonl"))
+
+    def _split_generators(self, dl_manager):
+        if self.config.box_format not in BOX_FORMATS:
+            raise ValueError(f"box_format={self.config.box_format!r} must be one of {', '.join(BOX_FORMATS)}.")
+        if not self.split_files:
+            if self.config.data_dir is None:
+                raise ValueError(f"Say where the files are: data_dir=... or path=... . {DISTRIBUTION}")
+            raise OSError(f"There is no .jsonl file in {self.config.data_dir!r}. {DISTRIBUTION}")
+        missing = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
+        if missing:
+            raise OSError(f"There is no file {', '.join(missing)}. {DISTRIBUTION}")
+        good, bad, pictures = {}, [], {}
+        for split, files in self.split_files.items():
+            if not re.fullmatch(r"\w+", split) or split == "all":
+                raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
+            good[split], seen = [], {}
+            lines = ((file, *line) for file in files for line in read_lines(file))
+            for path, number, offset, line in lines:
+                try:
+                    value = parse_line(line)
+                    picture = self._picture(path, value)
+                    place = f"{path}, line {number}"
+                    earlier = seen.setdefault(image_id_of(value), place)
+                    need(earlier == place, "image", value["image"], f"another picture than in {earlier}")
+                    pictures[picture] = None
+                    if picture.is_file():
+                        self._row(path, value, Counter())
+                    good[split].append((str(path), number, offset))
+                except (OSError, ValueError) as error:
+                    bad.append(f"{path}, line {number}: {error}")
+        if bad and not self.config.drop_bad_lines:
+            lines = "\n  ".join(bad[:MAX_LISTED])
+            raise ValueError(
+                f"{len(bad)} bad lines (drop_bad_lines leaves them out):\n  {lines}"
+                f"{'' if len(bad) <= MAX_LISTED else f'{chr(10)}  ...'}"
+            )
+        if bad:
+            self.report_dropped("files", Counter({"bad lines": len(bad)}))
+        self.need_pictures(pictures, DISTRIBUTION)
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "lines": lines})
+            for split, lines in good.items()
+        ]
+
+    def _generate_examples(self, split, lines):
+        changed = Counter()
+        for path, number, offset in lines:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                value = parse_line(file.readline())
+            yield f"{path}:{number}", self._row(Path(path), value, changed)
+        self.report_changed(split, changed)
+
+    def _picture(self, path: Path, value: dict) -> Path:
+        return self._inside(path, value["image"], "image")
+
+    def _inside(self, path: Path, name, field: str) -> Path:
+        """The file that a line of `path` names."""
+        need(isinstance(name, str) and name.strip() and "\0" not in name, field, name, "the path of a file")
+        need("://" not in name, field, name, "the path of a file on this machine; addresses are not fetched")
+        allowed = self.config.allow_outside_paths or is_inside(name)
+        need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
+        return (folder_of_images(self.config.data_dir, self.config.image_dir) or path.parent) / name
+
+    def _row(self, path: Path, value: dict, changed: Counter) -> dict:
+        """The row of a parsed line of a file; raises a ValueError or OSError where it is bad."""
+        picture = self._picture(path, value)
+        size = annotated_size(value)
+        width, height = upright_size(picture, size)
+        need(size in (None, (width, height)), "width, height", size, f"the picture's {(width, height)}")
+        box_format = value.get("box_format", self.config.box_format)
+        need(box_format in BOX_FORMATS, "box_format", box_format, f"one of {', '.join(BOX_FORMATS)}")
+        image_id, objects, sentences = image_id_of(value), {}, []
+        for index, expression in enumerate(value["expressions"]):
+            field = f"expressions[{index}]"
+            text, spans = read_expression(expression, field)
+            phrases = []
+            for start, end, target, where in spans:
+                boxes = read_boxes(target, where, box_format)
+                mask = self._mask(path, target, where, height, width)
+                kept = clip_boxes(boxes or [box_of(mask)], width, height, Counter(), changed)
+                inside = len(kept) == max(1, len(boxes))
+                need(inside, f"{where}.box", boxes, f"boxes in the picture of {width} x {height}")
+                item = {"box": merge_boxes(kept), "boxes": kept, "category": target.get("category")}
+                key = json.dumps([item, mask])
+                item = {"object_id": f"{image_id}_{len(objects)}", **item, "segmentation": mask}
+                objects.setdefault(key, item)
+                place = list(objects).index(key)
+                phrases.append({"start": start, "end": end, "objects": [place], "types": target.get("types", [])})
+            sentences.append({"sentence_id": f"{image_id}_{index}", "text": text, "phrases": phrases})
+        row = {"image_id": image_id, "image": str(picture.absolute()), "width": width, "height": height}
+        return {**row, "objects": list(objects.values()), "sentences": sentences}
+
+    def _mask(self, path: Path, target: dict, where: str, height: int, width: int) -> dict | None:
+        """The run-length encoding of a target's mask, if it has one."""
+        given = [name for name in MASK_FIELDS if name in target]
+        need(len(given) < 2, where, given, "one of them")
+        if not given:
+            return None
+        field, value = f"{where}.{given[0]}", target[given[0]]
+        if given == ["mask"]:
+            encoded = read_mask(self._inside(path, value, field), field, height, width)
+        elif given == ["segmentation"] and isinstance(value, dict):
+            encoded = read_run_lengths(value, field, height, width)
+        else:
+            encoded = read_polygons(value, field, height, width)
+        need(coco_mask.area(encoded) > 0, field, value, "a mask with a pixel in the picture")
+        return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+
+
+BOX_FORMATS = ("xyxy", "xywh")
+
+
+def need(condition, field: str, value, expected: str):
+    """Raise a ValueError that names a field, its value and what is expected, unless the condition holds."""
+    if not condition:
+        shown = repr(value)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+        raise ValueError(f"{field} is {shown}; expected {expected}.")
+
+
+def find_splits(data_dir: Path, path: str | list | dict | None) -> dict[str, list[Path]]:
+    """Split -> its files: what `path` says, or the .jsonl files of a folder, by name."""
+    if path is None:
+        return {file.stem: [file] for file in sorted(data_dir.glob("*.jsonl"))}
+    splits = path if isinstance(path, dict) else {"train": path}
+    return {
+        split: [data_dir / file for file in ([files] if isinstance(files, str | Path) else files)]
+        for split, files in splits.items()
+    }
+
+
+def folder_of_images(data_dir: str | None, image_dir: str | None) -> Path | None:
+    """The folder that paths are relative to, where it is not that of their file."""
+    return None if image_dir is None else Path(data_dir or "") / image_dir
+
+
+def mask_paths(path: Path, folder: Path) -> list[Path]:
+    """The mask files that a .jsonl file names, as far as it can be read."""
+    paths = []
+    for _, _, line in read_lines(path):
+        for name in re.findall(rb'"mask"\s*:\s*("(?:[^"\\]|\\.)*")', line):
+            try:
+                paths.append(folder / json.loads(name))
+            except ValueError:  # named when the line is read
+                continue
+    return [mask for mask in paths if "\0" not in str(mask)]
+
+
+def read_lines(path: Path):
+    """(number from 1, place in bytes, line) of each line of a file that is not blank."""
+    with open(path, "rb") as file:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, offset, line
+            offset += len(line)
+
+
+def refuse_constant(name: str):
+    """JSON has no NaN and no infinity; Python's reader does."""
+    raise ValueError(f"{name} is no number")
+
+
+def parse_line(line: bytes) -> dict:
+    """
+    A line as JSON, with the fields of a line and no others.
+
+    Raises:
+        ValueError: where it is not.
+    """
+    try:
+        value = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON: {error}.") from error
+    need(isinstance(value, dict), "the line", value, '{"image": ..., "expressions": [...]}')
+    known(value, LINE_FIELDS, "the line")
+    if "image" not in value:
+        raise ValueError("the line has no field 'image'; expected the path of a picture.")
+    expressions = value.get("expressions")
+    need(isinstance(expressions, list) and expressions, "expressions", expressions, "a list of one or more")
+    return value
+
+
+def known(value: dict, names: tuple[str, ...], field: str):
+    """Raise a ValueError for a field that is not one of these."""
+    unknown = [name for name in value if name not in names]
+    if unknown:
+        raise ValueError(f"{field} has fields that are unknown, {unknown}; expected of {', '.join(names)}.")
+
+
+def image_id_of(value: dict) -> str:
+    """The id of a line's picture: what the line says, or the path."""
+    image_id = value.get("image_id", value["image"])
+    number = isinstance(image_id, int) and not isinstance(image_id, bool)
+    need(number or (isinstance(image_id, str) and image_id.strip()), "image_id", image_id, "text or a whole number")
+    return str(image_id)
+
+
+def annotated_size(value: dict) -> tuple[int, int] | None:
+    """(width, height) that a line says, if it does."""
+    if "width" not in value and "height" not in value:
+        return None
+    size = (value.get("width"), value.get("height"))
+    need(all(type(side) is int for side in size), "width, height", size, "two whole numbers")
+    return size
+
+
+def read_expression(expression, field: str) -> tuple[str, list]:
+    """
+    The text of an expression, and (start, end, target, field) of what it names: all of it, or its phrases. A target is
+    what has a box.
+    """
+    need(isinstance(expression, dict), field, expression, '{"text": ..., "box": ...}')
+    text = expression.get("text")
+    need(isinstance(text, str) and text.strip(), f"{field}.text", text, "words")
+    if "phrases" not in expression:
+        known(expression, ("text", "phrases", *TARGET_FIELDS), field)
+        return text, [(0, len(text), expression, field)]
+    known(expression, ("text", "phrases"), f"{field} (with phrases)")
+    phrases = expression["phrases"]
+    need(isinstance(phrases, list) and phrases, f"{field}.phrases", phrases, "a list of one or more")
+    spans = []
+    for index, phrase in enumerate(phrases):
+        where = f"{field}.phrases[{index}]"
+        need(isinstance(phrase, dict), where, phrase, '{"text": ..., "box": ...}')
+        known(phrase, ("start", "end", "text", *TARGET_FIELDS), where)
+        spans.append((*find_span(phrase, text, where), phrase, where))
+    return text, spans
+
+
+def find_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
+    """(start, end) of a phrase in its text, by its characters or by its words, which must then be there once."""
+    words = phrase.get("text")
+    if "start" in phrase or "end" in phrase:
+        start, end = phrase.get("start"), phrase.get("end")
+        inside = type(start) is int and type(end) is int and 0 <= start < end <= len(text)
+        need(inside, f"{field}.start, end", (start, end), f"characters of the {len(text)} of {text!r}")
+        need(words in (None, text[start:end]), f"{field}.text", words, f"{text[start:end]!r}, which stands there")
+    else:
+        need(isinstance(words, str) and words, f"{field}.text", words, "words, or start and end")
+        places = [match.start() for match in re.finditer(f"(?={re.escape(words)})", text)]
+        need(len(places) == 1, f"{field}.text", words, f"words that are once in {text!r}, or start and end")
+        start, end = places[0], places[0] + len(words)
+    need(text[start:end].strip(), field, text[start:end], "words")
+    return start, end
+
+
+def read_boxes(target: dict, field: str, box_format: str) -> list[list[float]]:
+    """
+    The boxes of a target as xyxy; none where it has a mask instead. Checks its category and types too.
+
+    Raises:
+        ValueError: where a box is not four finite numbers, or has no extent.
+    """
+    category, types = target.get("category"), target.get("types", [])
+    need(category is None or isinstance(category, str), f"{field}.category", category, "text")
+    texts = isinstance(types, list) and all(isinstance(word, str) for word in types)
+    need(texts, f"{field}.types", types, "a list of texts")
+    if "boxes" in target:
+        need("box" not in target, field, ["box", "boxes"], "one of them")
+        boxes, name = target["boxes"], "boxes"
+        need(isinstance(boxes, list) and boxes, f"{field}.boxes", boxes, "a list of one or more")
+    else:
+        boxes, name = [target["box"]] if "box" in target else [], "box"
+    if not boxes and not any(mask in target for mask in MASK_FIELDS):
+        raise ValueError(f"{field} has no field 'box'; expected one, or 'boxes', or a mask.")
+    figures = "[left, top, right, bottom]" if box_format == "xyxy" else "[left, top, width, height]"
+    boxes_xyxy = []
+    for box in boxes:
+        four = isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
+        need(four, f"{field}.{name}", box, f"{figures}, four numbers")
+        x0, y0, x1, y1 = (float(value) for value in box)
+        if box_format == "xywh":
+            x1, y1 = x0 + x1, y0 + y1
+        need(x0 < x1 and y0 < y1, f"{field}.{name}", box, f"{figures} of some extent (box_format is {box_format!r})")
+        boxes_xyxy.append([x0, y0, x1, y1])
+    return boxes_xyxy
+
+
+def is_number(value) -> bool:
+    """Whether a value of JSON is a number that has a place in a picture."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)
+
+
+def box_of(mask: dict) -> list[float]:
+    """The box xyxy of a mask with a pixel."""
+    x, y, width, height = coco_mask.toBbox({**mask, "counts": mask["counts"].encode("ascii")}).tolist()
+    return [x, y, x + width, y + height]
+
+
+def read_polygons(value, field: str, height: int, width: int) -> dict:
+    """Polygons, or a single one, as run-length encoding of (height, width)."""
+    polygons = [value] if isinstance(value, list) and value and is_number(value[0]) else value
+    good = isinstance(polygons, list) and polygons
+    good = good and all(
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(is_number(figure) for figure in polygon)
+        for polygon in polygons
+    )
+    need(good, field, value, "polygons [[x, y, x, y, x, y, ...], ...] of three or more points")
+    # the library walks along every edge, so a point far away takes its time and memory
+    limits = np.array([width, height])
+    near = all((np.abs(np.reshape(polygon, (-1, 2)) - limits / 2) <= 1.5 * limits).all() for polygon in polygons)
+    need(near, field, value, f"points in the picture of {width} x {height}, or as far outside of it at most")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+
+
+def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
+    """COCO's run-length encoding, compressed or not, checked against (height, width): the library checks nothing."""
+    known(value, ("size", "counts"), field)
+    need(value.get("size") == [height, width], f"{field}.size", value.get("size"), f"the picture's {[height, width]}")
+    counts = value.get("counts")
+    lengths = decode_counts(counts) if isinstance(counts, str) else counts
+    good = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
+    good = good and sum(lengths) == height * width
+    need(good, f"{field}.counts", counts, f"run lengths that sum to {height * width}")
+    return coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
+
+
+def decode_counts(counts: str) -> list[int] | None:
+    """
+    The run lengths of COCO's compressed text; None where it is damaged.
+
+    Each character has five bits, low ones first, and a bit that says that more follow; from the fourth on, a length is
+    told as the difference from the one before the last.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.jsonl import decode_counts
+
+    >>> decode_counts("222"), decode_counts("~~~")
+    ([2, 2, 2], None)
+
+    ```"""
+    lengths, value, shift = [], 0, 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value, shift = 0, 0
+    return None if shift else lengths
+
+
+def read_mask(path: Path, field: str, height: int, width: int) -> dict:
+    """A mask file of one channel as run-length encoding of (height, width)."""
+    need(path.is_file(), field, str(path), "a file that is there")
+    size = picture_size(path)
+    need(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the picture")
+    with Image.open(path) as image:
+        one_channel = image.mode in ("1", "L", "P", "I", "I;16", "F")
+        need(one_channel, field, f"{path} of mode {image.mode}", "a picture of one channel")
+        try:
+            mask = np.asarray(image) != 0
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{field}: {str(path)!r} is damaged: {error}") from error
+    return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+SOURCES = [
+    Source(
+        name="jsonl",
+        builder=JsonLines,
+        config_name="jsonl",
+        splits=("train", "validation", "test"),
+        files=("train.jsonl", "validation.jsonl", "test.jsonl"),
+        distribution=DISTRIBUTION,
+    )
+]

@@ -1,0 +1,403 @@
+"""
+The indexes that the published RefTR was trained with, in its folder tree as it stands:
+
+    data_dir/
+        annotations/flickr/flickr_<split>.pth                captions of Flickr30k Entities with their phrases
+        annotations_resc/<set>/<set>_<split>.pth             the index of ReSC: expressions and boxes
+        refcoco/anns/<set>/<set>_<split by>_<split>.pth      expressions, boxes and masks
+        refcoco/masks/<set>/<mask>.npy                       H x W, not 0 where the object is
+        flickr30k/f30k_images  refcoco/images/train2014  referit/images  visualgenome/VG_100K
+
+The indexes are lists of tuples written by `torch.save`, read here without running what else they may hold, and without
+torch. They name no objects: expressions of a picture that share a box (and a mask) speak of one object. Boxes stay as
+they are, fractions of pixels included; the published loaders cut them to whole pixels (`integer_boxes`).
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import datasets
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from .building import GroundingBuilder, Source, clip_boxes
+from .reading import is_inside, read_pickle, upright_size
+from .schema import FEATURES
+
+
+# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "INDEXES", "SOURCES", "RefTRIndex", "RefTRIndexConfig"]
+
+DISTRIBUTION = (
+    "The indexes and masks are linked in the READMEs of https://github.com/ubc-vision/RefTR (annotations, "
+    "refcoco/masks, refcoco/anns, annotations_resc/vg) and of https://github.com/zyang-ur/ReSC (annotations_resc); "
+    "the pictures are those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first "
+    "README's tree."
+)
+
+
+@dataclass(frozen=True)
+class Index:
+    """
+    Where the files of a set are and how they are to be read.
+
+    Args:
+        stem (`str`): the index files in `data_dir` without `_<split>.pth`.
+        splits (`tuple[str, ...]`): its splits.
+        pictures (`str`): which pictures, of `IMAGE_DIRS`; ids of pictures begin with it.
+        layout (`tuple[str | None, ...]`): what the items of a record are.
+        box_format (`str`): "xyxy" or "xywh".
+        parts (`dict[str, tuple[str, ...]]`): the files of a split, where it is not one of its own name.
+    """
+
+    stem: str
+    splits: tuple[str, ...]
+    pictures: str
+    layout: tuple[str | None, ...]
+    box_format: str = "xyxy"
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def split_files(self, split: str) -> list[str]:
+        """The index files of a split, relative to `data_dir`."""
+        return [f"{self.stem}_{part}.pth" for part in self.parts.get(split, (split,))]
+
+    @property
+    def files(self) -> list[str]:
+        """All index files, relative to `data_dir`."""
+        return list(dict.fromkeys(file for split in self.splits for file in self.split_files(split)))
+
+    @property
+    def mask_dir(self) -> str | None:
+        """The folder of the masks in `data_dir`, if there are masks."""
+        return f"refcoco/masks/{PurePosixPath(self.stem).parent.name}" if "mask" in self.layout else None
+
+
+IMAGE_DIRS = {
+    "coco": ("refcoco/images/train2014",),
+    "flickr30k": ("flickr30k/f30k_images",),
+    "saiapr": ("referit/images",),
+    "vg": ("visualgenome/VG_100K", "visualgenome/VG_100K_2"),
+}
+TRAIN_VAL_TEST = ("train", "val", "test", "trainval")
+TRAIN_VAL_A_B = ("train", "val", "testA", "testB", "trainval")
+BOTH = {"trainval": ("train", "val")}
+
+# what the items of a record are, in order; None: not read
+RESC_SHORT = ("image", "box", "text")
+RESC_LONG = ("image", None, "box", "text", None)
+CAPTION = ("image", "starts", "boxes", "phrases", None, "text")
+MASK = ("image", "mask", "box", "text")
+
+# the index of ReSC, and RefTR's own
+INDEXES = {
+    "resc_flickr": Index("annotations_resc/flickr/flickr", TRAIN_VAL_TEST, "flickr30k", RESC_SHORT, "xyxy", BOTH),
+    # the datasets library means something else by a split "all"
+    "resc_vg": Index("annotations_resc/vg/vg", ("train",), "vg", RESC_SHORT, "xywh", {"train": ("all",)}),
+    "resc_referit": Index("annotations_resc/referit/referit", TRAIN_VAL_TEST, "saiapr", RESC_LONG, "xyxy"),
+    "resc_unc": Index("annotations_resc/unc/unc", TRAIN_VAL_A_B, "coco", RESC_LONG, "xywh", BOTH),
+    "resc_unc+": Index("annotations_resc/unc+/unc+", TRAIN_VAL_A_B, "coco", RESC_LONG, "xywh", BOTH),
+    "resc_gref": Index("annotations_resc/gref/gref", ("train", "val"), "coco", RESC_LONG, "xywh"),
+    "resc_gref_umd": Index("annotations_resc/gref_umd/gref_umd", ("train", "val", "test"), "coco", RESC_LONG, "xywh"),
+    "reftr_flickr": Index("annotations/flickr/flickr", TRAIN_VAL_TEST, "flickr30k", CAPTION, "xyxy", BOTH),
+    "reftr_refcoco_unc": Index("refcoco/anns/refcoco/refcoco_unc", TRAIN_VAL_A_B, "coco", MASK, "xyxy", BOTH),
+    "reftr_refcoco+_unc": Index("refcoco/anns/refcoco+/refcoco+_unc", TRAIN_VAL_A_B, "coco", MASK, "xyxy", BOTH),
+    "reftr_refcocog_google": Index("refcoco/anns/refcocog/refcocog_google", ("train", "val"), "coco", MASK),
+    "reftr_refcocog_umd": Index("refcoco/anns/refcocog/refcocog_umd", ("train", "val", "test"), "coco", MASK),
+}
+
+
+@dataclass
+class RefTRIndexConfig(datasets.BuilderConfig):
+    """
+    Args:
+        image_dir (`str`, *optional*): folder of the pictures, in `data_dir` or absolute; absent: the published one.
+        integer_boxes (`bool`): cut the figures of boxes to whole pixels as the published loaders do, before width and
+            height are added to x and y.
+    """
+
+    image_dir: str | None = None
+    integer_boxes: bool = False
+
+
+class RefTRIndex(GroundingBuilder):
+    """The published indexes of RefTR and ReSC. Rows have the order in which the index first names their pictures."""
+
+    BUILDER_CONFIG_CLASS = RefTRIndexConfig
+    BUILDER_CONFIGS = [RefTRIndexConfig(name=name, version=GroundingBuilder.VERSION) for name in INDEXES]
+
+    @classmethod
+    def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
+        """The index files of a set, and the folder of its masks."""
+        index = INDEXES.get(config_name)
+        names = (*index.files, *filter(None, [index.mask_dir])) if index else ()
+        return [data_dir / name for name in names]
+
+    @property
+    def index(self) -> Index:
+        """Where the files of this set are and how they are to be read."""
+        return INDEXES[self.config.name]
+
+    def _split_generators(self, dl_manager):
+        index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
+        self.need_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
+        self.encoded = {}  # mask file -> see `encode_mask`; splits share masks
+        records = {file: read_index(data_dir / file, index.layout) for file in index.files}
+        place = index.layout.index("image")
+        folders = IMAGE_DIRS[index.pictures] if self.config.image_dir is None else (self.config.image_dir,)
+        paths = {}
+        for name in names_of(records.values(), place):
+            choices = [data_dir / folder / name for folder in folders]
+            paths[name] = str(next((path for path in choices if path.is_file()), choices[0]))
+        self.need_pictures(paths.values(), DISTRIBUTION)
+        if index.mask_dir:
+            masks = names_of(records.values(), index.layout.index("mask"))
+            self.need_pictures((data_dir / index.mask_dir / name for name in masks), DISTRIBUTION, "masks")
+        generators = []
+        for split in index.splits:
+            images = {}
+            for file in index.split_files(split):
+                name = PurePosixPath(file).name
+                for number, record in enumerate(records[file]):
+                    _, mine = images.setdefault(record[place], (paths[record[place]], []))
+                    mine.append((name, number, record))
+            gen_kwargs = {"split": split, "images": list(images.values())}
+            generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
+        return generators
+
+    def _generate_examples(self, split, images):
+        dropped, changed = Counter(), Counter()
+        for path, records in images:
+            records = [read_record(*record, self.index.layout) for record in records]
+            row = self._row(path, records, dropped, changed)
+            if row["sentences"]:
+                yield row["image_id"], row
+            else:
+                dropped["pictures without an expression"] += 1
+        self.report_dropped(split, dropped)
+        self.report_changed(split, changed)
+
+    def _row(self, path: str, records: list[dict], dropped: Counter, changed: Counter) -> dict:
+        # a mask tells for which size of its picture it was made, stored or upright
+        sizes = [self._encode(record["mask"])["size"] for record in records[:1] if "mask" in record]
+        width, height = upright_size(path, *(tuple(size[::-1]) for size in sizes))
+        image_id, objects, sentences = f"{self.index.pictures}_{picture_number(path)}", {}, []
+        for record in records:
+            if not record["text"].strip():
+                dropped["expressions without words"] += 1
+                continue
+            segmentation = self._segmentation(record, (width, height), path, dropped)
+            phrases = []
+            for start, end, box in zip(record["starts"], record["ends"], record["boxes"], strict=True):
+                if not 0 <= start < end:
+                    dropped["phrases that are not at their place in the sentence"] += 1
+                    continue
+                box_xyxy = to_xyxy(box, self.index.box_format, self.config.integer_boxes)
+                kept = clip_boxes([box_xyxy], width, height, dropped, changed)
+                if kept:
+                    key = (*kept[0], segmentation and segmentation["counts"])
+                    index = list(objects).index(key) if key in objects else len(objects)
+                    item = {"object_id": f"{image_id}_{index}", "box": kept[0], "boxes": kept}
+                    objects.setdefault(key, {**item, "category": None, "segmentation": segmentation})
+                    phrases.append({"start": start, "end": end, "objects": [index], "types": []})
+            if phrases:
+                sentences.append({"sentence_id": record["sentence_id"], "text": record["text"], "phrases": phrases})
+            else:
+                dropped["expressions without a box"] += 1
+        row = {"image_id": image_id, "image": path, "width": width, "height": height}
+        return {**row, "objects": list(objects.values()), "sentences": sentences}
+
+    def _encode(self, mask: str) -> dict:
+        """See `encode_mask`; each file is read once."""
+        if mask not in self.encoded:
+            self.encoded[mask] = encode_mask(Path(self.config.data_dir) / self.index.mask_dir / mask)
+        return self.encoded[mask]
+
+    def _segmentation(self, record: dict, size: tuple[int, int], path: str, dropped: Counter) -> dict | None:
+        if "mask" not in record:
+            return None
+        encoded = self._encode(record["mask"])
+        if tuple(encoded["size"]) != size[::-1]:
+            raise ValueError(
+                f"The mask {record['mask']!r} has (height, width) {tuple(encoded['size'])} and its picture {path!r} "
+                f"{size[::-1]}: they must be the same, as for the published loaders."
+            )
+        if encoded["counts"] is None:
+            dropped["masks without a pixel"] += 1
+            return None
+        return encoded
+
+
+def names_of(indexes, place: int) -> list[str]:
+    """The different names at a place of the records of indexes, in order."""
+    return list(dict.fromkeys(record[place] for records in indexes for record in records))
+
+
+def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
+    """
+    The records of an index file as they are; `read_record` makes sense of one.
+
+    Args:
+        path (`Path`): the file.
+        layout (`tuple[str | None, ...]`): what the items of a record are.
+
+    Raises:
+        OSError, ValueError: see `reading.read_pickle`.
+        ValueError: if it is no list of such records, or a picture or mask is not inside its folder.
+    """
+    records = read_pickle(path)
+    if not isinstance(records, list | tuple):
+        raise ValueError(f"{str(path)!r} holds a {type(records).__name__} and not a list of records.")
+    expected = f"expected ({', '.join(name or '_' for name in layout)})."
+    for number, record in enumerate(records):
+        if not isinstance(record, list | tuple) or len(record) != len(layout):
+            raise ValueError(f"{str(path)!r}, record {number}: {str(record)[:200]} is none; {expected}")
+    for place in (layout.index(name) for name in ("image", "mask") if name in layout):
+        wrong = [record[place] for record in records if not isinstance(record[place], str)][:1]
+        wrong += [name for name in ([] if wrong else names_of([records], place)) if not is_inside(name)]
+        if wrong:
+            raise ValueError(f"{str(path)!r}: {wrong[0]!r} is no {layout[place]} file inside its folder; {expected}")
+    return records
+
+
+def read_record(file: str, number: int, record: tuple, layout: tuple[str | None, ...]) -> dict:
+    """
+    A record of an index.
+
+    Args:
+        file (`str`): name of the index file.
+        number (`int`): the record's place in it, from 0.
+        record (`tuple`): what stands there.
+        layout (`tuple[str | None, ...]`): what its items are.
+
+    Returns:
+        `dict`: "sentence_id", "text", lists "starts", "ends" (characters of the text; end -1 for words that are not
+        there) and "boxes" of four figures, and "mask" where there is one.
+
+    Raises:
+        ValueError: if an item is not what it should be.
+    """
+    found = {name: value for name, value in zip(layout, record, strict=True) if name is not None}
+    text = found["text"]
+    try:
+        starts, phrases = [int(start) for start in found.get("starts", [0])], found.get("phrases", [text])
+        boxes = [[float(value) for value in box] for box in found.get("boxes", [found.get("box")])]
+        if not all(isinstance(words, str) for words in (text, *phrases)):
+            raise TypeError("text that is none")
+        if not len(starts) == len(phrases) == len(boxes) or any(len(box) != 4 for box in boxes):
+            raise ValueError(f"{len(starts)} starts, {len(phrases)} phrases and {len(boxes)} boxes of four figures")
+    except (TypeError, ValueError, OverflowError) as error:
+        expected = ", ".join(name or "_" for name in layout)
+        raise ValueError(f"{file!r}, record {number}: {error}; expected ({expected}) in {record}.") from error
+    ends = [
+        start + len(words) if words.strip() and text[start : start + len(words)].lower() == words.lower() else -1
+        for start, words in zip(starts, phrases, strict=True)
+    ]
+    mask = {"mask": found["mask"]} if "mask" in found else {}
+    sentence_id = f"{file.removesuffix('.pth')}_{number}"
+    return {"sentence_id": sentence_id, "text": text, "starts": starts, "ends": ends, "boxes": boxes, **mask}
+
+
+def to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[float]:
+    """
+    A box of "xyxy" or "xywh" as xyxy, cut to whole pixels first where asked, as the published loaders do.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reftr_index import to_xyxy
+
+    >>> to_xyxy([10.5, 20.5, 30.75, 40.75], "xywh", integer_boxes=False)
+    [10.5, 20.5, 41.25, 61.25]
+    >>> to_xyxy([10.5, 20.5, 30.75, 40.75], "xywh", integer_boxes=True)
+    [10.0, 20.0, 40.0, 60.0]
+
+    ```"""
+    if integer_boxes and all(math.isfinite(value) for value in box):
+        box = [float(int(value)) for value in box]
+    x, y, right, bottom = box
+    return [x, y, x + right, y + bottom] if box_format == "xywh" else box
+
+
+def picture_number(path: str) -> str:
+    """
+    What tells a picture from others of its source: the number in COCO's names, else the name without its ending.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reftr_index import picture_number
+
+    >>> picture_number("train2014/COCO_train2014_000000581857.jpg"), picture_number("images/36979.jpg")
+    ('581857', '36979')
+
+    ```"""
+    stem = PurePosixPath(path).stem
+    match = re.fullmatch(r"COCO_[a-z]+\d+_0*(\d+)", stem)
+    return match[1] if match else stem
+
+
+def encode_mask(path: Path) -> dict:
+    """
+    An .npy file of (H, W), not 0 where the object is -> COCO run-length encoding; `counts` is None without a pixel.
+
+    Raises:
+        OSError: if the file is damaged.
+        ValueError: if it holds objects, which can run code, or is not of numbers and two dimensions.
+    """
+    try:
+        # never unpickles, and maps no more than the file has
+        mask = np.lib.format.open_memmap(str(path), mode="r")
+    except Exception as error:  # a damaged header can raise anything
+        if "Python objects in dtype" in str(error):
+            raise ValueError(f"The mask {str(path)!r} is refused: it holds objects and not numbers.") from error
+        raise OSError(f"The mask {str(path)!r} is damaged: {error}") from error
+    if mask.ndim != 2 or mask.dtype.kind not in "biuf":
+        raise ValueError(f"The mask {str(path)!r} is {mask.dtype} of {mask.shape}; expected numbers of (H, W).")
+    mask = np.asfortranarray(mask != 0, dtype=np.uint8)
+    encoded = coco_mask.encode(mask) if mask.any() else {"size": list(mask.shape), "counts": None}
+    counts = encoded["counts"]
+    return {"size": list(encoded["size"]), "counts": counts and counts.decode("ascii")}
+
+
+# published (images, objects, expressions), by split, where the index is known to hold all of the set
+COUNTS = {
+    "refcoco": {
+        "train": (16_994, None, 120_624),
+        "val": (1_500, None, 10_834),
+        "testA": (750, None, 5_657),
+        "testB": (750, None, 5_095),
+    },
+    "refcoco+": {
+        "train": (16_992, None, 120_191),
+        "val": (1_500, None, 10_758),
+        "testA": (750, None, 5_726),
+        "testB": (750, None, 4_889),
+    },
+    "referit": {
+        "train": (None, None, 54_127),
+        "val": (None, None, 5_842),
+        "test": (None, None, 60_103),
+    },
+}
+COUNTS_OF = {
+    "resc_unc": "refcoco",
+    "resc_unc+": "refcoco+",
+    "resc_referit": "referit",
+    "reftr_refcoco_unc": "refcoco",
+    "reftr_refcoco+_unc": "refcoco+",
+}
+SOURCES = [
+    Source(
+        name=name,
+        builder=RefTRIndex,
+        config_name=name,
+        splits=index.splits,
+        files=(*index.files, *filter(None, [index.mask_dir]), IMAGE_DIRS[index.pictures][0]),
+        distribution=DISTRIBUTION,
+        counts=COUNTS.get(COUNTS_OF.get(name), {}),
+    )
+    for name, index in INDEXES.items()
+]

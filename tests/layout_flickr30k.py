@@ -1,0 +1,72 @@
+"""Files of Flickr30k Entities in its authors' layout, a few pictures with every oddity of the real ones."""
+
+from pathlib import Path
+
+from PIL import Image
+
+
+def boxes_xml(width, height, objects):
+    """objects: (names, box 1-based or None)."""
+    lines = ["<annotation>", "\t<filename>picture.jpg</filename>", "\t<size>"]
+    lines += [f"\t\t<width>{width}</width>", f"\t\t<height>{height}</height>", "\t\t<depth>3</depth>", "\t</size>"]
+    for names, box in objects:
+        lines.append("\t<object>")
+        lines += [f"\t\t<name>{name}</name>" for name in names]
+        if box is None:
+            lines += ["\t\t<nobndbox>0</nobndbox>", "\t\t<scene>1</scene>"]
+        else:
+            tags = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+            lines += ["\t\t<bndbox>", *(f"\t\t\t<{tag}>{value}</{tag}>" for tag, value in tags), "\t\t</bndbox>"]
+        lines.append("\t</object>")
+    return "\n".join([*lines, "</annotation>"])
+
+
+def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
+    """Write the set into a folder; returns what is known of it: split -> image ids, and rows to expect by image id."""
+    for name in ("Annotations", "Sentences", image_dir):
+        (folder / name).mkdir(parents=True)
+    images = {}
+
+    def picture(image_id, size, objects, captions, orientation=None):
+        exif = Image.Exif()
+        stored = size
+        if orientation:
+            exif[0x0112] = orientation
+            stored = size[::-1] if orientation > 4 else size
+        Image.new("RGB", stored, "gray").save(folder / image_dir / f"{image_id}.jpg", exif=exif)
+        (folder / "Annotations" / f"{image_id}.xml").write_text(boxes_xml(*size, objects))
+        (folder / "Sentences" / f"{image_id}.txt").write_bytes("\n".join(captions).encode() + b"\n")
+        images[image_id] = size
+
+    picture(
+        "36979",
+        (50, 40),
+        [
+            (["11"], (1, 1, 11, 21)),
+            (["12"], (5, 6, 30, 26)),  # chain 12 has two boxes
+            (["12", "13"], (21, 2, 41, 12)),  # one box of two chains
+            (["14"], None),
+            (["15"], (40, 30, 60, 44)),  # past the edge
+            (["16"], (9, 9, 9, 20)),  # no extent
+            (["0"], (3, 3, 9, 9)),
+        ],
+        [
+            "[/EN#11/people A man] with [/EN#12/vehicles/scene two buses] , [/EN#0/notvisual that] , "
+            "on [/EN#14/scene a street] .",
+            "A man near [/EN#15/other the   edge] and [/EN#13/vehicles a bus] .",
+            "[/EN#14/scene A street] is all there is .",
+            "[/EN#16/other A thin line] and [/EN#11/people Zoë 's café] .",
+            "[/EN#11/people The same man] is here [/EN#12/vehicles twice .",
+        ],
+    )  # fmt: skip
+    # stored on its side, annotated upright
+    picture("1001", (40, 60), [(["21"], (2, 3, 12, 13))], ["[/EN#21/animals A dog] runs ."] * 5, orientation=6)
+    picture("1002", (30, 30), [(["31"], (2, 3, 12, 13))], ["[/EN#31/animals A cat] sits ."])
+    picture("1003", (30, 30), [(["41"], None)], ["Nothing is boxed in [/EN#41/scene this yard] ."] * 5)
+    picture("1004", (30, 20), [(["51"], (1, 1, 31, 21))], ["[/EN#51/scene All of it] ."] * 5)
+    splits = {"train": ["36979", "1002", "1003"], "val": ["1001"], "test": ["1004"]}
+    for split, image_ids in splits.items():
+        (folder / f"{split}.txt").write_text("\n".join(image_ids) + "\n")
+    # as the authors' file: a line that says the format, and no newline at the end
+    (folder / "UNRELATED_CAPTIONS").write_text("# format: <imageID> <sentence number>\n36979 2\n1002 1")
+    return {"splits": splits, "sizes": images}

@@ -1,0 +1,94 @@
+"""The published indexes and pictures in the published folder tree, a few records a file, with every layout of them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+COCO = "COCO_train2014_000000581857.jpg"
+COCO_GREY = "COCO_train2014_000000000009.jpg"
+RESC_SPLITS = {
+    "unc": ("train", "val", "testA", "testB"),
+    "unc+": ("train", "val", "testA", "testB"),
+    "gref": ("train", "val"),
+    "gref_umd": ("train", "val", "test"),
+}
+MASK_SPLITS = {
+    "refcoco_unc": ("train", "val", "testA", "testB"),
+    "refcoco+_unc": ("train", "val", "testA", "testB"),
+    "refcocog_google": ("train", "val"),
+    "refcocog_umd": ("train", "val", "test"),
+}
+
+
+def save(records, path: Path, legacy: bool = True):
+    """As the published files: written by torch before 1.6; `legacy=False`: as torch writes since."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(records, path, _use_new_zipfile_serialization=not legacy)
+
+
+def rectangle(height, width, box):
+    mask = np.zeros((height, width), np.uint8)
+    mask[box[1] : box[3], box[0] : box[2]] = 1
+    return mask
+
+
+def make_reftr_index(folder: Path) -> dict:
+    """Write the tree; returns what is known of it."""
+    folders = {
+        "flickr30k/f30k_images": {"36979.jpg": (50, 40), "1001.jpg": (30, 30)},
+        "refcoco/images/train2014": {COCO: (64, 48), COCO_GREY: (40, 30)},
+        "referit/images": {"2033.jpg": (48, 36)},
+        "visualgenome/VG_100K": {"1.jpg": (80, 60)},
+        "visualgenome/VG_100K_2": {"2.jpg": (60, 80)},
+    }
+    for name, pictures in folders.items():
+        (folder / name).mkdir(parents=True)
+        for file, size in pictures.items():
+            Image.new("L" if file == COCO_GREY else "RGB", size, 90).save(folder / name / file)
+
+    resc = folder / "annotations_resc"
+    none = [("r1", ["none"])]
+    for name, splits in RESC_SPLITS.items():
+        for split in splits:
+            # xywh; lists, arrays and tensors
+            records = [
+                (COCO, "0.pth", [10.75, 20.5, 30.5, 17.25], f"the lady with the blue shirt {split}", none),
+                (COCO_GREY, "1.pth", np.array([5, 5, 10, 10]), "Left Man", none),
+                (COCO, "0.pth", (10.75, 20.5, 30.5, 17.25), "blue shirt", none),
+                (COCO, "2.pth", torch.tensor([60.0, 40.0, 10.0, 10.0]), "corner", none),
+            ]
+            save(records, resc / name / f"{name}_{split}.pth", legacy=name != "gref")
+    for split in ("train", "val", "test", "trainval"):
+        records = [("2033.jpg", "2033_1", [4, 5, 20, 30], f"sky {split}", none)]
+        save(records * (2 if split == "trainval" else 1), resc / "referit" / f"referit_{split}.pth")
+        if split != "trainval":
+            records = [("36979.jpg", [1, 2, 30, 20], "A man"), ("1001.jpg", [0, 0, 30, 30], "a dog")]
+            save(records, resc / "flickr" / f"flickr_{split}.pth")
+            caption = "A man with two buses ."
+            records = [
+                ("36979.jpg", [0, 11], [[1, 2, 30, 20], [5.5, 6, 10, 12]], ["A man", "two buses"], None, caption),
+                ("36979.jpg", [3], [[1, 2, 30, 20]], ["a man"], None, "by a man ."),
+            ]
+            save(records, folder / "annotations" / "flickr" / f"flickr_{split}.pth")
+    save([("1.jpg", [1, 2, 30, 20], "tree"), ("2.jpg", [9.5, 9, 4, 4.5], "car")], resc / "vg" / "vg_all.pth")
+
+    for name, splits in MASK_SPLITS.items():
+        family = name.split("_")[0]
+        masks = folder / "refcoco" / "masks" / family
+        masks.mkdir(parents=True, exist_ok=True)
+        np.save(masks / "0.npy", rectangle(48, 64, (10, 20, 41, 37)))
+        np.save(masks / "0_again.npy", rectangle(48, 64, (10, 20, 41, 37)))
+        np.save(masks / "1.npy", rectangle(30, 40, (5, 5, 15, 15)).astype(bool))
+        np.save(masks / "2.npy", np.zeros((48, 64)))
+        for split in splits:
+            records = [
+                (COCO, "0.npy", [10.75, 20.5, 41.25, 37.75], "blue shirt"),
+                (COCO_GREY, "1.npy", [5, 5, 15, 15], "left man"),
+                (COCO, "0_again.npy", [10.75, 20.5, 41.25, 37.75], f"the lady {split}"),
+                (COCO, "2.npy", [0, 0, 10, 10], "nothing to see"),
+            ]
+            save(records, folder / "refcoco" / "anns" / family / f"{name}_{split}.pth")
+    return {"coco_box_xyxy": [10.75, 20.5, 41.25, 37.75], "coco_box_whole_xyxy": [10, 20, 40, 37]}
