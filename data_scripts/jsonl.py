@@ -459,7 +459,7 @@ def read_mask(path: Path, field: str, height: int, width: int) -> dict:
     need(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the picture")
     with Image.open(path) as image:
         one_channel = image.mode in ("1", "L", "P", "I", "I;16", "F")
-        need(one_channel, field, f"{path} of mode {image.mode}", "a picture of one channel")
+        need(one_channel, field, str(path), f"a picture of one channel, not of mode {image.mode}")
         try:
             mask = np.asarray(image) != 0
         except (OSError, SyntaxError, ValueError) as error:

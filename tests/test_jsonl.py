@@ -214,7 +214,7 @@ BAD = {
     "damaged counts": (line(box(segmentation={"size": [30, 40], "counts": "~~~"})), "run lengths that sum to"),
     "mask is there": (line(box(mask="pictures/none.png")), "expected a file that is there"),
     "outside mask file": (line(box(mask="../m.png")), "expressions[0].mask is '../m.png'; expected a path in"),
-    "mask of colours": (line(box(mask="pictures/b.png")), "of mode RGB'; expected a picture of one channel"),
+    "mask of colours": (line(box(mask="pictures/b.png")), "expected a picture of one channel, not of mode RGB"),
     "small mask": (line(box(mask="pictures/small.png")), "expected a mask of (width, height) (40, 30)"),
     "same picture": (line(box()), "expected another picture than in"),
 }  # fmt: skip
