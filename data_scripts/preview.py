@@ -12,7 +12,6 @@ from .checking import picture_of
 
 MAX_OBJECTS = 4  # of a picture with many expressions
 COLUMNS = 4
-MASK_OPACITY = 80  # of 255: the thing itself is to be seen
 
 
 def choose_phrases(row: dict, draw: random.Random) -> tuple[str, list[tuple[str, int]]]:
@@ -84,7 +83,6 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
                 true_boxes_xyxy=parts,
                 masks=masks,
                 title=f"{row['image_id']}: {sentence}" if sentence else row["image_id"],
-                mask_opacity=MASK_OPACITY,
                 width=width,
             )
         )

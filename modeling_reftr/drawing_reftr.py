@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab")
 TRUTH_COLOR = "white"
-MASK_OPACITY = 140  # of 255
+MASK_OPACITY = 80  # of 255: the thing itself is to be seen
 
 
 def draw_answers(
@@ -19,7 +19,6 @@ def draw_answers(
     masks=(),
     title: str = "",
     width: int = 320,
-    mask_opacity: int = MASK_OPACITY,
 ) -> Image.Image:
     """
     A picture with its boxes and masks, and the words under it.
@@ -33,7 +32,6 @@ def draw_answers(
             Predicted masks, laid over the picture in the colour of their box; None where there is no answer.
         title (`str`, *optional*): words above the phrases, in black.
         width (`int`, *optional*, defaults to 320): of the result, in pixels.
-        mask_opacity (`int`, *optional*, defaults to 140): of 255.
 
     Returns:
         `PIL.Image.Image`: `width` wide, as high as picture and words need.
@@ -42,7 +40,7 @@ def draw_answers(
     canvas = image.convert("RGB").resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
     for index, mask in enumerate(masks):
         if mask is not None:
-            stencil = Image.fromarray(np.asarray(mask).astype(np.uint8) * mask_opacity).resize(canvas.size)
+            stencil = Image.fromarray(np.asarray(mask).astype(np.uint8) * MASK_OPACITY).resize(canvas.size)
             canvas.paste(COLORS[index % len(COLORS)], (0, 0), stencil)
     draw = ImageDraw.Draw(canvas)
     line = max(2, width // 120)
