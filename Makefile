@@ -22,8 +22,8 @@ test-peer: $(VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 2 -c tests/peer/pytest.ini -rs tests/peer
 
 # the builders as scripts of datasets 3.6, the last that runs scripts; into an environment of its own
-test-legacy-datasets: .legacy/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .legacy/bin/python -m pytest -c tests/legacy/pytest.ini -rs tests/legacy
+test-legacy-datasets: .legacy/.installed $(VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PROJECT_PYTHON=$(abspath $(RUN))/python .legacy/bin/python -m pytest -c tests/legacy/pytest.ini -rs tests/legacy
 
 .legacy/.installed:
 	$(PYTHON) -m venv .legacy

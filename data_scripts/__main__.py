@@ -9,11 +9,12 @@ from pathlib import Path
 import yaml
 
 from . import SOURCES, load
-from .building import flags_of
+from .building import flags_of, listing
 from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings
 from .exporting import check_output, export, push
 from .preview import check_name, draw_preview
 from .reports import count_split, describe_source, format_counts, format_statistics, list_sources
+from .visual_genome import write_held_out
 
 
 def parse_flags(source, words: list[str]) -> dict:
@@ -60,9 +61,8 @@ def run_build(args):
     broken = find_broken_pictures(splits, args.verify, args.num_proc)
     write(format_counts(args.source, {split: count_split(rows) for split, rows in splits.items()}))
     if broken:
-        names = "\n  ".join(f"{item.split}: {item.message}" for item in broken[:20])
-        more = "\n  ..." if len(broken) > 20 else ""
-        raise OSError(f"{len(broken)} pictures of {args.name!r} cannot be read:\n  {names}{more}")
+        names = listing([f"{item.split}: {item.message}" for item in broken])
+        raise OSError(f"{len(broken)} pictures of {args.name!r} cannot be read:{names}")
     write(f"All pictures {'decode' if args.verify else 'are there (--verify decodes them as well)'}.")
 
 
@@ -109,6 +109,12 @@ def run_preview(args):
 def run_stats(args):
     """`stats`: figures of every split."""
     write(format_statistics(load_splits(args)))
+
+
+def run_held_out(args):
+    """`held_out`: the list of pictures that sets hold out, for training on other sets with the same pictures."""
+    count = write_held_out(args.output, args.names, args.data_dir)
+    write(f"Written to {args.output}: {count:,} pictures; --held_out_file {args.output} leaves them out.")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -162,6 +168,12 @@ def make_parser() -> argparse.ArgumentParser:
     previews.add_argument("--num", type=int, default=12, metavar="N", help="pictures (default: %(default)s)")
     previews.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     add("stats", run_stats, "figures of images, boxes, phrases and words")
+    text = "list the COCO pictures that sets hold out, which pre-training on Visual Genome is to leave out"
+    held_out = commands.add_parser("held_out", help=text, description=text, allow_abbrev=False)
+    held_out.set_defaults(run=run_held_out, name=None)
+    held_out.add_argument("names", nargs="+", metavar="NAME", help="sets of the RefCOCO family, e.g. refcoco_unc")
+    held_out.add_argument("--data_dir", required=True, metavar="DIR", help="where the sets' files are")
+    held_out.add_argument("--output", required=True, metavar="FILE.json", help="list to write")
     return parser
 
 

@@ -33,6 +33,8 @@ from .schema import FEATURES
 
 logger = logging.getLogger(__name__)
 
+MAX_LISTED = 100  # names in a message
+
 
 @dataclass(frozen=True)
 class Source:
@@ -92,11 +94,28 @@ def fingerprint(paths, *words) -> str:
     return digest.hexdigest()[:16]
 
 
+def listing(lines: list[str]) -> str:
+    """Lines below each other, each indented and behind a line's end; of very many the first, and how many more."""
+    shown = lines if len(lines) <= MAX_LISTED else [*lines[:MAX_LISTED], f"... and {len(lines) - MAX_LISTED} more"]
+    return "".join(f"\n  {line}" for line in shown)
+
+
+def modules_of(path: Path) -> set[Path]:
+    """A module's file and those of the siblings that it imports, by `from .sibling import name`, and so on."""
+    found, waiting = set(), [path]
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        named = re.findall(r"^from \.(\w+) import", module.read_text(), re.MULTILINE)
+        waiting += {module.with_name(f"{name}.py") for name in named} - found
+    return found
+
+
 class GroundingBuilder(datasets.GeneratorBasedBuilder):
     """
     A builder of rows of `schema.FEATURES` from files in `data_dir`. A builder says which annotation files it reads
-    (`annotation_files`), and yields rows; a change of those files, of its own module or of the schema makes another
-    cache.
+    (`annotation_files`), and yields rows; a change of those files, of its own module or of one that it imports makes
+    another cache.
     """
 
     VERSION = datasets.Version("1.0.0")
@@ -105,9 +124,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         data_dir = kwargs.get("data_dir")
         name = kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME
         paths = [] if data_dir is None else [p for p in self.annotation_files(Path(data_dir), name) if p.exists()]
-        code = [Path(inspect.getfile(type(self)))]
-        code += [code[0].with_name(f"{sibling}.py") for sibling in ("building", "schema", "reading")]
-        sources = [path.read_text() for path in code if path.exists()]
+        sources = [path.read_text() for path in sorted(modules_of(Path(inspect.getfile(type(self)))))]
         super().__init__(*args, hash=fingerprint(paths, hash, *sources), **kwargs)
 
     @classmethod
@@ -129,26 +146,23 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             raise ValueError(f"Say where the files of {self.config.name!r} are: data_dir=... . {distribution}")
         missing = [str(path) for path in paths if not Path(path).exists()]
         if missing:
-            names = "\n  ".join(missing)
             raise OSError(
                 f"{self.config.name!r} needs files that are not there (data_dir={self.config.data_dir!r}):"
-                f"\n  {names}\n{distribution}"
+                f"{listing(missing)}\n{distribution}"
             )
 
     def need_pictures(self, paths, distribution: str, what: str = "pictures"):
         """
-        Raise where a picture (or one of another many files, `what`) is missing, with the number of them and the
-        first twenty.
+        Raise where a picture (or one of other many files, `what`) is missing.
 
         Raises:
-            OSError: naming them, and how the authors distribute them.
+            OSError: with their number and their names (`listing`), and how the authors distribute them.
         """
         missing = [str(path) for path in paths if not Path(path).is_file()]
         if missing:
-            names = "\n  ".join(missing[:20])
             raise OSError(
-                f"{len(missing)} {what} of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):\n"
-                f"  {names}{'' if len(missing) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
+                f"{len(missing)} {what} of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):"
+                f"{listing(missing)}\n{distribution}"
             )
 
     def read_sizes(self, annotated_sizes: dict, distribution: str) -> dict:
@@ -163,7 +177,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             `dict`: path -> (width, height), see `reading.upright_size`.
 
         Raises:
-            OSError: naming every missing picture (their number and the first twenty), or every unreadable one.
+            OSError: naming the missing pictures, or the unreadable ones (`listing`).
         """
         self.need_pictures(annotated_sizes, distribution)
         sizes, unreadable = {}, []
@@ -173,10 +187,9 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             except (OSError, ValueError) as error:
                 unreadable.append(str(error))
         if unreadable:
-            reasons = "\n  ".join(unreadable[:20])
             raise OSError(
-                f"{len(unreadable)} pictures of {self.config.name!r} cannot be read; copy them again:\n"
-                f"  {reasons}{'' if len(unreadable) <= 20 else f'{chr(10)}  ...'}\n{distribution}"
+                f"{len(unreadable)} pictures of {self.config.name!r} cannot be read; copy them again:"
+                f"{listing(unreadable)}\n{distribution}"
             )
         return sizes
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from .building import Source, merge_boxes
+from .masks import box_of, check_counts
 from .reading import check_decodes, picture_size, upright_size
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
 
@@ -50,39 +50,6 @@ def picture_of(row: dict) -> str | NamedBytes:
     """The picture of a row that is not decoded: its path, or its content."""
     image = row["image"]
     return image["path"] if image["bytes"] is None else NamedBytes(image["bytes"], image["path"] or row["image_id"])
-
-
-def run_lengths(counts: str) -> list[int]:
-    """
-    Lengths of the runs of a mask in COCO's compressed run-length encoding, background first.
-
-    Raises:
-        ValueError: if it has other letters, ends within a number, or a run is negative.
-
-    Example:
-
-    ```python
-    >>> from data_scripts.checking import run_lengths
-
-    >>> run_lengths("01900000000000I")
-    [0, 1, 9, 1, 9, 1, 9, 1, 9, 1, 9, 1, 9, 1, 2]
-
-    ```"""
-    lengths, value, shift = [], 0, 0
-    for letter in counts:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"its counts hold {letter!r}, which is not of COCO's run-length encoding")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the number's last letter
-            if bits & 16:
-                value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value, shift = 0, 0
-    if shift or min(lengths, default=0) < 0:
-        raise ValueError("its counts are no run-length encoding")
-    return lengths
 
 
 def find_picture_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
@@ -139,15 +106,12 @@ def find_mask_faults(row: dict, tolerance: float) -> list[tuple[str, str]]:
 def find_mask_fault(counts: str, size: list[int], box_xyxy, tolerance: float) -> str | None:
     """What is wrong with one mask, None where nothing is."""
     try:
-        lengths = run_lengths(counts)
+        lengths = check_counts(counts, *size)
     except ValueError as error:
         return str(error)
-    if sum(lengths) != size[0] * size[1]:  # pycocotools reads past the end of such a mask
-        return f"its runs cover {sum(lengths)} pixels of {size[0] * size[1]}"
     if not sum(lengths[1::2]):
         return "no pixel belongs to it"
-    x, y, width, height = coco_mask.toBbox({"size": size, "counts": counts.encode("ascii")}).tolist()
-    found = [x, y, x + width, y + height]
+    found = box_of({"size": size, "counts": counts})
     if len(box_xyxy) == 4 and not are_close(found, box_xyxy, tolerance):
         box = [round(value, 1) for value in box_xyxy]
         return f"it spans {found}, its box is {box}: more than {tolerance:g} pixels apart"

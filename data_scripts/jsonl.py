@@ -28,7 +28,6 @@ them.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -39,8 +38,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .building import GroundingBuilder, Source, clip_boxes, fingerprint, merge_boxes
-from .reading import is_inside, picture_size, upright_size
+from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
+from .masks import box_of, encode_array, encode_counts, to_segmentation
+from .reading import is_inside, is_number, picture_size, upright_size
 from .schema import FEATURES
 
 
@@ -52,7 +52,6 @@ DISTRIBUTION = (
     'JSON for each picture: {"image": "pictures/1.jpg", "expressions": [{"text": "the red car", "box": [10, 20, 110, '
     "90]}]}."
 )
-MAX_LISTED = 20
 MASK_FIELDS = ("polygon", "segmentation", "mask")
 TARGET_FIELDS = ("box", "boxes", *MASK_FIELDS, "category", "types")
 LINE_FIELDS = ("image", "expressions", "image_id", "width", "height", "box_format")
@@ -131,11 +130,7 @@ class JsonLines(GroundingBuilder):
                 except (OSError, ValueError) as error:
                     bad.append(f"{path}, line {number}: {error}")
         if bad and not self.config.drop_bad_lines:
-            lines = "\n  ".join(bad[:MAX_LISTED])
-            raise ValueError(
-                f"{len(bad)} bad lines (drop_bad_lines leaves them out):\n  {lines}"
-                f"{'' if len(bad) <= MAX_LISTED else f'{chr(10)}  ...'}"
-            )
+            raise ValueError(f"{len(bad)} bad lines (drop_bad_lines leaves them out):{listing(bad)}")
         if bad:
             self.report_dropped("files", Counter({"bad lines": len(bad)}))
         self.need_pictures(pictures, DISTRIBUTION)
@@ -206,8 +201,9 @@ class JsonLines(GroundingBuilder):
             encoded = read_run_lengths(value, field, height, width)
         else:
             encoded = read_polygons(value, field, height, width)
-        need(coco_mask.area(encoded) > 0, field, value, "a mask with a pixel in the picture")
-        return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+        segmentation = to_segmentation(encoded)
+        need(segmentation is not None, field, value, "a mask with a pixel in the picture")
+        return segmentation
 
 
 BOX_FORMATS = ("xyxy", "xywh")
@@ -380,17 +376,6 @@ def read_boxes(target: dict, field: str, box_format: str) -> list[list[float]]:
     return boxes_xyxy
 
 
-def is_number(value) -> bool:
-    """Whether a value of JSON is a number that has a place in a picture."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)
-
-
-def box_of(mask: dict) -> list[float]:
-    """The box xyxy of a mask with a pixel."""
-    x, y, width, height = coco_mask.toBbox({**mask, "counts": mask["counts"].encode("ascii")}).tolist()
-    return [x, y, x + width, y + height]
-
-
 def read_polygons(value, field: str, height: int, width: int) -> dict:
     """Polygons, or a single one, as run-length encoding of (height, width)."""
     polygons = [value] if isinstance(value, list) and value and is_number(value[0]) else value
@@ -411,45 +396,13 @@ def read_polygons(value, field: str, height: int, width: int) -> dict:
 
 
 def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
-    """COCO's run-length encoding, compressed or not, checked against (height, width): the library checks nothing."""
+    """COCO's run-length encoding, compressed or not, of (height, width)."""
     known(value, ("size", "counts"), field)
     need(value.get("size") == [height, width], f"{field}.size", value.get("size"), f"the picture's {[height, width]}")
-    counts = value.get("counts")
-    lengths = decode_counts(counts) if isinstance(counts, str) else counts
-    good = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
-    good = good and sum(lengths) == height * width
-    need(good, f"{field}.counts", counts, f"run lengths that sum to {height * width}")
-    return coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
-
-
-def decode_counts(counts: str) -> list[int] | None:
-    """
-    The run lengths of COCO's compressed text; None where it is damaged.
-
-    Each character has five bits, low ones first, and a bit that says that more follow; from the fourth on, a length is
-    told as the difference from the one before the last.
-
-    Example:
-
-    ```python
-    >>> from data_scripts.jsonl import decode_counts
-
-    >>> decode_counts("222"), decode_counts("~~~")
-    ([2, 2, 2], None)
-
-    ```"""
-    lengths, value, shift = [], 0, 0
-    for character in counts:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 30:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (1 << shift) if bits & 16 else 0
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value, shift = 0, 0
-    return None if shift else lengths
+    try:
+        return encode_counts(value.get("counts"), height, width)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}; expected run lengths that sum to {height * width}.") from error
 
 
 def read_mask(path: Path, field: str, height: int, width: int) -> dict:
@@ -464,7 +417,7 @@ def read_mask(path: Path, field: str, height: int, width: int) -> dict:
             mask = np.asarray(image) != 0
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{field}: {str(path)!r} is damaged: {error}") from error
-    return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return encode_array(mask)
 
 
 SOURCES = [

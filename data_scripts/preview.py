@@ -5,9 +5,9 @@ from pathlib import Path
 
 import datasets
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from .checking import picture_of
+from .masks import decode_segmentation
 
 
 MAX_OBJECTS = 4  # of a picture with many expressions
@@ -73,7 +73,7 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
         picture = turn_upright(open_picture(picture_of(row)), (row["height"], row["width"]))
         sentence, phrases = choose_phrases(row, draw)
         objects = [row["objects"][index] for _, index in phrases]
-        masks = [decode_mask(item["segmentation"]) for item in objects]
+        masks = [decode_segmentation(item["segmentation"]) for item in objects]
         parts = [box for item in objects if len(item["boxes"]) > 1 for box in item["boxes"]]
         pictures.append(
             draw_answers(
@@ -87,13 +87,6 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
             )
         )
     return make_grid(pictures, min(COLUMNS, len(pictures)))
-
-
-def decode_mask(segmentation: dict | None):
-    """A mask (height, width) of zeros and ones; None for none."""
-    if segmentation is None:
-        return None
-    return coco_mask.decode({"size": segmentation["size"], "counts": segmentation["counts"].encode("ascii")})
 
 
 def check_name(path: str | Path):

@@ -178,6 +178,16 @@ def is_inside(name: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
+def has_words(text) -> bool:
+    """Whether it is text of more than spaces."""
+    return isinstance(text, str) and bool(text.strip())
+
+
+def is_number(value) -> bool:
+    """Whether it is a number that has a place in a picture: finite, and not astronomical."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
     """
     (width, height) of a picture file as stored, from its header: nothing is decoded.

@@ -25,8 +25,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .building import GroundingBuilder, Source, clip_box
-from .reading import MAX_PIXELS, read_json, read_pickle
+from .building import GroundingBuilder, Source, clip_box, listing
+from .masks import encode_array, encode_counts, to_segmentation
+from .reading import has_words, is_number, read_json, read_pickle
 from .schema import FEATURES
 
 
@@ -106,8 +107,8 @@ class RefCoco(GroundingBuilder):
         unknown = sorted(needed - images.keys())
         if unknown:
             raise OSError(
-                f"{str(refs_file)!r} names {len(unknown)} images that {str(instances_file)!r} lacks, among them "
-                f"{unknown[:20]}: the two files do not belong together."
+                f"{str(refs_file)!r} names {len(unknown)} images that {str(instances_file)!r} lacks: the two files "
+                f"do not belong together. Their ids:{listing(unknown)}"
             )
         pictures = self.find_pictures([images[image_id] for image_id in sorted(needed)])
         sizes = self.read_sizes(
@@ -297,16 +298,6 @@ def to_xyxy(box_xywh, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | 
     return [x * across, y * down, (x + width) * across, (y + height) * down]
 
 
-def has_words(text) -> bool:
-    """Whether it is text of more than spaces."""
-    return isinstance(text, str) and bool(text.strip())
-
-
-def is_number(value) -> bool:
-    """Whether it is a number that a picture can have to do with: finite, and not astronomical."""
-    return isinstance(value, int | float) and abs(value) < 1e9
-
-
 def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
     """
     A segmentation of COCO as run-length encoding at the picture's real size.
@@ -332,24 +323,25 @@ def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tup
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     if not isinstance(parts, list):
         return None
-    width, height = size
     try:
         runs = [run for part in parts if (run := encode_part(part, annotated_size, size)) is not None]
     except (ValueError, TypeError, KeyError, OverflowError):
         return None
     if not runs:
         return None
-    merged = runs[0] if len(runs) == 1 else coco_mask.merge(runs)
-    if not coco_mask.area(merged):
-        return None
-    return {"size": [height, width], "counts": merged["counts"].decode("ascii")}
+    return to_segmentation(runs[0] if len(runs) == 1 else coco_mask.merge(runs))
 
 
 def encode_part(part, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
     """One polygon or run-length encoding at `size` (width, height), counts in bytes; None for fewer than 3 points."""
     width, height = size
     if isinstance(part, dict):
-        return encode_runs(part, size)
+        rows, columns = part["size"]
+        encoded = encode_counts(part["counts"], rows, columns)
+        if (columns, rows) == tuple(size):
+            return encoded
+        mask = Image.fromarray(coco_mask.decode(encoded)).resize(size, Image.Resampling.NEAREST)
+        return encode_array(np.asarray(mask))
     if len(part) < 6 or len(part) % 2:
         return None
     points = np.array(part, dtype=np.float64).reshape(-1, 2)
@@ -360,58 +352,6 @@ def encode_part(part, annotated_size: tuple[int, int], size: tuple[int, int]) ->
     # an edge is followed pixel by pixel, however far away it is
     np.clip(points, (-width, -height), (2 * width, 2 * height), out=points)
     return coco_mask.frPyObjects([points.ravel().tolist()], height, width)[0]
-
-
-def encode_runs(runs: dict, size: tuple[int, int]) -> dict:
-    """A run-length encoding moved to `size` (width, height), with counts in bytes."""
-    rows, columns = runs["size"]
-    counts = runs["counts"]
-    if not 0 < rows * columns <= MAX_PIXELS:
-        raise ValueError(f"a mask of {columns} x {rows} pixels")
-    if isinstance(counts, str):
-        counts = uncompress_counts(counts)
-    # pycocotools would read or write past its memory
-    if sum(counts) != rows * columns or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError("run lengths that do not fill their picture")
-    encoded = coco_mask.frPyObjects({"size": [rows, columns], "counts": counts}, rows, columns)
-    if (columns, rows) == tuple(size):
-        return encoded
-    mask = Image.fromarray(coco_mask.decode(encoded)).resize(size, Image.Resampling.NEAREST)
-    return coco_mask.encode(np.asfortranarray(mask))
-
-
-def uncompress_counts(text: str) -> list[int]:
-    """
-    The run lengths of COCO's compressed text: five bits a character, lowest first, from the fourth on as differences
-    to the one before the last.
-
-    Raises:
-        ValueError: if the text ends within a number or has other characters.
-
-    Example:
-
-    ```python
-    >>> from data_scripts.refcoco import uncompress_counts
-
-    >>> uncompress_counts("52203")
-    [5, 2, 2, 2, 5]
-
-    ```"""
-    counts, value, shift = [], 0, 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"a character {character!r} in run lengths")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
-    if shift:
-        raise ValueError("run lengths that end within a number")
-    return counts
 
 
 def _source(name: str, counts: dict[str, tuple]) -> Source:

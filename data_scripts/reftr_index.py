@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 
 import datasets
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from .building import GroundingBuilder, Source, clip_boxes
+from .masks import encode_array, to_segmentation
 from .reading import is_inside, read_pickle, upright_size
 from .schema import FEATURES
 
@@ -143,7 +143,7 @@ class RefTRIndex(GroundingBuilder):
     def _split_generators(self, dl_manager):
         index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
         self.need_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
-        self.encoded = {}  # mask file -> see `encode_mask`; splits share masks
+        self.masks = {}  # mask file -> see `read_mask`; splits share masks
         records = {file: read_index(data_dir / file, index.layout) for file in index.files}
         place = index.layout.index("image")
         folders = IMAGE_DIRS[index.pictures] if self.config.image_dir is None else (self.config.image_dir,)
@@ -181,7 +181,7 @@ class RefTRIndex(GroundingBuilder):
 
     def _row(self, path: str, records: list[dict], dropped: Counter, changed: Counter) -> dict:
         # a mask tells for which size of its picture it was made, stored or upright
-        sizes = [self._encode(record["mask"])["size"] for record in records[:1] if "mask" in record]
+        sizes = [self._read_mask(record["mask"])[0] for record in records[:1] if "mask" in record]
         width, height = upright_size(path, *(tuple(size[::-1]) for size in sizes))
         image_id, objects, sentences = f"{self.index.pictures}_{picture_number(path)}", {}, []
         for record in records:
@@ -209,25 +209,24 @@ class RefTRIndex(GroundingBuilder):
         row = {"image_id": image_id, "image": path, "width": width, "height": height}
         return {**row, "objects": list(objects.values()), "sentences": sentences}
 
-    def _encode(self, mask: str) -> dict:
-        """See `encode_mask`; each file is read once."""
-        if mask not in self.encoded:
-            self.encoded[mask] = encode_mask(Path(self.config.data_dir) / self.index.mask_dir / mask)
-        return self.encoded[mask]
+    def _read_mask(self, mask: str) -> tuple[tuple[int, int], dict | None]:
+        """See `read_mask`; each file is read once."""
+        if mask not in self.masks:
+            self.masks[mask] = read_mask(Path(self.config.data_dir) / self.index.mask_dir / mask)
+        return self.masks[mask]
 
     def _segmentation(self, record: dict, size: tuple[int, int], path: str, dropped: Counter) -> dict | None:
         if "mask" not in record:
             return None
-        encoded = self._encode(record["mask"])
-        if tuple(encoded["size"]) != size[::-1]:
+        shape, segmentation = self._read_mask(record["mask"])
+        if shape != size[::-1]:
             raise ValueError(
-                f"The mask {record['mask']!r} has (height, width) {tuple(encoded['size'])} and its picture {path!r} "
+                f"The mask {record['mask']!r} has (height, width) {shape} and its picture {path!r} "
                 f"{size[::-1]}: they must be the same, as for the published loaders."
             )
-        if encoded["counts"] is None:
+        if segmentation is None:
             dropped["masks without a pixel"] += 1
-            return None
-        return encoded
+        return segmentation
 
 
 def names_of(indexes, place: int) -> list[str]:
@@ -339,9 +338,10 @@ def picture_number(path: str) -> str:
     return match[1] if match else stem
 
 
-def encode_mask(path: Path) -> dict:
+def read_mask(path: Path) -> tuple[tuple[int, int], dict | None]:
     """
-    An .npy file of (H, W), not 0 where the object is -> COCO run-length encoding; `counts` is None without a pixel.
+    An .npy file of (H, W), not 0 where the object is -> its shape, and the `segmentation` of the schema, None where no
+    pixel is in it.
 
     Raises:
         OSError: if the file is damaged.
@@ -356,10 +356,7 @@ def encode_mask(path: Path) -> dict:
         raise OSError(f"The mask {str(path)!r} is damaged: {error}") from error
     if mask.ndim != 2 or mask.dtype.kind not in "biuf":
         raise ValueError(f"The mask {str(path)!r} is {mask.dtype} of {mask.shape}; expected numbers of (H, W).")
-    mask = np.asfortranarray(mask != 0, dtype=np.uint8)
-    encoded = coco_mask.encode(mask) if mask.any() else {"size": list(mask.shape), "counts": None}
-    counts = encoded["counts"]
-    return {"size": list(encoded["size"]), "counts": counts and counts.decode("ascii")}
+    return tuple(mask.shape), to_segmentation(encode_array(mask))
 
 
 # published (images, objects, expressions), by split, where the index is known to hold all of the set

@@ -26,13 +26,22 @@ import datasets
 from datasets.utils import tqdm
 
 from .building import GroundingBuilder, Source, clip_box, fingerprint
-from .reading import read_json
-from .refcoco import RefCoco, annotated_size_of, has_words, read_refs, to_xyxy
+from .masks import box_of
+from .reading import has_words, read_json
+from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
 from .schema import FEATURES
 
 
-# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
-__all__ = ["FEATURES", "SOURCES", "VisualGenome", "VisualGenomeConfig", "held_out_coco_ids", "write_held_out"]
+# box_of, FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = [
+    "FEATURES",
+    "SOURCES",
+    "VisualGenome",
+    "VisualGenomeConfig",
+    "box_of",
+    "held_out_coco_ids",
+    "write_held_out",
+]
 
 
 logger = logging.getLogger(__name__)

@@ -51,7 +51,7 @@ def refused(result, *words):
     return errors
 
 
-@pytest.mark.parametrize("name", [None, "list", "build", "check", "export", "preview", "stats"])
+@pytest.mark.parametrize("name", [None, "list", "build", "check", "export", "preview", "stats", "held_out"])
 def test_help_fits_a_screen(run, name):
     result = run("-m", "data_scripts", *([name] if name else []), "--help", COLUMNS="80")
     assert len(result.stdout.splitlines()) <= 40

@@ -206,9 +206,8 @@ def test_missing_pictures_are_named_before_anything_is_written(tmp_path, refcoco
     for streaming in (False, True):
         with pytest.raises(OSError, match="25 pictures of 'refcoco_unc' are not there") as error:
             load("train", streaming=streaming)
-        for number in range(2000, 2020):
+        for number in range(2000, 2025):
             assert f"COCO_train2014_{number:012d}.jpg" in str(error.value)
-        assert "2020" not in str(error.value)
         for part in ("train2014.zip", str(facts["image_dir"]), "image_dir", "images/mscoco/images/train2014"):
             assert part in str(error.value)
     assert not built(tmp_path)

@@ -89,6 +89,19 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     assert len(load("train", validation_images=0, **excluded, seed=1)) == len(rows)
 
 
+def test_the_list_of_held_out_pictures_is_a_command(tmp_path, genome, run):
+    path, refer = tmp_path / "held_out.json", tmp_path / "refer"
+    words = ("-m", "data_scripts", "held_out", "refcoco_unc", "--data_dir", refer, "--output", path)
+    assert "3 pictures" in run(*words).stdout
+    assert read_held_out(path) == {100, 101, 102}
+    where = ("--data_dir", tmp_path / "vg", "--cache_dir", tmp_path / "cache")
+    result = run("-m", "data_scripts", "check", "visual_genome", *where, "--held_out_file", path)
+    assert "visual_genome: 0 errors" in result.stdout
+    refused = run("-m", "data_scripts", "held_out", "shapes", "--data_dir", refer, "--output", path, check=False)
+    assert refused.returncode == 1
+    assert "error: 'shapes' is no set with pictures of COCO" in refused.stderr
+
+
 def test_what_cannot_be_excluded_is_refused(tmp_path, genome):
     load = genome[1]
     with pytest.raises(ValueError, match="'refclef_unc' is no set with pictures of COCO"):

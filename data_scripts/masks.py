@@ -1,0 +1,106 @@
+"""Masks in COCO's run-length encoding, of what others write; pycocotools itself checks nothing that it is given."""
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from .reading import MAX_PIXELS
+
+
+def uncompress_counts(text: str) -> list[int]:
+    """
+    The run lengths of COCO's compressed text, background first: five bits a character, lowest first, from the fourth
+    on as differences to the one before the last.
+
+    Raises:
+        ValueError: if the text ends within a number, has other characters, or a length is negative or astronomical.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.masks import uncompress_counts
+
+    >>> uncompress_counts("52203")
+    [5, 2, 2, 2, 5]
+
+    ```"""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError(f"its counts are no run-length encoding at {character!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the number's last character
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    if shift or min(counts, default=0) < 0:
+        raise ValueError("its counts are no run-length encoding: they end within a number, or one is negative")
+    return counts
+
+
+def check_counts(counts: str | list[int], height: int, width: int) -> list[int]:
+    """
+    Run lengths, compressed or not, as a list that fills a mask.
+
+    Raises:
+        ValueError: if they are none, or do not fill the mask: pycocotools would read or write past its memory.
+    """
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"it is a mask of {width} x {height} pixels")
+    lengths = uncompress_counts(counts) if isinstance(counts, str) else counts
+    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+        raise ValueError("its counts are no run-length encoding")
+    if sum(lengths) != height * width:
+        raise ValueError(f"its runs cover {sum(lengths)} pixels of {height * width}")
+    return lengths
+
+
+def encode_counts(counts: str | list[int], height: int, width: int) -> dict:
+    """
+    Run lengths, compressed or not, as pycocotools takes them: `size` [height, width] and `counts` (bytes).
+
+    Raises:
+        ValueError: see `check_counts`.
+    """
+    lengths = check_counts(counts, height, width)
+    return coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
+
+
+def encode_array(mask: np.ndarray) -> dict:
+    """An array (height, width), not 0 where the object is, as pycocotools takes it."""
+    return coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+
+
+def to_segmentation(encoded: dict) -> dict | None:
+    """What pycocotools gives as `segmentation` of the schema, whose counts are text; None where no pixel is in it."""
+    if not coco_mask.area(encoded):
+        return None
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def decode_segmentation(segmentation: dict | None) -> np.ndarray | None:
+    """The mask of a `segmentation` of the schema, (height, width) of zeros and ones; None for none."""
+    return None if segmentation is None else coco_mask.decode(_as_bytes(segmentation))
+
+
+def box_of(segmentation: dict) -> list[float]:
+    """
+    The smallest box xyxy that holds a mask.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.masks import box_of
+
+    >>> box_of({"size": [4, 4], "counts": "52203"})
+    [1.0, 1.0, 3.0, 3.0]
+
+    ```"""
+    x, y, width, height = coco_mask.toBbox(_as_bytes(segmentation)).tolist()
+    return [x, y, x + width, y + height]
+
+
+def _as_bytes(segmentation: dict) -> dict:
+    return {"size": segmentation["size"], "counts": segmentation["counts"].encode("ascii")}
