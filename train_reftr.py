@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None):
         model, processor = build_model(args, rows[args.train_split])
         set_seed(args.seed, device_specific=True)  # but not equal dropout
         train(model, processor, rows, args, accelerator)
-        args.model_name_or_path = args.output_dir
+        args.init_from = args.output_dir
 
     report(rows, args, accelerator)
     accelerator.end_training()
@@ -152,21 +152,21 @@ def validate_and_save(model, processor, rows, args, accelerator: Accelerator, be
 
 def report(rows, args: TrainingArguments, accelerator: Accelerator):
     """Evaluate on the test split, and write figures and pictures. All processes call it."""
-    source = args.model_name_or_path or args.output_dir
+    source = args.init_from or args.output_dir
     model = RefTRForVisualGrounding.from_pretrained(source, dtype=torch.float32).to(accelerator.device)
     processor = RefTRProcessor.from_pretrained(source)
-    records = evaluate(model, processor, rows[args.test_split], args, accelerator, "test")
+    records = evaluate(model, processor, rows[args.test_splits], args, accelerator, "test")
     if not accelerator.is_main_process:
         return
     metrics = {
         "model": str(source),
         "dataset": args.dataset,
-        "split": args.test_split,
+        "split": args.test_splits,
         **summarize(records),
         "constant_box": constant_box(rows[args.train_split], records),
         "swapped_expressions": swapped_expressions(records),
     }
-    write_report(Path(args.output_dir), metrics, records, rows[args.test_split], args.num_pictures)
+    write_report(Path(args.output_dir), metrics, records, rows[args.test_splits], args.num_pictures)
     sys.stdout.write(f"{format_table(metrics)}\n{Path(args.output_dir) / 'predictions.png'}\n")
 
 

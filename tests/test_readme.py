@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from layout_refcoco import make_refcoco
+from layout_visual_genome import make_visual_genome
 from PIL import Image
 
 from benchmarks.quote_results import quote
@@ -45,11 +47,14 @@ def test_python_runs(trained, tmp_path, monkeypatch, capsys):
     RefTRForVisualGrounding.from_pretrained(trained[0], predict_masks=True).save_pretrained(tmp_path / "runs" / "demo")
     os.symlink(ROOT / "metrics", tmp_path / "metrics")
     Image.fromarray(np.full((90, 150, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
+    make_refcoco(tmp_path / "data")
+    make_refcoco(tmp_path / "data", "refcocog_umd")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     shapes = json.loads((GOLDEN / "full_size_keys.json").read_text())["rec_resnet50_bert"]
     torch.save({"model": {key: torch.zeros(shape) for key, shape in detr_keys(shapes)}}, "detr-r50-e632da11.pth")
     code = blocks("python")
-    assert len(code) == 6
+    assert len(code) == 7
     names = {}
     for block in code:
         exec(block, names)
@@ -59,6 +64,8 @@ def test_python_runs(trained, tmp_path, monkeypatch, capsys):
     assert "torch.Size([1, 90, 150])" in printed
     assert "\n0.8\n" in printed
     assert names["inputs"]["phrase_spans"].shape == (1, 2, 2)
+    assert "the lady with the blue shirt [103." in printed
+    assert len(names["joined"]) > len(names["rows"])
     assert "337 weights taken, left: ['query_embed.weight']" in printed
 
 
@@ -79,6 +86,25 @@ def test_published_weights_are_converted(tokenizer, tmp_path, monkeypatch):
     back = torch.load("back.pth", weights_only=True)["model"]
     assert back.keys() == published.keys()
     assert all(torch.equal(back[key], value) for key, value in published.items())
+
+
+def test_data_commands_run(run, tmp_path):
+    make_refcoco(tmp_path / "data")
+    make_refcoco(tmp_path / "data", "refcocog_umd")
+    make_visual_genome(tmp_path / "visual_genome")
+    (tmp_path / "mine").mkdir()
+    Image.new("RGB", (200, 100)).save(tmp_path / "mine" / "1.jpg")
+    (line,) = blocks("json")
+    (tmp_path / "mine" / "train.jsonl").write_text(line)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if "-m data_scripts" in line]
+    assert len(commands) == 9
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        cache = {"HF_DATASETS_CACHE": tmp_path / "cache"}
+        run(*words[1:], cwd=tmp_path, PYTHONPATH=str(ROOT), **{name: str(path) for name, path in cache.items()})
+    assert (tmp_path / "samples.png").exists()
+    assert list((tmp_path / "exported" / "data").glob("train-*.parquet"))
+    assert len(json.loads((tmp_path / "held_out.json").read_text())["coco_ids"]) > 0
 
 
 def test_commands_name_what_there_is():

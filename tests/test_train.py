@@ -46,7 +46,7 @@ def test_a_run_leaves_model_processor_and_report(trained):
 
 def test_eval_only_gives_the_same_figures(trained, recipe, run, tmp_path):
     output, _ = trained
-    run("train_reftr.py", recipe, "--model_name_or_path", output, "--output_dir", tmp_path, "--eval_only")
+    run("train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--eval_only")
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path))
     assert not (tmp_path / "model.safetensors").exists()
     for metrics in (first, second):
@@ -56,9 +56,7 @@ def test_eval_only_gives_the_same_figures(trained, recipe, run, tmp_path):
 
 def test_training_goes_on_from_a_saved_model(trained, recipe, run, tmp_path):
     output, _ = trained
-    result = run(
-        "train_reftr.py", recipe, "--model_name_or_path", output, "--output_dir", tmp_path, "--max_steps", "1"
-    )
+    result = run("train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--max_steps", "1")
     first_loss = logged_losses(result.stderr)[0][1]["loss"]
     assert first_loss < logged_losses(trained[1].stderr)[0][1]["loss"]
 
@@ -250,7 +248,7 @@ def test_boxes_then_masks(trained, recipe, run, tmp_path):
     output, _ = trained
     stage = {**MASKS, "freeze_grounding": True}
     result = run(
-        "train_reftr.py", recipe, "--model_name_or_path", output, "--output_dir", tmp_path, "--max_steps", "6",
+        "train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--max_steps", "6",
         "--model", json.dumps(stage), "--learning_rate", "1e-5", "--mask_head_learning_rate", "1e-2",
     )  # fmt: skip
     assert "mask_head.output_convolution" in result.stderr  # what is new is said
@@ -294,7 +292,7 @@ def test_two_ranks_give_the_masks_of_one_process(recipe, run, tmp_path):
     for ranks in (1, 2):
         run(
             "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py",
-            path, "--eval_only", "--model_name_or_path", tmp_path / "one", "--output_dir", tmp_path / f"eval{ranks}",
+            path, "--eval_only", "--init_from", tmp_path / "one", "--output_dir", tmp_path / f"eval{ranks}",
             ACCELERATE_USE_CPU="true",
         )  # fmt: skip
         evaluated.append(json.loads((tmp_path / f"eval{ranks}" / "metrics.json").read_text()))
@@ -320,9 +318,9 @@ def test_a_figure_that_is_not_there_cannot_choose_the_best(recipe, run, tmp_path
 
 def test_a_backbone_that_differs_is_refused(trained, recipe, run, tmp_path):
     changes = json.dumps({"text_config": {"hidden_size": 48}})
-    command = ("train_reftr.py", recipe, "--model_name_or_path", trained[0], "--output_dir", tmp_path)
+    command = ("train_reftr.py", recipe, "--init_from", trained[0], "--output_dir", tmp_path)
     result = run(*command, "--model", changes, check=False)
-    assert "model.text_config.hidden_size=48, but model_name_or_path has 32 there" in result.stderr
+    assert "model.text_config.hidden_size=48, but init_from has 32 there" in result.stderr
 
 
 def test_phrases_without_answer_or_truth_in_the_mask_figures():

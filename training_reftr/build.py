@@ -12,24 +12,24 @@ from training_reftr.data import all_sentences, train_tokenizer
 
 def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
-    Where weights come from: `model_name_or_path`, a RefTR folder or Hub id, with the fields that `args.model` changes
+    Where weights come from: `init_from`, a RefTR folder or Hub id, with the fields that `args.model` changes
     (masks over a boxes-only model, for example); absent, a new model as `args.model` says, with random weights.
-    Nothing is downloaded unless `model_name_or_path` or `tokenizer` names it.
+    Nothing is downloaded unless `init_from` or `tokenizer` names it.
 
     Raises:
         ValueError: if `args.model` has an unknown field, its vocabulary is smaller than the tokenizer's, or it changes
             a backbone of the loaded model.
     """
     check_names(args.model, {item.name for item in fields(RefTRConfig)}, "model")
-    if args.model_name_or_path is not None:
-        config = RefTRConfig.from_pretrained(args.model_name_or_path)
+    if args.init_from is not None:
+        config = RefTRConfig.from_pretrained(args.init_from)
         model = RefTRForVisualGrounding.from_pretrained(
-            args.model_name_or_path,
+            args.init_from,
             config=change_config(config, args.model),
             dtype=torch.float32,
             attn_implementation=args.attn_implementation,
         )
-        return model, RefTRProcessor.from_pretrained(args.model_name_or_path)
+        return model, RefTRProcessor.from_pretrained(args.init_from)
 
     settings = dict(args.model)
     max_length = settings.get("max_text_positions", RefTRConfig.max_text_positions)
@@ -64,7 +64,7 @@ def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
             for key, wanted in value.items():
                 if known.get(key) != wanted:
                     raise ValueError(
-                        f"model.{name}.{key}={wanted!r}, but model_name_or_path has {known.get(key)!r} there: leave "
+                        f"model.{name}.{key}={wanted!r}, but init_from has {known.get(key)!r} there: leave "
                         "it out, or train a new model."
                     )
         else:
