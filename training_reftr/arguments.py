@@ -90,7 +90,7 @@ class TrainingArguments:
         for name in ("dataset_config", "model"):
             value = getattr(self, name)
             try:
-                setattr(self, name, json.loads(value))
+                setattr(self, name, json.loads(value) if isinstance(value, str) else value)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
             if not isinstance(getattr(self, name), dict):

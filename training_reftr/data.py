@@ -129,14 +129,42 @@ class GroundingCollator:
         return {**batch, "targets": targets} if self.with_targets else dict(batch)
 
 
-def training_loader(rows, processor, args, rank: int, world_size: int, with_masks: bool = False) -> DataLoader:
-    """Batches of this process; set `loader.batch_sampler.epoch` before each epoch."""
-    return DataLoader(
-        GroundingDataset(rows, args.expressions_per_image, args.seed),
-        batch_sampler=EpochSampler(len(rows), args.batch_size, args.seed, rank, world_size),
-        collate_fn=GroundingCollator(processor, with_masks=with_masks),
-        num_workers=args.num_workers,
-    )
+class TrainingData:
+    """Batches of this process."""
+
+    def __init__(self, rows, processor, args, rank: int, world_size: int, with_masks: bool = False):
+        self.rows, self.args, self.rank, self.world_size = rows, args, rank, world_size
+        self.dataset = GroundingDataset(rows, args.expressions_per_image, args.seed)
+        self.collate = GroundingCollator(processor, with_masks=with_masks)
+        if len(rows) < args.batch_size * world_size:
+            raise ValueError("too few rows")
+
+    def remaining(self, epoch, progress):
+        """The order that is left."""
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.args.seed}/{epoch}").shuffle(order)
+        for size, count in progress:
+            order = order[size * count :]
+        return order
+
+    def num_batches(self, epoch: int, progress=()) -> int:
+        """Batches left."""
+        return len(self.remaining(epoch, progress)) // (self.args.batch_size * self.world_size)
+
+    def batches(self, epoch: int, progress=()):
+        """Collated batches."""
+        order, size = self.remaining(epoch, progress), self.args.batch_size
+        mine = []
+        for number in range(self.num_batches(epoch, progress)):
+            begin = number * size * self.world_size + self.rank * size
+            mine.append([(epoch, index) for index in order[begin : begin + size]])
+        yield from DataLoader(
+            self.dataset,
+            batch_sampler=mine,
+            collate_fn=self.collate,
+            num_workers=self.args.num_workers,
+            generator=torch.Generator(),
+        )
 
 
 def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:

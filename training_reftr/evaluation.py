@@ -20,7 +20,7 @@ from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics
 
 
 @torch.no_grad()
-def evaluate(model, processor, rows, args, accelerator: Accelerator, description: str) -> list[dict]:
+def evaluate(model, processor, rows, args, accelerator: Accelerator, description: str, should_stop=None):
     """
     Ask the model about every phrase of a split, each once however many processes share the work.
 
@@ -36,6 +36,9 @@ def evaluate(model, processor, rows, args, accelerator: Accelerator, description
     records = []
     loader = evaluation_loader(rows, processor, args, accelerator.process_index, accelerator.num_processes)
     for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
+        if should_stop is not None and should_stop():
+            model.train()
+            return None
         inputs = move(batch, accelerator.device)
         inputs.pop("labels")
         with accelerator.autocast():

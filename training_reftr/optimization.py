@@ -26,9 +26,11 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     )
 
 
-def build_scheduler(optimizer, args, steps_per_epoch: int, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def build_scheduler(
+    optimizer, args, steps_per_epoch: int, num_steps: int, done: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
     """
-    One factor for all rates, set before every update (published schedules).
+    One factor for all rates, set before every update (published schedules); `done` updates are over.
 
     `cosine` never goes under 0.01 of the peak; `step` is 0.1 of it after `lr_drop_epochs`.
     """
@@ -43,4 +45,6 @@ def build_scheduler(optimizer, args, steps_per_epoch: int, num_steps: int) -> to
             return 0.1 if step >= args.lr_drop_epochs * steps_per_epoch else 1.0
         return 1.0
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)

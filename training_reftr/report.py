@@ -71,3 +71,28 @@ def format_table(metrics: dict) -> str:
             f"{values['num_phrases']:>9}"
         )
     return "\n".join(lines)
+
+
+def validation_pictures(records, rows, num):
+    """skeleton"""
+    return draw_predictions(records, rows, num)
+
+
+def report(model, processor, rows, args, accelerator):
+    """skeleton"""
+    from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
+    import sys
+
+    records = evaluate(model.to(accelerator.device), processor, rows[args.test_splits], args, accelerator, "test")
+    if not accelerator.is_main_process:
+        return
+    metrics = {
+        "model": str(args.init_from),
+        "dataset": args.dataset,
+        "split": args.test_splits,
+        **summarize(records),
+        "constant_box": constant_box(rows[args.train_split], records),
+        "swapped_expressions": swapped_expressions(records),
+    }
+    write_report(Path(args.output_dir), metrics, records, rows[args.test_splits], args.num_pictures)
+    sys.stdout.write(f"{format_table(metrics)}\n{Path(args.output_dir) / 'predictions.png'}\n")
