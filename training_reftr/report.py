@@ -80,8 +80,9 @@ def validation_pictures(records, rows, num):
 
 def report(model, processor, rows, args, accelerator):
     """skeleton"""
-    from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
     import sys
+
+    from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 
     records = evaluate(model.to(accelerator.device), processor, rows[args.test_splits], args, accelerator, "test")
     if not accelerator.is_main_process:

@@ -11,7 +11,6 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
-
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
@@ -137,6 +136,9 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
         model = RefTRForVisualGrounding.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation=args.attn_implementation
         )
+        # away from the file's memory, whose alignment changes how sums are rounded
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
         processor = RefTRProcessor.from_pretrained(checkpoint)
         state = load_state(checkpoint)
         logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
