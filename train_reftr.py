@@ -7,7 +7,6 @@ Train RefTR, or evaluate it:
 
 import logging
 import sys
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +19,9 @@ from training_reftr.arguments import TrainingArguments, parse_arguments
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import build_model
 from training_reftr.data import move, training_loader
-from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
+from training_reftr.evaluation import evaluate, summarize
 from training_reftr.optimization import build_optimizer, build_scheduler
-from training_reftr.report import format_table, write_report
+from training_reftr.report import format_table, report, select_splits
 
 
 logger = logging.getLogger("train_reftr")
@@ -38,16 +37,21 @@ def main(argv: list[str] | None = None):
     )
     # the main process builds the set, the others take it from the cache
     with accelerator.main_process_first():
-        rows = data_scripts.load(args.dataset, cache_dir=args.data_cache_dir, **args.dataset_config)
+        flags = args.dataset_config | ({"data_dir": args.data_dir} if args.data_dir else {})
+        rows = data_scripts.load(args.dataset, cache_dir=args.data_cache_dir, **flags)
+    select_splits(rows, args)
 
     if not args.eval_only:
         set_seed(args.seed)  # equal weights on all processes
         model, processor = build_model(args, rows[args.train_split])
         set_seed(args.seed, device_specific=True)  # but not equal dropout
         train(model, processor, rows, args, accelerator)
-        args.init_from = args.output_dir
 
-    report(rows, args, accelerator)
+    source = args.output_dir if not args.eval_only or args.init_from is None else args.init_from
+    model = RefTRForVisualGrounding.from_pretrained(source, dtype=torch.float32).to(accelerator.device)
+    metrics = report(model, RefTRProcessor.from_pretrained(source), rows, args, accelerator)
+    if accelerator.is_main_process:
+        sys.stdout.write(f"{format_table(metrics)}\n")
     accelerator.end_training()
 
 
@@ -148,26 +152,6 @@ def validate_and_save(model, processor, rows, args, accelerator: Accelerator, be
         processor.save_pretrained(args.output_dir)
     accelerator.wait_for_everyone()
     return metrics[name]
-
-
-def report(rows, args: TrainingArguments, accelerator: Accelerator):
-    """Evaluate on the test split, and write figures and pictures. All processes call it."""
-    source = args.init_from or args.output_dir
-    model = RefTRForVisualGrounding.from_pretrained(source, dtype=torch.float32).to(accelerator.device)
-    processor = RefTRProcessor.from_pretrained(source)
-    records = evaluate(model, processor, rows[args.test_splits], args, accelerator, "test")
-    if not accelerator.is_main_process:
-        return
-    metrics = {
-        "model": str(source),
-        "dataset": args.dataset,
-        "split": args.test_splits,
-        **summarize(records),
-        "constant_box": constant_box(rows[args.train_split], records),
-        "swapped_expressions": swapped_expressions(records),
-    }
-    write_report(Path(args.output_dir), metrics, records, rows[args.test_splits], args.num_pictures)
-    sys.stdout.write(f"{format_table(metrics)}\n{Path(args.output_dir) / 'predictions.png'}\n")
 
 
 if __name__ == "__main__":
