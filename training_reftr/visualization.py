@@ -134,9 +134,9 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
     )
     truth = draw_answers(
         row["image"],
-        [None, record["box"]],
-        ["", "truth"],
-        masks=[None, decode(record["segmentation"])],
+        [record["box"]],
+        ["truth"],
+        masks=[decode(record["segmentation"])],
         width=PANEL_WIDTH,
     )
     heads = maps[:NUM_HEADS]
