@@ -42,6 +42,7 @@ def draw_answers(
     for index, mask in enumerate(masks):
         if mask is not None:
             stencil = Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).resize(canvas.size)
+            stencil = stencil.point(lambda value: 255 * (value > 127))
             edge = ImageChops.subtract(stencil, stencil.filter(ImageFilter.MinFilter(line // 2 * 2 + 1)))
             opacity = stencil.point(lambda value: value * MASK_OPACITY // 255)
             canvas.paste(COLORS[index % len(COLORS)], (0, 0), ImageChops.lighter(opacity, edge))
