@@ -32,7 +32,15 @@ from training_reftr.evaluation import (
     swapped_expressions,
 )
 from training_reftr.published_results import NAMES_OF_SETS, RESULTS, comparable_results
-from training_reftr.report import controls, find_training_rows, format_report, format_table, report, select_splits
+from training_reftr.report import (
+    controls,
+    find_training_rows,
+    format_report,
+    format_table,
+    has_integer_boxes,
+    report,
+    select_splits,
+)
 from training_reftr.visualization import attend, draw_sample, heat, validation_pictures
 
 
@@ -75,6 +83,11 @@ def test_every_phrase_counts_once_on_any_number_of_processes():
     """In short; `run_grid()` is all of it: 1 to 41 images, 1 to 4 processes, batches of 1 to 8."""
     result = run_grid(counts=(1, 2, 7), ranks=(1, 2, 3, 4), batch_sizes=(1, 3), timeout=200)
     assert (result["failed"], result["passed"], result["of"]) == ([], 28, 28)
+
+
+def test_a_hang_is_a_failure():
+    result = run_grid(counts=(1,), ranks=(1,), batch_sizes=(1,), timeout=0.5)
+    assert result == {"passed": 0, "of": 2, "failed": ["no end after 0.5 s"]}
 
 
 @pytest.mark.slow
@@ -229,10 +242,11 @@ def test_several_splits_in_one_report(two_splits, shapes):
     output, result = two_splits
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["model"] == str(output / "model")
-    assert (metrics["dataset"], metrics["integer_boxes"], metrics["two_step_masks"]) == ("shapes", False, False)
+    assert (metrics["dataset"], metrics["two_step_masks"]) == ("shapes", False)
     assert list(metrics["splits"]) == ["validation", "test"]
     for name, values in metrics["splits"].items():
         assert values["num_phrases"] == values["mask_num_phrases"] == len(phrase_keys(shapes[name]))
+        assert values["integer_boxes"] is False
         assert values["constant_box"]["num_phrases"] == values["num_phrases"]
         assert {"swapped_expressions", "mask_overall_iou", "mask_mean_iou_resized"} <= values.keys()
         assert set(values["per_kind"]) == {"attribute", "place", "relation", "caption"}
@@ -349,8 +363,8 @@ def test_a_report_that_fails_leaves_no_earlier_one(make_model, processor, shapes
 def metrics_of(dataset, split, integer_boxes=True, **figures):
     figures = {"accuracy@0.5": 0.5, "mean_iou": 0.5, "num_phrases": 2, "per_kind": {}, **figures}
     figures |= {f"precision@{threshold}": 0.5 for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)}
-    settings = {"integer_boxes": integer_boxes, "two_step_masks": True}
-    return {"model": "m", "dataset": dataset, **settings, "splits": {split: figures}}
+    figures["integer_boxes"] = integer_boxes
+    return {"model": "m", "dataset": dataset, "two_step_masks": True, "splits": {split: figures}}
 
 
 def test_published_figures_stand_beside_the_same_set_split_and_metric():
@@ -372,8 +386,16 @@ def test_boxes_alone_are_not_held_against_masks():
     text = format_report(metrics_of("refcocog_umd", "test", integer_boxes=False))
     rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
     assert {row[1] for row in rows} == {"boxes, accuracy@0.5"}
-    assert "Ground-truth boxes: as annotated" in text
-    assert "The published figures are of boxes cut to whole pixels." in text
+    assert "against the true ones as annotated" in text
+    assert "Published figures are of true boxes cut to whole pixels" in text
+
+
+def test_boxes_are_cut_where_the_flags_of_their_set_say_so():
+    args = TrainingArguments(dataset="refcoco_unc", dataset_config='{"integer_boxes": true}')
+    assert has_integer_boxes("val", args)
+    flags = '{"refcoco_unc": {"integer_boxes": true}, "refcocog_umd": {}}'
+    args = TrainingArguments(dataset="refcoco_unc,refcocog_umd,shapes", dataset_config=flags)
+    assert [has_integer_boxes(f"{name}/val", args) for name in args.dataset.split(",")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
