@@ -6,7 +6,6 @@ Train RefTR, or evaluate it:
     python train_reftr.py recipes/demo.yaml --output_dir runs/demo --eval_only
 """
 
-import dataclasses
 import signal
 import sys
 
@@ -14,13 +13,12 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from training_reftr.arguments import parse_arguments
-from training_reftr.build import build_model
 from training_reftr.checkpoints import save_best, save_checkpoint
 from training_reftr.dry_run import estimate, limited
 from training_reftr.evaluation import evaluate, summarize
 from training_reftr.guards import Signals, Watchdog
-from training_reftr.report import report
-from training_reftr.run import Run, build_accelerator, prepare_run
+from training_reftr.report import format_table, report, select_splits
+from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
 from training_reftr.sources import load_rows, split_of
 from training_reftr.step import update
 from training_reftr.tracking import Tracking
@@ -33,16 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     # the main process builds the set, the others take it from the cache
     with accelerator.main_process_first():
         rows = load_rows(args)
+    select_splits(rows, args)  # refused now, and not after the training
     with limited(args, rows, accelerator) as (args, rows):
-        if not args.eval_only:
-            if not train(rows, args, accelerator):
-                return 128 + signal.SIGTERM
-            args = dataclasses.replace(args, init_from=args.output_dir)
-        elif args.init_from is None:
-            args = dataclasses.replace(args, init_from=args.output_dir)
-        report(*build_model(args, split_of(rows, args.train_split)), rows, args, accelerator)
-        if args.dry_run and accelerator.is_main_process:
-            sys.stdout.write(f"{estimate(args)}\n")
+        if not args.eval_only and not train(rows, args, accelerator):
+            return 128 + signal.SIGTERM
+        model, processor = load_for_report(args)
+        metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
+        if accelerator.is_main_process:
+            sys.stdout.write(f"{estimate(args) if args.dry_run else format_table(metrics)}\n")
     accelerator.end_training()
     return 0
 

@@ -51,9 +51,7 @@ def start(*words, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> 
     script = ["train_reftr.py"]
     if before:
         file = Path(words[words.index("--output_dir") + 1]).with_suffix(".before.py")
-        file.write_text(
-            f"import runpy, sys\n{before}\nsys.argv[0] = 'train_reftr.py'\nrunpy.run_path('train_reftr.py', run_name='__main__')\n"
-        )
+        file.write_text(f"import runpy\n{before}\nrunpy.run_path('train_reftr.py', run_name='__main__')\n")
         script = [str(file)]
     command = [sys.executable]
     if ranks > 1:

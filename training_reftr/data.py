@@ -75,10 +75,10 @@ class GroundingCollator:
     """
     Rows -> what the model takes, through the processor as a user would call it.
 
-    Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, types, object id,
-    true box and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves them out, for
-    trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of sentences all of
-    whose phrases have one.
+    Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, words, types, object
+    id, true box, boxes and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves
+    them out, for trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of
+    sentences all of whose phrases have one.
     """
 
     def __init__(self, processor, with_targets: bool = True, with_masks: bool = False):
@@ -109,9 +109,11 @@ class GroundingCollator:
                             "image_id": row["image_id"],
                             "sentence_id": sentence["sentence_id"],
                             "phrase": number,
+                            "words": sentence["text"][phrase["start"] : phrase["end"]],
                             "types": phrase["types"],
                             "object_id": item["object_id"],
                             "box": item["box"],
+                            "boxes": item["boxes"],
                             "segmentation": item["segmentation"],
                             "image_size": (row["height"], row["width"]),
                         }
@@ -168,8 +170,12 @@ class TrainingData:
 
 
 def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
-    """This process's share of the images, each image on one process, with all its sentences."""
-    mine = list(range(rank, len(rows), world_size))
+    """
+    This process's share of the images, each with all its sentences. All processes have equally many, so that they run
+    equally many batches: where images do not come out even, some at the start of the set are on two of them.
+    """
+    share = -(-len(rows) // world_size)
+    mine = [(rank + number * world_size) % len(rows) for number in range(share)]
     size = args.evaluation_batch_size
     return DataLoader(
         GroundingDataset(rows),

@@ -3,6 +3,7 @@ What a run of training is made of, put together. `build_accelerator` joins the p
 collectives: all processes call them.
 """
 
+import dataclasses
 import logging
 import uuid
 from dataclasses import dataclass
@@ -163,6 +164,13 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
     model.train()
     return run
+
+
+def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+    """What the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does."""
+    if args.eval_only and args.init_from is not None:
+        return build_model(args, None)
+    return build_model(dataclasses.replace(args, init_from=args.output_dir, model={}), None)
 
 
 def warn_of_changes(state: TrainingState, args, global_batch_size: int):

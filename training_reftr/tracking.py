@@ -14,7 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from training_reftr.report import validation_pictures
+from training_reftr.visualization import validation_pictures
 
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ class Tracking:
         self.write(state, {f"{split}/{name}": value for name, value in figures.items()})
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
         if trackers and self.args.num_pictures and self.accelerator.is_main_process:
-            picture = np.asarray(validation_pictures(records, rows, self.args.num_pictures))
-            for tracker in trackers:
-                tracker.log_images({f"{split}/predictions": picture[None]}, step=state.step)
+            picture = validation_pictures(records, rows, self.args.num_pictures)
+            for tracker in trackers if picture else []:
+                tracker.log_images({f"{split}/predictions": np.asarray(picture)[None]}, step=state.step)
         self.restart_clock()  # an evaluation is no time of training
 
     def write(self, state, values: dict):
