@@ -24,6 +24,10 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(RUN)/python -m pytest tests modeling_reftr data_scripts training_reftr
 
+# every trial of what must not break, counted: kills, full disks, damaged files, hostile input
+scorecard: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --scorecard runs/scorecard.json tests
+
 # transformers' own tests of models and processors; fetches its source distribution
 test-peer: $(VENV)/.installed
 	$(RUN)/python tests/peer/fetch.py .peer

@@ -17,6 +17,7 @@ def settings(tmp_path):
     return {"data_dir": tmp_path, "cache_dir": str(tmp_path / "cache")}
 
 
+@pytest.mark.row("R21")
 def test_no_row_is_held_out_anywhere(settings, caplog):
     names = ["refcoco_unc", "refcocog_google", "visual_genome"]
     joined = combine(names, **settings)

@@ -426,6 +426,7 @@ def test_without_configuration_what_was_assumed_is_said(checkpoint, tmp_path, ca
     ],
 )
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.row("S1")
 def test_what_is_no_published_checkpoint_is_refused(content, message, tmp_path):
     if isinstance(content, bytes):
         (tmp_path / "checkpoint.pth").write_bytes(content)

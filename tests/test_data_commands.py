@@ -123,8 +123,9 @@ def break_pictures(folder, rows) -> list[str]:
     return [row["image"] for row in rows]
 
 
-def test_broken_pictures_are_found_and_good_ones_are_not(command, toy):
-    """R2: 20 of 20 broken ones, no false alarm in 1,000."""
+@pytest.mark.row("R2")
+def test_broken_pictures_are_found_and_good_ones_are_not(command, toy, record_property):
+    """20 of 20 broken ones, no false alarm in 1,000."""
     rows = {"train": [make_row("train", index) for index in range(1020)], "testA": [make_row("testA", 0)]}
     make_toy(toy, rows)
     for index, row in enumerate(rows["train"][:400]):  # every way that pictures are stored
@@ -139,6 +140,7 @@ def test_broken_pictures_are_found_and_good_ones_are_not(command, toy):
     sentence = refused(command("build", check=False))  # headers alone
     assert all(name in sentence for name in (*broken[0::5], *broken[4::5]))
     sentence = refused(command("build", "--verify", "--num_proc", "2", check=False), "20 pictures")
+    record_property("counted", (sum(name in sentence for name in broken), len(broken)))
     assert all(name in sentence for name in broken)
 
 

@@ -54,7 +54,7 @@ def assert_same(first: Path, second: Path):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("trial", trials(10, short=1))
 def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe, whole, tmp_path, ranks, trial):
-    step = random.Random(f"{ranks}/{trial}").randint(1, LAST_STEP - 2)
+    step = random.Random(f"{ranks}/{trial}").randint(1, LAST_STEP - 4)
     process = run(recipe, tmp_path, ranks)
     wait_for(lambda: step in steps_of(tmp_path), process)
     kill(process)
@@ -67,7 +67,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe, whole, tmp_path, ra
 @pytest.mark.row("R13")
 @pytest.mark.parametrize("trial", trials(20, short=1))
 def test_a_run_killed_while_it_saves_goes_on(recipe, whole, tmp_path, trial):
-    step = 1 + trial % (LAST_STEP - 2)
+    step = 1 + trial % (LAST_STEP - 4)
     aside = tmp_path / "checkpoints" / f".step_{step:08d}.incomplete"
     process = run(recipe, tmp_path)
     wait_for(lambda: aside.exists() or step in steps_of(tmp_path), process)

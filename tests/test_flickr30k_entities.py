@@ -137,6 +137,7 @@ def test_pictures_lie_in_one_of_several_folders(tmp_path, image_dir):
     assert rows[0]["objects"][0]["box"] == [0, 0, 30, 20]
 
 
+@pytest.mark.row("R1")
 def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_path):
     with pytest.raises(ValueError, match=r"data_dir=\.\.\."):
         data_scripts.load("flickr30k_entities", cache_dir=str(tmp_path / "cache"))

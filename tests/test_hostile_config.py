@@ -60,6 +60,7 @@ def change(path, **changes):
         ({"backbone": "resnet50"}, "backbone='resnet50' is not taken"),
     ],
 )
+@pytest.mark.row("S3")
 def test_refused(folder, no_network, changes, words):
     change(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=words):
@@ -78,6 +79,7 @@ def test_refused(folder, no_network, changes, words):
     ],
     ids=["auto_map", "text", "backbone", "pretrained_backbone", "checkpoint_path", "trust"],
 )
+@pytest.mark.row("S3")
 def test_loaded_without_following_it_and_never_saved_again(folder, no_network, tmp_path, changes):
     change(folder / "config.json", **changes)
     modules = set(sys.modules)
@@ -90,6 +92,7 @@ def test_loaded_without_following_it_and_never_saved_again(folder, no_network, t
 
 
 @pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json"])
+@pytest.mark.row("S3")
 def test_processors_do_not_pass_foreign_code_on(folder, no_network, tmp_path, file):
     foreign = {"AutoProcessor": "evil/code--evil.P", "AutoTokenizer": ["evil/code--evil.T", None]}
     changes = {"auto_map": foreign}

@@ -42,6 +42,7 @@ def check_finite(outputs, model):
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("text", ["x" * 10_000, "the star " * 1_100, "😀😀 the star 😀", "ﷺ", "a", "?!"])
+@pytest.mark.row("R4")
 def test_strange_texts_give_numbers(processor, make_model, text, attn_implementation):
     model = make_model()
     model.set_attn_implementation(attn_implementation)
@@ -51,6 +52,7 @@ def test_strange_texts_give_numbers(processor, make_model, text, attn_implementa
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.row("R4")
 def test_text_without_words_and_picture_without_pixels_give_numbers(two_phrases, make_model, attn_implementation):
     """What the processor refuses, made by hand: no real token, no word between the special tokens, only padding."""
     model = make_model()
@@ -151,6 +153,7 @@ def test_a_label_that_is_no_box_has_no_part_in_the_loss(two_phrases, make_model,
     torch.testing.assert_close(outputs.loss, one.loss)
 
 
+@pytest.mark.row("R6")
 def test_loss_is_a_number_on_random_boxes(make_model):
     """10,000 boxes without extent, inverted, not numbers, outside, on either side of what is taken."""
     generator = torch.Generator().manual_seed(0)
@@ -171,6 +174,7 @@ def test_loss_is_a_number_on_random_boxes(make_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit", [1e4, -1e4])
+@pytest.mark.row("R8")
 def test_extreme_logits_give_a_loss(two_phrases, make_model, logit, dtype):
     model = make_model()
     torch.nn.init.constant_(model.box_head.layers[-1].bias, logit)
@@ -260,6 +264,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.row("S5")
 def test_picture_bombs_are_refused_before_they_are_decoded(processor, tmp_path, run):
     """By path, by content and opened; in a process of its own, whose largest memory tells what was decoded."""
     processor.save_pretrained(tmp_path)

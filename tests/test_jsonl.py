@@ -247,6 +247,7 @@ def test_up_to_a_hundred_bad_lines_are_listed_and_counted_where_dropped(load, ca
     assert "left out 125 bad lines" in caplog.text
 
 
+@pytest.mark.row("R1")
 def test_every_missing_picture_is_named(load, tmp_path):
     with pytest.raises(OSError, match="23 pictures of 'jsonl' are not there") as raised:
         load(*(line(box(), image=f"pictures/{number:02d}.jpg") for number in range(23)), line(box()))
@@ -344,7 +345,8 @@ def stored_picture(mode, orientation):
     return picture.convert("RGB").quantize(8) if mode == "P" else picture.convert(mode)
 
 
-def test_64_kinds_of_pictures_have_three_channels_and_boxes_on_the_right_pixels(folder, tmp_path):
+@pytest.mark.row("R3")
+def test_64_kinds_of_pictures_have_three_channels_and_boxes_on_the_right_pixels(folder, tmp_path, record_property):
     lines = []
     for mode, ending in MODES.items():
         for orientation in range(1, 9):
@@ -368,6 +370,7 @@ def test_64_kinds_of_pictures_have_three_channels_and_boxes_on_the_right_pixels(
         found = [columns_of[0], rows_of[0], columns_of[-1] + 1, rows_of[-1] + 1]
         np.testing.assert_allclose(np.array(found) / scale, row["objects"][0]["box"], atol=0.6)
         right += 1
+    record_property("counted", (right, 64))
     assert right == 64
 
 
@@ -382,6 +385,7 @@ def test_the_size_that_boxes_were_drawn_at_tells_whether_the_picture_is_turned(l
     assert (row["width"], row["height"]) == (40, 60)
 
 
+@pytest.mark.row("R5")
 def test_captions_longer_than_the_limit_are_cut(load, processor, caplog):
     text = "the car " * 500
     caption = {

@@ -248,6 +248,7 @@ def test_sentences_without_masks_train_boxes_alone(batch, make_mask_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit", [1e4, -1e4])
+@pytest.mark.row("R8")
 def test_extreme_logits_give_a_loss(batch, make_mask_model, logit, dtype):
     model = make_mask_model()
     nn.init.constant_(model.mask_head.output_convolution.bias, logit)

@@ -93,6 +93,7 @@ def test_masks_and_boxes_are_at_the_real_size(tmp_path):
         assert (seen[50]["width"], seen[50]["height"]) == (40, 30)
 
 
+@pytest.mark.row("R6")
 def test_bad_annotations_are_dropped_and_counted(refcoco, caplog):
     facts, load = refcoco
     rows = load("train")
@@ -194,6 +195,7 @@ def test_missing_annotation_files_are_named(tmp_path):
         assert part in str(error.value)
 
 
+@pytest.mark.row("R1")
 def test_missing_pictures_are_named_before_anything_is_written(tmp_path, refcoco):
     facts, load = refcoco
     instances = json.loads(facts["instances_file"].read_text())
@@ -243,6 +245,7 @@ def test_pictures_without_a_header_are_named(tmp_path, refcoco):
     ],
     ids=["os.system", "eval", "Popen", "getattr", "nested"],
 )
+@pytest.mark.row("S1")
 def test_malicious_references_are_refused_without_a_trace(tmp_path, refcoco, content):
     facts, load = refcoco
     trace = tmp_path / "trace"
@@ -280,6 +283,7 @@ def test_wrong_flags_are_refused(refcoco):
         refcoco[1](whole_boxes=True)
 
 
+@pytest.mark.row("R6")
 def test_ten_thousand_bad_boxes_and_masks():
     """What is kept lies in the picture and has an extent; nothing raises."""
     rng = random.Random(0)

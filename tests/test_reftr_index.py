@@ -142,6 +142,7 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
+@pytest.mark.row("S8")
 def test_hostile_masks_are_refused(load, folder, tmp_path):
     path = folder / "refcoco/masks/refcoco/1.npy"
     np.save(path, np.array([[Evil(tmp_path / "ran")]], dtype=object), allow_pickle=True)
@@ -163,6 +164,7 @@ def test_hostile_masks_are_refused(load, folder, tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.row("S1")
 def test_hostile_indexes_are_refused(load, folder, tmp_path, legacy):
     path = folder / "annotations_resc/unc/unc_val.pth"
     for call in (Evil(tmp_path / "ran"), subprocess.Popen, eval, operator.attrgetter, torch.hub.load):
@@ -218,6 +220,7 @@ def test_not_a_list_and_damaged_files_are_named(load, folder):
             load("resc_unc")
 
 
+@pytest.mark.row("R6")
 def test_bad_boxes_and_texts_are_dropped_and_counted(load, folder, caplog):
     nan = float("nan")
     boxes = [[nan, 2, 3, 4], [9, 9, 0, 4], [9, 9, -4, 4], [500, 2, 3, 4], [1, 2, float("inf"), 4], [-5, -5, 10, 10]]
@@ -242,6 +245,7 @@ def test_bad_boxes_and_texts_are_dropped_and_counted(load, folder, caplog):
             assert reason in message
 
 
+@pytest.mark.row("R6")
 def test_of_10000_random_boxes_those_that_are_kept_are_boxes_in_their_picture(load, folder, caplog):
     random = np.random.default_rng(0)
     boxes = random.normal(20, 40, size=(10_000, 4)).round(1)
@@ -271,6 +275,7 @@ def test_phrases_that_are_not_where_they_should_be_are_dropped(load, folder, cap
     assert "2 phrases that are not at their place in the sentence" in caplog.text
 
 
+@pytest.mark.row("R1")
 def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_path):
     (folder / "refcoco/masks/refcoco/1.npy").unlink()
     with pytest.raises(OSError, match=r"(?s)1 masks of 'reftr_refcoco_unc'.*1\.npy.*ubc-vision/RefTR"):
@@ -310,6 +315,7 @@ def test_several_processes_and_streaming_give_the_same_rows(load, folder, tmp_pa
     assert [row["sentences"] for row in streamed] == rows["sentences"][:]
 
 
+@pytest.mark.row("R5")
 def test_captions_longer_than_the_limit_are_cut_and_their_phrases_masked(load, folder, processor):
     words = "a man " * 100
     record = ("36979.jpg", [0, 594], [[1, 2, 30, 20]] * 2, ["a man", "a man"], None, words)

@@ -60,6 +60,7 @@ def test_rows(genome, caplog):
     assert "nothing is left out" in caplog.text  # no set was named
 
 
+@pytest.mark.row("R21")
 def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     load = genome[1]
     excluded = {"exclude": ["refcoco_unc"], "exclude_data_dir": str(tmp_path / "refer")}
@@ -129,6 +130,7 @@ def test_a_validation_split_is_drawn(genome):
         load(validation_images=9)
 
 
+@pytest.mark.row("R1")
 def test_missing_pictures_are_named(tmp_path, genome):
     next((tmp_path / "vg").glob("*/50.jpg")).unlink()
     with pytest.raises(OSError, match="1 pictures of 'visual_genome' are not there") as error:
