@@ -15,10 +15,9 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 import data_scripts
-from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.arguments import TrainingArguments, parse_arguments
 from training_reftr.batch_norm import synchronize_batch_norm
-from training_reftr.build import build_model
+from training_reftr.build import build_model, load_reftr
 from training_reftr.data import move, training_loader
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.optimization import build_optimizer, build_scheduler
@@ -152,10 +151,9 @@ def validate_and_save(model, processor, rows, args, accelerator: Accelerator, be
 
 def report(rows, args: TrainingArguments, accelerator: Accelerator):
     """Evaluate on the test split, and write figures and pictures. All processes call it."""
-    source = args.init_from or args.output_dir
-    model = RefTRForVisualGrounding.from_pretrained(source, dtype=torch.float32).to(accelerator.device)
-    processor = RefTRProcessor.from_pretrained(source)
-    records = evaluate(model, processor, rows[args.test_splits], args, accelerator, "test")
+    source = args.init_from or Path(args.output_dir)
+    model, processor = load_reftr(source, args)
+    records = evaluate(model.to(accelerator.device), processor, rows[args.test_splits], args, accelerator, "test")
     if not accelerator.is_main_process:
         return
     metrics = {

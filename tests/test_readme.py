@@ -7,9 +7,7 @@ import shlex
 import shutil
 
 import numpy as np
-import pytest
 import torch
-import yaml
 from layout_refcoco import make_refcoco
 from layout_visual_genome import make_visual_genome
 from PIL import Image
@@ -124,9 +122,3 @@ def test_links_and_pictures_exist():
     assert paths
     for path in paths:
         assert (ROOT / path).exists(), path
-
-
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
-def test_recipes_are_read(recipe):
-    settings = yaml.safe_load((ROOT / "recipes" / recipe).read_text())
-    assert parse_arguments([str(ROOT / "recipes" / recipe)]).dataset == settings["dataset"]
