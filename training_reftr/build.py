@@ -213,6 +213,8 @@ def load_text_backbone(model: RefTRForVisualGrounding, source: str):
     weights = {"pretrained_model_name_or_path": place, "use_safetensors": True}
     if isinstance(place, Path) and not any(place.glob("*.safetensors")):  # read here, for a pickle can run code
         files = sorted(place.glob("pytorch_model*.bin"))
+        if not files:
+            raise FileNotFoundError(f"init_text={source!r} has no model.safetensors and no pytorch_model.bin.")
         state_dict = {key: value for file in files for key, value in read_weights(file).items()}
         weights = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
     text, info = type(backbone).from_pretrained(
@@ -228,8 +230,8 @@ def load_text_backbone(model: RefTRForVisualGrounding, source: str):
     )
     if wrong:
         raise ValueError(
-            f"init_text={source!r} does not fit the text backbone ({backbone.config.model_type}): these weights are "
-            f"missing or of another shape: {wrong}."
+            f"init_text={source!r} does not fit the text backbone ({backbone.config.model_type}): {len(wrong)} weights "
+            f"are missing or of another shape, the first are {', '.join(wrong[:3])}."
         )
     backbone.load_state_dict(text.state_dict())
     new = ", ".join(sorted(info["missing_keys"])) or "none"
