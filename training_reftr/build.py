@@ -144,13 +144,7 @@ def new_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor
         settings["text_config"] = text_config_of(args.init_text, settings.get("text_config", {}))
     tokenizer = args.tokenizer or args.init_text
     if tokenizer is not None:
-        place = local_or_hub(tokenizer, "tokenizer")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"There is no tokenizer {str(place)!r} to be loaded, as a folder or from the Hub."
-            ) from error
+        tokenizer = read_tokenizer(tokenizer)
     else:
         max_length = settings.get("max_text_positions", RefTRConfig.max_text_positions)
         tokenizer = train_tokenizer(all_sentences(train_rows), max_length)
@@ -168,6 +162,23 @@ def new_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor
     processor = RefTRProcessor(RefTRImageProcessor(size=size), tokenizer)
     set_max_text_length(processor, args.max_text_length, config)
     return RefTRForVisualGrounding._from_config(config, attn_implementation=args.attn_implementation), processor
+
+
+def read_tokenizer(source: str):
+    """
+    The tokenizer of a folder or Hub id.
+
+    Raises:
+        OSError: if there is none. (transformers makes one without words, where only a model's config.json is found.)
+    """
+    place = local_or_hub(source, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no tokenizer {source!r} to be loaded, as a folder or from the Hub.") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise OSError(f"There is no tokenizer in {source!r}: nothing there has a vocabulary.")
+    return tokenizer
 
 
 def set_max_text_length(processor: RefTRProcessor, max_text_length: int | None, config: RefTRConfig):
@@ -230,7 +241,7 @@ def load_text_backbone(model: RefTRForVisualGrounding, source: str):
     )
     if wrong:
         raise ValueError(
-            f"init_text={source!r} does not fit the text backbone ({backbone.config.model_type}): {len(wrong)} weights "
+            f"init_text={source!r} does not fit the text backbone: {len(wrong)} weights "
             f"are missing or of another shape, the first are {', '.join(wrong[:3])}."
         )
     backbone.load_state_dict(text.state_dict())
