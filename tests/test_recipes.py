@@ -1,10 +1,18 @@
 """Recipes: what each published run sets, how files and the command line lie over each other, what is refused."""
 
+import os
 import re
+import shlex
+import subprocess
+from collections import Counter
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from conftest import ROOT, TINY_SET
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
@@ -391,3 +399,167 @@ def test_each_part_has_its_rate(make_model):
     for part, rate in expected.items():
         assert rates[id(model.get_parameter(parts[part]))] == rate, part
     assert len(rates) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+# documents
+
+
+README = (ROOT / "README.md").read_text()
+PUBLISHED_FILES = [
+    "flickr30k/RefTR_flickr.sh",
+    "flickr30k/RefTR_flickr_roberta.sh",
+    "flickr30k/Ref_flickr_pt.sh",
+    "flickr30k/Ref_flickr_pt_101.sh",
+    "refcoco/RefTR_refcoco.sh",
+    "refcoco/RefTR_refcoco_101.sh",
+    "refcoco+/RefTR_SEG_refcoco+.sh",
+    "refcoco+/RefTR_SEG_refcoco+_101.sh",
+    "refcoco+/RefTR_refcoco+.sh",
+    "refcoco+/RefTR_refcoco+_101.sh",
+    "refcocog/RefTR_SEG_refcocog.sh",
+    "refcocog/RefTR_SEG_refcocog_101.sh",
+    "refcocog/RefTR_refcocog.sh",
+    "refcocog/RefTR_refcocog_101.sh",
+    "referit/RefTR_referit.sh",
+    "referit/RefTR_referit_101.sh",
+    "referit/RefTR_referit_101_PT.sh",
+    "referit/RefTR_referit_PT.sh",
+]
+
+
+def test_every_published_file_has_its_recipes_in_the_table():
+    table = README.split("| published | here, in `recipes/` |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    for file in PUBLISHED_FILES:
+        folder, name = file.split("/")
+        ((published, ours),) = [row for row in rows if f"`{folder}/" in row[0] and f"{name}`" in row[0]]
+        recipes = re.findall(r"`(\S+)\.yaml`", ours)
+        names = re.findall(r"([\w+]+)\.sh`", published)
+        recipes = recipes if len(names) == 1 else [recipes[names.index(name.removesuffix(".sh"))]]
+        for recipe in recipes:
+            assert recipe in PUBLISHED
+            assert recipe.split("_")[0] == folder
+            assert ("_r101" in recipe) == ("_101" in name)
+            assert ("pretrained" in recipe) == bool(re.search("_pt|_PT|SEG", name))
+            assert ("masks" in recipe) == ("SEG" in name) or len(recipes) == 2
+    mentioned = set(re.findall(r"([\w+]+)\.yaml`", table))
+    assert mentioned <= PUBLISHED.keys()
+
+
+def words_after(command, launcher):
+    return shlex.split(command.split(launcher, 1)[1], comments=True)
+
+
+def test_every_command_of_the_readme_is_read():
+    """Training commands by our own reader, those of accelerate and torchrun by theirs, with the files they name."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if "recipes/" in line]
+    kinds = Counter()
+    for command in commands:
+        script = "recipes/slurm.sbatch" if "sbatch" in command else "train_reftr.py"
+        words = words_after(command, script)
+        args = [word for word in words if word != "--print_config"]
+        parse_arguments([str(ROOT / word) if word.startswith("recipes/") else word for word in args])
+        if "accelerate launch" in command:
+            launch = launch_command_parser().parse_args(words_after(command, "accelerate launch"))
+            assert (launch.training_script, launch.training_script_args) == ("train_reftr.py", words)
+            if launch.config_file is not None:
+                kinds[launch.config_file] += 1
+        elif "torchrun" in command:
+            launch = torchrun_parser().parse_args(words_after(command, "torchrun"))
+            assert (launch.training_script, launch.training_script_args) == ("train_reftr.py", words)
+            kinds["torchrun"] += 1
+        kinds[script] += 1
+    assert {path for path in kinds if "accelerate/" in path} == {
+        f"recipes/accelerate/{path.name}" for path in (RECIPES / "accelerate").iterdir()
+    }
+    assert kinds["recipes/slurm.sbatch"] == 2
+    assert kinds["torchrun"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("multi_gpu_bf16", {"distributed_type": "MULTI_GPU"}),
+        ("fsdp2", {"distributed_type": "FSDP"}),
+        ("deepspeed", {"distributed_type": "DEEPSPEED"}),
+    ],
+)
+def test_accelerate_reads_its_files(name, expected):
+    path = str(RECIPES / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(path)  # refuses unknown keys
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (config.mixed_precision, config.num_processes) == ("bf16", 4)
+    words = ["--config_file", path, "--num_processes", "8", "train_reftr.py"]
+    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert launch.num_processes == 8
+    assert launch.mixed_precision == "bf16"
+    if name == "fsdp2":
+        environment = prepare_multi_gpu_env(launch)
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+        # a key that accelerate does not know would be taken and never read
+        known = vars(launch_command_parser().parse_args(["train_reftr.py"]))
+        assert config.fsdp_config.keys() <= known.keys()
+    if name == "deepspeed":
+        assert config.deepspeed_config["gradient_clipping"] == recipe_of("refcoco_r50_boxes").max_grad_norm
+        assert config.deepspeed_config.keys() <= vars(launch).keys()
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Runs slurm.sbatch as SLURM does on its first node, with launchers that write down their words."""
+
+    def run_batch(*words, **environment):
+        tools = {
+            "scontrol": 'printf "node7\\nnode8\\n"',
+            "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',  # this node's task
+            # the launcher is hit by the signal before the time limit
+            **dict.fromkeys(("torchrun", "accelerate"), 'kill -USR1 $$; printf "%s\\n" "${0##*/}" "$@"'),
+        }
+        for name, text in tools.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        slurm = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_GPUS_ON_NODE": "4"}
+        slurm |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "16"}
+        result = subprocess.run(
+            ["bash", str(RECIPES / "slurm.sbatch"), *words],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **slurm, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    return run_batch
+
+
+def test_slurm_starts_a_process_for_each_gpu(submit):
+    words = [str(RECIPES / "referit_r50.yaml"), "--data_dir", "two words"]
+    launcher, *launched = submit(*words, MASTER_PORT="29501")
+    launch = torchrun_parser().parse_args(launched)
+    assert launcher == "torchrun"
+    assert (launch.nnodes, launch.nproc_per_node, launch.node_rank) == ("2", "4", 1)
+    assert (launch.master_addr, launch.master_port) == ("node7", 29501)
+    assert launch.training_script_args == [*words, "--resume", "auto"]
+    assert parse_arguments(launch.training_script_args).data_dir == "two words"
+    launch = torchrun_parser().parse_args(submit(*words, "--resume=runs/x", GPUS_PER_NODE="2")[1:])
+    assert (launch.nproc_per_node, launch.master_port) == ("2", 22345)
+    assert launch.training_script_args == [*words, "--resume=runs/x"]
+
+
+def test_slurm_takes_a_file_of_accelerate(submit):
+    path = str(RECIPES / "accelerate" / "fsdp2.yaml")
+    launcher, command, *launched = submit(str(RECIPES / "referit_r50.yaml"), ACCELERATE_CONFIG=path)
+    launch = launch_command_parser().parse_args(launched)
+    assert (launcher, command) == ("accelerate", "launch")
+    assert (launch.config_file, launch.num_machines, launch.num_processes) == (path, 2, 8)
+    assert (launch.machine_rank, launch.main_process_ip, launch.main_process_port) == (1, "node7", 22345)
+    assert launch.training_script_args == [str(RECIPES / "referit_r50.yaml"), "--resume", "auto"]
+
+
+def test_slurm_says_what_it_needs():
+    settings = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", (RECIPES / "slurm.sbatch").read_text()))
+    assert settings["signal"] == "USR1@300"
+    assert settings["ntasks-per-node"] == "1"
