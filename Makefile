@@ -5,10 +5,18 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-peer test-legacy-datasets lint format clean
+.PHONY: demo reproduce test test-all test-peer test-legacy-datasets lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/python train_reftr.py recipes/demo.yaml --output_dir runs/demo
+
+# a published checkpoint on the set it is for: convert, evaluate as published, compare. Nothing is fetched but a TOKENIZER
+# that is named as a Hub id; without one the published tokenizer must be on this machine.
+SET ?= refcoco_unc
+reproduce: $(VENV)/.installed
+	$(if $(and $(DATA),$(CHECKPOINT)),,$(error make reproduce needs DATA=folder CHECKPOINT=file.pth, and takes SET=$(SET) TOKENIZER=folder or Hub id OUTPUT=folder))
+	$(RUN)/python -m training_reftr.reproduce --data_dir "$(DATA)" --checkpoint "$(CHECKPOINT)" --dataset "$(SET)" \
+		$(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(OUTPUT),--output_dir "$(OUTPUT)")
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow" tests modeling_reftr data_scripts training_reftr

@@ -3,7 +3,7 @@
 import textwrap
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 
 COLORS = ("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab")
@@ -29,7 +29,7 @@ def draw_answers(
         phrases (`list[str]`): the words of each box, written in the colour of its box.
         true_boxes_xyxy (`(phrases, 4)`, *optional*): boxes to compare with, drawn in white.
         masks (list of bool `(height, width)` arrays at the picture's size, *optional*):
-            Predicted masks, laid over the picture in the colour of their box; None where there is no answer.
+            Predicted masks, laid over the picture and outlined in the colour of their box; None: no answer.
         title (`str`, *optional*): words above the phrases, in black.
         width (`int`, *optional*, defaults to 320): of the result, in pixels.
 
@@ -38,12 +38,15 @@ def draw_answers(
     """
     scale = width / image.width
     canvas = image.convert("RGB").resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
+    line = max(2, width // 120)
     for index, mask in enumerate(masks):
         if mask is not None:
-            stencil = Image.fromarray(np.asarray(mask).astype(np.uint8) * MASK_OPACITY).resize(canvas.size)
-            canvas.paste(COLORS[index % len(COLORS)], (0, 0), stencil)
+            stencil = Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).resize(canvas.size)
+            stencil = stencil.point(lambda value: 255 * (value > 127))
+            edge = ImageChops.subtract(stencil, stencil.filter(ImageFilter.MinFilter(line // 2 * 2 + 1)))
+            opacity = stencil.point(lambda value: value * MASK_OPACITY // 255)
+            canvas.paste(COLORS[index % len(COLORS)], (0, 0), ImageChops.lighter(opacity, edge))
     draw = ImageDraw.Draw(canvas)
-    line = max(2, width // 120)
     for box in true_boxes_xyxy:
         draw.rectangle(corners(box, scale), outline=TRUTH_COLOR, width=line)
     for index, box in enumerate(boxes_xyxy):

@@ -1,5 +1,6 @@
 """Shared parts: a tiny model, a tokenizer of the shapes set, its processor, and the set itself."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,63 @@ TINY_MODEL = {
     "activation_dropout": 0.0,
 }
 TINY_SET = {"image_size": 64, "num_train": 48, "num_validation": 9, "num_test": 10}
+
+# "passed of so many" for each row of the scorecard, from tests that are marked with it
+ROWS = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--scorecard", metavar="FILE", help="run every trial of what is marked, and write the counts there"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--scorecard"):
+        os.environ["SCORECARD"] = config.getoption("--scorecard")  # for the workers, which collect by themselves
+
+
+def trials(count: int, short: int) -> range:
+    """The trials of a test: all of them for the scorecard, a few in the everyday suite."""
+    return range(count if "SCORECARD" in os.environ else short)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--scorecard"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("row") is None])
+        items[:] = [item for item in items if item.get_closest_marker("row") is not None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    marker = item.get_closest_marker("row")
+    if marker is not None and (report.when == "call" or report.failed):
+        report.user_properties.append(("row", marker.args[0]))
+    return report
+
+
+def pytest_runtest_logreport(report):
+    row = dict(report.user_properties).get("row")
+    if row is not None and (report.when == "call" or report.failed):
+        passed, of = dict(report.user_properties).get("counted", (int(report.passed), 1))
+        counts = ROWS.setdefault(row, {"passed": 0, "of": 0})
+        counts["passed"] += passed
+        counts["of"] += of
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--scorecard")
+    if path and not hasattr(session.config, "workerinput"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        rows = dict(sorted(ROWS.items(), key=lambda item: (item[0][0], int(item[0][1:]))))
+        Path(path).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.config.getoption("--scorecard"):
+        for row, counts in sorted(ROWS.items(), key=lambda item: (item[0][0], int(item[0][1:]))):
+            terminalreporter.write_line(f"{row:<5}{counts['passed']:>6} of {counts['of']}")
 
 
 @pytest.fixture(scope="session")

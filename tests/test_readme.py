@@ -62,7 +62,7 @@ def test_python_runs(trained, tmp_path, monkeypatch, capsys):
     assert "torch.Size([1, 90, 150])" in printed
     assert "\n0.8\n" in printed
     assert names["inputs"]["phrase_spans"].shape == (1, 2, 2)
-    assert "the lady with the blue shirt [103." in printed
+    assert names["rows"][0]["sentences"][0]["text"] in printed
     assert len(names["joined"]) > len(names["rows"])
     assert "337 weights taken, left: ['query_embed.weight']" in printed
 

@@ -75,10 +75,10 @@ class GroundingCollator:
     """
     Rows -> what the model takes, through the processor as a user would call it.
 
-    Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, types, object id,
-    true box and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves them out, for
-    trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of sentences all of
-    whose phrases have one.
+    Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, words, types, object
+    id, true box, boxes and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves
+    them out, for trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of
+    sentences all of whose phrases have one.
     """
 
     def __init__(self, processor, with_targets: bool = True, with_masks: bool = False):
@@ -109,9 +109,11 @@ class GroundingCollator:
                             "image_id": row["image_id"],
                             "sentence_id": sentence["sentence_id"],
                             "phrase": number,
+                            "words": sentence["text"][phrase["start"] : phrase["end"]],
                             "types": phrase["types"],
                             "object_id": item["object_id"],
                             "box": item["box"],
+                            "boxes": item["boxes"],
                             "segmentation": item["segmentation"],
                             "image_size": (row["height"], row["width"]),
                         }
@@ -129,19 +131,51 @@ class GroundingCollator:
         return {**batch, "targets": targets} if self.with_targets else dict(batch)
 
 
-def training_loader(rows, processor, args, rank: int, world_size: int, with_masks: bool = False) -> DataLoader:
-    """Batches of this process; set `loader.batch_sampler.epoch` before each epoch."""
-    return DataLoader(
-        GroundingDataset(rows, args.expressions_per_image, args.seed),
-        batch_sampler=EpochSampler(len(rows), args.batch_size, args.seed, rank, world_size),
-        collate_fn=GroundingCollator(processor, with_masks=with_masks),
-        num_workers=args.num_workers,
-    )
+class TrainingData:
+    """Batches of this process."""
+
+    def __init__(self, rows, processor, args, rank: int, world_size: int, with_masks: bool = False):
+        self.rows, self.args, self.rank, self.world_size = rows, args, rank, world_size
+        self.dataset = GroundingDataset(rows, args.expressions_per_image, args.seed)
+        self.collate = GroundingCollator(processor, with_masks=with_masks)
+        if len(rows) < args.batch_size * world_size:
+            raise ValueError("too few rows")
+
+    def remaining(self, epoch, progress):
+        """The order that is left."""
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.args.seed}/{epoch}").shuffle(order)
+        for size, count in progress:
+            order = order[size * count :]
+        return order
+
+    def num_batches(self, epoch: int, progress=()) -> int:
+        """Batches left."""
+        return len(self.remaining(epoch, progress)) // (self.args.batch_size * self.world_size)
+
+    def batches(self, epoch: int, progress=()):
+        """Collated batches."""
+        order, size = self.remaining(epoch, progress), self.args.batch_size
+        mine = []
+        for number in range(self.num_batches(epoch, progress)):
+            begin = number * size * self.world_size + self.rank * size
+            mine.append([(epoch, index) for index in order[begin : begin + size]])
+        yield from DataLoader(
+            self.dataset,
+            batch_sampler=mine,
+            collate_fn=self.collate,
+            num_workers=self.args.num_workers,
+            generator=torch.Generator(),
+        )
 
 
 def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
-    """This process's share of the images, each image on one process, with all its sentences."""
-    mine = list(range(rank, len(rows), world_size))
+    """
+    This process's share of the images, each with all its sentences. All processes have equally many, so that they run
+    equally many batches: where images do not come out even, some at the start of the set are on two of them.
+    """
+    share = -(-len(rows) // world_size)
+    mine = [(rank + number * world_size) % len(rows) for number in range(share)]
     size = args.evaluation_batch_size
     return DataLoader(
         GroundingDataset(rows),

@@ -4,8 +4,8 @@ the other functions are arithmetic.
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -16,55 +16,132 @@ from tqdm.auto import tqdm
 
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import evaluation_loader, move
-from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics
+from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, recalls
 
 
 @torch.no_grad()
-def evaluate(model, processor, rows, args, accelerator: Accelerator, description: str) -> list[dict]:
+def evaluate(
+    model,
+    processor,
+    rows,
+    args,
+    accelerator: Accelerator,
+    description: str,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[dict] | None:
     """
-    Ask the model about every phrase of a split, each once however many processes share the work.
+    Ask the model about every phrase of a split, each once however many processes share the work: all run the same
+    number of batches, and what two of them answered is kept once.
+
+    Args:
+        should_stop (*optional*): asked once a batch on every process, and to answer the same on all of them.
 
     Returns:
-        `list[dict]`, on every process, in the split's order of sentence and phrase: the target as the collator gives
-        it, `pred_box` (xyxy in pixels) and `iou`. A phrase past the cut of its sentence has `pred_box` None, `iou` 0.
-        With masks also `pred_segmentation` (COCO's run-length encoding, or None), and, where the truth is known,
-        `mask_pixels` and `resized_mask_pixels`: (intersection, union) at the picture's original size, and at the size
-        that it is resized to, where the published evaluation compares.
+        `list[dict]`, on every process, in the split's order of image, sentence and phrase: the target as the collator
+        gives it, `pred_box` (xyxy in pixels), `iou`, and `any_box_iou`, the largest with any of the object's boxes. A
+        phrase past the cut of its sentence has `pred_box` None and IoUs of 0. With masks also `pred_segmentation`
+        (COCO's run-length encoding, or None), and, where the truth is known, `mask_pixels` and `resized_mask_pixels`:
+        (intersection, union) at the picture's original size, and at the size that it is resized to, where the
+        published evaluation compares. None, on every process, where `should_stop` ended it. The model is left in
+        training mode.
+
+    Raises:
+        ValueError: if the model gives a box that is not finite, or the split has a phrase twice.
     """
-    # without the wrapper, whose forward talks to the other processes: they may hold fewer batches
+    keys = phrase_keys(rows)
+    # without the wrapper, whose forward also synchronizes buffers
     model = accelerator.unwrap_model(model).eval()
     records = []
     loader = evaluation_loader(rows, processor, args, accelerator.process_index, accelerator.num_processes)
     for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
-        inputs = move(batch, accelerator.device)
-        inputs.pop("labels")
-        with accelerator.autocast():
-            outputs = model(**inputs)
-        sizes = [targets[0]["image_size"] for targets in batch["targets"]]
-        answers = processor.post_process_grounding(outputs, sizes)
-        if outputs.pred_masks is None:
-            masks = [()] * len(answers)
-        else:
-            masks = zip(
-                processor.image_processor.post_process_masks(outputs, sizes, two_step=args.two_step_masks),
-                processor.image_processor.post_process_masks(outputs, two_step=True),
-                strict=True,
-            )
-        for targets, answer, masks_of_sentence in zip(batch["targets"], answers, masks, strict=True):
-            places = {slot: place for place, slot in enumerate(answer["phrase_indices"])}
-            for target in targets:
-                place = places.get(target["phrase"])
-                record = {**target, "pred_box": None, "iou": 0.0}
-                if place is not None:
-                    pred_box = answer["boxes"][place].float().cpu()
-                    record["pred_box"] = pred_box.tolist()
-                    record["iou"] = box_iou(pred_box[None], torch.tensor([target["box"]])).item()
-                if masks_of_sentence:
-                    record |= compare_masks(*masks_of_sentence, place, target, processor)
-                records.append(record)
+        records += answer_batch(model, processor, batch, args, accelerator)
+        if should_stop is not None and should_stop():
+            model.train()
+            return None
     model.train()
-    order = {image_id: index for index, image_id in enumerate(rows["image_id"])}
-    return sorted(gather_object(records), key=lambda record: order[record["image_id"]])
+    return put_in_order(gather_object(records), keys)
+
+
+def phrase_keys(rows) -> list[tuple[str, str, int]]:
+    """
+    What each phrase of a split is known by, in its order: image, sentence, and the phrase's number in the sentence.
+
+    Raises:
+        ValueError: if two are known by the same.
+    """
+    keys = [
+        (row["image_id"], sentence["sentence_id"], number)
+        for row in rows.select_columns(["image_id", "sentences"])
+        for sentence in row["sentences"]
+        for number in range(len(sentence["phrases"]))
+    ]
+    repeated = [key for key, count in Counter(keys).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"The split has {len(repeated)} phrases twice, the first in the sentence {repeated[0][1]!r} of the image "
+            f"{repeated[0][0]!r}: each is to count once, so every sentence of an image needs an id of its own."
+        )
+    return keys
+
+
+def put_in_order(records: list[dict], keys: list[tuple[str, str, int]]) -> list[dict]:
+    """
+    One record for each of `phrase_keys`, in their order, from records in any order, some of them twice.
+
+    Raises:
+        ValueError: if a phrase has no record.
+    """
+    found = {}
+    for record in records:
+        found.setdefault((record["image_id"], record["sentence_id"], record["phrase"]), record)
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(keys)} phrases were not evaluated, the first of them {missing[0]}.")
+    return [found[key] for key in keys]
+
+
+def answer_batch(model, processor, batch: dict, args, accelerator: Accelerator) -> list[dict]:
+    """The records of a batch, see `evaluate`."""
+    inputs = move(batch, accelerator.device)
+    inputs.pop("labels")
+    with accelerator.autocast():
+        outputs = model(**inputs)
+    sizes = [targets[0]["image_size"] for targets in batch["targets"]]
+    answers = processor.post_process_grounding(outputs, sizes)
+    if outputs.pred_masks is None:
+        masks = [()] * len(answers)
+    else:
+        masks = zip(
+            processor.image_processor.post_process_masks(outputs, sizes, two_step=args.two_step_masks),
+            processor.image_processor.post_process_masks(outputs, two_step=True),
+            strict=True,
+        )
+    records = []
+    for targets, answer, masks_of_sentence in zip(batch["targets"], answers, masks, strict=True):
+        places = {slot: place for place, slot in enumerate(answer["phrase_indices"])}
+        for target in targets:
+            place = places.get(target["phrase"])
+            record = {**target, "pred_box": None, "iou": 0.0, "any_box_iou": 0.0}
+            if place is not None:
+                record |= compare_boxes(answer["boxes"][place].float().cpu(), target)
+            if masks_of_sentence:
+                record |= compare_masks(*masks_of_sentence, place, target, processor)
+            records.append(record)
+    return records
+
+
+def compare_boxes(pred_box: torch.Tensor, target: dict) -> dict:
+    """The fields about boxes of one phrase's record. Raises ValueError if the predicted box is not finite."""
+    if not pred_box.isfinite().all():
+        raise ValueError(
+            f"The model's box for {target['words']!r} ({target['sentence_id']}) is {pred_box.tolist()}: its weights "
+            "are broken, or mixed_precision is too coarse for it."
+        )
+    return {
+        "pred_box": pred_box.tolist(),
+        "iou": box_iou(pred_box[None], torch.tensor([target["box"]])).item(),
+        "any_box_iou": box_iou(pred_box[None], torch.tensor(target["boxes"])).max().item(),
+    }
 
 
 def compare_masks(masks, resized_masks, place: int | None, target: dict, processor) -> dict:
@@ -106,23 +183,31 @@ def mask_metrics(records: list[dict]) -> dict[str, float | int]:
 
 
 def summarize(records: list[dict]) -> dict:
-    """`grounding_metrics` and `mask_metrics` of all phrases, and under `per_kind` of each of their types."""
+    """
+    Figures of all phrases, and under `per_kind` of each of their types (a phrase of two types counts in both):
+    `grounding_metrics`, `mask_metrics`, and, where objects have several boxes, `recalls`.
+    """
     by_kind = defaultdict(list)
     for record in records:
         for kind in record["types"]:
             by_kind[kind].append(record)
+    several_boxes = any(len(record["boxes"]) > 1 for record in records)
 
     def metrics(group: list[dict]) -> dict:
-        return grounding_metrics(record["iou"] for record in group) | mask_metrics(group)
+        values = grounding_metrics(record["iou"] for record in group)
+        if several_boxes:
+            values |= recalls([record["iou"] for record in group], [record["any_box_iou"] for record in group])
+        return values | mask_metrics(group)
 
     return metrics(records) | {"per_kind": {kind: metrics(group) for kind, group in sorted(by_kind.items())}}
 
 
-def swapped_expressions(records: list[dict]) -> dict:
+def swapped_expressions(records: list[dict]) -> dict | None:
     """
     Figures of the same answers when the expressions are swapped between the objects of an image: each object is held
     against the box that the model gave for words about another one. A model that does not read scores here as it
-    does otherwise. Phrases of images where only one object is asked for cannot be swapped and are not counted.
+    does otherwise. Phrases of images where only one object is asked for cannot be swapped and are not counted; None
+    where there are no others.
     """
     by_image = defaultdict(list)
     for record in records:
@@ -136,7 +221,7 @@ def swapped_expressions(records: list[dict]) -> dict:
             )
             if other is not None:
                 ious.append(box_iou(torch.tensor([other["pred_box"]]), torch.tensor([record["box"]])).item())
-    return grounding_metrics(ious)
+    return grounding_metrics(ious) if ious else None
 
 
 def constant_box(train_rows, records: list[dict], num_phrases: int = 2000, num_candidates: int = 500) -> dict:

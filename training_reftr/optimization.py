@@ -26,7 +26,9 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     )
 
 
-def build_scheduler(optimizer, args, steps_per_epoch: int, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def build_scheduler(
+    optimizer, args, steps_per_epoch: int, num_steps: int, done: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
     """
     One factor of all rates, a function of the updates done, as the published code has it: `(step + 1) / warmup` before
     the end of the warm-up; then 0.1 for each of `lr_drop_epochs` that is over (`step`), half a cosine down to the last
@@ -37,6 +39,7 @@ def build_scheduler(optimizer, args, steps_per_epoch: int, num_steps: int) -> to
         args ([`TrainingArguments`]): of the run.
         steps_per_epoch (`int`): updates an epoch.
         num_steps (`int`): updates of the whole run.
+        done (`int`): updates that are over, where a run goes on.
     """
     warmup = args.warmup_steps or round(args.warmup_epochs * steps_per_epoch)
 
@@ -52,4 +55,6 @@ def build_scheduler(optimizer, args, steps_per_epoch: int, num_steps: int) -> to
             value = 1.0
         return max(0.01, value)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)

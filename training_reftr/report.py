@@ -1,73 +1,255 @@
-"""What a run leaves for people: metrics.json, predictions.png, a table. Called on the main process."""
+"""
+What an evaluation leaves for people and for programs. All processes call `report` together, which evaluates; the other
+functions write what they are given.
+"""
 
 import json
-from collections import defaultdict
+import logging
 from pathlib import Path
 
-from modeling_reftr.drawing_reftr import draw_answers, make_grid
-from modeling_reftr.processing_reftr import from_coco_rle
+import datasets
+from accelerate import Accelerator
+
+from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
+from training_reftr.metrics import THRESHOLDS
+from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
+from training_reftr.visualization import draw_samples, validation_pictures
 
 
-def write_report(output_dir: Path, metrics: dict, records: list[dict], rows, num_pictures: int):
-    """Write `metrics.json` and, unless `num_pictures` is 0, `predictions.png` into the run's folder."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    if num_pictures:
-        draw_predictions(records, rows, num_pictures).save(output_dir / "predictions.png")
+logger = logging.getLogger(__name__)
+
+BOX_COLUMNS = {
+    "accuracy@0.5": "accuracy@0.5",
+    "mean_iou": "mean IoU",
+    **{f"precision@{threshold}": f"P@{threshold}" for threshold in THRESHOLDS[1:]},
+    "num_phrases": "phrases",
+}
+RECALL_COLUMNS = {
+    "merged_box_recall@1": "merged-box recall@1",
+    "any_box_recall@1": "any-box recall@1",
+    "num_phrases": "phrases",
+}
+MASK_COLUMNS = {
+    "mask_mean_iou": "mIoU",
+    "mask_overall_iou": "oIoU",
+    **{f"mask_precision@{threshold}": f"P@{threshold}" for threshold in THRESHOLDS},
+    "mask_mean_iou_resized": "mIoU, resized",
+    "mask_num_phrases": "phrases",
+}
+METRIC_NAMES = {"accuracy@0.5": "boxes, accuracy@0.5", "mask_mean_iou_resized": "masks, mIoU at the resized size"}
+CONTROLS = {"constant_box": "best constant box", "swapped_expressions": "expressions swapped"}
 
 
-def draw_predictions(records: list[dict], rows, num_pictures: int):
-    """A grid of the first pictures of a split, one sentence each, the kinds of expression in turn."""
-    sentences = defaultdict(list)
-    for record in records:
-        sentences[record["sentence_id"]].append(record)
-    by_kind = defaultdict(list)
-    for group in sentences.values():
-        by_kind[group[0]["types"][0] if group[0]["types"] else ""].append(group)
-    kinds = sorted(by_kind)
-    index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
-    used, pictures = set(), []
-    while len(pictures) < num_pictures and any(by_kind.values()):
-        for kind in kinds:
-            # one sentence a picture, while there are pictures
-            fresh = [group for group in by_kind[kind] if group[0]["image_id"] not in used] or by_kind[kind]
-            if not fresh or len(pictures) == num_pictures:
-                continue
-            group = fresh[0]
-            by_kind[kind].remove(group)
-            used.add(group[0]["image_id"])
-            row = rows[index_of[group[0]["image_id"]]]
-            sentence = next(item for item in row["sentences"] if item["sentence_id"] == group[0]["sentence_id"])
-            phrases = [sentence["phrases"][record["phrase"]] for record in group]
-            words = [sentence["text"][phrase["start"] : phrase["end"]] for phrase in phrases]
-            pictures.append(
-                draw_answers(
-                    row["image"],
-                    [record["pred_box"] for record in group],
-                    [f"{word} ({record['iou']:.2f})" for word, record in zip(words, group, strict=True)],
-                    true_boxes_xyxy=[record["box"] for record in group],
-                    masks=[
-                        record["pred_segmentation"] and from_coco_rle(record["pred_segmentation"])
-                        for record in group
-                        if "pred_segmentation" in record
-                    ],
-                    title=sentence["text"] if len(group) > 1 else "",
+def select_splits(rows: dict, args) -> dict[str, datasets.Dataset]:
+    """
+    The splits that `args.test_splits` names, "testA,testB".
+
+    Raises:
+        ValueError: if it names none, one that is not there, or one without rows.
+    """
+    names = list(dict.fromkeys(name.strip() for name in args.test_splits.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"test_splits={args.test_splits!r} names no split; there are: {', '.join(rows)}.")
+    for name in names:
+        if name not in rows:
+            raise ValueError(f"test_splits names {name!r}, but {args.dataset} has the splits {', '.join(rows)}.")
+        if len(rows[name]) == 0:
+            raise ValueError(f"The split {name!r} of {args.dataset} has no rows, so there is nothing to evaluate.")
+    return {name: rows[name] for name in names}
+
+
+def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerator: Accelerator) -> dict:
+    """
+    Evaluate the splits of `args.test_splits`, and leave in `args.output_dir`:
+
+        metrics.json        figures by split; written last, so where it is the rest is complete
+        predictions.jsonl   a line for each phrase
+        predictions.png     `args.num_pictures` pictures of the first split
+        report.md           tables, and published figures where they are comparable
+        visualizations/     <split>/*.png, `args.visualize` phrases of each split one by one
+
+    All processes call it; the main one writes.
+
+    Returns:
+        `dict`: what metrics.json holds.
+
+    Raises:
+        ValueError: see `select_splits` and `evaluate`.
+    """
+    splits = select_splits(rows, args)
+    output_dir = Path(args.output_dir)
+    source = args.init_from if args.eval_only and args.init_from else args.output_dir
+    metrics = {
+        "model": str(source),
+        "dataset": args.dataset,
+        "two_step_masks": args.two_step_masks,
+        "splits": {},
+    }
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.json", "predictions.jsonl", "predictions.png", "report.md"):
+            (output_dir / name).unlink(missing_ok=True)
+    training_rows = find_training_rows(rows, args)
+    for name, split in splits.items():
+        records = evaluate(model, processor, split, args, accelerator, name)
+        boxes = {"integer_boxes": has_integer_boxes(name, args)}
+        metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, args)
+        if args.visualize:
+            folder = output_dir / "visualizations" / name
+            draw_samples(model, processor, split, records, args.visualize, folder, accelerator)
+        if accelerator.is_main_process:
+            with open(output_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(prediction(name, record), ensure_ascii=False) + "\n" for record in records)
+            if args.num_pictures and len(metrics["splits"]) == 1:
+                validation_pictures(records, split, args.num_pictures).save(output_dir / "predictions.png")
+    if accelerator.is_main_process:
+        (output_dir / "report.md").write_text(format_report(metrics), encoding="utf-8")
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+def has_integer_boxes(split: str, args) -> bool:
+    """Whether the flags of the set that a split is of cut its boxes to whole pixels."""
+    flags = args.dataset_config
+    if "/" in split:  # of joined sets, which have flags each
+        flags = flags.get(set_and_split(args.dataset, split)[0], {})
+    return bool(flags.get("integer_boxes", False))
+
+
+def find_training_rows(rows: dict, args) -> datasets.Dataset | None:
+    """The rows of `args.train_split` ("train+val" for two), or None where they are not there or streamed."""
+    parts = [rows.get(name) for name in args.train_split.split("+")]
+    if not all(isinstance(part, datasets.Dataset) and len(part) for part in parts):
+        return None
+    return datasets.concatenate_datasets(parts)
+
+
+def controls(records: list[dict], training_rows, split: str, args) -> dict:
+    """Figures of answers that do not look, or do not read; one that cannot be had is left out, and the log says so."""
+    found = {}
+    if training_rows is None:
+        logger.warning(
+            f"{split}: no constant box, which is chosen on the split {args.train_split!r}: it is not built."
+        )
+    else:
+        found["constant_box"] = constant_box(training_rows, records)
+    swapped = swapped_expressions(records)
+    if swapped is None:
+        logger.warning(f"{split}: no swapped expressions, no picture is asked for two objects that were answered.")
+    else:
+        found["swapped_expressions"] = swapped
+    return found
+
+
+def prediction(split: str, record: dict) -> dict:
+    """The line of predictions.jsonl about one phrase; boxes in pixels of the original picture, null: no answer."""
+    line = {
+        "split": split,
+        "image_id": record["image_id"],
+        "sentence_id": record["sentence_id"],
+        "phrase": record["phrase"],
+        "words": record["words"],
+        "pred_box_xyxy": record["pred_box"],
+        "iou": record["iou"],
+        "any_box_iou": record["any_box_iou"],
+    }
+    if "pred_segmentation" in record:
+        line["segmentation"] = record["pred_segmentation"]
+    return line
+
+
+def format_report(metrics: dict) -> str:
+    """`report.md`: tables of every split, and what one must know to compare them."""
+    lines = [
+        f"# {metrics['dataset']}",
+        "",
+        f"Model: `{metrics['model']}`. A hit is an IoU over 0.5.",
+    ]
+    if any("mask_mean_iou" in values for values in metrics["splits"].values()):
+        steps = "in two steps, as published" if metrics["two_step_masks"] else "once, from logits to the original size"
+        lines += [
+            f"Masks are resized {steps}; their figures are at the original size of the picture, but for the mIoU at "
+            "the size that pictures are resized to, which is the published figure.",
+        ]
+    if has_coco_pictures(metrics["dataset"]):
+        lines += [
+            "",
+            "The pictures of these sets are from COCO's train2014: where weights come from a detector trained on COCO "
+            "(DETR is one), it has seen the held-out pictures, though not what is said about them.",
+        ]
+    lines += format_comparison(metrics)
+    for name, values in metrics["splits"].items():
+        lines += ["", f"## {name}"]
+        entries = {"all phrases": values, **values["per_kind"]}
+        with_controls = entries | {label: values[key] for key, label in CONTROLS.items() if key in values}
+        missing = [label for key, label in CONTROLS.items() if key not in values]
+        cut = (
+            "cut to whole pixels, as published" if values["integer_boxes"] else "as annotated, not cut to whole pixels"
+        )
+        lines += ["", f"Boxes, against the true ones {cut}:", "", *format_columns(with_controls, BOX_COLUMNS)]
+        if missing:
+            lines += ["", f"Not there, because there was nothing to make it of: {', '.join(missing)}."]
+        if "any_box_recall@1" in values:
+            lines += [
+                "",
+                "Objects of this split have several boxes. Merged: the hit is with their union; any box: with any of "
+                "them. The two protocols do not compare:",
+                "",
+                *format_columns(entries, RECALL_COLUMNS),
+            ]
+        if "mask_mean_iou" in values:
+            lines += ["", "Masks:", "", *format_columns(entries, MASK_COLUMNS)]
+    return "\n".join(lines) + "\n"
+
+
+def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[str]:
+    """A Markdown table: a row for each entry that has all the columns, by their names in metrics.json."""
+    lines = [f"| | {' | '.join(columns.values())} |", f"|---{'|---:' * len(columns)}|"]
+    for label, values in entries.items():
+        if columns.keys() <= values.keys():
+            cells = [str(values[key]) if "num" in key else f"{values[key]:.3f}" for key in columns]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def format_comparison(metrics: dict) -> list[str]:
+    """Published figures of the same set, split and metric beside one's own, in percent, if there are any."""
+    lines = []
+    for split, values in metrics["splits"].items():
+        for result in comparable_results(metrics["dataset"], split):
+            if result.metric in values:
+                lines.append(
+                    f"| {split} | {METRIC_NAMES[result.metric]} | {100 * values[result.metric]:.2f} "
+                    f"| {result.figures[split]:.2f} | {result.model}, {result.backbone}, pre-training: "
+                    f"{result.pre_training} | {result.source}{'' if result.confirmed else ' (not confirmed)'} |"
                 )
-            )
-    return make_grid(pictures, columns=4)
+    if not lines:
+        return []
+    head = ["| split | metric | this model | published | published model | source |", "|---|---|---:|---:|---|---|"]
+    if not all(values["integer_boxes"] for values in metrics["splits"].values()):
+        lines += [
+            "",
+            "Published figures are of true boxes cut to whole pixels; --dataset_config has integer_boxes for it.",
+        ]
+    return ["", "## Beside published figures", "", *head, *lines]
 
 
 def format_table(metrics: dict) -> str:
-    """The figures as people read them."""
-    with_masks = "mask_mean_iou" in metrics
-    lines = [f"{'':<22}{'accuracy@0.5':>14}{'mean IoU':>10}{'mask mIoU' if with_masks else '':>11}{'phrases':>9}"]
-    entries = {"all phrases": metrics, **{f"  {kind}": values for kind, values in metrics["per_kind"].items()}}
-    entries["best constant box"] = metrics["constant_box"]
-    entries["expressions swapped"] = metrics["swapped_expressions"]
-    for name, values in entries.items():
-        mask_mean_iou = f"{values['mask_mean_iou']:.3f}" if "mask_mean_iou" in values else ""
-        lines.append(
-            f"{name:<22}{values['accuracy@0.5']:>14.3f}{values['mean_iou']:>10.3f}{mask_mean_iou:>11}"
-            f"{values['num_phrases']:>9}"
-        )
-    return "\n".join(lines)
+    """The figures of all splits as people read them in a terminal."""
+    blocks = []
+    for split, values in metrics["splits"].items():
+        with_masks = "mask_mean_iou" in values
+        lines = [
+            f"{split:<22}{'accuracy@0.5':>14}{'mean IoU':>10}{'mask mIoU' if with_masks else '':>11}{'phrases':>9}"
+        ]
+        entries = {"all phrases": values, **{f"  {kind}": part for kind, part in values["per_kind"].items()}}
+        entries |= {label: values[key] for key, label in CONTROLS.items() if key in values}
+        for name, part in entries.items():
+            mask_mean_iou = f"{part['mask_mean_iou']:.3f}" if "mask_mean_iou" in part else ""
+            lines.append(
+                f"{name:<22}{part['accuracy@0.5']:>14.3f}{part['mean_iou']:>10.3f}{mask_mean_iou:>11}"
+                f"{part['num_phrases']:>9}"
+            )
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)

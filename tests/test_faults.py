@@ -1,0 +1,296 @@
+"""What a run survives. Each test names its row of the scorecard; `make scorecard` runs every trial of each."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from faults import finish, kill, losses_of, start, steps_of, wait_for, write_recipe
+from safetensors.torch import load_file
+
+from conftest import trials
+from training_reftr.checkpoints import checkpoints_of, find_fault, load_state, newest_whole
+
+
+LAST_STEP = 12
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, data_cache):
+    return write_recipe(tmp_path_factory.mktemp("faults") / "faults.yaml", data_cache)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """Number of processes -> folder of a run that nothing happened to, with the same global batch."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = tmp_path_factory.mktemp(f"whole{ranks}")
+        finish(run(recipe, folders[ranks], ranks))
+    return folders
+
+
+def run(recipe, output_dir, ranks=1, *words, **settings):
+    batch_size = ("--batch_size", 8 // ranks)
+    return start(recipe, "--output_dir", output_dir, *batch_size, *words, ranks=ranks, **settings)
+
+
+def assert_same(first: Path, second: Path):
+    """Two runs logged the same figures, and ended with the same bits of model and optimizer."""
+    assert losses_of(first) == losses_of(second)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, two = (load_file(folder / f"checkpoints/step_{LAST_STEP:08d}" / name) for folder in (first, second))
+        assert one.keys() == two.keys()
+        assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+@pytest.mark.row("R12")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("trial", trials(10, short=1))
+def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe, whole, tmp_path, ranks, trial):
+    step = random.Random(f"{ranks}/{trial}").randint(1, LAST_STEP - 2)
+    process = run(recipe, tmp_path, ranks)
+    wait_for(lambda: step in steps_of(tmp_path), process)
+    kill(process)
+    assert steps_of(tmp_path)[0] < LAST_STEP
+    output = finish(run(recipe, tmp_path, ranks, "--resume", "auto"))
+    assert "Going on from" in output
+    assert_same(tmp_path, whole[ranks])
+
+
+@pytest.mark.row("R13")
+@pytest.mark.parametrize("trial", trials(20, short=1))
+def test_a_run_killed_while_it_saves_goes_on(recipe, whole, tmp_path, trial):
+    step = 1 + trial % (LAST_STEP - 2)
+    aside = tmp_path / "checkpoints" / f".step_{step:08d}.incomplete"
+    process = run(recipe, tmp_path)
+    wait_for(lambda: aside.exists() or step in steps_of(tmp_path), process)
+    time.sleep(0.001 * trial)
+    kill(process)
+    complete = steps_of(tmp_path)
+    output = finish(run(recipe, tmp_path, 1, "--resume", "auto"))
+    if complete:
+        assert f"step {complete[0]}, epoch" in output  # never older than the last complete save
+    assert_same(tmp_path, whole[1])
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.row("R14")
+@pytest.mark.parametrize("trial", trials(5, short=1))
+def test_a_full_disk_leaves_the_checkpoint_before(recipe, whole, tmp_path, trial):
+    """No file may be larger than a limit that is set after two checkpoints: the write fails as on a full disk."""
+    size = (whole[1] / "checkpoints" / f"step_{LAST_STEP:08d}" / "optimizer.safetensors").stat().st_size
+    limit = [size // 2, size - 1, 100, size // 10, size // 3][trial]
+    before = (
+        "import resource, training_reftr.checkpoints as checkpoints\n"
+        "write_aside = checkpoints.write_aside\n"
+        "def limited(path, write):\n"
+        "    if path.name == 'step_00000003':\n"
+        f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
+        "    write_aside(path, write)\n"
+        "checkpoints.write_aside = limited"
+    )
+    output = finish(run(recipe, tmp_path, before=before), expected=1)
+    assert "error: The checkpoint of step 3 was not written" in output
+    assert "Traceback" not in output
+    assert steps_of(tmp_path) == [2, 1]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    finish(run(recipe, tmp_path, 1, "--resume", "auto"))
+    assert_same(tmp_path, whole[1])
+
+
+@pytest.mark.row("R15")
+@pytest.mark.parametrize("trial", trials(10, short=10))
+def test_a_flipped_byte_is_found(whole, tmp_path, trial, caplog):
+    shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
+    newest, before = checkpoints_of(tmp_path)[:2]
+    draw = random.Random(trial)
+    file = draw.choice([path for path in sorted(newest.iterdir()) if path.stat().st_size])
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+    assert newest_whole(tmp_path) == before
+    assert newest.name in caplog.text
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(recipe, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    newest, before = checkpoints_of(tmp_path / "run")
+    with open(newest / "model.safetensors", "r+b") as file:
+        file.seek(2000)
+        file.write(b"damaged")
+    refused = finish(run(recipe, tmp_path / "run", 1, "--resume", newest), expected=1)
+    assert "is not as it was written" in refused
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / newest.name)
+    output = finish(run(recipe, tmp_path / "run", 1, "--resume", "auto"))
+    assert f"step {load_state(before).step}, epoch" in output
+    assert_same(tmp_path / "run", whole[1])
+
+
+@pytest.mark.row("R16")
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_newest_and_the_best_are_kept(recipe, tmp_path, keep):
+    finish(run(recipe, tmp_path, 1, "--keep_checkpoints", keep))
+    assert steps_of(tmp_path) == list(range(LAST_STEP, LAST_STEP - keep, -1))
+    assert all(find_fault(path) is None for path in checkpoints_of(tmp_path))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert not (tmp_path / ".best").exists()
+    state = load_state(checkpoints_of(tmp_path)[0])
+    figures = {
+        step: values["validation/accuracy@0.5"]
+        for step, values in losses_of(tmp_path).items()
+        if "validation/accuracy@0.5" in values
+    }
+    assert figures.keys() == {6, 12}
+    assert (tmp_path / "model.safetensors").exists()
+    assert state.best is None or state.best in figures.values()
+
+
+@pytest.mark.row("R17")
+@pytest.mark.parametrize("trial", trials(20, short=2))
+def test_a_run_that_is_asked_to_end_saves_itself(recipe, whole, tmp_path, trial):
+    """SIGTERM to one process of two, or to the only one, in training or in evaluation, saves and ends them all."""
+    ranks, in_evaluation = 1 + trial % 2, trial % 4 >= 2 or trial == 1
+    slow = (
+        "import time, training_reftr.evaluation as evaluation\n"
+        "move = evaluation.move\n"
+        "def slow(*words):\n"
+        f"    open({str(tmp_path / 'evaluating')!r}, 'w').close()\n"
+        "    time.sleep(0.3)\n"
+        "    return move(*words)\n"
+        "evaluation.move = slow"
+    )
+    words = ("--checkpoint_every", 0, "--evaluation_batch_size", 1)
+    process = run(recipe, tmp_path, ranks, *words, before=slow)
+    log = tmp_path / "metrics.jsonl"
+    if in_evaluation:
+        wait_for((tmp_path / "evaluating").exists, process)
+    else:
+        wait_for(lambda: log.exists() and log.read_text().count("\n") > trial % 4, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if ranks > 1 else []
+    os.kill(int(children[-1]) if children else process.pid, signal.SIGTERM)
+    output = finish(process, expected=None, timeout=120)
+    assert process.returncode != 0
+    assert "Traceback (most recent call last)" not in output or ranks > 1
+    (step,) = steps_of(tmp_path)
+    assert step <= 6
+    if in_evaluation:
+        assert step == 6
+        assert load_state(checkpoints_of(tmp_path)[0]).is_evaluation_due
+    finish(run(recipe, tmp_path, ranks, "--resume", "auto"))
+    assert_same(tmp_path, whole[ranks])
+
+
+def test_a_run_that_is_asked_to_save_goes_on(recipe, whole, tmp_path):
+    process = run(recipe, tmp_path, 1, "--checkpoint_every", 0, "--keep_checkpoints", 9)
+    log = tmp_path / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text(), process)
+    os.kill(process.pid, signal.SIGUSR1)
+    finish(process)
+    assert len(steps_of(tmp_path)) == 3  # the ends of the epochs, and one more
+    assert_same(tmp_path, whole[1])
+
+
+@pytest.mark.row("R7")
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("trial", trials(3, short=1))
+def test_a_loss_that_is_no_number_stops_all_before_the_update(recipe, whole, tmp_path, value, trial):
+    step, rank = 2 + trial, 1
+    before = (
+        "import os, torch, modeling_reftr.modeling_reftr as modeling\n"
+        "forward, calls = modeling.RefTRForVisualGrounding.forward, []\n"
+        "def hurt(self, *words, **named):\n"
+        "    outputs = forward(self, *words, **named)\n"
+        "    calls.append(self.training)\n"
+        f"    if os.environ['RANK'] == '{rank}' and sum(calls) == {step}:\n"
+        f"        outputs.loss = outputs.loss * float('{value}')\n"
+        "    return outputs\n"
+        "modeling.RefTRForVisualGrounding.forward = hurt"
+    )
+    process = run(recipe, tmp_path, 2, before=before)
+    output = finish(process, expected=None, timeout=120)
+    assert process.returncode != 0
+    assert f"The loss is not finite in step {step}" in output
+    assert f"process {rank}: loss {value}, image/sentence shapes_train_" in output
+    assert steps_of(tmp_path)[0] == step - 1
+    finish(run(recipe, tmp_path, 2, "--resume", "auto"))
+    assert_same(tmp_path, whole[2])
+
+
+@pytest.mark.row("R11")
+@pytest.mark.parametrize("trial", trials(5, short=1))
+def test_a_dead_process_ends_the_job(recipe, tmp_path, trial):
+    process = run(recipe, tmp_path, 2, "--num_epochs", 1000)
+    wait_for(lambda: len(steps_of(tmp_path)) > 0, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    start_time = time.monotonic()
+    os.kill(int(children[trial % 2]), signal.SIGKILL)
+    finish(process, expected=None, timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - start_time < 60
+
+
+def test_a_process_that_hangs_ends_with_its_stacks(recipe, tmp_path):
+    before = "import time, training_reftr.step as step\nmove = step.move\nstep.move = lambda *words: time.sleep(1000)"
+    process = run(recipe, tmp_path, 1, "--watchdog_minutes", 0.05, before=before)
+    output = finish(process, expected=None, timeout=60)
+    assert process.returncode != 0
+    assert "Timeout" in output
+    assert "train_reftr.py" in output
+
+
+@pytest.mark.row("R19")
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(recipe, whole, tmp_path, first, second):
+    """With 8 images a process, so that the global batch changes; what each update saw is written down."""
+    before = (
+        "import os, training_reftr.step as step\n"
+        "move = step.move\n"
+        "def noted(batch, device):\n"
+        f"    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
+        "        file.write(''.join(t[0]['sentence_id'] + '\\n' for t in batch['targets']))\n"
+        "    return move(batch, device)\n"
+        "step.move = noted"
+    )
+    words = ("--batch_size", 8, "--num_epochs", 1, "--checkpoint_every", 1)
+    output_dir = tmp_path / "run"
+    finish(start(recipe, "--output_dir", output_dir, *words, "--max_steps", 1, ranks=first, before=before))
+    output = finish(start(recipe, "--output_dir", output_dir, *words, "--resume", "auto", ranks=second, before=before))
+    assert len(re.findall("samples of all processes in a batch", output)) == 1
+    seen = (tmp_path / "seen").read_text().split()
+    assert len(seen) == len(set(seen))
+    images = {name.rpartition("_")[0] for name in seen}
+    assert len(images) > 30
+
+
+def test_a_run_without_a_checkpoint_starts_anew(recipe, tmp_path):
+    output = finish(run(recipe, tmp_path, 1, "--resume", "auto", "--max_steps", 1))
+    assert "There is no checkpoint" in output
+    refused = finish(run(recipe, tmp_path, 1, "--resume", tmp_path / "nowhere"), expected=1)
+    assert "nowhere' is no whole checkpoint" in refused
+
+
+def test_a_dry_run_goes_through_everything_and_leaves_nothing(recipe, tmp_path):
+    output = finish(run(recipe, tmp_path / "none", 1, "--dry_run"))
+    assert re.search(r"An epoch of 6 updates takes about [\d.]+ hours", output)
+    assert not (tmp_path / "none").exists()
+
+
+def test_trackers_get_the_figures(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finish(run(recipe, tmp_path, 1, "--trackers", "tensorboard", "--num_pictures", 2, "--max_steps", 7))
+    finish(run(recipe, tmp_path, 1, "--trackers", "tensorboard", "--num_pictures", 2, "--resume", "auto"))
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(1, LAST_STEP + 1))
+    assert "validation/predictions" in " ".join(events.Tags()["images"])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == steps

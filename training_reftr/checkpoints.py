@@ -1,0 +1,296 @@
+"""
+Checkpoints that survive a crash at any moment. `save_checkpoint`, `load_checkpoint` and `find_checkpoint` hold
+collectives: all processes call them; only the main process writes.
+
+    output_dir/
+        checkpoints/
+            step_00001200/
+                config.json, model.safetensors, processor files    a folder for `from_pretrained`
+                optimizer.safetensors                               by the parameters' names
+                state.json                                          place in the run, see `TrainingState`
+                manifest.json                                       sizes and SHA-256 of all the others, written last
+        config.json, model.safetensors, ...                         the best model so far, with its processor
+
+A checkpoint is written under another name, brought to the disk, and renamed when it is whole. There is no random state
+in it: what is drawn in a step is a function of the seed, the step and the process.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+
+logger = logging.getLogger(__name__)
+
+FOLDER, MANIFEST, STATE, OPTIMIZER = "checkpoints", "manifest.json", "state.json", "optimizer.safetensors"
+NAME = re.compile(r"step_(\d{8,})")
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class TrainingState:
+    """
+    The place in a run.
+
+    Args:
+        step (`int`): updates done.
+        epoch (`int`): the epoch that is running, from 0.
+        seen (`list`): what the epoch has had, [global batch size, batches] for each cut of its order.
+        is_evaluation_due (`bool`): whether the model is to be evaluated before it is trained further.
+        best (`float`, *optional*): best validation figure so far; `best_step` is when.
+        schedule_step (`int`): place in the schedule of the rates; `steps_per_epoch` is what it counts in.
+        scaler (`dict`, *optional*): state of the gradient scaler of fp16.
+        run_id (`str`): what trackers know the run by.
+        settings (`dict`): the run's settings, to tell what was changed.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    seen: list[list[int]] = field(default_factory=list)
+    is_evaluation_due: bool = False
+    best: float | None = None
+    best_step: int | None = None
+    schedule_step: int = 0
+    steps_per_epoch: int = 0
+    scaler: dict | None = None
+    run_id: str = ""
+    settings: dict = field(default_factory=dict)
+
+    def count(self, global_batch_size: int, num_batches: int):
+        """Note that the epoch had more batches."""
+        if self.seen and self.seen[-1][0] == global_batch_size:
+            self.seen[-1][1] += num_batches
+        else:
+            self.seen.append([global_batch_size, num_batches])
+
+    def start_epoch(self, epoch: int):
+        """Go to the start of an epoch."""
+        self.epoch, self.seen = epoch, []
+
+    def rescale_schedule(self, steps_per_epoch: int):
+        """Count the schedule in other steps: where batches or processes changed, an epoch has another number."""
+        if self.steps_per_epoch not in (0, steps_per_epoch):
+            self.schedule_step = round(self.schedule_step * steps_per_epoch / self.steps_per_epoch)
+        self.steps_per_epoch = steps_per_epoch
+
+
+def save_checkpoint(model, optimizer, processor, state: TrainingState, args, accelerator: Accelerator):
+    """
+    Write a checkpoint of this step, then delete those that are no longer to be kept. A collective.
+
+    Raises:
+        OSError: on all processes, if it could not be written; those that are there stay.
+    """
+    weights = get_model_state_dict(model, options=WHOLE)
+    moments = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE).get("state", {})
+    state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    path = Path(args.output_dir) / FOLDER / f"step_{state.step:08d}"
+
+    def write(folder: Path):
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+        processor.save_pretrained(folder)
+        # the rates and the like come from the settings
+        tensors = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
+        save_file(tensors, folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+
+    with on_main_process(accelerator, f"The checkpoint of step {state.step} was not written"):
+        if accelerator.is_main_process and not path.exists():
+            write_aside(path, write)
+            for old in checkpoints_of(args.output_dir)[args.keep_checkpoints :]:
+                delete(old)
+
+
+def save_best(model, processor, args, accelerator: Accelerator):
+    """
+    Make this model the one that lies in the run's folder. A collective.
+
+    The weights are replaced last and by one rename: the folder can be loaded at any moment once it was whole, for the
+    other files are the same throughout a run.
+
+    Raises:
+        OSError: on all processes, if it could not be written; the model that is there stays.
+    """
+    weights = get_model_state_dict(model, options=WHOLE)
+    with on_main_process(accelerator, "The best model was not written"):
+        if accelerator.is_main_process:
+            output_dir = Path(args.output_dir)
+            aside = output_dir / ".best"
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                aside.mkdir(parents=True)
+                accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)
+                processor.save_pretrained(aside)
+                sync(aside)
+                files = sorted(aside.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))
+                for file in files:
+                    os.replace(file, output_dir / file.name)
+                sync_folder(output_dir)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
+    """
+    The checkpoint that `args.resume` means: a folder, or with "auto" the newest whole one of the run, if there is any.
+    A collective: all processes get the same.
+
+    Raises:
+        OSError: if the named one is not there or is damaged, or with "auto" all of them are.
+    """
+    found = [None]
+    with on_main_process(accelerator):
+        if accelerator.is_main_process:
+            found = [newest_whole(args.output_dir) if args.resume == "auto" else Path(args.resume)]
+            if args.resume != "auto":
+                fault = find_fault(found[0])
+                if fault:
+                    raise OSError(f"--resume {args.resume!r}: {fault}.")
+    broadcast_object_list(found)
+    return found[0]
+
+
+def load_state(path: Path) -> TrainingState:
+    """The place in the run that a checkpoint was written at."""
+    return TrainingState(**json.loads((path / STATE).read_text()))
+
+
+def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerator: Accelerator):
+    """Put a checkpoint's moments and gradient scaler into prepared ones; rates stay. A collective."""
+    groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
+    moments = {}
+    for key, value in load_file(path / OPTIMIZER).items():
+        name, _, moment = key.rpartition("/")
+        moments.setdefault(name, {})[moment] = value
+    set_optimizer_state_dict(model, optimizer.optimizer, {"state": moments, "param_groups": groups}, options=WHOLE)
+    if accelerator.scaler is not None and state.scaler is not None:
+        accelerator.scaler.load_state_dict(state.scaler)
+
+
+def checkpoints_of(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, the newest first; whether they are whole is not looked at."""
+    folder = Path(output_dir) / FOLDER
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
+
+
+def newest_whole(output_dir: str | Path) -> Path | None:
+    """
+    The newest checkpoint of a run that is whole, with a warning for each that is not; None where there is none.
+
+    Raises:
+        OSError: if there are some, but all of them are damaged.
+    """
+    found = checkpoints_of(output_dir)
+    for path in found:
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        logger.warning(f"{fault}; the checkpoint before it is taken.")
+    if found:
+        raise OSError(
+            f"All {len(found)} checkpoints in {str(found[0].parent)!r} are damaged. Take them away to start anew."
+        )
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None where it is whole: every file is there, byte by byte as written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, (size, digest) in manifest.items():
+            file = path / name
+            if file.stat().st_size != size or digest_of(file) != digest:
+                return f"{str(file)!r} is not as it was written"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{str(path)!r} is no whole checkpoint ({type(error).__name__}: {error})"
+    return None
+
+
+def write_aside(path: Path, write):
+    """
+    Make a folder that is whole from the moment on that it is there: `write(folder)` fills it under another name.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(".*.incomplete"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover)
+    aside = path.parent / f".{path.name}.incomplete"
+    try:
+        aside.mkdir()
+        write(aside)
+        files = sorted(file for file in aside.rglob("*") if file.is_file())
+        manifest = {str(file.relative_to(aside)): [file.stat().st_size, digest_of(file)] for file in files}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        sync(aside)
+        aside.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def delete(path: Path):
+    """Delete a checkpoint; a crash meanwhile leaves nothing that looks like one."""
+    aside = path.parent / f".{path.name}.incomplete"
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(folder: Path):
+    """Bring a folder and all that is in it to the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(path: Path):
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def on_main_process(accelerator: Accelerator, what: str = ""):
+    """
+    What the main process does and the others wait for: where it fails, all fail, with its sentence. A collective.
+
+    Raises:
+        OSError: on all processes, where the main process raised an exception that is about files or their content.
+    """
+    error = [None]
+    try:
+        yield
+    except Exception as raised:  # safetensors and tokenizers have exceptions of their own for a full disk
+        error = [raised]
+    message = [None if error[0] is None else f"{what}: {error[0]}" if what else str(error[0])]
+    broadcast_object_list(message)
+    if message[0] is not None:
+        raise OSError(message[0]) from error[0]

@@ -1,0 +1,64 @@
+"""A rehearsal: a few updates through everything, in a folder that is gone afterwards. `limited` holds a collective."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from training_reftr.checkpoints import checkpoints_of, load_state
+from training_reftr.tracking import LOG
+
+
+NUM_UPDATES = 4  # the first ones are slower than the rest
+
+
+@contextlib.contextmanager
+def limited(args, rows: dict, accelerator: Accelerator):
+    """
+    The settings and rows of a run; with `args.dry_run` those of its rehearsal: a few updates, a batch of evaluation a
+    split, a folder that is deleted at the end.
+    """
+    if not args.dry_run:
+        yield args, rows
+        return
+    folder = [tempfile.mkdtemp(prefix="dry_run_") if accelerator.is_main_process else None]
+    broadcast_object_list(folder)
+    args = dataclasses.replace(
+        args,
+        output_dir=folder[0],
+        max_steps=NUM_UPDATES,
+        log_every=1,
+        resume=None,
+        trackers="none",
+    )
+    count = args.evaluation_batch_size * accelerator.num_processes
+    try:
+        yield args, {split: part if split == args.train_split else _first(part, count) for split, part in rows.items()}
+        accelerator.wait_for_everyone()
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder[0], ignore_errors=True)
+
+
+def _first(rows, count: int):
+    return rows.take(count) if not hasattr(rows, "select") else rows.select(range(min(count, len(rows))))
+
+
+def estimate(args) -> str:
+    """What a rehearsal tells about the run."""
+    lines = [json.loads(line) for line in (Path(args.output_dir) / LOG).read_text().splitlines()]
+    last = [line for line in lines if "train/seconds_per_update" in line][-1]
+    steps = load_state(checkpoints_of(args.output_dir)[0]).steps_per_epoch
+    hours = steps * last["train/seconds_per_update"] / 3600
+    size = sum(path.stat().st_size for path in checkpoints_of(args.output_dir)[0].iterdir()) / 2**30
+    return (
+        f"The run goes through. An epoch of {steps:,} updates takes about {hours:.2f} hours "
+        f"({last['train/expressions_per_second']:.1f} expressions/s) without its evaluation, all {args.num_epochs} "
+        f"about {hours * args.num_epochs:.1f}; a process uses {last['train/memory_gb']:.2f} GB, a checkpoint "
+        f"{size:.2f} GB."
+    )

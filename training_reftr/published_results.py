@@ -1,0 +1,107 @@
+"""
+Results that papers state, as data, and those among them that one's own may be held against. Nothing here holds a
+collective.
+"""
+
+from dataclasses import dataclass
+
+
+# sets of data_scripts with the pictures, expressions and splits of a published one. The index of ReSC has phrases of
+# Flickr30k where the others have captions, and is left out there.
+NAMES_OF_SETS = {
+    "RefCOCO (unc)": ("refcoco_unc", "reftr_refcoco_unc", "resc_unc"),
+    "RefCOCO+ (unc)": ("refcoco+_unc", "reftr_refcoco+_unc", "resc_unc+"),
+    "RefCOCOg (umd)": ("refcocog_umd", "reftr_refcocog_umd", "resc_gref_umd"),
+    "Flickr30k Entities": ("flickr30k_entities", "reftr_flickr"),
+}
+# also those without a published figure here
+COCO_SETS = ("refcoco", "reftr_refcoco", "resc_unc", "resc_gref")
+REFTR = "Li & Sigal, Referring Transformer, NeurIPS 2021"
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """
+    One row of a published table.
+
+    Args:
+        dataset (`str`): the set, one of `NAMES_OF_SETS`.
+        metric (`str`): what is measured, by the name that it has in `metrics.json`.
+        figures (`dict[str, float]`): percent, by split.
+        model, backbone, pre_training, source (`str`): whose they are.
+        size (`str`): what the metric is measured at: the resized picture, the original one, or either (boxes).
+        confirmed (`bool`): False for figures that were not checked against their source.
+    """
+
+    dataset: str
+    metric: str
+    figures: dict[str, float]
+    backbone: str
+    pre_training: str
+    model: str = "RefTR"
+    source: str = REFTR
+    size: str = "either"
+    confirmed: bool = True
+
+
+def _val_a_b(*figures: float) -> dict[str, float]:
+    return dict(zip(("val", "testA", "testB"), figures, strict=True))
+
+
+def _val_test(*figures: float) -> dict[str, float]:
+    return dict(zip(("val", "test"), figures, strict=True))
+
+
+_PRE_TRAINED = {"backbone": "ResNet-101", "pre_training": "Visual Genome"}
+_BOXES = {"metric": "accuracy@0.5", **_PRE_TRAINED}
+# the published evaluation compares masks at the size that pictures are resized to
+_MASKS = {"metric": "mask_mean_iou_resized", "size": "resized", **_PRE_TRAINED}
+_BOXES_ALONE = {"metric": "accuracy@0.5", "backbone": "ResNet-101", "pre_training": "none", "confirmed": False}
+_FLICKR = {"metric": "accuracy@0.5", "pre_training": "none", "confirmed": False}
+
+RESULTS = (
+    PublishedResult("RefCOCO (unc)", figures=_val_a_b(85.65, 88.73, 81.16), **_BOXES),
+    PublishedResult("RefCOCO+ (unc)", figures=_val_a_b(77.55, 82.26, 68.99), **_BOXES),
+    PublishedResult("RefCOCOg (umd)", figures=_val_test(79.25, 80.01), **_BOXES),
+    PublishedResult("RefCOCO (unc)", figures=_val_a_b(74.34, 76.77, 70.87), **_MASKS),
+    PublishedResult("RefCOCO+ (unc)", figures=_val_a_b(66.75, 70.58, 59.40), **_MASKS),
+    PublishedResult("RefCOCOg (umd)", figures=_val_test(66.63, 67.39), **_MASKS),
+    PublishedResult("RefCOCO (unc)", figures=_val_a_b(82.23, 85.59, 76.57), **_BOXES_ALONE),
+    PublishedResult("RefCOCO+ (unc)", figures=_val_a_b(71.58, 75.96, 62.16), **_BOXES_ALONE),
+    PublishedResult("RefCOCOg (umd)", figures=_val_test(69.41, 69.40), **_BOXES_ALONE),
+    PublishedResult("Flickr30k Entities", figures={"test": 78.66}, backbone="ResNet-50", **_FLICKR),
+    PublishedResult("Flickr30k Entities", figures={"test": 81.18}, backbone="ResNet-101", **_FLICKR),
+)
+
+
+def set_and_split(dataset: str, split: str) -> tuple[str, str]:
+    """The set that a split is of, and its name there: splits of joined sets are called "set/split"."""
+    return tuple(split.split("/", 1)) if "/" in split else (dataset, split)
+
+
+def comparable_results(dataset: str, split: str) -> list[PublishedResult]:
+    """
+    Published results on exactly this split of exactly this set.
+
+    Args:
+        dataset (`str`): a name of `data_scripts`, or several joined by commas.
+        split (`str`): a split of it, "set/split" where several are joined.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.published_results import comparable_results
+
+    >>> [(result.metric, result.figures["testA"]) for result in comparable_results("refcoco_unc", "testA")]
+    [('accuracy@0.5', 88.73), ('mask_mean_iou_resized', 76.77), ('accuracy@0.5', 85.59)]
+    >>> comparable_results("refcoco_google", "val"), comparable_results("refcoco_unc", "train")
+    ([], [])
+
+    ```"""
+    name, split = set_and_split(dataset, split)
+    return [result for result in RESULTS if name in NAMES_OF_SETS[result.dataset] and split in result.figures]
+
+
+def has_coco_pictures(dataset: str) -> bool:
+    """Whether the held-out pictures of a set, or of one of several joined by commas, are from COCO's train2014."""
+    return any(name.strip().startswith(COCO_SETS) for name in dataset.split(","))

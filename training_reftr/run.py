@@ -1,0 +1,185 @@
+"""
+What a run of training is made of, put together. `build_accelerator` joins the processes, and `prepare_run` holds
+collectives: all processes call them.
+"""
+
+import logging
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from training_reftr.batch_norm import synchronize_batch_norm
+from training_reftr.build import build_model, load_reftr
+from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
+from training_reftr.data import TrainingData
+from training_reftr.optimization import build_optimizer, build_scheduler
+from training_reftr.sources import split_of
+from training_reftr.tracking import tracker_names
+
+
+logger = logging.getLogger(__name__)
+
+# settings of which a change does not change what is learnt
+PASSING = (
+    "output_dir",
+    "data_cache_dir",
+    "image_cache",
+    "num_workers",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "watchdog_minutes",
+    "dry_run",
+    "evaluation_batch_size",
+    "num_pictures",
+    "visualize",
+    "log_every",
+    "trackers",
+    "run_name",
+)
+
+
+@dataclass
+class Run:
+    """
+    The parts of a run, and its place in `state`.
+
+    Args:
+        model, optimizer: as prepared by the accelerator.
+        processor (`RefTRProcessor`): of the model.
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`): steps once an update.
+        data (`TrainingData`): batches of this process.
+        state (`TrainingState`): where the run is.
+        global_batch_size (`int`): samples of all processes in a batch.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    processor: RefTRProcessor
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    data: TrainingData
+    state: TrainingState
+    global_batch_size: int
+    args: object
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of the whole run, counted in epochs of today's length."""
+        num_steps = self.state.steps_per_epoch * self.args.num_epochs
+        return min(num_steps, self.args.max_steps) if self.args.max_steps else num_steps
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has had all its epochs or updates."""
+        state, args = self.state, self.args
+        return state.epoch >= args.num_epochs or 0 < args.max_steps <= state.step
+
+    def updates(self):
+        """The batches of each update that is still to come in this epoch; ends early where the run is done."""
+        seen = [tuple(cut) for cut in self.state.seen]
+        batches = self.data.batches(self.state.epoch, seen)
+        accumulated = self.args.gradient_accumulation_steps
+        for _ in range(self.data.num_batches(self.state.epoch, seen) // accumulated):
+            yield [next(batches) for _ in range(accumulated)]
+            if self.is_done:
+                return
+        self.state.start_epoch(self.state.epoch + 1)
+
+    def advance(self):
+        """Note that an update was made, and set the rates for the next one."""
+        self.scheduler.step()
+        self.state.step += 1
+        self.state.schedule_step += 1
+        self.state.count(self.global_batch_size, self.args.gradient_accumulation_steps)
+
+
+def build_accelerator(args) -> Accelerator:
+    """The processes, as accelerate was configured or launched, and the log of this one."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=tracker_names(args) or None,
+        project_dir=args.output_dir,
+        # a process that waits longer for another one ends with an error
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=args.watchdog_minutes))],
+    )
+    disable_progress_bar()  # of every file that the library reads or writes
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+    )
+    return accelerator
+
+
+def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
+    """
+    Build what is trained, or take it from the checkpoint that `args.resume` means.
+
+    Raises:
+        OSError, ValueError: see `find_checkpoint`, `build_model`, `TrainingData`.
+    """
+    checkpoint = find_checkpoint(args, accelerator) if args.resume else None
+    set_seed(args.seed)  # equal weights on all processes
+    if checkpoint is None:
+        model, processor = build_model(args, split_of(rows, args.train_split))
+        run_id = [uuid.uuid4().hex]
+        broadcast_object_list(run_id)
+        state = TrainingState(run_id=run_id[0], settings=vars(args))
+        if args.resume:
+            logger.info(f"There is no checkpoint in {args.output_dir!r} yet: a new run.")
+    else:
+        model = RefTRForVisualGrounding.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation=args.attn_implementation
+        )
+        # away from the file's memory, whose alignment changes how sums are rounded
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        processor = RefTRProcessor.from_pretrained(checkpoint)
+        state = load_state(checkpoint)
+        logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
+    if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
+        synchronize_batch_norm(model)
+    data = TrainingData(
+        split_of(rows, args.train_split),
+        processor,
+        args,
+        accelerator.process_index,
+        accelerator.num_processes,
+        with_masks=model.config.predict_masks,
+    )
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    global_batch_size = args.batch_size * accelerator.num_processes
+    if checkpoint is not None:
+        load_optimizer(checkpoint, model, optimizer, state, accelerator)
+        warn_of_changes(state, args, global_batch_size)
+    state.settings = vars(args)
+    state.rescale_schedule(data.num_batches(0) // args.gradient_accumulation_steps)
+    run = Run(model, optimizer, processor, None, data, state, global_batch_size, args)
+    run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
+    model.train()
+    return run
+
+
+def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+    """What the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does."""
+    is_named = args.eval_only and args.init_from is not None
+    return load_reftr(args.init_from if is_named else Path(args.output_dir), args)
+
+
+def warn_of_changes(state: TrainingState, args, global_batch_size: int):
+    """Say what differs from the run that wrote the checkpoint: its losses will be other ones."""
+    changed = [
+        f"{name}={value!r} (was {state.settings[name]!r})"
+        for name, value in vars(args).items()
+        if name in state.settings and name not in PASSING and state.settings[name] != value
+    ]
+    if state.seen and state.seen[-1][0] != global_batch_size:
+        changed.append(f"{global_batch_size} samples of all processes in a batch (was {state.seen[-1][0]})")
+    if changed:
+        logger.warning(f"This run is not quite the one of the checkpoint: {', '.join(changed)}.")

@@ -1,0 +1,139 @@
+"""
+Figures of a run while it goes: a line of the log, metrics.jsonl, TensorBoard and others. Nothing here holds a
+collective; what is written is written by the main process.
+"""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+
+from training_reftr.visualization import validation_pictures
+
+
+logger = logging.getLogger(__name__)
+
+LOG = "metrics.jsonl"
+
+
+class Tracking:
+    """
+    Where the figures of a run go: `metrics.jsonl` in its folder (a line a record: `{"step", "epoch", ...}`), the log,
+    and the trackers of accelerate that `args.trackers` names.
+
+    Args:
+        args: the run's settings.
+        accelerator (`Accelerator`): made by `log_with` of `tracker_names(args)`.
+        state (`TrainingState`): where the run is; what was written of later steps, before a crash, is taken out.
+    """
+
+    def __init__(self, args, accelerator: Accelerator, state):
+        self.accelerator = accelerator
+        self.args = args
+        self.path = Path(args.output_dir) / LOG
+        self.restart_clock()
+        if not accelerator.is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        keep_until(self.path, state.step)
+        if tracker_names(args):
+            name = args.run_name or Path(args.output_dir).name
+            settings = {
+                key: value if isinstance(value, int | float) else str(value) for key, value in vars(args).items()
+            }
+            accelerator.init_trackers("reftr", config=settings, init_kwargs=tracker_settings(name, state))
+
+    def restart_clock(self):
+        """Measure speed from now on."""
+        self.start, self.num_updates, self.num_expressions = time.perf_counter(), 0, 0
+
+    def log_update(self, run, losses: dict, num_expressions: int):
+        """
+        Losses, the gradient's norm and the rates of an update, and the speed since the last that was written: one of
+        `log_every`, and the last.
+        """
+        state = run.state
+        self.num_updates += 1
+        self.num_expressions += num_expressions
+        if state.step % self.args.log_every and not run.is_done:
+            return
+        values = {name: value.item() for name, value in losses.items()}  # waits for the GPU
+        seconds = time.perf_counter() - self.start
+        speeds = {
+            "learning_rate": max(run.scheduler.get_last_lr()),
+            "expressions_per_second": self.num_expressions / seconds,
+            "seconds_per_update": seconds / self.num_updates,
+            "memory_gb": memory_in_use(self.accelerator.device),
+        }
+        parts = " ".join(f"{name}={value:.6f}" for name, value in values.items())
+        rates = " ".join(f"{rate:.2e}" for rate in run.scheduler.get_last_lr())
+        logger.info(
+            f"step {state.step} epoch {state.epoch} {parts} rates {rates}, "
+            f"{speeds['expressions_per_second']:.1f} expressions/s, {speeds['memory_gb']:.2f} GB"
+        )
+        self.write(state, {f"train/{name}": value for name, value in (values | speeds).items()})
+        self.restart_clock()
+
+    def log_evaluation(self, state, split: str, metrics: dict, records: list[dict], rows):
+        """Figures of a validation; trackers get pictures of some of its answers as well."""
+        figures = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        text = " ".join(f"{name}={value:.3f}" for name, value in figures.items() if isinstance(value, float))
+        logger.info(f"step {state.step} {split} of {metrics['num_phrases']} phrases: {text}")
+        self.write(state, {f"{split}/{name}": value for name, value in figures.items()})
+        trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+        if trackers and self.args.num_pictures and self.accelerator.is_main_process:
+            picture = validation_pictures(records, rows, self.args.num_pictures)
+            for tracker in trackers if picture else []:
+                tracker.log_images({f"{split}/predictions": np.asarray(picture)[None]}, step=state.step)
+        self.restart_clock()  # an evaluation is no time of training
+
+    def write(self, state, values: dict):
+        """A record for all places but the log."""
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": state.step, "epoch": state.epoch, **values}) + "\n")
+        self.accelerator.log(values, step=state.step)
+
+
+def tracker_names(args) -> list[str]:
+    """The trackers that the settings name."""
+    return [name for name in args.trackers.replace(" ", "").split(",") if name not in ("", "none")]
+
+
+def tracker_settings(name: str, state) -> dict:
+    """What each tracker is to know, so that a run that goes on after a crash stays one run there."""
+    return {
+        "tensorboard": {"purge_step": state.step + 1},
+        "wandb": {"name": name, "id": state.run_id, "resume": "allow"},
+        "trackio": {"name": name, "resume": "allow"},
+    }
+
+
+def keep_until(path: Path, step: int):
+    """Take the records of later steps out of a metrics.jsonl, and a last line that was cut."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            logger.warning(f"{str(path)!r}: the line {line[:80]!r} is cut, and taken out.")
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(aside, path)
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Gigabytes: the most that was allocated on the GPU, or what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
