@@ -164,6 +164,10 @@ def test_published_ways_are_switched_by_name():
     assert (ours.train_split, ours.validation_split, ours.group_by_image) == ("train", "val", True)
     other = parse_arguments([str(RECIPES / "refcoco_r50_boxes.yaml"), "--dataset", "reftr_refcoco_unc"])
     assert (other.dataset, other.test_splits) == ("reftr_refcoco_unc", "val,testA,testB")
+    other = parse_arguments([str(RECIPES / "visual_genome_r50.yaml"), "--dataset", "resc_vg"])
+    assert other.dataset_config == {}  # they are flags of Visual Genome's builder
+    same = parse_arguments([str(RECIPES / "visual_genome_r50.yaml"), "--dataset_config.validation_images", "9"])
+    assert same.dataset_config == {**recipe_of("visual_genome_r50").dataset_config, "validation_images": 9}
     held_out = recipe_of("visual_genome_r50").dataset_config["exclude"]
     assert held_out == ["refcoco_unc", "refcoco+_unc", "refcocog_umd"]
 

@@ -333,7 +333,7 @@ def test_the_log_says_it_and_a_published_file_is_evaluated(recipe, run, publishe
     assert f"RefTR from {published / 'refcoco.pth'}: " in result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["model"] == str(published / "refcoco.pth")
-    assert metrics["num_phrases"] > 0
+    assert metrics["splits"]["test"]["num_phrases"] > 0
     assert not (tmp_path / "model.safetensors").exists()
 
 

@@ -287,15 +287,19 @@ def merge(below, above):
 def lay_over(below: dict, above: dict) -> dict:
     """
     Settings over others, merged key by key. A start of weights that is named above takes away those below that it
-    contradicts, so that `--init_from` needs no word about the recipe's DETR.
+    contradicts, so that `--init_from` needs no word about the recipe's DETR; and with another data set the flags of
+    the one below go.
     """
-    excluded = set()
+    gone = set()
     for name, others in EXCLUDED_STARTS.items():
         if above.get(name) is not None:
-            excluded.update(others)
+            gone.update(others)
         if any(above.get(other) is not None for other in others):
-            excluded.add(name)
-    return merge({name: value for name, value in below.items() if name not in excluded - above.keys()}, above)
+            gone.add(name)
+    gone -= above.keys()
+    if above.get("dataset", below.get("dataset")) != below.get("dataset"):
+        gone.add("dataset_config")
+    return merge({name: value for name, value in below.items() if name not in gone}, above)
 
 
 def to_type(name: str, value):
