@@ -71,6 +71,8 @@ PUBLISHED = {
     },
     "flickr30k_refcoco_r50": {
         "dataset": "flickr30k_entities,refcoco_unc",
+        "validation_split": "flickr30k_entities/val",
+        "test_splits": "flickr30k_entities/test",
         "init_detr": DETR["r50"],
         "max_text_length": 90,
         "num_epochs": 60,  # the published script's defaults: nothing else was published
