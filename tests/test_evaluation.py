@@ -390,9 +390,9 @@ def test_boxes_alone_are_not_held_against_masks():
 
 
 def test_boxes_are_cut_where_the_flags_of_their_set_say_so():
-    args = TrainingArguments(dataset="refcoco_unc", dataset_config='{"integer_boxes": true}')
+    args = TrainingArguments(dataset="refcoco_unc", dataset_config={"integer_boxes": True})
     assert has_integer_boxes("val", args)
-    flags = '{"refcoco_unc": {"integer_boxes": true}, "refcocog_umd": {}}'
+    flags = {"refcoco_unc": {"integer_boxes": True}, "refcocog_umd": {}}
     args = TrainingArguments(dataset="refcoco_unc,refcocog_umd,shapes", dataset_config=flags)
     assert [has_integer_boxes(f"{name}/val", args) for name in args.dataset.split(",")] == [True, False, False]
 

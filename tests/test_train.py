@@ -6,15 +6,12 @@ import socket
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from conftest import ROOT, TINY_SET
+from conftest import ROOT
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from training_reftr.arguments import TrainingArguments, parse_arguments
 from training_reftr.data import EpochSampler
-from training_reftr.optimization import build_scheduler
 
 
 def figures_of_test(folder):
@@ -121,49 +118,6 @@ def test_two_ranks_train_as_one_process(run, tmp_path, accumulation, masks, step
     assert first["num_phrases"] == second["num_phrases"]
 
 
-# settings
-
-
-def test_recipe_and_command_line(recipe):
-    args = parse_arguments([str(recipe), "--batch_size", "3", "--learning_rate=5e-4", "--eval_only"])
-    assert (args.batch_size, args.learning_rate, args.eval_only) == (3, 5e-4, True)
-    assert args.dataset_config == TINY_SET
-    assert args.model["d_model"] == 32
-    assert parse_arguments([]) == TrainingArguments()
-    assert parse_arguments(["--model", '{"d_model": 64}']).model == {"d_model": 64}
-
-
-@pytest.mark.parametrize(
-    ("content", "words", "message"),
-    [
-        ("learning_rat: 1", [], "no field 'learning_rat'. Did you mean 'learning_rate'?"),
-        ("- 1", [], "must be a mapping"),
-        ("batch_size: 0", [], "batch_size=0 must be at least 1"),
-        ("", ["--bach_size", "3"], "no field 'bach_size'. Did you mean 'batch_size'?"),
-        ("", ["--lr_schedule", "linear"], "lr_schedule='linear' must be"),
-        ("", ["--learning_rate", "nan"], "learning_rate=nan"),
-        ("", ["--max_grad_norm", "0"], "max_grad_norm=0.0 must be greater than 0"),
-        ("", ["--model", "{"], "is not JSON"),
-        ("", ["--model", "[1]"], "must be a mapping"),
-    ],
-)
-def test_wrong_settings_are_refused(tmp_path, content, words, message):
-    (tmp_path / "recipe.yaml").write_text(content)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse_arguments([str(tmp_path / "recipe.yaml"), *words])
-
-
-def test_a_missing_recipe_is_named():
-    with pytest.raises(OSError, match=r"no recipe 'nowhere\.yaml'"):
-        parse_arguments(["nowhere.yaml"])
-
-
-def test_unknown_model_fields_are_refused(recipe, run, tmp_path):
-    result = run("train_reftr.py", recipe, "--model", '{"d_modl": 8}', "--output_dir", tmp_path, check=False)
-    assert result.returncode != 0
-    assert "model has no field 'd_modl'. Did you mean 'd_model'?" in result.stderr
-
-
 # parts
 
 
@@ -180,27 +134,6 @@ def test_every_image_is_seen_once_an_epoch_by_one_process():
         assert epochs[0] != epochs[1]
     with pytest.raises(ValueError, match="3 training images do not fill one global batch of 8"):
         EpochSampler(3, 4, 0, 0, 2)
-
-
-def test_schedules():
-    def factors(**settings):
-        args = TrainingArguments(learning_rate=1.0, **settings)
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        scheduler = build_scheduler(optimizer, args, steps_per_epoch=10, num_steps=100)
-        values = []
-        for _ in range(100):
-            values.append(scheduler.get_last_lr()[0])
-            optimizer.step()
-            scheduler.step()
-        return values
-
-    step = factors(lr_drop_epochs=6)
-    assert (step[0], step[59], step[60], step[99]) == (1, 1, pytest.approx(0.1), pytest.approx(0.1))
-    cosine = factors(lr_schedule="cosine", warmup_steps=20)
-    assert cosine[:2] == [pytest.approx(1 / 20), pytest.approx(2 / 20)]
-    assert cosine[60] == pytest.approx(0.5)
-    assert min(cosine[20:]) == pytest.approx(0.01)
-    assert set(factors(lr_schedule="constant")) == {1}
 
 
 # masks
@@ -280,10 +213,3 @@ def test_a_figure_that_is_not_there_cannot_choose_the_best(recipe, run, tmp_path
         "mask_mean_iou",
     )
     assert "best_metric='mask_mean_iou' is not one of accuracy@0.5" in run(*command, check=False).stderr
-
-
-def test_a_backbone_that_differs_is_refused(trained, recipe, run, tmp_path):
-    changes = json.dumps({"text_config": {"hidden_size": 48}})
-    command = ("train_reftr.py", recipe, "--init_from", trained[0], "--output_dir", tmp_path)
-    result = run(*command, "--model", changes, check=False)
-    assert "model.text_config.hidden_size=48, but init_from has 32 there" in result.stderr

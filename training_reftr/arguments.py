@@ -1,17 +1,27 @@
-"""The script's settings: a YAML recipe, overridden by the command line."""
+"""
+The script's settings: YAML recipes that inherit from each other, overridden by the command line. Nothing here holds a
+collective.
+"""
 
 import argparse
 import difflib
-import json
-from dataclasses import dataclass, field, fields
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from modeling_reftr import RefTRConfig
+
 
 def setting(default, text: str):
     """A field with its help text."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -23,7 +33,7 @@ class TrainingArguments:
 
     # data
     dataset: str = setting("shapes", "Data set of data_scripts; several joined: a,b; or a folder of Parquet files.")
-    dataset_config: str = setting("{}", "Flags of the data set, of several by name: a mapping, JSON here.")
+    dataset_config: dict = setting({}, "Flags of the data set, of several by name: a mapping, YAML here.")
     data_dir: str | None = setting(None, "Where the data set's files are.")
     data_cache_dir: str | None = setting(None, "Where built sets are kept (the datasets library's own cache).")
     train_split: str = setting("train", "Split to train on; train+val for two of them.")
@@ -32,6 +42,7 @@ class TrainingArguments:
     streaming: bool = setting(False, "Read the training rows from the files in turn, building nothing.")
     image_cache: str | None = setting(None, "Folder that keeps pictures at image_size; none: read them every time.")
     image_size: int = setting(640, "Length in pixels that the longer side of a picture is brought to.")
+    max_text_length: int | None = setting(None, "Longest sentence in tokens; none: 40, and 90 with several phrases.")
     group_by_image: bool = setting(True, "Encode a picture once for its sentences; else one sentence a sample.")
     expressions_per_image: int = setting(8, "Sentences of an image in a batch; further ones come in other batches.")
     bucket_by_shape: bool = setting(True, "Put pictures of like shape, and texts of like length, into one batch.")
@@ -43,8 +54,11 @@ class TrainingArguments:
     init_detr: str | None = setting(None, "DETR to take image backbone and encoder from: .pth, folder or Hub id.")
     init_backbone: str | None = setting(None, "Weights of the image backbone: a file, or timm's for ImageNet: timm.")
     init_text: str | None = setting(None, "Text encoder to start from, with its tokenizer: a folder or Hub id.")
-    model: str = setting("{}", "Fields of RefTRConfig, new or changed: a mapping, JSON here.")
-    tokenizer: str | None = setting(None, "Tokenizer of a new model, a folder or Hub id; none: trained on the set.")
+    model: dict = setting({}, "Fields of RefTRConfig, new or changed: a mapping, YAML here.")
+    tokenizer: str | None = setting(
+        None,
+        "Tokenizer of a new model or a published .pth, folder or Hub id; none: init_text's, or trained on the set.",
+    )
     attn_implementation: str | None = setting(None, "eager, sdpa, ...; none: what transformers chooses.")
 
     # optimisation
@@ -60,9 +74,10 @@ class TrainingArguments:
     weight_decay: float = setting(1e-4, "AdamW's.")
     adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients; shorter leaves plateaus sooner.")
     max_grad_norm: float = setting(0.1, "The gradient of all parameters together is cut to this norm.")
-    lr_schedule: str = setting("step", "step: x0.1 after lr_drop_epochs; cosine; or constant.")
-    lr_drop_epochs: int = setting(60, "Epochs before the step schedule's drop.")
-    warmup_steps: int = setting(0, "Updates over which the rates grow to their peak.")
+    lr_schedule: str = setting("step", "step: x0.1 after each of lr_drop_epochs; cosine; or constant.")
+    lr_drop_epochs: list[int] = setting([60], "Epochs before each drop of the step schedule.")
+    warmup_epochs: float = setting(0.0, "Epochs over which the rates grow to their peak, with any schedule.")
+    warmup_steps: int = setting(0, "The same in updates, in place of warmup_epochs.")
     seed: int = setting(42, "Of weights, order, choice of expressions and dropout.")
 
     # checkpoints and guards
@@ -87,17 +102,11 @@ class TrainingArguments:
     run_name: str | None = setting(None, "Name of the run in trackers; none: that of output_dir.")
 
     def __post_init__(self):
-        for name in ("dataset_config", "model"):
-            value = getattr(self, name)
-            try:
-                setattr(self, name, json.loads(value) if isinstance(value, str) else value)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name}={value!r} must be a mapping of names to values.")
+        check_names(self.model, {item.name for item in fields(RefTRConfig)}, "model")
         for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
@@ -111,10 +120,25 @@ class TrainingArguments:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be greater than 0; inf does not cut.")
         if not 0 < self.watchdog_minutes < float("inf"):
             raise ValueError(f"watchdog_minutes={self.watchdog_minutes} must be greater than 0 and finite.")
+        if self.lr_drop_epochs != sorted(set(self.lr_drop_epochs)) or min(self.lr_drop_epochs, default=1) < 1:
+            raise ValueError(f"lr_drop_epochs={self.lr_drop_epochs} must be numbers of epochs from 1 on, growing.")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs:g} and warmup_steps={self.warmup_steps} say the same twice: leave "
+                "one of them at 0."
+            )
+        for name, others in EXCLUDED_STARTS.items():
+            for other in others:
+                if getattr(self, name) and getattr(self, other):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} and {other}={getattr(self, other)!r} contradict each other: "
+                        f"{WHY_EXCLUDED[name]}. Leave one of them out."
+                    )
 
 
 AT_LEAST_ONE = (
     "image_size",
+    "max_text_length",
     "expressions_per_image",
     "num_epochs",
     "batch_size",
@@ -132,7 +156,7 @@ NOT_NEGATIVE = (
     "text_learning_rate",
     "mask_head_learning_rate",
     "weight_decay",
-    "lr_drop_epochs",
+    "warmup_epochs",
     "warmup_steps",
     "seed",
     "checkpoint_every",
@@ -146,6 +170,31 @@ CHOICES = {
 }
 
 
+# starts that give the same weights twice
+EXCLUDED_STARTS = {"init_from": ("init_detr", "init_backbone", "init_text"), "init_detr": ("init_backbone",)}
+WHY_EXCLUDED = {
+    "init_from": "a RefTR brings all of its weights",
+    "init_detr": "a DETR brings the image backbone with its encoder",
+}
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as YAML 1.2 has it, and PyYAML has not."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str, where: str):
+    """What a text in YAML says; a ValueError that begins with `where` if it is none."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}.") from error
+
+
 def check_names(given, known, where: str):
     """Raise a ValueError that names the nearest known name for the first unknown one."""
     for name in given:
@@ -155,33 +204,169 @@ def check_names(given, known, where: str):
             raise ValueError(f"{where} has no field {name!r}.{hint}")
 
 
-def parse_arguments(argv: list[str]) -> TrainingArguments:
+def read_recipe(path: Path, heirs: tuple[Path, ...] = ()) -> dict[Path, dict]:
     """
-    `[RECIPE.yaml] [--field value ...]`; the command line wins over the recipe, the recipe over the defaults.
+    The settings of a recipe and of all that it inherits, by file, in the order in which they lie over each other: what
+    is inherited first, the recipe itself last. A file that is inherited twice counts where it comes first.
+
+    Args:
+        path (`Path`): the recipe. Its `inherit` is a path, or a list of paths, relative to its own folder.
+        heirs (`tuple[Path, ...]`): the recipes that inherit this one, the first asked for first.
 
     Raises:
-        OSError: if the recipe is not there.
-        ValueError: if the recipe is not a mapping, has a field that does not exist, or a value makes no sense.
+        OSError: if there is no such file.
+        ValueError: if it is no mapping, has an unknown field, or inherits itself.
     """
-    parser = HfArgumentParser(TrainingArguments, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.description = "Train and evaluate RefTR. Usage: train_reftr.py [RECIPE.yaml] [--field value ...]"
-    if argv and not argv[0].startswith("-"):
-        recipe, argv = Path(argv[0]), argv[1:]
-        if not recipe.is_file():
-            raise OSError(f"There is no recipe {str(recipe)!r}.")
-        values = yaml.safe_load(recipe.read_text()) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"The recipe {str(recipe)!r} must be a mapping of fields to values.")
-        check_names(values, {item.name for item in fields(TrainingArguments)}, f"The recipe {str(recipe)!r}")
-        # as words of the command line, so that both are read by one parser
-        words = []
-        for name, value in values.items():
-            if value is not None:
-                words += [f"--{name}", json.dumps(value) if isinstance(value, (dict, bool)) else str(value)]
-        argv = words + argv
-    check_names(
-        [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")],
-        {item.name for item in fields(TrainingArguments)} | {"help"},
-        "The command line",
-    )
-    return parser.parse_args_into_dataclasses(argv)[0]
+    path = path.resolve()
+    if not path.is_file():
+        raise OSError(f"There is no recipe {str(path)!r}{f', which {heirs[-1]} inherits' if heirs else ''}.")
+    if path in heirs:
+        raise ValueError(f"The recipe inherits itself: {' -> '.join(map(str, (*heirs, path)))}.")
+    values = read_yaml(path.read_text(), f"The recipe {str(path)!r}") or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"The recipe {str(path)!r} must be a mapping of fields to values.")
+    parents = values.pop("inherit", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ValueError(f"inherit={parents!r} in the recipe {str(path)!r} must be a path or a list of paths.")
+    check_names(values, {*TYPES, "inherit"}, f"The recipe {str(path)!r}")
+    layers = {}
+    for parent in parents:
+        layers |= {
+            file: layer
+            for file, layer in read_recipe(path.parent / parent, (*heirs, path)).items()
+            if file not in layers
+        }
+    return {**layers, path: values}
+
+
+def read_words(words: list[str]) -> dict:
+    """
+    Settings of the command line: `--name value`, `--name=value`, `--name` for true, and `--model.decoder_layers 3` for
+    a key inside a mapping; `null` takes a setting back.
+
+    Raises:
+        ValueError: if a field does not exist, lacks its value, or has no keys inside.
+    """
+    settings = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is no setting. The order is: recipes first, then --field value ...")
+        name, given, value = word[2:].partition("=")
+        name, *keys = name.split(".")
+        name = name.replace("-", "_")
+        check_names([name], TYPES, "The command line")
+        if keys and TYPES[name] is not dict:
+            raise ValueError(f"{word}: {name!r} has no keys inside; only {', '.join(MAPPINGS)} have.")
+        if not given:
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif TYPES[name] is bool:
+                value = "true"
+            else:
+                raise ValueError(f"{word} needs a value.")
+        if value == "null":
+            value = None
+        elif TYPES[name] in (dict, list[int]):
+            value = read_yaml(value, f"{word.split('=')[0]} {value!r}")
+        for key in reversed(keys):
+            value = {key: value}
+        settings[name] = merge(settings.get(name), value)
+    return settings
+
+
+def merge(below, above):
+    """Mappings key by key, at any depth; of anything else what lies above."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: merge(below.get(name), value) for name, value in above.items()}
+
+
+def lay_over(below: dict, above: dict) -> dict:
+    """
+    Settings over others, merged key by key. A start of weights that is named above takes away those below that it
+    contradicts, so that `--init_from` needs no word about the recipe's DETR; and with another data set the flags of
+    the one below go.
+    """
+    gone = set()
+    for name, others in EXCLUDED_STARTS.items():
+        if above.get(name) is not None:
+            gone.update(others)
+        if any(above.get(other) is not None for other in others):
+            gone.add(name)
+    gone -= above.keys()
+    if above.get("dataset", below.get("dataset")) != below.get("dataset"):
+        gone.add("dataset_config")
+    return merge({name: value for name, value in below.items() if name not in gone}, above)
+
+
+def to_type(name: str, value):
+    """
+    A setting's value in its field's type: numbers may be written as text, and one number for a list of one.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    kind = TYPES[name]
+    if kind == list[int] and type(value) is int:
+        return [value]
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind is dict and isinstance(value, dict):
+        return value
+    if kind == list[int] and isinstance(value, list) and all(type(item) is int for item in value):
+        return value
+    if kind in (str, int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            return kind(str(value))
+        except ValueError:
+            pass  # the sentence below says it
+    raise ValueError(f"{name}={value!r} must be {TYPE_NAMES[kind]}.")
+
+
+def parse_arguments(argv: list[str]) -> TrainingArguments:
+    """
+    `[RECIPE.yaml ...] [--field value ...]`; the command line wins over the recipes, of them the later one, and a
+    recipe over what it inherits and over the defaults. `--print_config` writes the settings that result, a recipe
+    again, to stdout and ends; `--help` explains them.
+
+    Raises:
+        OSError: if a recipe is not there.
+        ValueError: if a recipe is not a mapping, has a field that does not exist, or a value makes no sense.
+        SystemExit: after `--help` and `--print_config`.
+    """
+    if {"-h", "--help"} & set(argv):
+        parser = HfArgumentParser(TrainingArguments, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        parser.usage = "train_reftr.py [RECIPE.yaml ...] [--print_config] [--field value ...]"
+        parser.description = "Train and evaluate RefTR."
+        parser.print_help()
+        sys.exit()
+    words = [word for word in argv if word != "--print_config"]
+    settings = {}
+    while words and not words[0].startswith("-"):
+        for layer in read_recipe(Path(words.pop(0))).values():
+            settings = lay_over(settings, layer)
+    settings = lay_over(settings, read_words(words))
+    args = TrainingArguments(**{name: to_type(name, value) for name, value in settings.items() if value is not None})
+    if "--print_config" in argv:
+        yaml.safe_dump(asdict(args), sys.stdout, sort_keys=False)
+        sys.exit()
+    return args
+
+
+TYPES = {
+    # int | None -> int
+    name: get_args(hint)[0] if isinstance(hint, UnionType) else hint
+    for name, hint in get_type_hints(TrainingArguments).items()
+}
+TYPE_NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping of names to values",
+    list[int]: "a list of whole numbers",
+}
+MAPPINGS = [name for name, kind in TYPES.items() if kind is dict]

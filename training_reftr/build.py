@@ -1,45 +1,158 @@
-"""Model and processor of a run. Nothing here holds a collective."""
+"""Model and processor of a run, and where their weights come from. Nothing here holds a collective."""
 
+import logging
+import re
 from dataclasses import fields
+from pathlib import Path
 
+import timm
 import torch
-from transformers import AutoTokenizer
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
-from training_reftr.arguments import check_names
+from modeling_reftr.convert_reftr_checkpoint import (
+    config_from_shapes,
+    convert_state_dict,
+    describe_assumptions,
+    load_tokenizer,
+    place_weights,
+    read_published_checkpoint,
+    read_weights,
+)
+from modeling_reftr.detr_reftr import init_from_detr, resnet_name
+from training_reftr.arguments import check_names, merge
 from training_reftr.data import all_sentences, train_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
+LEFT_FROM_TEXT = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 
 
 def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
-    Where weights come from: `init_from`, a RefTR folder or Hub id, with the fields that `args.model` changes
-    (masks over a boxes-only model, for example); absent, a new model as `args.model` says, with random weights.
-    Nothing is downloaded unless `init_from` or `tokenizer` names it.
+    The model and its processor as a run starts, the same on all processes with the same seed. What was loaded, and
+    what is new, is logged.
 
     Raises:
-        ValueError: if `args.model` has an unknown field, its vocabulary is smaller than the tokenizer's, or it changes
-            a backbone of the loaded model.
+        OSError: if what a setting names is not there.
+        ValueError: if it does not fit, `args.model` has an unknown field or changes a backbone that is loaded, or the
+            vocabulary is smaller than the tokenizer's.
     """
-    check_names(args.model, {item.name for item in fields(RefTRConfig)}, "model")
+    # Where weights come from. A line wins over those below it.
+    # 1. resume: the run's own checkpoint. It is laid over what this function gives.
+    # 2. init_from: a RefTR, all of it; what args.model adds to it (masks) is random.
+    # 3. init_detr: image backbone and encoder; with init_text, the published start.
+    # 4. init_backbone and init_text: the image backbone alone, and the text backbone with its tokenizer.
+    # 5. nothing: random weights, and a tokenizer trained on the set.
     if args.init_from is not None:
-        config = RefTRConfig.from_pretrained(args.init_from)
-        model = RefTRForVisualGrounding.from_pretrained(
-            args.init_from,
-            config=change_config(config, args.model),
-            dtype=torch.float32,
-            attn_implementation=args.attn_implementation,
-        )
-        return model, RefTRProcessor.from_pretrained(args.init_from)
+        if args.tokenizer is not None and not is_weights_file(args.init_from):
+            raise ValueError(
+                f"tokenizer={args.tokenizer!r} cannot be given beside init_from={args.init_from!r}, which brings the "
+                "tokenizer that its text backbone was trained with."
+            )
+        return load_reftr(args.init_from, args, args.model)
+    model, processor = new_model(args, train_rows)
+    taken = ()
+    if args.init_detr is not None:
+        start = init_from_detr(model, args.init_detr)
+        logger.info(f"init_detr: {len(start.taken)} weights of image backbone and encoder from {args.init_detr}.")
+        taken += ("model.backbone.", "model.encoder.")
+    if args.init_backbone is not None:
+        load_image_backbone(model, args.init_backbone)
+        taken += ("model.backbone.",)
+    if args.init_text is not None:
+        load_text_backbone(model, args.init_text)
+        taken += ("model.text_backbone.",)
+    new = {name.removeprefix("model.").split(".")[0] for name in model.state_dict() if not name.startswith(taken)}
+    logger.info(f"Random weights, as nothing names others: {', '.join(sorted(new))}.")
+    return model, processor
 
-    settings = dict(args.model)
-    max_length = settings.get("max_text_positions", RefTRConfig.max_text_positions)
-    if args.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+
+def is_weights_file(source: str | Path) -> bool:
+    """Whether a name is that of a file of weights, by its ending."""
+    return Path(source).suffix in WEIGHT_FILES
+
+
+def local_or_hub(name: str | Path, what: str) -> Path | str:
+    """
+    The path that a name is of, or the name itself if it can only be a Hub id. A `Path`, `./folder` and a file of
+    weights are always local.
+
+    Raises:
+        OSError: if there is no such path, and it is no Hub id.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if isinstance(name, str) and not is_weights_file(name) and HUB_ID.fullmatch(name):
+        return name
+    raise FileNotFoundError(f"There is no {what} at {str(name)!r}; give its path, or a Hub id (owner/name).")
+
+
+def load_reftr(
+    source: str | Path, args, changes: dict | None = None
+) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+    """
+    A trained RefTR with its processor.
+
+    Args:
+        source (`str` or `Path`): a folder, a Hub id, or a published file, which is converted in memory.
+        args ([`TrainingArguments`]): `tokenizer` for a published file, `max_text_length`, `attn_implementation`.
+        changes (`dict`, *optional*): fields of its configuration to change, see `change_config`.
+
+    Raises:
+        OSError: if there is nothing at `source`.
+        ValueError: if it is refused, or `changes` do not fit.
+    """
+    place = local_or_hub(source, "RefTR")
+    if is_weights_file(place):
+        published = read_published_checkpoint(place)
+        config = config_from_shapes(published)
+        logger.info(f"{source}: taken as published, because shapes do not tell: {describe_assumptions(config)}.")
+        with torch.device("meta"):
+            expected = RefTRForVisualGrounding(config).state_dict()
+        weights = {"pretrained_model_name_or_path": None, "state_dict": convert_state_dict(published, expected)}
+        processor = RefTRProcessor(RefTRImageProcessor(), load_tokenizer(args.tokenizer, config))
     else:
+        config = RefTRConfig.from_pretrained(place)
+        weights = {"pretrained_model_name_or_path": place, "use_safetensors": True}
+        processor = RefTRProcessor.from_pretrained(place)
+    model, info = RefTRForVisualGrounding.from_pretrained(
+        **weights,
+        config=change_config(config, changes or {}),
+        dtype=torch.float32,
+        attn_implementation=args.attn_implementation,
+        output_loading_info=True,
+    )
+    new = {name.removeprefix("model.").split(".")[0] for name in info["missing_keys"]}
+    left = {name.removeprefix("model.").split(".")[0] for name in info["unexpected_keys"]}
+    logger.info(
+        f"RefTR from {source}: {len(model.state_dict()) - len(info['missing_keys'])} weights. Random weights: "
+        f"{', '.join(sorted(new)) or 'none'}. Left: {', '.join(sorted(left)) or 'none'}."
+    )
+    set_max_text_length(processor, args.max_text_length, model.config)
+    return model, processor
+
+
+def new_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+    """A model as `args.model` and `args.init_text` say, with random weights, and its processor."""
+    settings = dict(args.model)
+    if args.init_text is not None:
+        settings["text_config"] = text_config_of(args.init_text, settings.get("text_config", {}))
+    tokenizer = args.tokenizer or args.init_text
+    if tokenizer is not None:
+        tokenizer = read_tokenizer(tokenizer)
+    else:
+        max_length = settings.get("max_text_positions", RefTRConfig.max_text_positions)
         tokenizer = train_tokenizer(all_sentences(train_rows), max_length)
         text_config = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         settings["text_config"] = {**text_config, **settings.get("text_config", {})}
     config = RefTRConfig(**settings)
+    for part in ("backbone_config", "text_config"):
+        check_names(args.model.get(part, {}), type(getattr(config, part))().to_dict(), f"model.{part}")
     if config.text_config.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.text_config.vocab_size={config.text_config.vocab_size} is smaller than the tokenizer's "
@@ -47,7 +160,149 @@ def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcess
         )
     size = {"shortest_edge": args.image_size, "longest_edge": args.image_size}
     processor = RefTRProcessor(RefTRImageProcessor(size=size), tokenizer)
+    set_max_text_length(processor, args.max_text_length, config)
     return RefTRForVisualGrounding._from_config(config, attn_implementation=args.attn_implementation), processor
+
+
+def read_tokenizer(source: str):
+    """
+    The tokenizer of a folder or Hub id.
+
+    Raises:
+        OSError: if there is none. (transformers makes one without words, where only a model's config.json is found.)
+    """
+    place = local_or_hub(source, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no tokenizer {source!r} to be loaded, as a folder or from the Hub.") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise OSError(f"There is no tokenizer in {source!r}: nothing there has a vocabulary.")
+    return tokenizer
+
+
+def set_max_text_length(processor: RefTRProcessor, max_text_length: int | None, config: RefTRConfig):
+    """Cut sentences to so many tokens, with phrases and without; None leaves the processor's own limits."""
+    if max_text_length is None:
+        return
+    if max_text_length > config.max_text_positions:
+        raise ValueError(
+            f"max_text_length={max_text_length} is more than model.max_text_positions={config.max_text_positions}: "
+            "longer sentences would have no position."
+        )
+    processor.max_expression_length = processor.max_caption_length = max_text_length
+
+
+def text_config_of(source: str, changes: dict) -> dict:
+    """
+    The configuration of a pretrained text model, with changes of what its weights leave open (dropout).
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if the changes are of another type of model.
+    """
+    config = AutoConfig.from_pretrained(local_or_hub(source, "text model"), trust_remote_code=False)
+    wanted = changes.get("model_type", config.model_type)
+    if wanted != config.model_type:
+        raise ValueError(
+            f"model.text_config.model_type={wanted!r}, but init_text={source!r} is of type {config.model_type!r}."
+        )
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in LEFT_FROM_TEXT}
+    return merge({"model_type": config.model_type, **values}, changes)
+
+
+def load_text_backbone(model: RefTRForVisualGrounding, source: str):
+    """
+    Give a model's text backbone the weights of a text model; a pooler that it lacks stays random.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if a weight is missing or of another shape.
+    """
+    backbone = model.model.text_backbone
+    place = local_or_hub(source, "text model")
+    weights = {"pretrained_model_name_or_path": place, "use_safetensors": True}
+    if isinstance(place, Path) and not any(place.glob("*.safetensors")):  # read here, for a pickle can run code
+        files = sorted(place.glob("pytorch_model*.bin"))
+        if not files:
+            raise FileNotFoundError(f"init_text={source!r} has no model.safetensors and no pytorch_model.bin.")
+        state_dict = {key: value for file in files for key, value in read_weights(file).items()}
+        weights = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
+    text, info = type(backbone).from_pretrained(
+        **weights,
+        config=backbone.config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # named below
+        output_loading_info=True,
+    )
+    wrong = sorted(
+        [name for name in info["missing_keys"] if not name.startswith("pooler.")]
+        + [name for name, *_ in info["mismatched_keys"]]
+    )
+    if wrong:
+        raise ValueError(
+            f"init_text={source!r} does not fit the text backbone: {len(wrong)} weights "
+            f"are missing or of another shape, the first are {', '.join(wrong[:3])}."
+        )
+    backbone.load_state_dict(text.state_dict())
+    new = ", ".join(sorted(info["missing_keys"])) or "none"
+    logger.info(
+        f"init_text: {len(text.state_dict()) - len(info['missing_keys'])} weights of the text backbone from {source}. "
+        f"Random weights in it: {new}."
+    )
+
+
+def load_image_backbone(model: RefTRForVisualGrounding, source: str):
+    """
+    Give a model's image backbone weights that were trained on ImageNet.
+
+    Args:
+        model ([`RefTRForVisualGrounding`]): changed in place.
+        source (`str`): a file of timm's or torchvision's names, or "timm", which fetches what timm has for it.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is refused or does not fit.
+    """
+    backbone, config = model.model.backbone, model.config.backbone_config
+    if source == "timm":
+        source, file = fetch_from_timm(config)
+    else:
+        file = Path(source)
+        if not (file.is_file() and is_weights_file(file)):
+            raise FileNotFoundError(
+                f"init_backbone={source!r} is no file of weights ({', '.join(WEIGHT_FILES)}) and not the word timm."
+            )
+    weights = read_weights(file)
+    is_timm = config.model_type == "timm_backbone"
+    # timm writes stages_0 for stages.0 where it takes features off a model
+    own_names, expected = {}, {}
+    for name, value in backbone.state_dict().items():
+        common = (name.removeprefix("_backbone.") if is_timm else resnet_name(name)).replace("_", ".")
+        own_names[common], expected[common] = name, value
+    taken = {key: value for key, value in weights.items() if key.replace("_", ".") in expected}
+    try:
+        placed = place_weights(taken, expected, lambda key: [key.replace("_", ".")])
+    except ValueError as error:
+        raise ValueError(f"init_backbone={source!r} does not fit the image backbone. {error}") from error
+    backbone.load_state_dict({own_names[name]: value for name, value in placed.items()}, strict=False)
+    left = ", ".join(sorted(weights.keys() - taken.keys())) or "none"
+    logger.info(f"init_backbone: {len(taken)} weights of the image backbone from {source}. Left: {left}.")
+
+
+def fetch_from_timm(config: PreTrainedConfig) -> tuple[str, Path]:
+    """
+    The Hub id and the file of the weights that timm has for a backbone.
+
+    Raises:
+        OSError: if the Hub does not give it.
+        ValueError: if timm has none.
+    """
+    name = getattr(config, "backbone", None)
+    pretrained = timm.get_pretrained_cfg(name) if name and timm.is_model(name) else None
+    if pretrained is None or not pretrained.hf_hub_id:
+        raise ValueError(f"init_backbone='timm', but timm has no weights for the image backbone {name!r}.")
+    return pretrained.hf_hub_id, Path(hf_hub_download(pretrained.hf_hub_id, "model.safetensors"))
 
 
 def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
@@ -57,12 +312,14 @@ def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
     Raises:
         ValueError: if a change is about a backbone, whose weights are what they are.
     """
+    check_names(changes, {item.name for item in fields(RefTRConfig)}, "model")
     values = config.to_dict()
     for name, value in changes.items():
         if isinstance(value, dict):
             known = values[name]
             for key, wanted in value.items():
-                if known.get(key) != wanted:
+                # timm writes its weights' name behind a dot
+                if known.get(key) != wanted and not (key == "backbone" and known[key].split(".")[0] == wanted):
                     raise ValueError(
                         f"model.{name}.{key}={wanted!r}, but init_from has {known.get(key)!r} there: leave "
                         "it out, or train a new model."

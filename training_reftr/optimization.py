@@ -30,20 +30,30 @@ def build_scheduler(
     optimizer, args, steps_per_epoch: int, num_steps: int, done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """
-    One factor for all rates, set before every update (published schedules); `done` updates are over.
+    One factor of all rates, a function of the updates done, as the published code has it: `(step + 1) / warmup` before
+    the end of the warm-up; then 0.1 for each of `lr_drop_epochs` that is over (`step`), half a cosine down to the last
+    update (`cosine`), or 1 (`constant`). It is never under 0.01.
 
-    `cosine` never goes under 0.01 of the peak; `step` is 0.1 of it after `lr_drop_epochs`.
+    Args:
+        optimizer (`torch.optim.Optimizer`): with the peak rates.
+        args ([`TrainingArguments`]): of the run.
+        steps_per_epoch (`int`): updates an epoch.
+        num_steps (`int`): updates of the whole run.
+        done (`int`): updates that are over, where a run goes on.
     """
+    warmup = args.warmup_steps or round(args.warmup_epochs * steps_per_epoch)
 
     def factor(step: int) -> float:
-        if step < args.warmup_steps:
-            return (step + 1) / args.warmup_steps
-        if args.lr_schedule == "cosine":
-            progress = (step - args.warmup_steps) / max(1, num_steps - args.warmup_steps)
-            return max(0.01, 0.5 * (math.cos(math.pi * min(1.0, progress)) + 1))
-        if args.lr_schedule == "step":
-            return 0.1 if step >= args.lr_drop_epochs * steps_per_epoch else 1.0
-        return 1.0
+        if step < warmup:
+            value = (step + 1) / warmup
+        elif args.lr_schedule == "cosine":
+            progress = (step - warmup) / max(1, num_steps - warmup)
+            value = 0.5 * (math.cos(math.pi * min(1.0, progress)) + 1)
+        elif args.lr_schedule == "step":
+            value = 0.1 ** sum(step >= epochs * steps_per_epoch for epochs in args.lr_drop_epochs)
+        else:
+            value = 1.0
+        return max(0.01, value)
 
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

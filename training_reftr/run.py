@@ -3,11 +3,11 @@ What a run of training is made of, put together. `build_accelerator` joins the p
 collectives: all processes call them.
 """
 
-import dataclasses
 import logging
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.batch_norm import synchronize_batch_norm
-from training_reftr.build import build_model
+from training_reftr.build import build_model, load_reftr
 from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
 from training_reftr.data import TrainingData
 from training_reftr.optimization import build_optimizer, build_scheduler
@@ -168,9 +168,8 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
 
 def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """What the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does."""
-    if args.eval_only and args.init_from is not None:
-        return build_model(args, None)
-    return build_model(dataclasses.replace(args, init_from=args.output_dir, model={}), None)
+    is_named = args.eval_only and args.init_from is not None
+    return load_reftr(args.init_from if is_named else Path(args.output_dir), args)
 
 
 def warn_of_changes(state: TrainingState, args, global_batch_size: int):
