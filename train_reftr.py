@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-import data_scripts
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.arguments import TrainingArguments, parse_arguments
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import build_model
-from training_reftr.data import move, training_loader
+from training_reftr.data import TrainingData, move
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.optimization import build_optimizer, build_scheduler
 from training_reftr.report import format_table, write_report
+from training_reftr.sources import load_rows, split_of
 
 
 logger = logging.getLogger("train_reftr")
@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None):
     )
     # the main process builds the set, the others take it from the cache
     with accelerator.main_process_first():
-        rows = data_scripts.load(args.dataset, cache_dir=args.data_cache_dir, **args.dataset_config)
+        rows = load_rows(args)
 
     if not args.eval_only:
         set_seed(args.seed)  # equal weights on all processes
-        model, processor = build_model(args, rows[args.train_split])
+        model, processor = build_model(args, split_of(rows, args.train_split))
         set_seed(args.seed, device_specific=True)  # but not equal dropout
         train(model, processor, rows, args, accelerator)
         args.init_from = args.output_dir
@@ -53,15 +53,15 @@ def main(argv: list[str] | None = None):
 
 def train(model, processor, rows, args: TrainingArguments, accelerator: Accelerator):
     """Train, and leave the best model by validation, with its processor, in the run's folder."""
-    loader = training_loader(
-        rows[args.train_split],
+    data = TrainingData(
+        split_of(rows, args.train_split),
         processor,
         args,
         accelerator.process_index,
         accelerator.num_processes,
         with_masks=model.config.predict_masks,
     )
-    steps_per_epoch = max(1, len(loader) // args.gradient_accumulation_steps)
+    steps_per_epoch = max(1, data.num_batches(0) // args.gradient_accumulation_steps)
     num_steps = steps_per_epoch * args.num_epochs
     num_steps = min(num_steps, args.max_steps) if args.max_steps else num_steps
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
@@ -75,8 +75,7 @@ def train(model, processor, rows, args: TrainingArguments, accelerator: Accelera
     step = 0
     with tqdm(total=num_steps, desc="training", unit="step", disable=not accelerator.is_main_process) as progress:
         for epoch in range(args.num_epochs):
-            loader.batch_sampler.epoch = epoch
-            batches = iter(loader)
+            batches = data.batches(epoch)
             for _ in range(steps_per_epoch):
                 losses = update(model, optimizer, scheduler, batches, args, accelerator)
                 step += 1
@@ -135,7 +134,9 @@ def log_losses(step: int, epoch: int, losses: dict[str, float], scheduler):
 
 def validate_and_save(model, processor, rows, args, accelerator: Accelerator, best: float, step: int) -> float:
     """Evaluate on the validation split; save the model if it is the best so far. All processes call it."""
-    metrics = summarize(evaluate(model, processor, rows[args.validation_split], args, accelerator, "validation"))
+    metrics = summarize(
+        evaluate(model, processor, split_of(rows, args.validation_split), args, accelerator, "validation")
+    )
     name = args.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
     if name not in metrics:
         raise ValueError(f"best_metric={name!r} is not one of {', '.join(sorted(metrics))}.")
@@ -155,7 +156,7 @@ def report(rows, args: TrainingArguments, accelerator: Accelerator):
     source = args.init_from or args.output_dir
     model = RefTRForVisualGrounding.from_pretrained(source, dtype=torch.float32).to(accelerator.device)
     processor = RefTRProcessor.from_pretrained(source)
-    records = evaluate(model, processor, rows[args.test_splits], args, accelerator, "test")
+    records = evaluate(model, processor, split_of(rows, args.test_splits), args, accelerator, "test")
     if not accelerator.is_main_process:
         return
     metrics = {
@@ -163,10 +164,10 @@ def report(rows, args: TrainingArguments, accelerator: Accelerator):
         "dataset": args.dataset,
         "split": args.test_splits,
         **summarize(records),
-        "constant_box": constant_box(rows[args.train_split], records),
+        "constant_box": constant_box(split_of(rows, args.train_split), records),
         "swapped_expressions": swapped_expressions(records),
     }
-    write_report(Path(args.output_dir), metrics, records, rows[args.test_splits], args.num_pictures)
+    write_report(Path(args.output_dir), metrics, records, split_of(rows, args.test_splits), args.num_pictures)
     sys.stdout.write(f"{format_table(metrics)}\n{Path(args.output_dir) / 'predictions.png'}\n")
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from conftest import ROOT, TINY_SET
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.arguments import TrainingArguments, parse_arguments
-from training_reftr.data import EpochSampler
 from training_reftr.evaluation import constant_box, summarize, swapped_expressions
 from training_reftr.optimization import build_scheduler
 
@@ -171,21 +170,6 @@ def test_unknown_model_fields_are_refused(recipe, run, tmp_path):
 
 
 # parts
-
-
-def test_every_image_is_seen_once_an_epoch_by_one_process():
-    for world_size in (1, 2, 3):
-        samplers = [EpochSampler(50, 4, 0, rank, world_size) for rank in range(world_size)]
-        epochs = []
-        for epoch in (0, 1):
-            for sampler in samplers:
-                sampler.epoch = epoch
-            seen = [index for batches in zip(*samplers, strict=True) for batch in batches for _, index in batch]
-            assert len(seen) == len(set(seen)) == 50 // (4 * world_size) * 4 * world_size
-            epochs.append(seen)
-        assert epochs[0] != epochs[1]
-    with pytest.raises(ValueError, match="3 training images do not fill one global batch of 8"):
-        EpochSampler(3, 4, 0, 0, 2)
 
 
 def test_metrics_by_hand():
