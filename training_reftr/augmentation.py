@@ -209,7 +209,7 @@ def move_object(item: dict, move_box, move_mask) -> dict:
 
 def encode_mask(mask: np.ndarray) -> dict:
     """A mask (height, width) in COCO's run-length encoding."""
-    return to_coco_rle(torch.from_numpy(np.ascontiguousarray(mask)))
+    return to_coco_rle(torch.from_numpy(np.array(mask)))
 
 
 def mirror_sentence(sentence: dict) -> dict | None:
