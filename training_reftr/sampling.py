@@ -98,7 +98,7 @@ def deal(sizes: list[int], rank: int, world_size: int) -> list[int]:
     >>> from training_reftr.sampling import deal
 
     >>> [deal([1, 8, 2, 7, 3, 6], rank, 2) for rank in (0, 1)]
-    [[0, 1, 5], [2, 3, 4]]
+    [[1, 2, 4], [0, 3, 5]]
 
     ```"""
     rounds = np.argsort(-np.asarray(sizes), kind="stable").reshape(-1, world_size)
