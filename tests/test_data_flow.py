@@ -135,7 +135,7 @@ def test_processes_hold_about_as_many_sentences(sized_rows):
         counts = [sum(len(visit.sentences) for visit in batch[start : start + 8]) for start in range(0, 32, 8)]
         cut.append(max(counts) / np.mean(counts))
     print(f"the fullest process holds {np.mean(dealt):.3f} of the mean, cut in pieces {np.mean(cut):.3f}")
-    assert np.mean(dealt) < 1.02 < 1.1 < np.mean(cut)
+    assert np.mean(dealt) - 1 < 0.4 * (np.mean(cut) - 1)
 
 
 def test_a_run_that_goes_on_sees_what_was_left(sized_rows):
@@ -348,7 +348,7 @@ def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
     row = make_picture_row(tmp_path / "a.png")
     reader = PictureReader(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), str(tmp_path / "kept"))
     picture = np.asarray(reader(row))
-    assert picture.shape == (42, 64, 3)
+    assert picture.shape == (43, 64, 3)
     (path,) = (tmp_path / "kept").rglob("*.npy")
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
@@ -358,13 +358,13 @@ def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
         assert "is damaged (its checksum differs) and is made again" in caplog.text
         assert path.read_bytes() == whole
     # what is kept is read, not the picture
-    path.write_bytes(encode_array(np.zeros((42, 64, 3), np.uint8)))
+    path.write_bytes(encode_array(np.zeros((43, 64, 3), np.uint8)))
     assert not np.asarray(reader(row)).any()
     # another picture, another size
     row = make_picture_row(tmp_path / "a.png", color=(200, 0, 0))
     assert np.asarray(reader(row))[0, 0].tolist() == [200, 0, 0]
     larger = PictureReader(RefTRImageProcessor(size={"shortest_edge": 80, "longest_edge": 80}), str(tmp_path / "kept"))
-    assert larger(row).size == (80, 53)
+    assert larger(row).size == (80, 54)
     assert len(list((tmp_path / "kept").rglob("*.npy"))) == 3
     (tmp_path / "a.png").unlink()
     with pytest.raises(OSError, match=r"There is no picture at .*a\.png"):
@@ -394,9 +394,7 @@ def test_processes_share_a_folder_of_kept_pictures(tmp_path, run):
 
 def test_a_kept_picture_is_read_many_times_faster(tmp_path):
     plain, cached, png = cache_seconds(tmp_path)
-    print(
-        f"4000 x 3000: {plain * 1000:.1f} ms, kept {cached * 1000:.2f} ms ({plain / cached:.0f} times), as PNG {png * 1000:.1f} ms"
-    )
+    print(f"4000 x 3000 read in {plain * 1000:.1f} ms, kept {cached * 1000:.2f} ms, as PNG {png * 1000:.1f} ms")
     assert plain / cached > 20
     assert png > 2 * cached
 

@@ -185,7 +185,10 @@ class StreamedOrder:
     def visits(self, epoch: int, start: int = 0) -> Iterator[Visit]:
         """The epoch's visits in order, from the one at `start` on."""
         draw = generator(self.seed, epoch)
-        rows = self.rows.shuffle(seed=int(draw.integers(2**31)), buffer_size=1)
+        num_files = self.rows.num_shards
+        # one after the other: the library's own shuffling reads several at a time, by threads that it waits 5 s for
+        files = (self.rows.shard(num_files, index) for index in draw.permutation(num_files).tolist())
+        rows = itertools.chain.from_iterable(files)
         return itertools.islice(self.shuffled(self.cut(rows, epoch, draw), draw), start, None)
 
     def cut(self, rows: Iterable[dict], epoch: int, draw: np.random.Generator) -> Iterator[Visit]:
