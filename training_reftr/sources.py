@@ -36,7 +36,7 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     elif "," in args.dataset:
         rows = join_sets(args)
     else:
-        rows = dict(data_scripts.load(args.dataset, **places_of(args), **args.dataset_config))
+        rows = dict(data_scripts.load(args.dataset, **{**places_of(args), **args.dataset_config}))
     for name, part in rows.items():
         missing = sorted(set(data_scripts.FEATURES) - set(part.column_names or data_scripts.FEATURES))
         if missing:
@@ -64,7 +64,7 @@ def split_of(rows: dict, name: str):
 
 
 def places_of(args) -> dict:
-    """Where `data_scripts.load` finds and keeps files."""
+    """Where `data_scripts.load` finds and keeps files, unless the flags of a set say it."""
     return {"data_dir": args.data_dir, "cache_dir": args.data_cache_dir}
 
 
@@ -118,7 +118,7 @@ def stream_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
         )
     else:
         rows = dict(
-            data_scripts.load(args.dataset, streaming=True, decode=False, **places_of(args), **args.dataset_config)
+            data_scripts.load(args.dataset, streaming=True, decode=False, **{**places_of(args), **args.dataset_config})
         )
     training = set() if args.eval_only else set(args.train_split.split("+"))
     evaluated = {args.validation_split, *args.test_splits.split(",")}
