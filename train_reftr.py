@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     # the main process builds the set, the others take it from the cache
     with accelerator.main_process_first():
         rows = load_rows(args)
-    select_splits(rows, args)  # refused now, and not after the training
+    select_splits(rows, args)  # refused now, and not after hours
+    if not args.eval_only:
+        split_of(rows, args.validation_split)
     with limited(args, rows, accelerator) as (args, rows):
         if not args.eval_only and not train(rows, args, accelerator):
             return 128 + signal.SIGTERM

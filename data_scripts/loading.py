@@ -21,6 +21,7 @@ def load(
     cache_dir: str | None = None,
     streaming: bool = False,
     num_proc: int | None = None,
+    decode: bool = True,
     **config,
 ) -> datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict:
     """
@@ -35,6 +36,7 @@ def load(
         cache_dir (`str`, *optional*): where built sets are kept, the datasets library's own cache by default.
         streaming (`bool`): yield the rows from the files in turn, writing nothing.
         num_proc (`int`, *optional*): processes that build.
+        decode (`bool`): give pictures decoded; else their path or content, as `datasets.Image(decode=False)` does.
         config: flags of the set's configuration, for example `image_size=64`.
 
     Returns:
@@ -67,15 +69,20 @@ def load(
     if streaming:
         rows = builder.as_streaming_dataset(split=split)
         if split is None:
-            return datasets.IterableDatasetDict(
-                {key: part.map(_as_stored, features=FEATURES) for key, part in rows.items()}
-            )
-        return rows.map(_as_stored, features=FEATURES)
+            return datasets.IterableDatasetDict({key: _stream_as_stored(part, decode) for key, part in rows.items()})
+        return _stream_as_stored(rows, decode)
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except DatasetGenerationError as error:
         raise reason_of(error) from error
-    return builder.as_dataset(split=split)
+    rows = builder.as_dataset(split=split)
+    return rows if decode else rows.cast_column("image", datasets.Image(decode=False))
+
+
+def _stream_as_stored(rows: datasets.IterableDataset, decode: bool) -> datasets.IterableDataset:
+    """A stream of `_as_stored` rows; a stream that decodes cannot be cast to one that does not."""
+    rows = rows if decode else rows.cast_column("image", datasets.Image(decode=False))
+    return rows.map(_as_stored, features=FEATURES if decode else rows.features)
 
 
 def _as_stored(row: dict) -> dict:

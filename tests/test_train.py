@@ -11,7 +11,6 @@ from PIL import Image
 
 from conftest import ROOT
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from training_reftr.data import EpochSampler
 
 
 def figures_of_test(folder):
@@ -84,16 +83,17 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize(("accumulation", "masks", "steps"), [(1, False, 20), (2, False, 2), (1, True, 7)])
+@pytest.mark.parametrize(("accumulation", "masks", "steps"), [(1, False, 20), (2, False, 20), (1, True, 7)])
 def test_two_ranks_train_as_one_process(run, tmp_path, accumulation, masks, steps, data_cache):
     """
-    The demo's first steps: the same losses (1e-5) with the same global batch. With masks rounding grows faster: by
-    step 20 one process differs by 2e-5 from itself with the images of each batch in reverse.
+    The demo's first steps: the same losses (1e-5) with the same global batch, at a tenth of its rates: at its own,
+    what the order of a sum rounds grows to some 1e-4 in 20 steps. With masks it grows faster.
     """
     settings = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
     assert settings["model"]["dropout"] == settings["model"]["text_config"]["hidden_dropout_prob"] == 0.0
     settings["dataset_config"] |= {"num_train": 340, "num_validation": 4, "num_test": 4}
     settings |= {"data_cache_dir": data_cache, "batch_size": 16, "num_workers": 0, "log_every": 1, "max_steps": steps}
+    settings |= {f"{part}learning_rate": 1e-4 for part in ("", "backbone_", "text_", "mask_head_")}
     settings["model"]["predict_masks"] = masks
     # accumulation cuts the batch that batch norm looks at, on any number of processes
     settings["model"]["freeze_backbone_batch_norm"] = accumulation > 1
@@ -107,8 +107,6 @@ def test_two_ranks_train_as_one_process(run, tmp_path, accumulation, masks, step
     )  # fmt: skip
     losses_one, losses_two = logged_losses(one.stderr), logged_losses(two.stderr)
     assert [step for step, _ in losses_one] == [step for step, _ in losses_two] == list(range(1, steps + 1))
-    if accumulation == 2:  # another cut of the order: the first update sees the same images
-        losses_one, losses_two = losses_one[:1], losses_two[:1]
     for (step, first), (_, second) in zip(losses_one, losses_two, strict=True):
         for name, value in first.items():
             # the norm is no loss: a sum of squares over all weights, rounded in another order
@@ -116,24 +114,6 @@ def test_two_ranks_train_as_one_process(run, tmp_path, accumulation, masks, step
             assert second[name] == pytest.approx(value, abs=1e-5, rel=tolerance), (step, name)
     first, second = (figures_of_test(tmp_path / name) for name in ("one", "two"))
     assert first["num_phrases"] == second["num_phrases"]
-
-
-# parts
-
-
-def test_every_image_is_seen_once_an_epoch_by_one_process():
-    for world_size in (1, 2, 3):
-        samplers = [EpochSampler(50, 4, 0, rank, world_size) for rank in range(world_size)]
-        epochs = []
-        for epoch in (0, 1):
-            for sampler in samplers:
-                sampler.epoch = epoch
-            seen = [index for batches in zip(*samplers, strict=True) for batch in batches for _, index in batch]
-            assert len(seen) == len(set(seen)) == 50 // (4 * world_size) * 4 * world_size
-            epochs.append(seen)
-        assert epochs[0] != epochs[1]
-    with pytest.raises(ValueError, match="3 training images do not fill one global batch of 8"):
-        EpochSampler(3, 4, 0, 0, 2)
 
 
 # masks

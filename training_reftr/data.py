@@ -1,74 +1,114 @@
 """
-Rows of a data set -> batches of the model, grouped by image. No function here holds a collective: each process takes
-its own part of one order that all of them know.
+Rows of a data set -> batches of the model. No function here holds a collective: each process takes its own part of
+one order that all of them know (`sampling`).
 """
 
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import datasets
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
+
+from modeling_reftr.image_processing_reftr import picture_size
+from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from training_reftr.augmentation import augment
+from training_reftr.pictures import PictureReader, read_picture
+from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit
 
 
 class GroundingDataset(Dataset):
     """
-    Images of a set, each with some of its sentences.
+    Rows by their visit, their pictures read by the project's rule (see `pictures.read_picture`).
 
     Args:
-        rows (`datasets.Dataset`): see `data_scripts.FEATURES`.
-        expressions_per_image (`int`, *optional*): sentences to draw for an image; absent: all.
-        seed (`int`): of the draw, which depends on nothing but (seed, epoch, index).
+        rows (`datasets.Dataset`, *optional*): see `data_scripts.FEATURES`; absent where visits bring their rows.
+        reader (`Callable`): a row whose picture is not decoded -> its picture.
+        prepare (`Callable`, *optional*): of training, a read row and its visit -> the row that is learned from.
     """
 
-    def __init__(self, rows, expressions_per_image: int | None = None, seed: int = 0):
-        self.rows = rows
-        self.expressions_per_image = expressions_per_image
+    def __init__(self, rows, reader: Callable[[dict], Image.Image], prepare=None):
+        self.rows = None if rows is None else rows.cast_column("image", datasets.Image(decode=False))
+        self.reader = reader
+        self.prepare = prepare
+
+    def __getitem__(self, visit: Visit) -> dict:
+        row = self.rows[visit.index] if visit.row is None else visit.row
+        row = {**row, "image": self.reader(row)}
+        return row if self.prepare is None else self.prepare(row, visit)
+
+
+class Preparation:
+    """
+    What becomes of a row on its way to training: the visit's sentences and their objects, at the size of the picture,
+    augmented. A function of (seed, epoch, sentence) alone.
+    """
+
+    def __init__(self, image_processor, augmentation: str, seed: int, with_masks: bool):
+        self.image_processor = image_processor
+        self.augmentation = augmentation
         self.seed = seed
+        self.with_masks = with_masks
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __call__(self, row: dict, visit: Visit) -> dict:
+        """A row with its picture at the model's size, and the visit -> the row that is learned from."""
+        row = take_sentences(row, visit.sentences)
+        if not self.with_masks:
+            row["objects"] = [{**item, "segmentation": None} for item in row["objects"]]
+        row = fit_to_picture(row, self.image_processor)
+        draw = random.Random(f"{self.seed}/{visit.epoch}/{row['sentences'][0]['sentence_id']}")
+        return augment(row, self.augmentation, draw)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        epoch, index = place
-        row = self.rows[index]
-        count = self.expressions_per_image
-        if count is not None and count < len(row["sentences"]):
-            draw = random.Random(f"{self.seed}/{epoch}/{index}")
-            row["sentences"] = draw.sample(row["sentences"], count)
+
+def take_sentences(row: dict, places) -> dict:
+    """A row with some of its sentences, in this order, and the objects that they name."""
+    sentences = [row["sentences"][place] for place in places]
+    named = sorted({index for item in sentences for phrase in item["phrases"] for index in phrase["objects"]})
+    new_index = {index: number for number, index in enumerate(named)}
+    return {
+        **row,
+        "objects": [row["objects"][index] for index in named],
+        "sentences": [
+            {
+                **sentence,
+                "phrases": [
+                    {**phrase, "objects": [new_index[index] for index in phrase["objects"]]}
+                    for phrase in sentence["phrases"]
+                ],
+            }
+            for sentence in sentences
+        ],
+    }
+
+
+def fit_to_picture(row: dict, image_processor) -> dict:
+    """A row whose picture was resized, with its size, boxes and masks at that of the picture."""
+    old_size, new_size = (row["height"], row["width"]), picture_size(row["image"])
+    if old_size == new_size:
         return row
+    limits = np.array([old_size[1], old_size[0]] * 2, dtype=np.float64)
+    scale = np.array([new_size[1], new_size[0]] * 2) / limits
 
+    def fit(item: dict) -> dict:
+        # what passes the edge by a pixel, as annotations may, is cut there before it grows
+        box, *boxes = [
+            np.clip(box, 0, limits) if np.all(np.abs(box - np.clip(box, 0, limits)) <= 1) else box
+            for box in map(np.float64, [item["box"], *item["boxes"]])
+        ]
+        segmentation = item["segmentation"]
+        if segmentation is not None:
+            mask = from_coco_rle(segmentation)[None]
+            size = {"height": new_size[0], "width": new_size[1]}
+            segmentation = to_coco_rle(image_processor.resize_masks(mask, new_size, size, do_resize=True)[0])
+        moved = {"box": (box * scale).tolist(), "boxes": [(box * scale).tolist() for box in boxes]}
+        return {**item, **moved, "segmentation": segmentation}
 
-class EpochSampler(Sampler):
-    """
-    This process's part of the epoch's order, as (epoch, index): an order that is a function of (seed, epoch) alone,
-    cut into global batches, each cut into one piece a process. What does not fill a global batch waits for another
-    epoch's order.
-    """
-
-    def __init__(self, num_rows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.global_batch_size = batch_size * world_size
-        if num_rows < self.global_batch_size:
-            raise ValueError(
-                f"{num_rows} training images do not fill one global batch of {self.global_batch_size} "
-                f"({world_size} processes with batch_size={batch_size}); lower batch_size."
-            )
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.num_rows // self.global_batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = list(range(self.num_rows))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        for number in range(len(self)):
-            begin = number * self.global_batch_size + self.rank * self.batch_size
-            yield [(self.epoch, index) for index in order[begin : begin + self.batch_size]]
+    return {**row, "height": new_size[0], "width": new_size[1], "objects": [fit(item) for item in row["objects"]]}
 
 
 class GroundingCollator:
@@ -78,11 +118,13 @@ class GroundingCollator:
     Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, words, types, object
     id, true box, boxes and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves
     them out, for trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of
-    sentences all of whose phrases have one.
+    sentences all of whose phrases have one. `are_resized=True` takes pictures that have the model's size already, and
+    brings boxes and masks to it.
     """
 
-    def __init__(self, processor, with_targets: bool = True, with_masks: bool = False):
+    def __init__(self, processor, with_targets: bool = True, with_masks: bool = False, are_resized: bool = False):
         self.processor = processor
+        self.are_resized = are_resized
         self.with_targets = with_targets
         self.with_masks = with_masks
 
@@ -91,6 +133,7 @@ class GroundingCollator:
         texts, phrases, boxes, masks, targets = [], [], [], [], []
         whole = True
         for row in rows:
+            fitted = fit_to_picture(row, self.processor.image_processor) if self.are_resized else row
             texts.append([sentence["text"] for sentence in row["sentences"]])
             phrases.append([])
             boxes.append([])
@@ -100,8 +143,9 @@ class GroundingCollator:
                 whole = whole and spans == [(0, len(sentence["text"]))]
                 objects = [row["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]
                 phrases[-1].append(spans)
-                boxes[-1].append([item["box"] for item in objects])
-                encoded = [item["segmentation"] for item in objects]
+                seen = [fitted["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]
+                boxes[-1].append([item["box"] for item in seen])
+                encoded = [item["segmentation"] for item in seen]
                 masks[-1].append(None if None in encoded else encoded)
                 targets.append(
                     [
@@ -127,46 +171,75 @@ class GroundingCollator:
             boxes=boxes,
             masks=masks if self.with_masks else None,
             annotated_sizes=[(row["height"], row["width"]) for row in rows],
+            **({"do_resize": False} if self.are_resized else {}),
         )
         return {**batch, "targets": targets} if self.with_targets else dict(batch)
 
 
 class TrainingData:
-    """Batches of this process."""
+    """
+    Batches of training, epoch by epoch, from one pool of workers.
+
+    Order, choice of sentences and augmentation are a function of the seed and the epoch alone (`sampling`), for any
+    number of workers and processes, and nothing draws from the process's own random generators. What does not fill a
+    global batch waits for another epoch's order.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): see `data_scripts.FEATURES`. A stream is read through
+            once to count its samples, which takes no picture's decoding.
+        processor ([`RefTRProcessor`]): makes the batches.
+        args ([`TrainingArguments`]): what is said under data, `batch_size` and `seed`.
+        rank, world_size (`int`): this process, and how many there are.
+        with_masks (`bool`, *optional*, defaults to `False`): whether labels have masks.
+
+    Raises:
+        ValueError: if the samples do not fill one global batch.
+    """
 
     def __init__(self, rows, processor, args, rank: int, world_size: int, with_masks: bool = False):
-        self.rows, self.args, self.rank, self.world_size = rows, args, rank, world_size
-        self.dataset = GroundingDataset(rows, args.expressions_per_image, args.seed)
-        self.collate = GroundingCollator(processor, with_masks=with_masks)
-        if len(rows) < args.batch_size * world_size:
-            raise ValueError("too few rows")
-
-    def remaining(self, epoch, progress):
-        """The order that is left."""
-        order = list(range(len(self.rows)))
-        random.Random(f"{self.args.seed}/{epoch}").shuffle(order)
-        for size, count in progress:
-            order = order[size * count :]
-        return order
-
-    def num_batches(self, epoch: int, progress=()) -> int:
-        """Batches left."""
-        return len(self.remaining(epoch, progress)) // (self.args.batch_size * self.world_size)
-
-    def batches(self, epoch: int, progress=()):
-        """Collated batches."""
-        order, size = self.remaining(epoch, progress), self.args.batch_size
-        mine = []
-        for number in range(self.num_batches(epoch, progress)):
-            begin = number * size * self.world_size + self.rank * size
-            mine.append([(epoch, index) for index in order[begin : begin + size]])
-        yield from DataLoader(
-            self.dataset,
-            batch_sampler=mine,
-            collate_fn=self.collate,
-            num_workers=self.args.num_workers,
-            generator=torch.Generator(),
+        is_streamed = isinstance(rows, datasets.IterableDataset)
+        order = (StreamedOrder if is_streamed else BuiltOrder)(
+            rows, args.expressions_per_image if args.group_by_image else 1, args.seed, args.bucket_by_shape
         )
+        self.sampler = EpochSampler(order, args.batch_size, rank, world_size)
+        image_processor = processor.image_processor
+        if args.num_workers:
+            # tokenizers warn, and stop using threads, where a process that used them is forked
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.loader = DataLoader(
+            GroundingDataset(
+                None if is_streamed else rows,
+                PictureReader(image_processor, args.image_cache),
+                Preparation(image_processor, args.augmentation, args.seed, with_masks),
+            ),
+            batch_sampler=self.sampler,
+            collate_fn=GroundingCollator(processor, with_masks=with_masks, are_resized=True),
+            num_workers=args.num_workers,
+            persistent_workers=args.num_workers > 0,
+            generator=torch.Generator(),  # else each epoch takes a number from the generator of weights and dropout
+        )
+
+    def num_batches(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> int:
+        """
+        Batches of this process still to come in an epoch, the same on all processes.
+
+        Args:
+            epoch (`int`): which one.
+            progress (list of `(int, int)`, *optional*): what was seen of it before, in order: (batch_size *
+                world_size, number of batches).
+        """
+        return self.sampler.num_batches(progress)
+
+    def batches(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> Iterator[dict]:
+        """
+        The batches still to come in an epoch, as `GroundingCollator` gives them; asking for them ends those of an
+        earlier call.
+
+        Args:
+            epoch, progress: see `num_batches`.
+        """
+        self.sampler.begin(epoch, progress)
+        return iter(self.loader)
 
 
 def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
@@ -175,12 +248,13 @@ def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> Data
     equally many batches: where images do not come out even, some at the start of the set are on two of them.
     """
     share = -(-len(rows) // world_size)
-    mine = [(rank + number * world_size) % len(rows) for number in range(share)]
+    mine = [Visit(0, (rank + number * world_size) % len(rows), ()) for number in range(share)]
     size = args.evaluation_batch_size
+    reader = read_picture if args.image_cache is None else PictureReader(processor.image_processor, args.image_cache)
     return DataLoader(
-        GroundingDataset(rows),
-        batch_sampler=[[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)],
-        collate_fn=GroundingCollator(processor),
+        GroundingDataset(rows, reader),
+        batch_sampler=[mine[start : start + size] for start in range(0, len(mine), size)],
+        collate_fn=GroundingCollator(processor, are_resized=args.image_cache is not None),
         num_workers=min(args.num_workers, 1),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import IterableDataset
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
@@ -232,6 +233,8 @@ def constant_box(train_rows, records: list[dict], num_phrases: int = 2000, num_c
     draw = random.Random(0)
     boxes = []
     columns = train_rows.select_columns(["width", "height", "objects", "sentences"])
+    if isinstance(columns, IterableDataset):
+        columns = list(columns.take(num_phrases))
     for index in draw.sample(range(len(columns)), min(len(columns), num_phrases)):
         row = columns[index]
         phrases = [phrase for sentence in row["sentences"] for phrase in sentence["phrases"]]

@@ -1,14 +1,137 @@
-"""Rows of the sets that a run names."""
+"""
+Where rows come from: sets of `data_scripts`, several joined, or a folder of Parquet files; built, or streamed. Nothing
+here holds a collective, but a set is built where it is not in the cache: let the main process come first.
+"""
+
+from pathlib import Path
+
+import datasets
 
 import data_scripts
+from data_scripts.combine import HELD_OUT
+from training_reftr.arguments import check_names
 
 
-def load_rows(args):
-    """Split -> rows."""
-    config = dict(args.dataset_config)
-    return data_scripts.load(args.dataset, data_dir=args.data_dir, cache_dir=args.data_cache_dir, **config)
+def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+    """
+    Every split of what `args.dataset` names, split -> rows (`data_scripts.FEATURES`).
+
+    - A name of `data_scripts.SOURCES`, with `args.dataset_config` as its flags.
+    - Several, "a,b", with `args.dataset_config` as {name: flags}: the splits of `args.train_split` are joined without
+      the pictures that any of the sets holds out (`data_scripts.combine`); all other splits are named "a/val".
+    - A folder of Parquet files as `python -m data_scripts export` writes them.
+
+    With `args.streaming` the splits of `args.train_split` are streams of rows whose pictures are not decoded, and the
+    others are read into memory, pictures by their path or content; nothing is built.
+
+    Raises:
+        ValueError: if there is no such set, flag or split, several sets are to be streamed, or a split is to be
+            streamed and evaluated.
+        OSError: if files are missing or damaged, naming them.
+    """
+    if args.streaming:
+        rows = stream_rows(args)
+    elif is_folder(args.dataset):
+        rows = dict(datasets.load_dataset(args.dataset, cache_dir=args.data_cache_dir))
+    elif "," in args.dataset:
+        rows = join_sets(args)
+    else:
+        rows = dict(data_scripts.load(args.dataset, **{**places_of(args), **args.dataset_config}))
+    for name, part in rows.items():
+        missing = sorted(set(data_scripts.FEATURES) - set(part.column_names or data_scripts.FEATURES))
+        if missing:
+            raise ValueError(
+                f"{args.dataset!r} {name} has no columns {', '.join(missing)}: export a set by "
+                "`python -m data_scripts export`, or describe your own in JSON Lines."
+            )
+    if not args.eval_only:
+        split_of(rows, args.train_split)
+    return rows
 
 
-def split_of(rows, name):
-    """A split by name."""
-    return rows[name]
+def split_of(rows: dict, name: str):
+    """
+    The rows of a split, or of several: "train+val".
+
+    Raises:
+        ValueError: if there is no such split, naming those that there are.
+    """
+    names = name.split("+")
+    for part in names:
+        if part not in rows:
+            raise ValueError(f"There is no split {part!r}; there are: {', '.join(rows)}.")
+    return rows[name] if len(names) == 1 else datasets.concatenate_datasets([rows[part] for part in names])
+
+
+def places_of(args) -> dict:
+    """Where `data_scripts.load` finds and keeps files, unless the flags of a set say it."""
+    return {"data_dir": args.data_dir, "cache_dir": args.data_cache_dir}
+
+
+def is_folder(dataset: str) -> bool:
+    """
+    Whether it names a folder of Parquet files, not a set.
+
+    Raises:
+        OSError: if it is a path with no Parquet file in it.
+    """
+    if all(name in data_scripts.SOURCES for name in dataset.split(",")) or not (
+        "/" in dataset or Path(dataset).is_dir()
+    ):
+        return False
+    if next(Path(dataset).rglob("*.parquet"), None) is None:
+        raise OSError(
+            f"There is no folder {dataset!r} of Parquet files: give one that `python -m data_scripts export` wrote, "
+            f"or one of the sets {', '.join(data_scripts.SOURCES)}."
+        )
+    return True
+
+
+def join_sets(args) -> dict[str, datasets.Dataset]:
+    """The training splits of several sets joined, and each set's other splits by themselves."""
+    names = args.dataset.split(",")
+    check_names(args.dataset_config, names, "dataset_config")
+    sets = {name: {**places_of(args), **args.dataset_config.get(name, {})} for name in names}
+    splits = {name: data_scripts.load(name, **flags) for name, flags in sets.items()}
+    training = args.train_split.split("+")
+    # a split that is trained on is not held out
+    held_out = {split for part in splits.values() for split in part if split.startswith(HELD_OUT)} - set(training)
+    rows = {
+        split: data_scripts.combine(list(sets.items()), split=split, held_out=tuple(sorted(held_out)))
+        for split in training
+    }
+    others = {
+        f"{name}/{split}": part[split] for name, part in splits.items() for split in part if split not in training
+    }
+    return rows | others
+
+
+def stream_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+    """The training splits as streams, the others in memory."""
+    if is_folder(args.dataset):
+        rows = datasets.load_dataset(args.dataset, streaming=True)
+        rows = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in rows.items()}
+    elif "," in args.dataset:
+        raise ValueError(
+            f"streaming takes one set, and dataset={args.dataset!r} is several: joining them needs to look through "
+            "all rows for pictures that one of them holds out. Leave streaming out."
+        )
+    else:
+        rows = dict(
+            data_scripts.load(args.dataset, streaming=True, decode=False, **{**places_of(args), **args.dataset_config})
+        )
+    training = set() if args.eval_only else set(args.train_split.split("+"))
+    evaluated = {args.validation_split, *args.test_splits.split(",")}
+    both = sorted(training & {part for name in evaluated for part in name.split("+")})
+    if both:
+        raise ValueError(
+            f"The split {both[0]!r} is streamed for training and evaluated too: choose another validation_split or "
+            "test_splits, or leave streaming out."
+        )
+    return {name: part if name in training else in_memory(part) for name, part in rows.items()}
+
+
+def in_memory(rows: datasets.IterableDataset) -> datasets.Dataset:
+    """All rows of a stream, pictures by their path or content."""
+    rows = datasets.Dataset.from_list(list(rows), features=rows.features)
+    return rows.cast_column("image", datasets.Image())

@@ -1,0 +1,139 @@
+"""
+What the data flow of training saves, printed: `python benchmarks/data_flow.py`.
+
+- Share of padded pixels and tokens with and without buckets, on generated sizes and texts like RefCOCO's.
+- Seconds to make the order of an epoch of as many rows and sentences as Visual Genome has.
+- Time to read a JPEG of 4000 x 3000 pixels and resize it, and to take it from the image cache.
+"""
+
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from modeling_reftr import RefTRImageProcessor
+from modeling_reftr.image_processing_reftr import resized_size
+from training_reftr.pictures import PictureReader
+from training_reftr.sampling import BuiltOrder, EpochSampler
+
+
+# (width, height) and how many of a hundred pictures have it; the rest are of any size up to 640
+SIZES = {(640, 480): 42, (640, 427): 18, (480, 640): 12, (640, 426): 6, (427, 640): 5, (500, 375): 4, (640, 640): 3}
+WORDS = np.array(["man", "the", "left", "red", "umbrella", "on", "in", "shirt", "a", "second", "from", "standing"])
+
+
+def make_rows(num_rows: int, sentences_per_row: float = 7.1, seed: int = 0) -> datasets.Dataset:
+    """Rows without pictures: sizes of COCO's, texts of 1 to some 12 words, 3.5 on average."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(300, 641, (num_rows, 2))
+    weights = np.array([*SIZES.values(), 100 - sum(SIZES.values())]) / 100
+    for row, choice in enumerate(draw.choice(len(weights), num_rows, p=weights)):
+        if choice < len(SIZES):
+            sizes[row] = list(SIZES)[choice]
+    counts = 1 + draw.poisson(sentences_per_row - 1, num_rows)
+    num_words = np.minimum(1 + draw.geometric(0.28, counts.sum()), 30)
+    chosen = WORDS[draw.integers(0, len(WORDS), num_words.sum())]
+    texts = [" ".join(part) for part in np.split(chosen, np.cumsum(num_words)[:-1])]
+    sentences = pa.StructArray.from_arrays([pa.array(texts)], names=["text"])
+    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    table = pa.table(
+        {
+            "width": sizes[:, 0].astype(np.int32),
+            "height": sizes[:, 1].astype(np.int32),
+            "sentences": pa.ListArray.from_arrays(pa.array(offsets), sentences),
+        }
+    )
+    return datasets.Dataset(table)
+
+
+def padded_shares(rows, batch_size: int, world_size: int, by_shape: bool, limit: int = 8) -> tuple[float, float]:
+    """Share of an epoch's pixels and tokens that are padding, over all processes."""
+    widths, heights, sentences = rows["width"][:], rows["height"][:], rows["sentences"][:]
+    sizes = [resized_size(height, width, 640, 640) for height, width in zip(heights, widths, strict=True)]
+    lengths = [[len(sentence["text"].split()) + 2 for sentence in row] for row in sentences]
+    order = BuiltOrder(rows, limit, 0, by_shape)
+    pixels, all_pixels, tokens, all_tokens = 0, 0, 0, 0
+    for rank in range(world_size):
+        for batch in EpochSampler(order, batch_size, rank, world_size):
+            of_batch = np.array([sizes[visit.index] for visit in batch])
+            of_texts = [lengths[visit.index][place] for visit in batch for place in visit.sentences]
+            pixels += of_batch.prod(axis=1).sum()
+            all_pixels += len(batch) * of_batch.max(axis=0).prod()
+            tokens += sum(of_texts)
+            all_tokens += len(of_texts) * max(of_texts)
+    return 1 - pixels / all_pixels, 1 - tokens / all_tokens
+
+
+def make_photograph(path: Path, width: int = 4000, height: int = 3000):
+    """A JPEG with the noise of a camera."""
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 256, (height // 50, width // 50, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)).astype(np.int16)
+    pixels = pixels + draw.integers(-8, 9, (height, width, 1), dtype=np.int16)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def seconds(action, rounds: int = 5) -> float:
+    """The shortest of some times."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def cache_seconds(folder: Path) -> tuple[float, float, float]:
+    """Time to read and resize a photograph, to take it from the cache, and from a PNG in place of our array."""
+    make_photograph(folder / "photograph.jpg")
+    image = {"path": str(folder / "photograph.jpg"), "bytes": None}
+    row = {"image_id": "photograph", "image": image, "width": 4000, "height": 3000}
+    plain = PictureReader(RefTRImageProcessor())
+    cached = PictureReader(RefTRImageProcessor(), str(folder / "cache"))
+    png = io.BytesIO()
+    cached(row).save(png, "PNG")
+    return (
+        seconds(lambda: plain(row)),
+        seconds(lambda: cached(row)),
+        seconds(lambda: Image.open(io.BytesIO(png.getvalue())).load()),
+    )
+
+
+def main():
+    rows = make_rows(16_994)
+    for limit, kind in ((8, "grouped by image"), (1, "one sentence a sample")):
+        for batch_size, world_size in ((8, 1), (8, 4), (24, 1), (32, 4), (32, 8)):
+            without, with_buckets = (
+                padded_shares(rows, batch_size, world_size, by_shape, limit) for by_shape in (False, True)
+            )
+            sys.stdout.write(
+                f"{kind}, {world_size} x {batch_size}: padding of pixels {without[0]:.1%} -> {with_buckets[0]:.1%}, "
+                f"of tokens {without[1]:.1%} -> {with_buckets[1]:.1%}\n"
+            )
+    rows = make_rows(108_077, 50)
+    for limit in (8, 1):
+        start = time.perf_counter()
+        order = BuiltOrder(rows, limit, 0, True)
+        read = time.perf_counter() - start
+        next(order.visits(0))
+        whole = time.perf_counter() - start
+        sys.stdout.write(
+            f"108,077 rows, {len(order.lengths):,} sentences, {order.num_visits:,} visits: read in {read:.1f} s, "
+            f"first batch of an epoch after {whole - read:.1f} s more\n"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        plain, cached, png = cache_seconds(Path(folder))
+    sys.stdout.write(
+        f"a JPEG of 4000 x 3000: read and resized in {plain * 1000:.1f} ms, from the cache in {cached * 1000:.1f} ms "
+        f"({plain / cached:.0f} times as fast); as PNG it would take {png * 1000:.1f} ms\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Augmented training: pixels, boxes, masks and words stay together."""
+
+import colorsys
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from training_reftr.augmentation import (
+    augment,
+    change_brightness,
+    change_saturation,
+    crop_and_scale,
+    mirror,
+    mirror_sentence,
+    mirrored_words,
+)
+
+
+COLORS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+
+
+def swapped(text):
+    """The mirrored text, or None."""
+    sentence = mirror_sentence({"text": text, "phrases": []})
+    return sentence and sentence["text"]
+
+
+def make_row(text="the red box on the left", width=64, height=48, box=(10, 8, 25, 30)):
+    """A red box on grey, its mask and a second object: the picture's upper right corner, blue."""
+    pixels = np.full((height, width, 3), 100, np.uint8)
+    x0, y0, x1, y1 = box
+    masks = np.zeros((2, height, width), bool)
+    masks[0, y0:y1, x0:x1] = True
+    masks[1, :6, -8:] = True
+    pixels[masks[0]] = (200, 20, 20)
+    pixels[masks[1]] = (20, 20, 200)
+    boxes = [[float(value) for value in box], [width - 8.0, 0.0, float(width), 6.0]]
+    objects = [
+        {
+            "object_id": str(number),
+            "box": box,
+            "boxes": [box],
+            "category": "box",
+            "segmentation": to_coco_rle(torch.from_numpy(mask)),
+        }
+        for number, (box, mask) in enumerate(zip(boxes, masks, strict=True))
+    ]
+    phrase = {"start": 0, "end": len(text), "objects": [0], "types": []}
+    return {
+        "image_id": "a",
+        "image": Image.fromarray(pixels),
+        "width": width,
+        "height": height,
+        "objects": objects,
+        "sentences": [{"sentence_id": "a_0", "text": text, "phrases": [phrase]}],
+    }
+
+
+def colored_box(picture, channel):
+    """The box of the pixels in which a channel stands out."""
+    pixels = np.asarray(picture).astype(int)
+    others = np.delete(pixels, channel, axis=2).max(axis=2)
+    rows, columns = np.nonzero(pixels[..., channel] > others + 15)
+    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+# pixels
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.83, 1.0, 1.3, 1.5])
+def test_brightness_and_saturation_are_those_of_hsv(factor):
+    bright, saturated = change_brightness(COLORS, factor), change_saturation(COLORS, factor)
+    for pixel, brighter, stronger in zip(*(a.reshape(-1, 3) for a in (COLORS, bright, saturated)), strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255))
+        expected = colorsys.hsv_to_rgb(hue, saturation, min(1, value * factor))
+        assert np.abs(np.array(expected) * 255 - brighter).max() <= 0.501
+        expected = colorsys.hsv_to_rgb(hue, min(1, saturation * factor), value)
+        assert np.abs(np.array(expected) * 255 - stronger).max() <= 0.501
+    # PIL's HSV has eight bits: its V is the same to rounding
+    values = [np.asarray(Image.fromarray(pixels).convert("HSV"))[..., 2] for pixels in (COLORS, bright)]
+    assert np.abs(np.clip(values[0] * factor, 0, 255) - values[1]).max() <= 1
+
+
+def test_grey_and_black_have_no_hue_to_change():
+    grey = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    assert (change_saturation(grey, 1.5) == grey).all()
+    assert (change_brightness(grey, 1.0) == grey).all()
+    assert change_brightness(grey, 1.5).max() == 255
+
+
+def test_published_changes_nothing_but_brightness():
+    row = make_row()
+    changed = augment(row, "published", random.Random(1))
+    assert {name: value for name, value in changed.items() if name != "image"} == {
+        name: value for name, value in row.items() if name != "image"
+    }
+    gains = {
+        round(float(after) / before, 1)
+        for before, after in zip(np.ravel(row["image"]), np.ravel(changed["image"]), strict=True)
+        if before >= 100
+    }
+    assert len(gains) == 1
+    assert gains != {1.0}
+    factors = [
+        augment(row, "published", random.Random(seed))["image"].getpixel((0, 40))[0] / 100 for seed in range(200)
+    ]
+    assert 0.5 <= min(factors) < 0.55
+    assert 1.45 < max(factors) <= 1.5
+    assert augment(row, "none", random.Random(1)) is row
+
+
+# geometry
+
+
+def test_boxes_and_masks_follow_the_pixels():
+    mirrored_count, sizes = 0, set()
+    for seed in range(60):
+        row = make_row()
+        changed = augment(row, "strong", random.Random(seed))
+        picture = changed["image"]
+        assert picture.size == (changed["width"], changed["height"])
+        sizes.add(picture.size)
+        text = changed["sentences"][0]["text"]
+        mirrored_count += text == "the red box on the right"
+        assert text in ("the red box on the left", "the red box on the right")
+        assert changed["sentences"][0]["phrases"][0]["end"] == len(text)
+        for channel, item in zip((0, 2), changed["objects"], strict=True):
+            box = item["box"]
+            assert min(box) >= -1e-6
+            assert box[2] <= changed["width"] + 1e-6
+            assert box[3] <= changed["height"] + 1e-6
+            assert colored_box(picture, channel) == pytest.approx(box, abs=1.5)
+            mask = from_coco_rle(item["segmentation"])
+            assert mask.shape == (changed["height"], changed["width"])
+            assert colored_box(np.dstack([np.where(mask, 255, 0)] + [np.zeros_like(mask, int)] * 2), 0) == (
+                pytest.approx(box, abs=1.5)
+            )
+            assert item["boxes"] == [box]
+    assert 20 <= mirrored_count <= 40
+    assert len(sizes) > 40
+
+
+def test_the_crop_keeps_boxes_whole_and_the_scale_its_range():
+    for seed in range(100):
+        row = make_row(width=100, height=40, box=(3, 2, 99, 39))
+        changed = crop_and_scale(row, random.Random(seed))
+        # nearly nothing may be cut: the shape stays, and the box takes as much of it
+        assert changed["width"] / changed["height"] == pytest.approx(2.5, abs=0.35)
+        assert 80 <= max(changed["width"], changed["height"]) <= 120
+        x0, y0, x1, y1 = changed["objects"][0]["box"]
+        assert (x1 - x0) * (y1 - y0) >= 0.88 * changed["width"] * changed["height"]
+    without_objects = {**make_row(), "objects": []}
+    assert crop_and_scale(without_objects, random.Random(0))["objects"] == []
+
+
+def test_mirrored_twice_is_as_it_was():
+    row = make_row("Left of the box, clockwise")
+    again = mirror(mirror(row))
+    assert again["objects"] == row["objects"]
+    assert again["sentences"] == row["sentences"]
+    assert (np.asarray(again["image"]) == np.asarray(row["image"])).all()
+
+
+def test_a_picture_is_mirrored_only_if_all_that_is_said_allows_it():
+    row = make_row("the box on the left")
+    row["sentences"].append({"sentence_id": "a_1", "text": "number 7", "phrases": []})
+    assert mirror(row) is None
+    texts = {augment(row, "strong", random.Random(seed))["sentences"][0]["text"] for seed in range(20)}
+    assert texts == {"the box on the left"}
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("man on left", "man on right"),
+        ("left guy", "right guy"),
+        ("guy left", "guy right"),
+        ("LEFT one? Left!", None),  # "right one" may be the one that is right
+        ("LEFT dog", "RIGHT dog"),
+        ("Left-most dog", "Right-most dog"),
+        ("the leftmost of the cars", "the rightmost of the cars"),
+        ("Rightmost", "Leftmost"),
+        ("righthand man, right-handed batter", "lefthand man, left-handed batter"),
+        ("top-left/bottom right corner", "top-right/bottom left corner"),
+        ("second from left to right", "second from right to left"),
+        ("2nd from the left", "2nd from the right"),
+        ("facing left, her left hand", "facing right, her right hand"),
+        ("turned clockwise", "turned counterclockwise"),
+        ("counter-clockwise, anticlockwise, counter clockwise", "clockwise, clockwise, clockwise"),
+        ("leftwards of it", "rightwards of it"),
+        ("on the left next to the car", "on the right next to the car"),
+        ("the cup is left of the plate", "the cup is right of the plate"),
+        ("left half of the picture", "right half of the picture"),
+        ("the dog in the middle", "the dog in the middle"),
+        ("a man's t-shirt", "a man's t-shirt"),
+        # not a direction, or not surely
+        ("the left over pizza", None),
+        ("leftovers", None),
+        ("two slices left", None),
+        ("he has left the room", None),
+        ("the bag left on the bench", None),
+        ("man right next to the tree", None),
+        ("right behind the car", None),
+        ("all right", None),
+        ("the right angle", None),
+        ("right side up", None),
+        ("the bright lamp", None),
+        ("upright piano", None),
+        ("lefty", None),
+        ("leftt", None),
+        # to be read, or with a side of its own
+        ("player number seven", None),
+        ("player 7 on the left", None),
+        ("the letter on the box", None),
+        ("shirt with B", None),
+        ('sign "stop"', None),
+        ("the one that says hello", None),
+        ("hand at three o'clock", None),
+        ("starboard side", None),
+        ("the east wall", None),
+    ],
+)  # fmt: skip
+def test_directions_in_words(text, expected):
+    assert swapped(text) == expected
+
+
+def test_phrases_stay_on_their_words():
+    text = "Left-most man is left of the clockwise wheel on the RIGHT"
+    names = ["Left-most man", "the clockwise wheel", "wheel", "the RIGHT", text, "t-mo"]
+    phrases = [
+        {"start": (start := text.index(name)), "end": start + len(name), "objects": [0], "types": ["x"]}
+        for name in names
+    ]
+    sentence = mirror_sentence({"sentence_id": "1", "text": text, "phrases": phrases})
+    found = [sentence["text"][phrase["start"] : phrase["end"]] for phrase in sentence["phrases"]]
+    mirrored = "Right-most man is right of the counterclockwise wheel on the LEFT"
+    # what begins within a word that is swapped has all of it
+    assert found == ["Right-most man", "the counterclockwise wheel", "wheel", "the LEFT", mirrored, "Right-mo"]
+    assert sentence["phrases"][0]["types"] == ["x"]
+    assert sentence["sentence_id"] == "1"
+
+
+def test_what_the_embedded_set_says_can_be_mirrored(shapes):
+    """Places and relations of the shapes, checked against the picture: the leftmost is the leftmost still."""
+    checked = 0
+    for row in shapes["train"].select(range(20)):
+        for sentence in row["sentences"]:
+            assert mirrored_words(sentence["text"]) is not None, sentence["text"]
+        mirrored = mirror(row)
+        for before, after in zip(row["sentences"], mirrored["sentences"], strict=True):
+            if len(after["phrases"]) == 2 and " is right of " in after["text"]:
+                assert " is left of " in before["text"]
+                first, second = (mirrored["objects"][phrase["objects"][0]]["box"] for phrase in after["phrases"])
+                assert first[0] + first[2] > second[0] + second[2]
+                checked += 1
+    assert checked

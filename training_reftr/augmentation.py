@@ -1,0 +1,280 @@
+"""
+Changes of pictures that keep what is said about them true. Nothing here holds a collective, and nothing draws from a
+random generator other than the one that it is given.
+
+- `published`: brightness. HSV's V is multiplied by a factor between 0.5 and 1.5 and clipped.
+- `strong`: the same, and of S as well; a crop that keeps every box whole; the longer side 0.8 to 1.2 of what it was;
+  and, one time of two, a mirrored picture where what is said can be mirrored with it.
+
+A mirrored English text has its directions swapped, in whole words and parts of hyphenated ones, with their capitals:
+left - right, leftmost - rightmost, lefthand, lefthanded, leftside, leftward(s), clockwise - counterclockwise
+(anticlockwise). A picture is not mirrored if one of its texts
+
+- has another word with "left" or "right" in it: bright, upright, leftover, copyright, a slip of the pen;
+- has "left" or "right" where it may be no direction: "two left", "has left", "left over", "right next to", "all
+  right" (`UNSURE_BEFORE`, `UNSURE_AFTER`), unless a word such as "the", "on" or "far" stands before it, or "of",
+  "side", "hand" or "most" after it; or where it never is one: "the right angle" (`NEVER_AFTER`);
+- speaks of what can be read, or of what has a sense of rotation or a side of its own: digits other than ordinals
+  (2nd), single letters, quotation marks, "number", "letter", "word", "logo", "o'clock", "starboard", "east", ...
+  (`READABLE`).
+
+Texts in other languages do not say by these words where left is: leave `strong` out for them.
+"""
+
+import random
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+
+
+FACTORS = (0.5, 1.5)  # of brightness and saturation
+SCALES = (0.8, 1.2)  # of the longer side
+MAX_CUT = 0.2  # of a side, from each of its ends
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+LEFTS = words("left leftmost lefthand lefthanded lefthander leftside leftward leftwards")
+SWAPS = {left: left.replace("left", "right") for left in LEFTS}
+SWAPS |= {right: left for left, right in SWAPS.items()}
+SWAPS |= {"clockwise": "counterclockwise", "counterclockwise": "clockwise", "anticlockwise": "clockwise"}
+DIRECTION = re.compile(
+    r"\b(?:(?:counter|anti)\W?clockwise|[a-z]*(?:left|right|clockwise)[a-z]*)\b", re.IGNORECASE | re.ASCII
+)
+# before "left" and "right" these tell a direction ...
+SURE_BEFORE = words(
+    """
+    on the to at from of near far top bottom upper lower front back middle center centre extreme very most
+    our your my towards toward facing closest nearest furthest farthest
+    second third fourth fifth 1st 2nd 3rd 4th 5th left right
+    """
+)
+# ... and after them these
+SURE_AFTER = words("of side hand handed most corner edge half")
+# before them these may tell something else: "two left", "has left", "is right behind", "all right", "up right"
+UNSURE_BEFORE = words(
+    """
+    has have had having be been being is are was were am s re ve just already get gets got getting
+    who that which what it he she they i we you person people
+    one two three four five six seven eight nine ten much little bit lot few some any more only half all none
+    nothing anything something everything everyone nobody
+    piece pieces slice slices bite bites food drink space room up not never so go goes going turn turned almost
+    """
+)
+# ... and after them these: "left over", "left the room", "right next to", "right behind"
+UNSURE_AFTER = words(
+    """
+    over overs behind out alone open on in at by for to off from with the a an his her its their this that
+    there here now away next above below beneath under underneath beside besides near against around inside outside
+    between through along across up down before after beyond past uneaten untouched unattended empty standing
+    """
+)
+# and these tell something else whatever stands before: "the right angle", "the right way up"
+NEVER_AFTER = words(
+    "angle angles angled way time size amount choice answer order one ones thing over overs behind away now"
+)
+READABLE = re.compile(
+    r"""
+    (?!\b\d*(?:1st|2nd|3rd|\dth)\b)\b\w*\d\w*   # digits, but for ordinals
+    | \b(?![aist]\b)[a-z]\b                     # single letters, but for articles and what an apostrophe leaves
+    | ["\u201c\u201d\u00ab\u00bb\#]             # quotation
+    | \b(?:numbers?|numbered|numerals?|digits?|letters?|lettering|words?|wording|texts?|writing|written|writes?|says|
+        saying|said|reads?|reading|spells?|spelled|spelling|labels?|labell?ed|logos?|brands?|captions?|initials|names?|
+        named|titles?|titled|alphabet|printed|mirrored|reversed|backwards?)\b
+    | o\W?clock
+    | \b(?:starboard|port\W+side|drivers?|passenger'?s?\W+side)\b
+    | \b(?:east|west|eastern|western|north(?:east|west)|south(?:east|west))\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def augment(row: dict, kind: str, draw: random.Random) -> dict:
+    """
+    A row of the schema whose picture is decoded and has the row's size -> the same, changed as `kind` says.
+
+    Args:
+        row (`dict`): `image` is an RGB picture; boxes of all its objects are kept whole.
+        kind (`str`): "none", "published" or "strong".
+        draw (`random.Random`): all that it depends on besides.
+    """
+    if kind == "none":
+        return row
+    if kind == "strong":
+        row = crop_and_scale(row, draw)
+        if draw.random() < 0.5:
+            row = mirror(row) or row
+    pixels = np.asarray(row["image"])
+    if kind == "strong":
+        pixels = change_saturation(pixels, draw.uniform(*FACTORS))
+    pixels = change_brightness(pixels, draw.uniform(*FACTORS))
+    return {**row, "image": Image.fromarray(pixels)}
+
+
+def change_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """
+    HSV's V multiplied and clipped, H and S kept: all channels of a pixel are multiplied alike.
+
+    Args:
+        pixels (`np.ndarray` of shape `(height, width, 3)`, uint8): RGB.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from training_reftr.augmentation import change_brightness
+
+    >>> change_brightness(np.array([[[200, 100, 0]]], np.uint8), 1.5).tolist()
+    [[[255, 128, 0]]]
+
+    ```"""
+    value = pixels.max(axis=2, keepdims=True).astype(np.float32)
+    gain = np.minimum(np.float32(factor), 255 / np.maximum(value, 1))
+    return np.rint(pixels * gain).astype(np.uint8)
+
+
+def change_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """HSV's S multiplied and clipped, H and V kept: what a channel lacks of the largest is multiplied."""
+    value = pixels.max(axis=2, keepdims=True).astype(np.float32)
+    lack = value - pixels
+    gain = np.minimum(np.float32(factor), value / np.maximum(lack.max(axis=2, keepdims=True), 1))
+    return np.rint(value - lack * gain).astype(np.uint8)
+
+
+def crop_and_scale(row: dict, draw: random.Random) -> dict:
+    """Cut off at most `MAX_CUT` of each side, and nothing of a box; then bring the longer side to `SCALES` of it."""
+    width, height = row["width"], row["height"]
+    boxes = np.array([item["box"] for item in row["objects"]]).reshape(-1, 4)
+    first = np.append(boxes[:, :2], [[width, height]], axis=0).min(axis=0)
+    last = np.append(boxes[:, 2:], [[0, 0]], axis=0).max(axis=0)
+    # edges are whole pixels: nothing is read between them
+    begin = [
+        int(draw.uniform(0, max(0.0, min(MAX_CUT * side, edge))))
+        for side, edge in zip((width, height), first, strict=True)
+    ]
+    end = [
+        int(np.ceil(draw.uniform(min(side, max((1 - MAX_CUT) * side, edge)), side)))
+        for side, edge in zip((width, height), last, strict=True)
+    ]
+    longer = draw.uniform(*SCALES) * max(width, height)
+    cut = np.subtract(end, begin)
+    new_width, new_height = (max(1, round(side * longer / cut.max())) for side in cut.tolist())
+    area = (*begin, *end)
+
+    def move_box(box):
+        x0, y0, x1, y1 = box
+        (left, top), (scale_x, scale_y) = begin, (new_width / cut[0], new_height / cut[1])
+        return [(x0 - left) * scale_x, (y0 - top) * scale_y, (x1 - left) * scale_x, (y1 - top) * scale_y]
+
+    def move_mask(mask):
+        resized = Image.fromarray(mask.astype(np.uint8)).resize((new_width, new_height), Image.NEAREST, box=area)
+        return np.asarray(resized)
+
+    picture = row["image"].resize((new_width, new_height), Image.BILINEAR, box=area)
+    objects = [move_object(item, move_box, move_mask) for item in row["objects"]]
+    return {**row, "image": picture, "width": new_width, "height": new_height, "objects": objects}
+
+
+def mirror(row: dict) -> dict | None:
+    """The row with left and right exchanged, in picture and sentences; None where a sentence does not allow it."""
+    sentences = [mirror_sentence(sentence) for sentence in row["sentences"]]
+    if None in sentences:
+        return None
+    width = row["width"]
+
+    def move_box(box):
+        x0, y0, x1, y1 = box
+        return [width - x1, y0, width - x0, y1]
+
+    picture = row["image"].transpose(Image.FLIP_LEFT_RIGHT)
+    objects = [move_object(item, move_box, lambda mask: mask[:, ::-1]) for item in row["objects"]]
+    return {**row, "image": picture, "objects": objects, "sentences": sentences}
+
+
+def move_object(item: dict, move_box, move_mask) -> dict:
+    """An object of the schema with its boxes and its mask moved by functions of a box and of an array."""
+    segmentation = item["segmentation"]
+    if segmentation is not None:
+        segmentation = encode_mask(move_mask(from_coco_rle(segmentation)))
+    boxes = [move_box(box) for box in item["boxes"]]
+    return {**item, "box": move_box(item["box"]), "boxes": boxes, "segmentation": segmentation}
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """A mask (height, width) in COCO's run-length encoding."""
+    return to_coco_rle(torch.from_numpy(np.array(mask)))
+
+
+def mirror_sentence(sentence: dict) -> dict | None:
+    """A sentence of the schema with its directions swapped and its phrases at their new places, or None."""
+    words = mirrored_words(sentence["text"])
+    if words is None:
+        return None
+    text, shifts, done = "", [], 0
+    for start, end, word in words:
+        text += sentence["text"][done:start] + word
+        shifts.append((start, end, len(word) - (end - start)))
+        done = end
+    text += sentence["text"][done:]
+    phrases = []
+    for phrase in sentence["phrases"]:
+        # a phrase that begins or ends within a swapped word has all of it
+        begin = min([phrase["start"], *(start for start, end, _ in shifts if start < phrase["start"] < end)])
+        begin += sum(shift for start, _, shift in shifts if start < begin)
+        end = max([phrase["end"], *(end for start, end, _ in shifts if start < phrase["end"] < end)])
+        end += sum(shift for start, _, shift in shifts if start < end)
+        phrases.append({**phrase, "start": begin, "end": end})
+    return {**sentence, "text": text, "phrases": phrases}
+
+
+def mirrored_words(text: str) -> list[tuple[int, int, str]] | None:
+    """
+    What to put in place of which characters of a text when its picture is mirrored, as (start, end, word) in order;
+    None if it must not be mirrored (see above).
+
+    Example:
+
+    ```python
+    >>> from training_reftr.augmentation import mirrored_words
+
+    >>> mirrored_words("Left-most man on the right")
+    [(0, 4, 'Right'), (21, 26, 'left')]
+    >>> mirrored_words("two slices left") is None
+    True
+
+    ```"""
+    if READABLE.search(text):
+        return None
+    found = []
+    for match in DIRECTION.finditer(text):
+        word = re.sub(r"\W", "", match[0].lower())
+        if word not in SWAPS or (word in ("left", "right") and not is_direction(text, match)):
+            return None
+        found.append((match.start(), match.end(), match_capitals(SWAPS[word], match[0])))
+    return found
+
+
+def is_direction(text: str, match: re.Match) -> bool:
+    """Whether "left" or "right" at this place is surely a direction."""
+    before = re.findall(r"\w+", text[: match.start()].lower())[-1:]
+    after = re.findall(r"\w+", text[match.end() :].lower())[:2]
+    previous, following = "".join(before), "".join(after[:1])
+    if following in NEVER_AFTER or after == ["side", "up"]:
+        return False
+    if following in SURE_AFTER or previous in SURE_BEFORE:
+        return True
+    return previous not in UNSURE_BEFORE and following not in UNSURE_AFTER
+
+
+def match_capitals(word: str, model: str) -> str:
+    """A word with the capitals of another: all, the first, or none."""
+    if model.isupper():
+        return word.upper()
+    return word.capitalize() if model[0].isupper() else word
