@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import re
 import socket
@@ -21,11 +22,11 @@ from PIL import Image
 
 import data_scripts
 from benchmarks.data_flow import cache_seconds, make_rows, padded_shares
-from conftest import TINY_SET
+from conftest import ROOT, TINY_SET
 from data_scripts.exporting import export
 from modeling_reftr import RefTRImageProcessor
 from training_reftr.arguments import TrainingArguments
-from training_reftr.data import GroundingCollator, TrainingData, evaluation_loader
+from training_reftr.data import GroundingCollator, TrainingData, evaluation_loader, train_tokenizer
 from training_reftr.pictures import PictureReader, decode_array, encode_array
 from training_reftr.sampling import CELL, BuiltOrder, EpochSampler, StreamedOrder
 from training_reftr.sources import load_rows, split_of
@@ -559,3 +560,24 @@ def test_the_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_
     assert len(logs[0]) == 8
     assert logs[0] == pytest.approx(logs[1], rel=1e-3)
     assert list((tmp_path / "kept").rglob("*.npy"))
+
+
+def test_every_process_learns_the_same_words(run, data_cache):
+    code = (
+        "import hashlib, data_scripts; from conftest import TINY_SET; "
+        "from training_reftr.data import all_sentences, train_tokenizer; "
+        f"rows = data_scripts.load('shapes', 'train', cache_dir={data_cache!r}, **TINY_SET); "
+        "print(hashlib.md5(train_tokenizer(all_sentences(rows), 64).backend_tokenizer.to_str().encode()).hexdigest())"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    assert len({run("-c", code, PYTHONPATH=path, PYTHONHASHSEED=str(seed)).stdout for seed in range(3)}) == 1
+
+
+def test_a_learned_tokenizer_knows_frequent_words_and_spells_the_others():
+    tokenizer = train_tokenizer(["the star", "The star left of the bus", "überall"], max_length=8, vocab_size=28)
+    assert tokenizer.tokenize("The STAR") == ["the", "star"]
+    assert tokenizer.tokenize("tease") == ["t", "##e", "##a", "##s", "##e"]
+    assert tokenizer.tokenize("left") == ["l", "##e", "##f", "##t"]
+    assert tokenizer.tokenize("zebra") == ["[UNK]"]
+    assert tokenizer("the star")["input_ids"][0] == tokenizer.cls_token_id
+    assert len(tokenizer) == 28

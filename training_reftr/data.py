@@ -5,13 +5,14 @@ one order that all of them know (`sampling`).
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -261,20 +262,29 @@ def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> Data
 
 def train_tokenizer(sentences, max_length: int, vocab_size: int = 4000) -> PreTrainedTokenizerFast:
     """
-    A small lower-casing WordPiece tokenizer, trained on sentences, with BERT's special tokens.
+    A small lower-casing WordPiece tokenizer with BERT's special tokens: the characters of the sentences, and their
+    most frequent words. The same sentences always give the same one, on every process; the trainer of the tokenizers
+    library breaks ties at random.
 
     Args:
         sentences (iterable of `str`): what to learn the words from.
         max_length (`int`): the longest input of the model, in tokens.
-        vocab_size (`int`): at most so many tokens.
+        vocab_size (`int`): at most so many tokens, unless there are more characters.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(
+        word
+        for sentence in sentences
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(sentence))
+    )
+    characters = sorted({character for word in counts for character in word})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, *(f"##{character}" for character in characters)]
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    pieces += words[: max(0, vocab_size - len(pieces))]
+    tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.WordPiece()
-    special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
-    tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
