@@ -5,14 +5,17 @@ import re
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
+from layout_refcoco import make_refcoco
 from PIL import Image
 from torchvision.ops import box_iou
 
+import data_scripts
 from conftest import ROOT
 from layout_flickr30k import make_flickr30k
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
@@ -515,3 +518,17 @@ def test_validation_pictures(evaluated, shapes):
     assert picture.height > 2 * 320
     assert validation_pictures(records, shapes["test"], 1).width == 336
     assert validation_pictures([], Dataset.from_dict({"image_id": []}), 5) is None
+
+
+def test_a_picture_annotated_as_stored_is_drawn_as_stored(tmp_path):
+    """Its EXIF orientation would turn it, and the boxes away from what they are about."""
+    make_refcoco(tmp_path)
+    rows = data_scripts.load("refcoco_unc", "train", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
+    (index,) = [index for index, image_id in enumerate(rows["image_id"]) if image_id == "coco_50"]
+    row = rows.cast_column("image", datasets.Image(decode=False))[index]
+    (sentence,), (item,) = row["sentences"], row["objects"]
+    record = {"image_id": "coco_50", "sentence_id": sentence["sentence_id"], "phrase": 0, "types": []}
+    record |= {"words": sentence["text"], "box": item["box"], "pred_box": item["box"], "iou": 1.0}
+    picture = validation_pictures([record], rows, 1)
+    assert (row["width"], row["height"]) == (40, 30)
+    assert picture.height < picture.width

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from PIL import Image
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
 from modeling_reftr.processing_reftr import from_coco_rle
 from training_reftr.data import GroundingCollator, move
+from training_reftr.pictures import read_picture
 
 
 NUM_HEADS = 4  # as many as the published evaluation shows
@@ -39,6 +41,7 @@ def validation_pictures(records: list[dict], rows, num: int) -> Image.Image | No
     for group in sentences.values():
         by_kind[group[0]["types"][0] if group[0]["types"] else ""].append(group)
     index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
+    undecoded = rows.cast_column("image", datasets.Image(decode=False))
     used, pictures = set(), []
     while len(pictures) < num and any(by_kind.values()):
         for kind in sorted(by_kind):
@@ -49,8 +52,8 @@ def validation_pictures(records: list[dict], rows, num: int) -> Image.Image | No
                 continue
             by_kind[kind].remove(group)
             used.add(group[0]["image_id"])
-            row = rows[index_of[group[0]["image_id"]]]
-            pictures.append(draw_sentence(row, group))
+            row = undecoded[index_of[group[0]["image_id"]]]
+            pictures.append(draw_sentence({**row, "image": read_picture(row)}, group))
     return make_grid(pictures, columns=4) if pictures else None
 
 
@@ -80,6 +83,7 @@ def draw_samples(model, processor, rows, records: list[dict], num: int, folder: 
     attention = model.config._attn_implementation
     model.set_attn_implementation({"": "eager"})  # the others do not tell where they look
     index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
+    undecoded = rows.cast_column("image", datasets.Image(decode=False))
     num = min(num, len(records))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,8 @@ def draw_samples(model, processor, rows, records: list[dict], num: int, folder: 
             path.unlink()
     for number in range(num):
         record = records[number * len(records) // num]
-        row = rows[index_of[record["image_id"]]]
+        row = undecoded[index_of[record["image_id"]]]
+        row = {**row, "image": read_picture(row)}
         maps = attend(model, processor, row, record, accelerator)
         if accelerator.is_main_process:
             name = re.sub(r"[^\w.+-]+", "_", f"{number:04d}_{record['sentence_id']}_{record['phrase']}")
