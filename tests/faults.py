@@ -5,13 +5,13 @@ process as a user starts it; only what cannot be had otherwise is brought in by 
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 from conftest import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
@@ -70,7 +70,6 @@ def start(*words, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -88,7 +87,10 @@ def finish(process: subprocess.Popen, timeout: float = 300, expected: int | None
 
 def kill(process: subprocess.Popen):
     """Kill a run with all its processes, as a machine that loses its power does."""
-    os.killpg(process.pid, signal.SIGKILL)
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:  # the launcher's are in groups of their own
+        each.kill()
+    psutil.wait_procs(processes[1:])
     process.communicate()
 
 

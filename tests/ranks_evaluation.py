@@ -15,7 +15,6 @@ import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -87,6 +86,7 @@ def evaluate_cases(rank, world_size, port, processor, rows, expected, counts, ba
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from training_reftr.arguments import TrainingArguments
     from training_reftr.evaluation import evaluate, phrase_keys, summarize
 
     torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def evaluate_cases(rank, world_size, port, processor, rows, expected, counts, ba
     failed = []
 
     def run(count, batch_size, stop_after=math.inf):
-        args = SimpleNamespace(evaluation_batch_size=batch_size, num_workers=0, two_step_masks=False)
+        args = TrainingArguments(evaluation_batch_size=batch_size, num_workers=0)
         calls = []
 
         def should_stop():

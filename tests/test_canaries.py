@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
+from faults import free_port
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -53,14 +54,16 @@ def test_accelerate_has_the_loop_the_script_is_written_for(tmp_path):
     assert accelerator.scaler is None
 
 
-def test_two_objects_of_two_processes_are_gathered_in_one_list(run):
+def test_two_objects_of_two_processes_are_gathered_in_one_list(run, tmp_path):
     code = (
         "import accelerate, sys; a = accelerate.Accelerator(cpu=True); n = a.process_index;"
         "o = accelerate.utils.gather_object([n] * (n + 1)); box = [n]; accelerate.utils.broadcast_object_list(box);"
         "sys.exit(o != [0, 1, 1] or box != [0])"
     )
-    path = "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--no_python"
-    run(*path, sys.executable, "-c", code, ACCELERATE_USE_CPU="true")
+    path = tmp_path / "gather.py"
+    path.write_text(code)
+    port = free_port()
+    run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, path, ACCELERATE_USE_CPU="true")
 
 
 def test_a_watchdog_ends_a_process_with_its_stacks():

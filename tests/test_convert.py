@@ -499,7 +499,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tokenizer, tmp_pat
         convert_checkpoint(checkpoint, tmp_path / "out", tokenizer="/no/folder")
     larger = type(tokenizer).from_pretrained(saved(tokenizer, tmp_path / "tokenizer"))
     larger.add_tokens([f"word{number}" for number in range(120)])
-    with pytest.raises(ValueError, match="233 tokens, the checkpoint's text backbone has 120"):
+    with pytest.raises(ValueError, match=f"{len(larger)} tokens, the checkpoint's text backbone has 120"):
         convert_checkpoint(checkpoint, tmp_path / "out", tokenizer=saved(larger, tmp_path / "tokenizer"))
     assert os.listdir(tmp_path) == ["tokenizer"]
 

@@ -43,7 +43,7 @@ def arguments(data_cache):
     """Settings of a tiny run on the shapes; overrides are fields."""
 
     def make(**overrides):
-        settings = {"dataset_config": json.dumps(TINY_SET), "data_cache_dir": data_cache, "image_size": 64}
+        settings = {"dataset_config": TINY_SET, "data_cache_dir": data_cache, "image_size": 64}
         return TrainingArguments(
             **{**settings, "num_workers": 0, "batch_size": 4, "augmentation": "none", **overrides}
         )
@@ -417,14 +417,14 @@ def test_sets_flags_and_splits(arguments):
     with pytest.raises(ValueError, match="no data set 'shape'"):
         load_rows(arguments(dataset="shape"))
     with pytest.raises(ValueError, match="has no flag colour"):
-        load_rows(arguments(dataset_config='{"colour": 1}'))
+        load_rows(arguments(dataset_config={"colour": 1}))
 
 
 def test_joined_sets(tmp_path):
     for name in ("refcoco_unc", "refcocog_google"):
         make_refcoco(tmp_path, name)
     args = TrainingArguments(
-        dataset="refcoco_unc,refcocog_google", dataset_config='{"refcoco_unc": {"integer_boxes": true}}',
+        dataset="refcoco_unc,refcocog_google", dataset_config={"refcoco_unc": {"integer_boxes": True}},
         data_dir=str(tmp_path), data_cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     rows = load_rows(args)

@@ -418,7 +418,7 @@ def test_training_on_ones_own_pictures_needs_no_code(recipe, run, tmp_path):
     settings |= {"batch_size": 4, "data_cache_dir": str(tmp_path / "cache")}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
     run("train_reftr.py", tmp_path / "own.yaml", "--output_dir", tmp_path / "run")
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]["test"]
     assert metrics["num_phrases"] == 8
     assert set(metrics["per_kind"]) == {"colour"}
     assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -157,7 +157,8 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     global_batch_size = args.batch_size * accelerator.num_processes
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer, state, accelerator)
-        warn_of_changes(state, args, global_batch_size)
+        if accelerator.is_main_process:
+            warn_of_changes(state, args, global_batch_size)
     state.settings = vars(args)
     state.rescale_schedule(data.num_batches(0) // args.gradient_accumulation_steps)
     run = Run(model, optimizer, processor, None, data, state, global_batch_size, args)

@@ -90,7 +90,8 @@ class Tracking:
         if trackers and self.args.num_pictures and self.accelerator.is_main_process:
             picture = validation_pictures(records, rows, self.args.num_pictures)
             for tracker in trackers if picture else []:
-                tracker.log_images({f"{split}/predictions": np.asarray(picture)[None]}, step=state.step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({f"{split}/predictions": np.asarray(picture)[None]}, step=state.step, **layout)
         self.restart_clock()  # an evaluation is no time of training
 
     def write(self, state, values: dict):
