@@ -117,8 +117,8 @@ def test_several_ranks_train_as_one_process(run, tmp_path, ranks, accumulation, 
     recipe.write_text(yaml.safe_dump(settings))
     one = run("train_reftr.py", recipe, "--output_dir", tmp_path / "one")
     two = run(
-        "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py", recipe,
-        "--batch_size", 16 // ranks // accumulation, "--gradient_accumulation_steps", accumulation,
+        "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py",
+        recipe, "--batch_size", 16 // ranks // accumulation, "--gradient_accumulation_steps", accumulation,
         "--output_dir", tmp_path / "two", ACCELERATE_USE_CPU="true",
     )  # fmt: skip
     losses_one, losses_two = logged_losses(one.stderr), logged_losses(two.stderr)

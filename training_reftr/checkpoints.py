@@ -25,8 +25,9 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -97,8 +98,12 @@ def save_checkpoint(model, optimizer, processor, state: TrainingState, args, acc
     Raises:
         OSError: on all processes, if it could not be written; those that are there stay.
     """
-    weights = get_model_state_dict(model, options=WHOLE)
-    moments = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE).get("state", {})
+    weights = weights_of(model, accelerator)
+    moments = {}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        logger.warning("DeepSpeed keeps AdamW's moments to itself: the checkpoint is without them.")
+    else:
+        moments = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE).get("state", {})
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     path = Path(args.output_dir) / FOLDER / f"step_{state.step:08d}"
 
@@ -127,7 +132,7 @@ def save_best(model, processor, args, accelerator: Accelerator):
     Raises:
         OSError: on all processes, if it could not be written; the model that is there stays.
     """
-    weights = get_model_state_dict(model, options=WHOLE)
+    weights = weights_of(model, accelerator)
     with on_main_process(accelerator, "The best model was not written"):
         if accelerator.is_main_process:
             output_dir = Path(args.output_dir)
@@ -144,6 +149,13 @@ def save_best(model, processor, args, accelerator: Accelerator):
                 sync_folder(output_dir)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+
+
+def weights_of(model, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """All weights on the main process, wherever they are sharded. A collective."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.get_state_dict(model)
+    return get_model_state_dict(model, options=WHOLE)
 
 
 def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
@@ -173,6 +185,9 @@ def load_state(path: Path) -> TrainingState:
 
 def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerator: Accelerator):
     """Put a checkpoint's moments and gradient scaler into prepared ones; rates stay. A collective."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        logger.warning("AdamW's moments begin anew: DeepSpeed kept them to itself when the checkpoint was written.")
+        return
     groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
     moments = {}
     for key, value in load_file(path / OPTIMIZER).items():

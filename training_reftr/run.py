@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
@@ -153,6 +153,13 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
         accelerator.num_processes,
         with_masks=model.config.predict_masks,
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # asks for what others see in a loader
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        }
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     global_batch_size = args.batch_size * accelerator.num_processes
     if checkpoint is not None:

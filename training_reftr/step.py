@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from training_reftr.data import move
 from training_reftr.guards import check_finite
@@ -37,6 +37,8 @@ def update(run, batches: list[dict], accelerator: Accelerator) -> tuple[dict, in
         device=accelerator.device,
     )
     num_sentences, num_expressions = accelerator.reduce(counts, reduction="sum")
+    # DeepSpeed's engine does; what it makes of gradients that are not finite is its own affair
+    updates_in_backward = accelerator.distributed_type == DistributedType.DEEPSPEED
     losses = {}
     for number, batch in enumerate(batches):
         # gradients travel between processes once an update
@@ -44,15 +46,18 @@ def update(run, batches: list[dict], accelerator: Accelerator) -> tuple[dict, in
         with context:
             with accelerator.autocast():
                 outputs = model(**move(batch, accelerator.device), num_items_in_batch=num_sentences)
+            if updates_in_backward:
+                check_finite(outputs.loss, accelerator.reduce(outputs.loss.detach()), None, [batch], step, accelerator)
             # the processes' gradients are averaged, while the loss is a sum over them
             accelerator.backward(outputs.loss * accelerator.num_processes)
         for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
             losses[name] = losses.get(name, 0) + value.detach()
     gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    gradient_norm = torch.as_tensor(gradient_norm, dtype=torch.float32, device=accelerator.device)
     summed = accelerator.reduce(torch.stack(list(losses.values())), reduction="sum")
     totals = {**dict(zip(losses, summed, strict=True)), "gradient_norm": gradient_norm}
     # the scaler of fp16 looks for gradients that are not finite itself, and leaves the update out
-    norm = gradient_norm if accelerator.scaler is None else None
+    norm = gradient_norm if accelerator.scaler is None and not updates_in_backward else None
     check_finite(losses["loss"], totals["loss"], norm, batches, step, accelerator)
     optimizer.step()
     optimizer.zero_grad()
