@@ -8,6 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo reproduce test test-all test-peer test-legacy-datasets lint format clean
 
 demo: $(VENV)/.installed
+	rm -rf runs/demo
 	$(RUN)/python train_reftr.py recipes/demo.yaml --output_dir runs/demo
 
 # a published checkpoint on the set it is for: convert, evaluate as published, compare. Nothing is fetched but a TOKENIZER

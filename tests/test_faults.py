@@ -129,10 +129,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(recipe, whole, t
         file.write(b"damaged")
     refused = finish(run(recipe, tmp_path / "run", 1, "--resume", newest), expected=1)
     assert "is not as it was written" in refused
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / newest.name)
     output = finish(run(recipe, tmp_path / "run", 1, "--resume", "auto"))
     assert f"step {load_state(before).step}, epoch" in output
     assert_same(tmp_path / "run", whole[1])
+    assert (newest.parent / f"{newest.name}.damaged").is_dir()  # nothing is thrown away
 
 
 @pytest.mark.row("R16")
@@ -300,3 +300,17 @@ def test_trackers_get_the_figures(recipe, tmp_path):
     assert "validation/predictions" in " ".join(events.Tags()["images"])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == steps
+
+
+def test_runs_are_not_mixed_up(recipe, whole, tmp_path):
+    """Checkpoints of an earlier run are neither taken for this one's nor written over."""
+    shutil.copytree(whole[1], tmp_path / "run")
+    older = checkpoints_of(tmp_path / "run")[1]
+    before = sorted(path.name for path in older.parent.iterdir())
+    for words in ((), ("--resume", older), ("--resume", checkpoints_of(whole[1])[0])):
+        output = finish(run(recipe, tmp_path / "run", 1, *words), expected=1)
+        assert "has checkpoints of another run, or later ones: step_00000012" in output
+        assert sorted(path.name for path in older.parent.iterdir()) == before
+    output = finish(run(recipe, tmp_path / "other", 1, "--resume", older))
+    assert_same(tmp_path / "run", whole[1])
+    assert steps_of(tmp_path / "other")[0] == LAST_STEP

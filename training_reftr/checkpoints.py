@@ -160,22 +160,39 @@ def weights_of(model, accelerator: Accelerator) -> dict[str, torch.Tensor]:
 
 def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
     """
-    The checkpoint that `args.resume` means: a folder, or with "auto" the newest whole one of the run, if there is any.
-    A collective: all processes get the same.
+    The checkpoint that `args.resume` means: a folder, or with "auto" the newest whole one of the run, if there is any;
+    None for a run that starts anew. A collective: all processes get the same.
 
     Raises:
-        OSError: if the named one is not there or is damaged, or with "auto" all of them are.
+        OSError: if the named one is not there or is damaged, with "auto" if all of them are, or if the run's folder
+            has checkpoints that would be mixed up with those that are to be written.
     """
     found = [None]
     with on_main_process(accelerator):
         if accelerator.is_main_process:
-            found = [newest_whole(args.output_dir) if args.resume == "auto" else Path(args.resume)]
-            if args.resume != "auto":
+            if args.resume == "auto":
+                found = [newest_whole(args.output_dir)]
+            elif args.resume is not None:
+                found = [Path(args.resume)]
                 fault = find_fault(found[0])
                 if fault:
                     raise OSError(f"--resume {args.resume!r}: {fault}.")
+            refuse_others(args.output_dir, found[0])
     broadcast_object_list(found)
     return found[0]
+
+
+def refuse_others(output_dir: str | Path, checkpoint: Path | None):
+    """Raise an OSError where a run has checkpoints that are not those up to the one that it goes on from."""
+    found = checkpoints_of(output_dir)
+    known = [path for path in found if checkpoint is not None and path.resolve() == checkpoint.resolve()]
+    others = found[: found.index(known[0])] if known else found
+    if others:
+        names = ", ".join(path.name for path in others)
+        raise OSError(
+            f"{str(output_dir)!r} has checkpoints of another run, or later ones: {names}. Go on from the newest by "
+            f"--resume auto, choose another --output_dir, or take them out of {str(found[0].parent)!r}."
+        )
 
 
 def load_state(path: Path) -> TrainingState:
@@ -207,17 +224,21 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
 
 def newest_whole(output_dir: str | Path) -> Path | None:
     """
-    The newest checkpoint of a run that is whole, with a warning for each that is not; None where there is none.
+    The newest checkpoint of a run that is whole; None where there is none. Later ones that are damaged are named so,
+    with a warning.
 
     Raises:
         OSError: if there are some, but all of them are damaged.
     """
-    found = checkpoints_of(output_dir)
+    found, damaged = checkpoints_of(output_dir), []
     for path in found:
         fault = find_fault(path)
         if fault is None:
+            for other in damaged:
+                other.rename(other.with_name(f"{other.name}.damaged"))
             return path
         logger.warning(f"{fault}; the checkpoint before it is taken.")
+        damaged.append(path)
     if found:
         raise OSError(
             f"All {len(found)} checkpoints in {str(found[0].parent)!r} are damaged. Take them away to start anew."

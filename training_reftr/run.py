@@ -124,7 +124,7 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     Raises:
         OSError, ValueError: see `find_checkpoint`, `build_model`, `TrainingData`.
     """
-    checkpoint = find_checkpoint(args, accelerator) if args.resume else None
+    checkpoint = find_checkpoint(args, accelerator)
     set_seed(args.seed)  # equal weights on all processes
     if checkpoint is None:
         model, processor = build_model(args, split_of(rows, args.train_split))
@@ -142,6 +142,8 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
             tensor.data = tensor.data.clone()
         processor = RefTRProcessor.from_pretrained(checkpoint)
         state = load_state(checkpoint)
+        if not (Path(args.output_dir) / "model.safetensors").exists():
+            state.best = state.best_step = None  # the best so far is of another folder
         logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
         synchronize_batch_norm(model)
