@@ -302,6 +302,7 @@ def test_trackers_get_the_figures(recipe, tmp_path):
     assert [line["step"] for line in lines if "train/loss" in line] == steps
 
 
+@pytest.mark.slow
 def test_runs_are_not_mixed_up(recipe, whole, tmp_path):
     """Checkpoints of an earlier run are neither taken for this one's nor written over."""
     shutil.copytree(whole[1], tmp_path / "run")
