@@ -112,7 +112,7 @@ def test_commands_name_what_there_is():
         if command.startswith("make "):
             assert command.split()[1] in targets, command
         if "train_reftr.py" in command:
-            words = shlex.split(command.split("train_reftr.py")[1])
+            words = shlex.split(command.split("train_reftr.py")[1], comments=True)
             parse_arguments([str(ROOT / words[0]), *(word for word in words[1:] if word != "--print_config")])
     assert len(commands) >= 6
 
