@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import re
-import socket
 import time
 from collections import Counter
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from faults import free_port
 from layout_refcoco import make_refcoco
 from layout_toy import make_toy
 from PIL import Image
@@ -531,12 +531,6 @@ def test_what_cannot_be_streamed_is_refused(arguments):
 
 
 # the script
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_the_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_path):

@@ -15,6 +15,7 @@ from faults import finish, kill, losses_of, start, steps_of, wait_for, write_rec
 from safetensors.torch import load_file
 
 from conftest import trials
+from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import checkpoints_of, find_fault, load_state, newest_whole
 
 
@@ -281,10 +282,16 @@ def test_a_run_without_a_checkpoint_starts_anew(recipe, tmp_path):
     assert "nowhere' is no whole checkpoint" in refused
 
 
-def test_a_dry_run_goes_through_everything_and_leaves_nothing(recipe, tmp_path):
-    output = finish(run(recipe, tmp_path / "none", 1, "--dry_run"))
-    assert re.search(r"An epoch of 6 updates takes about [\d.]+ hours", output)
+@pytest.mark.parametrize(("split", "updates"), [("train", 6), ("train+validation", 7)])
+def test_a_dry_run_goes_through_everything_and_leaves_nothing(recipe, tmp_path, split, updates):
+    output = finish(run(recipe, tmp_path / "none", 1, "--dry_run", "--train_split", split))
+    assert re.search(rf"An epoch of {updates} updates takes about [\d.]+ hours", output)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_of_an_evaluation_is_refused():
+    with pytest.raises(ValueError, match="dry_run rehearses a training"):
+        TrainingArguments(dry_run=True, eval_only=True)
 
 
 @pytest.mark.slow

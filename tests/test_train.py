@@ -2,11 +2,11 @@
 
 import json
 import re
-import socket
 
 import numpy as np
 import pytest
 import yaml
+from faults import free_port
 from PIL import Image
 
 from conftest import ROOT
@@ -75,12 +75,6 @@ def test_prediction_says_what_is_missing(trained, run, tmp_path):
     assert result.returncode != 0
     assert "error: There is no picture at" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,8 @@ class TrainingArguments:
             raise ValueError(f"watchdog_minutes={self.watchdog_minutes} must be greater than 0 and finite.")
         if self.lr_drop_epochs != sorted(set(self.lr_drop_epochs)) or min(self.lr_drop_epochs, default=1) < 1:
             raise ValueError(f"lr_drop_epochs={self.lr_drop_epochs} must be numbers of epochs from 1 on, growing.")
+        if self.dry_run and self.eval_only:
+            raise ValueError("dry_run rehearses a training, and eval_only trains nothing: leave one of them out.")
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs:g} and warmup_steps={self.warmup_steps} say the same twice: leave "

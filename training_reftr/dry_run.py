@@ -37,8 +37,9 @@ def limited(args, rows: dict, accelerator: Accelerator):
         trackers="none",
     )
     count = args.evaluation_batch_size * accelerator.num_processes
+    trained = args.train_split.split("+")
     try:
-        yield args, {split: part if split == args.train_split else _first(part, count) for split, part in rows.items()}
+        yield args, {split: part if split in trained else _first(part, count) for split, part in rows.items()}
         accelerator.wait_for_everyone()
     finally:
         if accelerator.is_main_process:
