@@ -142,6 +142,11 @@ def test_broken_pictures_are_found_and_good_ones_are_not(command, toy, record_pr
     sentence = refused(command("build", "--verify", "--num_proc", "2", check=False), "20 pictures")
     record_property("counted", (sum(name in sentence for name in broken), len(broken)))
     assert all(name in sentence for name in broken)
+    result = command("check", "--json", toy / "report.json", "--num_proc", "2", check=False)
+    errors = json.loads((toy / "report.json").read_text())["errors"]
+    assert result.returncode == 1
+    assert [item["kind"] for item in errors] == ["picture"] * 20
+    assert all(any(name in item["message"] for item in errors) for name in broken)
 
 
 def spoil(rows):
