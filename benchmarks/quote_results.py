@@ -2,7 +2,7 @@
 Write the committed results into README.md, between its marks:
 
     python benchmarks/quote_results.py            # from benchmarks/results
-    python benchmarks/quote_results.py runs/demo  # first take over a run's metrics.json and predictions.png
+    python benchmarks/quote_results.py runs/demo  # first take over a run's figures, log of figures and pictures
 """
 
 import json
@@ -13,11 +13,12 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "demo"
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = ("metrics.json", "metrics.jsonl", "predictions.png")  # of a run
 
 
-def demo_table(metrics: dict) -> str:
-    """The demo's figures of one split as a Markdown table."""
+def table_of_shapes(metrics: dict) -> str:
+    """Figures of one split of the shapes as a Markdown table."""
     lines = ["| asked | accuracy at IoU 0.5 | mean IoU | mask mean IoU | phrases |", "|---|---|---|---|---|"]
     entries = {
         "all expressions": metrics,
@@ -34,19 +35,21 @@ def demo_table(metrics: dict) -> str:
 
 def quote(readme: str) -> str:
     """The README with the committed results between its marks."""
-    table = demo_table(json.loads((RESULTS / "metrics.json").read_text())["splits"]["test"])
-    return re.sub(
-        r"(<!-- demo results -->\n).*?(<!-- end of demo results -->)",
-        lambda match: f"{match[1]}{table}\n{match[2]}",
-        readme,
-        flags=re.DOTALL,
-    )
+
+    def table(match: re.Match) -> str:
+        start, run, end = match.groups()
+        metrics = json.loads((RESULTS / run / "metrics.json").read_text())
+        return f"{start}{table_of_shapes(metrics['splits']['test'])}\n{end}"
+
+    return re.sub(r"(<!-- (\w+) results -->\n).*?(<!-- end of \2 results -->)", table, readme, flags=re.DOTALL)
 
 
 def main():
     if len(sys.argv) > 1:
-        for name in ("metrics.json", "predictions.png"):
-            shutil.copy(Path(sys.argv[1]) / name, RESULTS / name)
+        run = Path(sys.argv[1])
+        (RESULTS / run.name).mkdir(exist_ok=True)
+        for name in FILES:
+            shutil.copy(run / name, RESULTS / run.name / name)
     path = ROOT / "README.md"
     path.write_text(quote(path.read_text()))
 

@@ -63,7 +63,6 @@ def start(*words, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> 
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "ACCELERATE_USE_CPU": "true",
             "PYTHONPATH": str(ROOT),
             **environment,
         },

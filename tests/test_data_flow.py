@@ -547,7 +547,7 @@ def test_the_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_
         launch = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
         result = run(
             *(launch if ranks == 2 else ()), "train_reftr.py", path, "--batch_size", 8 // ranks,
-            "--output_dir", tmp_path / str(ranks), ACCELERATE_USE_CPU="true",
+            "--output_dir", tmp_path / str(ranks),
         )  # fmt: skip
         assert "Traceback" not in result.stderr
         logs.append([float(value) for value in re.findall(r"step \d+ epoch \d+ loss=([\d.]+)", result.stderr)])

@@ -113,7 +113,7 @@ def test_several_ranks_train_as_one_process(run, tmp_path, ranks, accumulation, 
     two = run(
         "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py",
         recipe, "--batch_size", 16 // ranks // accumulation, "--gradient_accumulation_steps", accumulation,
-        "--output_dir", tmp_path / "two", ACCELERATE_USE_CPU="true",
+        "--output_dir", tmp_path / "two",
     )  # fmt: skip
     losses_one, losses_two = logged_losses(one.stderr), logged_losses(two.stderr)
     assert [step for step, _ in losses_one] == [step for step, _ in losses_two] == list(range(1, steps + 1))
@@ -172,7 +172,7 @@ def test_two_ranks_give_the_masks_of_one_process(recipe, run, tmp_path):
     one = run("train_reftr.py", path, "--output_dir", tmp_path / "one")
     two = run(
         "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "train_reftr.py", path,
-        "--batch_size", "4", "--output_dir", tmp_path / "two", ACCELERATE_USE_CPU="true",
+        "--batch_size", "4", "--output_dir", tmp_path / "two",
     )  # fmt: skip
     for (_, first), (_, second) in zip(logged_losses(one.stderr), logged_losses(two.stderr), strict=True):
         for name in ("loss_mask", "loss_dice", "loss_bbox"):
@@ -182,7 +182,6 @@ def test_two_ranks_give_the_masks_of_one_process(recipe, run, tmp_path):
         run(
             "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py",
             path, "--eval_only", "--init_from", tmp_path / "one", "--output_dir", tmp_path / f"eval{ranks}",
-            ACCELERATE_USE_CPU="true",
         )  # fmt: skip
         evaluated.append(figures_of_test(tmp_path / f"eval{ranks}"))
     for name in ("num_phrases", "mask_num_phrases"):
@@ -208,12 +207,12 @@ def test_a_figure_that_is_not_there_cannot_choose_the_best(recipe, run, tmp_path
 @pytest.mark.slow
 def test_sharded_by_fsdp2_a_run_goes_on_too(recipe, run, tmp_path):
     """Two processes on CPUs, whose sums FSDP2 does not round alike from run to run: no bits are compared."""
-    sharded = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     sharded |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
     sharded |= {"FSDP_TRANSFORMER_CLS_TO_WRAP": "RefTREncoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     words = ("train_reftr.py", recipe, "--batch_size", 4, "--output_dir")
     ranks = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port")
-    plain = run(*ranks, free_port(), *words, tmp_path / "plain", ACCELERATE_USE_CPU="true")
+    plain = run(*ranks, free_port(), *words, tmp_path / "plain")
     run(*ranks, free_port(), *words, tmp_path / "run", "--max_steps", 4, **sharded)
     rest = run(*ranks, free_port(), *words, tmp_path / "run", "--resume", "auto", **sharded)
     assert "Going on from" in rest.stderr

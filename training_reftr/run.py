@@ -103,6 +103,8 @@ class Run:
 def build_accelerator(args) -> Accelerator:
     """The processes, as accelerate was configured or launched, and the log of this one."""
     accelerator = Accelerator(
+        # without it, processes that torchrun started on CPUs would each train alone
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         log_with=tracker_names(args) or None,
         project_dir=args.output_dir,

@@ -24,8 +24,8 @@ LOG = "metrics.jsonl"
 
 class Tracking:
     """
-    Where the figures of a run go: `metrics.jsonl` in its folder (a line a record: `{"step", "epoch", ...}`), the log,
-    and the trackers of accelerate that `args.trackers` names.
+    Where the figures of a run go: `metrics.jsonl` in its folder (a line a record: `{"step", "epoch", "time", ...}`, in
+    seconds since 1970), the log, and the trackers of accelerate that `args.trackers` names.
 
     Args:
         args: the run's settings.
@@ -99,7 +99,8 @@ class Tracking:
         if not self.accelerator.is_main_process:
             return
         with open(self.path, "a") as file:
-            file.write(json.dumps({"step": state.step, "epoch": state.epoch, **values}) + "\n")
+            record = {"step": state.step, "epoch": state.epoch, "time": round(time.time(), 3), **values}
+            file.write(json.dumps(record) + "\n")
         self.accelerator.log(values, step=state.step)
 
 
