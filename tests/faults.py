@@ -113,7 +113,7 @@ def losses_of(output_dir: Path) -> dict[int, dict]:
     found = {}
     for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        timed = ("per_second", "per_update", "memory_gb")
+        timed = ("time", "per_second", "per_update", "memory_gb")
         found.setdefault(record["step"], {}).update(
             {name: value for name, value in record.items() if not name.endswith(timed)}
         )
