@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_reftr import RefTRConfig
+from .fusing_reftr import fold_batch_norms, restore_batch_norms
 from .loss_reftr import grounding_loss
+from .text_cache_reftr import TextCache
 
 
 if is_timm_available():
@@ -45,12 +48,15 @@ class RefTRImageFeatures(ModelOutput):
             Positions of the image tokens.
         image_mask (`torch.Tensor` of shape `(I, h * w)`):
             True for cells of the picture, False for padding.
+        pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
+            1 for the picture, 0 for padding.
     """
 
     feature_maps: tuple[torch.Tensor, ...] | None = None
     image_features: torch.Tensor | None = None
     image_position_embeddings: torch.Tensor | None = None
     image_mask: torch.Tensor | None = None
+    pixel_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -84,6 +90,8 @@ class RefTRModelOutput(ModelOutput):
             The last feature map projected to the model's width.
         image_mask (`torch.Tensor` of shape `(I, h * w)`):
             True for cells of the picture, False for padding.
+        pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
+            1 for the picture, 0 for padding.
         image_index (`torch.Tensor` of shape `(S,)`, *optional*):
             The image each sentence was read with: the input, 0 where that points nowhere.
         decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
@@ -98,6 +106,7 @@ class RefTRModelOutput(ModelOutput):
     feature_maps: tuple[torch.Tensor, ...] | None = None
     image_features: torch.Tensor | None = None
     image_mask: torch.Tensor | None = None
+    pixel_mask: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple[torch.Tensor, ...] | None = None
@@ -556,6 +565,8 @@ class RefTRPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
+    _folded_norms = ()  # while the model is fused
+    _text_cache = None  # within cache_text()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For code outside of the library it passes over modules whose parameters all lie in their children. It need
@@ -617,6 +628,57 @@ class RefTRPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_parameters()
         return loaded
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `fuse` was called, and not undone."""
+        return bool(self.base_model._folded_norms)
+
+    def fuse(self):
+        """
+        Make inference faster, with the same answers but for rounding: the batch norms of the image backbone are folded
+        into its convolutions, whose weights are laid out channels last. `train()` and `unfuse()` undo it to the last
+        bit, and what is saved is as if it had not been.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if the model is in training mode, where batch norms may learn.
+        """
+        if self.training:
+            raise ValueError("fuse() is for inference: call model.eval() first.")
+        if not self.is_fused:
+            backbone = self.base_model.backbone
+            channels = self.config.backbone_config.num_channels
+            example = torch.zeros(1, channels, 64, 64, device=self.device, dtype=self.dtype)
+            self.base_model._folded_norms = fold_batch_norms(backbone, example)
+            backbone.to(memory_format=torch.channels_last)
+        return self
+
+    def unfuse(self):
+        """Undo `fuse`. Returns the model."""
+        if self.is_fused:
+            restore_batch_norms(self.base_model._folded_norms)
+            self.base_model._folded_norms = ()
+            self.base_model.backbone.to(memory_format=torch.contiguous_format)
+        return self
+
+    def train(self, mode: bool = True):
+        """As any module; for training, `fuse` is undone."""
+        if mode:
+            self.unfuse()
+        return super().train(mode)
+
+    def save_pretrained(self, *args, **kwargs):
+        """See `PreTrainedModel.save_pretrained`; the batch norms are saved, whether they are folded or not."""
+        was_fused = self.is_fused
+        self.unfuse()
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            if was_fused:
+                self.fuse()
 
 
 class RefTREncoder(RefTRPreTrainedModel):
@@ -790,7 +852,13 @@ class RefTRModel(RefTRPreTrainedModel):
         for _, parameter in parameters[:end]:
             parameter.requires_grad_(False)
 
-    def encode_images(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> RefTRImageFeatures:
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RefTRImageFeatures:
         """
         Encode images, once for all that is asked about them.
 
@@ -830,16 +898,41 @@ class RefTRModel(RefTRPreTrainedModel):
             image_features=projected.flatten(2).transpose(1, 2),
             image_position_embeddings=position_embeddings.to(projected.dtype),
             image_mask=mask.flatten(1),
+            pixel_mask=pixel_mask,
         )
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         """(N, L) tokens and their mask -> the text backbone's output: last_hidden_state (N, L, text width) and
-        pooler_output (N, text width)."""
+        pooler_output (N, text width); from `cache_text`'s memory, within it."""
+        return (self._text_cache or self._encode_text)(input_ids, attention_mask)
+
+    def _encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         if self.text_backbone._supports_attention_backend:
             # such a backbone takes a mask that is ready, and would wait for the device to make its own
-            embeds = self.text_position_embeddings.weight[: input_ids.shape[1]].expand(len(input_ids), -1, -1)
+            embeds = self.text_position_embeddings.weight[: input_ids.shape[1]].expand(input_ids.shape[0], -1, -1)
             attention_mask = expand_attention_mask(self.text_backbone.config, embeds, attention_mask)
         return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
+
+    @contextmanager
+    def cache_text(self, max_tokens: int = 100_000):
+        """
+        Within this context, a sentence or phrase that comes again does not go through the text backbone again: for
+        inference with weights that stay as they are. Answers are the same but for rounding.
+
+        Args:
+            max_tokens (`int`, *optional*, defaults to 100,000):
+                How many tokens' states are held, 4 bytes times the text width each (BERT-base: 307 MB in all).
+
+        Raises:
+            ValueError: if gradients are on or the model is in training mode.
+        """
+        if self.training or torch.is_grad_enabled():
+            raise ValueError("cache_text() is for inference: call model.eval(), and use it within torch.no_grad().")
+        self._text_cache = TextCache(self._encode_text, max_tokens)
+        try:
+            yield
+        finally:
+            self._text_cache = None
 
     def known_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (..., L) that can be looked up, and which texts (...) hold no real token outside the vocabulary."""
@@ -882,7 +975,7 @@ class RefTRModel(RefTRPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -891,6 +984,7 @@ class RefTRModel(RefTRPreTrainedModel):
         phrase_attention_mask: torch.Tensor | None = None,
         phrase_spans: torch.Tensor | None = None,
         phrase_index: torch.Tensor | None = None,
+        image_features: RefTRImageFeatures | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRModelOutput:
         """
@@ -907,8 +1001,14 @@ class RefTRModel(RefTRPreTrainedModel):
             raise ValueError("RefTR answers words: give input_ids of shape (sentences, tokens).")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("RefTR looks at pictures: give either pixel_values or image_features.")
+        if pixel_values is None and pixel_mask is not None:
+            raise ValueError("pixel_mask belongs to pixel_values; image_features hold the one they were made with.")
+        # the backbones: images once each, sentences once each
+        image = image_features or self.get_image_features(pixel_values, pixel_mask, return_dict=True)
         self._check_text_shapes(
-            pixel_values,
+            image.image_features.shape[0],
             input_ids,
             attention_mask,
             image_index,
@@ -921,15 +1021,13 @@ class RefTRModel(RefTRPreTrainedModel):
         # what points nowhere (a token, an image, a span, a phrase) is not followed, and its phrases are masked
         input_ids, can_answer = self.known_tokens(input_ids, attention_mask)
 
-        # the backbones: images once each, sentences once each
-        image = self.encode_images(pixel_values, pixel_mask)
         image_features, image_positions, image_mask = (
             image.image_features,
             image.image_position_embeddings,
             image.image_mask,
         )
         if image_index is not None:
-            is_image = (image_index >= 0) & (image_index < len(image_features))
+            is_image = (image_index >= 0) & (image_index < image_features.shape[0])
             image_index, can_answer = image_index.where(is_image, 0), can_answer & is_image
             image_features, image_positions, image_mask = (
                 states[image_index] for states in (image_features, image_positions, image_mask)
@@ -937,7 +1035,7 @@ class RefTRModel(RefTRPreTrainedModel):
         text = self.encode_text(input_ids, attention_mask)
         text_features = self.text_projection(text.last_hidden_state)
         text_positions = self.text_position_embeddings.weight[:length] + self.token_type_embeddings.weight[0]
-        text_positions = text_positions.expand(len(input_ids), -1, -1)
+        text_positions = text_positions.expand(input_ids.shape[0], -1, -1)
 
         # the visual-language encoder, from here on a sentence at a time
         position_embeddings = torch.cat((text_positions.to(image_positions.dtype), image_positions), dim=1)
@@ -995,6 +1093,7 @@ class RefTRModel(RefTRPreTrainedModel):
             feature_maps=image.feature_maps,
             image_features=image.image_features,
             image_mask=image.image_mask,
+            pixel_mask=image.pixel_mask,
             image_index=image_index,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
@@ -1005,7 +1104,7 @@ class RefTRModel(RefTRPreTrainedModel):
 
     def _check_text_shapes(
         self,
-        pixel_values,
+        num_images,
         input_ids,
         attention_mask,
         image_index,
@@ -1026,9 +1125,9 @@ class RefTRModel(RefTRPreTrainedModel):
                 f"input_ids holds {length} tokens a sentence, more than max_text_positions="
                 f"{self.config.max_text_positions}; truncate the text."
             )
-        if image_index is None and num_sentences != len(pixel_values):
+        if image_index is None and num_sentences != num_images:
             raise ValueError(
-                f"{num_sentences} sentences and {len(pixel_values)} images: without image_index they must be as many."
+                f"{num_sentences} sentences and {num_images} images: without image_index they must be as many."
             )
         if image_index is not None and image_index.shape != (num_sentences,):
             raise ValueError(
@@ -1043,7 +1142,7 @@ class RefTRModel(RefTRPreTrainedModel):
             )
         if phrase_input_ids is None:
             return
-        if phrase_input_ids.ndim != 3 or len(phrase_input_ids) != num_sentences:
+        if phrase_input_ids.ndim != 3 or phrase_input_ids.shape[0] != num_sentences:
             raise ValueError(
                 f"phrase_input_ids {tuple(phrase_input_ids.shape)} must be (sentences, phrases, tokens) for "
                 f"{num_sentences} sentences."
@@ -1093,10 +1192,23 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 module.eval()
         return self
 
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RefTRImageFeatures:
+        """See [`RefTRModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, pixel_mask, **kwargs)
+
+    def cache_text(self, max_tokens: int = 100_000):
+        """See [`RefTRModel.cache_text`]."""
+        return self.model.cache_text(max_tokens)
+
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -1107,6 +1219,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         phrase_index: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        image_features: RefTRImageFeatures | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRVisualGroundingOutput:
         """
@@ -1115,8 +1228,8 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         size together.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`):
-                Normalised pictures, padded bottom and right.
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`, *optional*):
+                Normalised pictures, padded bottom and right. Absent: `image_features` stands for them.
             pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*):
                 1 for the picture, 0 for padding. Absent: no padding.
             input_ids, attention_mask (`torch.Tensor` of shape `(S, L)`):
@@ -1138,6 +1251,9 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 the phrase is, of the padded picture.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
                 Sentences in the global batch (all ranks, all accumulation steps), which the loss is divided by.
+            image_features ([`RefTRImageFeatures`], *optional*):
+                What `get_image_features` gave for the images, in place of `pixel_values` and `pixel_mask`: many
+                questions, asked one after the other, cost the image backbone once.
 
         Returns:
             [`RefTRVisualGroundingOutput`]. Where a token, an image index, a span or a phrase index points nowhere, the
@@ -1180,6 +1296,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             phrase_attention_mask=phrase_attention_mask,
             phrase_spans=phrase_spans,
             phrase_index=phrase_index,
+            image_features=image_features,
             **kwargs,
         )
         layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid()
@@ -1199,8 +1316,6 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 outputs.phrase_places,
             )
             pred_masks = pred_masks.float()
-            if pixel_mask is None:
-                pixel_mask = torch.ones_like(pixel_values[:, 0], dtype=torch.long)
         loss, loss_dict = None, None
         if labels is not None:
             loss, loss_dict = self.loss_function(
@@ -1210,7 +1325,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 config=self.config,
                 auxiliary_outputs=auxiliary_outputs,
                 pred_masks=pred_masks,
-                pixel_mask=pixel_mask,
+                pixel_mask=outputs.pixel_mask,
                 image_index=outputs.image_index,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -1225,7 +1340,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             image_index=outputs.image_index,
             input_ids=input_ids,
             phrase_input_ids=phrase_input_ids,
-            pixel_mask=pixel_mask,
+            pixel_mask=outputs.pixel_mask,
             last_hidden_state=outputs.last_hidden_state,
             intermediate_hidden_states=outputs.intermediate_hidden_states,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
@@ -1240,4 +1355,4 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
 RefTRModel.register_for_auto_class("AutoModel")
 RefTRForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")
 
-__all__ = ["RefTRForVisualGrounding", "RefTRModel", "RefTRPreTrainedModel"]
+__all__ = ["RefTRForVisualGrounding", "RefTRImageFeatures", "RefTRModel", "RefTRPreTrainedModel"]

@@ -73,8 +73,8 @@ class RefTRProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images,
-        text,
+        images=None,
+        text=None,
         phrases=None,
         boxes=None,
         masks=None,
@@ -85,7 +85,9 @@ class RefTRProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: a picture (PIL, array, tensor, path, URL) or a list of them.
+            images (*optional*):
+                A picture (PIL, array, tensor, path, URL) or a list of them. Absent: words alone, for images whose
+                features there are already ([`RefTRForVisualGrounding.get_image_features`]).
             text (`str`, `list[str]` or `list[list[str]]`):
                 One sentence; a list: all of one image, or one an image; a list of lists: the sentences of each image.
             phrases (*optional*):
@@ -125,10 +127,18 @@ class RefTRProcessor(ProcessorMixin):
         padding = text_kwargs.pop("padding", None) or "longest"
         if padding not in ("longest", "max_length", True):
             raise ValueError(f"padding={padding!r} must be 'longest' or 'max_length'.")
-        images = self.image_processor.open_images(images, annotated_sizes)
-        sizes = [picture_size(image) for image in images]
-        sentences, image_index, depth = arrange_sentences(text, len(images))
-        data = dict(self.image_processor(images, return_tensors=return_tensors, **image_kwargs))
+        if text is None:
+            raise ValueError("There is no text: name what to look for.")
+        if images is None:
+            if boxes is not None or masks is not None:
+                raise ValueError("Boxes and masks are in pixels of a picture: give images with them.")
+            nested = isinstance(text, (list, tuple)) and any(isinstance(part, (list, tuple)) for part in text)
+            data, sizes = {}, [None] * (len(text) if nested else 1)
+        else:
+            images = self.image_processor.open_images(images, annotated_sizes)
+            sizes = [picture_size(image) for image in images]
+            data = dict(self.image_processor(images, return_tensors=return_tensors, **image_kwargs))
+        sentences, image_index, depth = arrange_sentences(text, len(sizes))
         data["image_index"] = image_index
 
         fixed = padding == "max_length"
@@ -151,7 +161,7 @@ class RefTRProcessor(ProcessorMixin):
         }
         if targets:
             data["labels"] = [{} for _ in sentences]
-        padded_size = tuple(np.shape(data["pixel_values"][0])[-2:])
+            padded_size = tuple(np.shape(data["pixel_values"][0])[-2:])
         for index, (sentence, image) in enumerate(zip(sentences, image_index, strict=True)):
             for name, values in targets.items():
                 value = values[index]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from datasets import IterableDataset
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
@@ -18,6 +18,10 @@ from tqdm.auto import tqdm
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import evaluation_loader, move
 from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, recalls
+
+
+# where a process holds parts of weights
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @torch.no_grad()
@@ -52,15 +56,19 @@ def evaluate(
     keys = phrase_keys(rows)
     # without the wrapper, whose forward also synchronizes buffers
     model = accelerator.unwrap_model(model).eval()
-    records = []
+    if accelerator.distributed_type not in SHARDED:
+        model.fuse()
+    records, is_stopped = [], False
     loader = evaluation_loader(rows, processor, args, accelerator.process_index, accelerator.num_processes)
-    for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
-        records += answer_batch(model, processor, batch, args, accelerator)
-        if should_stop is not None and should_stop():
-            model.train()
-            return None
+    # what is compiled for training is not compiled again for evaluation's shapes
+    with torch.compiler.set_stance("force_eager"), model.cache_text():
+        for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
+            records += answer_batch(model, processor, batch, args, accelerator)
+            is_stopped = should_stop is not None and should_stop()
+            if is_stopped:
+                break
     model.train()
-    return put_in_order(gather_object(records), keys)
+    return None if is_stopped else put_in_order(gather_object(records), keys)
 
 
 def phrase_keys(rows) -> list[tuple[str, str, int]]:

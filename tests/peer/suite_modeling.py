@@ -9,7 +9,8 @@ The suite skips what does not apply, and says why in its report:
   weights that are renamed while they are loaded, positions that can be resized;
 - "does not support SDPA" and "does not have both a non-text modality tower and a language sub-model": of the three
   tests of SDPA dispatch one is for models without sub-configurations and one for generators; the third is run;
-- hidden states by layer: RefTR names them by encoder and decoder, the test asks for one `hidden_states`.
+- hidden states by layer: RefTR names them by encoder and decoder, the test asks for one `hidden_states`;
+- `get_image_features` as what a language model reads: RefTR's gives what its own forward takes back.
 """
 
 import copy
@@ -188,6 +189,20 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
                     outputs = model.eval()(**inputs, **asked)
                 for name, shape in expected.items():
                     assert [tuple(weights.shape) for weights in outputs[name]] == [shape] * layers, name
+
+    @unittest.skip("RefTR's image features are what its forward takes back, not a vision tower's output.")
+    def test_get_image_features_output_0(self):
+        """Of `parameterized`, as the two after it."""
+
+    test_get_image_features_output_1 = test_get_image_features_output_2 = test_get_image_features_output_0
+
+    @unittest.skip("The image backbone is convolutions.")
+    def test_get_image_features_attentions(self):
+        pass
+
+    @unittest.skip("Feature maps are asked for by the backbone's configuration.")
+    def test_get_image_features_hidden_states(self):
+        pass
 
     def test_config(self):
         self.config_tester.run_common_tests()
