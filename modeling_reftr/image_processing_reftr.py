@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import math
 import os
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers.image_utils import (
     SizeDict,
     make_flat_list_of_images,
 )
+from transformers.processing_utils import ImagesKwargs
 
 
 # a picture of this size takes half a gigabyte as float tensor; a file of a few kilobytes can claim to be larger
@@ -140,7 +142,9 @@ def add_channels(image):
     return image[..., None] if getattr(image, "ndim", None) == 2 else image
 
 
-def pad_batch(images: list[torch.Tensor], pad_size: SizeDict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_batch(
+    images: list[torch.Tensor], pad_size: SizeDict | None = None, size_divisor: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Pictures in one batch, with zeros bottom and right. Each is written once; the library's `pad` and stacking after
     it take a quarter of all preprocessing.
@@ -148,12 +152,13 @@ def pad_batch(images: list[torch.Tensor], pad_size: SizeDict | None = None) -> t
     Args:
         images (list of `(3, height, width)` tensors): normalised.
         pad_size (`SizeDict`, *optional*): height and width of the batch; absent: of its largest pictures.
+        size_divisor (`int`, *optional*): without `pad_size`, height and width are brought to multiples of it.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: (I, 3, H, W), and the mask (I, H, W), int64, 1 = picture.
 
     Raises:
-        ValueError: if a picture is larger than `pad_size`.
+        ValueError: if a picture is larger than `pad_size`, or `size_divisor` is under 1.
     """
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
@@ -161,6 +166,10 @@ def pad_batch(images: list[torch.Tensor], pad_size: SizeDict | None = None) -> t
         if not (pad_size.height and pad_size.width) or pad_size.height < height or pad_size.width < width:
             raise ValueError(f"pad_size={pad_size} must be {{'height', 'width'}}, at least {height} and {width}.")
         height, width = pad_size.height, pad_size.width
+    elif size_divisor is not None:
+        if size_divisor < 1:
+            raise ValueError(f"size_divisor={size_divisor} must be at least 1.")
+        height, width = (math.ceil(length / size_divisor) * size_divisor for length in (height, width))
     pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     pixel_mask = images[0].new_zeros(len(images), height, width, dtype=torch.long)
     for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
@@ -202,6 +211,15 @@ def resize_logits_in_two_steps(
     return nn.functional.interpolate(mask.float(), size=tuple(target_size), mode="nearest")[0, 0].bool()
 
 
+class RefTRImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    size_divisor (`int`, *optional*):
+        Pad batches to multiples of so many pixels.
+    """
+
+    size_divisor: int | None
+
+
 class RefTRImageProcessor(TorchvisionBackend):
     r"""
     Published preprocessing: the longer side resized to about 640 pixels with the aspect ratio kept, ImageNet mean and
@@ -211,6 +229,8 @@ class RefTRImageProcessor(TorchvisionBackend):
     Args:
         size (`dict`, *optional*, defaults to `{"shortest_edge": 640, "longest_edge": 640}`):
             The shorter side is brought to `shortest_edge`, or less where the longer would pass `longest_edge`.
+        size_divisor (`int`, *optional*):
+            Pad batches to multiples of so many pixels: fewer shapes to compile for. Padding changes answers a little.
         do_resize, do_rescale, do_normalize, do_pad, image_mean, image_std, pad_size, ...: see `BaseImageProcessor`.
 
     Example:
@@ -236,6 +256,8 @@ class RefTRImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
     do_pad = True
+    size_divisor = None
+    valid_kwargs = RefTRImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask"]
 
     def fetch_images(self, image_url_or_urls):
@@ -349,6 +371,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         pad_size: SizeDict | None,
         disable_grouping: bool | None,
         return_tensors,
+        size_divisor: int | None = None,
         **kwargs,
     ) -> BatchFeature:
         grouped_images, order = group_images_by_shape(images, disable_grouping=disable_grouping)
@@ -361,7 +384,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         images = reorder_images(grouped_images, order)
         data = {"pixel_values": images}
         if do_pad:
-            data["pixel_values"], data["pixel_mask"] = pad_batch(images, pad_size)
+            data["pixel_values"], data["pixel_mask"] = pad_batch(images, pad_size, size_divisor)
             if return_tensors is None:
                 data = {name: list(tensor) for name, tensor in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)

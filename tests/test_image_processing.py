@@ -177,3 +177,16 @@ def test_a_batch_of_a_given_size(image_processor):
     assert inputs["pixel_mask"].sum() == 320 * 640
     with pytest.raises(ValueError, match="at least 320 and 640"):
         image_processor(picture, pad_size={"height": 300, "width": 800}, return_tensors="pt")
+
+
+def test_batches_of_few_shapes(image_processor, tmp_path):
+    picture = Image.new("RGB", (100, 70))
+    inputs = image_processor(picture, size_divisor=100, return_tensors="pt")
+    assert inputs["pixel_values"].shape[-2:] == (500, 700)
+    assert inputs["pixel_mask"].sum() == 640 * 448
+    kept = RefTRImageProcessor(size_divisor=100)
+    assert kept(picture, return_tensors="pt")["pixel_values"].shape[-2:] == (500, 700)
+    kept.save_pretrained(tmp_path)
+    assert RefTRImageProcessor.from_pretrained(tmp_path).size_divisor == 100
+    with pytest.raises(ValueError, match="size_divisor=0 must be at least 1"):
+        image_processor(picture, size_divisor=0, return_tensors="pt")

@@ -222,3 +222,19 @@ def test_sharded_by_fsdp2_a_run_goes_on_too(recipe, run, tmp_path):
         assert parts["loss"] == pytest.approx(expected[step]["loss"], rel=1e-3)
     model = RefTRForVisualGrounding.from_pretrained(tmp_path / "run")
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_alike(recipe, run, tmp_path):
+    """The same losses but for rounding, and a model that loads as any other."""
+    words = ("train_reftr.py", recipe, "--log_every", 1, "--max_steps", 3, "--size_divisor", 32, "--output_dir")
+    run(*words, tmp_path / "plain")
+    run(*words, tmp_path / "compiled", "--compile", "true", timeout=900)
+    losses = []
+    for name in ("plain", "compiled"):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert RefTRProcessor.from_pretrained(tmp_path / "compiled").image_processor.size_divisor == 32
+    RefTRForVisualGrounding.from_pretrained(tmp_path / "compiled")

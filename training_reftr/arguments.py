@@ -48,6 +48,9 @@ class TrainingArguments:
     bucket_by_shape: bool = setting(True, "Put pictures of like shape, and texts of like length, into one batch.")
     augmentation: str = setting("published", "published: brightness; strong: saturation, crop, scale, flip; or none.")
     num_workers: int = setting(2, "Processes that prepare batches.")
+    size_divisor: int | None = setting(
+        None, "Pad batches of pictures to multiples of so many pixels, for compile; changes answers a little."
+    )
 
     # where weights come from
     init_from: str | None = setting(None, "RefTR folder, Hub id or published .pth to start from, or to evaluate.")
@@ -60,6 +63,8 @@ class TrainingArguments:
         "Tokenizer of a new model or a published .pth, folder or Hub id; none: init_text's, or trained on the set.",
     )
     attn_implementation: str | None = setting(None, "eager, sdpa, ...; none: what transformers chooses.")
+
+    compile: bool = setting(False, "Compile the training step (torch.compile); evaluation stays as it is.")
 
     # optimisation
     num_epochs: int = setting(90, "Passes over the training expressions.")
@@ -141,6 +146,7 @@ class TrainingArguments:
 AT_LEAST_ONE = (
     "image_size",
     "max_text_length",
+    "size_divisor",
     "expressions_per_image",
     "num_epochs",
     "batch_size",

@@ -100,7 +100,8 @@ def load_reftr(
 
     Args:
         source (`str` or `Path`): a folder, a Hub id, or a published file, which is converted in memory.
-        args ([`TrainingArguments`]): `tokenizer` for a published file, `max_text_length`, `attn_implementation`.
+        args ([`TrainingArguments`]): `tokenizer` for a published file, `max_text_length`, `size_divisor`,
+            `attn_implementation`.
         changes (`dict`, *optional*): fields of its configuration to change, see `change_config`.
 
     Raises:
@@ -133,7 +134,7 @@ def load_reftr(
         f"RefTR from {source}: {len(model.state_dict()) - len(info['missing_keys'])} weights. Random weights: "
         f"{', '.join(sorted(new)) or 'none'}. Left: {', '.join(sorted(left)) or 'none'}."
     )
-    set_max_text_length(processor, args.max_text_length, model.config)
+    set_sizes(processor, args, model.config)
     return model, processor
 
 
@@ -160,7 +161,7 @@ def new_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor
         )
     size = {"shortest_edge": args.image_size, "longest_edge": args.image_size}
     processor = RefTRProcessor(RefTRImageProcessor(size=size), tokenizer)
-    set_max_text_length(processor, args.max_text_length, config)
+    set_sizes(processor, args, config)
     return RefTRForVisualGrounding._from_config(config, attn_implementation=args.attn_implementation), processor
 
 
@@ -181,8 +182,11 @@ def read_tokenizer(source: str):
     return tokenizer
 
 
-def set_max_text_length(processor: RefTRProcessor, max_text_length: int | None, config: RefTRConfig):
-    """Cut sentences to so many tokens, with phrases and without; None leaves the processor's own limits."""
+def set_sizes(processor: RefTRProcessor, args, config: RefTRConfig):
+    """Padding of pictures, and the longest sentence in tokens, with phrases and without; None: the processor's own."""
+    max_text_length = args.max_text_length
+    if args.size_divisor is not None:
+        processor.image_processor.size_divisor = args.size_divisor
     if max_text_length is None:
         return
     if max_text_length > config.max_text_positions:

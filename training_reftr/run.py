@@ -40,6 +40,7 @@ PASSING = (
     "evaluation_batch_size",
     "num_pictures",
     "visualize",
+    "compile",
     "log_every",
     "trackers",
     "run_name",
@@ -164,6 +165,8 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "gradient_clipping": args.max_grad_norm,
         }
+    if args.compile:
+        model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     global_batch_size = args.batch_size * accelerator.num_processes
     if checkpoint is not None:
