@@ -1,0 +1,158 @@
+"""
+Write a model as one graph that runs without this code:
+
+    python -m modeling_reftr.export --model runs/demo --output runs/demo-onnx
+
+gives `model.onnx` for ONNX Runtime (`--format dynamo`: a program of `torch.export`), with the processor beside it,
+for any number of pictures, sentences and tokens and any size of picture; `--phrases` for captions with several
+phrases. The graph's answers are held against the model's, at other shapes than it was made from, and the differences
+printed.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+
+import torch
+from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
+
+from .modeling_reftr import RefTRForVisualGrounding
+from .processing_reftr import RefTRProcessor
+
+
+FORMATS = {"onnx": (OnnxExporter, OnnxConfig), "dynamo": (DynamoExporter, DynamoConfig)}
+TOLERANCE = 1e-4  # of boxes, in parts of the picture, and of mask logits, in parts of the largest
+# names of the dimensions that vary
+AXES = {
+    "pixel_values": {0: "images", 2: "height", 3: "width"},
+    "pixel_mask": {0: "images", 1: "height", 2: "width"},
+    "input_ids": {0: "sentences", 1: "tokens"},
+    "attention_mask": {0: "sentences", 1: "tokens"},
+    "image_index": {0: "sentences"},
+    "phrase_input_ids": {0: "sentences", 1: "phrases", 2: "phrase_tokens"},
+    "phrase_attention_mask": {0: "sentences", 1: "phrases", 2: "phrase_tokens"},
+    "phrase_spans": {0: "sentences", 1: "phrases"},
+    "phrase_index": {0: "real_phrases"},
+}
+
+
+def make_inputs(model: RefTRForVisualGrounding, sizes: dict[str, int], phrases: bool, seed: int = 0) -> dict:
+    """
+    Random inputs of a model, with padding in them.
+
+    Args:
+        model ([`RefTRForVisualGrounding`]): which they are for.
+        sizes (`dict[str, int]`): of each of `AXES` but `real_phrases`.
+        phrases (`bool`): several phrases a sentence.
+        seed (`int`, *optional*, defaults to 0): of what is drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images, sentences, tokens = (sizes[name] for name in ("images", "sentences", "tokens"))
+    channels = model.config.backbone_config.num_channels
+    pixel_mask = torch.ones(images, sizes["height"], sizes["width"], dtype=torch.long)
+    pixel_mask[-1, :, sizes["width"] * 3 // 4 :] = 0
+
+    def texts(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.randint(model.config.text_config.vocab_size, shape, generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, ..., -1] = 0
+        return ids * mask, mask
+
+    inputs = {
+        "pixel_values": torch.randn(images, channels, sizes["height"], sizes["width"], generator=generator),
+        "pixel_mask": pixel_mask,
+        **dict(zip(("input_ids", "attention_mask"), texts(sentences, tokens), strict=True)),
+        "image_index": torch.arange(sentences) % images,
+    }
+    inputs["pixel_values"] *= pixel_mask[:, None]
+    if phrases:
+        shape = (sentences, sizes["phrases"])
+        names = ("phrase_input_ids", "phrase_attention_mask")
+        inputs |= dict(zip(names, texts(*shape, sizes["phrase_tokens"]), strict=True))
+        inputs["phrase_spans"] = torch.tensor([1, 3]).expand(*shape, 2).clone()
+        inputs["phrase_index"] = torch.ones(shape).nonzero()[1:]  # the first slot is padding
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool = False):
+    """
+    A model as one graph, its batch norms folded.
+
+    Args:
+        model ([`RefTRForVisualGrounding`]): in evaluation mode.
+        target (`str`, *optional*, defaults to `"onnx"`): or `"dynamo"`.
+        phrases (`bool`, *optional*, defaults to `False`):
+            For inputs with several phrases a sentence, in place of whole sentences.
+
+    Returns:
+        `transformers.exporters.base.ExportedModel`: to be called as the model is, with every input of it but labels.
+
+    Raises:
+        ValueError: if the graph's answers are not the model's.
+    """
+    sizes = {"images": 2, "sentences": 3, "tokens": 7, "phrases": 4, "phrase_tokens": 5, "height": 192, "width": 256}
+    exporter, config = FORMATS[target]
+    was_fused = model.is_fused
+    inputs = make_inputs(model.fuse(), sizes, phrases)
+    shapes = {name: dict.fromkeys(AXES[name], torch.export.Dim.DYNAMIC) for name in inputs}
+    try:
+        exported = exporter().export(model, inputs, config(dynamic_shapes=shapes))
+        for name, difference in differences(exported, model, phrases).items():
+            if not difference <= TOLERANCE:
+                raise ValueError(f"The exported graph's {name} are {difference:.1e} away from the model's.")
+    finally:
+        if not was_fused:
+            model.unfuse()
+    return exported
+
+
+@torch.no_grad()
+def differences(exported, model: RefTRForVisualGrounding, phrases: bool) -> dict[str, float]:
+    """
+    The largest differences between a graph's answers and a model's over a few shapes: `pred_boxes` in parts of the
+    picture, `pred_masks` in parts of the largest logit.
+    """
+    found = {}
+    for seed, (images, sentences) in enumerate([(1, 1), (1, 4), (3, 5)]):
+        sizes = {"images": images, "sentences": sentences, "tokens": 5 + seed, "phrases": 2 + seed}
+        sizes |= {"phrase_tokens": 4 + seed, "height": 160 + 37 * seed, "width": 224 - 40 * seed}
+        inputs = make_inputs(model, sizes, phrases, seed)
+        answers, expected = exported(**inputs), model(**inputs)
+        for name in ("pred_boxes", "pred_masks"):
+            if name not in expected:
+                continue
+            largest = 1.0 if name == "pred_boxes" else expected[name].abs().max().item()
+            difference = (answers[name] - expected[name])[expected.phrase_mask].abs().max().item() / largest
+            found[name] = max(found.get(name, 0.0), difference)
+    return found
+
+
+def main(argv: list[str] | None = None):
+    """The command: what was written and how far its answers are from the model's, as JSON on stdout."""
+    parser = argparse.ArgumentParser(prog="python -m modeling_reftr.export", description="A model as one graph.")
+    parser.add_argument("--model", required=True, help="RefTR folder or Hub id")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--format", default="onnx", choices=FORMATS, help="onnx (default), or dynamo: torch.export")
+    parser.add_argument("--phrases", action="store_true", help="for captions with several phrases")
+    args = parser.parse_args(argv)
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    model = RefTRForVisualGrounding.from_pretrained(args.model, dtype=torch.float32).eval()
+    with contextlib.redirect_stdout(sys.stderr):  # torch tells there how far it is
+        exported = export(model, args.format, args.phrases)
+    try:
+        exported.save_pretrained(args.output)
+    except AssertionError as error:  # torch cannot write every operation on sizes that its own export makes
+        raise ValueError(f"torch cannot save this model's graph ({error}); use --format onnx.") from error
+    RefTRProcessor.from_pretrained(args.model).save_pretrained(args.output)
+    found = differences(exported, model, args.phrases)
+    sys.stdout.write(json.dumps({"output": args.output, "largest_differences": found}) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,89 @@
+"""Models as graphs that run without our code, and with weights of eight bits."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_inference import TIMM
+from test_readme import blocks
+from transformers.exporters.base import ExportedModel
+
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.export import differences, export
+
+
+BACKBONE = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}
+
+
+@pytest.fixture
+def checkpoint(make_model, processor, tmp_path):
+    make_model(backbone_config=BACKBONE, predict_masks=True).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run, monkeypatch):
+    """Written by the command, asked about pictures and words of other numbers and sizes."""
+    folder = tmp_path / "runs" / "demo-onnx"
+    printed = run("-m", "modeling_reftr.export", "--model", checkpoint, "--output", folder).stdout
+    assert json.loads(printed)["largest_differences"].keys() == {"pred_boxes", "pred_masks"}
+
+    exported = ExportedModel.from_pretrained(folder)
+    processor = RefTRProcessor.from_pretrained(folder)
+    model = RefTRForVisualGrounding.from_pretrained(checkpoint).eval()
+    for sizes, texts in (
+        ([(50, 40)], [["the red circle"]]),
+        ([(64, 64), (90, 30), (31, 77)], [["the star", "the large blue square above it"], ["red"], ["a", "b", "c d"]]),
+    ):
+        pictures = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+        inputs = processor(pictures, texts)
+        answers = exported(**inputs)
+        with torch.no_grad():
+            expected = model(**inputs)
+        torch.testing.assert_close(answers.pred_boxes, expected.pred_boxes, atol=1e-4, rtol=0)
+        torch.testing.assert_close(answers.pred_masks, expected.pred_masks, atol=1e-4, rtol=1e-4)
+        found = processor.post_process_referring_segmentation(answers, [size[::-1] for size in sizes])
+        assert [masks["masks"].shape[0] for masks in found] == [1] * sum(map(len, texts))
+
+    # and as the README asks it
+    (code,) = [block for block in blocks("python") if "ExportedModel" in block]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"processor": processor, "image": pictures[0]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "dynamo"])
+@pytest.mark.parametrize("phrases", [False, True])
+def test_every_graph_answers_as_the_model(make_model, tmp_path, target, phrases):
+    model = make_model(backbone_config=BACKBONE, predict_masks=True)
+    export(model, target, phrases).save_pretrained(tmp_path)
+    assert not model.is_fused
+    found = differences(ExportedModel.from_pretrained(tmp_path), model, phrases)
+    assert max(found.values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_what_torch_cannot_save_is_said(make_model, processor, tmp_path, run):
+    make_model(backbone_config=TIMM).save_pretrained(tmp_path / "model")  # its pooling rounds sizes up
+    processor.save_pretrained(tmp_path / "model")
+    words = ("--model", tmp_path / "model", "--output", tmp_path / "program", "--format", "dynamo")
+    error = run("-m", "modeling_reftr.export", *words, check=False).stderr
+    assert "use --format onnx" in error
+
+
+@pytest.mark.slow
+def test_weights_of_eight_bits(checkpoint, processor, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")  # every process that finds it installed imports it, for seconds
+    (tmp_path / "runs").mkdir()
+    checkpoint.rename(tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block for block in blocks("python") if "torchao" in block]
+    names = {"RefTRForVisualGrounding": RefTRForVisualGrounding}
+    exec(code, names)
+    model = RefTRForVisualGrounding.from_pretrained("runs/demo").eval()
+    inputs = processor(Image.effect_noise((64, 48), 90).convert("RGB"), ["the red circle", "the star"])
+    with torch.no_grad():
+        boxes, expected = names["small"].fuse()(**inputs).pred_boxes, model(**inputs).pred_boxes
+    assert not torch.equal(boxes, expected)
+    torch.testing.assert_close(boxes, expected, atol=0.02, rtol=0)
