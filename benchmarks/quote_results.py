@@ -33,13 +33,44 @@ def table_of_shapes(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_speed(results: dict) -> str:
+    """Rows of `benchmarks/speed.py` as a Markdown table, with the machine under it."""
+    lines = ["| | ours | published pattern | ratio | spread |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        low, high = row["spread"]
+        lines.append(
+            f"| {row['name']}, {row['unit']} | {row['ours']:.3g} | {row['published_pattern']:.3g} | "
+            f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
+        )
+    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    return "\n".join([*lines, "", f"Measured on: {machine}."])
+
+
+def table_of_precision(results: dict) -> str:
+    """Rows of `benchmarks/precision.py` as a Markdown table."""
+    names = ("accuracy@0.5", "mean_iou", "mask_mean_iou", "iou_with_float32")
+    lines = [
+        "| numbers | accuracy at IoU 0.5 | mean IoU | mask mean IoU | boxes' mean IoU with float32's |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        figures = " | ".join(f"{row[name]:.3f}" for name in names)
+        lines.append(f"| {row['name']} | {figures} |")
+    return "\n".join([*lines, "", f"`{results['model']}`, {results['phrases']} phrases of its test split."])
+
+
 def quote(readme: str) -> str:
-    """The README with the committed results between its marks."""
+    """The README with the committed results between its marks: of runs and of benchmarks."""
 
     def table(match: re.Match) -> str:
-        start, run, end = match.groups()
-        metrics = json.loads((RESULTS / run / "metrics.json").read_text())
-        return f"{start}{table_of_shapes(metrics['splits']['test'])}\n{end}"
+        start, name, end = match.groups()
+        if name == "precision":
+            text = table_of_precision(json.loads((RESULTS / "precision.json").read_text()))
+        elif name.startswith("speed"):
+            text = table_of_speed(json.loads((RESULTS / f"{name}.json").read_text()))
+        else:
+            text = table_of_shapes(json.loads((RESULTS / name / "metrics.json").read_text())["splits"]["test"])
+        return f"{start}{text}\n{end}"
 
     return re.sub(r"(<!-- (\w+) results -->\n).*?(<!-- end of \2 results -->)", table, readme, flags=re.DOTALL)
 

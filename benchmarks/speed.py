@@ -1,0 +1,455 @@
+"""
+Speed of a full-size RefTR (ResNet-50, BERT-base) beside the published pattern, with the same weights and the same
+answers, by turns in one run:
+
+    python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --device cuda --output benchmarks/results/speed_gpu.json
+    python benchmarks/speed.py --rows latency_1 evaluation
+
+The published pattern: a picture for every expression, text padded to 40 tokens (captions: 90, and 16 phrases of 22,
+real or not), attention that writes out its weights, frozen batch norm as a multiplication and an addition, float32,
+contiguous layout, batches of 8 in no order of shapes. Each row is a ratio of medians, ours to the published
+pattern's, a time or a memory; its spread is from the lower to the upper quartile of the rounds' ratios. Pictures are
+shaped like RefCOCO's; weights and pixels are random: no time depends on them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from torchvision.ops import box_iou
+from transformers.image_transforms import center_to_corners_format
+
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+
+
+SIDES = ("ours", "published")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = ((480, 640), (480, 640), (640, 480), (427, 640))  # of pictures, height and width
+PUBLISHED_BATCH = 8
+EXPRESSIONS = 7  # of a picture, as in RefCOCO
+GROUPS = {"cpu": 2, "cuda": 16}  # pictures of our batch; on CPUs, larger temporaries cost more than they give
+CONFIG = {}  # fields of RefTRConfig: as published
+TOKENS = (3, 4, 4, 5, 5, 6, 8, 11)  # lengths of RefCOCO's expressions with [CLS] and [SEP]
+
+
+@dataclass
+class Row:
+    """
+    A figure of ours beside the published pattern's.
+
+    Args:
+        name, unit (`str`): of the figure; in every unit here less is better.
+        ours, published_pattern (`list[float]`): of each round.
+        difference (`dict`): between both answers.
+    """
+
+    name: str
+    unit: str
+    ours: list[float]
+    published_pattern: list[float]
+    difference: dict
+
+    def as_json(self) -> dict:
+        ratios = [ours / theirs for ours, theirs in zip(self.ours, self.published_pattern, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
+        medians = [statistics.median(values) for values in (self.ours, self.published_pattern)]
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "ours": round(medians[0], 5),
+            "published_pattern": round(medians[1], 5),
+            "ratio": round(medians[0] / medians[1], 4),
+            "spread": [round(quartiles[0], 4), round(quartiles[2], 4)],
+            "rounds": len(ratios),
+            **self.difference,
+        }
+
+
+def build_model(predict_masks: bool = False) -> RefTRForVisualGrounding:
+    """Random weights of which every box is another."""
+    torch.manual_seed(0)
+    model = RefTRForVisualGrounding(RefTRConfig(predict_masks=predict_masks, box_head_init_std=0.1, **CONFIG))
+    for module in model.model.backbone.modules():
+        if hasattr(module, "running_var"):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+            module.weight.uniform_(0.8, 1.2)
+            module.bias.normal_(0, 0.1)
+    return model.eval()
+
+
+def as_published(model: RefTRForVisualGrounding) -> RefTRForVisualGrounding:
+    """The same weights, run as the published code does."""
+    config = RefTRConfig.from_dict(model.config.to_dict())
+    published = RefTRForVisualGrounding._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    published.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return published.eval().to(model.device)
+
+
+def make_texts(count: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of expressions, as long as RefCOCO's."""
+    draw = random.Random(seed)
+    return [[101, *draw.choices(range(1000, 30000), k=draw.choice(TOKENS) - 2), 102] for _ in range(count)]
+
+
+def make_captions(count: int, seed: int = 0) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids of captions with three phrases each, as long as Flickr30k's, and where the phrases stand."""
+    draw = random.Random(seed)
+    captions = []
+    for _ in range(count):
+        ids, spans = [101], []
+        for _ in range(3):
+            start = len(ids) + draw.choice((0, 1, 2))
+            end = start + draw.choice((2, 2, 3, 4))
+            ids += draw.choices(range(1000, 30000), k=end - len(ids))
+            spans.append((start, end))
+        captions.append(([*ids, 102], spans))
+    return captions
+
+
+def pad(sequences: list[list[int]], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, (len, width), to the longest if no width is given."""
+    width = width or max(map(len, sequences))
+    rows = [ids + [0] * (width - len(ids)) for ids in sequences]
+    ids = torch.tensor(rows)
+    return ids, (ids != 0).long()
+
+
+def make_questions(num_pictures: int, num_expressions: int, seed: int = 0) -> list[tuple[torch.Tensor, list]]:
+    """Pictures (3, H, W) of several shapes, each with token ids of its expressions."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = make_texts(num_pictures * num_expressions, seed)
+    return [
+        (
+            torch.randn(3, *SIZES[index % len(SIZES)], generator=generator),
+            texts[index * num_expressions : (index + 1) * num_expressions],
+        )
+        for index in range(num_pictures)
+    ]
+
+
+def collate(pictures: list[torch.Tensor], texts: list[list], image_index: list[int] | None, width=None) -> dict:
+    """Inputs of the model; pictures padded to the largest of them."""
+    height, length = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    pixel_values = torch.zeros(len(pictures), 3, height, length)
+    pixel_mask = torch.zeros(len(pictures), height, length, dtype=torch.long)
+    for index, picture in enumerate(pictures):
+        pixel_values[index, :, : picture.shape[1], : picture.shape[2]] = picture
+        pixel_mask[index, : picture.shape[1], : picture.shape[2]] = 1
+    ids, mask = pad(texts, width)
+    inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "input_ids": ids, "attention_mask": mask}
+    return inputs if image_index is None else {**inputs, "image_index": torch.tensor(image_index)}
+
+
+def with_phrases(inputs: dict, captions: list, fixed: bool) -> dict:
+    """Inputs of captions with their phrases; `fixed`: 16 slots of 22 tokens, as published."""
+    slots = 16 if fixed else 3
+    phrases = [[101, *ids[start:end], 102] for ids, spans in captions for start, end in spans]
+    ids, mask = pad(phrases, 22 if fixed else None)
+    ids, mask = (values.unflatten(0, (-1, 3)) for values in (ids, mask))
+    spans = torch.tensor([spans for _, spans in captions])
+    inputs["phrase_index"] = torch.cartesian_prod(torch.arange(len(captions)), torch.arange(slots))
+    if fixed:  # padding phrases are [CLS] [SEP], and go through the text backbone as well
+        padding = torch.zeros(len(captions), slots - 3, 22, dtype=torch.long)
+        padding[..., 0], padding[..., 1] = 101, 102
+        ids, mask = torch.cat((ids, padding), dim=1), torch.cat((mask, (padding != 0).long()), dim=1)
+        spans = torch.cat((spans, torch.tensor([0, 1]).expand(len(captions), slots - 3, 2)), dim=1)
+    return {**inputs, "phrase_input_ids": ids, "phrase_attention_mask": mask, "phrase_spans": spans}
+
+
+def published_batches(questions, size: int = PUBLISHED_BATCH, width: int = 40) -> list[dict]:
+    """A picture for every expression, in an order that knows no shapes."""
+    samples = [(picture, text) for picture, texts in questions for text in texts]
+    random.Random(0).shuffle(samples)
+    return [
+        collate(*map(list, zip(*samples[start : start + size], strict=True)), None, width)
+        for start in range(0, len(samples), size)
+    ]
+
+
+def our_batches(questions, size: int) -> list[dict]:
+    """Pictures of like shape, once for all their expressions."""
+    questions = sorted(questions, key=lambda question: tuple(question[0].shape))
+    batches = []
+    for start in range(0, len(questions), size):
+        group = questions[start : start + size]
+        texts = [text for _, texts in group for text in texts]
+        image_index = [index for index, (_, texts) in enumerate(group) for _ in texts]
+        batches.append(collate([picture for picture, _ in group], texts, image_index))
+    return batches
+
+
+def answer(model: RefTRForVisualGrounding, batches: list[dict], **kwargs) -> list:
+    """Boxes, and masks where there are any, of every batch."""
+    answers = []
+    with torch.no_grad():
+        for batch in batches:
+            outputs = model(**{name: value.to(model.device) for name, value in batch.items()}, **kwargs)
+            answers.append((outputs.pred_boxes, outputs.pred_masks))
+    return answers
+
+
+def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]:
+    """Seconds of each action, by turns; a first round is not counted."""
+    seconds = [[] for _ in actions]
+    for number in range(rounds + 1):
+        for times, action in zip(seconds, actions, strict=True):
+            start = time.perf_counter()
+            action()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            if number:
+                times.append(time.perf_counter() - start)
+    return seconds
+
+
+def latency(count: int, device: str, rounds: int) -> list[Row]:
+    """One picture of 640 x 480 and `count` expressions, each a picture of its own in the published pattern."""
+    picture, texts = torch.randn(3, *SIZES[0], generator=torch.Generator().manual_seed(1)), make_texts(count)
+    grouped = [collate([picture], texts, [0] * count)]
+    published = [collate([picture] * count, texts, None, width=40)]
+    name = f"one picture, {count} expression{'s' * (count > 1)}"
+    return compare(name, "seconds", 1, grouped, published, (grouped[0], published[0]), device, rounds)
+
+
+def compare(name, unit, count, grouped, published, pair, device, rounds, predict_masks=False) -> list[Row]:
+    """
+    Rows of forward passes, in float32 and bfloat16, over the published pattern in float32.
+
+    Args:
+        name, unit (`str`): of the rows.
+        count (`int`): what the seconds are divided by.
+        grouped, published (`list[dict]`): batches of both sides.
+        pair (`(dict, dict)`): one of each side that must have the same answers.
+    """
+    model = as_published(build_model(predict_masks)).to(device)
+    models = {key: build_model(predict_masks).to(device, dtype).fuse() for key, dtype in DTYPES.items()}
+    *ours, theirs = race(
+        [
+            *(lambda side=side: answer(side, grouped) for side in models.values()),
+            lambda: answer(model, published, output_attentions=True),
+        ],
+        rounds,
+        device,
+    )
+    expected = answer(model, pair[1:])[0][0]
+    rows = []
+    for (dtype, side), times in zip(models.items(), ours, strict=True):
+        seconds = [[value / count for value in values] for values in (times, theirs)]
+        rows.append(Row(f"{name}, {dtype}", unit, *seconds, difference_of(answer(side, pair[:1])[0][0], expected)))
+    return rows
+
+
+def difference_of(boxes: torch.Tensor, others: torch.Tensor) -> dict:
+    """The largest difference of two sets of boxes_cxcywh, in parts of a picture, and their IoU: mean and least."""
+    others = others[:, : boxes.shape[1]]  # behind them is padding
+    corners = [center_to_corners_format(values.flatten(0, 1).float()) for values in (boxes, others)]
+    ious = box_iou(*corners).diagonal()
+    return {
+        "largest_difference": float((boxes - others).abs().max()),
+        "mean_iou": round(ious.mean().item(), 4),
+        "least_iou": round(ious.min().item(), 4),
+    }
+
+
+def evaluation(device: str, rounds: int, predict_masks: bool = False) -> list[Row]:
+    """Forward passes over pictures with seven expressions each, of every expression."""
+    questions = make_questions(8, EXPRESSIONS)
+    grouped, published = our_batches(questions, GROUPS[device]), published_batches(questions)
+    # answers are compared at one padded size
+    batch = grouped[0]
+    images = {name: batch[name][batch["image_index"]] for name in ("pixel_values", "pixel_mask")}
+    single = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **images}
+    name, count = f"evaluation{', masks' * predict_masks}", len(questions) * EXPRESSIONS
+    unit = "seconds an expression"
+    return compare(name, unit, count, grouped, published, (batch, single), device, rounds, predict_masks)
+
+
+def captions(device: str, rounds: int) -> list[Row]:
+    """Forward passes over pictures with five captions each, of three phrases."""
+    pictures = [picture for picture, _ in make_questions(GROUPS[device], 1)]
+    texts = make_captions(5 * len(pictures))
+    inputs = collate(pictures, [ids for ids, _ in texts], [index // 5 for index in range(len(texts))])
+    grouped = [with_phrases(inputs, texts, fixed=False)]
+    samples = [(pictures[index // 5], text) for index, text in enumerate(texts)]
+    published = []
+    for start in range(0, len(samples), PUBLISHED_BATCH):
+        images, captions = zip(*samples[start : start + PUBLISHED_BATCH], strict=True)
+        inputs = collate(list(images), [ids for ids, _ in captions], None, width=90)
+        published.append(with_phrases(inputs, list(captions), fixed=True))
+    # one caption, with what is padding in the one and not there in the other
+    one = [collate(pictures[:1], [texts[0][0]], None, width) for width in (None, 90)]
+    pair = [with_phrases(inputs, texts[:1], fixed) for inputs, fixed in zip(one, (False, True), strict=True)]
+    return compare(
+        "evaluation, captions", "seconds a phrase", 3 * len(texts), grouped, published, pair, device, rounds
+    )
+
+
+def training_step(side: str, device: str) -> tuple[Callable, int, RefTRForVisualGrounding]:
+    """What makes one update of one side, how many expressions it has, and the model."""
+    model = build_model().to(device)
+    questions = make_questions(max(PUBLISHED_BATCH, GROUPS[device]), EXPRESSIONS)
+    if side == "ours":
+        group = GROUPS[device]
+        (batch,), kwargs = our_batches(questions[:group], group), {}
+    else:
+        model = as_published(model)
+        batch, kwargs = published_batches(questions)[0], {"output_attentions": True}
+    model.freeze_parameters()
+    model.train()
+    count = len(batch["input_ids"])
+    batch = {name: value.to(device) for name, value in batch.items()}
+    labels = [{"boxes": torch.rand(1, 4, device=device) / 2 + 0.25} for _ in range(count)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=side == "ours")
+
+    def step():
+        model(**batch, labels=labels, **kwargs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, count, model
+
+
+def training(device: str, rounds: int) -> list[Row]:
+    """Updates with their optimizer, the published pattern's of eight expressions, ours of grouped ones."""
+    steps, counts, _ = zip(*(training_step(side, device) for side in SIDES), strict=True)
+    times = race(list(steps), rounds, device)
+    seconds = [[value / count for value in values] for values, count in zip(times, counts, strict=True)]
+    return [Row("training step, float32", "seconds an expression", *seconds, {})]
+
+
+def training_memory(device: str, rounds: int) -> list[Row]:
+    """Peak of an update over weights and the optimizer's state, each side in a process of its own."""
+    peaks = []
+    for side in SIDES:
+        command = [sys.executable, __file__, "--memory_of", side, "--device", device]
+        # what is freed goes back at once, and the peak is that of what is in use
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        peaks.append([float(printed)])
+    return [Row("training step, memory, float32", "GB an expression", *peaks, {})]
+
+
+def preparation(device: str, rounds: int) -> list[Row]:
+    """JPEG files to a batch on one core, beside the published steps; these need OpenCV."""
+    found = run_script("data_throughput.py")["640 x 480"]
+    if "published, pictures a second" not in found:
+        raise ValueError("The published steps need OpenCV: pip install opencv-python-headless.")
+    ours, published = ([1 / found[f"{side}, pictures a second"]] for side in ("rows", "published"))
+    return [Row("JPEG file to batch, one core", "seconds a picture", ours, published, {})]
+
+
+def loading(device: str, rounds: int) -> list[Row]:
+    """From a saved folder, beside a BERT as large as it is without its image backbone, and that backbone."""
+    seconds = run_script("loading.py")["seconds"]
+    parts = [seconds["BERT"] + seconds["backbone"]]
+    return [Row("loading a saved model, beside its parts by the library", "seconds", [seconds["RefTR"]], parts, {})]
+
+
+def run_script(name: str) -> dict:
+    """What another benchmark prints, in a process of its own."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])}
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+
+
+def memory_of(side: str, device: str) -> float:
+    """GB an expression that two updates of a side need over what stays between them."""
+    step, count, model = training_step(side, device)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    staying = 2 * 4 * trained  # the optimizer's moments
+    if device == "cpu":
+        before = psutil.Process().memory_info().rss
+    else:
+        before = torch.accelerator.memory_allocated()
+    step()
+    step()
+    if device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = torch.accelerator.max_memory_allocated()
+    return (peak - before - staying) / count / 1e9
+
+
+# what is measured, and in how many rounds
+ROWS = {
+    "latency_1": (lambda device, rounds: latency(1, device, rounds), 15),
+    "latency_7": (lambda device, rounds: latency(7, device, rounds), 5),
+    "evaluation": (evaluation, 3),
+    "evaluation_masks": (lambda device, rounds: evaluation(device, rounds, predict_masks=True), 3),
+    "captions": (captions, 3),
+    "training": (training, 3),
+    "training_memory": (training_memory, 1),
+    "preparation": (preparation, 1),
+    "loading": (loading, 1),
+}
+
+
+def machine(device: str) -> dict:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def processor_name() -> str:
+    """The processor's, with the number formats that matter here."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    formats = [name for name in ("avx512_bf16", "amx_bf16") if name in facts.get("flags", "").split()]
+    return " with ".join([facts.get("model name", platform.machine()), *formats])
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Speed beside the published pattern.")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, help="of each row, in place of its own number")
+    parser.add_argument("--output", help="JSON file to write the rows to; rows of other names stay in it")
+    parser.add_argument("--memory_of", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        sys.stdout.write(f"{memory_of(args.memory_of, args.device)}\n")
+        return
+    rows = []
+    for name in args.rows:
+        action, rounds = ROWS[name]
+        for row in action(args.device, args.rounds or rounds):
+            rows.append(row.as_json())
+            sys.stdout.write(json.dumps(rows[-1]) + "\n")
+            sys.stdout.flush()
+    if args.output:
+        path = Path(args.output)
+        names = {row["name"] for row in rows}
+        kept = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [row for row in kept if row["name"] not in names] + rows
+        path.write_text(json.dumps({"machine": machine(args.device), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
