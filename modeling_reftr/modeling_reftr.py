@@ -565,7 +565,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
-    _folded_norms = ()  # while the model is fused
+    _folded_norms = None  # a list while the model is fused
     _text_cache = None  # within cache_text()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
@@ -632,7 +632,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
     @property
     def is_fused(self) -> bool:
         """Whether `fuse` was called, and not undone."""
-        return bool(self.base_model._folded_norms)
+        return self.base_model._folded_norms is not None
 
     def fuse(self):
         """
@@ -660,7 +660,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
         """Undo `fuse`. Returns the model."""
         if self.is_fused:
             restore_batch_norms(self.base_model._folded_norms)
-            self.base_model._folded_norms = ()
+            self.base_model._folded_norms = None
             self.base_model.backbone.to(memory_format=torch.contiguous_format)
         return self
 
@@ -670,12 +670,12 @@ class RefTRPreTrainedModel(PreTrainedModel):
             self.unfuse()
         return super().train(mode)
 
-    def save_pretrained(self, *args, **kwargs):
-        """See `PreTrainedModel.save_pretrained`; the batch norms are saved, whether they are folded or not."""
+    def state_dict(self, *args, **kwargs):
+        """See `nn.Module.state_dict`; the batch norms stand in it, whether they are folded or not."""
         was_fused = self.is_fused
         self.unfuse()
         try:
-            super().save_pretrained(*args, **kwargs)
+            return super().state_dict(*args, **kwargs)
         finally:
             if was_fused:
                 self.fuse()

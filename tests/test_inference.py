@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_modeling import assert_same_boxes, model_inputs, single_inputs
 from torchvision.ops import box_iou
@@ -14,7 +15,10 @@ from benchmarks import speed
 from conftest import TINY_TEXT
 from golden import golden_inputs, golden_model, load_case
 from modeling_reftr.fusing_reftr import fold_batch_norms
+from training_reftr.arguments import TrainingArguments
+from training_reftr.checkpoints import TrainingState, checkpoints_of, save_checkpoint
 from training_reftr.data import GroundingCollator
+from training_reftr.optimization import build_optimizer
 
 
 TIMM = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4], "output_stride": 8}
@@ -80,7 +84,7 @@ def test_folded_batch_norms_change_no_answer(single_batch, make_model, tmp_path,
     with torch.no_grad():
         expected = model(**single_batch)
         fused = model.fuse()(**single_batch)
-    assert model.is_fused == (backbone is not CONVNEXT)
+    assert model.is_fused
     assert norms(model) == left
     assert_same_boxes(fused, expected)
     torch.testing.assert_close(fused.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
@@ -92,6 +96,9 @@ def test_folded_batch_norms_change_no_answer(single_batch, make_model, tmp_path,
     assert saved.keys() == before.keys()
     assert all(torch.equal(before[name], value) for name, value in saved.items())
 
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.is_fused
+
     # training takes them out again, to the last bit
     parameters = {name: id(parameter) for name, parameter in model.unfuse().named_parameters()}
     model.fuse().train()
@@ -99,6 +106,27 @@ def test_folded_batch_norms_change_no_answer(single_batch, make_model, tmp_path,
     assert parameters == {name: id(parameter) for name, parameter in model.named_parameters()}
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_on_the_way_of_an_evaluation_is_of_the_whole_model(single_batch, make_model, processor, tmp_path):
+    """Where a signal asks for one, the model is fused."""
+    model = shake(make_model(backbone_config=TIMM)).train()
+    args = TrainingArguments(output_dir=str(tmp_path))
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(build_optimizer(model, args))
+    boxes = torch.rand(len(single_batch["input_ids"]), 1, 4)
+    model(**single_batch, labels=[{"boxes": box} for box in boxes]).loss.backward()
+    optimizer.step()
+    before = copy.deepcopy(model.eval().state_dict())
+    state = TrainingState(run_id="", settings=vars(args))
+    save_checkpoint(model.fuse(), optimizer, processor, state, args, accelerator)
+    (checkpoint,) = checkpoints_of(tmp_path)
+    saved = load_file(checkpoint / "model.safetensors")
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in saved.items())
+    names = {name for name, parameter in model.train().named_parameters() if parameter.requires_grad}
+    moments = {name.rpartition("/")[0] for name in load_file(checkpoint / "optimizer.safetensors")}
+    assert moments == names
 
 
 def test_a_fused_model_may_move_and_be_fused_twice(single_batch, make_model):

@@ -56,13 +56,13 @@ def evaluate(
     keys = phrase_keys(rows)
     # without the wrapper, whose forward also synchronizes buffers
     model = accelerator.unwrap_model(model).eval()
-    if accelerator.distributed_type not in SHARDED:
-        model.fuse()
     records, is_stopped = [], False
     loader = evaluation_loader(rows, processor, args, accelerator.process_index, accelerator.num_processes)
     # what is compiled for training is not compiled again for evaluation's shapes
     with torch.compiler.set_stance("force_eager"), model.cache_text():
         for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
+            if accelerator.distributed_type not in SHARDED:
+                model.fuse()  # once; and again where a checkpoint was saved on the way
             records += answer_batch(model, processor, batch, args, accelerator)
             is_stopped = should_stop is not None and should_stop()
             if is_stopped:
