@@ -134,9 +134,10 @@ def convolutions_before(norms, module: nn.Module, example: torch.Tensor) -> dict
 
 @torch.no_grad()
 def folded_parameters(convolution: nn.Conv2d, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a convolution that does a norm's work as well, made in float32."""
+    """Weight, laid out channels last, and bias of a convolution that does a norm's work as well, made in float32."""
     scale = norm.weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
     weight = convolution.weight.float() * scale[:, None, None, None]
     bias = -norm.running_mean.float() if convolution.bias is None else convolution.bias.float() - norm.running_mean
     bias = bias * scale + norm.bias.float()
-    return weight.to(convolution.weight), bias.to(convolution.weight)
+    weight = weight.to(convolution.weight.dtype, memory_format=torch.channels_last)
+    return weight, bias.to(convolution.weight.dtype)

@@ -637,7 +637,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
     def fuse(self):
         """
         Make inference faster, with the same answers but for rounding: the batch norms of the image backbone are folded
-        into its convolutions, whose weights are laid out channels last. `train()` and `unfuse()` undo it to the last
+        into its convolutions, which are laid out channels last. `train()` and `unfuse()` undo it to the last
         bit, and what is saved is as if it had not been.
 
         Returns:
@@ -653,7 +653,6 @@ class RefTRPreTrainedModel(PreTrainedModel):
             channels = self.config.backbone_config.num_channels
             example = torch.zeros(1, channels, 64, 64, device=self.device, dtype=self.dtype)
             self.base_model._folded_norms = fold_batch_norms(backbone, example)
-            backbone.to(memory_format=torch.channels_last)
         return self
 
     def unfuse(self):
@@ -661,7 +660,6 @@ class RefTRPreTrainedModel(PreTrainedModel):
         if self.is_fused:
             restore_batch_norms(self.base_model._folded_norms)
             self.base_model._folded_norms = None
-            self.base_model.backbone.to(memory_format=torch.contiguous_format)
         return self
 
     def train(self, mode: bool = True):
