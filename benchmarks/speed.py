@@ -34,6 +34,7 @@ from torchvision.ops import box_iou
 from transformers.image_transforms import center_to_corners_format
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+from modeling_reftr.image_processing_reftr import pad_batch
 
 
 SIDES = ("ours", "published")
@@ -145,12 +146,7 @@ def make_questions(num_pictures: int, num_expressions: int, seed: int = 0) -> li
 
 def collate(pictures: list[torch.Tensor], texts: list[list], image_index: list[int] | None, width=None) -> dict:
     """Inputs of the model; pictures padded to the largest of them."""
-    height, length = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
-    pixel_values = torch.zeros(len(pictures), 3, height, length)
-    pixel_mask = torch.zeros(len(pictures), height, length, dtype=torch.long)
-    for index, picture in enumerate(pictures):
-        pixel_values[index, :, : picture.shape[1], : picture.shape[2]] = picture
-        pixel_mask[index, : picture.shape[1], : picture.shape[2]] = 1
+    pixel_values, pixel_mask = pad_batch(pictures)
     ids, mask = pad(texts, width)
     inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "input_ids": ids, "attention_mask": mask}
     return inputs if image_index is None else {**inputs, "image_index": torch.tensor(image_index)}
