@@ -165,6 +165,8 @@ class VisualGenome(GroundingBuilder):
                 row = make_row(record, json.loads(file.read(length))["regions"], dropped, changed)
                 if row["sentences"]:
                     yield row["image_id"], row
+                else:
+                    dropped["pictures without a region"] += 1
         self.report_dropped(split, dropped)
         self.report_changed(split, changed)
 

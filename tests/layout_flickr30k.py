@@ -1,4 +1,4 @@
-"""Files of Flickr30k Entities in its authors' layout, a few pictures with every oddity of the real ones."""
+"""Files of Flickr30k Entities in its authors' layout, a dozen pictures with every oddity of the real ones."""
 
 from pathlib import Path
 
@@ -27,15 +27,15 @@ def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
         (folder / name).mkdir(parents=True)
     images = {}
 
-    def picture(image_id, size, objects, captions, orientation=None):
+    def picture(image_id, size, objects, captions, orientation=None, mode="RGB", newline="\n", stored=None):
         exif = Image.Exif()
-        stored = size
+        stored = stored or size
         if orientation:
             exif[0x0112] = orientation
             stored = size[::-1] if orientation > 4 else size
-        Image.new("RGB", stored, "gray").save(folder / image_dir / f"{image_id}.jpg", exif=exif)
+        Image.new(mode, stored, "gray").save(folder / image_dir / f"{image_id}.jpg", exif=exif)
         (folder / "Annotations" / f"{image_id}.xml").write_text(boxes_xml(*size, objects))
-        (folder / "Sentences" / f"{image_id}.txt").write_bytes("\n".join(captions).encode() + b"\n")
+        (folder / "Sentences" / f"{image_id}.txt").write_bytes(newline.join([*captions, ""]).encode())
         images[image_id] = size
 
     picture(
@@ -64,7 +64,32 @@ def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
     picture("1002", (30, 30), [(["31"], (2, 3, 12, 13))], ["[/EN#31/animals A cat] sits ."])
     picture("1003", (30, 30), [(["41"], None)], ["Nothing is boxed in [/EN#41/scene this yard] ."] * 5)
     picture("1004", (30, 20), [(["51"], (1, 1, 31, 21))], ["[/EN#51/scene All of it] ."] * 5)
-    splits = {"train": ["36979", "1002", "1003"], "val": ["1001"], "test": ["1004"]}
+    # a grey picture; a chain of three boxes, of which one lies past the picture and one has figures with a point
+    boxes = [(["61"], (1, 1, 6, 6)), (["61"], (11.5, 1, 16.5, 6)), (["61"], (90, 1, 99, 6))]
+    picture("1005", (30, 30), boxes, ["[/EN#61/bodyparts Hands] in [/EN#0/notvisual the air] ."] * 5, mode="L")
+    # lines that end as on Windows, and an empty one between them
+    captions = ["[/EN#62/people/other She] and [/EN#63/people he] .", "", "[/EN#63/people He] alone ."]
+    boxes = [(["62"], (1, 1, 11, 11)), (["63"], (11, 11, 21, 21))]
+    picture("1006", (30, 30), boxes, captions, newline="\r\n")
+    # one box of three chains; a phrase that ends its caption, with signs in it
+    captions = ['[/EN#64/people Two] of [/EN#65/people a "group" (of 3)]', "[/EN#66/people/animals A cow/bull]"]
+    picture("1007", (30, 30), [(["64", "65", "66"], (1, 1, 11, 11))], captions)
+    # the picture is smaller than annotated
+    picture("1008", (60, 40), [(["67"], (11, 11, 31, 31))], ["[/EN#67/clothing A hat] ."], stored=(30, 20))
+    # a box that begins at 0, where the authors' begin at 1; a chain that no box has; a phrase without words
+    captions = ["[/EN#68/other It] beside [/EN#999/other nothing] and [/EN#68/other ] ."]
+    picture("1009", (30, 30), [(["68"], (0, 0, 11, 11))], captions)
+    # a chain that is a scene in one object and has a box in another; a text without any phrase
+    captions = ["[/EN#69/scene A hall] with [/EN#70/instruments a drum] .", "Nobody plays ."]
+    picture("1010", (30, 30), [(["69"], None), (["69"], (1, 1, 31, 31)), (["70"], (3, 3, 9, 9))], captions)
+    # a chain that is said twice in one caption, and the same words for two chains
+    captions = ["[/EN#71/people A boy] behind [/EN#72/people a boy] , [/EN#71/people who] sings ."]
+    picture("1011", (30, 30), [(["71"], (1, 1, 9, 9)), (["72"], (11, 11, 19, 19))], captions)
+    splits = {
+        "train": ["36979", "1002", "1003", "1005", "1006", "1007"],
+        "val": ["1001", "1008", "1009"],
+        "test": ["1004", "1010", "1011"],
+    }
     for split, image_ids in splits.items():
         (folder / f"{split}.txt").write_text("\n".join(image_ids) + "\n")
     # as the authors' file: a line that says the format, and no newline at the end

@@ -93,13 +93,17 @@ def compressed(mask: np.ndarray) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
-def save_picture(path: Path, size, orientation: int | None = None):
+def sentence(number: int, sent: str) -> dict:
+    return {"tokens": sent.split(), "raw": sent.upper() + ".", "sent": sent, "sent_id": number}
+
+
+def save_picture(path: Path, size, orientation: int | None = None, mode: str = "RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
     exif = image.getexif()
     if orientation:
         exif[0x0112] = orientation
-    image.save(path, exif=exif)
+    image.convert(mode).save(path, exif=exif, **options)
 
 
 def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = None) -> dict:
@@ -112,11 +116,17 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
     40      a JPEG to be turned, annotated as it looks turned
     50      a JPEG to be turned, annotated as it is stored: stays
     60      nothing but bad annotations
+    70      a grey JPEG, an object in two parts, one inside the other's box, and words that are not ASCII
+    71      an object that two references speak of, apart
+    72      an object without a segmentation, and one of an empty list
+    73      an object that begins before the picture's edges, as does its polygon
+    74      a progressive JPEG; two objects of the same box
+    80      of no reference: its picture is not there
     100...  one image for each further split; 100 is val's, and also in train where the set is RefCOCOg (google)
 
     Returns:
         `dict`: what the tests expect: "refs_file", "instances_file", "image_dir", "splits", "expected" (image number
-        -> list of (box xyxy, mask)), "dropped" (expressions).
+        -> list of (box xyxy, mask or None)), "dropped" (expressions).
     """
     dataset, split_by = name.rsplit("_", 1)
     refclef = dataset == "refclef"
@@ -128,12 +138,12 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
     }
     refs = []
 
-    def add_image(number, annotated, stored=None, orientation=None):
+    def add_image(number, annotated, stored=None, orientation=None, **options):
         file_name = f"{number // 1000:02d}/images/{number}.jpg" if refclef else f"COCO_train2014_{number:012d}.jpg"
         instances["images"].append(
             {"id": number, "width": annotated[0], "height": annotated[1], "file_name": file_name}
         )
-        save_picture(image_dir / file_name, stored or annotated, orientation)
+        save_picture(image_dir / file_name, stored or annotated, orientation, **options)
 
     def add(number, box_xywh, segmentation, sentences, split="train", category=2, crowd=0, annotation_id=None):
         annotation_id = annotation_id or 1000 * number + len(refs)
@@ -159,10 +169,7 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
                 "file_name": f"COCO_train2014_{number:012d}_{len(refs)}.jpg",
                 "split": split,
                 "sent_ids": list(range(first, first + len(sentences))),
-                "sentences": [
-                    {"tokens": sent.split(), "raw": sent.upper() + ".", "sent": sent, "sent_id": first + index}
-                    for index, sent in enumerate(sentences)
-                ],
+                "sentences": [sentence(first + index, sent) for index, sent in enumerate(sentences)],
             }
         )
 
@@ -212,6 +219,23 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
     ):
         add(60, box_xywh, [rectangle(1, 1, 9, 9)], [sent])
 
+    add_image(70, size, mode="L")
+    add(70, [2.0, 2.0, 20.0, 10.0], [rectangle(2, 2, 8, 12), rectangle(15, 4, 22, 12)], ["a café, don't ask"])
+    add_image(71, size)
+    add(71, [4.0, 4.0, 9.0, 9.0], [rectangle(4, 4, 13, 13)], ["said once"], annotation_id=710)
+    add(71, [20.0, 4.0, 9.0, 9.0], [rectangle(20, 4, 29, 13)], ["another"])
+    refs.append({**refs[-2], "ref_id": len(refs), "sent_ids": [9000], "sentences": [sentence(9000, "said again")]})
+    add_image(72, size)
+    add(72, [4.0, 4.0, 9.5, 9.5], None, ["without a mask"])
+    add(72, [20.0, 4.0, 9.0, 9.0], [], ["an empty one"], category=77)  # of no category either
+    add_image(73, size)
+    add(73, [-4.0, -3.0, 14.0, 13.0], [rectangle(-4, -3, 10, 10)], ["over two edges"])
+    add_image(74, size, progressive=True)
+    add(74, [6.0, 7.0, 8.0, 9.0], [rectangle(6, 7, 14, 16)], ["one", "the one", "it"])
+    add(74, [6.0, 7.0, 8.0, 9.0], [rectangle(6, 7, 9, 16), rectangle(11, 7, 14, 16)], ["its two ends"])
+    instances["images"].append({"id": 80, "width": 9, "height": 9, "file_name": "COCO_train2014_000000000080.jpg"})
+    instances["annotations"].append({"id": 8000, "image_id": 80, "category_id": 1, "bbox": [1, 1, 2, 2]})
+
     for index, split in enumerate(SPLITS[name]):
         number = 100 + index
         add_image(number, size)
@@ -236,5 +260,18 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
             30: [([10, 10, 30, 20], rectangle_mask(size, (10, 10, 30, 20)))] * 2,
             40: [([2, 3, 22, 38], rectangle_mask((30, 40), (2, 3, 22, 38)))],
             50: [([2, 3, 37, 23], rectangle_mask(size, (2, 3, 37, 23)))],
+            70: [
+                ([2, 2, 22, 12], rectangle_mask(size, (2, 2, 8, 12)) | rectangle_mask(size, (15, 4, 22, 12))),
+            ],
+            71: [
+                ([4, 4, 13, 13], rectangle_mask(size, (4, 4, 13, 13))),
+                ([20, 4, 29, 13], rectangle_mask(size, (20, 4, 29, 13))),
+            ],
+            72: [([4, 4, 13.5, 13.5], None), ([20, 4, 29, 13], None)],
+            73: [([0, 0, 10, 10], rectangle_mask(size, (0, 0, 10, 10)))],
+            74: [
+                ([6, 7, 14, 16], rectangle_mask(size, (6, 7, 14, 16))),
+                ([6, 7, 14, 16], rectangle_mask(size, (6, 7, 9, 16)) | rectangle_mask(size, (11, 7, 14, 16))),
+            ],
         },
     }

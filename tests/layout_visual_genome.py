@@ -18,15 +18,22 @@ def make_visual_genome(folder: Path, coco_ids=(581857, 20, 100)) -> dict:
     51       annotated at twice the picture's size
     52       only in image_data.json
     53       only in region_descriptions.json
+    54       a grey picture, its sides as the only box
+    55       a JPEG to be turned, annotated as it looks turned
+    56       the same region three times, and another of the same words
+    57       without a region: no row
+    58       past the right and the lower edge, in fractions of pixels
+    59       COCO's, of a number that no set holds out
+    60       twice in region_descriptions.json; the first counts
 
     Returns:
         `dict`: "regions_file", "images_file", "dropped" (regions), "image_ids" of the rows.
     """
     images, entries = [], []
 
-    def add(number, regions, coco=None, annotated=SIZE):
+    def add(number, regions, coco=None, annotated=SIZE, **picture):
         second = number % 2 == 0
-        save_picture(folder / ("VG_100K_2" if second else "VG_100K") / f"{number}.jpg", SIZE)
+        save_picture(folder / ("VG_100K_2" if second else "VG_100K") / f"{number}.jpg", SIZE, **picture)
         images.append(
             {
                 "width": annotated[0],
@@ -72,6 +79,14 @@ def make_visual_genome(folder: Path, coco_ids=(581857, 20, 100)) -> dict:
     add(51, [("annotated larger", 20, 20, 40, 20)], annotated=(80, 60))
     images.append({**images[-1], "image_id": 52})
     entries.append({**entries[-1], "id": 53})
+    add(54, [("all of it", 0, 0, 40, 30)], mode="L")
+    add(55, [("turned", 2, 3, 20, 35)], annotated=(30, 40), orientation=6)
+    add(56, [("a tree", 1, 1, 9, 9)] * 3 + [("a tree", 20, 1, 9, 9)])
+    add(57, [])
+    add(58, [("the corner", 30.5, 20.25, 20, 20)])
+    add(59, [("a cat\ton  a mat", 5, 5, 10, 10)], coco=581900)
+    add(60, [("the first", 5, 5, 10, 10)])
+    entries.append({**entries[0], "id": 60})
     (folder / "region_descriptions.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
     (folder / "image_data.json").write_text(json.dumps(images))
     return {
@@ -79,5 +94,5 @@ def make_visual_genome(folder: Path, coco_ids=(581857, 20, 100)) -> dict:
         "images_file": folder / "image_data.json",
         "dropped": 5,
         "image_ids": [f"vg_{number}_coco_{coco}" for number, coco in enumerate(coco_ids, start=1)]
-        + ["vg_50", "vg_51"],
+        + ["vg_50", "vg_51", "vg_54", "vg_55", "vg_56", "vg_58", "vg_59_coco_581900", "vg_60"],
     }

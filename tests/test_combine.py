@@ -23,10 +23,9 @@ def test_no_row_is_held_out_anywhere(settings, caplog):
     joined = combine(names, **settings)
     assert joined.features == data_scripts.FEATURES
     assert joined["image_id"] == [
-        *[f"coco_{number}" for number in (20, 30, 40, 50, 581857)] * 2,
+        *[f"coco_{number}" for number in (20, 30, 40, 50, 70, 71, 72, 73, 74, 581857)] * 2,
         "vg_1_coco_581857",
-        "vg_50",
-        "vg_51",
+        *("vg_50", "vg_51", "vg_54", "vg_55", "vg_56", "vg_58", "vg_59_coco_581900", "vg_60"),
     ]
     held_out = set()
     for name in names:
@@ -34,8 +33,8 @@ def test_no_row_is_held_out_anywhere(settings, caplog):
             held_out |= set() if split == "train" else {coco_id(image_id) for image_id in rows["image_id"]}
     assert held_out == {100, 101, 102}
     assert not held_out & {coco_id(image_id) for image_id in joined["image_id"]}
-    assert "refcocog_google train: left out 1 of 6 images" in caplog.text
-    assert "visual_genome train: left out 2 of 5 images" in caplog.text
+    assert "refcocog_google train: left out 1 of 11 images" in caplog.text
+    assert "visual_genome train: left out 2 of 11 images" in caplog.text
     sentence_ids = [sentence["sentence_id"] for row in joined for sentence in row["sentences"]]
     assert len(set(sentence_ids)) == len(sentence_ids)
 
@@ -43,19 +42,19 @@ def test_no_row_is_held_out_anywhere(settings, caplog):
 def test_rows_and_flags_of_ones_own(settings):
     google = data_scripts.load("refcocog_google", **settings)
     joined = combine([google, ("refcoco_unc", {"integer_boxes": True})], **settings)
-    assert len(joined) == 10
-    assert joined[4]["objects"][0]["box"] != joined[9]["objects"][0]["box"] == [103, 299, 238, 477]
+    assert len(joined) == 20
+    assert joined[9]["objects"][0]["box"] != joined[19]["objects"][0]["box"] == [103, 299, 238, 477]
     # bare rows hold nothing out
-    assert len(combine([google["train"]])) == 6
-    assert len(combine([google["train"], google])) == 10
-    assert len(combine([google], held_out=())) == 6
+    assert len(combine([google["train"]])) == 11
+    assert len(combine([google["train"], google])) == 20
+    assert len(combine([google], held_out=())) == 11
     assert combine([google], split="val")["image_id"] == ["coco_100"]
 
 
 def test_pictures_are_matched_by_file_name_where_the_id_does_not_tell(settings):
     google = data_scripts.load("refcocog_google", **settings)
     renamed = google["train"].map(lambda row, index: {"image_id": f"row_{index}"}, with_indices=True)
-    assert len(combine([renamed, google])) == 10
+    assert len(combine([renamed, google])) == 20
 
 
 def test_wrong_sets_are_refused(settings):

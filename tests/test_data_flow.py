@@ -433,8 +433,8 @@ def test_joined_sets(tmp_path):
     assert "coco_100" in rows["refcocog_google/val"]["image_id"]
     held_out = {image_id for name in others for image_id in rows[name]["image_id"]}
     assert not held_out & set(rows["train"]["image_id"])
-    assert len(rows["train"]) == 10
-    boxes = [rows["train"][index]["objects"][0]["box"] for index in (4, 9)]
+    assert len(rows["train"]) == 20
+    boxes = [rows["train"][index]["objects"][0]["box"] for index in (9, 19)]
     assert boxes[0] == [103, 299, 238, 477] != boxes[1]
     # validation pictures are trained on as well, test pictures are not
     args.train_split = "train+val"

@@ -40,14 +40,15 @@ def said(row):
     ]
 
 
-def test_rows_have_the_schema_and_the_order_of_the_lists(load):
+def test_rows_have_the_schema_and_the_order_of_the_lists(load, folder):
     rows = load()
+    assert len(list(folder.glob("flickr30k-images/*.jpg"))) == 12
     assert rows["train"].features == FEATURES
     # 1003 has no boxed phrase
     assert {split: part["image_id"] for split, part in rows.items()} == {
-        "train": ["flickr30k_36979", "flickr30k_1002"],
-        "val": ["flickr30k_1001"],
-        "test": ["flickr30k_1004"],
+        "train": ["flickr30k_36979", "flickr30k_1002", "flickr30k_1005", "flickr30k_1006", "flickr30k_1007"],
+        "val": ["flickr30k_1001", "flickr30k_1008", "flickr30k_1009"],
+        "test": ["flickr30k_1004", "flickr30k_1010", "flickr30k_1011"],
     }
     row = rows["train"][0]
     assert row["image"].size == (row["width"], row["height"]) == (50, 40)
@@ -84,16 +85,55 @@ def test_boxes_count_from_0_and_a_chain_is_one_object_with_all_its_boxes(load):
     assert objects["11"]["segmentation"] is None
 
 
+@pytest.mark.parametrize(
+    ("image_id", "phrases", "boxes"),
+    [
+        ("1005", [[("Hands", "61", ["bodyparts"])]] * 5, {"61": [[0, 0, 5, 5], [10.5, 0, 15.5, 5]]}),
+        (
+            "1006",
+            [[("She", "62", ["people", "other"]), ("he", "63", ["people"])], [("He", "63", ["people"])]],
+            {"62": [[0, 0, 10, 10]], "63": [[10, 10, 20, 20]]},
+        ),
+        (
+            "1007",
+            [
+                [("Two", "64", ["people"]), ('a "group" (of 3)', "65", ["people"])],
+                [("A cow/bull", "66", ["people", "animals"])],
+            ],
+            {key: [[0, 0, 10, 10]] for key in ("64", "65", "66")},
+        ),
+        ("1008", [[("A hat", "67", ["clothing"])]], {"67": [[5, 5, 15, 15]]}),
+        ("1009", [[("It", "68", ["other"])]], {"68": [[0, 0, 10, 10]]}),
+        (
+            "1010",
+            [[("A hall", "69", ["scene"]), ("a drum", "70", ["instruments"])]],
+            {"69": [[0, 0, 30, 30]], "70": [[2, 2, 8, 8]]},
+        ),
+        (
+            "1011",
+            [[("A boy", "71", ["people"]), ("a boy", "72", ["people"]), ("who", "71", ["people"])]],
+            {"71": [[0, 0, 8, 8]], "72": [[10, 10, 18, 18]]},
+        ),
+    ],
+)
+def test_oddities_of_single_pictures(load, image_id, phrases, boxes):
+    rows = [row for part in load().values() for row in part]
+    (row,) = [row for row in rows if row["image_id"] == f"flickr30k_{image_id}"]
+    assert said(row) == phrases
+    assert {item["object_id"]: item["boxes"] for item in row["objects"]} == boxes
+    assert row["image"].size == (row["width"], row["height"]) == (30, 20 if image_id == "1008" else 30)
+
+
 def test_what_is_left_out_is_counted(load, caplog):
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         load()
     message, changes = [record.getMessage() for record in caplog.records if " train: " in record.getMessage()]
     assert "train: 1 boxes are cut at their picture's edge." in changes
     for reason in (
-        "1 boxes of which nothing is in the picture",
+        "2 boxes of which nothing is in the picture",
         "1 captions whose brackets do not match",
         "6 captions without a boxed phrase",
-        "9 phrases without a box",
+        "14 phrases without a box",
         "1 pictures without a boxed phrase",
     ):
         assert reason in message
@@ -116,10 +156,10 @@ def test_boxes_are_scaled_to_a_picture_of_another_size(load, folder, caplog):
 
 def test_unrelated_captions_are_left_out_where_asked(load, folder):
     rows = load("train", drop_unrelated_captions=True)
-    assert rows["image_id"] == ["flickr30k_36979"]
+    assert rows["image_id"] == [f"flickr30k_{number}" for number in (36979, 1005, 1006, 1007)]
     assert [sentence["sentence_id"] for sentence in rows[0]["sentences"]] == ["flickr30k_36979_1", "flickr30k_36979_4"]
     (folder / "UNRELATED_CAPTIONS").unlink()
-    assert load("train")["image_id"] == ["flickr30k_36979", "flickr30k_1002"]
+    assert load("train")["image_id"] == [f"flickr30k_{number}" for number in (36979, 1002, 1005, 1006, 1007)]
     with pytest.raises(OSError, match=r"(?s)UNRELATED_CAPTIONS.*annotations\.zip"):
         load("train", drop_unrelated_captions=True)
     (folder / "UNRELATED_CAPTIONS").write_text("36979 two")

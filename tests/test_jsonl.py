@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import yaml
+from layout_jsonl import PICTURES, make_jsonl
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -84,6 +85,38 @@ def test_a_line_is_a_row_of_the_schema(load, folder):
         "text": "the red car",
         "phrases": [{"start": 0, "end": 11, "objects": [0], "types": ["colour"]}],
     }
+
+
+def test_a_dozen_pictures_of_every_kind(tmp_path, caplog):
+    make_jsonl(tmp_path / "own")
+    with caplog.at_level(logging.WARNING, "data_scripts.building"):
+        rows = data_scripts.load("jsonl", cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path / "own"))
+    seen = {row["image_id"]: row for part in rows.values() for row in part}
+    names = [f"pictures/{name}.png" for name in (*"abcefgh", "grey", "palette", "inner/see-through")]
+    assert set(seen) == {*names, "17", "d1", "d2"}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 8, "validation": 5}
+    assert sum(len(row["sentences"]) for row in seen.values()) == 16
+    for image_id, row in seen.items():
+        name = {"17": "übung 1", "d1": "d", "d2": "d"}.get(image_id) or image_id[len("pictures/") : -len(".png")]
+        size, mode = PICTURES[name]
+        assert (row["image"].size, row["image"].mode) == (size, mode)
+        assert (row["width"], row["height"]) == size
+
+    def boxes(name):
+        return [item["box"] for item in seen[name]["objects"]]
+
+    assert boxes("pictures/grey.png") == [[0, 0, 40, 30]]
+    assert [sentence["phrases"][0]["objects"] for sentence in seen["pictures/grey.png"]["sentences"]] == [[0], [0]]
+    assert boxes("pictures/palette.png") == [[0, 5, 40, 12.5]]
+    assert "1 boxes are cut" in caplog.text
+    assert seen["17"]["sentences"][0]["text"] == "die Tür ☕"
+    assert boxes("pictures/b.png") == [[1, 2, 11, 12], [0, 0, 12, 12]]
+    assert seen["d1"]["objects"][0]["boxes"] == [[1, 2, 11, 12], [0, 0, 2, 2]]
+    # a mask's box is the pixels that it holds
+    assert boxes("pictures/c.png") == [[10, 5, 30, 15], [10, 5, 11, 15], [2, 2, 12, 9]]
+    assert boxes("pictures/e.png") == [[3, 2, 12, 9]]
+    assert masks_of(seen["pictures/g.png"]) == [MASK.tolist()]
+    assert boxes("pictures/g.png") == [[1, 2, 11, 12]]
 
 
 def test_captions_have_phrases_by_words_or_characters(load):

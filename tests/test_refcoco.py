@@ -62,6 +62,7 @@ def test_the_first_real_record(refcoco):
 def test_every_set_and_split(tmp_path, name):
     facts = make_refcoco(tmp_path, name)
     rows = data_scripts.load(name, data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
+    assert len(list(facts["image_dir"].rglob("*.jpg"))) >= 12
     assert tuple(rows) == facts["splits"] == data_scripts.SOURCES[name].splits
     prefix = "saiapr" if name.startswith("refclef") else "coco"
     for split, part in rows.items():
@@ -69,10 +70,23 @@ def test_every_set_and_split(tmp_path, name):
         numbers = [int(image_id.removeprefix(f"{prefix}_")) for image_id in part["image_id"]]
         assert numbers == sorted(numbers)
         if split == "train":
-            assert numbers == [20, 30, 40, 50, *([100] if name == "refcocog_google" else []), 581857]
+            shared = [100] if name == "refcocog_google" else []
+            assert numbers == [20, 30, 40, 50, 70, 71, 72, 73, 74, *shared, 581857]
         else:
             assert [expressions(row) for row in part] == [[f"of {split}"]]
     assert expressions(rows["train"][0]) == ["a crowd", "the corner", "the same corner"]
+
+
+def test_two_references_of_one_object_and_two_objects_of_one_box(refcoco):
+    rows = {row["image_id"]: row for row in refcoco[1]("train")}
+
+    def said(row):
+        return [(sentence["text"], sentence["phrases"][0]["objects"]) for sentence in row["sentences"]]
+
+    assert said(rows["coco_71"]) == [("said once", [0]), ("another", [1]), ("said again", [0])]
+    assert said(rows["coco_74"]) == [("one", [0]), ("the one", [0]), ("it", [0]), ("its two ends", [1])]
+    assert said(rows["coco_70"]) == [("a café, don't ask", [0])]
+    assert [item["category"] for item in rows["coco_72"]["objects"]] == ["cup", None]
 
 
 def test_masks_and_boxes_are_at_the_real_size(tmp_path):
@@ -85,6 +99,9 @@ def test_masks_and_boxes_are_at_the_real_size(tmp_path):
             row = seen[number]
             for item, (box_xyxy, mask) in zip(row["objects"], objects, strict=True):
                 assert item["box"] == pytest.approx(box_xyxy, abs=1e-4)
+                if mask is None:
+                    assert item["segmentation"] is None
+                    continue
                 assert item["segmentation"]["size"] == [row["height"], row["width"]]
                 assert (decode(item["segmentation"]) == mask).all(), number
         # pixels agree with the annotation: turned unless only the stored size is the annotated one
@@ -104,7 +121,7 @@ def test_bad_annotations_are_dropped_and_counted(refcoco, caplog):
     assert "1 expressions of objects that instances.json lacks" in left_out
     assert "1 expressions without words" in left_out
     (changed,) = [record.message for record in caplog.records if "are cut" in record.message]
-    assert "1 boxes are cut at their picture's edge" in changed
+    assert "2 boxes are cut at their picture's edge" in changed
     assert "1 pictures have another size than annotated" in changed
 
 
@@ -119,7 +136,7 @@ def test_a_damaged_mask_is_left_out_and_counted(refcoco, caplog):
         annotation["segmentation"] = segmentation
     facts["instances_file"].write_text(json.dumps(instances))
     masks = [item["segmentation"] for row in load("train") for item in row["objects"]]
-    assert [mask is None for mask in masks].count(True) == 5
+    assert [mask is None for mask in masks].count(True) == 5 + 2  # two have none
     assert "4 objects lost a mask that is empty or cannot be read" in caplog.text
 
 
@@ -183,7 +200,7 @@ def test_pictures_in_a_folder_of_ones_own_and_flat(tmp_path):
     settings = {"data_dir": tmp_path / "DATA", "cache_dir": str(tmp_path / "cache")}
     with pytest.raises(OSError, match="pictures of 'refclef_unc' are not there"):
         data_scripts.load("refclef_unc", **settings)
-    assert len(data_scripts.load("refclef_unc", "train", image_dir=str(flat), **settings)) == 5
+    assert len(data_scripts.load("refclef_unc", "train", image_dir=str(flat), **settings)) == 10
 
 
 def test_missing_annotation_files_are_named(tmp_path):

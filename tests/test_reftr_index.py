@@ -27,6 +27,7 @@ FACTS = {"coco_box_xyxy": [10.75, 20.5, 41.25, 37.75], "coco_box_whole_xyxy": [1
 @pytest.fixture
 def folder(tmp_path):
     assert make_reftr_index(tmp_path / "data") == FACTS
+    assert len(list((tmp_path / "data").rglob("*.jpg"))) == 12
     return tmp_path / "data"
 
 
@@ -53,8 +54,13 @@ def test_resc_expressions_of_a_picture_are_one_row(load, name):
     assert set(rows) == {*RESC_SPLITS[name], *trainval}
     train = rows["train"]
     assert train.features == FEATURES
-    assert train["image_id"] == ["coco_581857", "coco_9"]
-    assert texts(train) == [["the lady with the blue shirt train", "blue shirt", "corner"], ["Left Man"]]
+    assert train["image_id"] == ["coco_581857", "coco_9", "coco_25"]
+    assert texts(train) == [
+        ["the lady with the blue shirt train", "blue shirt", "corner"],
+        ["Left Man"],
+        [" a café "],
+    ]
+    assert train[2]["objects"][0]["box"] == [2, 3, 22, 43]
     row = train[0]
     assert row["image"].size == (row["width"], row["height"]) == (64, 48)
     assert [sentence["sentence_id"] for sentence in row["sentences"]] == [f"{name}_train_{n}" for n in (0, 2, 3)]
@@ -72,18 +78,28 @@ def test_trainval_is_train_and_val_and_a_file_of_its_own_in_referit(load):
         "the lady with the blue shirt val", "blue shirt", "corner",
     ]  # fmt: skip
     assert len(rows[0]["objects"]) == 2
-    assert texts(load("resc_referit", "trainval")) == [["sky trainval", "sky trainval"]]
-    assert texts(load("resc_referit", "test")) == [["sky test"]]
+    assert texts(load("resc_referit", "trainval")) == [["sky trainval", "sky trainval"], ["top half"] * 2]
+    assert texts(load("resc_referit", "test")) == [["sky test"], ["top half"]]
 
 
 def test_box_formats_differ_between_sets(load):
     assert load("resc_referit", "val")[0]["objects"][0]["box"] == [4, 5, 20, 30]
     flickr = load("resc_flickr", "test")
-    assert [row["objects"][0]["box"] for row in flickr] == [[1, 2, 30, 20], [0, 0, 30, 30]]
+    assert [row["objects"][0]["box"] for row in flickr] == [
+        [1, 2, 30, 20],
+        [0, 0, 30, 30],
+        [1, 2, 3, 4],
+    ]
     genome = load("resc_vg", "train")
-    assert [row["objects"][0]["box"] for row in genome] == [[1, 2, 31, 22], [9.5, 9, 13.5, 13.5]]
-    # the second of two folders
-    assert [row["image"].size for row in genome] == [(80, 60), (60, 80)]
+    assert [row["objects"][0]["box"] for row in genome] == [
+        [1, 2, 31, 22],
+        [9.5, 9, 13.5, 13.5],
+        [0, 0, 30, 30],
+        [1, 1, 2, 2],
+    ]
+    # of two folders
+    assert [row["image"].size for row in genome] == [(80, 60), (60, 80), (30, 30), (30, 30)]
+    assert texts(genome)[0] == ["tree", "tree"]
 
 
 def test_boxes_are_cut_to_whole_pixels_as_published_where_asked(load):
@@ -97,21 +113,27 @@ def test_boxes_are_cut_to_whole_pixels_as_published_where_asked(load):
 def test_captions_have_their_phrases(load):
     rows = load("reftr_flickr")
     assert set(rows) == {"train", "val", "test", "trainval"}
-    (row,) = rows["test"]
+    row, twice = rows["test"]
     assert texts([row]) == [["A man with two buses .", "by a man ."]]
     spans = [[(p["start"], p["end"], p["objects"]) for p in sentence["phrases"]] for sentence in row["sentences"]]
     assert spans == [[(0, 5, [0]), (11, 20, [1])], [(3, 8, [0])]]
     assert [item["box"] for item in row["objects"]] == [[1, 2, 30, 20], [5.5, 6, 10, 12]]
+    assert [(p["start"], p["end"], p["objects"]) for p in twice["sentences"][0]["phrases"]] == [
+        (0, 5, [0]),
+        (6, 11, [1]),
+    ]
+    assert [item["box"] for item in twice["objects"]] == [[0, 0, 5, 5], [9, 9, 20, 60]]
 
 
 @pytest.mark.parametrize("name", MASK_SPLITS)
 def test_masks_are_those_of_the_files(load, name):
     rows = load(f"reftr_{name}", "train")
-    first, second = rows
+    first, second, third = rows
     assert [item["box"] for item in first["objects"]] == [FACTS["coco_box_xyxy"], [0, 0, 10, 10]]
-    assert texts(rows) == [["blue shirt", "the lady train", "nothing to see"], ["left man"]]
+    assert texts(rows) == [["blue shirt", "the lady train", "nothing to see"], ["left man"], ["a café"]]
     assert (decode(first["objects"][0]["segmentation"]) == rectangle(48, 64, (10, 20, 41, 37))).all()
     assert (decode(second["objects"][0]["segmentation"]) == rectangle(30, 40, (5, 5, 15, 15))).all()
+    assert (decode(third["objects"][0]["segmentation"]) == rectangle(50, 30, (2, 3, 22, 43))).all()
     assert first["objects"][1]["segmentation"] is None  # a mask without a pixel
 
 

@@ -31,12 +31,13 @@ def without_picture(row):
     return {key: value for key, value in row.items() if key != "image"}
 
 
-def test_rows(genome, caplog):
+def test_rows(genome, tmp_path, caplog):
     facts, load = genome
     rows = load("train")
     assert rows.features == data_scripts.FEATURES
     assert rows["image_id"] == facts["image_ids"]
-    assert {row["image"].size for row in rows} == {(40, 30)}
+    assert len(list((tmp_path / "vg").glob("VG_100K*/*.jpg"))) >= 12
+    assert all(row["image"].size == (row["width"], row["height"]) for row in rows)
     first = rows[0]
     assert [sentence["text"] for sentence in first["sentences"]] == ["the clock is green in colour", "a wall"]
     assert [item["box"] for item in first["objects"]] == [[4, 5, 24, 15], [0, 0, 40, 30]]
@@ -49,27 +50,45 @@ def test_rows(genome, caplog):
     }
     assert first["sentences"][1]["sentence_id"] == "vg_101"
     assert first["sentences"][1]["phrases"] == [{"start": 0, "end": 6, "objects": [1], "types": []}]
-    other, scaled = rows[-2], rows[-1]
+    seen = {row["image_id"]: row for row in rows}
+    other, scaled = seen["vg_50"], seen["vg_51"]
     assert [sentence["text"] for sentence in other["sentences"]] == ["a café ☕", "past the edge"]
     assert other["objects"][1]["box"] == [0, 20, 18, 30]
     assert scaled["objects"][0]["box"] == [10, 10, 30, 20]
     assert "2 regions without words" in caplog.text
     assert "3 regions without a box in the picture" in caplog.text
     assert "1 images that image_data.json lacks" in caplog.text
-    assert "1 boxes are cut" in caplog.text
+    assert "1 pictures without a region" in caplog.text
+    assert "1 images that are there twice" in caplog.text
+    assert "2 boxes are cut" in caplog.text
     assert "nothing is left out" in caplog.text  # no set was named
+
+    def said(number):
+        row = seen[f"vg_{number}"]
+        return [
+            (sentence["text"], row["objects"][phrase["objects"][0]]["box"])
+            for sentence in row["sentences"]
+            for phrase in sentence["phrases"]
+        ]
+
+    assert said(54) == [("all of it", [0, 0, 40, 30])]
+    assert said(55) == [("turned", [2, 3, 22, 38])]
+    assert (seen["vg_55"]["width"], seen["vg_55"]["height"]) == (30, 40)
+    assert said(56) == [("a tree", [1, 1, 10, 10])] * 3 + [("a tree", [20, 1, 29, 10])]
+    assert said(58) == [("the corner", [30.5, 20.25, 40, 30])]
+    assert said(60) == [("the first", [5, 5, 15, 15])]
 
 
 @pytest.mark.row("R21")
 def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
-    load = genome[1]
+    facts, load = genome
     excluded = {"exclude": ["refcoco_unc"], "exclude_data_dir": str(tmp_path / "refer")}
     rows = load("train", **excluded)
     refcoco = data_scripts.load("refcoco_unc", data_dir=tmp_path / "refer", cache_dir=str(tmp_path / "cache"))
     held_out = {data_scripts.coco_id(key) for split in ("val", "testA", "testB") for key in refcoco[split]["image_id"]}
     assert held_out == {100, 101, 102} == held_out_coco_ids(["refcoco_unc"], tmp_path / "refer")
     kept = {data_scripts.coco_id(image_id) for image_id in rows["image_id"]}
-    assert kept == {581857, 20, None}
+    assert kept == {581857, 20, 581900, None}
     assert not kept & held_out
     assert "3 images that are held out in refcoco_unc" in caplog.text
     # and by a list, without the sets at hand; another list, another cache
@@ -83,7 +102,7 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     genome[0]["images_file"].write_text(json.dumps(texts))
     assert load("train", held_out_file=str(path))["image_id"] == rows["image_id"]
     path.write_text(json.dumps({"coco_ids": [20]}))
-    assert len(load("train", held_out_file=str(path))) == len(COCO_IDS) + 1
+    assert len(load("train", held_out_file=str(path))) == len(facts["image_ids"]) - 1
     # held-out pictures need not be there
     for number in (2, 4, 5):
         next((tmp_path / "vg").glob(f"*/{number}.jpg")).unlink()
@@ -121,13 +140,13 @@ def test_a_validation_split_is_drawn(genome):
     rows = load(validation_images=2)
     again = load(validation_images=2, streaming=True)
     other = load("validation", validation_images=2, seed=1)
-    assert {split: len(part) for split, part in rows.items()} == {"train": 5, "validation": 2}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 11, "validation": 2}
     assert set(rows["train"]["image_id"]) | set(rows["validation"]["image_id"]) == set(genome[0]["image_ids"])
     for split, part in rows.items():
         assert [without_picture(row) for row in again[split]] == [without_picture(row) for row in part]
     assert other["image_id"] != rows["validation"]["image_id"]
-    with pytest.raises(ValueError, match="validation_images=9"):
-        load(validation_images=9)
+    with pytest.raises(ValueError, match="validation_images=15"):
+        load(validation_images=15)
 
 
 @pytest.mark.row("R1")
