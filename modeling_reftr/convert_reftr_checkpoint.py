@@ -608,7 +608,7 @@ def describe_assumptions(config: RefTRConfig) -> str:
 def main(argv: list[str] | None = None):
     """The command: what it took and wrote on stdout."""
     parser = argparse.ArgumentParser(
-        prog="python -m modeling_reftr.convert_reftr_checkpoint",
+        prog="reftr convert",
         description="Published RefTR checkpoints to folders for from_pretrained, and back.",
     )
     parser.add_argument("--checkpoint", required=True, help="published file; with --to_published a RefTR folder")
