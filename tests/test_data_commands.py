@@ -352,26 +352,19 @@ def hub():
 
 def test_export_to_the_hub(command, toy, tmp_path, hub):
     make_toy(toy)
-    online = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": hub.address,
-        "HF_TOKEN": "hf_secret",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-    }
+    online = hub.environment("hf_write", tmp_path / "home")
     command("export", "--output", tmp_path / "export", **online)
     assert hub.requests == []  # nothing goes out without the flag
     words = ("--overwrite", "--push_to_hub", "someone/toy", "--private")
     printed = command("export", "--output", tmp_path / "export", *words, **online).stdout
     assert "Pushed: " in printed
-    assert (hub.created["name"], hub.created["type"]) == ("toy", "dataset")
-    assert hub.created.get("private") is True or hub.created.get("visibility") == "private"
+    assert hub.repositories["dataset", "someone/toy"].private
+    files = hub.files("someone/toy", "dataset")
     for path in (tmp_path / "export").rglob("*"):
         if path.is_file():
-            name = path.relative_to(tmp_path / "export").as_posix()
-            assert hub.files.pop(name) == path.read_bytes()
-            assert b"hf_secret" not in path.read_bytes()
-    assert set(hub.files) <= {".gitattributes"}
+            assert files.pop(path.relative_to(tmp_path / "export").as_posix()) == path.read_bytes()
+            assert b"hf_write" not in path.read_bytes()
+    assert set(files) == {".gitattributes"}
 
 
 def test_without_network_the_export_stays(command, toy, tmp_path):
