@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -341,6 +343,22 @@ def test_a_commit_of_large_files_that_are_lost_is_refused(hub, api, toy, folder)
     assert hub.head("someone/toy") == toy
     push(api, folder)
     assert content(folder).items() <= pushed(hub).items()
+
+
+def test_a_client_that_ends_in_the_middle_changes_nothing(hub, toy):
+    """Not even with a commit that reads as if it were whole."""
+    items = [{"key": "header", "value": {"summary": "half"}}]
+    items.append({"key": "file", "value": {"path": "half.txt", "content": "aGFsZg==", "encoding": "base64"}})
+    body = "".join(json.dumps(item) + "\n" for item in items).encode()
+    for length, expected in ((len(body) + 100, b""), (len(body), b"HTTP/1.1 200 OK")):
+        head = f"POST /api/models/someone/toy/commit/main HTTP/1.1\r\nContent-Length: {length}\r\n"
+        head += "Authorization: Bearer hf_write\r\nConnection: close\r\n\r\n"
+        assert hub.head("someone/toy") == toy
+        with socket.create_connection(("127.0.0.1", int(hub.address.rsplit(":", 1)[1]))) as connection:
+            connection.sendall(head.encode() + body)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.makefile("rb").read().startswith(expected)
+    assert pushed(hub)["half.txt"] == b"half"
 
 
 def test_a_slow_answer_is_not_waited_for(hub, api, toy):
