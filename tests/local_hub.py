@@ -30,9 +30,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -61,8 +64,12 @@ class Request:
 
     method: str
     path: str
-    token: str | None
+    headers: Mapping[str, str]
     large: bool
+
+    @property
+    def token(self) -> str | None:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
 
 
 @dataclass
@@ -105,9 +112,13 @@ class File:
     size: int
     sha256: str | None = None
 
+    @property
+    def lfs(self) -> dict | None:
+        size = len(pointer(self.sha256, self.size)) if self.sha256 else 0
+        return {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": size} if size else None
+
     def describe(self, path: str) -> dict:
-        large = {"lfs": {"oid": self.sha256, "size": self.size, "pointerSize": len(pointer(self.sha256, self.size))}}
-        return {"type": "file", "path": path, "oid": self.oid, "size": self.size} | (large if self.sha256 else {})
+        return {"type": "file", "path": path, "oid": self.oid, "size": self.size, "lfs": self.lfs}
 
 
 @dataclass
@@ -195,9 +206,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self):
         self.line = f"{self.command} {self.path}"
-        self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         large = self.headers.get("Host") == urlsplit(self.hub.large_address).netloc
-        self.hub.requests.append(Request(self.command, self.path, self.token, large))
+        self.asked = Request(self.command, self.path, self.headers, large)
+        self.hub.requests.append(self.asked)
         self.blocks = self.read_blocks()
         try:
             if fault := self.hub.due(self.line, "slow"):
@@ -296,9 +307,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # who may what
 
     def user(self) -> Token | None:
-        if self.token is not None and self.token not in self.hub.tokens:
+        token = self.asked.token
+        if token is not None and token not in self.hub.tokens:
             raise Refusal(401, "Invalid credentials in Authorization header")
-        return self.hub.tokens.get(self.token)
+        return self.hub.tokens.get(token)
 
     def check_writer(self, owner: str):
         user = self.user()
@@ -347,6 +359,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             repository = self.hub.create(kind, id, values.get("visibility") == "private", values.get("sdk"))
         return {"url": self.hub.address + repository.address, "name": id, "id": id}
 
+    @route("GET", rf"/api/{REPOSITORY}/auth-check(?P<write>/write)?")
+    def auth_check(self, kind, id, write):
+        """`HfApi.auth_check`"""
+        self.repository(kind, id, write=bool(write))
+        return {}
+
     @route("POST", "/api/validate-yaml")
     def validate_card(self):
         """`HfApi.upload_folder` and `create_commit`, of a README.md: only the borders of its metadata."""
@@ -362,12 +380,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """`HfApi.repo_info`, `snapshot_download` of a branch, `pipeline(model=ID)`"""
         repository = self.repository(kind, id)
         commit = repository.at(revision or "main")
-        siblings = []
-        for path, file in commit.files.items():
-            siblings.append({"rfilename": path})
-            if "blobs" in self.query():
-                large = {"lfs": {"sha256": file.sha256, "size": file.size, "pointerSize": 0}} if file.sha256 else {}
-                siblings[-1] |= {"size": file.size, "blobId": file.oid, **large}
+        siblings = [{"rfilename": path} for path in commit.files]
+        if "blobs" in self.query():
+            for sibling, file in zip(siblings, commit.files.values(), strict=True):
+                sibling |= {"size": file.size, "blobId": file.oid, "lfs": file.lfs}
         values = {"id": id, "author": repository.owner, "sha": commit.oid, "private": repository.private}
         values |= {"siblings": siblings, "gated": False, "disabled": False, "likes": 0, "downloads": 0, "tags": []}
         if repository.sdk:
@@ -396,11 +412,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
         begin = int(self.query().get("cursor", 0))
         end = begin + self.hub.page_size
-        headers = {}
-        if end < len(found):
-            address = urlsplit(self.path).path
-            recursive = "true" if deep else "false"
-            headers["Link"] = f'<{self.hub.address}{address}?recursive={recursive}&cursor={end}>; rel="next"'
+        following = f"{self.hub.address}{urlsplit(self.path).path}?recursive={deep}&cursor={end}"
+        headers = {"Link": f'<{following}>; rel="next"'} if end < len(found) else {}
         self.answer(200, list(found.values())[begin:end], headers)
 
     @route("POST", rf"/api/{REPOSITORY}/paths-info/(?P<revision>[^/]+)")
@@ -542,6 +555,20 @@ class Endpoint:
             names |= {"HF_HOME": str(home), "HF_HUB_CACHE": str(Path(home) / "hub")}
         return names
 
+    def use(self, monkeypatch, token: str = ""):
+        """
+        Do to the client of this process what `environment` does to that of another, and take away the seconds it waits
+        between its tries. The cache stays where it is: name a `cache_dir`.
+        """
+        template = self.address + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": self.address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_TOKEN_PATH": os.devnull}
+        for name, value in {**values, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        for module in ("utils._http", "file_download"):
+            no_waiting = types.SimpleNamespace(sleep=lambda seconds: None)
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", no_waiting)
+
 
 class Hub(Endpoint):
     """
@@ -627,8 +654,19 @@ class Hub(Endpoint):
                     return fault
         return None
 
-    def writing(self, path: Path) -> "Writing":
-        return Writing(self, path)
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[BinaryIO]:
+        """A file that is written aside and takes its place when it is complete: a kill leaves the former one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.state / "aside" / str(next(self.names))
+        try:
+            with aside.open("wb") as file:
+                yield file
+            if self.due(f"WRITE {path.relative_to(self.state)}", "die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
 
     def save(self, repository: Repository):
         values = asdict(repository)
@@ -638,10 +676,9 @@ class Hub(Endpoint):
 
     def create(self, kind: str, id: str, private: bool, sdk: str | None) -> Repository:
         repository = Repository(self.state / f"{kind}s" / id, kind, id, private, sdk, branches={"main": ""})
-        add = {"path": ".gitattributes", "content": base64.b64encode(ATTRIBUTES).decode()}
-        self.commit(
-            repository, [{"key": "header", "value": {"summary": "initial commit"}}, {"key": "file", "value": add}]
-        )
+        attributes = {"path": ".gitattributes", "content": base64.b64encode(ATTRIBUTES).decode()}
+        first = [{"key": "header", "value": {"summary": "initial commit"}}, {"key": "file", "value": attributes}]
+        self.commit(repository, first)
         self.repositories[kind, id] = repository
         return repository
 
@@ -676,8 +713,9 @@ class Hub(Endpoint):
                 size = there.stat().st_size
                 files[path] = File(git_oid(pointer(value["oid"], size)), size, value["oid"])
             elif key in ("deletedFile", "deletedFolder"):
-                gone = [name for name in files if name == path or name.startswith(f"{path}/")]
-                gone = [name for name in gone if (name == path) == (key == "deletedFile")]
+                gone = [path] if path in files else []
+                if key == "deletedFolder":
+                    gone = [name for name in files if name.startswith(f"{path}/")]
                 if not gone:
                     raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 for name in gone:
@@ -690,30 +728,8 @@ class Hub(Endpoint):
         branches = {**repository.branches, branch: oid}
         commits = [*repository.commits, Commit(oid, parent or None, message, files)]
         self.save(Repository(**{**vars(repository), "branches": branches, "commits": commits}))
-        repository.branches, repository.commits = branches, commits
+        repository.commits, repository.branches = commits, branches  # a reader finds the commit of a branch
         return oid
-
-
-class Writing:
-    """A file that is written aside and takes its place when it is complete: a kill leaves the former one."""
-
-    def __init__(self, hub: Hub, path: Path):
-        self.hub, self.path = hub, path
-        self.aside = hub.state / "aside" / str(next(hub.names))
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.aside.open("wb")
-        return self.file
-
-    def __exit__(self, kind, *_):
-        self.file.close()
-        if kind is not None:
-            self.aside.unlink()
-            return
-        if self.hub.due(f"WRITE {self.path.relative_to(self.hub.state)}", "die"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.aside.replace(self.path)
 
 
 class HubProcess(Endpoint):
