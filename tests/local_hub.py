@@ -146,6 +146,7 @@ class Repository:
     id: str
     private: bool = False
     sdk: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -449,6 +450,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             refs[name] = repository.at(start).oid
             self.hub.save(repository)
         return {}
+
+    @route("POST", r"/api/(?P<kind>space)s/(?P<id>[^/]+/[^/]+)/variables")
+    def add_variable(self, kind, id):
+        """`HfApi.add_space_variable`"""
+        repository, values = self.repository(kind, id, write=True), self.json()
+        with self.hub.lock:
+            repository.variables[values["key"]] = values["value"]
+            self.hub.save(repository)
+        return {name: {"key": name, "value": value} for name, value in repository.variables.items()}
 
     @route("POST", rf"/api/{REPOSITORY}/preupload/(?P<revision>[^/]+)")
     def preupload(self, kind, id, revision):

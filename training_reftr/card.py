@@ -175,7 +175,7 @@ def make_card(facts: dict, repository: str) -> str:
         "and_mask": " and a mask" if masks else "",
         "and_one_mask": " and one mask" if masks else "",
         "printed": 'answer["phrase"], answer["box"]' + (', answer["mask"]' if masks else ""),
-        "num_parameters": f"{facts['num_parameters'] / 1e6:.0f}",
+        "num_parameters": f"{facts['num_parameters'] / 1e6:.3g}",
         "backbone": backbone.get("backbone") or backbone["model_type"],
         "text_model": text_model,
         "questions": ", ".join(json.dumps(text, ensure_ascii=False) for text in texts),
