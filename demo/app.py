@@ -39,7 +39,7 @@ COLORS = (
     *("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab"),
     *("#f03e3e", "#12b886", "#fab005", "#4263eb", "#a61e4d", "#5c940d", "#862e9c", "#495057"),
 )
-EXAMPLES = [[str(Path(__file__).parent / "shapes.jpg"), "the large green circle\nthe green star\nthe blue circle"]]
+EXAMPLES = [[str(Path(__file__).parent / "shapes.jpg"), "the green star\nthe red square\nthe shape right of the star"]]
 ABOUT = f"""# Ask about a picture
 
 Give a picture and say what to look for, one expression a line: RefTR ([paper](https://arxiv.org/abs/2106.03089))
@@ -84,14 +84,16 @@ class Answerer:
         if not path.is_file():
             raise ValueError(f"There is no picture {path.name!r} here any more: upload it again.")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path.name!r} has more than {MAX_FILE_BYTES // 1024**2} MB: make it smaller first.")
+            raise ValueError(
+                f"The file {path.name!r} has more than {MAX_FILE_BYTES // 1024**2} MB: make it smaller first."
+            )
         digest = hashlib.sha256(path.read_bytes()).digest()
         if digest not in self.pictures:
             try:
                 (image,) = self.processor.image_processor.open_images(str(path))
                 inputs = self.processor.image_processor(image, return_tensors="pt")
             except (OSError, ValueError) as error:
-                raise ValueError(str(error).replace(f"{path.parent}{os.sep}", "")) from error
+                raise ValueError("The file " + str(error).replace(f"{path.parent}{os.sep}", "")) from error
             self.pictures[digest] = (image.convert("RGB"), self.model.get_image_features(**inputs))
         self.pictures.move_to_end(digest)
         if len(self.pictures) > MAX_PICTURES:
@@ -227,12 +229,14 @@ def build_app(model_name: str) -> gr.Blocks:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(sources=["upload", "clipboard"], type="filepath", image_mode=None, label="Picture")
+                picture = gr.Image(
+                    type="filepath", sources=["upload", "clipboard"], label="Picture", height=400, elem_id="picture"
+                )
                 text = gr.Textbox(label="Expressions, one a line", lines=4, max_lines=MAX_EXPRESSIONS)
                 button = gr.Button("Ask", variant="primary")
                 gr.Examples(EXAMPLES, [picture, text], api_visibility="private")
             with gr.Column():
-                shown = gr.AnnotatedImage(label="Answers", format="jpeg")
+                shown = gr.AnnotatedImage(label="Answers", height=500, format="jpeg", elem_id="answers")
                 answers = gr.JSON(label="JSON")
         gr.Markdown(f"Model: `{model_name}`")
         # the file as it was uploaded: gradio would decode all of it before anybody knows its size
