@@ -766,10 +766,11 @@ class HubProcess(Endpoint):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="A Hub on this machine.")
     parser.add_argument("--state", required=True, help="folder that holds everything")
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--fault", nargs="+", action="append", default=[], help="KIND PATTERN [TIMES [VALUE]]")
+    words = "KIND PATTERN [TIMES [VALUE]]: see Fault"
+    parser.add_argument("--fault", nargs="+", action="append", default=[], help=words)
     arguments = parser.parse_args()
     hub = Hub(arguments.state, arguments.port)
     for kind, pattern, *numbers in arguments.fault:
