@@ -1,12 +1,12 @@
 """One way to the Hub for all that goes there: data sets, models, Spaces."""
 
+import fnmatch
 import logging
 import time
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def upload(
         folder (`str` or `Path`): what to upload.
         repository (`str`): "user/name"; made where it is not there.
         kind (`str`): "model", "dataset" or "space".
-        private (`bool`, *optional*): whether a new repository is private.
+        private (`bool`, *optional*): whether a new repository is private. True refuses one that is public.
         patterns (`list[str]`, *optional*): which files of the folder; absent: all.
         message (`str`, *optional*): of the commit.
         settings: others of `HfApi.create_repo`.
@@ -41,31 +41,59 @@ def upload(
         `CommitInfo`: the commit, `oid` and `commit_url`.
 
     Raises:
-        OSError: if the Hub is out of reach, refuses it, or holds other files than were sent; the folder stays.
+        OSError: if the Hub is out of reach, refuses it, or holds other files than were sent; the folder stays, and so
+            does what the repository held.
     """
+    folder = Path(folder)
     for wait in (*WAITS, None):
         try:
-            api = HfApi()
-            api.create_repo(repository, repo_type=kind, private=private, exist_ok=True, **settings)
-            commit = api.upload_folder(
-                repo_id=repository,
-                repo_type=kind,
-                folder_path=folder,
-                allow_patterns=patterns,
-                delete_patterns=patterns,
-                commit_message=message,
-            )
-            check_uploaded(api, Path(folder), repository, kind, patterns, commit)
+            make_repository(repository, kind, private, **settings)
+            files = select_files(folder, patterns)
+            commit = commit_files(folder, files, repository, kind, patterns, message)
+            check_uploaded(folder, files, repository, kind, commit)
             return commit
         except Exception as error:  # the network, the server and the token each have exceptions of their own
-            reason = " ".join(str(error).split()) or type(error).__name__
             if wait is None or not is_passing(error):
                 raise OSError(
-                    f"{str(folder)!r} is complete, but was not pushed to {repository!r}: {reason} Log in (`hf auth "
-                    "login`) and see that the network is there, then push again."
+                    f"{str(folder)!r} is complete, but was not pushed to {repository!r}: {reason_of(error)}"
                 ) from error
-            logger.warning(f"The upload to {repository!r} failed ({reason}); once more in {wait} seconds.")
+            logger.warning(f"The push to {repository!r} failed ({reason_of(error)}); once more in {wait} seconds.")
             time.sleep(wait)
+
+
+def make_repository(repository: str, kind: str, private: bool | None = None, **settings):
+    """
+    Make a repository where it is not there; `settings` are others of `HfApi.create_repo`.
+
+    Raises:
+        OSError: if it is there and public, and was to be private.
+        Exception: whatever the client raises, see `reason_of`.
+    """
+    api = HfApi()
+    api.create_repo(repository, repo_type=kind, private=private, exist_ok=True, **settings)
+    if private and not api.repo_info(repository, repo_type=kind).private:
+        raise OSError(f"{repository!r} is there and public. Make it private in its settings first, or push without.")
+
+
+def commit_files(folder: Path, files: list[str], repository: str, kind: str, patterns, message: str) -> CommitInfo:
+    """One commit that adds these files and takes away what else matches the patterns."""
+    api = HfApi()
+    there = api.list_repo_files(repository, repo_type=kind)
+    stale = [path for path in there if is_selected(path, patterns) and path not in {*files, ".gitattributes"}]
+    operations = [CommitOperationAdd(path, folder / path) for path in files]
+    operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
+    return api.create_commit(repository, operations, repo_type=kind, commit_message=message)
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong and what to do, in sentences."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status in (401, 403):
+        return f"{reason} Log in with a token that may write there (`hf auth login`), then push again."
+    if status is None and not isinstance(error, OSError):
+        return f"{reason} See that the network is there, then push again."
+    return f"{reason} Push again: what has arrived is not sent twice."
 
 
 def is_passing(error: Exception) -> bool:
@@ -75,22 +103,39 @@ def is_passing(error: Exception) -> bool:
     return not isinstance(error, (OSError, ValueError, TypeError))
 
 
-def check_uploaded(api: HfApi, folder: Path, repository: str, kind: str, patterns, commit: CommitInfo):
+def check_uploaded(folder: Path, files: list[str], repository: str, kind: str, commit: CommitInfo):
     """
     Ask the Hub what the commit holds.
 
     Raises:
         OSError: naming the files that are not there, or of another size.
     """
-    sizes = {path: (folder / path).stat().st_size for path in select_files(folder, patterns)}
-    found = api.get_paths_info(repository, list(sizes), revision=commit.oid, repo_type=kind)
+    found = HfApi().get_paths_info(repository, files, revision=commit.oid, repo_type=kind)
     there = {item.path: item.size for item in found}
-    missing = sorted(path for path, size in sizes.items() if there.get(path) != size)
+    missing = [path for path in files if there.get(path) != (folder / path).stat().st_size]
     if missing:
         raise OSError(f"the commit {commit.oid} does not hold {', '.join(missing)} as they were sent.")
 
 
 def select_files(folder: Path, patterns: list[str] | None) -> list[str]:
-    """The files of a folder that an upload takes, relative to it, as the client selects them."""
+    """The files of a folder that an upload takes, relative to it."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return list(filter_repo_objects(paths, allow_patterns=patterns, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
+    return [path for path in paths if is_selected(path, patterns)]
+
+
+def is_selected(path: str, patterns: list[str] | None) -> bool:
+    """
+    Whether one of the patterns is of this path; in them a star stays within its folder.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.uploading import is_selected
+
+    >>> is_selected("model.safetensors", ["*.safetensors"]), is_selected("old/model.safetensors", ["*.safetensors"])
+    (True, False)
+
+    ```"""
+    if patterns is None:
+        return True
+    return any(fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)

@@ -40,7 +40,7 @@ PATTERNS = [
     "predictions.jsonl",
     "predictions.png",
     "example.png",
-    "visualizations/*",
+    "visualizations/*/*",
     ".eval_results/*.yaml",
 ]
 # without these it is no model that anybody can load

@@ -293,3 +293,13 @@ def test_nowhere_to_push_to(run, folder):
     result = run("-m", "modeling_reftr.push", "--model", folder, check=False)
     assert result.returncode == 1
     assert "error: Name where to push" in result.stderr
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(run, hub, folder, tmp_path):
+    push(run, hub, folder, tmp_path / "home")
+    head = hub.head(REPOSITORY)
+    (folder / "report.md").write_text("secret")
+    result = push(run, hub, folder, tmp_path / "home", "--private", check=False)
+    assert result.returncode == 1
+    assert "is there and public" in result.stderr
+    assert hub.head(REPOSITORY) == head

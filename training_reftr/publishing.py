@@ -7,9 +7,8 @@ import threading
 from pathlib import Path
 
 from accelerate import Accelerator
-from huggingface_hub import HfApi
 
-from data_scripts.uploading import select_files
+from data_scripts.uploading import make_repository, reason_of, select_files
 from modeling_reftr.push import PATTERNS, push_model
 from training_reftr.card import write_card
 
@@ -32,12 +31,10 @@ class Publisher:
         self.thread = None
         if self.is_active:
             try:
-                HfApi().create_repo(args.push_to_hub, private=args.hub_private or None, exist_ok=True)
+                make_repository(args.push_to_hub, "model", args.hub_private or None)
             except Exception as error:  # the network, the server and the token each have exceptions of their own
-                reason = " ".join(str(error).split()) or type(error).__name__
                 raise OSError(
-                    f"push_to_hub={args.push_to_hub!r} cannot be pushed to, so nothing was begun: {reason} Log in "
-                    "(`hf auth login`) and see that the network is there."
+                    f"push_to_hub={args.push_to_hub!r} cannot be pushed to, so nothing was begun: {reason_of(error)}"
                 ) from error
 
     def push_best(self, step: int):
