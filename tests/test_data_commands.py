@@ -55,7 +55,7 @@ def refused(result, *words):
 def test_help_fits_a_screen(run, name):
     result = run("-m", "data_scripts", *([name] if name else []), "--help", COLUMNS="80")
     assert len(result.stdout.splitlines()) <= 40
-    assert "usage: python -m data_scripts" in result.stdout
+    assert "usage: reftr data" in result.stdout
 
 
 def test_list(run, command, toy):
