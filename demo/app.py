@@ -277,7 +277,7 @@ def launch(app: gr.Blocks, port: int | None = None, share: bool = False, wait: b
 
 def main(argv: list[str] | None = None):
     """The command: serves the page until it is interrupted."""
-    parser = argparse.ArgumentParser(prog="python demo/app.py", description="A page that asks RefTR about pictures.")
+    parser = argparse.ArgumentParser(prog="reftr demo", description="A page that asks RefTR about pictures.")
     parser.add_argument("--model", default=os.environ.get("REFTR_MODEL"), help="RefTR folder or Hub id")
     parser.add_argument("--port", type=int, help="port of the page; by default the first free one from 7860 on")
     parser.add_argument("--share", choices=("no", "yes"), default="no", help="also by a public address of gradio's")
