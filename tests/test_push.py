@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from safetensors.torch import load, load_file, save_file
 
 from conftest import ROOT, trials
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from modeling_reftr.push import push_model
+from modeling_reftr.push import main, push_model
+from training_reftr.arguments import TrainingArguments
 from training_reftr.card import write_card
+from training_reftr.publishing import Publisher
 
 
 REPOSITORY = "someone/toy"
@@ -166,17 +169,23 @@ def test_the_token_is_in_no_file(run, hub, recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("token", "reason"),
-    [("hf_wrong", "Invalid credentials"), ("hf_read", "write token"), ("hf_other", "rights"), (None, "401")],
+    [("hf_wrong", "Invalid credentials"), ("hf_read", "write token"), ("hf_other", "rights"), ("", "401")],
 )
-def test_who_may_not_push_is_told_before_training(run, hub, recipe, tmp_path, token, reason):
+def test_who_may_not_push_is_told(hub, monkeypatch, token, reason):
+    hub.use(monkeypatch, token)
+    main_process = SimpleNamespace(is_main_process=True)
+    with pytest.raises(OSError, match=rf"cannot be pushed to, so nothing was begun: .*{reason}.*hf auth login"):
+        Publisher(TrainingArguments(push_to_hub=REPOSITORY), main_process)
+    assert hub.repositories == {}
+
+
+def test_it_is_told_before_training(run, hub, recipe, tmp_path):
     words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
-    result = run("train_reftr.py", recipe, *words, check=False, **hub.environment(token, tmp_path / "home"))
+    result = run("train_reftr.py", recipe, *words, check=False, **hub.environment("hf_read", tmp_path / "home"))
     assert result.returncode == 1
-    assert "cannot be pushed to, so nothing was begun" in result.stderr
-    assert reason in result.stderr
+    assert "nothing was begun" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
-    assert hub.repositories == {}
 
 
 def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path):
@@ -229,12 +238,12 @@ def test_files_that_are_gone_from_the_folder_go(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "processor_config.json", "modeling_reftr.py"])
-def test_half_a_folder_is_not_pushed(run, hub, folder, tmp_path, missing):
+def test_half_a_folder_is_not_pushed(hub, folder, monkeypatch, missing):
+    hub.use(monkeypatch, "hf_write")
+    write_card(folder)
     (folder / missing).unlink()
-    result = push(run, hub, folder, tmp_path / "home", check=False)
-    assert result.returncode == 1
-    assert missing.split(".")[0] in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(OSError, match=rf"is no whole RefTR folder, it has no {missing.split('.')[0]}"):
+        push_model(folder, REPOSITORY)
     assert hub.repositories == {}
 
 
@@ -256,7 +265,7 @@ def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_pa
 
     with HubProcess(state) as hub:
         assert push_to(hub).returncode == 0
-    for trial in trials(10, 2):
+    for trial in trials(10, 1):
         change_weights(folder)
         (folder / "report.md").write_text(f"# trial {trial}\n")
         with Hub(state) as before:
@@ -275,8 +284,9 @@ def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_pa
             assert after.files(REPOSITORY)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
-def test_a_space_that_asks_the_model(run, hub, folder, tmp_path):
-    push(run, hub, folder, tmp_path / "home", "--space", "someone/page", "--private")
+def test_a_space_that_asks_the_model(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(folder), "--repo", REPOSITORY, "--space", "someone/page", "--private"])
     space = hub.repositories["space", "someone/page"]
     assert (space.sdk, space.private) == ("gradio", True)
     assert space.variables == {"REFTR_MODEL": REPOSITORY}
@@ -289,17 +299,16 @@ def test_a_space_that_asks_the_model(run, hub, folder, tmp_path):
     assert card["app_file"] in files
 
 
-def test_nowhere_to_push_to(run, folder):
-    result = run("-m", "modeling_reftr.push", "--model", folder, check=False)
-    assert result.returncode == 1
-    assert "error: Name where to push" in result.stderr
+def test_nowhere_to_push_to(folder):
+    with pytest.raises(ValueError, match="Name where to push"):
+        main(["--model", str(folder)])
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(run, hub, folder, tmp_path):
-    push(run, hub, folder, tmp_path / "home")
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(folder), "--repo", REPOSITORY])
     head = hub.head(REPOSITORY)
     (folder / "report.md").write_text("secret")
-    result = push(run, hub, folder, tmp_path / "home", "--private", check=False)
-    assert result.returncode == 1
-    assert "is there and public" in result.stderr
+    with pytest.raises(OSError, match="is there and public"):
+        main(["--model", str(folder), "--repo", REPOSITORY, "--private"])
     assert hub.head(REPOSITORY) == head
