@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ from layout_reftr_index import make_reftr_index
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
 
 
-RESNET = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}
+RESNET = {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}  # DETR's backbone must be one of that name
 # what runs of the documents have in common with those of the tests
-SHORT = {"max_steps": 2, "batch_size": 4, "num_workers": 0, "num_pictures": 2, "log_every": 1}
+SHORT = {"max_steps": 2, "batch_size": 2, "num_workers": 0, "num_pictures": 2, "log_every": 1}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -36,8 +37,8 @@ def make_program(path: Path, *words):
     path.chmod(0o755)
 
 
-def make_checkout(folder: Path):
-    """The checkout's files, with recipes of a few updates and tiny models, installed in `.venv`."""
+def make_checkout(folder: Path) -> dict:
+    """The checkout's files, installed in `.venv`, with recipes of a few updates; returns the demo's model."""
     for name in ("train_reftr.py", "metrics", "demo", "benchmarks", "Makefile", "setup.cfg", "pyproject.toml"):
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
@@ -53,8 +54,9 @@ def make_checkout(folder: Path):
     published = yaml.safe_load((recipes / "common" / "published.yaml").read_text())
     published |= SHORT | {"model": {**TINY_MODEL, "backbone_config": RESNET}, "image_size": 64}
     (recipes / "common" / "published.yaml").write_text(yaml.safe_dump(published))
-    genome = recipes / "visual_genome_r50.yaml"
-    genome.write_text(genome.read_text().replace("validation_images: 1000", "validation_images: 2"))
+    for recipe in recipes.glob("*.yaml"):  # sets of the tests have a dozen pictures
+        text = re.sub(r"^batch_size: .*$", "batch_size: 2", recipe.read_text(), flags=re.MULTILINE)
+        recipe.write_text(text.replace("validation_images: 1000", "validation_images: 2"))
     return demo["model"]
 
 
@@ -86,7 +88,7 @@ def make_weights(folder: Path, tokenizer, demo_model: dict):
     bert = BertForPreTraining(BertConfig(**{**TINY_TEXT, **vocabulary}))
     sizes = {"d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 64, "encoder_attention_heads": 2}
     rest = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "num_queries": 3}
-    backbone = {"backbone": "test_resnet", "use_timm_backbone": True, "use_pretrained_backbone": False}
+    backbone = {"backbone": RESNET["backbone"], "use_timm_backbone": True, "use_pretrained_backbone": False}
     detr = randomise(DetrForObjectDetection(DetrConfig(**sizes, **rest, **backbone)))
     torch.save({"model": original_layout(detr)}, folder / "detr-r50-e632da11.pth")
     prefix = "model.backbone.model."

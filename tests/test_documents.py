@@ -1,8 +1,10 @@
 """What the documents say is what there is: every command and snippet runs, figures are the committed ones."""
 
+import configparser
 import contextlib
 import functools
 import io
+import json
 import re
 import runpy
 import shlex
@@ -12,13 +14,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from documents import FENCE, blocks_of, commands_of
 from layout_documents import environment_of, make_full_size_detr, make_user_folder
+from nbclient import NotebookClient
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import data_scripts
+import modeling_reftr
 from benchmarks.quote_results import DOCUMENTS, quote, results_in
 from conftest import ROOT
 from data_scripts.building import flags_of
@@ -128,6 +134,77 @@ def test_marks_are_read(tmp_path):
     first, second = blocks_of(tmp_path / "page.md")
     assert (first.mark, first.note, first.line, first.code) == ("file", "a/b.yaml", 3, "a: 1\n")
     assert (second.mark, second.note, second.is_run) == ("not run", "a cluster", False)
+
+
+# the notebook
+
+
+NOTEBOOK = ROOT / "docs" / "quick_start.ipynb"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(user_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "user"
+    shutil.copytree(user_folder, folder, symlinks=True)
+    (folder / "docs").mkdir()
+    for name, value in environment_of(folder).items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder / "docs"}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    assert (folder / "runs" / "quick_start" / "report.md").exists()
+
+
+def test_the_notebook_is_without_outputs():
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+# a newcomer
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_an_answer(user_folder, tmp_path, run):
+    """The pieces of the script that times it, in an environment that is there and with a training of two updates."""
+    words = ("--environment", user_folder / ".venv", "--max_steps", 2, "--output", tmp_path / "result.json")
+    run("benchmarks/newcomer.py", *words, timeout=900)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["seconds"].keys() == {"clone", "install", "demo", "answer", "all"}
+    assert [answer["phrase"] for answer in result["answers"]] == ["the red circle", "the star"]
+    assert all(0 <= answer["iou"] <= 1 for answer in result["answers"])
+
+
+# versions
+
+
+def test_the_version_is_the_same_everywhere():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    version = settings["metadata"]["version"]
+    assert re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert modeling_reftr.__version__ == version
+
+
+def test_the_citation_is_that_of_the_readme():
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    (entry,) = [block.code for block in blocks_of(ROOT / "README.md") if block.language == "bibtex"]
+    assert f"title={{{paper['title']}}}" in entry
+    assert f"year={{{paper['year']}}}" in entry
+
+
+def test_the_workflow_runs_what_must_pass():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert (ROOT / ".ci" / "run").exists()
+    assert ".ci/run" in commands
+    for command in commands:
+        if command.startswith("make "):
+            check_make(command.split()[1:])
+    assert workflow[True].keys() == {"push", "pull_request"}  # "on" is a truth in YAML 1.1
 
 
 # without running them
@@ -256,7 +333,7 @@ def test_a_command_that_is_wrong_is_found(checkout):
         ("reftr train recipes/none.yaml", OSError),
         ("make dmeo", AssertionError),
         ("make reproduce CHECK=a.pth", AssertionError),
-        ("torchrun --nproc_per_nod 4 train_reftr.py recipes/demo.yaml", SystemExit),
+        ("torchrun --nproc_per_nodes 4 train_reftr.py recipes/demo.yaml", SystemExit),
         ("python benchmarks/speed.py --devise cuda", AssertionError),
         ("python train.py", OSError),
         ("wget this", AssertionError),
