@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import yaml
 from layout_refcoco import make_refcoco
@@ -25,6 +26,8 @@ from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProce
 
 
 RESNET = {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}  # DETR's backbone must be one of that name
+TEXT = {**TINY_TEXT, "max_position_embeddings": 128}  # captions are long
+PUBLISHED_MODEL = {**TINY_MODEL, "backbone_config": RESNET, "max_text_positions": 128}
 # what runs of the documents have in common with those of the tests
 SHORT = {"max_steps": 2, "batch_size": 2, "num_workers": 0, "num_pictures": 2, "log_every": 1}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -52,7 +55,7 @@ def make_checkout(folder: Path) -> dict:
     demo |= SHORT | {"dataset_config": TINY_SET, "warmup_steps": 0, "num_epochs": 1}
     (recipes / "demo.yaml").write_text(yaml.safe_dump(demo))
     published = yaml.safe_load((recipes / "common" / "published.yaml").read_text())
-    published |= SHORT | {"model": {**TINY_MODEL, "backbone_config": RESNET}, "image_size": 64}
+    published |= SHORT | {"model": PUBLISHED_MODEL, "image_size": 64}
     (recipes / "common" / "published.yaml").write_text(yaml.safe_dump(published))
     for recipe in recipes.glob("*.yaml"):  # sets of the tests have a dozen pictures
         text = re.sub(r"^batch_size: .*$", "batch_size: 2", recipe.read_text(), flags=re.MULTILINE)
@@ -79,21 +82,22 @@ def make_weights(folder: Path, tokenizer, demo_model: dict):
     """A trained model, a published checkpoint, and what new models start from, in the Hub's cache too."""
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     processor = RefTRProcessor(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), tokenizer)
-    model = {**demo_model, "text_config": {**demo_model["text_config"], **vocabulary}}
-    for name in ("runs/demo", "reftr-refcoco"):
-        RefTRForVisualGrounding(RefTRConfig(**model)).save_pretrained(folder / name)
+    models = {
+        "runs/demo": {**demo_model, "text_config": {**demo_model["text_config"], **vocabulary}},
+        "reftr-refcoco": {**PUBLISHED_MODEL, "text_config": {**TEXT, **vocabulary}, "predict_masks": True},
+    }
+    for name, settings in models.items():
+        RefTRForVisualGrounding(RefTRConfig(**settings)).save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     torch.save({"model": published_state_dict(load_case("res_bert")[0])}, folder / "refcoco.pth")
 
-    bert = BertForPreTraining(BertConfig(**{**TINY_TEXT, **vocabulary}))
+    bert = BertForPreTraining(BertConfig(**{**TEXT, **vocabulary}))
     sizes = {"d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 64, "encoder_attention_heads": 2}
     rest = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "num_queries": 3}
     backbone = {"backbone": RESNET["backbone"], "use_timm_backbone": True, "use_pretrained_backbone": False}
     detr = randomise(DetrForObjectDetection(DetrConfig(**sizes, **rest, **backbone)))
     torch.save({"model": original_layout(detr)}, folder / "detr-r50-e632da11.pth")
-    prefix = "model.backbone.model."
-    imagenet = {name.removeprefix(prefix): v for name, v in detr.state_dict().items() if name.startswith(prefix)}
-    save_file(imagenet, folder / "resnet50.safetensors")
+    save_file(timm.create_model(RESNET["backbone"]).state_dict(), folder / "resnet50.safetensors")
     for name, weights in (("google-bert/bert-base-uncased", bert), ("facebook/detr-resnet-50", detr)):
         cached = folder / "hub" / f"models--{name.replace('/', '--')}"
         weights.save_pretrained(cached / "snapshots" / COMMIT)
@@ -104,15 +108,21 @@ def make_weights(folder: Path, tokenizer, demo_model: dict):
     tokenizer.save_pretrained(folder / "bert-base-uncased")
 
 
-def make_full_size_detr(file: Path):
-    """DETR's original file, all zeros, of the published sizes; and one weight that nothing takes."""
+def make_published_sizes(folder: Path):
+    """
+    For documents about published weights: recipes leave the model's sizes alone, and DETR's original file has the
+    published ones, all zeros, and one weight that nothing takes.
+    """
+    shutil.rmtree(folder / "reftr-refcoco")
+    recipe = folder / "recipes" / "common" / "published.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"model": {}}))
     shapes = json.loads((GOLDEN / "full_size_keys.json").read_text())["rec_resnet50_bert"]
     weights = {"query_embed.weight": torch.zeros(100, 256)}
     for key, shape in shapes.items():
         if key.startswith(("img_backbone.0.", "vl_transformer.encoder.")):
             name = key.replace("img_backbone", "backbone").replace("vl_transformer", "transformer")
             weights[name] = torch.from_numpy(np.zeros(shape, np.float32))
-    torch.save({"model": weights}, file)
+    torch.save({"model": weights}, folder / "detr-r50-e632da11.pth")
 
 
 def make_user_folder(folder: Path, tokenizer) -> dict[str, str]:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from documents import FENCE, blocks_of, commands_of
-from layout_documents import environment_of, make_full_size_detr, make_user_folder
+from layout_documents import environment_of, make_published_sizes, make_user_folder
 from nbclient import NotebookClient
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -40,7 +40,10 @@ EXPECTED = {
     ),
     "your_own_pictures.md": (['"phrase": "the blue car"'], ["samples.png", "runs/mine/report.md", "out.png"]),
     "published_checkpoints.md": (
-        ["337 weights taken, left: ['query_embed.weight']", "RefTR, ResNet-101"],
+        [
+            "337 weights taken, left: ['query_embed.weight']",
+            "Beside the published figures: runs/reproduce/refcoco_unc/report.md",
+        ],
         ["back.pth", "runs/reproduce/refcoco_unc/report.md", "runs/report/report.md"],
     ),
     "recipes.md": (
@@ -77,8 +80,8 @@ def test_every_block_runs(document, user_folder, tmp_path):
     printed, files = EXPECTED[document.name]
     folder = tmp_path / "user"
     shutil.copytree(user_folder, folder, symlinks=True)
-    if document.name == "published_checkpoints.md":  # whose model is of the published size
-        make_full_size_detr(folder / "detr-r50-e632da11.pth")
+    if document.name == "published_checkpoints.md":
+        make_published_sizes(folder)
     result = subprocess.run(
         [sys.executable, ROOT / "tests" / "documents.py", document],
         cwd=folder,
@@ -275,8 +278,9 @@ def check_python(words):
         check_settings(words[1:])
     else:
         script = ROOT / (f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0])
+        text = script.read_text()
         for option in names_of_options(words):
-            assert f'"{option}"' in script.read_text(), option
+            assert f'"{option}"' in text, option
 
 
 def check(command: str) -> Counter:
