@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from training_reftr.arguments import parse_arguments
+from training_reftr.card import write_card
 from training_reftr.checkpoints import save_best, save_checkpoint
 from training_reftr.dry_run import estimate, limited
 from training_reftr.evaluation import evaluate, summarize
 from training_reftr.guards import Signals, Watchdog
+from training_reftr.publishing import Publisher
 from training_reftr.report import format_table, report, select_splits
 from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
 from training_reftr.sources import load_rows, split_of
@@ -35,17 +37,22 @@ def main(argv: list[str] | None = None) -> int:
     if not args.eval_only:
         split_of(rows, args.validation_split)
     with limited(args, rows, accelerator) as (args, rows):
-        if not args.eval_only and not train(rows, args, accelerator):
+        publisher = Publisher(args, accelerator)
+        if not args.eval_only and not train(rows, args, publisher, accelerator):
             return 128 + signal.SIGTERM
         model, processor = load_for_report(args)
         metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
         if accelerator.is_main_process:
+            if not (args.eval_only and args.init_from):  # else the folder has no model
+                write_card(args.output_dir, args.push_to_hub)
             sys.stdout.write(f"{estimate(args) if args.dry_run else format_table(metrics)}\n")
+            if revision := publisher.finish():
+                sys.stdout.write(f"Pushed to {args.push_to_hub}, revision {revision}\n")
     accelerator.end_training()
     return 0
 
 
-def train(rows: dict, args, accelerator) -> bool:
+def train(rows: dict, args, publisher: Publisher, accelerator) -> bool:
     """
     Train, and leave checkpoints and the best model by validation in the run's folder.
 
@@ -70,7 +77,7 @@ def train(rows: dict, args, accelerator) -> bool:
             return is_stop_asked
 
         # where the checkpoint was written before an evaluation
-        if run.state.is_evaluation_due and not validate(run, rows, tracking, should_stop, accelerator):
+        if run.state.is_evaluation_due and not validate(run, rows, tracking, publisher, should_stop, accelerator):
             return False
         while not run.is_done:
             for batches in run.updates():
@@ -84,12 +91,12 @@ def train(rows: dict, args, accelerator) -> bool:
                     save()
             run.state.is_evaluation_due = run.state.epoch % args.evaluate_every == 0 or run.is_done
             save()
-            if run.state.is_evaluation_due and not validate(run, rows, tracking, should_stop, accelerator):
+            if run.state.is_evaluation_due and not validate(run, rows, tracking, publisher, should_stop, accelerator):
                 return False
     return True
 
 
-def validate(run: Run, rows: dict, tracking: Tracking, should_stop, accelerator) -> bool:
+def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, should_stop, accelerator) -> bool:
     """
     Evaluate on the validation split, and keep the model if it is the best so far. A collective.
 
@@ -109,6 +116,7 @@ def validate(run: Run, rows: dict, tracking: Tracking, should_stop, accelerator)
     if state.best is None or metrics[name] > state.best:
         state.best, state.best_step = metrics[name], state.step
         save_best(run.model, run.processor, args, accelerator)
+        publisher.push_best(state.step)
     state.is_evaluation_due = False
     return True
 

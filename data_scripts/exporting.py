@@ -10,11 +10,11 @@ import datasets
 import pyarrow.parquet as pq
 import yaml
 from datasets.table import embed_table_storage
-from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from .building import Source
 from .reports import COUNTS, count_split
+from .uploading import upload
 
 
 # of pictures, in a file; what the datasets library itself cuts at
@@ -201,16 +201,5 @@ def push(folder: str | Path, repository: str, private: bool | None = None) -> st
     Raises:
         OSError: if the Hub is out of reach or refuses it; the folder stays.
     """
-    try:
-        api = HfApi()
-        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="Upload Parquet files and card"
-        )
-    except Exception as error:  # the network, the server and the token each have exceptions of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(
-            f"{str(folder)!r} is complete, but was not pushed to {repository!r}: {reason} Log in (`hf auth login`) "
-            "and see that the network is there, then push again."
-        ) from error
-    return str(commit.commit_url)
+    message = "Upload Parquet files and card"
+    return str(upload(folder, repository, "dataset", private, [README, f"{DATA}/*"], message).commit_url)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .configuration_reftr import RefTRConfig
     from .image_processing_reftr import RefTRImageProcessor
     from .modeling_reftr import RefTRForVisualGrounding, RefTRModel, RefTRPreTrainedModel
+    from .pipeline_reftr import VisualGroundingPipeline
     from .processing_reftr import RefTRProcessor
 
 _MODULES = {
@@ -19,6 +20,7 @@ _MODULES = {
     "RefTRModel": "modeling_reftr",
     "RefTRPreTrainedModel": "modeling_reftr",
     "RefTRProcessor": "processing_reftr",
+    "VisualGroundingPipeline": "pipeline_reftr",
 }
 
 __all__ = [
@@ -28,10 +30,13 @@ __all__ = [
     "RefTRModel",
     "RefTRPreTrainedModel",
     "RefTRProcessor",
+    "VisualGroundingPipeline",
 ]
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return importlib.import_module(".configuration_reftr", __name__).VERSION
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

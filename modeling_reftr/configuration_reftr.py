@@ -1,13 +1,19 @@
 """RefTR model configuration."""
 
+import copy
 import functools
+import sys
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
+
+VERSION = "0.1.0"
 # where a saved folder keeps our classes; written by every save, whatever a loaded file said
 AUTO_MAP = {
     "AutoConfig": "configuration_reftr.RefTRConfig",
@@ -15,6 +21,13 @@ AUTO_MAP = {
     "AutoModelForZeroShotObjectDetection": "modeling_reftr.RefTRForVisualGrounding",
     "AutoImageProcessor": "image_processing_reftr.RefTRImageProcessor",
     "AutoProcessor": "processing_reftr.RefTRProcessor",
+}
+CUSTOM_PIPELINES = {
+    "visual-grounding": {
+        "impl": "pipeline_reftr.VisualGroundingPipeline",
+        "pt": ["AutoModelForZeroShotObjectDetection"],
+        "type": "multimodal",
+    }
 }
 
 
@@ -32,7 +45,7 @@ def without_foreign_code(values: dict) -> dict:
                 f"{name}={value!r} in the configuration names code to fetch; if you want it, give it to "
                 "from_pretrained yourself."
             )
-        if name != "auto_map":
+        if name not in ("auto_map", "custom_pipelines"):
             kept[name] = without_foreign_code(value) if isinstance(value, dict) else value
     return kept
 
@@ -199,9 +212,29 @@ class RefTRConfig(PreTrainedConfig):
                         "models can reach the network while they are built; give a plain encoder."
                     )
         kwargs.pop("auto_map", None)
+        kwargs.pop("custom_pipelines", None)
+        saved_by = kwargs.pop("reftr_version", VERSION)
+        if saved_by != VERSION:
+            logger.warning_once(
+                f"This model was saved by version {saved_by} of RefTR's code, and is read by version {VERSION}: "
+                "answers may differ where CHANGELOG.md says so."
+            )
         super().__post_init__(**kwargs)
 
         self.auto_map = dict(AUTO_MAP)
+
+    @property
+    def custom_pipelines(self) -> dict:
+        """The pipelines of a saved folder; none where the library knows the task, as it then would ask to trust it."""
+        pipelines = sys.modules.get("transformers.pipelines")
+        registry = getattr(pipelines, "PIPELINE_REGISTRY", None)
+        known = registry is not None and CUSTOM_PIPELINES.keys() <= registry.supported_tasks.keys()
+        return {} if known else copy.deepcopy(CUSTOM_PIPELINES)
+
+    def to_dict(self) -> dict:
+        """See `PreTrainedConfig.to_dict`."""
+        code = {"custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES), "reftr_version": VERSION}
+        return {**super().to_dict(), **code}
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

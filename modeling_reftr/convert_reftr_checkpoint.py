@@ -10,6 +10,8 @@ after `torch.save({"model": safetensors.torch.load_file("back.safetensors")}, "b
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -547,6 +549,10 @@ def convert_checkpoint(
     model.load_state_dict(convert_state_dict(published, expected) | counters, assign=True)
     with written_aside(output) as aside:
         model.save_pretrained(aside)
+        with open(checkpoint, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        origin = {"converted_from": Path(checkpoint).name, "sha256": digest}
+        (aside / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
         if processor is not None:
             processor.save_pretrained(aside)
         if output.exists():
@@ -608,7 +614,7 @@ def describe_assumptions(config: RefTRConfig) -> str:
 def main(argv: list[str] | None = None):
     """The command: what it took and wrote on stdout."""
     parser = argparse.ArgumentParser(
-        prog="python -m modeling_reftr.convert_reftr_checkpoint",
+        prog="reftr convert",
         description="Published RefTR checkpoints to folders for from_pretrained, and back.",
     )
     parser.add_argument("--checkpoint", required=True, help="published file; with --to_published a RefTR folder")

@@ -131,7 +131,7 @@ def differences(exported, model: RefTRForVisualGrounding, phrases: bool) -> dict
 
 def main(argv: list[str] | None = None):
     """The command: what was written and how far its answers are from the model's, as JSON on stdout."""
-    parser = argparse.ArgumentParser(prog="python -m modeling_reftr.export", description="A model as one graph.")
+    parser = argparse.ArgumentParser(prog="reftr export", description="A model as one graph.")
     parser.add_argument("--model", required=True, help="RefTR folder or Hub id")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--format", default="onnx", choices=FORMATS, help="onnx (default), or dynamo: torch.export")

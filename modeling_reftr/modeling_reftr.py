@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -25,6 +26,10 @@ from .fusing_reftr import fold_batch_norms, restore_batch_norms
 from .loss_reftr import grounding_loss
 from .text_cache_reftr import TextCache
 
+
+if TYPE_CHECKING:
+    # saving copies the files that this one names: so does the pipeline come into a model's folder
+    from .pipeline_reftr import VisualGroundingPipeline  # noqa: F401
 
 if is_timm_available():
     from timm.layers import freeze_batch_norm_2d

@@ -1,73 +1,124 @@
 """
-Answer questions about one's own picture:
+Answer questions about one's own pictures:
 
-    python -m modeling_reftr.predict --model runs/demo --image photo.jpg --text "the red circle" --output out.png
+    reftr predict --model runs/demo --image photo.jpg --text "the red circle" "the star" --output out.png
+    reftr predict --model runs/demo --image pictures/ --text "the red circle" --output answers/
+    reftr predict --model runs/demo --image questions.jsonl --output answers/
 
-prints the answers as JSON and draws them.
+The first prints the answers as JSON and draws them. A folder, or a file of questions, a line of JSON each such as
+{"image": "1.jpg", "text": ["the red circle"]}, with "phrases" for captions, gives a line of JSON for each question,
+and in the folder `answers` a drawing of each; what cannot be answered has an "error" there, and the exit code is 1.
 """
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
-from .drawing_reftr import draw_answers
 from .modeling_reftr import RefTRForVisualGrounding
-from .processing_reftr import RefTRProcessor, from_coco_rle
+from .pipeline_reftr import VisualGroundingPipeline
+from .processing_reftr import RefTRProcessor, to_coco_rle
 
 
-def predict(model, processor, image: Image.Image, texts: list[str]) -> list[dict]:
+def to_json(answer: dict) -> dict:
+    """An answer of the pipeline as JSON has it: `box` [xmin, ymin, xmax, ymax], and the mask in COCO's run lengths."""
+    written = {
+        "phrase": answer["phrase"],
+        "box": answer["box"] and [round(side, 2) for side in answer["box"].values()],
+    }
+    if "mask" in answer:
+        written["segmentation"] = answer["mask"] and to_coco_rle(torch.from_numpy(np.asarray(answer["mask"]) > 0))
+    return written
+
+
+def read_questions(path: Path, texts: list[str] | None) -> list[dict]:
     """
-    Ask a model about one picture, which is encoded once.
+    The questions of a folder, whose pictures are asked `texts`, or of a file in JSON Lines, whose pictures lie beside
+    it.
 
-    Args:
-        model ([`RefTRForVisualGrounding`]), processor ([`RefTRProcessor`]): as loaded.
-        image (`PIL.Image.Image`): the picture, upright.
-        texts (`list[str]`): the expressions.
-
-    Returns:
-        `list[dict]`, one an expression: `phrase`, `box` as (x0, y0, x1, y1) in pixels of the picture, and from a model
-        that predicts masks `segmentation`, COCO's run-length encoding.
+    Raises:
+        ValueError: if a folder has no picture, there is no text, or a line is no question.
     """
-    inputs = processor(image, texts).to(model.device)
-    with torch.no_grad():
-        outputs = model(**inputs)
-    size = [(image.height, image.width)]
-    if outputs.pred_masks is None:
-        answers = processor.post_process_grounding(outputs, size)
-    else:
-        answers = processor.post_process_referring_segmentation(outputs, size, return_coco_rle=True)
-    return [
-        {
-            "phrase": text,
-            "box": [round(value, 2) for value in answer["boxes"][0].tolist()],
-            **({"segmentation": answer["segmentations"][0]} if "segmentations" in answer else {}),
-        }
-        for text, answer in zip(texts, answers, strict=True)
-    ]
+    if path.is_dir():
+        pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+        if not pictures:
+            raise ValueError(f"The folder {str(path)!r} has no picture in it.")
+        if not texts:
+            raise ValueError(f"Name what to look for in the pictures of {str(path)!r}: --text ...")
+        return [{"image": str(picture), "text": texts} for picture in pictures]
+    if texts:
+        raise ValueError(f"The questions of {str(path)!r} bring their texts: leave --text out.")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                question = json.loads(line)
+                questions.append({**question, "image": str(path.parent / question["image"])})
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f'{str(path)!r}, line {number}: {error}; expected {{"image": "1.jpg", "text": ["the cup"]}}.'
+                ) from error
+    return questions
+
+
+def answer_all(ground: VisualGroundingPipeline, questions: list[dict], output: Path | None) -> int:
+    """A line of JSON on stdout for each question, and a drawing in the folder `output`; how many had no answer."""
+    num_failed = 0
+    for number, question in enumerate(tqdm(questions, desc="answering", unit="picture"), start=1):
+        line = {"image": question["image"]}
+        try:
+            answers = ground(question)
+            line["answers"] = [to_json(answer) for answer in answers]
+            if output:
+                picture = ground.draw(question["image"], answers)
+                picture.save(output / f"{number:05d}_{Path(question['image']).stem}.png")
+        except (ValueError, OSError) as error:
+            num_failed += 1
+            line["error"] = str(error)
+        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return num_failed
 
 
 def main(argv: list[str] | None = None):
     """The command: answers as JSON on stdout."""
-    parser = argparse.ArgumentParser(prog="python -m modeling_reftr.predict", description="Boxes from words.")
+    parser = argparse.ArgumentParser(prog="reftr predict", description="Boxes and masks from words.")
     parser.add_argument("--model", required=True, help="RefTR folder or Hub id")
-    parser.add_argument("--image", required=True, help="picture to look at")
-    parser.add_argument("--text", required=True, nargs="+", help="one or several expressions, each in quotes")
-    parser.add_argument("--output", help="where to draw the answers (.png, .jpg, ...)")
+    parser.add_argument("--image", required=True, help="picture, folder of pictures, or .jsonl file of questions")
+    parser.add_argument("--text", nargs="+", help="one or several expressions, each in quotes")
+    parser.add_argument("--phrases", nargs="+", help="the phrases of one --text, a caption, that are asked for")
+    parser.add_argument("--output", help="where to draw: a file (.png, .jpg, ...), or a folder for several pictures")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ...; absent: an accelerator if there is one")
     args = parser.parse_args(argv)
 
-    model = RefTRForVisualGrounding.from_pretrained(args.model).eval()
+    path = Path(args.image)
+    are_many = path.is_dir() or path.suffix == ".jsonl"
+    if not args.text and not are_many:
+        raise ValueError('Name what to look for: --text "the red circle" ...')
+    if args.phrases and (are_many or len(args.text) != 1):
+        raise ValueError("--phrases are of one caption, the only --text, about one picture; several go into a .jsonl.")
+    questions = read_questions(path, args.text) if are_many else []
+
+    model = RefTRForVisualGrounding.from_pretrained(args.model).fuse()
     processor = RefTRProcessor.from_pretrained(args.model)
-    (image,) = processor.image_processor.open_images(args.image)
-    answers = predict(model, processor, image, args.text)
+    ground = VisualGroundingPipeline(model, processor=processor, device=args.device)
+    if are_many:
+        output = Path(args.output) if args.output else None
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+        num_failed = answer_all(ground, questions, output)
+        if num_failed:
+            raise ValueError(f'{num_failed} of {len(questions)} questions have no answer: see "error" in their lines.')
+        return
+    phrases = args.phrases and [args.phrases]
+    answers = ground(args.image, text=args.text, phrases=phrases)
     if args.output:
-        boxes, phrases = ([answer[name] for answer in answers] for name in ("box", "phrase"))
-        masks = [from_coco_rle(answer["segmentation"]) for answer in answers if "segmentation" in answer]
-        width = max(320, min(960, image.width))
-        draw_answers(image, boxes, phrases, masks=masks, width=width).save(args.output)
-    sys.stdout.write(json.dumps(answers, indent=2) + "\n")
+        ground.draw(args.image, answers).save(args.output)
+    sys.stdout.write(json.dumps([to_json(answer) for answer in answers], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -350,28 +350,99 @@ def hub():
         yield hub
 
 
-def test_export_to_the_hub(command, toy, tmp_path, hub):
+def test_export_to_the_hub(command, toy, tmp_path, hub, run):
     make_toy(toy)
-    online = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": hub.address,
-        "HF_TOKEN": "hf_secret",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-    }
+    online = hub.environment("hf_write", tmp_path / "home")
     command("export", "--output", tmp_path / "export", **online)
     assert hub.requests == []  # nothing goes out without the flag
     words = ("--overwrite", "--push_to_hub", "someone/toy", "--private")
     printed = command("export", "--output", tmp_path / "export", *words, **online).stdout
     assert "Pushed: " in printed
-    assert (hub.created["name"], hub.created["type"]) == ("toy", "dataset")
-    assert hub.created.get("private") is True or hub.created.get("visibility") == "private"
+    assert hub.repositories["dataset", "someone/toy"].private
+    files = hub.files("someone/toy", "dataset")
     for path in (tmp_path / "export").rglob("*"):
         if path.is_file():
-            name = path.relative_to(tmp_path / "export").as_posix()
-            assert hub.files.pop(name) == path.read_bytes()
-            assert b"hf_secret" not in path.read_bytes()
-    assert set(hub.files) <= {".gitattributes"}
+            assert files.pop(path.relative_to(tmp_path / "export").as_posix()) == path.read_bytes()
+            assert b"hf_write" not in path.read_bytes()
+    assert set(files) == {".gitattributes"}
+    load = "import datasets; print(len(datasets.load_dataset('someone/toy', split='testA')))"
+    assert run("-c", load, **online).stdout.split() == ["2"]
+
+
+@pytest.fixture
+def exported(tmp_path, hub, monkeypatch):
+    """A folder like an export's, and the client of this process on its way to the Hub."""
+    hub.use(monkeypatch, "hf_write")
+    (tmp_path / "exported" / "data").mkdir(parents=True)
+    for split in ("train", "testA"):
+        (tmp_path / "exported" / "data" / f"{split}-00000-of-00001.parquet").write_bytes(split.encode() * 1000)
+    (tmp_path / "exported" / "README.md").write_text("---\npretty_name: toy\n---\n# toy\n")
+    return tmp_path / "exported"
+
+
+def on_the_hub(hub):
+    """What the set's files are there: path -> content."""
+    return {path: content for path, content in hub.files("someone/toy", "dataset").items() if path[0] != "."}
+
+
+def on_disk(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("token", "repository", "words"),
+    [
+        ("", "someone/toy", "401"),
+        ("hf_bad", "someone/toy", "Invalid credentials"),
+        ("hf_read", "someone/toy", "you must use a write token"),
+        ("hf_write", "other/toy", "namespace 'other'"),
+    ],
+    ids=["none", "bad", "read", "of_others"],
+)
+def test_a_push_that_is_not_allowed(exported, hub, monkeypatch, token, repository, words):
+    hub.use(monkeypatch, token)
+    with pytest.raises(OSError, match=words) as refused:
+        exporting.push(exported, repository)
+    assert f"not pushed to {repository!r}" in str(refused.value)
+    assert not token or token not in str(refused.value)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("fault", ["status", "cut"])
+@pytest.mark.parametrize("pattern", ["POST .*/repos/create", "POST .*/preupload/", "PUT", "POST .*/commit/"])
+def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
+    hub.fault(fault, pattern, times=100)
+    with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
+        exporting.push(exported, "someone/toy")
+    assert not hub.repositories or on_the_hub(hub) == {}
+    hub.faults.clear()
+    assert exporting.push(exported, "someone/toy").endswith(hub.head("someone/toy", "dataset"))
+    assert on_the_hub(hub) == on_disk(exported)
+    # nor when there is a former one, which stays
+    former = on_disk(exported)
+    for path in (exported / "data").iterdir():
+        path.write_bytes(b"new content of " + path.name.encode())
+    hub.fault(fault, pattern, times=100)
+    with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
+        exporting.push(exported, "someone/toy")
+    assert on_the_hub(hub) == former
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "lose"])
+def test_files_that_do_not_arrive_whole_are_not_called_pushed(exported, hub, kind):
+    hub.fault(kind, "PUT")
+    with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
+        exporting.push(exported, "someone/toy")
+    assert on_the_hub(hub) == {}
+    exporting.push(exported, "someone/toy")
+    assert on_the_hub(hub) == on_disk(exported)
+
+
+def test_a_push_outlives_a_hub_that_stumbles(exported, hub):
+    faults = [hub.fault("status", pattern, times=2) for pattern in ("/preupload/", "/objects/batch", "PUT")]
+    exporting.push(exported, "someone/toy")
+    assert [fault.happened for fault in faults] == [2, 2, 2]
+    assert on_the_hub(hub) == on_disk(exported)
 
 
 def test_without_network_the_export_stays(command, toy, tmp_path):

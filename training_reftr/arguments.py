@@ -106,6 +106,11 @@ class TrainingArguments:
     trackers: str = setting("none", "Where figures go beside metrics.jsonl: tensorboard,wandb,trackio.")
     run_name: str | None = setting(None, "Name of the run in trackers; none: that of output_dir.")
 
+    # the Hub
+    push_to_hub: str | None = setting(None, "Hub id, user/name, to push to: at each best, and at the end with a card.")
+    hub_private: bool = setting(False, "Make a new repository private.")
+    hub_dataset: str | None = setting(None, "Hub id of the data set, for the results in the card.")
+
     def __post_init__(self):
         check_names(self.model, {item.name for item in fields(RefTRConfig)}, "model")
         for name in AT_LEAST_ONE:
@@ -129,6 +134,16 @@ class TrainingArguments:
             raise ValueError(f"lr_drop_epochs={self.lr_drop_epochs} must be numbers of epochs from 1 on, growing.")
         if self.dry_run and self.eval_only:
             raise ValueError("dry_run rehearses a training, and eval_only trains nothing: leave one of them out.")
+        if self.push_to_hub and self.eval_only and self.init_from:
+            raise ValueError(
+                f"push_to_hub={self.push_to_hub!r} pushes output_dir, and with eval_only and init_from="
+                f"{self.init_from!r} there is no model in it: evaluate the model in its own folder, --output_dir, "
+                "without init_from."
+            )
+        for name in ("push_to_hub", "hub_dataset"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+                raise ValueError(f"{name}={value!r} is no id of the Hub: user/name.")
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs:g} and warmup_steps={self.warmup_steps} say the same twice: leave "
@@ -359,9 +374,15 @@ def parse_arguments(argv: list[str]) -> TrainingArguments:
     settings = lay_over(settings, read_words(words))
     args = TrainingArguments(**{name: to_type(name, value) for name, value in settings.items() if value is not None})
     if "--print_config" in argv:
-        yaml.safe_dump(asdict(args), sys.stdout, sort_keys=False)
+        sys.stdout.write(to_recipe(args))
         sys.exit()
     return args
+
+
+def to_recipe(args: TrainingArguments, without: tuple[str, ...] = ()) -> str:
+    """The settings as a recipe."""
+    settings = {name: value for name, value in asdict(args).items() if name not in without}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 TYPES = {

@@ -35,6 +35,7 @@ def limited(args, rows: dict, accelerator: Accelerator):
         log_every=1,
         resume=None,
         trackers="none",
+        push_to_hub=None,
     )
     count = args.evaluation_batch_size * accelerator.num_processes
     trained = args.train_split.split("+")

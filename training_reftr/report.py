@@ -37,6 +37,7 @@ MASK_COLUMNS = {
     "mask_num_phrases": "phrases",
 }
 METRIC_NAMES = {"accuracy@0.5": "boxes, accuracy@0.5", "mask_mean_iou_resized": "masks, mIoU at the resized size"}
+EXAMPLE_SIDE = 640  # pixels
 CONTROLS = {"constant_box": "best constant box", "swapped_expressions": "expressions swapped"}
 
 
@@ -66,6 +67,7 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
         predictions.jsonl   a line for each phrase
         predictions.png     `args.num_pictures` pictures of the first split
         report.md           tables, and published figures where they are comparable
+        example.png         a picture of the first split, for the card to ask about
         visualizations/     <split>/*.png, `args.visualize` phrases of each split one by one
 
     All processes call it; the main one writes.
@@ -87,8 +89,7 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
     }
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.json", "predictions.jsonl", "predictions.png", "report.md"):
-            (output_dir / name).unlink(missing_ok=True)
+        remove_report(output_dir)
     training_rows = find_training_rows(rows, args)
     for name, split in splits.items():
         records = evaluate(model, processor, split, args, accelerator, name)
@@ -102,11 +103,27 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
                 file.writelines(json.dumps(prediction(name, record), ensure_ascii=False) + "\n" for record in records)
             if args.num_pictures and len(metrics["splits"]) == 1:
                 validation_pictures(records, split, args.num_pictures).save(output_dir / "predictions.png")
+                metrics["example"] = save_example(split[0], output_dir)
     if accelerator.is_main_process:
         (output_dir / "report.md").write_text(format_report(metrics), encoding="utf-8")
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     return metrics
+
+
+def remove_report(output_dir: Path):
+    """Take a report away that is, or will be, of another model than the folder's."""
+    for name in ("metrics.json", "predictions.jsonl", "predictions.png", "example.png", "report.md"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def save_example(row: dict, output_dir: Path) -> dict:
+    """Write a row's picture; its name, and what may be asked about it: up to three of its texts."""
+    image = row["image"].convert("RGB")
+    image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+    image.save(output_dir / "example.png")
+    texts = list(dict.fromkeys(sentence["text"] for sentence in row["sentences"]))
+    return {"image": "example.png", "texts": texts[:3]}
 
 
 def has_integer_boxes(split: str, args) -> bool:
@@ -161,11 +178,13 @@ def prediction(split: str, record: dict) -> dict:
 
 def format_report(metrics: dict) -> str:
     """`report.md`: tables of every split, and what one must know to compare them."""
-    lines = [
-        f"# {metrics['dataset']}",
-        "",
-        f"Model: `{metrics['model']}`. A hit is an IoU over 0.5.",
-    ]
+    head = [f"# {metrics['dataset']}", "", f"Model: `{metrics['model']}`.", ""]
+    return "\n".join([*head, *format_results(metrics, "##")]) + "\n"
+
+
+def format_results(metrics: dict, heading: str) -> list[str]:
+    """Tables of every split below headings of a level, "##", and what one must know to compare them."""
+    lines = ["A hit is an IoU over 0.5."]
     if any("mask_mean_iou" in values for values in metrics["splits"].values()):
         steps = "in two steps, as published" if metrics["two_step_masks"] else "once, from logits to the original size"
         lines += [
@@ -178,9 +197,9 @@ def format_report(metrics: dict) -> str:
             "The pictures of these sets are from COCO's train2014: where weights come from a detector trained on COCO "
             "(DETR is one), it has seen the held-out pictures, though not what is said about them.",
         ]
-    lines += format_comparison(metrics)
+    lines += format_comparison(metrics, heading)
     for name, values in metrics["splits"].items():
-        lines += ["", f"## {name}"]
+        lines += ["", f"{heading} {name}"]
         entries = {"all phrases": values, **values["per_kind"]}
         with_controls = entries | {label: values[key] for key, label in CONTROLS.items() if key in values}
         missing = [label for key, label in CONTROLS.items() if key not in values]
@@ -200,7 +219,7 @@ def format_report(metrics: dict) -> str:
             ]
         if "mask_mean_iou" in values:
             lines += ["", "Masks:", "", *format_columns(entries, MASK_COLUMNS)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[str]:
@@ -213,7 +232,7 @@ def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[st
     return lines
 
 
-def format_comparison(metrics: dict) -> list[str]:
+def format_comparison(metrics: dict, heading: str) -> list[str]:
     """Published figures of the same set, split and metric beside one's own, in percent, if there are any."""
     lines = []
     for split, values in metrics["splits"].items():
@@ -232,7 +251,7 @@ def format_comparison(metrics: dict) -> list[str]:
             "",
             "Published figures are of true boxes cut to whole pixels; --dataset_config has integer_boxes for it.",
         ]
-    return ["", "## Beside published figures", "", *head, *lines]
+    return ["", f"{heading} Beside published figures", "", *head, *lines]
 
 
 def format_table(metrics: dict) -> str:

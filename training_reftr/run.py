@@ -15,11 +15,13 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from training_reftr.arguments import to_recipe
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import build_model, load_reftr
 from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
 from training_reftr.data import TrainingData
 from training_reftr.optimization import build_optimizer, build_scheduler
+from training_reftr.report import remove_report
 from training_reftr.sources import split_of
 from training_reftr.tracking import tracker_names
 
@@ -44,7 +46,12 @@ PASSING = (
     "log_every",
     "trackers",
     "run_name",
+    "push_to_hub",
+    "hub_private",
+    "hub_dataset",
 )
+# settings that say where things are on this machine, and nothing to others
+PLACES = ("output_dir", "data_dir", "data_cache_dir", "image_cache", "resume", "push_to_hub", "hub_private")
 
 
 @dataclass
@@ -176,6 +183,11 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     state.settings = vars(args)
     state.rescale_schedule(data.num_batches(0) // args.gradient_accumulation_steps)
     run = Run(model, optimizer, processor, None, data, state, global_batch_size, args)
+    if accelerator.is_main_process:
+        recipe = Path(args.output_dir) / "recipe.yaml"
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(to_recipe(args, without=PLACES), encoding="utf-8")
+        remove_report(recipe.parent)
     run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
     model.train()
     return run

@@ -1,0 +1,199 @@
+"""
+The page of the Space in a real browser: what is seen on screen. `make test-browser`, which needs the system's chromium
+and chromium-driver. With REFTR_MODEL=folder and SCREENSHOT=file.png what a trained model answers about the example is
+kept as a picture.
+"""
+
+import io
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+from space_app import EXPRESSIONS, copy_with_masks, import_app
+
+from modeling_reftr.processing_reftr import from_coco_rle
+
+
+GRAY = 128
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1280,960 --force-device-scale-factor=1"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting", "ignore:The copy keyword is deprecated")
+
+
+@pytest.fixture(scope="module")
+def space():
+    return import_app()
+
+
+@pytest.fixture(scope="module")
+def address(space, request, tmp_path_factory):
+    """Of a page that is served, with the model that REFTR_MODEL names, or a tiny one."""
+    folder = os.environ.get("REFTR_MODEL")
+    if not folder:
+        trained, _ = request.getfixturevalue("trained")
+        folder = copy_with_masks(trained, tmp_path_factory.mktemp("space") / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        app = space.build_app(str(folder))
+        yield space.launch(app, wait=False)
+        app.close()
+
+
+@pytest.fixture
+def browser(address, tmp_path):
+    """A new browser with the page open."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.fail("These tests need a browser: install chromium and chromium-driver (their names in Debian).")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    browser.get(address)
+    wait(browser, lambda: find(browser, "textarea") and find(browser, "input[type=file]"))
+    yield browser
+    browser.quit()
+
+
+def find(browser, selector) -> list:
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def wait(browser, condition, seconds=30):
+    return WebDriverWait(browser, seconds, poll_frequency=0.1).until(lambda _: condition())
+
+
+def upload(browser, path):
+    find(browser, "input[type=file]")[0].send_keys(str(path))
+
+
+def is_loaded(browser, selector) -> bool:
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].map(image => image.complete && image.naturalWidth > 0)"
+    )
+    loaded = browser.execute_script(script, selector)
+    return bool(loaded) and all(loaded)
+
+
+def ask(browser, text=None):
+    if text is not None:
+        (area,) = find(browser, "textarea")
+        area.clear()
+        area.send_keys(text)
+    (button,) = (button for button in find(browser, "button") if button.text == "Ask")
+    button.click()
+
+
+def wait_for_answers(browser, count):
+    wait(browser, lambda: len(find(browser, ".legend-item")) == count and is_loaded(browser, "#answers img"))
+
+
+def upload_and_ask(browser, path, text):
+    upload(browser, path)
+    wait(browser, lambda: is_loaded(browser, "#picture img"))
+    ask(browser, text)
+    wait_for_answers(browser, len(text.splitlines()))
+
+
+def pixels(element) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB")).astype(int)
+
+
+def share(screen, color) -> float:
+    """The part of the pixels that have a color, but for rounding."""
+    return (np.abs(screen - np.array(color)).max(axis=-1) <= 6).mean()
+
+
+def rgb(color: str) -> np.ndarray:
+    return np.array(list(bytes.fromhex(color[1:])))
+
+
+def copied(browser) -> list[dict]:
+    """What the JSON's copy button leaves in the clipboard."""
+    browser.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    find(browser, "button[aria-label='Copy'], button[title='Copy'], button[title='copy']")[-1].click()
+    return json.loads(browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])"))
+
+
+def sentence(browser) -> str:
+    return wait(browser, lambda: " ".join(toast.text for toast in find(browser, ".toast-body")))
+
+
+@pytest.fixture
+def gray(tmp_path):
+    Image.new("RGB", (64, 64), (GRAY, GRAY, GRAY)).save(tmp_path / "gray.png")
+    return tmp_path / "gray.png"
+
+
+def test_boxes_masks_and_legend_are_seen_in_their_colors_and_json_is_copied(browser, space, gray):
+    upload_and_ask(browser, gray, "\n".join(EXPRESSIONS))
+    answers = copied(browser)
+    assert [answer["phrase"] for answer in answers] == EXPRESSIONS
+    assert [len(answer["box"]) for answer in answers] == [4, 4]
+    legend = find(browser, ".legend-item")
+    assert [item.text for item in legend] == EXPRESSIONS
+    (image,) = find(browser, "#answers .image-container")
+    screen = pixels(image)
+    frames = [rgb(color) for color in space.COLORS[:2]]
+    for item, color in zip(legend, frames, strict=True):
+        assert share(screen, color) > 0.003
+        assert "rgb" in item.value_of_css_property("background-color")
+    masks = [from_coco_rle(answer["segmentation"]) for answer in answers]
+    film = [np.full(3, GRAY)]
+    for color in frames:
+        film.append(film[-1] + (color - film[-1]) * space.MASK_OPACITY)  # the second lies over the first
+    both = (masks[0] & masks[1]).mean()
+    assert both > 0.05
+    assert share(screen, film[-1]) > 0.5 * both  # but for what frames cover, and the margin around the picture
+    assert share(screen, film[0]) > 0.1
+
+
+def test_the_example_is_a_click_away(browser):
+    wait(browser, lambda: is_loaded(browser, ".gallery-item img, table img"))
+    find(browser, ".gallery-item img, table img")[0].click()
+    wait(browser, lambda: find(browser, "textarea")[0].get_attribute("value").count("\n") == 2)
+    ask(browser)
+    wait_for_answers(browser, 3)
+    if os.environ.get("SCREENSHOT"):
+        browser.save_screenshot(os.environ["SCREENSHOT"])
+
+
+def test_nothing_leaves_the_machine(browser, address, gray):
+    upload_and_ask(browser, gray, "the star")
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [url for url in asked if url.startswith(("http", "ws"))]
+    assert len(asked) > 10
+    assert [url for url in asked if not url.startswith(address)] == []
+
+
+def test_a_file_that_is_no_picture_gets_a_sentence(browser, tmp_path):
+    (tmp_path / "notes.png").write_text("no picture")
+    upload(browser, tmp_path / "notes.png")
+    wait(browser, lambda: find(browser, "#picture img"))
+    ask(browser, "the star")
+    assert "The file 'notes.png' cannot be read as a picture" in sentence(browser)
+    assert not find(browser, ".legend-item")
+
+
+def test_a_file_over_5_mb_gets_a_sentence(browser, tmp_path):
+    Image.effect_noise((2600, 2600), 100).save(tmp_path / "large.png")
+    upload(browser, tmp_path / "large.png")
+    assert "exceed the maximum allowed size of 5.0 Mb" in sentence(browser)
+
+
+def test_a_question_without_a_picture_or_words_gets_a_sentence(browser, gray):
+    ask(browser, "the star")
+    assert "There is no picture: upload one, or take the example." in sentence(browser)

@@ -1,0 +1,141 @@
+"""The model card says what a folder's files say, and warns where figures cannot be trusted."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from training_reftr.arguments import TrainingArguments, to_recipe
+from training_reftr.card import write_card
+
+
+@pytest.fixture
+def folder(make_model, processor, tmp_path):
+    make_model(predict_masks=True).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def card_of(folder, repository="someone/reftr", **settings):
+    if settings:
+        (folder / "recipe.yaml").write_text(to_recipe(TrainingArguments(**settings)))
+    return ModelCard.load(write_card(folder, repository))
+
+
+METRICS = {
+    "model": "runs/x",
+    "dataset": "refcoco_unc",
+    "two_step_masks": False,
+    "example": {"image": "example.png", "texts": ['a "red" cup', "the tree"]},
+    "splits": {
+        "testA": {
+            "integer_boxes": True,
+            "accuracy@0.5": 0.8123456,
+            "mean_iou": 0.7,
+            **{f"precision@0.{tenths}": 0.5 for tenths in range(5, 10)},
+            "num_phrases": 5657,
+            "per_kind": {},
+        }
+    },
+}
+
+
+def test_figures_are_those_of_the_report_beside_the_published_ones(folder):
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    card = card_of(folder, dataset="refcoco_unc", init_detr="facebook/detr-resnet-50", hub_dataset="someone/refcoco")
+    assert "| testA | boxes, accuracy@0.5 | 81.23 | 88.73 |" in card.text
+    assert "On RefCOCO (unc):" in card.text
+    (accuracy,) = [result for result in card.data.eval_results if result.metric_type == "accuracy@0.5"]
+    assert (accuracy.metric_value, accuracy.dataset_split) == (0.81235, "testA")
+    assert (accuracy.dataset_type, accuracy.dataset_name) == ("someone/refcoco", "RefCOCO (unc)")
+    assert card.data.datasets == ["someone/refcoco"]
+    assert card.data.base_model == ["facebook/detr-resnet-50"]
+    assert r'text=["a \"red\" cup", "the tree"]' in card.text
+    entries = yaml.safe_load((folder / ".eval_results" / "someone_refcoco.yaml").read_text())
+    assert entries[0] == {
+        "dataset": {"id": "someone/refcoco", "task_id": "testA/accuracy@0.5"},
+        "value": 0.81235,
+        "notes": "boxes: accuracy at IoU 0.5",
+    }
+
+
+def test_without_a_hub_id_of_the_set_there_are_no_leaderboard_entries(folder):
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    card = card_of(folder, dataset="refcoco_unc")
+    assert not (folder / ".eval_results").exists()
+    assert card.data.datasets is None
+    assert card.data.eval_results
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_warned"),
+    [
+        ({"dataset": "refcoco_unc", "init_detr": "detr.pth"}, True),
+        ({"dataset": "flickr30k_entities,refcocog_umd", "init_from": "someone/reftr"}, True),
+        ({"dataset": "refcoco_unc", "init_backbone": "timm"}, False),
+        ({"dataset": "refcoco_unc"}, False),
+        ({"dataset": "flickr30k_entities", "init_detr": "detr.pth"}, False),
+        ({"dataset": "visual_genome"}, True),
+        ({"dataset": "visual_genome", "dataset_config": {"exclude": ["refcoco_unc"]}}, False),
+        ({"dataset": "visual_genome", "dataset_config": {"held_out_file": "ids.json"}}, False),
+        ({"dataset": "shapes"}, False),
+    ],
+)
+def test_what_was_seen_before_is_said_where_it_was(folder, settings, is_warned):
+    assert ("**Seen before:**" in card_of(folder, **settings).text) == is_warned
+
+
+@pytest.mark.parametrize(
+    ("settings", "start", "base_model"),
+    [
+        ({}, "random weights", None),
+        ({"init_from": "someone/reftr-base"}, "the RefTR `someone/reftr-base`", ["someone/reftr-base"]),
+        (
+            {"init_detr": "facebook/detr-resnet-50", "init_text": "google-bert/bert-base-uncased"},
+            "image backbone and encoder of the DETR `facebook/detr-resnet-50` and the text encoder "
+            "`google-bert/bert-base-uncased`",
+            ["facebook/detr-resnet-50", "google-bert/bert-base-uncased"],
+        ),
+        ({"init_backbone": "timm"}, "the image backbone `timm`", None),
+        ({"init_from": "refcoco.pth"}, "the RefTR `refcoco.pth`", None),
+    ],
+)
+def test_starting_weights(folder, settings, start, base_model):
+    card = card_of(folder, dataset="shapes", **settings)
+    assert f"It started from {start}." in card.text
+    assert card.data.base_model == base_model
+
+
+def test_a_folder_that_says_little(folder):
+    card = card_of(folder)
+    assert "Nothing is written in this folder about its training." in card.text
+    assert "Not evaluated yet" in card.text
+    assert "It always answers" in card.text
+    assert "referring-image-segmentation" in card.data.tags
+    assert card.data.eval_results is None
+
+
+def test_a_model_without_masks(make_model, processor, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "mask" not in card.text.split("## Training")[0]
+    assert "referring-image-segmentation" not in card.data.tags
+
+
+def test_a_converted_checkpoint_keeps_its_licence(folder):
+    (folder / "origin.json").write_text(json.dumps({"converted_from": "refcoco.pth", "sha256": "0" * 64}))
+    card = card_of(folder)
+    assert card.data.license == "mit"
+    assert "Converted from the published checkpoint `refcoco.pth`" in card.text
+    assert "**Seen before:**" in card.text
+
+
+def test_a_card_of_ones_own_stays(folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    assert write_card(folder).read_text() == "---\nlicense: mit\n---\n\n# Mine\n"
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(OSError, match=r"no config\.json"):
+        write_card(tmp_path)

@@ -1,0 +1,266 @@
+"""The `visual-grounding` pipeline: every way to ask, the model's own answers, and the code in a saved folder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import pipeline
+
+import modeling_reftr
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
+
+
+TEXTS = ["the red circle", "the star", "the blue square"]
+
+
+@pytest.fixture(scope="module")
+def pictures(shapes):
+    return [shapes["test"][index]["image"].resize((50 + 10 * index, 64)) for index in range(3)]
+
+
+@pytest.fixture
+def saved(make_model, processor, tmp_path):
+    """A folder with a model that predicts masks."""
+    make_model(predict_masks=True).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def ground(saved):
+    return pipeline("visual-grounding", model=str(saved))
+
+
+def expected(folder, image, texts, phrases=None):
+    """(phrase, box, mask) of each phrase by the model itself."""
+    model, processor = RefTRForVisualGrounding.from_pretrained(folder), RefTRProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        outputs = model(**processor(image, texts, phrases=phrases))
+    results = processor.post_process_referring_segmentation(outputs, [(image.height, image.width)])
+    return [
+        (box.tolist(), mask.numpy())
+        for result in results
+        for box, mask in zip(result["boxes"], result["masks"], strict=True)
+    ]
+
+
+def check(answers, words, truth):
+    assert [answer["phrase"] for answer in answers] == words
+    for answer, (box_xyxy, mask) in zip(answers, truth, strict=True):
+        assert list(answer["box"]) == ["xmin", "ymin", "xmax", "ymax"]
+        assert list(answer["box"].values()) == pytest.approx(box_xyxy, abs=1e-3)
+        assert answer["mask"].mode == "L"
+        assert set(np.unique(answer["mask"])) <= {0, 255}
+        assert ((np.asarray(answer["mask"]) > 0) == mask).all()
+
+
+def test_one_picture_and_several_expressions(ground, saved, pictures):
+    assert isinstance(ground, VisualGroundingPipeline)
+    check(ground(pictures[0], text=TEXTS), TEXTS, expected(saved, pictures[0], TEXTS))
+    check(ground(pictures[0], text="the star"), ["the star"], expected(saved, pictures[0], ["the star"]))
+    question = {"image": pictures[0], "text": TEXTS}
+    check(ground(question), TEXTS, expected(saved, pictures[0], TEXTS))
+
+
+@pytest.mark.parametrize("kind", ["path", "Path", "array", "tensor", "channels first"])
+def test_pictures_of_every_kind(ground, saved, pictures, tmp_path, kind):
+    pictures[1].save(tmp_path / "picture.png")
+    pixels = np.asarray(pictures[1])
+    image = {
+        "path": str(tmp_path / "picture.png"),
+        "Path": tmp_path / "picture.png",
+        "array": pixels,
+        "tensor": torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        "channels first": pixels.transpose(2, 0, 1),
+    }[kind]
+    answers = ground(image, text=TEXTS)
+    check(answers, TEXTS, expected(saved, pictures[1], TEXTS))
+    drawn = ground.draw(image, answers)
+    assert drawn.width == 320
+    assert drawn.height > 320
+
+
+def test_captions_with_phrases(ground, saved, pictures):
+    caption = "The red circle is left of the star"
+    truth = expected(saved, pictures[0], [caption], [["The red circle", "the star"]])
+    words = ["The red circle", "the star"]
+    check(ground(pictures[0], text=caption, phrases=words), words, truth)
+    check(ground(pictures[0], text=caption, phrases=[(0, 14), (26, 34)]), words, truth)
+    two = ground(pictures[0], text=[caption, "a star"], phrases=[words, ["star"]])
+    check(two[:2], words, truth)
+    assert [answer["phrase"] for answer in two] == [*words, "star"]
+
+
+def test_a_picture_is_encoded_once_for_all_that_is_asked(ground, pictures):
+    calls = []
+    ground.model.base_model.backbone.register_forward_hook(lambda module, inputs, _: calls.append(len(inputs[0])))
+    ground(pictures[0], text=TEXTS)
+    ground(pictures, text=TEXTS, batch_size=2)
+    assert calls == [1, 2, 1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_several_pictures(ground, saved, pictures, batch_size, num_workers):
+    settings = {"batch_size": batch_size, "num_workers": num_workers}
+    same = [pictures[0]] * 3  # of one size: batches change nothing
+    truth = expected(saved, same[0], TEXTS)
+    texts = [TEXTS, TEXTS[:1], TEXTS[1:]]
+    questions = [{"image": image, "text": text} for image, text in zip(same, texts, strict=True)]
+    for asked in (
+        ground(same, text=texts, **settings),
+        ground(questions, **settings),
+        list(ground(iter(questions), **settings)),
+    ):
+        check(asked[0], TEXTS, truth)
+        check(asked[1], TEXTS[:1], truth[:1])
+        check(asked[2], TEXTS[1:], truth[1:])
+    for answers in ground(same, text="the star", **settings):
+        check(answers, ["the star"], truth[1:2])
+    # of other sizes, each at its own
+    for image, answers in zip(pictures, ground(pictures, text=TEXTS, **settings), strict=True):
+        assert all(answer["mask"].size == image.size for answer in answers)
+    # captions and expressions in one list
+    mixed = [
+        {"image": same[0], "text": "the red circle and the star", "phrases": ["the star"]},
+        {"image": same[0], "text": TEXTS},
+    ] * 2
+    answers = ground(mixed, **settings)
+    assert [[answer["phrase"] for answer in found] for found in answers] == [["the star"], TEXTS] * 2
+    check(answers[3], TEXTS, truth)
+
+
+def test_questions_of_a_data_set_are_read_as_they_are_needed(ground, shapes):
+    seen = []
+
+    def questions():
+        for row in shapes["test"]:
+            seen.append(row["image_id"])
+            yield {"image": row["image"], "text": [sentence["text"] for sentence in row["sentences"]]}
+
+    answers = ground(questions(), batch_size=2)
+    first = next(answers)
+    assert len(first) == len(shapes["test"][0]["sentences"])
+    assert len(seen) < len(shapes["test"])
+
+
+def test_phrases_past_the_longest_text_have_no_answer(ground, pictures):
+    caption = "the red circle and " * 60 + "the star"
+    answers = ground(pictures[0], text=caption, phrases=["the red circle", "the star"])
+    assert [answer["phrase"] for answer in answers] == ["the red circle", "the star"]
+    assert answers[0]["box"] is not None
+    assert answers[1] == {"phrase": "the star", "box": None, "mask": None}
+    assert ground.draw(pictures[0], answers).width == 320
+
+
+def test_a_threshold_for_masks(ground, pictures):
+    areas = [
+        np.asarray(ground(pictures[0], text="the star", threshold=threshold)[0]["mask"]).sum()
+        for threshold in (0.01, 0.5, 0.99)
+    ]
+    assert areas == sorted(areas, reverse=True)
+    assert areas[0] > areas[2]
+
+
+def test_a_model_without_masks_and_one_in_training(make_model, processor, pictures):
+    model = make_model().train()
+    ground = pipeline("visual-grounding", model=model, processor=processor)
+    first, again = ground(pictures[0], text="the star"), ground(pictures[0], text="the star")
+    assert first == again  # no dropout
+    assert set(first[0]) == {"phrase", "box"}
+    assert ground.draw(pictures[0], first).width == 320
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "reason"),
+    [
+        ("picture", {}, "text=None is neither an expression nor a list of them: name what to look for"),
+        ("picture", {"text": []}, r"text=\[\] is neither"),
+        ("picture", {"text": ["the star", 7]}, "is neither an expression"),
+        ("picture", {"text": "  "}, "is blank"),
+        ("picture", {"text": "a star", "phrases": ["circle"]}, "'circle' is not in its sentence"),
+        ("picture", {"text": ["a star"] * 2, "phrases": [["star"]]}, "1 lists of phrases for 2 texts"),
+        ([], {"text": "a star"}, "There are no images"),
+        (["picture"] * 2, {"text": ["a star"] * 3}, "3 texts for 2 pictures"),
+        ([{"image": "picture"}], {}, r"A question has an 'image' and a 'text', and this one \['image'\]"),
+        ([{"image": "picture", "text": "a"}], {"text": "a"}, "bring their texts"),
+        (7, {"text": "a star"}, "int is no picture, no question, and no list of them"),
+        (None, {"text": "a star"}, "NoneType is no picture"),
+        (np.zeros((2, 8, 8, 3), np.uint8), {"text": "a star"}, "is about one picture, and this one has 2"),
+    ],
+)
+def test_questions_that_make_no_sense(ground, pictures, images, asked, reason):
+    def fill(value):
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        if isinstance(value, dict):
+            return {name: fill(item) for name, item in value.items()}
+        return pictures[0] if isinstance(value, str) and value == "picture" else value
+
+    with pytest.raises(ValueError, match=reason):
+        ground(fill(images), **asked)
+
+
+def test_pictures_that_cannot_be_read(ground, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for path in (tmp_path / "text.png", tmp_path / "none.png"):
+        with pytest.raises(OSError, match=path.name):
+            ground(path, text="a star")
+
+
+def test_it_is_saved_whole_and_loads_without_us(ground, saved, pictures, tmp_path, run):
+    """In a clean process with the code in the folder, and again from what that saves."""
+    ground.save_pretrained(tmp_path / "whole")
+    pictures[0].save(tmp_path / "picture.png")
+    code = """
+import json, sys
+from transformers import pipeline
+folder, again, picture = sys.argv[1:]
+for name in (folder, again):
+    ground = pipeline("visual-grounding", model=name, trust_remote_code=True)
+    answers = ground(picture, text=["the red circle", "the star"])
+    sys.stdout.write(json.dumps([answer["box"] for answer in answers]) + "\\n")
+    ground.draw(picture, answers).save(again + ".png")
+    ground.save_pretrained(again)
+assert not any(name.startswith("modeling_reftr") for name in sys.modules), "our package was imported"
+"""
+    for folder in (
+        tmp_path / "whole",
+        saved,
+    ):  # a folder that the model and the processor were saved to has it as well
+        result = run(
+            "-I", "-c", code, folder, tmp_path / f"{folder.name}_again", tmp_path / "picture.png",
+            cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"),
+        )  # fmt: skip
+        truth = [answer["box"] for answer in ground(pictures[0], text=TEXTS[:2])]
+        assert [json.loads(line) for line in result.stdout.splitlines()] == [truth, truth]
+        configs = [
+            json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / f"{folder.name}_again")
+        ]
+        for name in ("auto_map", "custom_pipelines", "reftr_version"):
+            assert configs[0][name] == configs[1][name]
+        assert configs[0]["custom_pipelines"]["visual-grounding"]["impl"] == "pipeline_reftr.VisualGroundingPipeline"
+
+
+def test_code_of_others_in_a_configuration_is_not_run(saved, tmp_path):
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    (saved / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config["custom_pipelines"]["visual-grounding"]["impl"] = "evil.Evil"
+    path.write_text(json.dumps(config))
+    for trusted in (None, True):
+        ground = pipeline("visual-grounding", model=str(saved), trust_remote_code=trusted)
+        assert type(ground) is VisualGroundingPipeline
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_another_version_says_so(saved, run):
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    assert config["reftr_version"] == modeling_reftr.__version__
+    code = "import sys; from modeling_reftr import RefTRConfig; RefTRConfig.from_pretrained(sys.argv[1])"
+    assert "saved by version" not in run("-c", code, saved).stderr
+    path.write_text(json.dumps({**config, "reftr_version": "9.9.9"}))
+    warning = run("-c", code, saved).stderr
+    assert f"saved by version 9.9.9 of RefTR's code, and is read by version {modeling_reftr.__version__}" in warning

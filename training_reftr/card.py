@@ -1,0 +1,326 @@
+"""
+The model card, made from what lies in a model's folder: `config.json` and the weights, `recipe.yaml` of its training
+or `origin.json` of its conversion, `metrics.json`, `metrics.jsonl`, pictures. Nothing here holds a collective.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
+from huggingface_hub import eval_result_entries_to_yaml as to_entries
+from safetensors import safe_open
+
+from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
+from training_reftr.report import format_results
+
+
+MARK = "<!-- written by train_reftr.py from the files beside it; without this line it is left alone -->"
+ANSWERS = """
+## Answers
+
+![predicted boxes and masks in the colours of the words, true boxes in white](predictions.png)
+"""
+TEMPLATE = (
+    """---
+{front_matter}
+---
+
+# {title}
+
+RefTR ("[Referring Transformer](https://arxiv.org/abs/2106.03089)", NeurIPS 2021) looks at a picture, reads words and
+answers with a box{and_mask}, for one expression or for every phrase of a caption, in one forward pass.
+{num_parameters} million parameters, {backbone} for the picture and {text_model} for the words.
+
+## Ask it
+
+With torch, torchvision, transformers, timm and pycocotools installed:
+
+```python
+from transformers import pipeline
+
+ground = pipeline("visual-grounding", model="{repository}", trust_remote_code=True)
+answers = ground("photo.jpg", text=[{questions}])
+for answer in answers:
+    print({printed})
+ground.draw("photo.jpg", answers).save("answers.png")
+```
+
+The code of this repository is run: pin what you have read with `revision=`. Several pictures, batches, and captions
+with their phrases are taken as well.
+
+## Training
+
+{training}
+
+## Results
+
+{results}
+
+## Limits
+
+It always answers: it has no score, and cannot say that a thing is not there. One box{and_one_mask} a phrase, also
+where the words mean several things. It knows the kinds of pictures and words that it was trained on, and repeats what
+is wrong or unfair in them.
+{answers}
+## Licence
+
+{licence}
+
+## Citation
+
+```bibtex
+@inproceedings{{muchen2021referring,
+  title={{Referring Transformer: A One-step Approach to Multi-task Visual Grounding}},
+  author={{Muchen, Li and Leonid, Sigal}},
+  booktitle={{Thirty-Fifth Conference on Neural Information Processing Systems}},
+  year={{2021}}
+}}
+```
+
+"""
+    + MARK
+    + "\n"
+)
+# figures of the whole split that a card's front matter tells, by their names in metrics.json
+METRICS = {
+    "accuracy@0.5": "boxes: accuracy at IoU 0.5",
+    "mean_iou": "boxes: mean IoU",
+    "any_box_recall@1": "boxes: any-box recall@1",
+    "mask_mean_iou": "masks: mean IoU at the original size",
+    "mask_overall_iou": "masks: overall IoU at the original size",
+    "mask_mean_iou_resized": "masks: mean IoU at the resized size",
+}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_card(folder: str | Path, repository: str | None = None) -> Path:
+    """
+    Write `README.md`, and `.eval_results/` where the set has a Hub id, into a model's folder. A card that somebody has
+    written or taken over stays as it is.
+
+    Args:
+        folder (`str` or `Path`): of a saved RefTR.
+        repository (`str`, *optional*): its Hub id, for the snippet and the widget; absent: the folder's name.
+
+    Returns:
+        `Path`: of the card.
+
+    Raises:
+        OSError: if there is no model in the folder.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise OSError(f"There is no RefTR in {str(folder)!r}: no config.json.")
+    path = folder / "README.md"
+    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        return path
+    facts = read_facts(folder)
+    path.write_text(make_card(facts, repository or folder.resolve().name), encoding="utf-8")
+    entries = make_eval_results(facts)
+    if entries:
+        results = folder / ".eval_results"
+        results.mkdir(exist_ok=True)
+        text = yaml.safe_dump(to_entries(entries), sort_keys=False)
+        (results / f"{facts['recipe']['hub_dataset'].replace('/', '_')}.yaml").write_text(text)
+    return path
+
+
+def read_facts(folder: Path) -> dict:
+    """What the files of a folder say, by what they are: "config", "recipe", "origin", "metrics" and so on."""
+
+    def read(name: str) -> dict:
+        path = folder / name
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+    num_parameters = 0
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            names = list(weights.keys())
+            num_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    recipe = read("recipe.yaml")
+    return {
+        "config": read("config.json"),
+        "recipe": recipe,
+        "origin": read("origin.json"),
+        "metrics": read("metrics.json"),
+        "validation": best_validation(folder / "metrics.jsonl", recipe.get("validation_split", "validation")),
+        "num_parameters": num_parameters,
+        "has_pictures": (folder / "predictions.png").is_file(),
+    }
+
+
+def best_validation(path: Path, split: str) -> dict:
+    """The record of a run's metrics.jsonl with the best validation so far, by masks where there are masks."""
+    if not path.is_file():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [record for record in records if f"{split}/accuracy@0.5" in record]
+    keys = (f"{split}/mask_mean_iou", f"{split}/accuracy@0.5")
+    return max(records, key=lambda record: next(record[key] for key in keys if key in record), default={})
+
+
+def make_card(facts: dict, repository: str) -> str:
+    """The text of a card, front matter included; `facts` are those of `read_facts`."""
+    config, metrics = facts["config"], facts["metrics"]
+    masks = config.get("predict_masks", False)
+    backbone, text_model = config["backbone_config"], config["text_config"]["model_type"]
+    texts = metrics["example"]["texts"] if "example" in metrics else ["the red cup", "the cup on the left"]
+    values = {
+        "front_matter": front_matter(facts, repository).to_yaml(),
+        "title": repository.split("/")[-1],
+        "repository": repository,
+        "and_mask": " and a mask" if masks else "",
+        "and_one_mask": " and one mask" if masks else "",
+        "printed": 'answer["phrase"], answer["box"]' + (', answer["mask"]' if masks else ""),
+        "num_parameters": f"{facts['num_parameters'] / 1e6:.3g}",
+        "backbone": backbone.get("backbone") or backbone["model_type"],
+        "text_model": text_model,
+        "questions": ", ".join(json.dumps(text, ensure_ascii=False) for text in texts),
+        "training": describe_training(facts),
+        "results": describe_results(facts),
+        "answers": ANSWERS if facts["has_pictures"] else "",
+        "licence": describe_licence(facts),
+    }
+    return str(ModelCard(TEMPLATE.format(**values)))
+
+
+def front_matter(facts: dict, repository: str) -> ModelCardData:
+    """What the Hub reads of a card."""
+    recipe, metrics = facts["recipe"], facts["metrics"]
+    hub_dataset = recipe.get("hub_dataset")
+    tags = ["reftr", "visual-grounding", "referring-expression-comprehension", "phrase-grounding"]
+    tags += ["referring-image-segmentation"] if facts["config"].get("predict_masks") else []
+    starts = [recipe.get(name) for name in ("init_from", "init_detr", "init_text")]
+    base_model = [start for start in starts if start and HUB_ID.fullmatch(start) and not Path(start).exists()]
+    widget = []
+    if "example" in metrics:
+        address = f"https://huggingface.co/{repository}/resolve/main/{metrics['example']['image']}"
+        widget = [{"src": address, "candidate_labels": ", ".join(metrics["example"]["texts"])}]
+    results = [
+        EvalResult(
+            task_type="zero-shot-object-detection",
+            task_name="visual grounding",
+            dataset_type=hub_dataset or metrics["dataset"],
+            dataset_name=pretty_name(metrics["dataset"]),
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=METRICS[metric],
+            metric_value=round(values[metric], 5),
+        )
+        for split, values in metrics.get("splits", {}).items()
+        for metric in METRICS
+        if metric in values
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="zero-shot-object-detection",
+        tags=tags,
+        license="mit" if facts["origin"] else "apache-2.0",
+        language="en",
+        datasets=[hub_dataset] if hub_dataset else None,
+        base_model=base_model or None,
+        model_name=repository.split("/")[-1] if results else None,
+        eval_results=results or None,
+        **({"widget": widget} if widget else {}),
+    )
+
+
+def make_eval_results(facts: dict) -> list[EvalResultEntry]:
+    """The figures as `.eval_results/` has them, where the recipe names the set's Hub id."""
+    hub_dataset = facts["recipe"].get("hub_dataset")
+    if not hub_dataset:
+        return []
+    return [
+        EvalResultEntry(
+            dataset_id=hub_dataset, task_id=f"{split}/{metric}", value=round(values[metric], 5), notes=name
+        )
+        for split, values in facts["metrics"].get("splits", {}).items()
+        for metric, name in METRICS.items()
+        if metric in values
+    ]
+
+
+def pretty_name(dataset: str) -> str:
+    """What people call a set, or sets joined by commas."""
+    titles = {name: title for title, names in NAMES_OF_SETS.items() for name in names}
+    return ", ".join(titles.get(name.strip(), name.strip()) for name in dataset.split(","))
+
+
+def describe_training(facts: dict) -> str:
+    """Data, starting weights, and what they may have seen of the held-out pictures."""
+    recipe, origin = facts["recipe"], facts["origin"]
+    if origin:
+        lines = [
+            f"Converted from the published checkpoint `{origin['converted_from']}` (SHA-256 `{origin['sha256']}`) of "
+            "[the authors' code](https://github.com/ubc-vision/RefTR), and not trained further.",
+            *leak_warnings({"dataset": "refcoco_unc", "init_from": origin["converted_from"]}),
+        ]
+        return "\n\n".join(lines)
+    if not recipe:
+        return "Nothing is written in this folder about its training."
+    length = f"{recipe['max_steps']} updates" if recipe["max_steps"] else f"{recipe['num_epochs']} epochs"
+    lines = [
+        f"Trained on {pretty_name(recipe['dataset'])} (`{recipe['dataset']}`, split `{recipe['train_split']}`) for "
+        f"{length}, pictures of {recipe['image_size']} pixels, {recipe['batch_size']} "
+        f"{'pictures' if recipe['group_by_image'] else 'sentences'} a process and step, peak learning rate "
+        f"{recipe['learning_rate']:g}; the best by the split `{recipe['validation_split']}` was kept. "
+        "[recipe.yaml](recipe.yaml) has all settings, for `train_reftr.py`.",
+        f"It started from {describe_start(recipe)}.",
+        *leak_warnings(recipe),
+    ]
+    return "\n\n".join(lines)
+
+
+def describe_start(recipe: dict) -> str:
+    """Where the weights of a run came from, in its order of precedence."""
+    if recipe.get("init_from"):
+        return f"the RefTR `{recipe['init_from']}`"
+    starts = []
+    if recipe.get("init_detr"):
+        starts.append(f"image backbone and encoder of the DETR `{recipe['init_detr']}`")
+    if recipe.get("init_backbone"):
+        starts.append(f"the image backbone `{recipe['init_backbone']}`")
+    if recipe.get("init_text"):
+        starts.append(f"the text encoder `{recipe['init_text']}`")
+    return " and ".join(starts) or "random weights"
+
+
+def leak_warnings(recipe: dict) -> list[str]:
+    """What the starting weights, or the training, may have seen of the pictures that figures are measured on."""
+    warnings = []
+    if has_coco_pictures(recipe["dataset"]) and (recipe.get("init_detr") or recipe.get("init_from")):
+        warnings.append(
+            "**Seen before:** the pictures of this set, held-out ones too, are from COCO's train2014, and a detector "
+            "trained on COCO (DETR is one) among the starting weights has seen them, though not what is said about "
+            "them."
+        )
+    flags = recipe.get("dataset_config") or {}
+    if "visual_genome" in recipe["dataset"] and not (flags.get("exclude") or flags.get("held_out_file")):
+        warnings.append(
+            "**Seen before:** this run left no picture of Visual Genome out, and held-out pictures of RefCOCO, "
+            "RefCOCO+ and RefCOCOg are among them: figures of this model on those sets, and of others that start "
+            "from it, are too high."
+        )
+    return warnings
+
+
+def describe_results(facts: dict) -> str:
+    """Tables of the report, or the best validation while a run goes on, or that there is nothing."""
+    metrics, validation = facts["metrics"], facts["validation"]
+    if metrics:
+        return "\n".join([f"On {pretty_name(metrics['dataset'])}:", "", *format_results(metrics, "###")])
+    if validation:
+        figures = {name.split("/")[1]: value for name, value in validation.items() if "/" in name}
+        named = ", ".join(f"{METRICS[name]} {figures[name]:.3f}" for name in METRICS if name in figures)
+        return f"The run is not over. Its best validation so far, at update {validation['step']}: {named}."
+    return "Not evaluated yet: `python train_reftr.py --eval_only` writes them here."
+
+
+def describe_licence(facts: dict) -> str:
+    """Of the weights and of the code."""
+    if facts["origin"]:
+        return "The weights are the authors', under the MIT licence; the code is under Apache-2.0."
+    return "Apache-2.0. Pictures and annotations of the training set stay under their authors' licences."

@@ -1,0 +1,80 @@
+"""The run's model on the Hub. Nothing here holds a collective; the main process alone speaks to the Hub."""
+
+import logging
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from data_scripts.uploading import make_repository, reason_of, select_files
+from modeling_reftr.push import PATTERNS, push_model
+from training_reftr.card import write_card
+
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """
+    Pushes `args.output_dir` to `args.push_to_hub`: the best model so far, beside the training, which neither waits for
+    the Hub nor ends with it, and the last word at the end. Does nothing where the setting is absent.
+
+    Raises:
+        OSError: at once, if the Hub does not let us have the repository, and not after hours.
+    """
+
+    def __init__(self, args, accelerator: Accelerator):
+        self.args = args
+        self.is_active = bool(args.push_to_hub) and accelerator.is_main_process
+        self.thread = None
+        if self.is_active:
+            try:
+                make_repository(args.push_to_hub, "model", args.hub_private or None)
+            except Exception as error:  # the network, the server and the token each have exceptions of their own
+                raise OSError(
+                    f"push_to_hub={args.push_to_hub!r} cannot be pushed to, so nothing was begun: {reason_of(error)}"
+                ) from error
+
+    def push_best(self, step: int):
+        """Push a copy of the folder as it is now; where the last one is still on its way, the next best will do."""
+        if not self.is_active:
+            return
+        if self.thread is not None and self.thread.is_alive():
+            logger.warning(f"The best model of step {step} is not pushed: the one before it is still on its way.")
+            return
+        folder = Path(self.args.output_dir)
+        copy = Path(tempfile.mkdtemp(prefix="push_"))
+        write_card(folder, self.args.push_to_hub)
+        for name in select_files(folder, PATTERNS):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, copy / name)
+        # a daemon: what is cut off at the end of the process was no commit yet
+        self.thread = threading.Thread(target=self._push, args=(copy, f"Best model, step {step}"), daemon=True)
+        self.thread.start()
+
+    def _push(self, copy: Path, message: str):
+        try:
+            revision = push_model(copy, self.args.push_to_hub, message=message)
+            logger.info(f"{message}: pushed to {self.args.push_to_hub!r} as {revision}.")
+        except OSError as error:
+            logger.warning(f"{message}: {error} The training goes on.")
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def finish(self) -> str | None:
+        """
+        Push the folder, with its card, as it is at the end.
+
+        Returns:
+            `str`: the commit's id, or None where nothing is to be pushed.
+
+        Raises:
+            OSError: if it could not be pushed; all of it is in the folder.
+        """
+        if not self.is_active:
+            return None
+        if self.thread is not None:
+            self.thread.join()
+        return push_model(self.args.output_dir, self.args.push_to_hub)
