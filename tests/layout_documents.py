@@ -27,7 +27,12 @@ from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProce
 
 RESNET = {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}  # DETR's backbone must be one of that name
 TEXT = {**TINY_TEXT, "max_position_embeddings": 128}  # captions are long
-PUBLISHED_MODEL = {**TINY_MODEL, "backbone_config": RESNET, "max_text_positions": 128}
+PUBLISHED_MODEL = {
+    **TINY_MODEL,
+    "backbone_config": RESNET,
+    "max_text_positions": 128,
+    "freeze_backbone_batch_norm": True,
+}
 # what runs of the documents have in common with those of the tests
 SHORT = {"max_steps": 2, "batch_size": 2, "num_workers": 0, "num_pictures": 2, "log_every": 1}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -76,6 +81,8 @@ def make_sets(folder: Path):
     (folder / "mine").mkdir()
     for name in ("photo.jpg", "mine/1.jpg", "mine/2.jpg", "mine/3.jpg"):
         Image.effect_noise((200, 100), 90).convert("RGB").save(folder / name)
+    expressions = [{"text": "the red car", "box": [10, 20, 110, 90]}]
+    (folder / "mine" / "train.jsonl").write_text(json.dumps({"image": "1.jpg", "expressions": expressions}))
 
 
 def make_weights(folder: Path, tokenizer, demo_model: dict):

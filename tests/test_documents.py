@@ -1,6 +1,5 @@
 """What the documents say is what there is: every command and snippet runs, figures are the committed ones."""
 
-import configparser
 import contextlib
 import functools
 import io
@@ -20,6 +19,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from documents import FENCE, blocks_of, commands_of
 from layout_documents import environment_of, make_published_sizes, make_user_folder
+from local_hub import Hub
 from nbclient import NotebookClient
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -34,34 +34,43 @@ from training_reftr.arguments import parse_arguments
 # what a document's run prints, and the files it leaves
 EXPECTED = {
     "README.md": (["'phrase': 'the star'"], ["out.png", "runs/demo/predictions.png"]),
-    "train_refcoco.md": (
+    "docs/train_refcoco.md": (
         ["120,624", "the lady with the blue shirt", "hours an epoch"],
         ["samples.png", "runs/refcoco_r50_masks_pretrained/report.md", "held_out.json", "exported/README.md"],
     ),
-    "your_own_pictures.md": (['"phrase": "the blue car"'], ["samples.png", "runs/mine/report.md", "out.png"]),
-    "published_checkpoints.md": (
+    "docs/your_own_pictures.md": (
+        ['"phrase": "the blue car"', '"image": "mine/3.jpg"'],
+        ["samples.png", "runs/mine/report.md", "out.png", "answered/00002_2.png", "answers.jsonl"],
+    ),
+    "docs/published_checkpoints.md": (
         [
             "337 weights taken, left: ['query_embed.weight']",
             "Beside the published figures: runs/reproduce/refcoco_unc/report.md",
         ],
         ["back.pth", "runs/reproduce/refcoco_unc/report.md", "runs/report/report.md"],
     ),
-    "recipes.md": (
+    "docs/recipes.md": (
         ["decoder_layers: 3", "integer_boxes: true"],
         ["runs/small/report.md", "runs/masks/model.safetensors", "runs/mine/metrics.jsonl"],
     ),
-    "many_gpus.md": ([], ["runs/two/model.safetensors", "runs/two_report/report.md"]),
-    "serve.md": (
+    "docs/many_gpus.md": ([], ["runs/two/model.safetensors", "runs/two_report/report.md"]),
+    "docs/serve.md": (
         ["torch.Size([1, 100, 200])", "'score': 1.0, 'label': 'the red circle'", '"phrase": "the star"'],
-        ["runs/demo-onnx", "runs/demo-onnx-captions"],
+        ["answers.png", "runs/demo-onnx", "runs/demo-onnx-captions"],
     ),
-    "evaluate.md": (["\n0.8\n"], ["runs/report/predictions.jsonl", "runs/report/visualizations/test"]),
-    "hub.md": ([], []),
-    "how_it_works.md": (["pred_masks (1, 1, 120, 160)"], []),
+    "docs/evaluate.md": (["\n0.8\n"], ["runs/report/predictions.jsonl", "runs/report/visualizations/test"]),
+    "docs/hub.md": ([], ["exported/README.md", "runs/mine/README.md"]),
+    "docs/how_it_works.md": (["pred_masks (1, 1, 120, 160)"], []),
+}
+PUSHED = {
+    ("model", "someone/reftr-shapes"),
+    ("model", "someone/reftr-mine"),
+    ("dataset", "someone/pictures"),
+    ("space", "someone/reftr-shapes-demo"),
 }
 TRAINING = ("train_reftr.py", "recipes/slurm.sbatch")
 COMMANDS = re.compile(r"`((?:reftr|make|python|accelerate|torchrun|sbatch) [^`]+)`")
-by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +83,33 @@ def user_folder(tokenizer, tmp_path_factory):
 @pytest.mark.slow
 @by_name
 def test_every_block_runs(document, user_folder, tmp_path):
+    name = str(document.relative_to(ROOT))
     if not any(block.is_run for block in blocks_of(document)):
-        assert document.name not in EXPECTED
+        assert name not in EXPECTED
         return
-    printed, files = EXPECTED[document.name]
+    printed, files = EXPECTED[name]
     folder = tmp_path / "user"
     shutil.copytree(user_folder, folder, symlinks=True)
-    if document.name == "published_checkpoints.md":
+    if name == "docs/published_checkpoints.md":
         make_published_sizes(folder)
-    result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "documents.py", document],
-        cwd=folder,
-        env=environment_of(folder),
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
+    with Hub() as hub:
+        # only what is about the Hub has one
+        environment = hub.environment("hf_write", tmp_path / "home") if name == "docs/hub.md" else {}
+        result = subprocess.run(
+            [sys.executable, ROOT / "tests" / "documents.py", document],
+            cwd=folder,
+            env=environment_of(folder) | environment,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+        )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert set(hub.repositories) == (PUSHED if environment else set())
     for text in printed:
         assert text in result.stdout
     for file in files:
         assert (folder / file).exists(), file
-    if document.name == "how_it_works.md":
+    if name == "docs/how_it_works.md":
         for name, shape in re.findall(r"^(\S.*?) (\([\d, ]+\))$", result.stdout, flags=re.MULTILINE):
             assert f"| {name} | {shape} |" in document.read_text()
 
@@ -184,12 +198,9 @@ def test_a_newcomer_gets_an_answer(user_folder, tmp_path, run):
 
 
 def test_the_version_is_the_same_everywhere():
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "setup.cfg")
-    version = settings["metadata"]["version"]
+    version = modeling_reftr.__version__
     assert re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
-    assert modeling_reftr.__version__ == version
 
 
 def test_the_citation_is_that_of_the_readme():
