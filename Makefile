@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: benchmark demo reproduce test test-all test-peer test-legacy-datasets lint format clean
+.PHONY: benchmark demo reproduce test test-all test-peer test-legacy-datasets test-browser lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -45,6 +45,14 @@ test-legacy-datasets: .legacy/.installed $(VENV)/.installed
 .legacy/.installed:
 	$(PYTHON) -m venv .legacy
 	.legacy/bin/python -m pip install --quiet "datasets==3.6.*" "numpy>=2.0" pillow pycocotools pytest pyyaml tqdm
+	touch $@
+
+# the page of the Space in a real browser: the system's, Debian's packages chromium and chromium-driver
+test-browser: $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -o addopts=--strict-markers tests/browser
+
+$(VENV)/.browser: $(VENV)/.installed
+	$(RUN)/python -m pip install --quiet --editable ".[browser]"
 	touch $@
 
 lint: $(VENV)/.installed

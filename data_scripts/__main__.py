@@ -120,7 +120,7 @@ def run_held_out(args):
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_scripts",
+        prog="reftr data",
         description="Build data sets for visual grounding, check them, look at them, and hand them on.",
         allow_abbrev=False,
     )

@@ -32,8 +32,9 @@ MAX_EXPRESSIONS = 16
 MAX_CHARACTERS = 512
 MAX_WAITING = 20
 MAX_PICTURES = 8  # whose features are kept; with ResNet-50 they take about 50 MB each
+KEPT = 3600  # seconds that files are: what was uploaded, and what was made of it
 DISPLAY_SIDE = 800  # pixels of the longer side: of a large picture, opacities of 16 answers would take gigabytes
-BOX_LINE = 4  # pixels of what is displayed
+BOX_LINE = 6  # pixels of what is displayed
 MASK_OPACITY = 0.45
 COLORS = (
     *("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab"),
@@ -169,8 +170,9 @@ def check_upload(file: dict) -> dict:
     Raises:
         gr.Error: with a sentence for the page.
     """
-    folder = Path(gr.utils.get_upload_folder()).resolve()
-    if not Path(file["path"]).resolve().is_relative_to(folder):
+    path, folder = Path(file["path"]), Path(gr.utils.get_upload_folder()).resolve()
+    # absolute as well: "http://host/../../tmp/gradio/x" leads there too, for who takes it for a path
+    if not (path.is_absolute() and path.resolve().is_relative_to(folder)):
         raise gr.Error("Only uploaded pictures are taken, no addresses and no paths.", print_exception=False)
     return file
 
@@ -225,7 +227,7 @@ def build_app(model_name: str) -> gr.Blocks:
         layers = list(zip(opacities, expressions, strict=True))
         return gr.AnnotatedImage((shown, layers), color_map=colors), answers
 
-    with UploadsOnly(title="RefTR: ask about a picture", analytics_enabled=False) as app:
+    with UploadsOnly(title="RefTR: ask about a picture", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as app:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column():
@@ -275,7 +277,7 @@ def launch(app: gr.Blocks, port: int | None = None, share: bool = False, wait: b
 
 def main(argv: list[str] | None = None):
     """The command: serves the page until it is interrupted."""
-    parser = argparse.ArgumentParser(prog="python demo/app.py", description="A page that asks RefTR about pictures.")
+    parser = argparse.ArgumentParser(prog="reftr demo", description="A page that asks RefTR about pictures.")
     parser.add_argument("--model", default=os.environ.get("REFTR_MODEL"), help="RefTR folder or Hub id")
     parser.add_argument("--port", type=int, help="port of the page; by default the first free one from 7860 on")
     parser.add_argument("--share", choices=("no", "yes"), default="no", help="also by a public address of gradio's")

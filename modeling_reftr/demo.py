@@ -4,8 +4,8 @@ The page that asks a model, here or as a Space. Its files are in the checkout's 
     reftr demo --model runs/demo
 """
 
+import importlib.util
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -33,10 +33,11 @@ def space_files(model: str) -> dict[str, bytes]:
 
 
 def main(argv: list[str] | None = None):
-    """The command: serves the page until it is stopped."""
-    app = demo_folder() / "app.py"
-    sys.argv = ["reftr demo", *(sys.argv[1:] if argv is None else argv)]
-    runpy.run_path(str(app), run_name="__main__")
+    """The command: serves the page until it is interrupted."""
+    spec = importlib.util.spec_from_file_location("app", demo_folder() / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    app.main(argv)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 
 import torch
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
+from transformers.exporters.base import ExportedModel
 
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None):
     except AssertionError as error:  # torch cannot write every operation on sizes that its own export makes
         raise ValueError(f"torch cannot save this model's graph ({error}); use --format onnx.") from error
     RefTRProcessor.from_pretrained(args.model).save_pretrained(args.output)
-    found = differences(exported, model, args.phrases)
+    found = differences(ExportedModel.from_pretrained(args.output), model, args.phrases)  # of what was written
     sys.stdout.write(json.dumps({"output": args.output, "largest_differences": found}) + "\n")
 
 

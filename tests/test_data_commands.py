@@ -55,7 +55,7 @@ def refused(result, *words):
 def test_help_fits_a_screen(run, name):
     result = run("-m", "data_scripts", *([name] if name else []), "--help", COLUMNS="80")
     assert len(result.stdout.splitlines()) <= 40
-    assert "usage: python -m data_scripts" in result.stdout
+    assert "usage: reftr data" in result.stdout
 
 
 def test_list(run, command, toy):
@@ -373,6 +373,7 @@ def test_export_to_the_hub(command, toy, tmp_path, hub, run):
 def exported(tmp_path, hub, monkeypatch):
     """A folder like an export's, and the client of this process on its way to the Hub."""
     hub.use(monkeypatch, "hf_write")
+    monkeypatch.setattr("data_scripts.uploading.WAITS", (0, 0))
     (tmp_path / "exported" / "data").mkdir(parents=True)
     for split in ("train", "testA"):
         (tmp_path / "exported" / "data" / f"{split}-00000-of-00001.parquet").write_bytes(split.encode() * 1000)
@@ -428,12 +429,33 @@ def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
     assert on_the_hub(hub) == former
 
 
+def test_files_of_a_former_set_go(exported, hub):
+    """A set of two files a split, and then of one: nothing is read twice."""
+    for number in range(2):
+        (exported / "data" / f"train-0000{number}-of-00002.parquet").write_bytes(b"half")
+    (exported / "data" / "train-00000-of-00001.parquet").rename(exported / "whole")
+    exporting.push(exported, "someone/toy")
+    assert sum(path.startswith("data/train") for path in on_the_hub(hub)) == 2
+    for path in (exported / "data").glob("train-*-of-00002.parquet"):
+        path.unlink()
+    (exported / "whole").rename(exported / "data" / "train-00000-of-00001.parquet")
+    exporting.push(exported, "someone/toy")
+    assert on_the_hub(hub) == on_disk(exported)
+
+
+def test_a_public_set_is_not_taken_for_a_private_one(exported, hub):
+    exporting.push(exported, "someone/toy")
+    with pytest.raises(OSError, match="'someone/toy' is there and public"):
+        exporting.push(exported, "someone/toy", private=True)
+
+
 @pytest.mark.parametrize("kind", ["corrupt", "lose"])
 def test_files_that_do_not_arrive_whole_are_not_called_pushed(exported, hub, kind):
-    hub.fault(kind, "PUT")
+    hub.fault(kind, "PUT", times=100)
     with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
         exporting.push(exported, "someone/toy")
     assert on_the_hub(hub) == {}
+    hub.faults.clear()
     exporting.push(exported, "someone/toy")
     assert on_the_hub(hub) == on_disk(exported)
 

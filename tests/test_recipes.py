@@ -199,7 +199,7 @@ def test_help_names_every_setting(capsys):
     assert not end.value.code
     text = capsys.readouterr().out
     for name in TrainingArguments.__dataclass_fields__:
-        assert f"--{name}" in text
+        assert name in re.findall(r"\w+", text)
 
 
 # inheritance

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import socket
@@ -113,7 +114,7 @@ def test_a_box_without_a_mask_is_a_frame_within_the_picture(space):
     opacity = space.draw(torch.tensor([-9.0, 10.0, 50.0, 400.0]), None, 100, 80)
     assert opacity.shape == (100, 80)
     assert opacity[10:, 0].min() == opacity[99, :50].min() == 1
-    assert opacity[14:96, 4:46].max() == opacity[:10].max() == opacity[:, 50:].max() == 0
+    assert opacity[16:94, 6:44].max() == opacity[:10].max() == opacity[:, 50:].max() == 0
 
 
 def test_a_model_without_masks_gives_boxes(space, trained, picture):
@@ -331,6 +332,7 @@ def test_an_upload_is_answered_through_the_http_api(page, picture, watch):
         "http://localhost:{port}/x.png",
         "https://pictures.example.com/x.png",
         "https://huggingface.co/x.png",
+        "http://127.0.0.1:{port}/{up}{upload}",
         "HTTP://127.0.0.1:{port}/x.png",
         "ftp://127.0.0.1:{port}/x.png",
         "file:///etc/passwd",
@@ -343,9 +345,11 @@ def test_an_upload_is_answered_through_the_http_api(page, picture, watch):
 )
 @pytest.mark.row("S6")
 def test_addresses_and_paths_are_refused_unopened(page, picture, listener, watch, place, path):
-    uploads = picture.parent / "uploads"  # beside which something lies
-    shutil.copy(picture, picture.parent / "secret.png")
-    path = path.format(port=listener.getsockname()[1], demo=DEMO, uploads=uploads)
+    upload = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
+    uploads = os.environ["GRADIO_TEMP_DIR"]
+    shutil.copy(picture, f"{uploads}/../secret.png")  # beside what may be read
+    names = {"demo": DEMO, "uploads": uploads, "upload": upload[1:], "up": "../" * 20}
+    path = path.format(port=listener.getsockname()[1], **names)
     address = path if "://" in path else f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
     file = {"path": path, "url": address, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
     data = {"picture": [file, "the star"], "text": [None, file], "within": [{"files": [file]}, "the star"]}
@@ -366,12 +370,13 @@ def test_a_picture_by_its_content_is_no_way_round_the_limit(page):
     assert "event: error" in text
 
 
+@pytest.mark.parametrize("scheme", ["http://", "http%3A%2F%2F", "https://"])
 @pytest.mark.parametrize("route", ["file=", "file/", "proxy="])
 @pytest.mark.row("S6")
-def test_the_server_fetches_nothing_for_others(page, listener, watch, route):
+def test_the_server_fetches_nothing_for_others(page, listener, watch, route, scheme):
     for host in (f"127.0.0.1:{listener.getsockname()[1]}", "pictures.example.com", "huggingface.co"):
         with watch:
-            answer = httpx.get(f"{page.address}/gradio_api/{route}http://{host}/x.png", timeout=30)
+            answer = httpx.get(f"{page.address}/gradio_api/{route}{scheme}{host}/x.png", timeout=30)
         assert answer.status_code == 403
         assert answer.text == "Only this page's own files are served, no addresses."
         assert watch.places == {page.address.removeprefix("http://")}
@@ -442,6 +447,15 @@ def test_without_a_model_a_sentence_says_what_to_set(run, tmp_path):
     assert result.stderr.startswith("error: There is no model: give --model, or set the variable REFTR_MODEL")
     with pytest.raises(OSError, match="nothing"):
         import_app().main(["--model", str(tmp_path / "nothing")])
+
+
+def test_the_snippet_for_clients_runs(page, picture, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (DEMO / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    Image.open(picture).save("photo.jpg")
+    exec(code.replace("you/your-space", page.address), {})
+    assert "'phrase': 'the red cup', 'box': [" in capsys.readouterr().out
 
 
 def test_the_space_names_what_there_is():

@@ -3,17 +3,16 @@ The script's settings: YAML recipes that inherit from each other, overridden by 
 collective.
 """
 
-import argparse
 import difflib
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields
+import textwrap
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from modeling_reftr import RefTRConfig
 
@@ -361,10 +360,7 @@ def parse_arguments(argv: list[str]) -> TrainingArguments:
         SystemExit: after `--help` and `--print_config`.
     """
     if {"-h", "--help"} & set(argv):
-        parser = HfArgumentParser(TrainingArguments, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        parser.usage = "train_reftr.py [RECIPE.yaml ...] [--print_config] [--field value ...]"
-        parser.description = "Train and evaluate RefTR."
-        parser.print_help()
+        sys.stdout.write(describe_settings([word.lstrip("-").replace("-", "_") for word in argv]))
         sys.exit()
     words = [word for word in argv if word != "--print_config"]
     settings = {}
@@ -379,11 +375,41 @@ def parse_arguments(argv: list[str]) -> TrainingArguments:
     return args
 
 
+def describe_settings(names: list[str]) -> str:
+    """What `--help` says: the names of all settings, or what those named beside it are for."""
+    chosen = [item for item in fields(TrainingArguments) if item.name in names or "all" in names]
+    if not chosen:
+        listed = textwrap.fill(", ".join(TYPES), width=100, initial_indent="  ", subsequent_indent="  ")
+        return HELP.format(settings=listed)
+    described = []
+    for item in chosen:
+        default = item.default if item.default is not MISSING else item.default_factory()
+        described.append(f"{item.name} = {'none' if default is None else default}")
+        described.append(textwrap.fill(item.metadata["help"], 100, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(described) + "\n"
+
+
 def to_recipe(args: TrainingArguments, without: tuple[str, ...] = ()) -> str:
     """The settings as a recipe."""
     settings = {name: value for name, value in asdict(args).items() if name not in without}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
+
+HELP = """usage: reftr train [RECIPE.yaml ...] [--setting value ...]
+       accelerate launch train_reftr.py [RECIPE.yaml ...] [--setting value ...]
+
+Train RefTR and report on it, or with --eval_only only that. Recipes are YAML files of settings, later ones over
+earlier ones, the command line over all: --learning_rate 1e-4, --model.decoder_layers 3, --eval_only.
+
+  reftr train recipes/demo.yaml --output_dir runs/demo
+  reftr train recipes/demo.yaml --output_dir runs/demo --resume auto
+  reftr train recipes/demo.yaml --output_dir runs/demo --eval_only
+  reftr train recipes/demo.yaml --print_config      what will run, as a recipe
+  reftr train --help learning_rate batch_size       what settings are for, with their defaults; all: --help all
+
+settings:
+{settings}
+"""
 
 TYPES = {
     # int | None -> int

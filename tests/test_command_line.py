@@ -1,0 +1,133 @@
+"""`reftr`: every command as one, help that fits a screen, errors as sentences, many pictures in one go."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import modeling_reftr
+from modeling_reftr.__main__ import COMMANDS
+
+
+LINES, COLUMNS = 40, 120  # of a screen
+
+
+def test_the_commands(run):
+    text = run("-m", "modeling_reftr").stdout
+    assert text == run("-m", "modeling_reftr", "--help").stdout
+    for name in COMMANDS:
+        assert f"\n  {name} " in text
+    assert run("-m", "modeling_reftr", "--version").stdout.strip() == modeling_reftr.__version__
+    result = run("-m", "modeling_reftr", "predicted", check=False)
+    assert result.returncode == 1
+    assert "There is no command 'predicted'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [[], *([name] for name in COMMANDS), ["data", "build"], ["data", "export"]], ids="-".join
+)
+def test_help_fits_a_screen(run, words):
+    text = run("-m", "modeling_reftr", *words, "--help", COLUMNS=str(COLUMNS)).stdout
+    assert f"usage: reftr {' '.join(words)}".strip() in text
+    assert 3 <= len(text.splitlines()) <= LINES
+    assert max(map(len, text.splitlines())) <= COLUMNS
+
+
+def test_settings_are_explained_one_by_one_and_all(run):
+    text = run("-m", "modeling_reftr", "train", "--help", "learning_rate", "--num-epochs").stdout
+    assert "learning_rate = 0.0001\n" in text
+    assert "num_epochs = 90\n" in text
+    assert len(text.splitlines()) == 4
+    assert len(run("-m", "modeling_reftr", "train", "--help", "all").stdout.splitlines()) > 100
+
+
+def test_errors_are_sentences(run, tmp_path):
+    for words in (
+        ("predict", "--model", tmp_path, "--image", "none.png", "--text", "a cup"),
+        ("train", "none.yaml"),
+        ("train", "--learning_rates", "1"),
+        ("data", "build", "refcoco"),
+        ("convert", "--checkpoint", "none.pth", "--output_dir", tmp_path / "out"),
+        ("export", "--model", tmp_path, "--output", tmp_path / "out"),
+        ("push", "--model", tmp_path),
+    ):
+        result = run("-m", "modeling_reftr", *words, check=False)
+        assert result.returncode == 1, words
+        assert result.stderr.splitlines()[-1].startswith("error: "), (words, result.stderr)
+        assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def pictures(tmp_path, shapes):
+    folder = tmp_path / "pictures"
+    (folder / "inner").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.jpg", "inner/c.PNG")):
+        shapes["test"][index]["image"].save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def predict(run, trained, image, *words, **settings):
+    return run("-m", "modeling_reftr", "predict", "--model", trained[0], "--image", image, *words, **settings)
+
+
+def test_a_folder_of_pictures(run, trained, pictures, tmp_path):
+    result = predict(run, trained, pictures, "--text", "the star", "the circle", "--output", tmp_path / "answers")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [str(pictures / name) for name in ("a.png", "b.jpg", "inner/c.PNG")]
+    assert [[answer["phrase"] for answer in line["answers"]] for line in lines] == [["the star", "the circle"]] * 3
+    one = json.loads(predict(run, trained, pictures / "b.jpg", "--text", "the star").stdout)
+    assert one[0]["box"] == pytest.approx(lines[1]["answers"][0]["box"], abs=0.02)
+    drawn = sorted((tmp_path / "answers").iterdir())
+    assert [path.name for path in drawn] == ["00001_a.png", "00002_b.png", "00003_c.png"]
+    for path in drawn:
+        with Image.open(path) as picture:
+            assert picture.width == 320
+
+
+def test_a_file_of_questions(run, trained, pictures, tmp_path):
+    """A broken picture or question is named in its line, and the others are answered."""
+    (pictures / "broken.png").write_text("no picture")
+    questions = [
+        {"image": "a.png", "text": "the star"},
+        {"image": "broken.png", "text": "the star"},
+        {
+            "image": "inner/c.PNG",
+            "text": "the red circle is left of the star",
+            "phrases": ["the red circle", "the star"],
+        },
+        {"image": "b.jpg", "text": ["the star", "ein Würfel ☕"]},
+        {"image": "b.jpg"},
+    ]
+    path = pictures / "questions.jsonl"
+    path.write_text("\n".join(json.dumps(question) for question in questions) + "\n\n")
+    result = predict(run, trained, path, "--output", tmp_path / "answers", check=False)
+    assert result.returncode == 1
+    assert "2 of 5 questions have no answer" in result.stderr.splitlines()[-1]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [[answer["phrase"] for answer in line.get("answers", [])] for line in lines] == [
+        ["the star"],
+        [],
+        ["the red circle", "the star"],
+        ["the star", "ein Würfel ☕"],
+        [],
+    ]
+    assert "broken.png" in lines[1]["error"]
+    assert "'image' and a 'text'" in lines[4]["error"]
+    assert len(list((tmp_path / "answers").iterdir())) == 3
+    path.write_text('{"image": "a.png", "text": "the star"}\n{"picture": 1}\n')
+    result = predict(run, trained, path, check=False)
+    assert "line 2: 'image'" in result.stderr
+    assert result.stdout == ""
+    refused = predict(run, trained, path, "--text", "the star", check=False)
+    assert "bring their texts" in refused.stderr
+
+
+def test_a_caption_with_phrases(run, trained, pictures):
+    caption = ("--text", "the red circle is left of the star", "--phrases", "the star", "the red circle")
+    answers = json.loads(predict(run, trained, pictures / "a.png", *caption).stdout)
+    assert [answer["phrase"] for answer in answers] == ["the star", "the red circle"]
+    refused = predict(run, trained, pictures / "a.png", "--text", "a", "b", "--phrases", "a", check=False)
+    assert "--phrases are of one caption" in refused.stderr
+    refused = predict(run, trained, pictures / "a.png", check=False)
+    assert "Name what to look for" in refused.stderr
