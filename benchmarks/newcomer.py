@@ -1,6 +1,6 @@
 """
 A newcomer's path, timed: a clone, `make demo`, a picture of one's own answered, with the README's first commands as
-they stand there, nothing installed before and nothing cached but what pip keeps.
+they stand there but for the picture's name, nothing installed before and nothing cached but what pip keeps.
 
     python benchmarks/newcomer.py --output benchmarks/results/newcomer.json
     python benchmarks/newcomer.py --environment .venv --max_steps 2    # its pieces, in a minute
@@ -25,7 +25,7 @@ from torchvision.ops import box_iou
 
 ROOT = Path(__file__).resolve().parents[1]
 # what is drawn, and where: corners in pixels
-TRUTH = {"the red circle": (30, 40, 110, 120), "the star": (190, 60, 280, 150)}
+TRUTH = {"the red square": (30, 40, 110, 120), "the green star": (190, 60, 280, 150)}
 STAR = ((0.5, 0.0), (0.62, 0.36), (1.0, 0.36), (0.69, 0.59), (0.81, 0.95), (0.5, 0.73), (0.19, 0.95), (0.31, 0.59))
 STAR = (*STAR, (0.0, 0.36), (0.38, 0.36))
 
@@ -39,9 +39,9 @@ def draw_picture(path: Path):
     """A picture that is not of the training set: of another size, with a plain background."""
     picture = Image.new("RGB", (320, 200), (120, 120, 120))
     draw = ImageDraw.Draw(picture)
-    draw.ellipse(TRUTH["the red circle"], fill=(215, 45, 40))
-    left, top, right, bottom = TRUTH["the star"]
-    draw.polygon([(left + x * (right - left), top + y * (bottom - top)) for x, y in STAR], fill=(45, 85, 215))
+    draw.rectangle(TRUTH["the red square"], fill=(215, 45, 40))
+    left, top, right, bottom = TRUTH["the green star"]
+    draw.polygon([(left + x * (right - left), top + y * (bottom - top)) for x, y in STAR], fill=(45, 165, 60))
     picture.save(path)
 
 
@@ -85,7 +85,8 @@ def follow(folder: Path, environment: str | None, max_steps: int | None) -> dict
     step("install", "make", ".venv/.installed")
     step("demo", *shlex.split(demo))
     draw_picture(clone / "photo.jpg")
-    answers = json.loads(step("answer", *shlex.split(ask)))
+    ask = [word.replace("demo/shapes.jpg", "photo.jpg") for word in shlex.split(ask)]
+    answers = json.loads(step("answer", *ask))
     for answer in answers:
         boxes = (torch.tensor([box], dtype=torch.float32) for box in (answer["box"], TRUTH[answer["phrase"]]))
         answer["iou"] = round(box_iou(*boxes).item(), 3)
