@@ -1,5 +1,5 @@
 """
-Write the committed results into README.md, between its marks:
+Write the committed results into the documents, between their marks:
 
     python benchmarks/quote_results.py            # from benchmarks/results
     python benchmarks/quote_results.py runs/demo  # first take over a run's figures, log of figures and pictures
@@ -14,6 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
+BLOCK = re.compile(r"(<!-- (\w+) results -->\n).*?(<!-- end of \2 results -->)", re.DOTALL)
 FILES = ("metrics.json", "metrics.jsonl", "predictions.png")  # of a run
 
 
@@ -59,8 +64,13 @@ def table_of_precision(results: dict) -> str:
     return "\n".join([*lines, "", f"`{results['model']}`, {results['phrases']} phrases of its test split."])
 
 
-def quote(readme: str) -> str:
-    """The README with the committed results between its marks: of runs and of benchmarks."""
+def results_in(text: str) -> list[str]:
+    """Names of the results that a document quotes."""
+    return [match[2] for match in BLOCK.finditer(text)]
+
+
+def quote(document: str) -> str:
+    """A document's text with the committed results between its marks: of runs and of benchmarks."""
 
     def table(match: re.Match) -> str:
         start, name, end = match.groups()
@@ -72,7 +82,7 @@ def quote(readme: str) -> str:
             text = table_of_shapes(json.loads((RESULTS / name / "metrics.json").read_text())["splits"]["test"])
         return f"{start}{text}\n{end}"
 
-    return re.sub(r"(<!-- (\w+) results -->\n).*?(<!-- end of \2 results -->)", table, readme, flags=re.DOTALL)
+    return BLOCK.sub(table, document)
 
 
 def main():
@@ -81,8 +91,8 @@ def main():
         (RESULTS / run.name).mkdir(exist_ok=True)
         for name in FILES:
             shutil.copy(run / name, RESULTS / run.name / name)
-    path = ROOT / "README.md"
-    path.write_text(quote(path.read_text()))
+    for path in DOCUMENTS:
+        path.write_text(quote(path.read_text()))
 
 
 if __name__ == "__main__":

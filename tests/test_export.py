@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from documents import blocks_of
 from PIL import Image
 from test_inference import TIMM
-from test_readme import blocks
 from transformers.exporters.base import ExportedModel
 
+from conftest import ROOT
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.export import differences, export
 
@@ -23,7 +24,7 @@ def checkpoint(make_model, processor, tmp_path):
     return tmp_path / "model"
 
 
-def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run, monkeypatch):
+def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run):
     """Written by the command, asked about pictures and words of other numbers and sizes."""
     folder = tmp_path / "runs" / "demo-onnx"
     printed = run("-m", "modeling_reftr.export", "--model", checkpoint, "--output", folder).stdout
@@ -45,11 +46,6 @@ def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run, monkeypat
         torch.testing.assert_close(answers.pred_masks, expected.pred_masks, atol=1e-4, rtol=1e-4)
         found = processor.post_process_referring_segmentation(answers, [size[::-1] for size in sizes])
         assert [masks["masks"].shape[0] for masks in found] == [1] * sum(map(len, texts))
-
-    # and as the README asks it
-    (code,) = [block for block in blocks("python") if "ExportedModel" in block]
-    monkeypatch.chdir(tmp_path)
-    exec(code, {"processor": processor, "image": pictures[0]})
 
 
 @pytest.mark.slow
@@ -78,9 +74,9 @@ def test_weights_of_eight_bits(checkpoint, processor, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     checkpoint.rename(tmp_path / "runs" / "demo")
     monkeypatch.chdir(tmp_path)
-    (code,) = [block for block in blocks("python") if "torchao" in block]
+    (block,) = [block for block in blocks_of(ROOT / "docs" / "serve.md") if "torchao" in block.code]
     names = {"RefTRForVisualGrounding": RefTRForVisualGrounding}
-    exec(code, names)
+    exec(block.code, names)
     model = RefTRForVisualGrounding.from_pretrained("runs/demo").eval()
     inputs = processor(Image.effect_noise((64, 48), 90).convert("RGB"), ["the red circle", "the star"])
     with torch.no_grad():
