@@ -470,11 +470,11 @@ def test_a_push_outlives_a_hub_that_stumbles(exported, hub):
 def test_without_network_the_export_stays(command, toy, tmp_path):
     make_toy(toy)
     words = ("--output", tmp_path / "export", "--push_to_hub", "someone/toy")
-    refused(command("export", *words, check=False), "complete", "'someone/toy'", "push again")
+    refused(command("export", *words, check=False), "complete", "'someone/toy'", "ush again")
     assert len(datasets.load_dataset(str(tmp_path / "export"), split="testA", cache_dir=str(tmp_path / "other"))) == 2
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
     result = command("export", *words, "--overwrite", check=False, **nowhere)
-    assert "hf_secret" not in refused(result, "complete", "push again")
+    assert "hf_secret" not in refused(result, "complete", "ush again")
     refused(command("export", *words, "--overwrite", "--by_path", check=False), "--by_path")
     refused(command("export", "--output", tmp_path / "other_export", "--private", check=False), "--private")
 

@@ -18,10 +18,10 @@ import torch
 import yaml
 from PIL import Image
 from space_app import DEMO, EXPRESSIONS, copy_with_masks, import_app
+from transformers import pipeline
 
 from conftest import ROOT
-from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from modeling_reftr.predict import predict
+from modeling_reftr.predict import to_json
 from modeling_reftr.processing_reftr import from_coco_rle
 
 
@@ -78,10 +78,10 @@ def refusal(client, path, text="\n".join(EXPRESSIONS)) -> str:
     return str(error.value)
 
 
-def test_answers_are_those_of_predict(client, folder, picture):
+def test_answers_are_those_of_the_pipeline(client, folder, picture):
     shown, answers = ask(client, picture)
-    model, processor = RefTRForVisualGrounding.from_pretrained(folder).eval(), RefTRProcessor.from_pretrained(folder)
-    expected = predict(model, processor, Image.open(picture), EXPRESSIONS)
+    ground = pipeline("visual-grounding", model=str(folder))
+    expected = [to_json(answer) for answer in ground(picture, text=EXPRESSIONS)]
     assert [answer["phrase"] for answer in answers] == EXPRESSIONS
     for answer, right in zip(answers, expected, strict=True):
         assert answer["box"] == pytest.approx(right["box"], abs=0.02)

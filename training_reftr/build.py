@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
 from modeling_reftr.convert_reftr_checkpoint import (
+    IGNORED,
     config_from_shapes,
     convert_state_dict,
     describe_assumptions,
@@ -277,11 +278,14 @@ def load_image_backbone(model: RefTRForVisualGrounding, source: str):
             raise FileNotFoundError(
                 f"init_backbone={source!r} is no file of weights ({', '.join(WEIGHT_FILES)}) and not the word timm."
             )
-    weights = read_weights(file)
+    # counters of batch norm are not in every file, and begin anew
+    weights = {name: value for name, value in read_weights(file).items() if not IGNORED.fullmatch(name)}
     is_timm = config.model_type == "timm_backbone"
     # timm writes stages_0 for stages.0 where it takes features off a model
     own_names, expected = {}, {}
     for name, value in backbone.state_dict().items():
+        if IGNORED.fullmatch(name):
+            continue
         common = (name.removeprefix("_backbone.") if is_timm else resnet_name(name)).replace("_", ".")
         own_names[common], expected[common] = name, value
     taken = {key: value for key, value in weights.items() if key.replace("_", ".") in expected}
