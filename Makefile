@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: benchmark demo reproduce test test-all test-peer test-legacy-datasets test-browser lint format clean
+.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-browser lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo

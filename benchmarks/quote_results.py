@@ -64,6 +64,24 @@ def table_of_precision(results: dict) -> str:
     return "\n".join([*lines, "", f"`{results['model']}`, {results['phrases']} phrases of its test split."])
 
 
+def table_of_space(results: dict) -> str:
+    """Figures of `benchmarks/space.py` as a Markdown table, with the machine under it."""
+    lines = ["| seconds | median | shortest | longest |", "|---|---|---|---|"]
+    for name, values in results["seconds"].items():
+        lines.append(f"| {name} | {values['median']:.2f} | {values['shortest']:.2f} | {values['longest']:.2f} |")
+    machine = ", ".join(f"{name} {value}" for name, value in results["measured_on"].items())
+    return "\n".join([*lines, "", f"Measured on: {machine}."])
+
+
+def table_of_newcomer(results: dict) -> str:
+    """Figures of `benchmarks/newcomer.py` as a Markdown table, with the machine under it."""
+    seconds, machine = results["seconds"], results["machine"]
+    lines = [f"| minutes | {' | '.join(seconds)} |", "|---" * (len(seconds) + 1) + "|"]
+    lines.append("| | " + " | ".join(f"{value / 60:.1f}" for value in seconds.values()) + " |")
+    answers = " and ".join(f"{answer['iou']:.2f}" for answer in results["answers"])
+    return "\n".join([*lines, "", f"Boxes' IoU with what was drawn: {answers}. On {machine['cores']} cores."])
+
+
 def results_in(text: str) -> list[str]:
     """Names of the results that a document quotes."""
     return [match[2] for match in BLOCK.finditer(text)]
@@ -76,6 +94,10 @@ def quote(document: str) -> str:
         start, name, end = match.groups()
         if name == "precision":
             text = table_of_precision(json.loads((RESULTS / "precision.json").read_text()))
+        elif name == "newcomer":
+            text = table_of_newcomer(json.loads((RESULTS / "newcomer.json").read_text()))
+        elif name == "space":
+            text = table_of_space(json.loads((RESULTS / "space" / "speed.json").read_text()))
         elif name.startswith("speed"):
             text = table_of_speed(json.loads((RESULTS / f"{name}.json").read_text()))
         else:

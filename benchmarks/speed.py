@@ -14,6 +14,7 @@ shaped like RefCOCO's; weights and pixels are random: no time depends on them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from torchvision.ops import box_iou
 from transformers.image_transforms import center_to_corners_format
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+from modeling_reftr.export import export
 from modeling_reftr.image_processing_reftr import pad_batch
 
 
@@ -214,13 +216,38 @@ def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]
     return seconds
 
 
-def latency(count: int, device: str, rounds: int) -> list[Row]:
-    """One picture of 640 x 480 and `count` expressions, each a picture of its own in the published pattern."""
+def one_picture(count: int) -> tuple[str, dict, dict]:
+    """
+    A name, and both sides' inputs for one picture of 640 x 480 and `count` expressions, each a picture of its own in
+    the published pattern.
+    """
     picture, texts = torch.randn(3, *SIZES[0], generator=torch.Generator().manual_seed(1)), make_texts(count)
-    grouped = [collate([picture], texts, [0] * count)]
-    published = [collate([picture] * count, texts, None, width=40)]
     name = f"one picture, {count} expression{'s' * (count > 1)}"
-    return compare(name, "seconds", 1, grouped, published, (grouped[0], published[0]), device, rounds)
+    return name, collate([picture], texts, [0] * count), collate([picture] * count, texts, None, width=40)
+
+
+def latency(count: int, device: str, rounds: int) -> list[Row]:
+    """One picture and one or several expressions."""
+    name, grouped, published = one_picture(count)
+    return compare(name, "seconds", 1, [grouped], [published], (grouped, published), device, rounds)
+
+
+def exported(device: str, rounds: int) -> list[Row]:
+    """The same by ONNX Runtime on a CPU, from the graph that `modeling_reftr.export` makes."""
+    if device != "cpu":
+        return []
+    model = as_published(build_model())
+    with contextlib.redirect_stdout(sys.stderr):  # torch tells there how far it is
+        graph = export(build_model())
+    rows = []
+    for count in (1, EXPRESSIONS):
+        name, grouped, published = one_picture(count)
+        actions = [lambda: graph(**grouped), lambda: answer(model, [published], output_attentions=True)]  # noqa: B023
+        seconds = race(actions, rounds, device)
+        expected = answer(model, [published])[0][0]
+        difference = difference_of(graph(**grouped).pred_boxes, expected)
+        rows.append(Row(f"{name}, float32, ONNX Runtime", "seconds", *seconds, difference))
+    return rows
 
 
 def compare(name, unit, count, grouped, published, pair, device, rounds, predict_masks=False) -> list[Row]:
@@ -388,6 +415,7 @@ def memory_of(side: str, device: str) -> float:
 ROWS = {
     "latency_1": (lambda device, rounds: latency(1, device, rounds), 15),
     "latency_7": (lambda device, rounds: latency(7, device, rounds), 5),
+    "exported": (exported, 5),
     "evaluation": (evaluation, 3),
     "evaluation_masks": (lambda device, rounds: evaluation(device, rounds, predict_masks=True), 3),
     "captions": (captions, 3),

@@ -285,19 +285,27 @@ def test_texts_are_kept_for_inference_alone(make_model):
         pass
 
 
-def test_the_benchmark_runs(monkeypatch, tmp_path):
+FULL_SIZE = ("training_memory", "preparation", "loading")
+OURS = [name for name in speed.ROWS if name not in (*FULL_SIZE, "exported")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [(OURS, 2 * 5 + 1), pytest.param(["exported"], 2, marks=pytest.mark.slow)],
+    ids=["ours", "graph"],
+)
+def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
     """With a model of seconds: what it compares gives the same answers, and its rows are whole."""
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "projection_group_norm_groups": 8}
     small |= {"backbone_config": TIMM}
     small |= {"text_config": {**TINY_TEXT, "vocab_size": 30000, "max_position_embeddings": 128}}
     monkeypatch.setattr(speed, "CONFIG", small)
     monkeypatch.setattr(speed, "SIZES", ((48, 64), (64, 48)))
-    rows = [name for name in speed.ROWS if name not in ("training_memory", "preparation", "loading")]  # full-size
     output = tmp_path / "speed.json"
     monkeypatch.setattr("sys.argv", ["speed.py", "--rounds", "2", "--output", str(output), "--rows", *rows])
     speed.main()
     result = json.loads(output.read_text())
-    assert len(result["rows"]) == 2 * 5 + 1  # each in both precisions, but training
+    assert len(result["rows"]) == count  # each in both precisions, but training
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["ours"] / row["published_pattern"], rel=0.05)
         if "mean_iou" in row:
