@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from torch._inductor import config as inductor
 from torchvision.ops import box_iou
 from transformers.image_transforms import center_to_corners_format
 
@@ -232,6 +233,19 @@ def latency(count: int, device: str, rounds: int) -> list[Row]:
     return compare(name, "seconds", 1, [grouped], [published], (grouped, published), device, rounds)
 
 
+def compiled(device: str, rounds: int) -> list[Row]:
+    """One picture and one expression, of a compiled model: on a CPU its weights are constants, on a GPU one graph."""
+    name, grouped, published = one_picture(1)
+
+    def prepare(model):
+        return torch.compile(model, mode=None if device == "cpu" else "reduce-overhead")
+
+    with inductor.patch(freezing=device == "cpu"):  # as TORCHINDUCTOR_FREEZING=1 does
+        pair = (grouped, published)
+        label = ", compiled"
+        return compare(name, "seconds", 1, [grouped], [published], pair, device, rounds, prepare=prepare, label=label)
+
+
 def exported(device: str, rounds: int) -> list[Row]:
     """The same by ONNX Runtime on a CPU, from the graph that `modeling_reftr.export` makes."""
     if device != "cpu":
@@ -250,7 +264,9 @@ def exported(device: str, rounds: int) -> list[Row]:
     return rows
 
 
-def compare(name, unit, count, grouped, published, pair, device, rounds, predict_masks=False) -> list[Row]:
+def compare(
+    name, unit, count, grouped, published, pair, device, rounds, predict_masks=False, prepare=None, label=""
+) -> list[Row]:
     """
     Rows of forward passes, in float32 and bfloat16, over the published pattern in float32.
 
@@ -259,9 +275,12 @@ def compare(name, unit, count, grouped, published, pair, device, rounds, predict
         count (`int`): what the seconds are divided by.
         grouped, published (`list[dict]`): batches of both sides.
         pair (`(dict, dict)`): one of each side that must have the same answers.
+        prepare (`Callable`, *optional*), label (`str`, *optional*): what is done to our models, and what it is called.
     """
     model = as_published(build_model(predict_masks)).to(device)
     models = {key: build_model(predict_masks).to(device, dtype).fuse() for key, dtype in DTYPES.items()}
+    if prepare is not None:
+        models = {key: prepare(side) for key, side in models.items()}
     *ours, theirs = race(
         [
             *(lambda side=side: answer(side, grouped) for side in models.values()),
@@ -274,7 +293,9 @@ def compare(name, unit, count, grouped, published, pair, device, rounds, predict
     rows = []
     for (dtype, side), times in zip(models.items(), ours, strict=True):
         seconds = [[value / count for value in values] for values in (times, theirs)]
-        rows.append(Row(f"{name}, {dtype}", unit, *seconds, difference_of(answer(side, pair[:1])[0][0], expected)))
+        rows.append(
+            Row(f"{name}, {dtype}{label}", unit, *seconds, difference_of(answer(side, pair[:1])[0][0], expected))
+        )
     return rows
 
 
@@ -415,6 +436,7 @@ def memory_of(side: str, device: str) -> float:
 ROWS = {
     "latency_1": (lambda device, rounds: latency(1, device, rounds), 15),
     "latency_7": (lambda device, rounds: latency(7, device, rounds), 5),
+    "compiled": (compiled, 15),
     "exported": (exported, 5),
     "evaluation": (evaluation, 3),
     "evaluation_masks": (lambda device, rounds: evaluation(device, rounds, predict_masks=True), 3),

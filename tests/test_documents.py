@@ -400,8 +400,10 @@ def test_figures_are_the_committed_results():
     texts = [document.read_text() for document in DOCUMENTS]
     assert sorted(name for text in texts for name in results_in(text)) == [
         "demo",
+        "newcomer",
         "precision",
         "shapes_small",
+        "space",
         "speed_cpu",
     ]
     assert [quote(text) for text in texts] == texts

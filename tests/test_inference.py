@@ -286,12 +286,12 @@ def test_texts_are_kept_for_inference_alone(make_model):
 
 
 FULL_SIZE = ("training_memory", "preparation", "loading")
-OURS = [name for name in speed.ROWS if name not in (*FULL_SIZE, "exported")]
+OURS = [name for name in speed.ROWS if name not in (*FULL_SIZE, "compiled", "exported")]
 
 
 @pytest.mark.parametrize(
     ("rows", "count"),
-    [(OURS, 2 * 5 + 1), pytest.param(["exported"], 2, marks=pytest.mark.slow)],
+    [(OURS, 2 * 5 + 1), pytest.param(["compiled", "exported"], 4, marks=pytest.mark.slow)],
     ids=["ours", "graph"],
 )
 def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
