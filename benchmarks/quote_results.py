@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "demo/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
 ]
 BLOCK = re.compile(r"(<!-- (\w+) results -->\n).*?(<!-- end of \2 results -->)", re.DOTALL)

@@ -254,7 +254,8 @@ def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_pa
     moments += ["WRITE .*repository.json", "POST .*/repos/create", "PUT", "POST .*/commit/"]
     write_card(folder, REPOSITORY)
     command = (
-        "import sys; import data_scripts.uploading as u; u.WAITS = (); "
+        "import sys, types; import data_scripts.uploading as u; u.WAITS = (); "
+        "import huggingface_hub.utils._http as http; http.time = types.SimpleNamespace(sleep=lambda seconds: None); "
         "from modeling_reftr.push import push_model; sys.stdout.write(push_model(sys.argv[1], sys.argv[2]))"
     )
 
