@@ -96,7 +96,7 @@ def follow(folder: Path, environment: str | None, max_steps: int | None) -> dict
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True).strip(),
         "max_steps": max_steps,
         "environment": "installed before" if environment else "new",
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"system": platform.system(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
 
 
