@@ -146,8 +146,9 @@ def main(argv: list[str] | None = None):
     try:
         exported.save_pretrained(args.output)
         written = ExportedModel.from_pretrained(args.output)
-    except AssertionError as error:  # torch cannot write every operation on sizes that its own export makes
-        raise ValueError(f"torch cannot save this model's graph ({error}); use --format onnx.") from error
+    except (AssertionError, RuntimeError) as error:  # torch cannot write every operation that its own export makes
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"torch cannot save this model's graph ({reason}); use --format onnx.") from error
     RefTRProcessor.from_pretrained(args.model).save_pretrained(args.output)
     found = differences(written, model, args.phrases)
     sys.stdout.write(json.dumps({"output": args.output, "largest_differences": found}) + "\n")
