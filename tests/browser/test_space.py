@@ -148,7 +148,7 @@ def test_boxes_masks_and_legend_are_seen_in_their_colors_and_json_is_copied(brow
     screen = pixels(image)
     frames = [rgb(color) for color in space.COLORS[:2]]
     for item, color in zip(legend, frames, strict=True):
-        assert share(screen, color) > 0.003
+        assert share(screen, color) > 0.001  # frames may lie over each other
         assert "rgb" in item.value_of_css_property("background-color")
     masks = [from_coco_rle(answer["segmentation"]) for answer in answers]
     film = [np.full(3, GRAY)]
