@@ -20,7 +20,7 @@ from training_reftr.evaluation import evaluate, summarize
 from training_reftr.guards import Signals, Watchdog
 from training_reftr.publishing import Publisher
 from training_reftr.report import format_table, report, select_splits
-from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
+from training_reftr.run import Run, build_accelerator, describe_best, load_for_report, prepare_run
 from training_reftr.sources import load_rows, split_of
 from training_reftr.step import update
 from training_reftr.tracking import Tracking
@@ -116,6 +116,8 @@ def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, sho
     if state.best is None or metrics[name] > state.best:
         state.best, state.best_step = metrics[name], state.step
         save_best(run.model, run.processor, args, accelerator)
+        if accelerator.is_main_process:
+            describe_best(args)
         publisher.push_best(state.step)
     state.is_evaluation_due = False
     return True

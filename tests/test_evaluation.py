@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -329,6 +330,19 @@ def test_flickr_figures_of_real_files(trained, recipe, run, tmp_path):
     ]
     assert all("(not confirmed)" in row[-1] for row in rows)
     assert "train2014" not in text
+
+
+def test_a_run_that_fails_before_its_first_best_leaves_what_describes_the_model_that_is_there(
+    trained, recipe, run, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder, ignore=shutil.ignore_patterns("checkpoints"))
+    names = ("metrics.json", "report.md", "predictions.png", "recipe.yaml", "model.safetensors")
+    before = {name: (folder / name).read_bytes() for name in names}
+    words = ("--output_dir", folder, "--best_metric", "beauty", "--learning_rate", "0.5", "--max_steps", "1")
+    result = run("train_reftr.py", recipe, *words, check=False)
+    assert "best_metric='beauty'" in result.stderr
+    assert {name: (folder / name).read_bytes() for name in names} == before
 
 
 def test_a_split_that_is_not_there_is_named(recipe, run, tmp_path):

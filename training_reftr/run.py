@@ -183,14 +183,16 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     state.settings = vars(args)
     state.rescale_schedule(data.num_batches(0) // args.gradient_accumulation_steps)
     run = Run(model, optimizer, processor, None, data, state, global_batch_size, args)
-    if accelerator.is_main_process:
-        recipe = Path(args.output_dir) / "recipe.yaml"
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(to_recipe(args, without=PLACES), encoding="utf-8")
-        remove_report(recipe.parent)
     run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
     model.train()
     return run
+
+
+def describe_best(args):
+    """Put the recipe beside a model that is the best now; a report is of the one before, and goes."""
+    folder = Path(args.output_dir)
+    remove_report(folder)
+    (folder / "recipe.yaml").write_text(to_recipe(args, without=PLACES), encoding="utf-8")
 
 
 def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
