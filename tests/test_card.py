@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 from training_reftr.arguments import TrainingArguments, to_recipe
 from training_reftr.card import write_card
+from training_reftr.run import describe_best
 
 
 @pytest.fixture
@@ -129,6 +130,14 @@ def test_a_converted_checkpoint_keeps_its_licence(folder):
     assert card.data.license == "mit"
     assert "Converted from the published checkpoint `refcoco.pth`" in card.text
     assert "**Seen before:**" in card.text
+
+
+def test_a_conversion_that_is_trained_further_is_none_any_more(folder):
+    (folder / "origin.json").write_text(json.dumps({"converted_from": "refcoco.pth", "sha256": "0" * 64}))
+    describe_best(TrainingArguments(output_dir=str(folder), init_from="refcoco.pth"))
+    card = card_of(folder)
+    assert "It started from the RefTR `refcoco.pth`." in card.text
+    assert "not trained further" not in card.text
 
 
 def test_a_card_of_ones_own_stays(folder):

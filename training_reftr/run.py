@@ -189,9 +189,10 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
 
 
 def describe_best(args):
-    """Put the recipe beside a model that is the best now; a report is of the one before, and goes."""
+    """Put the recipe beside a model that is the best now; report and origin are of the one before, and go."""
     folder = Path(args.output_dir)
     remove_report(folder)
+    (folder / "origin.json").unlink(missing_ok=True)
     (folder / "recipe.yaml").write_text(to_recipe(args, without=PLACES), encoding="utf-8")
 
 
