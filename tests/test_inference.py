@@ -311,3 +311,10 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
         if "mean_iou" in row:
             is_exact = "bfloat16" not in row["name"]
             assert row["largest_difference"] < (1e-5 if is_exact else 0.1), row
+
+
+def test_the_memory_of_a_process_is_its_own(run):
+    """And not what the process that started it held."""
+    child = "import sys; from benchmarks import speed; sys.stdout.write(str(speed.peak_memory()))"
+    parent = f"import subprocess, sys; held = b'1' * 3 * 2**30; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert 0 < int(run("-c", parent).stdout) < 2 * 2**30
