@@ -43,9 +43,9 @@ def table_of_speed(results: dict) -> str:
     lines = ["| | ours | published pattern | ratio | spread |", "|---|---|---|---|---|"]
     for row in results["rows"]:
         low, high = row["spread"]
+        ours, published = (f"{float(f'{row[side]:.3g}'):g}" for side in ("ours", "published_pattern"))
         lines.append(
-            f"| {row['name']}, {row['unit']} | {row['ours']:.3g} | {row['published_pattern']:.3g} | "
-            f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
+            f"| {row['name']}, {row['unit']} | {ours} | {published} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
         )
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     return "\n".join([*lines, "", f"Measured on: {machine}."])

@@ -27,11 +27,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 import transformers
+from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
 from torchvision.ops import box_iou
 from transformers.image_transforms import center_to_corners_format
@@ -42,11 +44,12 @@ from modeling_reftr.image_processing_reftr import pad_batch
 
 
 SIDES = ("ours", "published")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NUMBERS = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}  # of ours; theirs: float32
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((480, 640), (480, 640), (640, 480), (427, 640))  # of pictures, height and width
 PUBLISHED_BATCH = 8
 EXPRESSIONS = 7  # of a picture, as in RefCOCO
+PICTURES = {"cpu": 8, "cuda": 64}  # of an evaluation
 GROUPS = {"cpu": 2, "cuda": 16}  # pictures of our batch; on CPUs, larger temporaries cost more than they give
 CONFIG = {}  # fields of RefTRConfig: as published
 TOKENS = (3, 4, 4, 5, 5, 6, 8, 11)  # lengths of RefCOCO's expressions with [CLS] and [SEP]
@@ -199,9 +202,14 @@ def answer(model: RefTRForVisualGrounding, batches: list[dict], **kwargs) -> lis
     answers = []
     with torch.no_grad():
         for batch in batches:
-            outputs = model(**{name: value.to(model.device) for name, value in batch.items()}, **kwargs)
+            outputs = model(**batch, **kwargs)
             answers.append((outputs.pred_boxes, outputs.pred_masks))
     return answers
+
+
+def move(batch: dict, device: str) -> dict:
+    """A batch on a device: what is timed is the model, and not the way there."""
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]:
@@ -212,7 +220,7 @@ def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]
             start = time.perf_counter()
             action()
             if device != "cpu":
-                torch.accelerator.synchronize()
+                torch.cuda.synchronize()
             if number:
                 times.append(time.perf_counter() - start)
     return seconds
@@ -228,29 +236,31 @@ def one_picture(count: int) -> tuple[str, dict, dict]:
     return name, collate([picture], texts, [0] * count), collate([picture] * count, texts, None, width=40)
 
 
-def latency(count: int, device: str, rounds: int) -> list[Row]:
-    """One picture and one or several expressions."""
+def latency(count: int, device: str, rounds: int, **kwargs) -> list[Row]:
+    """One picture and one or several expressions; kwargs as of `compare`."""
     name, grouped, published = one_picture(count)
-    return compare(name, "seconds", 1, [grouped], [published], (grouped, published), device, rounds)
+    pair = (grouped, published)
+    return compare(name, "milliseconds", 1e-3, [grouped], [published], pair, device, rounds, **kwargs)
 
 
 def compiled(device: str, rounds: int) -> list[Row]:
     """One picture and one expression, of a compiled model: on a CPU its weights are constants, on a GPU one graph."""
-    name, grouped, published = one_picture(1)
-
-    def prepare(model):
-        return torch.compile(model, mode=None if device == "cpu" else "reduce-overhead")
-
+    prepare = partial(torch.compile, mode=None if device == "cpu" else "reduce-overhead")
     with inductor.patch(freezing=device == "cpu"):  # as TORCHINDUCTOR_FREEZING=1 does
-        pair = (grouped, published)
-        label = ", compiled"
-        return compare(name, "seconds", 1, [grouped], [published], pair, device, rounds, prepare=prepare, label=label)
+        return latency(1, device, rounds, prepare=prepare, label=", compiled")
+
+
+def evaluation_compiled(device: str, rounds: int) -> list[Row]:
+    """As `evaluation`, of a model that is compiled for each of the few shapes."""
+    # else torch goes on without compiling after the eighth shape of all models together
+    with inductor.patch(freezing=device == "cpu"), dynamo.patch(recompile_limit=100):
+        return evaluation(device, rounds, prepare=partial(torch.compile, dynamic=False), label=", compiled")
 
 
 def exported(device: str, rounds: int) -> list[Row]:
     """The same by ONNX Runtime on a CPU, from the graph that `modeling_reftr.export` makes."""
     if device != "cpu":
-        return []
+        raise ValueError(f"The row 'exported' is of ONNX Runtime on a CPU: --device {device} has none.")
     model = as_published(build_model())
     with contextlib.redirect_stdout(sys.stderr):  # torch tells there how far it is
         graph = export(build_model())
@@ -258,10 +268,10 @@ def exported(device: str, rounds: int) -> list[Row]:
     for count in (1, EXPRESSIONS):
         name, grouped, published = one_picture(count)
         actions = [lambda: graph(**grouped), lambda: answer(model, [published], output_attentions=True)]  # noqa: B023
-        seconds = race(actions, rounds, device)
+        milliseconds = [[1000 * value for value in times] for times in race(actions, rounds, device)]
         expected = answer(model, [published])[0][0]
         difference = difference_of(graph(**grouped).pred_boxes, expected)
-        rows.append(Row(f"{name}, float32, ONNX Runtime", "seconds", *seconds, difference))
+        rows.append(Row(f"{name}, float32, ONNX Runtime", "milliseconds", *milliseconds, difference))
     return rows
 
 
@@ -269,17 +279,18 @@ def compare(
     name, unit, count, grouped, published, pair, device, rounds, predict_masks=False, prepare=None, label=""
 ) -> list[Row]:
     """
-    Rows of forward passes, in float32 and bfloat16, over the published pattern in float32.
+    Rows of forward passes in several kinds of numbers over the published pattern in float32.
 
     Args:
         name, unit (`str`): of the rows.
-        count (`int`): what the seconds are divided by.
+        count (`float`): what the seconds are divided by.
         grouped, published (`list[dict]`): batches of both sides.
         pair (`(dict, dict)`): one of each side that must have the same answers.
         prepare (`Callable`, *optional*), label (`str`, *optional*): what is done to our models, and what it is called.
     """
+    grouped, published, pair = ([move(batch, device) for batch in batches] for batches in (grouped, published, pair))
     model = as_published(build_model(predict_masks)).to(device)
-    models = {key: build_model(predict_masks).to(device, dtype).fuse() for key, dtype in DTYPES.items()}
+    models = {key: build_model(predict_masks).to(device, getattr(torch, key)).fuse() for key in NUMBERS[device]}
     if prepare is not None:
         models = {key: prepare(side) for key, side in models.items()}
     *ours, theirs = race(
@@ -312,9 +323,9 @@ def difference_of(boxes: torch.Tensor, others: torch.Tensor) -> dict:
     }
 
 
-def evaluation(device: str, rounds: int, predict_masks: bool = False) -> list[Row]:
-    """Forward passes over pictures with seven expressions each, of every expression."""
-    questions = make_questions(8, EXPRESSIONS)
+def evaluation(device: str, rounds: int, predict_masks: bool = False, **kwargs) -> list[Row]:
+    """Forward passes over pictures with seven expressions each, of every expression; kwargs as of `compare`."""
+    questions = make_questions(PICTURES[device], EXPRESSIONS)
     grouped, published = our_batches(questions, GROUPS[device]), published_batches(questions)
     # answers are compared at one padded size
     batch = grouped[0]
@@ -322,7 +333,7 @@ def evaluation(device: str, rounds: int, predict_masks: bool = False) -> list[Ro
     single = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **images}
     name, count = f"evaluation{', masks' * predict_masks}", len(questions) * EXPRESSIONS
     unit = "seconds an expression"
-    return compare(name, unit, count, grouped, published, (batch, single), device, rounds, predict_masks)
+    return compare(name, unit, count, grouped, published, (batch, single), device, rounds, predict_masks, **kwargs)
 
 
 def captions(device: str, rounds: int) -> list[Row]:
@@ -345,8 +356,11 @@ def captions(device: str, rounds: int) -> list[Row]:
     )
 
 
-def training_step(side: str, device: str) -> tuple[Callable, int, RefTRForVisualGrounding]:
-    """What makes one update of one side, how many expressions it has, and the model."""
+def training_step(side: str, device: str, is_fast: bool = False) -> tuple[Callable, int, RefTRForVisualGrounding]:
+    """
+    What makes one update of one side, how many expressions it has, and the model; `is_fast`: with `compile` and
+    `mixed_precision: bf16` of the training script.
+    """
     model = build_model().to(device)
     questions = make_questions(max(PUBLISHED_BATCH, GROUPS[device]), EXPRESSIONS)
     if side == "ours":
@@ -358,13 +372,17 @@ def training_step(side: str, device: str) -> tuple[Callable, int, RefTRForVisual
     model.freeze_parameters()
     model.train()
     count = len(batch["input_ids"])
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = move(batch, device)
     labels = [{"boxes": torch.rand(1, 4, device=device) / 2 + 0.25} for _ in range(count)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=side == "ours")
+    if is_fast:
+        model.compile()
 
     def step():
-        model(**batch, labels=labels, **kwargs).loss.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=is_fast):
+            loss = model(**batch, labels=labels, **kwargs).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
         optimizer.zero_grad()
@@ -372,12 +390,14 @@ def training_step(side: str, device: str) -> tuple[Callable, int, RefTRForVisual
     return step, count, model
 
 
-def training(device: str, rounds: int) -> list[Row]:
+def training(device: str, rounds: int, is_fast: bool = False) -> list[Row]:
     """Updates with their optimizer, the published pattern's of eight expressions, ours of grouped ones."""
-    steps, counts, _ = zip(*(training_step(side, device) for side in SIDES), strict=True)
+    sides = (training_step("ours", device, is_fast), training_step("published", device))
+    steps, counts, _ = zip(*sides, strict=True)
     times = race(list(steps), rounds, device)
     seconds = [[value / count for value in values] for values, count in zip(times, counts, strict=True)]
-    return [Row("training step, float32", "seconds an expression", *seconds, {})]
+    name = f"training step, {'bfloat16, compiled' if is_fast else 'float32'}"
+    return [Row(name, "seconds an expression", *seconds, {})]
 
 
 def training_memory(device: str, rounds: int) -> list[Row]:
@@ -423,13 +443,13 @@ def memory_of(side: str, device: str) -> float:
     if device == "cpu":
         before = psutil.Process().memory_info().rss
     else:
-        before = torch.accelerator.memory_allocated()
+        before = torch.cuda.memory_allocated()
     step()
     step()
     if device == "cpu":
         peak = peak_memory()
     else:
-        peak = torch.accelerator.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated()
     return (peak - before - staying) / count / 1e9
 
 
@@ -443,14 +463,16 @@ def peak_memory() -> int:
 
 # what is measured, and in how many rounds
 ROWS = {
-    "latency_1": (lambda device, rounds: latency(1, device, rounds), 15),
-    "latency_7": (lambda device, rounds: latency(7, device, rounds), 5),
+    "latency_1": (partial(latency, 1), 15),
+    "latency_7": (partial(latency, EXPRESSIONS), 5),
     "compiled": (compiled, 15),
     "exported": (exported, 5),
     "evaluation": (evaluation, 3),
-    "evaluation_masks": (lambda device, rounds: evaluation(device, rounds, predict_masks=True), 3),
+    "evaluation_compiled": (evaluation_compiled, 3),
+    "evaluation_masks": (partial(evaluation, predict_masks=True), 3),
     "captions": (captions, 3),
     "training": (training, 3),
+    "training_compiled": (partial(training, is_fast=True), 3),
     "training_memory": (training_memory, 1),
     "preparation": (preparation, 1),
     "loading": (loading, 1),
@@ -482,7 +504,7 @@ def processor_name() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description="Speed beside the published pattern.")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="absent: all that the device has")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, help="of each row, in place of its own number")
     parser.add_argument("--output", help="JSON file to write the rows to; rows of other names stay in it")
@@ -491,20 +513,31 @@ def main():
     if args.memory_of:
         sys.stdout.write(f"{memory_of(args.memory_of, args.device)}\n")
         return
-    rows = []
-    for name in args.rows:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here.")
+    path = args.output and Path(args.output)
+    results = {"machine": machine(args.device), "rows": []}
+    if path and path.exists():
+        kept = json.loads(path.read_text())
+        if kept["machine"] != results["machine"]:
+            raise ValueError(
+                f"--output {args.output}: its rows were measured on {kept['machine']}, and this is "
+                f"{results['machine']}. Name another file, or take this one away."
+            )
+        results = kept
+    for name in args.rows or [name for name in ROWS if args.device == "cpu" or name != "exported"]:
+        torch.compiler.reset()  # each row compiles for itself
         action, rounds = ROWS[name]
-        for row in action(args.device, args.rounds or rounds):
-            rows.append(row.as_json())
-            sys.stdout.write(json.dumps(rows[-1]) + "\n")
-            sys.stdout.flush()
-    if args.output:
-        path = Path(args.output)
-        names = {row["name"] for row in rows}
-        kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = [row for row in kept if row["name"] not in names] + rows
-        path.write_text(json.dumps({"machine": machine(args.device), "rows": rows}, indent=2) + "\n")
+        rows = [row.as_json() for row in action(args.device, args.rounds or rounds)]
+        sys.stdout.write("".join(f"{json.dumps(row)}\n" for row in rows))
+        sys.stdout.flush()
+        if path:  # a row takes the place of that of its name, or goes behind the last
+            results["rows"] = list({row["name"]: row for row in [*results["rows"], *rows]}.values())
+            path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

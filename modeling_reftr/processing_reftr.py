@@ -281,11 +281,14 @@ class RefTRProcessor(ProcessorMixin):
         """
         boxes_xyxy = self.image_processor.post_process_boxes(outputs, target_sizes)
         token_ids = outputs.input_ids[:, None] if outputs.phrase_input_ids is None else outputs.phrase_input_ids
+        # the host waits for the device a few times a batch, and not for every sentence
+        phrase_mask, token_ids = outputs.phrase_mask.cpu(), token_ids.cpu()
+        boxes_of_sentences = boxes_xyxy[outputs.phrase_mask].split(phrase_mask.sum(1).tolist())
         results = []
-        for boxes, mask, ids in zip(boxes_xyxy, outputs.phrase_mask, token_ids, strict=True):
+        for boxes, mask, ids in zip(boxes_of_sentences, phrase_mask, token_ids, strict=True):
             results.append(
                 {
-                    "boxes": boxes[mask],
+                    "boxes": boxes,
                     "phrases": self.tokenizer.batch_decode(ids[mask], skip_special_tokens=True),
                     "phrase_indices": mask.nonzero().flatten().tolist(),
                 }

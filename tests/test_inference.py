@@ -286,12 +286,13 @@ def test_texts_are_kept_for_inference_alone(make_model):
 
 
 FULL_SIZE = ("training_memory", "preparation", "loading")
-OURS = [name for name in speed.ROWS if name not in (*FULL_SIZE, "compiled", "exported")]
+GRAPHS = ["compiled", "evaluation_compiled", "training_compiled", "exported"]
+OURS = [name for name in speed.ROWS if name not in (*FULL_SIZE, *GRAPHS)]
 
 
 @pytest.mark.parametrize(
     ("rows", "count"),
-    [(OURS, 2 * 5 + 1), pytest.param(["compiled", "exported"], 4, marks=pytest.mark.slow)],
+    [(OURS, 2 * 5 + 1), pytest.param(GRAPHS, 2 * 3 + 1, marks=pytest.mark.slow)],
     ids=["ours", "graph"],
 )
 def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
@@ -311,6 +312,20 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
         if "mean_iou" in row:
             is_exact = "bfloat16" not in row["name"]
             assert row["largest_difference"] < (1e-5 if is_exact else 0.1), row
+
+
+def test_figures_of_different_machines_do_not_mix(monkeypatch, tmp_path):
+    output = tmp_path / "speed.json"
+    others = json.dumps({"machine": {"device": "a larger one"}, "rows": []})
+    output.write_text(others)
+    monkeypatch.setattr("sys.argv", ["speed.py", "--output", str(output)])
+    with pytest.raises(ValueError, match="a larger one"):
+        speed.main()
+    assert output.read_text() == others
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["speed.py", "--device", "cuda"])
+    with pytest.raises(ValueError, match="no GPU"):
+        speed.main()
 
 
 def test_the_memory_of_a_process_is_its_own(run):

@@ -11,8 +11,11 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_modeling import assert_same_boxes, model_inputs, single_inputs
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModel, AutoModelForZeroShotObjectDetection, Trainer, TrainingArguments, pipeline
+from transformers.modeling_utils import local_torch_dtype
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRModel, RefTRProcessor
 from training_reftr.data import GroundingCollator
@@ -133,6 +136,56 @@ def test_forward_and_loss_do_not_wait_for_the_device(batch, make_model, attentio
     with NoWaiting() as waiting:  # the check can fail
         model(**{name: value for name, value in batch.items() if name != "phrase_index"})
     assert "aten::nonzero" in waiting.seen
+
+
+class OnTheHost(TorchDispatchMode):
+    """Collects operations that take or give a tensor of the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        tensors = [value for value in tree_leaves((arguments, keywords, result)) if isinstance(value, torch.Tensor)]
+        if any(tensor.device.type == "cpu" for tensor in tensors):
+            self.seen.append(function.name())
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"predict_masks": True, "mask_loss_over_padding": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_and_loss_stay_on_a_gpu(batch, make_model, dtype, settings):
+    """
+    Of a GPU that is made up: tensors have sizes and devices there, and no values. Mixed devices and waiting are
+    errors; and a graph of CUDA takes no tensor of the host.
+    """
+
+    def pretend(value):
+        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+    with FakeTensorMode(), torch.device("cuda"):
+        with local_torch_dtype(dtype):
+            model = make_model(**settings)
+        inputs = tree_map(pretend, dict(batch))
+        for is_training in (True, False):
+            model.train(is_training)
+            if not is_training:
+                model.fuse()
+            with OnTheHost() as host:
+                outputs = model(**inputs)
+            assert outputs.last_hidden_state.dtype == dtype
+            assert outputs.loss.device.type == outputs.pred_boxes.device.type == "cuda"
+            assert outputs.loss.dtype == outputs.pred_boxes.dtype == torch.float32
+            assert outputs.pred_boxes.shape == (*batch["input_ids"].shape[:1], batch["phrase_spans"].shape[1], 4)
+            assert host.seen == []
+        with pytest.raises(DynamicOutputShapeException):  # the host would wait for the number of phrases
+            model(**{name: value for name, value in inputs.items() if name != "phrase_index"})
+        with pytest.raises(RuntimeError, match="device"):
+            model(**{**inputs, "pixel_mask": inputs["pixel_mask"].cpu()})
+        with OnTheHost() as host:
+            inputs["pixel_values"].cpu()
+        assert host.seen == ["aten::_to_copy"]
 
 
 def test_phrase_index_changes_nothing(batch, make_model):

@@ -217,6 +217,7 @@ class TrainingData:
             collate_fn=GroundingCollator(processor, with_masks=with_masks, are_resized=True),
             num_workers=args.num_workers,
             persistent_workers=args.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch takes a number from the generator of weights and dropout
         )
 
@@ -256,7 +257,8 @@ def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> Data
         GroundingDataset(rows, reader),
         batch_sampler=[mine[start : start + size] for start in range(0, len(mine), size)],
         collate_fn=GroundingCollator(processor, are_resized=args.image_cache is not None),
-        num_workers=min(args.num_workers, 1),
+        num_workers=args.num_workers,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -309,6 +311,11 @@ def all_sentences(rows) -> Iterator[str]:
 
 def move(batch: dict, device: torch.device) -> dict:
     """The model's inputs of a batch on a device; targets are for the metrics and stay."""
-    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    inputs["labels"] = [{name: value.to(device) for name, value in label.items()} for label in batch["labels"]]
-    return inputs
+
+    def to_device(values: dict) -> dict:
+        # on a GPU the batch is in pinned memory, and the host goes on while it is copied
+        is_pinned = torch.device(device).type == "cuda"
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return {name: value.to(device, non_blocking=is_pinned) for name, value in tensors.items()}
+
+    return {**to_device(batch), "labels": [to_device(label) for label in batch["labels"]]}
