@@ -330,6 +330,10 @@ def test_kept_pictures_are_the_same(toy, processor, arguments, tmp_path, caplog)
         list(evaluation_loader(rows["testA"], processor, arguments(image_cache=folder), 0, 1))
         for folder in (None, str(tmp_path / "kept"))
     ]
+    loader = evaluation_loader(rows["testA"], processor, arguments(num_workers=2), 0, 1)
+    assert loader.num_workers == 2
+    for batch, other in zip(loader, evaluated[0], strict=True):
+        assert batch["targets"] == other["targets"]
     for batch, other in zip(*evaluated, strict=True):
         assert batch["targets"] == other["targets"]
         assert torch.equal(batch["pixel_values"], other["pixel_values"])

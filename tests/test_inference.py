@@ -314,6 +314,19 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
             assert row["largest_difference"] < (1e-5 if is_exact else 0.1), row
 
 
+def test_a_row_that_fails_takes_no_other_with_it(monkeypatch, tmp_path):
+    def fail(device, rounds):
+        raise ValueError("out of luck")
+
+    row = speed.Row("a row", "seconds", [1.0], [2.0], {})
+    monkeypatch.setattr(speed, "ROWS", {"first": (lambda device, rounds: [row], 1), "second": (fail, 1)})
+    output = tmp_path / "speed.json"
+    monkeypatch.setattr("sys.argv", ["speed.py", "--output", str(output)])
+    with pytest.raises(ValueError, match="out of luck"):
+        speed.main()
+    assert [(row["name"], row["ratio"]) for row in json.loads(output.read_text())["rows"]] == [("a row", 0.5)]
+
+
 def test_figures_of_different_machines_do_not_mix(monkeypatch, tmp_path):
     output = tmp_path / "speed.json"
     others = json.dumps({"machine": {"device": "a larger one"}, "rows": []})

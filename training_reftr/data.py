@@ -311,10 +311,10 @@ def all_sentences(rows) -> Iterator[str]:
 
 def move(batch: dict, device: torch.device) -> dict:
     """The model's inputs of a batch on a device; targets are for the metrics and stay."""
+    # on a GPU the batch is in pinned memory, and the host goes on while it is copied
+    is_pinned = torch.device(device).type == "cuda"
 
     def to_device(values: dict) -> dict:
-        # on a GPU the batch is in pinned memory, and the host goes on while it is copied
-        is_pinned = torch.device(device).type == "cuda"
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         return {name: value.to(device, non_blocking=is_pinned) for name, value in tensors.items()}
 
