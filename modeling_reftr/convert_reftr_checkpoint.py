@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -32,6 +32,7 @@ from .configuration_reftr import RefTRConfig
 from .image_processing_reftr import RefTRImageProcessor
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
+from .saving_reftr import save_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -594,7 +595,7 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
     convert_state_dict(published, expected)  # nothing is missing, and there is a way back
     check_config(config, published)
     with written_aside(output) as aside:
-        save_file(published, aside, metadata={"format": "pt"})
+        save_tensors(published, aside, metadata={"format": "pt"})
         os.replace(aside, output)
     return output
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_reftr import RefTRConfig
 from .fusing_reftr import fold_batch_norms, restore_batch_norms
 from .loss_reftr import grounding_loss
+from .saving_reftr import apply_default_permissions
 from .text_cache_reftr import TextCache
 
 
@@ -572,6 +574,11 @@ class RefTRPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
     _folded_norms = None  # a list while the model is fused
     _text_cache = None  # within cache_text()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the model as the library does; others may read its weights where the umask lets them read files."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        apply_default_permissions(Path(save_directory).glob("*model*.safetensors"))
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # For code outside of the library it passes over modules whose parameters all lie in their children. It need

@@ -194,6 +194,7 @@ def trained(recipe, shapes, tmp_path_factory):
         capture_output=True,
         text=True,
         timeout=300,
+        umask=0o027,  # not the usual one, see test_permissions.py
     )
     assert result.returncode == 0, result.stderr
     return output, result

@@ -333,6 +333,7 @@ def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path
     run_main(monkeypatch, "--checkpoint", checkpoint, "--output_dir", tmp_path / "ours", *settings)
     run_main(monkeypatch, "--checkpoint", tmp_path / "ours", "--output_dir", tmp_path / "back", "--to_published")
     back = tmp_path / "back" / "published.safetensors"
+    assert back.stat().st_mode == (tmp_path / "ours" / "config.json").stat().st_mode
     assert capsys.readouterr().out.endswith(f"Written: {back}\n")
     weights = load_file(back)
     assert weights.keys() == published.keys()

@@ -28,13 +28,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+
+from modeling_reftr.saving_reftr import save_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def save_checkpoint(model, optimizer, processor, state: TrainingState, args, acc
         processor.save_pretrained(folder)
         # the rates and the like come from the settings
         tensors = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
-        save_file(tensors, folder / OPTIMIZER)
+        save_tensors(tensors, folder / OPTIMIZER)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
 
     with on_main_process(accelerator, f"The checkpoint of step {state.step} was not written"):
