@@ -279,7 +279,7 @@ def test_a_run_without_a_checkpoint_starts_anew(recipe, tmp_path):
     output = finish(run(recipe, tmp_path, 1, "--resume", "auto", "--max_steps", 1))
     assert "There is no checkpoint" in output
     refused = finish(run(recipe, tmp_path, 1, "--resume", tmp_path / "nowhere"), expected=1)
-    assert "nowhere' is no whole checkpoint" in refused
+    assert "nowhere' is not a complete checkpoint" in refused
 
 
 @pytest.mark.parametrize(("split", "updates"), [("train", 6), ("train+validation", 7)])

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub import eval_result_entries_to_yaml as to_entries
 from safetensors import safe_open
 
+from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
 from training_reftr.report import format_results
 
@@ -133,7 +134,17 @@ def read_facts(folder: Path) -> dict:
 
     def read(name: str) -> dict:
         path = folder / name
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        if path.suffix == ".json":
+            return read_json(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{str(path)!r} is damaged: expected a mapping, found {type(values).__name__}.")
+        return values
 
     num_parameters = 0
     for file in sorted(folder.glob("model*.safetensors")):
@@ -156,7 +167,7 @@ def best_validation(path: Path, split: str) -> dict:
     """The record of a run's metrics.jsonl with the best validation so far, by masks where there are masks."""
     if not path.is_file():
         return {}
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [record for _, _, record in read_json_lines(path) if isinstance(record, dict)]
     records = [record for record in records if f"{split}/accuracy@0.5" in record]
     keys = (f"{split}/mask_mean_iou", f"{split}/accuracy@0.5")
     return max(records, key=lambda record: next(record[key] for key in keys if key in record), default={})

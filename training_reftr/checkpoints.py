@@ -17,17 +17,21 @@ in it: what is drawn in a step is a function of the seed, the step and the proce
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,12 +41,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from modeling_reftr.saving_reftr import save_tensors
+from training_reftr.json_files import read_json
 
 
 logger = logging.getLogger(__name__)
 
 FOLDER, MANIFEST, STATE, OPTIMIZER = "checkpoints", "manifest.json", "state.json", "optimizer.safetensors"
 NAME = re.compile(r"step_(\d{8,})")
+# files without which a checkpoint is not complete
+REQUIRED = ("config.json", "model*.safetensors", OPTIMIZER, STATE, "processor_config.json", "tokenizer_config.json")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -61,6 +68,8 @@ class TrainingState:
         scaler (`dict`, *optional*): state of the gradient scaler of fp16.
         run_id (`str`): what trackers know the run by.
         settings (`dict`): the run's settings, to tell what was changed.
+        num_rows (`int`), fingerprint (`str`): rows of the training data and a hash of them, see
+            `training_reftr.fingerprint`; 0 and empty in checkpoints that do not say it.
     """
 
     step: int = 0
@@ -74,6 +83,8 @@ class TrainingState:
     scaler: dict | None = None
     run_id: str = ""
     settings: dict = field(default_factory=dict)
+    num_rows: int = 0
+    fingerprint: str = ""
 
     def count(self, global_batch_size: int, num_batches: int):
         """Note that the epoch had more batches."""
@@ -199,8 +210,83 @@ def refuse_others(output_dir: str | Path, checkpoint: Path | None):
 
 
 def load_state(path: Path) -> TrainingState:
-    """The place in the run that a checkpoint was written at."""
-    return TrainingState(**json.loads((path / STATE).read_text()))
+    """
+    Return the place in the run that a checkpoint was written at.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it was written by a later version, or a field is missing, of another type or out of range.
+    """
+    file = path / STATE
+    values = read_json(file)
+    known = [item.name for item in fields(TrainingState)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{str(file)!r} was written by a later version of this code, which adds the field {unknown[0]!r}: "
+            "continue it with that version"
+        )
+    missing = [name for name in known if name not in values and name not in ADDED_FIELDS]
+    if missing:
+        raise ValueError(f"{str(file)!r} has no field {missing[0]!r}")
+    for name, value in values.items():
+        expected, is_valid = STATE_FIELDS[name]
+        if not is_valid(value):
+            raise ValueError(f"{str(file)!r} has {name}={value!r}, expected {expected}")
+    state = TrainingState(**values)
+    folder = NAME.fullmatch(path.name)
+    if folder and state.step != int(folder[1]):
+        raise ValueError(f"{str(file)!r} is of step {state.step}, but its folder is {path.name!r}")
+    if (state.best is None) != (state.best_step is None) or (state.best_step or 0) > state.step:
+        raise ValueError(
+            f"{str(file)!r} has best={state.best!r} and best_step={state.best_step!r}, expected both or neither, of "
+            f"step {state.step} or earlier"
+        )
+    return state
+
+
+def is_count(value, minimum: int = 0) -> bool:
+    """Whether a JSON value is a whole number that is not below a minimum."""
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
+
+
+def is_finite(value) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_progress(value) -> bool:
+    """Whether a JSON value is a list of [global batch size, number of batches]."""
+    return isinstance(value, list) and all(
+        isinstance(cut, list) and len(cut) == 2 and all(is_count(number, 1) for number in cut) for cut in value
+    )
+
+
+def is_scaler(value) -> bool:
+    """Whether a JSON value is the state of a gradient scaler, or null."""
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+    )
+
+
+COUNT = ("a whole number of at least 0", is_count)
+# field of `TrainingState` -> (what its value must be, whether a JSON value is so)
+STATE_FIELDS = {
+    "step": COUNT,
+    "epoch": COUNT,
+    "seen": ("a list of [global batch size, number of batches]", is_progress),
+    "is_evaluation_due": ("true or false", lambda value: isinstance(value, bool)),
+    "best": ("a finite number or null", lambda value: value is None or is_finite(value)),
+    "best_step": ("a whole number of at least 0 or null", lambda value: value is None or is_count(value)),
+    "schedule_step": COUNT,
+    "steps_per_epoch": COUNT,
+    "scaler": ("the numbers of a gradient scaler or null", is_scaler),
+    "run_id": ("text", lambda value: isinstance(value, str)),
+    "settings": ("a mapping", lambda value: isinstance(value, dict)),
+    "num_rows": COUNT,
+    "fingerprint": ("text", lambda value: isinstance(value, str)),
+}
+ADDED_FIELDS = ("num_rows", "fingerprint")  # not in every checkpoint
 
 
 def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerator: Accelerator):
@@ -208,12 +294,18 @@ def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerat
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         logger.warning("AdamW's moments begin anew: DeepSpeed kept them to itself when the checkpoint was written.")
         return
-    groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
     moments = {}
     for key, value in load_file(path / OPTIMIZER).items():
         name, _, moment = key.rpartition("/")
         moments.setdefault(name, {})[moment] = value
-    set_optimizer_state_dict(model, optimizer.optimizer, {"state": moments, "param_groups": groups}, options=WHOLE)
+    if not moments:
+        logger.warning(f"AdamW's moments start anew: {str(path / OPTIMIZER)!r} was written without them.")
+        return
+    groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
+    try:
+        set_optimizer_state_dict(model, optimizer.optimizer, {"state": moments, "param_groups": groups}, options=WHOLE)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise OSError(f"{str(path / OPTIMIZER)!r} does not fit the model: {error}.") from error
     if accelerator.scaler is not None and state.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)
 
@@ -227,39 +319,102 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
 
 def newest_whole(output_dir: str | Path) -> Path | None:
     """
-    The newest checkpoint of a run that is whole; None where there is none. Later ones that are damaged are named so,
-    with a warning.
+    Return the latest valid checkpoint of a run, None if there is none. Later ones that are damaged are renamed, with a
+    warning.
 
     Raises:
-        OSError: if there are some, but all of them are damaged.
+        OSError: if there are checkpoints, but all of them are damaged.
     """
-    found, damaged = checkpoints_of(output_dir), []
+    found, faults = checkpoints_of(output_dir), {}
     for path in found:
         fault = find_fault(path)
         if fault is None:
-            for other in damaged:
-                other.rename(other.with_name(f"{other.name}.damaged"))
+            for damaged in faults:
+                set_aside(damaged)
             return path
         logger.warning(f"{fault}; the checkpoint before it is taken.")
-        damaged.append(path)
+        faults[path] = fault
     if found:
         raise OSError(
-            f"All {len(found)} checkpoints in {str(found[0].parent)!r} are damaged. Take them away to start anew."
+            f"All {len(found)} checkpoints in {str(found[0].parent)!r} are damaged, the latest because "
+            f"{faults[found[0]]}. Move them away to start anew."
         )
     return None
 
 
+def set_aside(path: Path):
+    """Rename a damaged checkpoint, so that its name is free and nothing is lost."""
+    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+    path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
+
+
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None where it is whole: every file is there, byte by byte as written."""
+    """Return what is wrong with a checkpoint, None if it is complete, as it was written, and can be continued."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
+        check_manifest(path, manifest)
         for name, (size, digest) in manifest.items():
             file = path / name
             if file.stat().st_size != size or digest_of(file) != digest:
                 return f"{str(file)!r} is not as it was written"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{str(path)!r} is no whole checkpoint ({type(error).__name__}: {error})"
+        load_state(path)
+        check_optimizer(path)
+    except FileNotFoundError as error:
+        return f"{str(path)!r} is not a complete checkpoint: {error}"
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error).rstrip(".") if str(path) in str(error) else f"{str(path)!r} is damaged: {error}"
     return None
+
+
+def check_manifest(path: Path, manifest: dict):
+    """
+    Validate what a checkpoint's manifest says, without looking at the files.
+
+    Raises:
+        ValueError: if a required file is not listed, an entry is malformed, or one is outside of the folder.
+    """
+    where = f"{str(path / MANIFEST)!r}"
+    for name, entry in manifest.items():
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+            raise ValueError(f"{where} lists {name!r}, which is not a file in its folder")
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and is_count(entry[0])
+            and isinstance(entry[1], str)
+            and re.fullmatch("[0-9a-f]{64}", entry[1])
+        ):
+            raise ValueError(f"{where} has {entry!r} for {name!r}, expected [size in bytes, SHA-256]")
+    missing = [pattern for pattern in REQUIRED if not any(fnmatchcase(name, pattern) for name in manifest)]
+    if missing:
+        raise ValueError(f"{str(path)!r} is not a complete checkpoint: {MANIFEST} does not list {', '.join(missing)}")
+
+
+def check_optimizer(path: Path):
+    """
+    Compare a checkpoint's optimizer with its weights, by the headers of their files.
+
+    Raises:
+        SafetensorError: if a file is malformed.
+        ValueError: if a moment belongs to no weight, or is of another shape.
+    """
+    weights = {name: shape for file in path.glob("model*.safetensors") for name, shape in shapes_in(file).items()}
+    for key, shape in shapes_in(path / OPTIMIZER).items():
+        name, _, moment = key.rpartition("/")
+        if name not in weights:
+            raise ValueError(f"{str(path / OPTIMIZER)!r} does not fit the model, which has no weight {name!r}")
+        if moment != "step" and shape != weights[name]:
+            raise ValueError(
+                f"{str(path / OPTIMIZER)!r} does not fit the model: {key!r} has shape {shape}, the weight has "
+                f"{weights[name]}"
+            )
+
+
+def shapes_in(file: Path) -> dict[str, list[int]]:
+    """Return name -> shape of the tensors in a safetensors file, of which the header is read."""
+    with safe_open(file, "pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
 
 
 def write_aside(path: Path, write):

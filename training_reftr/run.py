@@ -144,13 +144,7 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
         if args.resume:
             logger.info(f"There is no checkpoint in {args.output_dir!r} yet: a new run.")
     else:
-        model = RefTRForVisualGrounding.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=args.attn_implementation
-        )
-        # away from the file's memory, whose alignment changes how sums are rounded
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
-        processor = RefTRProcessor.from_pretrained(checkpoint)
+        model, processor = load_checkpoint(checkpoint, args)
         state = load_state(checkpoint)
         if not (Path(args.output_dir) / "model.safetensors").exists():
             state.best = state.best_step = None  # the best so far is of another folder
@@ -186,6 +180,31 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
     model.train()
     return run
+
+
+def load_checkpoint(path: Path, args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+    """
+    Load the model and the processor of a checkpoint.
+
+    Raises:
+        OSError: if its files do not fit each other.
+    """
+    try:
+        model, info = RefTRForVisualGrounding.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=args.attn_implementation, output_loading_info=True
+        )
+        processor = RefTRProcessor.from_pretrained(path)
+    except Exception as error:  # the library's own, of many kinds
+        raise OSError(f"The checkpoint {str(path)!r} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise OSError(
+            f"The checkpoint {str(path)!r} lacks {len(names)} weights of its model, the first is {names[0]!r}."
+        )
+    # away from the file's memory, whose alignment changes how sums are rounded
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model, processor
 
 
 def describe_best(args):

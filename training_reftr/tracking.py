@@ -6,6 +6,7 @@ collective; what is written is written by the main process.
 import json
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from training_reftr.json_files import read_json_lines
 from training_reftr.visualization import validation_pictures
 
 
@@ -41,13 +43,14 @@ class Tracking:
         if not accelerator.is_main_process:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        keep_until(self.path, state.step)
         if tracker_names(args):
             name = args.run_name or Path(args.output_dir).name
             settings = {
                 key: value if isinstance(value, int | float) else str(value) for key, value in vars(args).items()
             }
             accelerator.init_trackers("reftr", config=settings, init_kwargs=tracker_settings(name, state))
+        # last, so that a log is not touched by a run that does not start
+        keep_until(self.path, state.step)
 
     def restart_clock(self):
         """Measure speed from now on."""
@@ -119,18 +122,30 @@ def tracker_settings(name: str, state) -> dict:
 
 
 def keep_until(path: Path, step: int):
-    """Take the records of later steps out of a metrics.jsonl, and a last line that was cut."""
+    """
+    Take the records of later steps out of a metrics.jsonl, and lines that are not records, each with a warning. Where
+    these are more than a last line that was cut, the file as it was is kept beside it.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            logger.warning(f"{str(path)!r}: the line {line[:80]!r} is cut, and taken out.")
+    kept, malformed, num_lines = [], [], 0
+    for number, line, record in read_json_lines(path):
+        num_lines = number
+        if not isinstance(record, dict):
+            reason = record
+        elif not isinstance(record.get("step"), int):
+            reason = f"step={record.get('step')!r} is not a whole number"
+        else:
+            kept += [line] if record["step"] <= step else []
+            continue
+        malformed.append(number)
+        logger.warning(f"{str(path)!r}, line {number} is left out, it is not a record of the log ({reason}).")
+    if malformed and malformed != [num_lines]:
+        copy = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, copy)
+        logger.warning(f"The log as it was is kept as {str(copy)!r}.")
     aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(aside, path)
 
 

@@ -1,0 +1,199 @@
+"""What a checkpoint must hold to be continued: all else is refused in a sentence, and the one before is taken."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train_reftr
+from training_reftr.card import write_card
+from training_reftr.checkpoints import MANIFEST, OPTIMIZER, STATE, checkpoints_of, digest_of, find_fault, newest_whole
+from training_reftr.tracking import keep_until
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of a run with two checkpoints."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    assert len(checkpoints_of(tmp_path / "run")) == 2
+    return tmp_path / "run"
+
+
+def write_manifest(path):
+    """List the files of a checkpoint as they are now."""
+    files = [file for file in sorted(path.iterdir()) if file.name != MANIFEST]
+    (path / MANIFEST).write_text(json.dumps({file.name: [file.stat().st_size, digest_of(file)] for file in files}))
+
+
+def change_state(path, **changes):
+    values = {**json.loads((path / STATE).read_text()), **changes}
+    (path / STATE).write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+    write_manifest(path)
+
+
+def change_optimizer(path, change):
+    tensors = load_file(path / OPTIMIZER)
+    change(tensors)
+    save_file(tensors, path / OPTIMIZER)
+    write_manifest(path)
+
+
+STATES = {
+    "later": ({"ema_step": 3}, "was written by a later version of this code, which adds the field 'ema_step'"),
+    "step negative": ({"step": -5}, "has step=-5, expected a whole number of at least 0"),
+    "step of another folder": ({"step": 7}, "is of step 7, but its folder is 'step_00000012'"),
+    "step text": ({"step": "12"}, "has step='12', expected a whole number"),
+    "step true": ({"step": True}, "has step=True, expected a whole number"),
+    "step fraction": ({"step": 12.0}, "has step=12.0, expected a whole number"),
+    "step huge": ({"step": 10**30}, "expected a whole number"),
+    "epoch negative": ({"epoch": -1}, "has epoch=-1"),
+    "seen of numbers": ({"seen": [8, 2]}, "expected a list of \\[global batch size, number of batches\\]"),
+    "seen of three": ({"seen": [[8, 2, 1]]}, "expected a list of \\[global batch size, number of batches\\]"),
+    "seen of nothing": ({"seen": [[0, 2]]}, "expected a list of \\[global batch size, number of batches\\]"),
+    "seen null": ({"seen": None}, "has seen=None"),
+    "flag as number": ({"is_evaluation_due": 1}, "has is_evaluation_due=1, expected true or false"),
+    "best text": ({"best": "0.5"}, "has best='0.5', expected a finite number or null"),
+    "best not a number": ({"best": float("nan"), "best_step": 6}, "has best=nan, expected a finite number or null"),
+    "best infinite": ({"best": float("inf"), "best_step": 6}, "has best=inf"),
+    "best without its step": ({"best": 0.5, "best_step": None}, "expected both or neither"),
+    "best of later": ({"best": 0.5, "best_step": 13}, "of step 12 or earlier"),
+    "schedule negative": ({"schedule_step": -1}, "has schedule_step=-1"),
+    "epoch's steps": ({"steps_per_epoch": 2.5}, "has steps_per_epoch=2.5"),
+    "scaler": ({"scaler": {"scale": "big"}}, "expected the numbers of a gradient scaler or null"),
+    "run id": ({"run_id": 5}, "has run_id=5, expected text"),
+    "settings": ({"settings": []}, "has settings=\\[\\], expected a mapping"),
+    "missing": ({"epoch": ...}, "has no field 'epoch'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), STATES.values(), ids=STATES)
+def test_state_is_validated(run_folder, changes, sentence):
+    latest, before = checkpoints_of(run_folder)
+    change_state(latest, **changes)
+    assert re.search(sentence, find_fault(latest))
+    assert find_fault(before) is None
+
+
+FILES = {
+    "state is a list": (STATE, b"[1]", "state.json' is damaged: expected a JSON object, found list"),
+    "state is not UTF-8": (STATE, b'{"step": "\xff"}', "state.json' is damaged: 'utf-8' codec can't decode"),
+    "state is nested": (STATE, b"[" * 100_000, "state.json' is damaged: its values are nested too deeply"),
+    "state is empty": (STATE, b"", "state.json' is damaged: Expecting value"),
+    "optimizer is text": (OPTIMIZER, b"no tensors", "is damaged: .*header"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), FILES.values(), ids=FILES)
+def test_files_are_validated(run_folder, name, content, sentence):
+    latest = checkpoints_of(run_folder)[0]
+    (latest / name).write_bytes(content)
+    write_manifest(latest)
+    assert re.search(sentence, find_fault(latest))
+
+
+ENTRY = [1, "0" * 64]
+MANIFESTS = {
+    "empty": (
+        lambda manifest: manifest.clear(),
+        r"is not a complete checkpoint: manifest.json does not list config.json",
+    ),
+    **{
+        f"without {name}": (
+            lambda manifest, name=name: manifest.pop(name),
+            rf"is not a complete checkpoint: manifest.json does not list {name.replace('model.', 'model.?')}",
+        )
+        for name in ("config.json", OPTIMIZER, STATE, "processor_config.json", "tokenizer_config.json")
+    },
+    "without weights": (lambda manifest: manifest.pop("model.safetensors"), "does not list model.*safetensors"),
+    "outside": (lambda manifest: manifest.update({"../../x": ENTRY}), "lists '../../x', which is not a file in its"),
+    "absolute": (lambda manifest: manifest.update({"/etc/passwd": ENTRY}), "lists '/etc/passwd', which is not a file"),
+    "windows": (lambda manifest: manifest.update({"..\\x": ENTRY}), "which is not a file in its folder"),
+    "number": (lambda manifest: manifest.update({STATE: 3}), r"has 3 for 'state.json', expected \[size in bytes, SHA"),
+    "null": (lambda manifest: manifest.update({STATE: [1, None]}), "expected .size in bytes, SHA-256"),
+    "not a number": (lambda manifest: manifest.update({STATE: [float("nan"), "0" * 64]}), "expected .size in bytes"),
+    "negative": (lambda manifest: manifest.update({STATE: [-1, "0" * 64]}), "expected .size in bytes"),
+    "missing file": (
+        lambda manifest: manifest.update({"more.json": ENTRY}),
+        "is not a complete checkpoint: .*more.json",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), MANIFESTS.values(), ids=MANIFESTS)
+def test_manifest_is_validated(run_folder, change, sentence):
+    latest = checkpoints_of(run_folder)[0]
+    manifest = json.loads((latest / MANIFEST).read_text())
+    change(manifest)
+    (latest / MANIFEST).write_text(json.dumps(manifest))
+    assert re.search(sentence, find_fault(latest))
+    for content in ("[]", "null", "{", '{"a": }'):
+        (latest / MANIFEST).write_text(content)
+        assert "manifest.json' is damaged" in find_fault(latest)
+
+
+def test_optimizer_must_fit_the_weights(run_folder):
+    latest, before = checkpoints_of(run_folder)
+    change_optimizer(latest, lambda tensors: tensors.update({"model.unknown/exp_avg": torch.zeros(2)}))
+    assert "does not fit the model, which has no weight 'model.unknown'" in find_fault(latest)
+    key = next(key for key, value in load_file(before / OPTIMIZER).items() if value.dim() > 1)
+    change_optimizer(before, lambda tensors: tensors.update({key: tensors[key][:1].clone()}))
+    assert f"{key!r} has shape [1, " in find_fault(before)
+
+
+def test_latest_valid_checkpoint_skips_damaged_ones_and_loses_none(run_folder, caplog):
+    latest, before = checkpoints_of(run_folder)
+    for changes in ({"step": -5}, {"later": 1}):  # twice, as after a run that wrote the step again
+        if not latest.exists():
+            shutil.copytree(latest.with_name(f"{latest.name}.damaged"), latest)
+        change_state(latest, **changes)
+        assert newest_whole(run_folder) == before
+    assert "which adds the field 'later'" in caplog.text
+    names = {path.name for path in before.parent.iterdir()}
+    assert names == {before.name, f"{latest.name}.damaged", f"{latest.name}.damaged1"}
+    change_state(before, epoch=-1)
+    with pytest.raises(OSError, match=r"All 1 checkpoints .* are damaged, the latest because .*has epoch=-1"):
+        newest_whole(run_folder)
+
+
+def test_resume_takes_the_checkpoint_before_and_keeps_the_log(trained, recipe, run_folder, caplog):
+    latest = checkpoints_of(run_folder)[0]
+    change_state(latest, of_later=True)
+    log = run_folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:2], b'{"step": 2, "note": "\xe9"}\n', *lines[2:], b'{"step": 99, "tr']))
+    content = log.read_bytes()
+
+    with pytest.raises(OSError, match=r"--resume .* was written by a later version .* 'of_later'"):
+        train_reftr.main([str(recipe), "--output_dir", str(run_folder), "--resume", str(latest)])
+    assert log.read_bytes() == content
+
+    train_reftr.main([str(recipe), "--output_dir", str(run_folder), "--resume", "auto"])
+    assert "metrics.jsonl', line 3 is left out" in caplog.text
+    assert f"metrics.jsonl', line {len(lines) + 2} is left out" in caplog.text
+    assert (run_folder / "metrics.jsonl.damaged").read_bytes() == content
+    steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "train/loss" in record]
+    assert steps == list(range(1, 13))
+    one, two = (
+        load_file(folder / "checkpoints" / latest.name / "model.safetensors") for folder in (trained[0], run_folder)
+    )
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_cut_last_line_of_the_log_needs_no_copy(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1, "text": "\xe2\x80\xa8"}\n{"step": 2}\n{"st')
+    keep_until(log, 1)
+    assert log.read_bytes() == b'{"step": 1, "text": "\xe2\x80\xa8"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b"{", b'"text"'])
+@pytest.mark.parametrize("name", ["metrics.json", "origin.json", "recipe.yaml"])
+def test_card_names_a_damaged_file(make_model, tmp_path, name, content):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' is damaged"):
+        write_card(tmp_path)
