@@ -12,6 +12,7 @@ import yaml
 
 import data_scripts
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
+from processes import ENVIRONMENT, run_process
 from training_reftr.data import all_sentences, train_tokenizer
 
 
@@ -145,14 +146,18 @@ def run():
     """Runs a command of the project as a user does: a process of its own, in the checkout, with one thread."""
 
     def run_command(*command, cwd=ROOT, timeout=300, check=True, **environment):
-        result = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        words = [str(word) for word in command]
+        if environment or words[0] == "-c" or words[:2] == ["-m", "torch.distributed.run"]:
+            result = subprocess.run(
+                [sys.executable, *words],
+                cwd=cwd,
+                env={**os.environ, **ENVIRONMENT, **environment},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        else:
+            result = run_process(words, cwd, timeout)
         if check and result.returncode:
             raise RuntimeError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
         return result
@@ -191,6 +196,7 @@ def trained(recipe, shapes, tmp_path_factory):
     result = subprocess.run(
         [sys.executable, "train_reftr.py", str(recipe), "--output_dir", str(output)],
         cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,7 +5,6 @@ process as a user starts it; only what cannot be had otherwise is brought in by 
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,12 +14,7 @@ import psutil
 import yaml
 
 from conftest import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from processes import ENVIRONMENT, ScriptProcess, free_port
 
 
 def write_recipe(path: Path, data_cache: str, **settings) -> Path:
@@ -46,33 +40,29 @@ def write_recipe(path: Path, data_cache: str, **settings) -> Path:
     return path
 
 
-def start(*words, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> subprocess.Popen:
+def start(*words, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> subprocess.Popen | ScriptProcess:
     """Start train_reftr.py; `before` is Python that each of its processes runs first."""
     script = ["train_reftr.py"]
     if before:
         file = Path(words[words.index("--output_dir") + 1]).with_suffix(".before.py")
         file.write_text(f"import runpy\n{before}\nrunpy.run_path('train_reftr.py', run_name='__main__')\n")
         script = [str(file)]
+    if ranks == 1 and not environment:
+        return ScriptProcess([*script, *words], cwd, merge=True)
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     return subprocess.Popen(
         [*command, *script, *map(str, words)],
         cwd=cwd,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-            **environment,
-        },
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 300, expected: int | None = 0) -> str:
+def finish(process: subprocess.Popen | ScriptProcess, timeout: float = 300, expected: int | None = 0) -> str:
     """Wait for a run; its output. A hang is a failure, and leaves no process behind."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -84,7 +74,7 @@ def finish(process: subprocess.Popen, timeout: float = 300, expected: int | None
     return output
 
 
-def kill(process: subprocess.Popen):
+def kill(process: subprocess.Popen | ScriptProcess):
     """Kill a run with all its processes, as a machine that loses its power does."""
     processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for each in processes:  # the launcher's are in groups of their own
@@ -93,7 +83,7 @@ def kill(process: subprocess.Popen):
     process.communicate()
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120):
+def wait_for(condition, process: subprocess.Popen | ScriptProcess, seconds: float = 120):
     """Wait until something is so, while the run goes on."""
     limit = time.monotonic() + seconds
     while not condition():

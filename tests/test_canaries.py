@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
-from faults import free_port
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -17,6 +16,7 @@ from transformers import AutoConfig, BertConfig, BertModel, DetrConfig
 from transformers.utils.generic import ModelOutput
 
 from modeling_reftr import RefTRForVisualGrounding
+from processes import free_port
 
 
 pytestmark = pytest.mark.row("R20")

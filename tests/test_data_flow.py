@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from faults import free_port
 from layout_refcoco import make_refcoco
 from layout_toy import make_toy
 from PIL import Image
@@ -25,6 +24,7 @@ from benchmarks.data_flow import cache_seconds, make_rows, padded_shares
 from conftest import ROOT, TINY_SET
 from data_scripts.exporting import export
 from modeling_reftr import RefTRImageProcessor
+from processes import free_port
 from training_reftr.arguments import TrainingArguments
 from training_reftr.data import GroundingCollator, TrainingData, evaluation_loader, train_tokenizer
 from training_reftr.pictures import PictureReader, decode_array, encode_array

@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 import yaml
-from faults import free_port
 from PIL import Image
 
 from conftest import ROOT
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from processes import free_port, run_ranks
 
 
 def figures_of_test(folder):
@@ -110,11 +110,8 @@ def test_several_ranks_train_as_one_process(run, tmp_path, ranks, accumulation, 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     one = run("train_reftr.py", recipe, "--output_dir", tmp_path / "one")
-    two = run(
-        "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py",
-        recipe, "--batch_size", 16 // ranks // accumulation, "--gradient_accumulation_steps", accumulation,
-        "--output_dir", tmp_path / "two",
-    )  # fmt: skip
+    share = ("--batch_size", 16 // ranks // accumulation, "--gradient_accumulation_steps", accumulation)
+    two = run_ranks(["train_reftr.py", recipe, *share, "--output_dir", tmp_path / "two"], ranks)
     losses_one, losses_two = logged_losses(one.stderr), logged_losses(two.stderr)
     assert [step for step, _ in losses_one] == [step for step, _ in losses_two] == list(range(1, steps + 1))
     for (step, first), (_, second) in zip(losses_one, losses_two, strict=True):
@@ -170,19 +167,14 @@ def test_two_ranks_give_the_masks_of_one_process(recipe, run, tmp_path):
     path = tmp_path / "masks.yaml"
     path.write_text(yaml.safe_dump(settings))
     one = run("train_reftr.py", path, "--output_dir", tmp_path / "one")
-    two = run(
-        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "train_reftr.py", path,
-        "--batch_size", "4", "--output_dir", tmp_path / "two",
-    )  # fmt: skip
+    two = run_ranks(["train_reftr.py", path, "--batch_size", "4", "--output_dir", tmp_path / "two"], 2)
     for (_, first), (_, second) in zip(logged_losses(one.stderr), logged_losses(two.stderr), strict=True):
         for name in ("loss_mask", "loss_dice", "loss_bbox"):
             assert second[name] == pytest.approx(first[name], abs=1e-5, rel=1e-4)
     evaluated = []
     for ranks in (1, 2):
-        run(
-            "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train_reftr.py",
-            path, "--eval_only", "--init_from", tmp_path / "one", "--output_dir", tmp_path / f"eval{ranks}",
-        )  # fmt: skip
+        evaluation = ("--eval_only", "--init_from", tmp_path / "one", "--output_dir", tmp_path / f"eval{ranks}")
+        run_ranks(["train_reftr.py", path, *evaluation], ranks)
         evaluated.append(figures_of_test(tmp_path / f"eval{ranks}"))
     for name in ("num_phrases", "mask_num_phrases"):
         assert evaluated[0][name] == evaluated[1][name]
