@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 
 import train_reftr
 from training_reftr.card import write_card
-from training_reftr.checkpoints import MANIFEST, OPTIMIZER, STATE, checkpoints_of, digest_of, find_fault, newest_whole
+from training_reftr.checkpoints import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    checkpoints_of,
+    digest_of,
+    find_fault,
+    load_state,
+    newest_whole,
+)
 from training_reftr.tracking import keep_until
 
 
@@ -171,6 +180,7 @@ def test_resume_takes_the_checkpoint_before_and_keeps_the_log(trained, recipe, r
     assert log.read_bytes() == content
 
     train_reftr.main([str(recipe), "--output_dir", str(run_folder), "--resume", "auto"])
+    assert "The training data changed" not in caplog.text
     assert "metrics.jsonl', line 3 is left out" in caplog.text
     assert f"metrics.jsonl', line {len(lines) + 2} is left out" in caplog.text
     assert (run_folder / "metrics.jsonl.damaged").read_bytes() == content
@@ -180,6 +190,17 @@ def test_resume_takes_the_checkpoint_before_and_keeps_the_log(trained, recipe, r
         load_file(folder / "checkpoints" / latest.name / "model.safetensors") for folder in (trained[0], run_folder)
     )
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_resume_says_that_the_training_data_changed(recipe, run_folder, caplog):
+    before = load_state(checkpoints_of(run_folder)[0])
+    words = ["--output_dir", str(run_folder), "--resume", "auto", "--dataset_config.num_train", "47", "--test_splits"]
+    train_reftr.main([str(recipe), *words, "validation"])
+    (warning,) = re.findall("The training data changed .*", caplog.text)
+    now, then = re.findall(r"(\d+) rows with fingerprint (\w{16})", warning)
+    assert then == (str(before.num_rows), before.fingerprint)
+    assert now[0] == "47"
+    assert now[1] != then[1]
 
 
 def test_a_cut_last_line_of_the_log_needs_no_copy(tmp_path):

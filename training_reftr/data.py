@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_reftr.image_processing_reftr import picture_size
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.augmentation import augment
+from training_reftr.fingerprint import Fingerprint
 from training_reftr.pictures import PictureReader, read_picture
 from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit
 
@@ -220,6 +221,11 @@ class TrainingData:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch takes a number from the generator of weights and dropout
         )
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Number and hash of the training rows; the first call reads all annotations."""
+        return self.sampler.order.fingerprint
 
     def num_batches(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> int:
         """

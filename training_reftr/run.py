@@ -20,6 +20,7 @@ from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import build_model, load_reftr
 from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
 from training_reftr.data import TrainingData
+from training_reftr.fingerprint import Fingerprint
 from training_reftr.optimization import build_optimizer, build_scheduler
 from training_reftr.report import remove_report
 from training_reftr.sources import split_of
@@ -174,6 +175,8 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
         load_optimizer(checkpoint, model, optimizer, state, accelerator)
         if accelerator.is_main_process:
             warn_of_changes(state, args, global_batch_size)
+    if accelerator.is_main_process:  # which alone writes it into checkpoints
+        note_data(state, data.fingerprint)
     state.settings = vars(args)
     state.rescale_schedule(data.num_batches(0) // args.gradient_accumulation_steps)
     run = Run(model, optimizer, processor, None, data, state, global_batch_size, args)
@@ -219,6 +222,18 @@ def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """What the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does."""
     is_named = args.eval_only and args.init_from is not None
     return load_reftr(args.init_from if is_named else Path(args.output_dir), args)
+
+
+def note_data(state: TrainingState, fingerprint: Fingerprint):
+    """Put the training data's fingerprint into the state of a run, with a warning if it was another one."""
+    found = fingerprint.num_rows, fingerprint.hexdigest()
+    if state.fingerprint and found != (state.num_rows, state.fingerprint):
+        logger.warning(
+            f"The training data changed since the checkpoint was written: {found[0]} rows with fingerprint {found[1]} "
+            f"now, {state.num_rows} rows with fingerprint {state.fingerprint} then. Losses will differ, and the epoch "
+            "may leave samples out or show some twice."
+        )
+    state.num_rows, state.fingerprint = found
 
 
 def warn_of_changes(state: TrainingState, args, global_batch_size: int):

@@ -17,6 +17,8 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from training_reftr.fingerprint import Fingerprint, annotations, fingerprint_of
+
 
 # visits of like shape that follow each other: a global batch of this size, or one that it is a multiple of, is cut
 # from one cell; of larger batches each part is
@@ -121,6 +123,7 @@ class BuiltOrder:
     """
 
     def __init__(self, rows: datasets.Dataset, limit: int, seed: int, by_shape: bool):
+        self.rows = rows
         self.limit = limit
         self.seed = seed
         self.by_shape = by_shape
@@ -139,6 +142,11 @@ class BuiltOrder:
     def num_visits(self) -> int:
         """Visits of an epoch."""
         return int((-(-self.counts // self.limit)).sum())
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Number and hash of the rows."""
+        return fingerprint_of(self.rows)
 
     def visits(self, epoch: int, start: int = 0) -> Iterator[Visit]:
         """The epoch's visits in order, from the one at `start` on."""
@@ -178,9 +186,24 @@ class StreamedOrder:
         self.by_shape = by_shape
 
     @cached_property
+    def _contents(self) -> tuple[int, Fingerprint]:
+        """Visits of an epoch and fingerprint of the rows, by reading the stream once."""
+        num_visits, fingerprint = 0, Fingerprint()
+        for table in annotations(self.rows):
+            counts = pc.list_value_length(table["sentences"]).to_numpy()
+            num_visits += int((-(-counts // self.limit)).sum())
+            fingerprint.add(table)
+        return num_visits, fingerprint
+
+    @property
     def num_visits(self) -> int:
-        """Visits of an epoch, counted by reading the stream once."""
-        return sum(-(-len(row["sentences"]) // self.limit) for row in self.rows.select_columns(["sentences"]))
+        """Visits of an epoch."""
+        return self._contents[0]
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Number and hash of the rows."""
+        return self._contents[1]
 
     def visits(self, epoch: int, start: int = 0) -> Iterator[Visit]:
         """The epoch's visits in order, from the one at `start` on."""
