@@ -41,6 +41,7 @@ def run_script(words: list[str], cwd: str, stdout: str, stderr: str, environment
         os.dup2(file, descriptor)
         os.close(file)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    multiprocessing.set_start_method(None, force=True)  # the system's default, as in any script
     os.chdir(cwd)
     os.environ.update(environment)
     name = words.pop(0)

@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import os
 import random
 
 import datasets
@@ -18,8 +17,7 @@ from conftest import ROOT
 from data_scripts import FEATURES, SOURCES, exporting, load
 
 
-# the module itself, in a process that knows one source more
-WITH_TOY = "import runpy, layout_toy; runpy.run_module('data_scripts', run_name='__main__')"
+WITH_TOY = ROOT / "tests" / "toy_command.py"
 SMALL = ("--num_train", "4", "--num_validation", "2", "--num_test", "2", "--image_size", "64")
 
 
@@ -28,9 +26,9 @@ def command(run, tmp_path):
     """Runs a command on the toy source in a folder, with a cache of its own."""
 
     def run_command(name, *words, folder=tmp_path / "toy", check=True, **environment):
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         where = ("--data_dir", folder, "--cache_dir", tmp_path / "cache")
-        return run("-c", WITH_TOY, name, "toy", *where, *words, check=check, PYTHONPATH=path, **environment)
+        path = {"PYTHONPATH": ROOT} if environment else {}
+        return run(WITH_TOY, name, "toy", *where, *words, check=check, **path, **environment)
 
     return run_command
 
@@ -70,8 +68,7 @@ def test_list(run, command, toy):
 
 
 def test_list_tells_where_files_come_from(run):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    details = run("-c", WITH_TOY, "list", "toy", PYTHONPATH=path).stdout
+    details = run(WITH_TOY, "list", "toy").stdout
     for words in ("testA.json", "pictures/", "made by the tests", "--limit (0)"):
         assert words in details
     assert ["testA", "2", "-", "-"] in [line.split() for line in details.splitlines()]

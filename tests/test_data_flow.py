@@ -568,7 +568,7 @@ def test_every_process_learns_the_same_words(run, data_cache):
         "print(hashlib.md5(train_tokenizer(all_sentences(rows), 64).backend_tokenizer.to_str().encode()).hexdigest())"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    assert len({run("-c", code, PYTHONPATH=path, PYTHONHASHSEED=str(seed)).stdout for seed in range(3)}) == 1
+    assert len({run("-c", code, PYTHONPATH=path, PYTHONHASHSEED=str(seed)).stdout for seed in range(2)}) == 1
 
 
 def test_a_learned_tokenizer_knows_frequent_words_and_spells_the_others():

@@ -359,7 +359,9 @@ def test_box_head_starts_as_wide_as_asked(make_model):
 # learning
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["single", "several_phrases"])
+@pytest.mark.parametrize(
+    "several", [pytest.param(False, marks=pytest.mark.slow, id="single"), pytest.param(True, id="several_phrases")]
+)
 def test_sixteen_samples_are_learned_by_heart(processor, shapes, make_model, several):
     """16 sentences, under 10% of the first loss in 300 steps."""
     rows = []

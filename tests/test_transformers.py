@@ -94,7 +94,8 @@ def test_positions_are_float32_arithmetic(make_model):
     assert torch.equal(positions, expected)
 
 
-@pytest.mark.parametrize("predict_masks", [False, True])
+# the one with masks has all of the other
+@pytest.mark.parametrize("predict_masks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_to_one_graph(inputs, batch, make_model, predict_masks):
     model = make_model(predict_masks=predict_masks)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
