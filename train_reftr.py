@@ -9,6 +9,12 @@ Train RefTR, or evaluate it:
 import signal
 import sys
 
+from training_reftr.recipe_choice import with_recipe
+
+
+if __name__ == "__main__":
+    ARGV = with_recipe(sys.argv[1:])  # before the imports below, which take seconds
+
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -28,7 +34,7 @@ from training_reftr.tracking import Tracking
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, train or evaluate, report; returns the exit code."""
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(with_recipe(sys.argv[1:] if argv is None else argv))
     accelerator = build_accelerator(args)
     # the main process builds the set, the others take it from the cache
     with accelerator.main_process_first():
@@ -125,6 +131,6 @@ def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, sho
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(ARGV))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     name, *rest = words
     if name not in COMMANDS:
         sys.exit(f"error: There is no command {name!r}; there are: {', '.join(COMMANDS)}.")
+    if name == "train":  # before torch is imported, which takes seconds
+        rest = importlib.import_module("training_reftr.recipe_choice").with_recipe(rest)
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

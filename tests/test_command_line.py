@@ -64,7 +64,7 @@ def test_errors_are_sentences(run, tmp_path):
     for words in (
         ("predict", "--model", tmp_path, "--image", "none.png", "--text", "a cup"),
         ("train", "none.yaml"),
-        ("train", "--learning_rates", "1"),
+        ("train", "recipes/demo.yaml", "--learning_rates", "1"),
         ("data", "build", "refcoco"),
         ("convert", "--checkpoint", "none.pth", "--output_dir", tmp_path / "out"),
         ("export", "--model", tmp_path, "--output", tmp_path / "out"),
