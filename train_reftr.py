@@ -43,9 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     if not args.eval_only:
         split_of(rows, args.validation_split)
     with limited(args, rows, accelerator) as (args, rows):
+        # a run that can learn nothing is refused before anything is written or pushed
+        run = None if args.eval_only else prepare_run(rows, args, accelerator)
         publisher = Publisher(args, accelerator)
-        if not args.eval_only and not train(rows, args, publisher, accelerator):
+        if run is not None and not train(run, rows, publisher, accelerator):
             return 128 + signal.SIGTERM
+        del run  # its memory is the report's
         model, processor = load_for_report(args)
         metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
         if accelerator.is_main_process:
@@ -58,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(rows: dict, args, publisher: Publisher, accelerator) -> bool:
+def train(run: Run, rows: dict, publisher: Publisher, accelerator) -> bool:
     """
     Train, and leave checkpoints and the best model by validation in the run's folder.
 
     Returns:
         `bool`: whether the run came to its end; False where it was asked to stop, and saved itself.
     """
-    run = prepare_run(rows, args, accelerator)
+    args = run.args
     tracking = Tracking(args, accelerator, run.state)
     settings = {"total": run.num_steps, "initial": run.state.schedule_step, "unit": "step"}
     bar = tqdm(desc="training", disable=not accelerator.is_main_process, **settings)
@@ -123,7 +126,7 @@ def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, sho
         state.best, state.best_step = metrics[name], state.step
         save_best(run.model, run.processor, args, accelerator)
         if accelerator.is_main_process:
-            describe_best(args)
+            describe_best(args, state.changes)
         publisher.push_best(state.step)
     state.is_evaluation_due = False
     return True

@@ -17,98 +17,163 @@ import yaml
 from modeling_reftr import RefTRConfig
 
 
-def setting(default, text: str):
-    """A field with its help text."""
+# What a setting is about, which decides what a run that resumes may change and what its recipe.yaml says.
+MODEL = "model"  # the model that training starts from: a checkpoint fixes it, and a change is refused
+LEARNING = "learning"  # what is learned from then on: a change applies, with a warning
+MACHINE = "machine"  # where things are on this machine or account: a change applies, and recipe.yaml leaves it out
+NEITHER = "neither"  # a change applies
+
+
+def setting(kind: str, default, text: str):
+    """Declare a field with its kind and its help text."""
+    metadata = {"kind": kind, "help": text}
     if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def settings_of_kind(*kinds: str) -> list[str]:
+    """
+    Return the names of the settings of some kinds.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.arguments import MODEL, settings_of_kind
+
+    >>> settings_of_kind(MODEL)[:3]
+    ['image_size', 'max_text_length', 'size_divisor']
+
+    ```"""
+    return [item.name for item in fields(TrainingArguments) if item.metadata["kind"] in kinds]
 
 
 @dataclass
 class TrainingArguments:
     """Settings of a run. Rates, decay and clipping default to the published ones."""
 
-    output_dir: str = setting("runs/reftr", "Folder of checkpoints, the best model, its processor and the report.")
+    output_dir: str = setting(
+        MACHINE, "runs/reftr", "Folder of checkpoints, the best model, its processor and the report."
+    )
 
     # data
-    dataset: str = setting("shapes", "Data set of data_scripts; several joined: a,b; or a folder of Parquet files.")
-    dataset_config: dict = setting({}, "Flags of the data set, of several by name: a mapping, YAML here.")
-    data_dir: str | None = setting(None, "Where the data set's files are.")
-    data_cache_dir: str | None = setting(None, "Where built sets are kept (the datasets library's own cache).")
-    train_split: str = setting("train", "Split to train on; train+val for two of them.")
-    validation_split: str = setting("validation", "Split that chooses the best checkpoint.")
-    test_splits: str = setting("test", "Splits that the report is about: testA,testB.")
-    streaming: bool = setting(False, "Read the training rows from the files in turn, building nothing.")
-    image_cache: str | None = setting(None, "Folder that keeps pictures at image_size; none: read them every time.")
-    image_size: int = setting(640, "Length in pixels that the longer side of a picture is brought to.")
-    max_text_length: int | None = setting(None, "Longest sentence in tokens; none: 40, and 90 with several phrases.")
-    group_by_image: bool = setting(True, "Encode a picture once for its sentences; else one sentence a sample.")
-    expressions_per_image: int = setting(8, "Sentences of an image in a batch; further ones come in other batches.")
-    bucket_by_shape: bool = setting(True, "Put pictures of like shape, and texts of like length, into one batch.")
-    augmentation: str = setting("published", "published: brightness; strong: saturation, crop, scale, flip; or none.")
-    num_workers: int = setting(2, "Processes that prepare batches.")
+    dataset: str = setting(
+        LEARNING, "shapes", "Data set of data_scripts; several joined: a,b; or a folder of Parquet files."
+    )
+    dataset_config: dict = setting(LEARNING, {}, "Flags of the data set, of several by name: a mapping, YAML here.")
+    data_dir: str | None = setting(MACHINE, None, "Where the data set's files are.")
+    data_cache_dir: str | None = setting(
+        MACHINE, None, "Where built sets are kept (the datasets library's own cache)."
+    )
+    train_split: str = setting(LEARNING, "train", "Split to train on; train+val for two of them.")
+    validation_split: str = setting(LEARNING, "validation", "Split that chooses the best checkpoint.")
+    test_splits: str = setting(LEARNING, "test", "Splits that the report is about: testA,testB.")
+    streaming: bool = setting(LEARNING, False, "Read the training rows from the files in turn, building nothing.")
+    image_cache: str | None = setting(
+        MACHINE, None, "Folder that keeps pictures at image_size; none: read them every time."
+    )
+    image_size: int | None = setting(
+        MODEL, None, "Pixels of the longer side; none: the loaded model's, 640 for a new one."
+    )
+    max_text_length: int | None = setting(
+        MODEL, None, "Longest sentence in tokens; none: 40, and 90 with several phrases."
+    )
+    group_by_image: bool = setting(
+        LEARNING, True, "Encode a picture once for its sentences; else one sentence a sample."
+    )
+    expressions_per_image: int = setting(
+        LEARNING, 8, "Sentences of an image in a batch; further ones come in other batches."
+    )
+    bucket_by_shape: bool = setting(
+        LEARNING, True, "Put pictures of like shape, and texts of like length, into one batch."
+    )
+    augmentation: str = setting(
+        LEARNING, "published", "published: brightness; strong: saturation, crop, scale, flip; or none."
+    )
+    num_workers: int = setting(NEITHER, 2, "Processes that prepare batches.")
     size_divisor: int | None = setting(
-        None, "Pad batches of pictures to multiples of so many pixels, for compile; changes answers a little."
+        MODEL, None, "Pad batches of pictures to multiples of so many pixels, for compile; changes answers a little."
     )
 
     # where weights come from
-    init_from: str | None = setting(None, "RefTR folder, Hub id or published .pth to start from, or to evaluate.")
-    init_detr: str | None = setting(None, "DETR to take image backbone and encoder from: .pth, folder or Hub id.")
-    init_backbone: str | None = setting(None, "Weights of the image backbone: a file, or timm's for ImageNet: timm.")
-    init_text: str | None = setting(None, "Text encoder to start from, with its tokenizer: a folder or Hub id.")
-    model: dict = setting({}, "Fields of RefTRConfig, new or changed: a mapping, YAML here.")
+    init_from: str | None = setting(
+        MODEL, None, "RefTR folder, Hub id or published .pth to start from, or to evaluate."
+    )
+    init_detr: str | None = setting(
+        MODEL, None, "DETR to take image backbone and encoder from: .pth, folder or Hub id."
+    )
+    init_backbone: str | None = setting(
+        MODEL, None, "Weights of the image backbone: a file, or timm's for ImageNet: timm."
+    )
+    init_text: str | None = setting(MODEL, None, "Text encoder to start from, with its tokenizer: a folder or Hub id.")
+    model: dict = setting(MODEL, {}, "Fields of RefTRConfig, new or changed: a mapping, YAML here.")
     tokenizer: str | None = setting(
+        MODEL,
         None,
         "Tokenizer of a new model or a published .pth, folder or Hub id; none: init_text's, or trained on the set.",
     )
-    attn_implementation: str | None = setting(None, "eager, sdpa, ...; none: what transformers chooses.")
+    attn_implementation: str | None = setting(LEARNING, None, "eager, sdpa, ...; none: what transformers chooses.")
 
-    compile: bool = setting(False, "Compile the training step (torch.compile); evaluation stays as it is.")
+    compile: bool = setting(NEITHER, False, "Compile the training step (torch.compile); evaluation stays as it is.")
 
     # optimisation
-    num_epochs: int = setting(90, "Passes over the training expressions.")
-    max_steps: int = setting(0, "Stop after so many updates; 0: do not.")
-    batch_size: int = setting(8, "Images a process and step; sentences where they are not grouped by image.")
-    gradient_accumulation_steps: int = setting(1, "Steps an update.")
-    mixed_precision: str | None = setting(None, "no, bf16 or fp16; none: what accelerate is configured for.")
-    learning_rate: float = setting(1e-4, "Peak rate of everything but the backbones.")
-    backbone_learning_rate: float = setting(1e-5, "Peak rate of the image backbone.")
-    text_learning_rate: float = setting(1e-5, "Peak rate of the text backbone.")
-    mask_head_learning_rate: float = setting(1e-4, "Peak rate of the mask head; published: 10 x learning_rate.")
-    weight_decay: float = setting(1e-4, "AdamW's.")
-    adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients; shorter leaves plateaus sooner.")
-    max_grad_norm: float = setting(0.1, "The gradient of all parameters together is cut to this norm.")
-    lr_schedule: str = setting("step", "step: x0.1 after each of lr_drop_epochs; cosine; or constant.")
-    lr_drop_epochs: list[int] = setting([60], "Epochs before each drop of the step schedule.")
-    warmup_epochs: float = setting(0.0, "Epochs over which the rates grow to their peak, with any schedule.")
-    warmup_steps: int = setting(0, "The same in updates, in place of warmup_epochs.")
-    seed: int = setting(42, "Of weights, order, choice of expressions and dropout.")
+    num_epochs: int = setting(LEARNING, 90, "Passes over the training expressions.")
+    max_steps: int = setting(LEARNING, 0, "Stop after so many updates; 0: do not.")
+    batch_size: int = setting(LEARNING, 8, "Images a process and step; sentences where they are not grouped by image.")
+    gradient_accumulation_steps: int = setting(LEARNING, 1, "Steps an update.")
+    mixed_precision: str | None = setting(LEARNING, None, "no, bf16 or fp16; none: what accelerate is configured for.")
+    learning_rate: float = setting(LEARNING, 1e-4, "Peak rate of everything but the backbones.")
+    backbone_learning_rate: float = setting(LEARNING, 1e-5, "Peak rate of the image backbone.")
+    text_learning_rate: float = setting(LEARNING, 1e-5, "Peak rate of the text backbone.")
+    mask_head_learning_rate: float = setting(
+        LEARNING, 1e-4, "Peak rate of the mask head; published: 10 x learning_rate."
+    )
+    weight_decay: float = setting(LEARNING, 1e-4, "AdamW's.")
+    adam_beta2: float = setting(
+        LEARNING, 0.999, "AdamW's memory of squared gradients; shorter leaves plateaus sooner."
+    )
+    max_grad_norm: float = setting(LEARNING, 0.1, "The gradient of all parameters together is cut to this norm.")
+    lr_schedule: str = setting(LEARNING, "step", "step: x0.1 after each of lr_drop_epochs; cosine; or constant.")
+    lr_drop_epochs: list[int] = setting(LEARNING, [60], "Epochs before each drop of the step schedule.")
+    warmup_epochs: float = setting(LEARNING, 0.0, "Epochs over which the rates grow to their peak, with any schedule.")
+    warmup_steps: int = setting(LEARNING, 0, "The same in updates, in place of warmup_epochs.")
+    seed: int = setting(LEARNING, 42, "Of weights, order, choice of expressions and dropout.")
 
     # checkpoints and guards
-    resume: str | None = setting(None, "Go on from a checkpoint: its folder, or auto: output_dir's newest, if any.")
-    checkpoint_every: int = setting(0, "Updates between checkpoints within an epoch; 0: at its end only.")
-    keep_checkpoints: int = setting(2, "Newest checkpoints to keep; the best model is kept beside them.")
-    watchdog_minutes: float = setting(30.0, "A process that waits so long for the others ends the job.")
-    dry_run: bool = setting(False, "One batch through everything; say memory and time an epoch, and leave nothing.")
+    resume: str | None = setting(
+        MACHINE, None, "Go on from a checkpoint: its folder, or auto: output_dir's newest, if any."
+    )
+    checkpoint_every: int = setting(NEITHER, 0, "Updates between checkpoints within an epoch; 0: at its end only.")
+    keep_checkpoints: int = setting(NEITHER, 2, "Newest checkpoints to keep; the best model is kept beside them.")
+    watchdog_minutes: float = setting(NEITHER, 30.0, "A process that waits so long for the others ends the job.")
+    dry_run: bool = setting(
+        NEITHER, False, "One batch through everything; say memory and time an epoch, and leave nothing."
+    )
 
     # evaluation and watching
-    evaluation_batch_size: int = setting(16, "Images a process and step of evaluation.")
-    evaluate_every: int = setting(1, "Epochs between evaluations.")
+    evaluation_batch_size: int = setting(NEITHER, 16, "Images a process and step of evaluation.")
+    evaluate_every: int = setting(LEARNING, 1, "Epochs between evaluations.")
     best_metric: str | None = setting(
-        None, "Validation figure that chooses the best; none: mask_mean_iou with masks, else accuracy@0.5."
+        LEARNING, None, "Validation figure that chooses the best; none: mask_mean_iou with masks, else accuracy@0.5."
     )
-    two_step_masks: bool = setting(False, "Resize masks as published, in two steps; else once, which fits better.")
-    eval_only: bool = setting(False, "Evaluate init_from (absent: output_dir) on the test splits, and report.")
-    num_pictures: int = setting(12, "Pictures in predictions.png, and in trackers at each evaluation.")
-    visualize: int = setting(0, "Samples to draw one by one: words, boxes, masks, attention.")
-    log_every: int = setting(50, "Updates between lines of the log.")
-    trackers: str = setting("none", "Where figures go beside metrics.jsonl: tensorboard,wandb,trackio.")
-    run_name: str | None = setting(None, "Name of the run in trackers; none: that of output_dir.")
+    two_step_masks: bool = setting(
+        LEARNING, False, "Resize masks as published, in two steps; else once, which fits better."
+    )
+    eval_only: bool = setting(
+        NEITHER, False, "Evaluate init_from (absent: output_dir) on the test splits, and report."
+    )
+    num_pictures: int = setting(NEITHER, 12, "Pictures in predictions.png, and in trackers at each evaluation.")
+    visualize: int = setting(NEITHER, 0, "Samples to draw one by one: words, boxes, masks, attention.")
+    log_every: int = setting(NEITHER, 50, "Updates between lines of the log.")
+    trackers: str = setting(NEITHER, "none", "Where figures go beside metrics.jsonl: tensorboard,wandb,trackio.")
+    run_name: str | None = setting(NEITHER, None, "Name of the run in trackers; none: that of output_dir.")
 
     # the Hub
-    push_to_hub: str | None = setting(None, "Hub id, user/name, to push to: at each best, and at the end with a card.")
-    hub_private: bool = setting(False, "Make a new repository private.")
-    hub_dataset: str | None = setting(None, "Hub id of the data set, for the results in the card.")
+    push_to_hub: str | None = setting(
+        MACHINE, None, "Hub id, user/name, to push to: at each best, and at the end with a card."
+    )
+    hub_private: bool = setting(MACHINE, False, "Make a new repository private.")
+    hub_dataset: str | None = setting(NEITHER, None, "Hub id of the data set, for the results in the card.")
 
     def __post_init__(self):
         check_names(self.model, {item.name for item in fields(RefTRConfig)}, "model")
@@ -309,8 +374,8 @@ def merge(below, above):
 def lay_over(below: dict, above: dict) -> dict:
     """
     Settings over others, merged key by key. A start of weights that is named above takes away those below that it
-    contradicts, so that `--init_from` needs no word about the recipe's DETR; and with another data set the flags of
-    the one below go.
+    contradicts, so that `--init_from` needs no word about the recipe's DETR; with another dataset the flags of the one
+    below go, and in an evaluation of another model the fields of the one below.
     """
     gone = set()
     for name, others in EXCLUDED_STARTS.items():
@@ -321,7 +386,15 @@ def lay_over(below: dict, above: dict) -> dict:
     gone -= above.keys()
     if above.get("dataset", below.get("dataset")) != below.get("dataset"):
         gone.add("dataset_config")
+    # an evaluation of a model that is named above takes it as it was saved, and not as a recipe below would train it
+    if above.get("init_from") is not None and is_true(above.get("eval_only", below.get("eval_only"))):
+        gone.update(("model", "tokenizer"))
     return merge({name: value for name, value in below.items() if name not in gone}, above)
+
+
+def is_true(value) -> bool:
+    """Return whether a setting's value, or its text, is true."""
+    return str(value).lower() == "true"
 
 
 def to_type(name: str, value):
@@ -335,7 +408,7 @@ def to_type(name: str, value):
     if kind == list[int] and type(value) is int:
         return [value]
     if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
+        return is_true(value)
     if kind is dict and isinstance(value, dict):
         return value
     if kind == list[int] and isinstance(value, list) and all(type(item) is int for item in value):
@@ -367,12 +440,36 @@ def parse_arguments(argv: list[str]) -> TrainingArguments:
     while words and not words[0].startswith("-"):
         for layer in read_recipe(Path(words.pop(0))).values():
             settings = lay_over(settings, layer)
-    settings = lay_over(settings, read_words(words))
+    given = read_words(words)
+    settings = lay_over(settings, given)
     args = TrainingArguments(**{name: to_type(name, value) for name, value in settings.items() if value is not None})
+    if args.eval_only:
+        refuse_start(args, given)
     if "--print_config" in argv:
         sys.stdout.write(to_recipe(args))
         sys.exit()
     return args
+
+
+def refuse_start(args: TrainingArguments, given: dict):
+    """
+    Refuse settings of a training's start on the command line of an evaluation, which would ignore them. In a recipe
+    they tell how the model was trained.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name in ("init_detr", "init_backbone", "init_text", "resume"):
+        if given.get(name) not in (None, "auto"):  # a script may ask for --resume auto whatever it starts
+            raise ValueError(
+                f"{name}={given[name]!r} says where a training starts from, and eval_only trains nothing: name the "
+                "model to evaluate in init_from, or leave both out to evaluate the one in output_dir."
+            )
+    if given.get("tokenizer") is not None and args.init_from is None:
+        raise ValueError(
+            f"tokenizer={given['tokenizer']!r} cannot be given beside output_dir={args.output_dir!r}, whose model "
+            "brings the tokenizer that it was trained with: leave tokenizer out."
+        )
 
 
 def describe_settings(names: list[str]) -> str:
@@ -389,17 +486,26 @@ def describe_settings(names: list[str]) -> str:
     return "\n".join(described) + "\n"
 
 
-def to_recipe(args: TrainingArguments, without: tuple[str, ...] = ()) -> str:
-    """The settings as a recipe."""
+def to_recipe(args: TrainingArguments, without: list[str] = (), comments: list[str] = ()) -> str:
+    """
+    Return the settings as a recipe.
+
+    Args:
+        args ([`TrainingArguments`]): the settings.
+        without (`list[str]`, *optional*): names of settings to leave out.
+        comments (`list[str]`, *optional*): lines to write before them as comments.
+    """
     settings = {name: value for name, value in asdict(args).items() if name not in without}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    lines = "".join(f"# {comment}\n" for comment in comments)
+    return lines + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 HELP = """usage: reftr train [RECIPE.yaml ...] [--setting value ...]
        accelerate launch train_reftr.py [RECIPE.yaml ...] [--setting value ...]
 
 Train RefTR and report on it, or with --eval_only only that. Recipes are YAML files of settings, later ones over
-earlier ones, the command line over all: --learning_rate 1e-4, --model.decoder_layers 3, --eval_only.
+earlier ones, the command line over all: --learning_rate 1e-4, --model.decoder_layers 3, --eval_only. Without arguments
+the demo runs; settings need a recipe, except for --eval_only --init_from MODEL --dataset NAME.
 
   reftr train recipes/demo.yaml --output_dir runs/demo
   reftr train recipes/demo.yaml --output_dir runs/demo --resume auto

@@ -24,6 +24,8 @@ from modeling_reftr.convert_reftr_checkpoint import (
 from modeling_reftr.detr_reftr import init_from_detr, resnet_name
 from training_reftr.arguments import check_names, merge
 from training_reftr.data import all_sentences, train_tokenizer
+from training_reftr.preflight import part_of, refuse_untrained_parts
+from training_reftr.sizes import set_sizes
 
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,8 @@ def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcess
 
     Raises:
         OSError: if what a setting names is not there.
-        ValueError: if it does not fit, `args.model` has an unknown field or changes a backbone that is loaded, or the
-            vocabulary is smaller than the tokenizer's.
+        ValueError: if it does not fit, `args.model` has an unknown field or changes a backbone that is loaded, the
+            vocabulary is smaller than the tokenizer's, or a part that is random would stay so.
     """
     # Where weights come from. A line wins over those below it.
     # 1. resume: the run's own checkpoint. It is laid over what this function gives.
@@ -50,12 +52,10 @@ def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcess
     # 4. init_backbone and init_text: the image backbone alone, and the text backbone with its tokenizer.
     # 5. nothing: random weights, and a tokenizer trained on the set.
     if args.init_from is not None:
-        if args.tokenizer is not None and not is_weights_file(args.init_from):
-            raise ValueError(
-                f"tokenizer={args.tokenizer!r} cannot be given beside init_from={args.init_from!r}, which brings the "
-                "tokenizer that its text backbone was trained with."
-            )
-        return load_reftr(args.init_from, args, args.model)
+        refuse_tokenizer(args)
+        model, processor, random_weights = load_weights(args.init_from, args, args.model)
+        refuse_untrained_parts(model, random_weights, args)
+        return model, processor
     model, processor = new_model(args, train_rows)
     taken = ()
     if args.init_detr is not None:
@@ -68,9 +68,21 @@ def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcess
     if args.init_text is not None:
         load_text_backbone(model, args.init_text)
         taken += ("model.text_backbone.",)
-    new = {name.removeprefix("model.").split(".")[0] for name in model.state_dict() if not name.startswith(taken)}
-    logger.info(f"Random weights, as nothing names others: {', '.join(sorted(new))}.")
+    random_weights = {name for name in model.state_dict() if not name.startswith(taken)}
+    logger.info(
+        f"Random weights, as nothing names others: {', '.join(sorted({part_of(name) for name in random_weights}))}."
+    )
+    refuse_untrained_parts(model, random_weights, args)
     return model, processor
+
+
+def refuse_tokenizer(args):
+    """Raise a ValueError where a tokenizer is named beside a RefTR in `init_from` that brings its own."""
+    if args.tokenizer is not None and not is_weights_file(args.init_from):
+        raise ValueError(
+            f"tokenizer={args.tokenizer!r} cannot be given beside init_from={args.init_from!r}, which brings the "
+            "tokenizer that its text backbone was trained with."
+        )
 
 
 def is_weights_file(source: str | Path) -> bool:
@@ -93,21 +105,38 @@ def local_or_hub(name: str | Path, what: str) -> Path | str:
     raise FileNotFoundError(f"There is no {what} at {str(name)!r}; give its path, or a Hub id (owner/name).")
 
 
-def load_reftr(
-    source: str | Path, args, changes: dict | None = None
-) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+def load_reftr(source: str | Path, args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
-    A trained RefTR with its processor.
+    Return a trained RefTR, as it was saved, with its processor.
 
     Args:
         source (`str` or `Path`): a folder, a Hub id, or a published file, which is converted in memory.
-        args ([`TrainingArguments`]): `tokenizer` for a published file, `max_text_length`, `size_divisor`,
-            `attn_implementation`.
-        changes (`dict`, *optional*): fields of its configuration to change, see `change_config`.
+        args ([`TrainingArguments`]): `tokenizer` for a published file; `image_size`, `max_text_length` and
+            `size_divisor`, where they are given; `attn_implementation`.
 
     Raises:
         OSError: if there is nothing at `source`.
-        ValueError: if it is refused, or `changes` do not fit.
+        ValueError: if it is refused or lacks weights, or a size does not fit.
+    """
+    model, processor, random_weights = load_weights(source, args, {})
+    if random_weights:
+        raise ValueError(
+            f"{str(source)!r} lacks {len(random_weights)} of the weights that its config.json describes, the first is "
+            f"{min(random_weights)!r}: it cannot be evaluated. Save or convert it again."
+        )
+    return model, processor
+
+
+def load_weights(source: str | Path, args, changes: dict):
+    """
+    Return a trained RefTR, its processor, and the names of weights that `source` does not have and that are random.
+
+    Args:
+        source, args: see `load_reftr`.
+        changes (`dict`): fields of its configuration to change, see `change_config`.
+
+    Raises:
+        OSError, ValueError: see `load_reftr`, or if `changes` do not fit.
     """
     place = local_or_hub(source, "RefTR")
     if is_weights_file(place):
@@ -124,19 +153,19 @@ def load_reftr(
         processor = RefTRProcessor.from_pretrained(place)
     model, info = RefTRForVisualGrounding.from_pretrained(
         **weights,
-        config=change_config(config, changes or {}),
+        config=change_config(config, changes),
         dtype=torch.float32,
         attn_implementation=args.attn_implementation,
         output_loading_info=True,
     )
-    new = {name.removeprefix("model.").split(".")[0] for name in info["missing_keys"]}
-    left = {name.removeprefix("model.").split(".")[0] for name in info["unexpected_keys"]}
+    new = {part_of(name) for name in info["missing_keys"]}
+    left = {part_of(name) for name in info["unexpected_keys"]}
     logger.info(
         f"RefTR from {source}: {len(model.state_dict()) - len(info['missing_keys'])} weights. Random weights: "
         f"{', '.join(sorted(new)) or 'none'}. Left: {', '.join(sorted(left)) or 'none'}."
     )
     set_sizes(processor, args, model.config)
-    return model, processor
+    return model, processor, set(info["missing_keys"])
 
 
 def new_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
@@ -160,8 +189,7 @@ def new_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor
             f"model.text_config.vocab_size={config.text_config.vocab_size} is smaller than the tokenizer's "
             f"{len(tokenizer)} tokens."
         )
-    size = {"shortest_edge": args.image_size, "longest_edge": args.image_size}
-    processor = RefTRProcessor(RefTRImageProcessor(size=size), tokenizer)
+    processor = RefTRProcessor(RefTRImageProcessor(), tokenizer)
     set_sizes(processor, args, config)
     return RefTRForVisualGrounding._from_config(config, attn_implementation=args.attn_implementation), processor
 
@@ -181,21 +209,6 @@ def read_tokenizer(source: str):
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise OSError(f"There is no tokenizer in {source!r}: nothing there has a vocabulary.")
     return tokenizer
-
-
-def set_sizes(processor: RefTRProcessor, args, config: RefTRConfig):
-    """Padding of pictures, and the longest sentence in tokens, with phrases and without; None: the processor's own."""
-    max_text_length = args.max_text_length
-    if args.size_divisor is not None:
-        processor.image_processor.size_divisor = args.size_divisor
-    if max_text_length is None:
-        return
-    if max_text_length > config.max_text_positions:
-        raise ValueError(
-            f"max_text_length={max_text_length} is more than model.max_text_positions={config.max_text_positions}: "
-            "longer sentences would have no position."
-        )
-    processor.max_expression_length = processor.max_caption_length = max_text_length
 
 
 def text_config_of(source: str, changes: dict) -> dict:
@@ -320,18 +333,42 @@ def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
     Raises:
         ValueError: if a change is about a backbone, whose weights are what they are.
     """
+    for name, known, wanted in differences(config, changes):
+        if "." in name:
+            raise ValueError(
+                f"model.{name}={wanted!r}, but init_from has {known!r} there: leave it out, or train a new model."
+            )
+    changed = {name: value for name, value in changes.items() if not isinstance(value, dict)}
+    return RefTRConfig.from_dict({**config.to_dict(), **changed})
+
+
+def differences(config: RefTRConfig, changes: dict) -> list[tuple]:
+    """
+    Return (field, the configuration's value, the changed one) for each field in which `changes` differ from it; fields
+    of a backbone are "text_config.hidden_size".
+
+    Raises:
+        ValueError: if a field does not exist.
+    """
     check_names(changes, {item.name for item in fields(RefTRConfig)}, "model")
-    values = config.to_dict()
+    values, pairs = config.to_dict(), []
     for name, value in changes.items():
         if isinstance(value, dict):
-            known = values[name]
-            for key, wanted in value.items():
-                # timm writes its weights' name behind a dot
-                if known.get(key) != wanted and not (key == "backbone" and known[key].split(".")[0] == wanted):
-                    raise ValueError(
-                        f"model.{name}.{key}={wanted!r}, but init_from has {known.get(key)!r} there: leave "
-                        "it out, or train a new model."
-                    )
+            pairs += [(f"{name}.{key}", values[name].get(key), wanted) for key, wanted in value.items()]
         else:
-            values[name] = value
-    return RefTRConfig.from_dict(values)
+            pairs.append((name, values[name], value))
+    return [
+        (name, known, wanted)
+        for name, known, wanted in pairs
+        # timm completes the name of a backbone's weights behind a dot
+        if known != wanted and not (name == "backbone_config.backbone" and str(known).split(".")[0] == wanted)
+    ]
+
+
+def refuse_model_changes(config: RefTRConfig, args, source: str):
+    """Raise a ValueError where `args.model` describes another model than the one that is evaluated."""
+    for name, known, wanted in differences(config, args.model):
+        raise ValueError(
+            f"model.{name}={wanted!r}, but the model of {source} has {known!r} there, and an evaluation takes a model "
+            "as it was saved: leave it out."
+        )

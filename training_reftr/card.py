@@ -152,9 +152,12 @@ def read_facts(folder: Path) -> dict:
             names = list(weights.keys())
             num_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     recipe = read("recipe.yaml")
+    comments = (folder / "recipe.yaml").read_text(encoding="utf-8").splitlines() if recipe else []
     return {
         "config": read("config.json"),
         "recipe": recipe,
+        # what was changed where the run was resumed
+        "changes": [line.removeprefix("# ") for line in comments if line.startswith("# from step ")],
         "origin": read("origin.json"),
         "metrics": read("metrics.json"),
         "validation": best_validation(folder / "metrics.jsonl", recipe.get("validation_split", "validation")),
@@ -273,13 +276,15 @@ def describe_training(facts: dict) -> str:
     if not recipe:
         return "Nothing is written in this folder about its training."
     length = f"{recipe['max_steps']} updates" if recipe["max_steps"] else f"{recipe['num_epochs']} epochs"
+    size = f"pictures of {recipe['image_size']} pixels, " if recipe.get("image_size") else ""
     lines = [
         f"Trained on {pretty_name(recipe['dataset'])} (`{recipe['dataset']}`, split `{recipe['train_split']}`) for "
-        f"{length}, pictures of {recipe['image_size']} pixels, {recipe['batch_size']} "
+        f"{length}, {size}{recipe['batch_size']} "
         f"{'pictures' if recipe['group_by_image'] else 'sentences'} a process and step, peak learning rate "
         f"{recipe['learning_rate']:g}; the best by the split `{recipe['validation_split']}` was kept. "
         "[recipe.yaml](recipe.yaml) has all settings, for `train_reftr.py`.",
         f"It started from {describe_start(recipe)}.",
+        *([f"Settings were changed while it ran: {'; '.join(facts['changes'])}."] if facts["changes"] else []),
         *leak_warnings(recipe),
     ]
     return "\n\n".join(lines)
@@ -322,12 +327,14 @@ def describe_results(facts: dict) -> str:
     """Tables of the report, or the best validation while a run goes on, or that there is nothing."""
     metrics, validation = facts["metrics"], facts["validation"]
     if metrics:
-        return "\n".join([f"On {pretty_name(metrics['dataset'])}:", "", *format_results(metrics, "###")])
+        size, trained_at = metrics.get("image_size"), facts["recipe"].get("image_size")
+        at = f", images of {size} pixels" if size and size != trained_at else ""
+        return "\n".join([f"On {pretty_name(metrics['dataset'])}{at}:", "", *format_results(metrics, "###")])
     if validation:
         figures = {name.split("/")[1]: value for name, value in validation.items() if "/" in name}
         named = ", ".join(f"{METRICS[name]} {figures[name]:.3f}" for name in METRICS if name in figures)
         return f"The run is not over. Its best validation so far, at update {validation['step']}: {named}."
-    return "Not evaluated yet: `python train_reftr.py --eval_only` writes them here."
+    return "Not evaluated yet: `reftr train recipe.yaml --eval_only --output_dir .` in this folder writes them here."
 
 
 def describe_licence(facts: dict) -> str:

@@ -68,6 +68,7 @@ class TrainingState:
         scaler (`dict`, *optional*): state of the gradient scaler of fp16.
         run_id (`str`): what trackers know the run by.
         settings (`dict`): the run's settings, to tell what was changed.
+        changes (`list[str]`): what was changed where the run was resumed, a sentence each time.
         num_rows (`int`), fingerprint (`str`): rows of the training data and a hash of them, see
             `training_reftr.fingerprint`; 0 and empty in checkpoints that do not say it.
     """
@@ -83,6 +84,7 @@ class TrainingState:
     scaler: dict | None = None
     run_id: str = ""
     settings: dict = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
     num_rows: int = 0
     fingerprint: str = ""
 
@@ -269,6 +271,11 @@ def is_scaler(value) -> bool:
     )
 
 
+def is_texts(value) -> bool:
+    """Whether a JSON value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 COUNT = ("a whole number of at least 0", is_count)
 # field of `TrainingState` -> (what its value must be, whether a JSON value is so)
 STATE_FIELDS = {
@@ -283,10 +290,11 @@ STATE_FIELDS = {
     "scaler": ("the numbers of a gradient scaler or null", is_scaler),
     "run_id": ("text", lambda value: isinstance(value, str)),
     "settings": ("a mapping", lambda value: isinstance(value, dict)),
+    "changes": ("a list of texts", is_texts),
     "num_rows": COUNT,
     "fingerprint": ("text", lambda value: isinstance(value, str)),
 }
-ADDED_FIELDS = ("num_rows", "fingerprint")  # not in every checkpoint
+ADDED_FIELDS = ("changes", "num_rows", "fingerprint")  # not in every checkpoint
 
 
 def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerator: Accelerator):

@@ -10,7 +10,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from training_reftr.checkpoints import checkpoints_of, load_state
+from training_reftr.checkpoints import checkpoints_of, find_checkpoint, load_state
+from training_reftr.resuming import refuse_changes
 from training_reftr.tracking import LOG
 
 
@@ -21,11 +22,16 @@ NUM_UPDATES = 4  # the first ones are slower than the rest
 def limited(args, rows: dict, accelerator: Accelerator):
     """
     The settings and rows of a run; with `args.dry_run` those of its rehearsal: a few updates, a batch of evaluation a
-    split, a folder that is deleted at the end.
+    split, a folder that is deleted at the end. A rehearsal starts anew, and refuses what `args.resume` would refuse.
+
+    Raises:
+        OSError, ValueError: see `find_checkpoint` and `with_model_of`.
     """
     if not args.dry_run:
         yield args, rows
         return
+    if args.resume is not None:
+        refuse_changes(args, find_checkpoint(args, accelerator))
     folder = [tempfile.mkdtemp(prefix="dry_run_") if accelerator.is_main_process else None]
     broadcast_object_list(folder)
     args = dataclasses.replace(

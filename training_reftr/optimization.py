@@ -6,24 +6,47 @@ import torch
 from torch import nn
 
 
+LEARNING_RATES = {
+    "model.backbone.": "backbone_learning_rate",
+    "model.text_backbone.": "text_learning_rate",
+    "mask_head.": "mask_head_learning_rate",
+    "": "learning_rate",
+}
+
+
+def learning_rate_setting(name: str) -> str:
+    """
+    Return the setting that holds the learning rate of a parameter.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.optimization import learning_rate_setting
+
+    >>> learning_rate_setting("model.backbone.stem.weight"), learning_rate_setting("box_head.layers.0.bias")
+    ('backbone_learning_rate', 'learning_rate')
+
+    ```"""
+    return next(setting for prefix, setting in LEARNING_RATES.items() if name.startswith(prefix))
+
+
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     """AdamW over what is trained, with a rate each for the backbones, the mask head and the rest."""
-    rates = {
-        "model.backbone.": args.backbone_learning_rate,
-        "model.text_backbone.": args.text_learning_rate,
-        "mask_head.": args.mask_head_learning_rate,
-        "": args.learning_rate,
-    }
-    groups = {prefix: [] for prefix in rates}
+    groups = {setting: [] for setting in LEARNING_RATES.values()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[next(prefix for prefix in rates if name.startswith(prefix))].append(parameter)
+            groups[learning_rate_setting(name)].append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "lr": rates[prefix]} for prefix, parameters in groups.items() if parameters],
+        [{"params": parameters, "lr": getattr(args, setting)} for setting, parameters in groups.items() if parameters],
         betas=(0.9, args.adam_beta2),
         weight_decay=args.weight_decay,
         fused=True,
     )
+
+
+def num_warmup_steps(args, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of the warm-up."""
+    return args.warmup_steps or round(args.warmup_epochs * steps_per_epoch)
 
 
 def build_scheduler(
@@ -41,7 +64,7 @@ def build_scheduler(
         num_steps (`int`): updates of the whole run.
         done (`int`): updates that are over, where a run goes on.
     """
-    warmup = args.warmup_steps or round(args.warmup_epochs * steps_per_epoch)
+    warmup = num_warmup_steps(args, steps_per_epoch)
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
 from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
+from training_reftr.sizes import image_size_of
 from training_reftr.visualization import draw_samples, validation_pictures
 
 
@@ -84,6 +85,7 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
     metrics = {
         "model": str(source),
         "dataset": args.dataset,
+        "image_size": image_size_of(processor.image_processor),
         "two_step_masks": args.two_step_masks,
         "splits": {},
     }

@@ -15,44 +15,27 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from training_reftr.arguments import to_recipe
+from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
 from training_reftr.batch_norm import synchronize_batch_norm
-from training_reftr.build import build_model, load_reftr
+from training_reftr.build import build_model, load_reftr, refuse_model_changes, refuse_tokenizer
 from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
 from training_reftr.data import TrainingData
 from training_reftr.fingerprint import Fingerprint
-from training_reftr.optimization import build_optimizer, build_scheduler
+from training_reftr.optimization import build_optimizer, build_scheduler, num_warmup_steps
+from training_reftr.preflight import (
+    find_unfinished_warmup,
+    refuse_empty_splits,
+    refuse_few_samples,
+    refuse_idle_model,
+    refuse_missing_labels,
+)
 from training_reftr.report import remove_report
+from training_reftr.resuming import find_changes, with_model_of, with_sizes_of
 from training_reftr.sources import split_of
 from training_reftr.tracking import tracker_names
 
 
 logger = logging.getLogger(__name__)
-
-# settings of which a change does not change what is learnt
-PASSING = (
-    "output_dir",
-    "data_cache_dir",
-    "image_cache",
-    "num_workers",
-    "resume",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "watchdog_minutes",
-    "dry_run",
-    "evaluation_batch_size",
-    "num_pictures",
-    "visualize",
-    "compile",
-    "log_every",
-    "trackers",
-    "run_name",
-    "push_to_hub",
-    "hub_private",
-    "hub_dataset",
-)
-# settings that say where things are on this machine, and nothing to others
-PLACES = ("output_dir", "data_dir", "data_cache_dir", "image_cache", "resume", "push_to_hub", "hub_private")
 
 
 @dataclass
@@ -130,36 +113,46 @@ def build_accelerator(args) -> Accelerator:
 
 def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     """
-    Build what is trained, or take it from the checkpoint that `args.resume` means.
+    Build what is trained, or take it from the checkpoint that `args.resume` means. Nothing is written; the settings of
+    the returned run say what runs, where a model or a checkpoint decides it.
 
     Raises:
-        OSError, ValueError: see `find_checkpoint`, `build_model`, `TrainingData`.
+        OSError, ValueError: see `find_checkpoint`, `build_model`, `with_model_of`, `TrainingData`, and `preflight` for
+            runs that can learn nothing.
     """
+    refuse_empty_splits(rows, args)
+    train_rows = split_of(rows, args.train_split)
     checkpoint = find_checkpoint(args, accelerator)
     set_seed(args.seed)  # equal weights on all processes
     if checkpoint is None:
-        model, processor = build_model(args, split_of(rows, args.train_split))
+        model, processor = build_model(args, train_rows)
         run_id = [uuid.uuid4().hex]
         broadcast_object_list(run_id)
-        state = TrainingState(run_id=run_id[0], settings=vars(args))
+        state = TrainingState(run_id=run_id[0])
+        args = with_sizes_of(args, processor)
         if args.resume:
             logger.info(f"There is no checkpoint in {args.output_dir!r} yet: a new run.")
     else:
         model, processor = load_checkpoint(checkpoint, args)
         state = load_state(checkpoint)
+        args = with_model_of(args, model.config, processor, state.settings, checkpoint)
         if not (Path(args.output_dir) / "model.safetensors").exists():
             state.best = state.best_step = None  # the best so far is of another folder
         logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
+    refuse_idle_model(model, args)
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
         synchronize_batch_norm(model)
     data = TrainingData(
-        split_of(rows, args.train_split),
+        train_rows,
         processor,
         args,
         accelerator.process_index,
         accelerator.num_processes,
         with_masks=model.config.predict_masks,
     )
+    num_batches = data.num_batches(0)
+    refuse_few_samples(num_batches, args, accelerator.num_processes)
+    warnings = [refuse_missing_labels(train_rows, args, model.config.predict_masks)]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # asks for what others see in a loader
         plugin = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config |= {
@@ -173,14 +166,21 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     global_batch_size = args.batch_size * accelerator.num_processes
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer, state, accelerator)
-        if accelerator.is_main_process:
-            warn_of_changes(state, args, global_batch_size)
+        changes = ", ".join(find_changes(state, args, global_batch_size))
+        if changes:
+            state.changes.append(f"from step {state.step} on: {changes}")
+            warnings.append(f"This run is not quite the one of the checkpoint: {changes}.")
     if accelerator.is_main_process:  # which alone writes it into checkpoints
         note_data(state, data.fingerprint)
     state.settings = vars(args)
-    state.rescale_schedule(data.num_batches(0) // args.gradient_accumulation_steps)
+    state.rescale_schedule(num_batches // args.gradient_accumulation_steps)
     run = Run(model, optimizer, processor, None, data, state, global_batch_size, args)
     run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
+    if not args.dry_run:
+        warnings.append(find_unfinished_warmup(num_warmup_steps(args, state.steps_per_epoch), run.num_steps))
+    if accelerator.is_main_process:
+        for warning in filter(None, warnings):
+            logger.warning(warning)
     model.train()
     return run
 
@@ -210,18 +210,36 @@ def load_checkpoint(path: Path, args) -> tuple[RefTRForVisualGrounding, RefTRPro
     return model, processor
 
 
-def describe_best(args):
-    """Put the recipe beside a model that is the best now; report and origin are of the one before, and go."""
+def describe_best(args, changes: list[str] = ()):
+    """
+    Write the recipe beside a model that is the best now; report and origin are of the one before, and go.
+
+    Args:
+        args ([`TrainingArguments`]): of the run.
+        changes (`list[str]`, *optional*): what was changed where it was resumed, see `TrainingState`.
+    """
     folder = Path(args.output_dir)
     remove_report(folder)
     (folder / "origin.json").unlink(missing_ok=True)
-    (folder / "recipe.yaml").write_text(to_recipe(args, without=PLACES), encoding="utf-8")
+    recipe = to_recipe(args, without=settings_of_kind(MACHINE), comments=changes)
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
 
 def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
-    """What the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does."""
-    is_named = args.eval_only and args.init_from is not None
-    return load_reftr(args.init_from if is_named else Path(args.output_dir), args)
+    """
+    Return what the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does.
+
+    Raises:
+        OSError, ValueError: see `load_reftr`, or if settings of an evaluation describe another model.
+    """
+    if not args.eval_only:
+        return load_reftr(Path(args.output_dir), args)
+    if args.init_from is not None:
+        refuse_tokenizer(args)
+    source = Path(args.output_dir) if args.init_from is None else args.init_from
+    model, processor = load_reftr(source, args)
+    refuse_model_changes(model.config, args, str(source))
+    return model, processor
 
 
 def note_data(state: TrainingState, fingerprint: Fingerprint):
@@ -234,16 +252,3 @@ def note_data(state: TrainingState, fingerprint: Fingerprint):
             "may leave samples out or show some twice."
         )
     state.num_rows, state.fingerprint = found
-
-
-def warn_of_changes(state: TrainingState, args, global_batch_size: int):
-    """Say what differs from the run that wrote the checkpoint: its losses will be other ones."""
-    changed = [
-        f"{name}={value!r} (was {state.settings[name]!r})"
-        for name, value in vars(args).items()
-        if name in state.settings and name not in PASSING and state.settings[name] != value
-    ]
-    if state.seen and state.seen[-1][0] != global_batch_size:
-        changed.append(f"{global_batch_size} samples of all processes in a batch (was {state.seen[-1][0]})")
-    if changed:
-        logger.warning(f"This run is not quite the one of the checkpoint: {', '.join(changed)}.")

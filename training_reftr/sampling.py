@@ -250,6 +250,8 @@ class EpochSampler:
         self.global_batch_size = batch_size * world_size
         self.rank = rank
         self.world_size = world_size
+        if order.num_visits == 0:
+            raise ValueError("No row of the training split has a sentence: there is nothing to learn from.")
         if order.num_visits < self.global_batch_size:
             raise ValueError(
                 f"{order.num_visits} training samples do not fill one global batch of {self.global_batch_size} "

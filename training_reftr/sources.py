@@ -133,5 +133,7 @@ def stream_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
 
 def in_memory(rows: datasets.IterableDataset) -> datasets.Dataset:
     """All rows of a stream, pictures by their path or content."""
-    rows = datasets.Dataset.from_list(list(rows), features=rows.features)
+    examples = list(rows)  # without any, a list does not tell its columns
+    columns = {name: [example[name] for example in examples] for name in rows.features}
+    rows = datasets.Dataset.from_dict(columns, features=rows.features)
     return rows.cast_column("image", datasets.Image())

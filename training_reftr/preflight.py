@@ -1,0 +1,229 @@
+"""
+Refuse a run in which a part that is asked for can learn nothing, before it starts and before anything is written.
+Nothing here holds a collective: all processes see the same, and all of them end.
+"""
+
+import logging
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from torch import nn
+
+from training_reftr.optimization import learning_rate_setting
+
+
+logger = logging.getLogger(__name__)
+
+
+def part_of(name: str) -> str:
+    """
+    Return the part of the model that a weight belongs to.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.preflight import part_of
+
+    >>> part_of("model.encoder.layers.0.fc1.weight"), part_of("mask_head.output_convolution.bias")
+    ('encoder', 'mask_head')
+
+    ```"""
+    return name.removeprefix("model.").split(".")[0]
+
+
+def refuse_untrained_parts(model: nn.Module, random_weights: set[str], args):
+    """
+    Refuse a part with random weights that would keep them.
+
+    Args:
+        model ([`RefTRForVisualGrounding`]): as training starts.
+        random_weights (`set[str]`): names of the weights that nothing was loaded for.
+        args ([`TrainingArguments`]): with the learning rates.
+
+    Raises:
+        ValueError: naming the part and the setting that keeps it from learning.
+    """
+    parts = {}
+    for name, parameter in model.named_parameters():
+        reason = reason_not_to_learn(name, parameter, model.config, args)
+        parts.setdefault(part_of(name), []).append(reason if name in random_weights else None)
+    stuck = {part: reasons[0] for part, reasons in parts.items() if all(reasons)}
+    if stuck:
+        listed = ", ".join(f"{part} ({reason})" for part, reason in stuck.items())
+        raise ValueError(
+            f"Random weights would stay random in {listed}. Let these parts learn, or start from weights for them "
+            "(init_from, init_detr, init_backbone, init_text)."
+        )
+
+
+def refuse_idle_model(model: nn.Module, args):
+    """
+    Refuse a model of which nothing is trained, or a head without a loss.
+
+    Raises:
+        ValueError: saying why.
+    """
+    config = model.config
+    reasons = [reason_not_to_learn(name, parameter, config, args) for name, parameter in model.named_parameters()]
+    if all(reasons):
+        raise ValueError(f"Nothing would be learned: {', '.join(dict.fromkeys(reasons))}.")
+    losses = {"boxes": ("bbox", "giou")} if not config.freeze_grounding else {}
+    losses |= {"masks": ("mask", "dice")} if config.predict_masks else {}
+    for what, names in losses.items():
+        if not any(getattr(config, f"{name}_loss_coefficient") for name in names):
+            zeros = " and ".join(f"model.{name}_loss_coefficient=0" for name in names)
+            raise ValueError(f"The {what} would learn nothing, because {zeros}: give one of them a weight.")
+
+
+def reason_not_to_learn(name: str, parameter: nn.Parameter, config, args) -> str | None:
+    """Return the setting that keeps a parameter as it is, None where it is trained."""
+    if not parameter.requires_grad:
+        is_grounding = config.freeze_grounding and part_of(name) != "mask_head"
+        stages = f"model.num_frozen_backbone_stages={config.num_frozen_backbone_stages}"
+        return "model.freeze_grounding=True" if is_grounding else stages
+    setting = learning_rate_setting(name)
+    return None if getattr(args, setting) > 0 else f"{setting}=0"
+
+
+def refuse_empty_splits(rows: dict, args):
+    """
+    Refuse a training or validation split without rows.
+
+    Args:
+        rows (`dict`): split -> rows, see `load_rows`; streams are counted by `TrainingData`.
+        args ([`TrainingArguments`]): names the splits, "train+val" for two.
+
+    Raises:
+        ValueError: naming the setting and the split.
+    """
+    for setting in ("train_split", "validation_split"):
+        name = getattr(args, setting)
+        parts = [rows[part] for part in name.split("+")]
+        if all(isinstance(part, datasets.Dataset) for part in parts) and not sum(map(len, parts)):
+            use = "learn from" if setting == "train_split" else "choose the best model by"
+            raise ValueError(f"{setting}={name!r} of {args.dataset} has no rows: there is nothing to {use}.")
+
+
+def refuse_few_samples(num_batches: int, args, num_processes: int):
+    """
+    Refuse an epoch that is shorter than one optimizer step.
+
+    Args:
+        num_batches (`int`): batches of a process and epoch.
+        args ([`TrainingArguments`]): with `batch_size` and `gradient_accumulation_steps`.
+        num_processes (`int`): processes that train together.
+
+    Raises:
+        ValueError: saying how many batches there are.
+    """
+    if num_batches < args.gradient_accumulation_steps:
+        raise ValueError(
+            f"An epoch has {num_batches} batches (batch_size={args.batch_size}, {num_processes} processes), fewer "
+            f"than gradient_accumulation_steps={args.gradient_accumulation_steps}: no optimizer step would be made. "
+            "Lower one of the two."
+        )
+
+
+def refuse_missing_labels(rows, args, with_masks: bool) -> str | None:
+    """
+    Refuse training rows without a label for a head that is trained.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): see `data_scripts.FEATURES`. A stream is read up to
+            the first label, no image is decoded.
+        args ([`TrainingArguments`]): names the split, for the message.
+        with_masks (`bool`): whether masks are trained.
+
+    Returns:
+        `str`, *optional*: a warning, where some sentences have no mask; a stream is not counted.
+
+    Raises:
+        ValueError: if no sentence has a phrase, or with masks none has a mask for all of its phrases.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        labels = (label for row in rows.select_columns(["objects", "sentences"]) for label in labels_of_row(row))
+        has_boxes = has_masks = False
+        for is_box, is_mask in labels:
+            has_boxes, has_masks = has_boxes or is_box, has_masks or is_mask
+            if has_boxes and (has_masks or not with_masks):
+                return None
+        num_boxes = num_masks = 0
+    else:
+        num_boxes, num_masks = count_labels(rows, with_masks)
+        has_boxes, has_masks = num_boxes > 0, num_masks > 0
+    if not has_boxes:
+        raise ValueError(
+            f"No sentence of train_split={args.train_split!r} has a phrase that names an object: nothing to learn."
+        )
+    if with_masks and not has_masks:
+        raise ValueError(
+            f"model.predict_masks=True, but no sentence of train_split={args.train_split!r} has a mask for all of its "
+            "phrases: the mask head would learn nothing. Train without masks (--model.predict_masks false), or on a "
+            "dataset with segmentations."
+        )
+    if with_masks and num_masks < num_boxes:
+        return f"{num_boxes - num_masks:,} of {num_boxes:,} training sentences have no mask and train the boxes alone."
+    return None
+
+
+def labels_of_row(row: dict):
+    """Yield for each sentence of a row whether it has phrases, and whether each of them has a mask."""
+    for sentence in row["sentences"]:
+        named = [phrase["objects"] for phrase in sentence["phrases"]]
+        masks = [bool(indices) and row["objects"][indices[0]]["segmentation"] is not None for indices in named]
+        yield bool(named), bool(masks) and all(masks)
+
+
+def count_labels(rows: datasets.Dataset, with_masks: bool) -> tuple[int, int]:
+    """
+    Count the sentences that have phrases, and those that have a mask for each, from columns alone.
+
+    Args:
+        rows (`datasets.Dataset`): see `data_scripts.FEATURES`.
+        with_masks (`bool`): whether masks are looked for; otherwise none are counted.
+
+    Returns:
+        `(int, int)`: sentences with a box, sentences with a mask.
+    """
+    num_boxes = num_masks = 0
+    columns = rows.select_columns(["objects", "sentences"] if with_masks else ["sentences"]).with_format("arrow")
+    for table in columns.iter(10_000):
+        sentences = table["sentences"].combine_chunks()
+        phrases = sentences.flatten().field("phrases")
+        num_phrases = lengths_of(phrases)
+        num_boxes += np.count_nonzero(num_phrases)
+        if not with_masks:
+            continue
+        objects = table["objects"].combine_chunks()
+        # the first object of each phrase, as a place among the objects of all rows
+        named = phrases.flatten().field("objects")
+        num_named = lengths_of(named)
+        is_named = num_named > 0
+        sentence_of_phrase = np.repeat(np.arange(len(num_phrases)), num_phrases)
+        num_sentences, num_objects = lengths_of(sentences), lengths_of(objects)
+        row_of_phrase = np.repeat(np.arange(len(num_sentences)), num_sentences)[sentence_of_phrase]
+        indices = named.flatten().to_numpy(zero_copy_only=False)
+        first = indices[(np.cumsum(num_named) - num_named)[is_named]]
+        first = first + (np.cumsum(num_objects) - num_objects)[row_of_phrase[is_named]]
+        has_mask = np.zeros(len(num_named), dtype=bool)
+        segmentations = objects.flatten().field("segmentation")
+        has_mask[is_named] = segmentations.is_valid().to_numpy(zero_copy_only=False)[first]
+        masked = np.bincount(sentence_of_phrase, weights=has_mask, minlength=len(num_phrases))
+        num_masks += np.count_nonzero((masked == num_phrases) & (num_phrases > 0))
+    return num_boxes, num_masks
+
+
+def lengths_of(lists) -> np.ndarray:
+    """Return how many items each list of an Arrow array has."""
+    return pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(int)
+
+
+def find_unfinished_warmup(num_warmup_steps: int, num_steps: int) -> str | None:
+    """Return a warning where a run ends before its learning rates have reached their peak."""
+    if num_warmup_steps < num_steps:
+        return None
+    return (
+        f"The warm-up of {num_warmup_steps} steps is not over when the run ends after {num_steps}: the learning rates "
+        "do not reach their peak."
+    )
