@@ -17,6 +17,7 @@ import builtins
 import hashlib
 import inspect
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -34,6 +35,9 @@ from .schema import FEATURES
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 100  # names in a message
+# what `integer_boxes` keeps, see `whole_box`
+KEPT_BOXES = "boxes without extent are kept, to be counted as misses"
+KEPT_MASKS = "masks without a pixel are kept, to be counted as misses"
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,57 @@ def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:
     x0, y0, x1, y1 = (float(value) for value in box_xyxy)
     x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
+
+
+def whole_box(box_xyxy, width: int, height: int, keep_misses: bool = False) -> list[float] | None:
+    """
+    Cut a box to whole pixels, towards zero as the published loaders do, and to its image; None where it is inverted,
+    not finite, or has no extent afterwards. `keep_misses` keeps one without extent: the published evaluation counts it
+    as a miss.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.building import whole_box
+
+    >>> whole_box([1.9, 2.2, 2.1, 9.7], width=640, height=480)
+    [1.0, 2.0, 2.0, 9.0]
+    >>> whole_box([20.4, 5, 20.8, 900], width=640, height=480) is None
+    True
+    >>> whole_box([20.4, 5, 20.8, 900], width=640, height=480, keep_misses=True)
+    [20.0, 5.0, 20.0, 480.0]
+
+    ```"""
+    if not all(math.isfinite(value) for value in box_xyxy):
+        return None
+    x0, y0, x1, y1 = (int(value) for value in box_xyxy)
+    if x0 > x1 or y0 > y1:
+        return None
+    limits = (width, height, width, height)
+    box = [float(min(max(value, 0), limit)) for value, limit in zip((x0, y0, x1, y1), limits, strict=True)]
+    return None if is_degenerate(box) and not keep_misses else box
+
+
+def is_for_training(split: str) -> bool:
+    """Return whether a split is one to train on by its name: train, trainval."""
+    return split.startswith("train")
+
+
+def is_degenerate(box_xyxy) -> bool:
+    """
+    Return whether a box has no extent, as `whole_box` may leave it.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.building import is_degenerate
+
+    >>> is_degenerate([20.0, 5.0, 20.0, 480.0]), is_degenerate([1.0, 2.0, 2.0, 9.0])
+    (True, False)
+
+    ```"""
+    x0, y0, x1, y1 = box_xyxy
+    return x0 == x1 or y0 == y1
 
 
 def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter, changed: Counter) -> list[list[float]]:

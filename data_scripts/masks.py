@@ -73,9 +73,12 @@ def encode_array(mask: np.ndarray) -> dict:
     return coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
 
 
-def to_segmentation(encoded: dict) -> dict | None:
-    """What pycocotools gives as `segmentation` of the schema, whose counts are text; None where no pixel is in it."""
-    if not coco_mask.area(encoded):
+def to_segmentation(encoded: dict, keep_empty: bool = False) -> dict | None:
+    """
+    What pycocotools gives as `segmentation` of the schema, whose counts are text; None where no pixel is in it, unless
+    `keep_empty`.
+    """
+    if not keep_empty and not coco_mask.area(encoded):
         return None
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
@@ -83,6 +86,22 @@ def to_segmentation(encoded: dict) -> dict | None:
 def decode_segmentation(segmentation: dict | None) -> np.ndarray | None:
     """The mask of a `segmentation` of the schema, (height, width) of zeros and ones; None for none."""
     return None if segmentation is None else coco_mask.decode(_as_bytes(segmentation))
+
+
+def is_empty(segmentation: dict) -> bool:
+    """
+    Return whether no pixel belongs to a mask.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.masks import is_empty
+
+    >>> is_empty({"size": [4, 4], "counts": "52203"}), is_empty({"size": [4, 4], "counts": "`0"})
+    (False, True)
+
+    ```"""
+    return not coco_mask.area(_as_bytes(segmentation))
 
 
 def box_of(segmentation: dict) -> list[float]:

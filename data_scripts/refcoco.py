@@ -9,8 +9,10 @@ RefCOCO, RefCOCO+, RefCOCOg and ReferItGame (RefCLEF), from the files of the ref
       images/saiapr_tc-12/...                              RefCLEF's; in folders as distributed, or flat
 
 A row holds the objects of one image that a split's references point at, and their expressions; rows are sorted by
-image id, objects and sentences stand in the order of the references. The word after the underscore of a
-configuration says who cut the splits.
+image id, objects and sentences stand in the order of the references, and `positions` number the sentences among
+all those of its split's references, as the refer API and the published indexes order them. The word after the
+underscore of a configuration says who cut the splits; RefCLEF's references of "testAB" are in testA and in testB, as
+the refer API counts them.
 
 `image_id` is "coco_<id>" for pictures of COCO and "saiapr_<id>" for RefCLEF's, so that sets that share pictures can be
 told apart from those that do not (`combine.coco_id`).
@@ -25,8 +27,18 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .building import GroundingBuilder, Source, clip_box, listing
-from .masks import encode_array, encode_counts, to_segmentation
+from .building import (
+    KEPT_BOXES,
+    KEPT_MASKS,
+    GroundingBuilder,
+    Source,
+    clip_box,
+    is_degenerate,
+    is_for_training,
+    listing,
+    whole_box,
+)
+from .masks import encode_array, encode_counts, is_empty, to_segmentation
 from .reading import has_words, is_number, read_json, read_pickle
 from .schema import FEATURES
 
@@ -66,7 +78,8 @@ class RefCocoConfig(datasets.BuilderConfig):
     Args:
         image_dir (`str`, *optional*): the folder of the pictures; absent: the first of `IMAGE_PLACES` that holds any.
         integer_boxes (`bool`): cut the corners of boxes to whole pixels, as the published loaders do, so that their
-            figures can be compared.
+            figures can be compared. Boxes that this leaves without extent, and masks without a pixel, are kept in
+            splits that are not for training: the published evaluation counts them as misses.
     """
 
     image_dir: str | None = None
@@ -115,17 +128,26 @@ class RefCoco(GroundingBuilder):
             {path: annotated_size_of(images[image_id]) for image_id, path in pictures.items()}, self.distribution
         )
         generators = []
-        for split in dict.fromkeys(ref["split"] for ref in refs):
-            by_image = defaultdict(list)
+        for split in dict.fromkeys(split for ref in refs for split in splits_of(ref["split"])):
+            by_image, position = defaultdict(list), 0
             for ref in refs:
-                if ref["split"] == split:
-                    by_image[ref["image_id"]].append(ref)
+                if split in splits_of(ref["split"]):
+                    by_image[ref["image_id"]].append((position, ref))
+                    position += len(ref["sentences"])
             dropped, changed = Counter(), Counter()
             records = []
             for image_id in sorted(by_image):
                 path = pictures[image_id]
                 record = self.make_record(
-                    images[image_id], path, sizes[path], by_image[image_id], annotations, categories, dropped, changed
+                    images[image_id],
+                    path,
+                    sizes[path],
+                    by_image[image_id],
+                    annotations,
+                    categories,
+                    dropped,
+                    changed,
+                    keep_misses=self.config.integer_boxes and not is_for_training(split),
                 )
                 if record["sentences"]:
                     records.append(record)
@@ -141,12 +163,17 @@ class RefCoco(GroundingBuilder):
             objects = []
             for item in record["objects"]:
                 segmentation = encode_segmentation(
-                    item["segmentation"], annotated_size, (record["width"], record["height"])
+                    item["segmentation"],
+                    annotated_size,
+                    (record["width"], record["height"]),
+                    self.config.integer_boxes,
                 )
                 if segmentation is None and item["segmentation"]:
                     changed["objects lost a mask that is empty or cannot be read"] += 1
+                elif segmentation is not None and is_empty(segmentation):
+                    changed[KEPT_MASKS] += 1
                 objects.append({**item, "segmentation": segmentation})
-            row = {key: value for key, value in record.items() if key != "annotated_size"}
+            row = {key: value for key, value in record.items() if key not in ("annotated_size", "keep_misses")}
             yield record["image_id"], {**row, "objects": objects}
         self.report_changed("masks", changed)
 
@@ -185,17 +212,33 @@ class RefCoco(GroundingBuilder):
         return {image_id: str(path) for image_id, path in found.items()}
 
     def make_record(
-        self, image, path, size, refs, annotations, categories, dropped: Counter, changed: Counter
+        self,
+        image,
+        path,
+        size,
+        refs,
+        annotations,
+        categories,
+        dropped: Counter,
+        changed: Counter,
+        keep_misses: bool = False,
     ) -> dict:
-        """A row whose segmentations are as annotated yet, counting what is left out and what is changed."""
+        """
+        A row whose segmentations are as annotated yet, counting what is left out and what is changed; `refs` are pairs
+        of the position of a reference's first sentence and the reference.
+        """
         width, height = size
         annotated_size = annotated_size_of(image) or size
         scale = (width / annotated_size[0], height / annotated_size[1])
         if scale != (1.0, 1.0):
             changed["pictures have another size than annotated, boxes and masks are scaled to it"] += 1
-        objects, sentences, indices = [], [], {}
-        for ref in refs:
-            said = [sentence for sentence in ref["sentences"] if has_words(sentence.get("sent"))]
+        objects, sentences, positions, indices = [], [], [], {}
+        for first_position, ref in refs:
+            said = [
+                (position, sentence)
+                for position, sentence in enumerate(ref["sentences"], first_position)
+                if has_words(sentence.get("sent"))
+            ]
             if len(said) < len(ref["sentences"]):
                 dropped["expressions without words"] += len(ref["sentences"]) - len(said)
             if not said:
@@ -207,13 +250,15 @@ class RefCoco(GroundingBuilder):
             if ref["ann_id"] not in indices:
                 annotated_box = to_xyxy(annotation.get("bbox"), scale)
                 box_xyxy = annotated_box and clip_box(annotated_box, width, height)
-                if box_xyxy and self.config.integer_boxes:
-                    box_xyxy = clip_box([int(value) for value in box_xyxy], width, height)
+                if annotated_box and self.config.integer_boxes:
+                    box_xyxy = whole_box(annotated_box, width, height, keep_misses)
                 if box_xyxy is None:
                     dropped["expressions of objects without a box in the picture"] += len(said)
                     continue
                 if not self.config.integer_boxes and box_xyxy != annotated_box:
                     changed["boxes are cut at their picture's edge"] += 1
+                if is_degenerate(box_xyxy):
+                    changed[KEPT_BOXES] += 1
                 indices[ref["ann_id"]] = len(objects)
                 objects.append(
                     {
@@ -224,19 +269,22 @@ class RefCoco(GroundingBuilder):
                         "segmentation": annotation.get("segmentation"),
                     }
                 )
-            for sentence in said:
+            for position, sentence in said:
                 text = sentence["sent"].strip()  # `raw` is not in lower case
                 phrase = {"start": 0, "end": len(text), "objects": [indices[ref["ann_id"]]], "types": []}
                 sentence_id = f"{self.config.name}_{sentence['sent_id']}"
                 sentences.append({"sentence_id": sentence_id, "text": text, "phrases": [phrase]})
+                positions.append(position)
         return {
             "image_id": f"{self.picture_source}_{image['id']}",
             "image": path,
             "width": width,
             "height": height,
             "annotated_size": annotated_size,
+            "keep_misses": keep_misses,
             "objects": objects,
             "sentences": sentences,
+            "positions": positions,
         }
 
 
@@ -266,9 +314,31 @@ def read_refs(path: Path) -> list[dict]:
     """
     refs = read_pickle(path)
     needed = {"ann_id", "image_id", "split", "sentences"}
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) and needed <= ref.keys() for ref in refs):
+    if not isinstance(refs, list) or not all(
+        isinstance(ref, dict) and needed <= ref.keys() and isinstance(ref["split"], str) for ref in refs
+    ):
         raise ValueError(f"{str(path)!r} is no refs(...).p of the refer API: a list of dicts with {sorted(needed)}.")
     return refs
+
+
+def splits_of(split: str) -> tuple[str, ...]:
+    """
+    Return the splits that a reference counts in, by the rule of the refer API's `getRefIds`: a reference of RefCLEF's
+    "testAB" counts in testA and in testB, and each other one in its own split alone.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.refcoco import splits_of
+
+    >>> splits_of("testAB"), splits_of("testA"), splits_of("val")
+    (('testA', 'testB'), ('testA',), ('val',))
+
+    ```"""
+    letters = split.removeprefix("test")
+    if split.startswith("test") and len(letters) > 1 and set(letters) <= set("ABC"):
+        return tuple(f"test{letter}" for letter in sorted(set(letters)))
+    return (split,)
 
 
 def annotated_size_of(image: dict) -> tuple[int, int] | None:
@@ -298,7 +368,9 @@ def to_xyxy(box_xywh, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | 
     return [x * across, y * down, (x + width) * across, (y + height) * down]
 
 
-def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
+def encode_segmentation(
+    segmentation, annotated_size: tuple[int, int], size: tuple[int, int], keep_empty: bool = False
+) -> dict | None:
     """
     A segmentation of COCO as run-length encoding at the picture's real size.
 
@@ -307,9 +379,10 @@ def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tup
             counts as a list or a string, or a list of such run lengths.
         annotated_size (`tuple[int, int]`): (width, height) that polygons are drawn on.
         size (`tuple[int, int]`): the picture's (width, height); where it is another, the mask is scaled.
+        keep_empty (`bool`, *optional*, defaults to `False`): return a mask without a pixel as one.
 
     Returns:
-        `dict`: `{"size": [height, width], "counts": str}`, or None where nothing is left of it.
+        `dict`: `{"size": [height, width], "counts": str}`, or None where nothing is left of it, or it cannot be read.
 
     Example:
 
@@ -329,7 +402,7 @@ def encode_segmentation(segmentation, annotated_size: tuple[int, int], size: tup
         return None
     if not runs:
         return None
-    return to_segmentation(runs[0] if len(runs) == 1 else coco_mask.merge(runs))
+    return to_segmentation(runs[0] if len(runs) == 1 else coco_mask.merge(runs), keep_empty)
 
 
 def encode_part(part, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:

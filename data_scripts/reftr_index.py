@@ -22,8 +22,17 @@ from pathlib import Path, PurePosixPath
 import datasets
 import numpy as np
 
-from .building import GroundingBuilder, Source, clip_boxes
-from .masks import encode_array, to_segmentation
+from .building import (
+    KEPT_BOXES,
+    KEPT_MASKS,
+    GroundingBuilder,
+    Source,
+    clip_boxes,
+    is_degenerate,
+    is_for_training,
+    whole_box,
+)
+from .masks import encode_array, is_empty, to_segmentation
 from .reading import is_inside, read_pickle, upright_size
 from .schema import FEATURES
 
@@ -115,7 +124,8 @@ class RefTRIndexConfig(datasets.BuilderConfig):
     Args:
         image_dir (`str`, *optional*): folder of the pictures, in `data_dir` or absolute; absent: the published one.
         integer_boxes (`bool`): cut the figures of boxes to whole pixels as the published loaders do, before width and
-            height are added to x and y.
+            height are added to x and y. Boxes that this leaves without extent, and masks without a pixel, are kept
+            in splits that are not for training: the published evaluation counts them as misses.
     """
 
     image_dir: str | None = None
@@ -157,12 +167,13 @@ class RefTRIndex(GroundingBuilder):
             self.need_pictures((data_dir / index.mask_dir / name for name in masks), DISTRIBUTION, "masks")
         generators = []
         for split in index.splits:
-            images = {}
+            images, position = {}, 0
             for file in index.split_files(split):
                 name = PurePosixPath(file).name
                 for number, record in enumerate(records[file]):
                     _, mine = images.setdefault(record[place], (paths[record[place]], []))
-                    mine.append((name, number, record))
+                    mine.append((position, name, number, record))
+                    position += 1
             gen_kwargs = {"split": split, "images": list(images.values())}
             generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
         return generators
@@ -170,8 +181,10 @@ class RefTRIndex(GroundingBuilder):
     def _generate_examples(self, split, images):
         dropped, changed = Counter(), Counter()
         for path, records in images:
-            records = [read_record(*record, self.index.layout) for record in records]
-            row = self._row(path, records, dropped, changed)
+            records = [
+                {"position": position, **read_record(*record, self.index.layout)} for position, *record in records
+            ]
+            row = self._row(path, records, dropped, changed, self.config.integer_boxes and not is_for_training(split))
             if row["sentences"]:
                 yield row["image_id"], row
             else:
@@ -179,23 +192,28 @@ class RefTRIndex(GroundingBuilder):
         self.report_dropped(split, dropped)
         self.report_changed(split, changed)
 
-    def _row(self, path: str, records: list[dict], dropped: Counter, changed: Counter) -> dict:
+    def _row(self, path: str, records: list[dict], dropped: Counter, changed: Counter, keep_misses: bool) -> dict:
         # a mask tells for which size of its picture it was made, stored or upright
         sizes = [self._read_mask(record["mask"])[0] for record in records[:1] if "mask" in record]
         width, height = upright_size(path, *(tuple(size[::-1]) for size in sizes))
-        image_id, objects, sentences = f"{self.index.pictures}_{picture_number(path)}", {}, []
+        image_id, objects, sentences, positions = f"{self.index.pictures}_{picture_number(path)}", {}, [], []
         for record in records:
             if not record["text"].strip():
                 dropped["expressions without words"] += 1
                 continue
-            segmentation = self._segmentation(record, (width, height), path, dropped)
+            segmentation = self._segmentation(record, (width, height), path, dropped, changed, keep_misses)
             phrases = []
             for start, end, box in zip(record["starts"], record["ends"], record["boxes"], strict=True):
                 if not 0 <= start < end:
                     dropped["phrases that are not at their place in the sentence"] += 1
                     continue
                 box_xyxy = to_xyxy(box, self.index.box_format, self.config.integer_boxes)
-                kept = clip_boxes([box_xyxy], width, height, dropped, changed)
+                miss = whole_box(box_xyxy, width, height, keep_misses=True) if keep_misses else None
+                if miss is not None and is_degenerate(miss):
+                    kept = [miss]
+                    changed[KEPT_BOXES] += 1
+                else:
+                    kept = clip_boxes([box_xyxy], width, height, dropped, changed)
                 if kept:
                     key = (*kept[0], segmentation and segmentation["counts"])
                     index = list(objects).index(key) if key in objects else len(objects)
@@ -204,18 +222,21 @@ class RefTRIndex(GroundingBuilder):
                     phrases.append({"start": start, "end": end, "objects": [index], "types": []})
             if phrases:
                 sentences.append({"sentence_id": record["sentence_id"], "text": record["text"], "phrases": phrases})
+                positions.append(record["position"])
             else:
                 dropped["expressions without a box"] += 1
         row = {"image_id": image_id, "image": path, "width": width, "height": height}
-        return {**row, "objects": list(objects.values()), "sentences": sentences}
+        return {**row, "objects": list(objects.values()), "sentences": sentences, "positions": positions}
 
-    def _read_mask(self, mask: str) -> tuple[tuple[int, int], dict | None]:
+    def _read_mask(self, mask: str) -> tuple[tuple[int, int], dict]:
         """See `read_mask`; each file is read once."""
         if mask not in self.masks:
             self.masks[mask] = read_mask(Path(self.config.data_dir) / self.index.mask_dir / mask)
         return self.masks[mask]
 
-    def _segmentation(self, record: dict, size: tuple[int, int], path: str, dropped: Counter) -> dict | None:
+    def _segmentation(
+        self, record: dict, size, path: str, dropped: Counter, changed: Counter, keep_misses: bool
+    ) -> dict | None:
         if "mask" not in record:
             return None
         shape, segmentation = self._read_mask(record["mask"])
@@ -224,8 +245,11 @@ class RefTRIndex(GroundingBuilder):
                 f"The mask {record['mask']!r} has (height, width) {shape} and its picture {path!r} "
                 f"{size[::-1]}: they must be the same, as for the published loaders."
             )
-        if segmentation is None:
-            dropped["masks without a pixel"] += 1
+        if is_empty(segmentation):
+            if not keep_misses:
+                dropped["masks without a pixel"] += 1
+                return None
+            changed[KEPT_MASKS] += 1
         return segmentation
 
 
@@ -338,9 +362,9 @@ def picture_number(path: str) -> str:
     return match[1] if match else stem
 
 
-def read_mask(path: Path) -> tuple[tuple[int, int], dict | None]:
+def read_mask(path: Path) -> tuple[tuple[int, int], dict]:
     """
-    An .npy file of (H, W), not 0 where the object is -> its shape, and the `segmentation` of the schema, None where no
+    An .npy file of (H, W), not 0 where the object is -> its shape, and the `segmentation` of the schema, also where no
     pixel is in it.
 
     Raises:
@@ -356,7 +380,7 @@ def read_mask(path: Path) -> tuple[tuple[int, int], dict | None]:
         raise OSError(f"The mask {str(path)!r} is damaged: {error}") from error
     if mask.ndim != 2 or mask.dtype.kind not in "biuf":
         raise ValueError(f"The mask {str(path)!r} is {mask.dtype} of {mask.shape}; expected numbers of (H, W).")
-    return tuple(mask.shape), to_segmentation(encode_array(mask))
+    return tuple(mask.shape), to_segmentation(encode_array(mask), keep_empty=True)
 
 
 # published (images, objects, expressions), by split, where the index is known to hold all of the set

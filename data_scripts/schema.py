@@ -12,7 +12,9 @@ FEATURES = datasets.Features(
         "objects": [
             {
                 "object_id": datasets.Value("string"),
-                # xyxy in pixels, right and bottom exclusive; what a phrase that names the object is answered with
+                # xyxy in pixels, right and bottom exclusive; what a phrase that names the object is answered with.
+                # A box without extent, or a mask without a pixel, cannot be learned or found, but the published
+                # evaluation counts it as a miss: datasets built with `integer_boxes` keep it
                 "box": [datasets.Value("float32")],
                 # every box of it, where a name covers several (then `box` is their union)
                 "boxes": [[datasets.Value("float32")]],
@@ -36,5 +38,10 @@ FEATURES = datasets.Features(
                 ],
             }
         ],
+        # each sentence's number in the annotations of its split, from 0, where rows are ordered otherwise; null: rows
+        # and sentences are in the order of the annotations
+        "positions": [datasets.Value("int32")],
     }
 )
+# columns that exports of earlier versions lack
+OPTIONAL = ("positions",)

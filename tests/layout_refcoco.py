@@ -123,6 +123,7 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
     74      a progressive JPEG; two objects of the same box
     80      of no reference: its picture is not there
     100...  one image for each further split; 100 is val's, and also in train where the set is RefCOCOg (google)
+    110     RefCLEF (unc) alone: references of testAB, testBC, testAC and testA, in this order
 
     Returns:
         `dict`: what the tests expect: "refs_file", "instances_file", "image_dir", "splits", "expected" (image number
@@ -242,6 +243,17 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
         add(number, [1.0, 2.0, 30.0, 20.0], [rectangle(1, 2, 31, 22)], [f"of {split}"], split)
     if name == "refcocog_google":
         add(100, [3.0, 4.0, 9.0, 9.0], [rectangle(3, 4, 12, 13)], ["of train, in an image of val"])
+
+    if name == "refclef_unc":
+        add_image(110, size)
+        for index, split in enumerate(("testAB", "testBC", "testAC", "testA")):
+            add(
+                110,
+                [1.0 + index, 2.0, 9.0, 9.0],
+                [rectangle(1 + index, 2, 10 + index, 11)],
+                [f"{split} of 110"],
+                split,
+            )
 
     place = folder / dataset
     place.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from layout_refcoco import FIRST_REF, SPLITS, make_refcoco
+from layout_refcoco import FIRST_REF, SPLITS, make_refcoco, python2_pickle
 from pycocotools import mask as coco_mask
 
 import data_scripts
 from data_scripts.building import clip_box
-from data_scripts.refcoco import IMAGE_PLACES, encode_segmentation, to_xyxy
+from data_scripts.refcoco import IMAGE_PLACES, encode_segmentation, read_refs, to_xyxy
 
 
 @pytest.fixture
@@ -73,8 +73,33 @@ def test_every_set_and_split(tmp_path, name):
             shared = [100] if name == "refcocog_google" else []
             assert numbers == [20, 30, 40, 50, 70, 71, 72, 73, 74, *shared, 581857]
         else:
-            assert [expressions(row) for row in part] == [[f"of {split}"]]
+            assert [expressions(row) for row in part][:1] == [[f"of {split}"]]
+            assert len(part) == (2 if name == "refclef_unc" and split != "val" else 1)
     assert expressions(rows["train"][0]) == ["a crowd", "the corner", "the same corner"]
+
+
+def test_refclef_references_of_several_test_splits_count_in_each(tmp_path, run):
+    """The refer API takes the references of testA by the letter A in their split: testA, testAB and testAC."""
+    make_refcoco(tmp_path, "refclef_unc")
+    rows = data_scripts.load("refclef_unc", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
+    found = {}
+    for split in ("testA", "testB", "testC"):
+        *_, row = rows[split]
+        assert row["image_id"] == "saiapr_110"
+        found[split] = list(zip(expressions(row), row["positions"], strict=True))
+        sentence_ids = [sentence["sentence_id"] for sentence in row["sentences"]]
+        assert len(set(sentence_ids)) == len(sentence_ids)
+    # positions go on behind the split's own reference
+    assert found == {
+        "testA": [("testAB of 110", 1), ("testAC of 110", 2), ("testA of 110", 3)],
+        "testB": [("testAB of 110", 1), ("testBC of 110", 2)],
+        "testC": [("testBC of 110", 1), ("testAC of 110", 2)],
+    }
+    printed = run(
+        "-m", "data_scripts", "build", "refclef_unc", "--data_dir", tmp_path, "--cache_dir", tmp_path / "cache"
+    ).stdout
+    counts = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith("test")}
+    assert {split: numbers[2] for split, numbers in counts.items()} == {"testA": "4", "testB": "3", "testC": "3"}
 
 
 def test_two_references_of_one_object_and_two_objects_of_one_box(refcoco):
@@ -123,6 +148,45 @@ def test_bad_annotations_are_dropped_and_counted(refcoco, caplog):
     (changed,) = [record.message for record in caplog.records if "are cut" in record.message]
     assert "2 boxes are cut at their picture's edge" in changed
     assert "1 pictures have another size than annotated" in changed
+
+
+@pytest.mark.row("R6")
+def test_what_the_published_evaluation_counts_is_kept_with_its_boxes(refcoco, caplog):
+    """A box without extent and a mask without a pixel are misses there; what is not a box or a mask stays left out."""
+    facts, load = refcoco
+    instances = json.loads(facts["instances_file"].read_text())
+    for annotation in instances["annotations"]:
+        if annotation["image_id"] == 40:  # beside its image, in pixels
+            annotation["segmentation"] = [[100, 100, 110, 100, 110, 110]]
+    facts["instances_file"].write_text(json.dumps(instances))
+    refs = read_refs(facts["refs_file"])
+    refs += [{**ref, "split": "val"} for ref in refs if ref["split"] == "train"]
+    facts["refs_file"].write_bytes(python2_pickle(refs))
+    assert "coco_60" not in load("train", integer_boxes=True)["image_id"]
+    rows = {row["image_id"]: row for row in load("val", integer_boxes=True)}
+    kept = rows["coco_60"]
+    assert expressions(kept) == ["without width", "outside"]
+    assert [item["box"] for item in kept["objects"]] == [[5, 5, 5, 14], [40, 5, 40, 14]]
+    assert not decode(rows["coco_40"]["objects"][0]["segmentation"]).any()
+    assert [item["segmentation"] for item in rows["coco_72"]["objects"]] == [None, None]
+    assert "2 boxes without extent are kept, to be counted as misses" in caplog.text
+    assert "1 masks without a pixel are kept, to be counted as misses" in caplog.text
+    without = {row["image_id"]: row for row in load("val")}
+    assert "coco_60" not in without
+    assert without["coco_40"]["objects"][0]["segmentation"] is None
+
+
+def test_positions_are_those_of_the_references_across_images(refcoco):
+    """Rows are sorted by image, the refer API's order is that of the file; what is left out leaves a gap."""
+    facts, load = refcoco
+    refs = read_refs(facts["refs_file"])
+    expected = [item["sent"].strip() for ref in refs if ref["split"] == "train" for item in ref["sentences"]]
+    found = {}
+    for row in load("train"):
+        found |= dict(zip(row["positions"], expressions(row), strict=True))
+    assert len(found) == len(expected) - facts["dropped"]
+    assert found == {position: text for position, text in enumerate(expected) if position in found}
+    assert list(found) != sorted(found)
 
 
 def test_a_damaged_mask_is_left_out_and_counted(refcoco, caplog):

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data_scripts
+from data_scripts.masks import decode_segmentation
 from data_scripts.reading import read_pickle
 from data_scripts.reftr_index import RefTRIndex
 from data_scripts.schema import FEATURES
@@ -250,21 +251,44 @@ def test_bad_boxes_and_texts_are_dropped_and_counted(load, folder, caplog):
     records += [(COCO, "", [1, 2, 3, 4], text, "") for text in ("", " \t\n", "🙂" * 3, "a" * 10_000)]
     records += [(COCO_GREY, "", [9, 9, 0, 0], "an only one", "")]
     save(records, folder / "annotations_resc/unc/unc_val.pth")
-    for flags in ({}, {"integer_boxes": True}):
+    with caplog.at_level(logging.WARNING, "data_scripts.building"):
+        (row,) = load("resc_unc")["val"]
+    assert [len(sentence["text"]) for sentence in row["sentences"]] == [8, 8, 3, 10_000]
+    assert row["positions"] == [4, 5, 8, 9]
+    assert [item["box"] for item in row["objects"]] == [[1, 2, 64, 6], [0, 0, 5, 5], [1, 2, 4, 6]]
+    message, changes = [record.getMessage() for record in caplog.records if " val: " in record.getMessage()]
+    assert "val: 2 boxes are cut at their picture's edge." in changes
+    for reason in (
+        "2 expressions without words",
+        "5 expressions without a box",
+        "5 boxes of which nothing is in the picture",
+        "1 pictures without an expression",
+    ):
+        assert reason in message
+
+
+@pytest.mark.row("R6")
+def test_boxes_and_masks_that_the_published_evaluation_counts_are_kept_with_its_boxes(load, folder, caplog):
+    """Without extent in whole pixels, or without a pixel, they are misses there; what is not a box stays left out."""
+    boxes = [[10.2, 9, 0.7, 4], [9, 9, 0, 4], [500, 2, 3, 4], [9, 9, -4, 4], [float("nan"), 2, 3, 4], [1, 2, 3, 4]]
+    records = [(COCO, "", box, f"number {number}", "") for number, box in enumerate(boxes)]
+    save(records, folder / "annotations_resc/unc/unc_val.pth")
+    for flags, kept in (({}, [0, 5]), ({"integer_boxes": True}, [0, 1, 2, 5])):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "data_scripts.building"):
             (row,) = load("resc_unc", **flags)["val"]
-        assert [len(sentence["text"]) for sentence in row["sentences"]] == [8, 8, 3, 10_000]
-        assert [item["box"] for item in row["objects"]] == [[1, 2, 64, 6], [0, 0, 5, 5], [1, 2, 4, 6]]
-        message, changes = [record.getMessage() for record in caplog.records if " val: " in record.getMessage()]
-        assert "val: 2 boxes are cut at their picture's edge." in changes
-        for reason in (
-            "2 expressions without words",
-            "5 expressions without a box",
-            "5 boxes of which nothing is in the picture",
-            "1 pictures without an expression",
-        ):
-            assert reason in message
+        assert row["positions"] == kept
+        assert ("3 boxes without extent are kept, to be counted as misses" in caplog.text) == bool(flags)
+    assert [item["box"] for item in row["objects"]] == [[10, 9, 10, 13], [9, 9, 9, 13], [64, 2, 64, 6], [1, 2, 4, 6]]
+
+    for flags in ({}, {"integer_boxes": True}):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "data_scripts.building"):
+            row = load("reftr_refcoco_unc", **flags)["val"][0]
+        (item,) = [item for item in row["objects"] if item["box"] == [0, 0, 10, 10]]
+        assert (item["segmentation"] is not None) == bool(flags)
+        assert ("1 masks without a pixel are kept, to be counted as misses" in caplog.text) == bool(flags)
+    assert not decode_segmentation(item["segmentation"]).any()
 
 
 @pytest.mark.row("R6")

@@ -9,6 +9,7 @@ import datasets
 
 import data_scripts
 from data_scripts.combine import HELD_OUT
+from data_scripts.schema import OPTIONAL
 from training_reftr.arguments import check_names
 
 
@@ -38,7 +39,7 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     else:
         rows = dict(data_scripts.load(args.dataset, **{**places_of(args), **args.dataset_config}))
     for name, part in rows.items():
-        missing = sorted(set(data_scripts.FEATURES) - set(part.column_names or data_scripts.FEATURES))
+        missing = sorted(set(data_scripts.FEATURES) - {*OPTIONAL, *(part.column_names or data_scripts.FEATURES)})
         if missing:
             raise ValueError(
                 f"{args.dataset!r} {name} has no columns {', '.join(missing)}: export a set by "
