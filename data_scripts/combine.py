@@ -7,7 +7,9 @@ from pathlib import PurePath
 
 import datasets
 
+from .building import is_degenerate
 from .loading import load
+from .schema import OPTIONAL
 
 
 logger = logging.getLogger(__name__)
@@ -40,16 +42,22 @@ def coco_id(image_id: str, picture: str | None = None) -> int | None:
     return int(told[1]) if told else None
 
 
-def combine(sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, **flags) -> datasets.Dataset:
+def combine(
+    sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, trained: tuple[str, ...] = (), **flags
+) -> datasets.Dataset:
     """
     Join a split of several sets, leaving out every row whose picture is held out in any of them. Pictures are matched
     by their COCO id (`coco_id`), others by `image_id`.
 
+    What is trained on is not held out: neither a split of `trained`, nor one whose every expression is in them, as
+    those of val are in trainval.
+
     Args:
         sets (`list`): each a name that `load` takes, a pair (name, flags) of it, a dict of splits (such as a
             `DatasetDict`), or a `Dataset`, which has no held-out pictures.
-        split (`str`): the split to join.
+        split (`str`): the split to join. "trainval" of a dataset that has none is its train and its val.
         held_out (`tuple[str, ...]`): how the names of the held-out splits begin.
+        trained (`tuple[str, ...]`, *optional*): all splits that are trained on, where `split` is one of several.
         flags: given to `load` for each name, for example `data_dir`.
 
     Returns:
@@ -73,22 +81,20 @@ def combine(sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, **
     names, parts = [], []
     for number, item in enumerate(sets):
         name, splits = _splits(item, number, split, flags)
-        if split not in splits:
-            raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(splits)}.")
+        _parts_of(name, splits, split)
         if not all(isinstance(rows, datasets.Dataset) for rows in splits.values()):
             raise ValueError(f"{name} is streamed; combine looks through all rows of sets that are built.")
         names.append(name)
         parts.append(splits)
     keys = {
         key
-        for splits in parts
-        for other, rows in splits.items()
-        if other != split and other.startswith(tuple(held_out))
+        for name, splits in zip(names, parts, strict=True)
+        for rows in _held_out_splits(name, splits, {split, *trained}, tuple(held_out))
         for key in _picture_keys(rows)
     }
     kept = []
     for name, splits in zip(names, parts, strict=True):
-        rows = splits[split]
+        rows = datasets.concatenate_datasets([splits[part] for part in _parts_of(name, splits, split)])
         indices = [index for index, key in enumerate(_picture_keys(rows)) if key not in keys]
         if len(indices) < len(rows):
             logger.warning(
@@ -97,7 +103,58 @@ def combine(sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, **
             )
             rows = rows.select(indices)
         kept.append(rows)
-    return datasets.concatenate_datasets(kept)
+    absent = [column for column in OPTIONAL if not all(column in rows.column_names for rows in kept)]
+    return datasets.concatenate_datasets(
+        [rows.remove_columns([column for column in absent if column in rows.column_names]) for rows in kept]
+    )
+
+
+def _parts_of(name: str, splits: Mapping, split: str) -> tuple[str, ...]:
+    """Return the splits that one is made of: itself, or train and val for a trainval that is not there."""
+    if split in splits:
+        return (split,)
+    if split == "trainval" and {"train", "val"} <= splits.keys():
+        return ("train", "val")
+    raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(splits)}.")
+
+
+def _held_out_splits(name: str, splits: Mapping, trained: set[str], held_out: tuple[str, ...]) -> list:
+    """Return the splits of a dataset that are held out by their name, and not part of what is trained on."""
+    known = {*splits, "trainval"} & trained
+    own = {part for split in known for part in _parts_of(name, splits, split)}
+    candidates = [rows for other, rows in splits.items() if other.startswith(held_out) and other not in own]
+    if not candidates:
+        return []
+    learned = [(splits[part], _picture_keys(splits[part])) for part in own]
+    return [rows for rows in candidates if not _is_part(rows, learned)]
+
+
+def _is_part(rows: datasets.Dataset, learned: list[tuple[datasets.Dataset, list]]) -> bool:
+    """Return whether every expression of a split is in others, which come with their `_picture_keys`."""
+    missing = _expressions(rows, _picture_keys(rows))
+    images = {image for image, *_ in missing}
+    if not images or not images <= {key for _, keys in learned for key in keys}:
+        return False
+    for others, keys in learned:
+        indices = [index for index, key in enumerate(keys) if key in images]
+        missing -= _expressions(others.select(indices), [keys[index] for index in indices])
+    return not missing
+
+
+def _expressions(rows: datasets.Dataset, keys: list) -> set[tuple]:
+    """
+    Return (image, text, box) of each phrase of rows, by which it is known in other splits of its dataset: ids may be
+    those of a file. What cannot be learned is left out, see `building.whole_box`.
+    """
+    columns = rows.select_columns(["objects", "sentences"])
+    return {
+        (key, sentence["text"][phrase["start"] : phrase["end"]], *row["objects"][index]["box"])
+        for key, row in zip(keys, columns, strict=True)
+        for sentence in row["sentences"]
+        for phrase in sentence["phrases"]
+        for index in phrase["objects"]
+        if not is_degenerate(row["objects"][index]["box"])
+    }
 
 
 def _splits(item, number: int, split: str, flags: dict) -> tuple[str, Mapping]:

@@ -1,11 +1,14 @@
 """Several sets joined, without what any of them holds out."""
 
+import datasets
 import pytest
 from layout_refcoco import make_refcoco
 from layout_visual_genome import make_visual_genome
 
 import data_scripts
 from data_scripts import coco_id, combine
+from data_scripts.reading import read_pickle
+from layout_reftr_index import make_reftr_index, save
 
 
 @pytest.fixture
@@ -66,3 +69,76 @@ def test_wrong_sets_are_refused(settings):
         combine(["refcoco_unc"], streaming=True, **settings)
     with pytest.raises(ValueError, match="no data set 'refcocos'"):
         combine(["refcocos"], **settings)
+
+
+@pytest.fixture
+def two_builders(tmp_path):
+    """An index of ReSC, which has a trainval of its own, and the refer API's files, which have none."""
+    make_reftr_index(tmp_path)
+    folder = tmp_path / "annotations_resc" / "referit"
+    records = [record for split in ("train", "val") for record in read_pickle(folder / f"referit_{split}.pth")]
+    save(records, folder / "referit_trainval.pth")
+    make_refcoco(tmp_path)
+    return {"data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+
+
+def keys_of(rows):
+    return {coco_id(image_id) or image_id for image_id in rows["image_id"]}
+
+
+def test_what_is_trained_on_is_not_held_out_by_its_name(two_builders, caplog):
+    """`val` is part of trainval: by its expressions, for ids and files differ (ReferIt's trainval is its own file)."""
+    for name in ("resc_referit", "refcoco_unc"):
+        splits = data_scripts.load(name, **two_builders)
+        if name == "refcoco_unc":  # its train and its val
+            expected = keys_of(splits["train"]) | keys_of(splits["val"])
+        else:
+            splits["test"] = splits["test"].select([])  # of the images of train, in this fixture
+            expected = keys_of(splits["trainval"])
+        assert keys_of(combine([splits], split="trainval")) == expected
+    assert "left out" not in [record.message for record in caplog.records if record.name == "data_scripts.combine"]
+
+
+def test_trainval_and_train_with_val_are_the_same_rows(two_builders):
+    refer = data_scripts.load("refcoco_unc", **two_builders)
+    index = {
+        name: rows.filter(lambda row, name=name: row["image_id"] != "coco_9" or not name.startswith("test"))
+        for name, rows in data_scripts.load("resc_unc", **two_builders).items()
+    }
+    # a picture that is tested on in one dataset is left out of the other's val, and of its trainval
+    tested = refer["val"].select([0]).map(lambda row: {"image_id": "coco_25"})
+    index["testA"], index["testB"] = tested, tested
+    at_once = combine([index, refer], split="trainval")
+    both = ("train", "val")
+    one_by_one = [combine([index, refer], split=split, trained=both) for split in both]
+    joined = datasets.concatenate_datasets(one_by_one)
+
+    def expressions(rows):
+        return {(row["image_id"], item["text"]) for row in rows for item in row["sentences"]}
+
+    assert expressions(at_once) == expressions(joined)
+    images = keys_of(at_once)
+    assert {100, 9, 20, 40} <= images  # val of the one, all of the other
+    assert not {25, 101, 102} & images  # test splits of either
+    # trained on alone, val is held out
+    assert 100 not in keys_of(combine([index, refer], split="train"))
+
+
+def test_a_split_that_is_called_test_can_be_trained_on(two_builders):
+    splits = data_scripts.load("refcoco_unc", **two_builders)
+    parts = {"test": datasets.concatenate_datasets([splits["testA"], splits["testB"]]), **splits}
+    assert keys_of(combine([parts], split="test")) == {101, 102}
+    assert keys_of(combine([{name: parts[name] for name in ("test", "train", "val")}], split="test")) == {101, 102}
+    # held out by another one all the same
+    assert keys_of(combine([parts, {"test": parts["test"].select([]), "testA": splits["testA"]}], split="test")) == {
+        102
+    }
+    # a part of a split is held out with all of it: here testA has an expression that is not trained on
+    more = datasets.concatenate_datasets([splits["testA"], splits["train"].select([0])])
+    assert keys_of(combine([{**parts, "testA": more}], split="test")) == {102}
+
+
+def test_rows_of_an_earlier_export_join_others(two_builders):
+    splits = data_scripts.load("refcoco_unc", **two_builders)
+    earlier = splits["train"].remove_columns("positions")
+    assert len(combine([earlier, splits["train"]])) == 20

@@ -448,6 +448,12 @@ def test_joined_sets(tmp_path):
     trained = set(split_of(joined, "train+val")["image_id"])
     assert "coco_100" in trained
     assert not tested & trained
+    # trainval of a dataset that has none is train and val: the same pictures
+    args.train_split = "trainval"
+    whole = load_rows(args)
+    assert next(iter(whole)) == "trainval"
+    assert set(whole["trainval"]["image_id"]) == trained
+    assert len(whole["trainval"]) == len(split_of(joined, "train+val"))
     args.dataset_config = {"refcoco": {}}
     with pytest.raises(ValueError, match=r"dataset_config has no field 'refcoco'. Did you mean 'refcoco_unc'"):
         load_rows(args)

@@ -8,7 +8,6 @@ from pathlib import Path
 import datasets
 
 import data_scripts
-from data_scripts.combine import HELD_OUT
 from data_scripts.schema import OPTIONAL
 from training_reftr.arguments import check_names
 
@@ -95,11 +94,8 @@ def join_sets(args) -> dict[str, datasets.Dataset]:
     sets = {name: {**places_of(args), **args.dataset_config.get(name, {})} for name in names}
     splits = {name: data_scripts.load(name, **flags) for name, flags in sets.items()}
     training = args.train_split.split("+")
-    # a split that is trained on is not held out
-    held_out = {split for part in splits.values() for split in part if split.startswith(HELD_OUT)} - set(training)
     rows = {
-        split: data_scripts.combine(list(sets.items()), split=split, held_out=tuple(sorted(held_out)))
-        for split in training
+        split: data_scripts.combine(list(sets.items()), split=split, trained=tuple(training)) for split in training
     }
     others = {
         f"{name}/{split}": part[split] for name, part in splits.items() for split in part if split not in training
