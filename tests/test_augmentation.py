@@ -95,6 +95,7 @@ def test_grey_and_black_have_no_hue_to_change():
 def test_published_changes_nothing_but_brightness():
     row = make_row()
     changed = augment(row, "published", random.Random(1))
+    assert augment(row, "brightness", random.Random(1))["image"] == changed["image"]
     assert {name: value for name, value in changed.items() if name != "image"} == {
         name: value for name, value in row.items() if name != "image"
     }

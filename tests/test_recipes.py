@@ -172,6 +172,49 @@ def test_published_ways_are_switched_by_name():
     assert held_out == ["refcoco_unc", "refcoco+_unc", "refcocog_umd"]
 
 
+# the published loaders, by hand: tokens of the longest text, and the splits whose images become brighter or darker
+LOADERS = {
+    "captions": (90, ("train",)),  # Flickr30k's captions with their phrases
+    "expressions": (40, ("train", "train+val", "trainval")),  # ReSC's indexes
+    "masks": (40, ("train",)),
+    "regions": (40, ("train", "train+val", "trainval")),  # Visual Genome: all there is
+}
+
+
+def loader_of(name):
+    if name.startswith("visual_genome"):
+        return "regions"
+    if "_masks" in name:
+        return "masks"
+    # joined with RefCOCO, the published loader reads Flickr30k's phrases one by one, and here captions are read
+    return "captions" if name.startswith("flickr30k") and "refcoco" not in name else "expressions"
+
+
+@pytest.mark.parametrize("split", ["train", "train+val", "trainval", "val"])
+def test_a_recipe_follows_its_published_loader(split):
+    """Brightness changes where it does there: not for Flickr30k's trainval, nor for masks of any trainval."""
+    overlay = [str(RECIPES / "common" / "trainval.yaml")] if split == "train+val" else ["--train_split", split]
+    for name in PUBLISHED:
+        length, augmented = LOADERS[loader_of(name)]
+        args = parse_arguments([str(RECIPES / f"{name}.yaml"), *overlay])
+        assert args.train_split == split
+        is_augmented = split in augmented or loader_of(name) == "regions"
+        assert args.augmentation == ("published" if is_augmented else "none"), name
+        assert args.max_text_length == (90 if name == "flickr30k_refcoco_r50" else length), name
+        assert args.image_size == 640
+        chosen = parse_arguments([str(RECIPES / f"{name}.yaml"), *overlay, "--augmentation", "brightness"])
+        assert chosen.augmentation == "brightness"
+
+
+def test_datasets_of_ones_own_keep_the_published_augmentation():
+    for dataset in ("shapes", "jsonl", "exports/flickr30k_entities", "./refcoco_unc"):
+        args = TrainingArguments(dataset=dataset, train_split="train+validation", model={"predict_masks": True})
+        assert args.augmentation == "published"
+    for dataset in ("reftr_flickr", "flickr30k_entities"):
+        assert TrainingArguments(dataset=dataset, train_split="trainval").augmentation == "none"
+    assert TrainingArguments(dataset="resc_flickr,resc_unc", train_split="trainval").augmentation == "published"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_printed_is_a_recipe_again(name, tmp_path, capsys):
     words = [str(RECIPES / f"{name}.yaml"), "--model.dropout", "0.2", "--run_name", "3"]

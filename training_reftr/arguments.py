@@ -15,6 +15,7 @@ from typing import get_args, get_type_hints
 import yaml
 
 from modeling_reftr import RefTRConfig
+from training_reftr.published_results import is_augmented_as_published
 
 
 # What a setting is about, which decides what a run that resumes may change and what its recipe.yaml says.
@@ -88,7 +89,10 @@ class TrainingArguments:
         LEARNING, True, "Put pictures of like shape, and texts of like length, into one batch."
     )
     augmentation: str = setting(
-        LEARNING, "published", "published: brightness; strong: saturation, crop, scale, flip; or none."
+        LEARNING,
+        "published",
+        "published: brightness, where the published loader of the dataset and split has it; brightness: always; "
+        "strong: saturation, crop, scale, flip; or none.",
     )
     num_workers: int = setting(NEITHER, 2, "Processes that prepare batches.")
     size_divisor: int | None = setting(
@@ -188,6 +192,11 @@ class TrainingArguments:
             if getattr(self, name) not in choices:
                 known = ", ".join(repr(choice) for choice in choices if choice is not None)
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}.")
+        with_masks = bool(self.model.get("predict_masks"))
+        if self.augmentation == "published" and not is_augmented_as_published(
+            self.dataset, self.train_split, with_masks
+        ):
+            self.augmentation = "none"
         if not 0 <= self.adam_beta2 < 1:
             raise ValueError(f"adam_beta2={self.adam_beta2} must be at least 0 and less than 1.")
         if not self.max_grad_norm > 0:
@@ -251,7 +260,7 @@ NOT_NEGATIVE = (
     "visualize",
 )
 CHOICES = {
-    "augmentation": ("none", "published", "strong"),
+    "augmentation": ("none", "published", "brightness", "strong"),
     "lr_schedule": ("step", "cosine", "constant"),
     "mixed_precision": (None, "no", "bf16", "fp16"),
 }

@@ -2,7 +2,9 @@
 Changes of pictures that keep what is said about them true. Nothing here holds a collective, and nothing draws from a
 random generator other than the one that it is given.
 
-- `published`: brightness. HSV's V is multiplied by a factor between 0.5 and 1.5 and clipped.
+- `brightness`: HSV's V is multiplied by a factor between 0.5 and 1.5 and clipped.
+- `published`: the same. Settings turn it into `none` where the published loader leaves the images of a split as they
+  are, see `published_results.is_augmented_as_published`.
 - `strong`: the same, and of S as well; a crop that keeps every box whole; the longer side 0.8 to 1.2 of what it was;
   and, one time of two, a mirrored picture where what is said can be mirrored with it.
 
@@ -102,7 +104,7 @@ def augment(row: dict, kind: str, draw: random.Random) -> dict:
 
     Args:
         row (`dict`): `image` is an RGB picture; boxes of all its objects are kept whole.
-        kind (`str`): "none", "published" or "strong".
+        kind (`str`): "none", "published", which is "brightness", or "strong".
         draw (`random.Random`): all that it depends on besides.
     """
     if kind == "none":

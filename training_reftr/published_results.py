@@ -14,8 +14,14 @@ NAMES_OF_SETS = {
     "RefCOCOg (umd)": ("refcocog_umd", "reftr_refcocog_umd", "resc_gref_umd"),
     "Flickr30k Entities": ("flickr30k_entities", "reftr_flickr"),
 }
+# datasets whose published loader changes the brightness of the split "train" alone: captions with several phrases. So
+# does the loader with masks; the loaders of ReSC's indexes do it to "train" and to "trainval", and that of Visual
+# Genome always
+CAPTION_SETS = ("flickr30k_entities", "reftr_flickr")
+ALWAYS_AUGMENTED = ("visual_genome", "resc_vg")
 # also those without a published figure here
 COCO_SETS = ("refcoco", "reftr_refcoco", "resc_unc", "resc_gref")
+PUBLISHED_SETS = (*COCO_SETS, "refclef", "resc_", "reftr_", "flickr30k_entities", "visual_genome")
 REFTR = "Li & Sigal, Referring Transformer, NeurIPS 2021"
 
 
@@ -72,6 +78,41 @@ RESULTS = (
     PublishedResult("Flickr30k Entities", figures={"test": 78.66}, backbone="ResNet-50", **_FLICKR),
     PublishedResult("Flickr30k Entities", figures={"test": 81.18}, backbone="ResNet-101", **_FLICKR),
 )
+
+
+def is_augmented_as_published(dataset: str, train_split: str, with_masks: bool) -> bool:
+    """
+    Return whether the published loader of a dataset changes the brightness of the images of a split.
+
+    Args:
+        dataset (`str`): a name of `data_scripts`, or several joined by commas, which the published code reads from
+            ReSC's indexes. One of which nothing is published is augmented.
+        train_split (`str`): what is trained on; "train+val" is the published "trainval".
+        with_masks (`bool`): whether masks are trained.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.published_results import is_augmented_as_published
+
+    >>> is_augmented_as_published("flickr30k_entities", "train+val", with_masks=False)
+    False
+    >>> is_augmented_as_published("refclef_berkeley", "train+val", with_masks=False)
+    True
+
+    ```"""
+    if dataset in ALWAYS_AUGMENTED or not is_published(dataset):
+        return True
+    parts = set(train_split.split("+"))
+    if with_masks or dataset in CAPTION_SETS:
+        return parts == {"train"}
+    return parts in ({"train"}, {"trainval"}, {"train", "val"})
+
+
+def is_published(dataset: str) -> bool:
+    """Return whether the published code has a loader for a dataset, or for several joined by commas."""
+    # a name with a slash is a folder
+    return "/" not in dataset and all(name.strip().startswith(PUBLISHED_SETS) for name in dataset.split(","))
 
 
 def set_and_split(dataset: str, split: str) -> tuple[str, str]:
