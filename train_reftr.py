@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
         if accelerator.is_main_process:
             if not (args.eval_only and args.init_from):  # else the folder has no model
-                write_card(args.output_dir, args.push_to_hub)
+                write_card(args.output_dir)
             sys.stdout.write(f"{estimate(args) if args.dry_run else format_table(metrics)}\n")
             if revision := publisher.finish():
                 sys.stdout.write(f"Pushed to {args.push_to_hub}, revision {revision}\n")

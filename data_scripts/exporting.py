@@ -22,6 +22,7 @@ MAX_SHARD_BYTES = 500_000_000
 # rows that are read at a time by whoever streams the files
 ROW_GROUP_SIZE = 100
 README, DATA = "README.md", "data"
+FOLDER = "path/to/this/folder"  # in a card that was not pushed
 
 
 def picture_bytes(rows: datasets.Dataset) -> int:
@@ -91,7 +92,7 @@ Visual grounding: pictures ({pictures}), objects, and the sentences that speak o
 ```python
 from datasets import load_dataset
 
-rows = load_dataset("path/to/this/folder", split="{next(iter(splits))}")
+rows = load_dataset("{FOLDER}", split="{next(iter(splits))}")
 ```
 
 - `objects`: `box` is xyxy in pixels of the upright picture, right and bottom exclusive; `boxes` are all boxes of an
@@ -199,7 +200,11 @@ def push(folder: str | Path, repository: str, private: bool | None = None) -> st
         `str`: the commit's address.
 
     Raises:
-        OSError: if the Hub is out of reach or refuses it; the folder stays.
+        OSError: if the Hub is out of reach or refuses it; the folder stays as it was.
     """
-    message = "Upload Parquet files and card"
-    return str(upload(folder, repository, "dataset", private, [README, f"{DATA}/*"], message).commit_url)
+    message, patterns = "Upload Parquet files and card", [README, f"{DATA}/*"]
+    # what the card says of the repository is true once the commit is made
+    card = (Path(folder) / README).read_text(encoding="utf-8").replace(FOLDER, repository).encode("utf-8")
+    commit = upload(folder, repository, "dataset", private, patterns, message, {README: card})
+    (Path(folder) / README).write_bytes(card)
+    return str(commit.commit_url)

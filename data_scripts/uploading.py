@@ -21,6 +21,7 @@ def upload(
     private: bool | None = None,
     patterns: list[str] | None = None,
     message: str = "Upload",
+    contents: dict[str, bytes] | None = None,
     **settings,
 ) -> CommitInfo:
     """
@@ -35,6 +36,8 @@ def upload(
         private (`bool`, *optional*): whether a new repository is private. True refuses one that is public.
         patterns (`list[str]`, *optional*): which files of the folder; absent: all.
         message (`str`, *optional*): of the commit.
+        contents (`dict[str, bytes]`, *optional*): more files by name, uploaded in place of those in the folder that
+            have the same name; the folder is not changed.
         settings: others of `HfApi.create_repo`.
 
     Returns:
@@ -48,9 +51,9 @@ def upload(
     for wait in (*WAITS, None):
         try:
             make_repository(repository, kind, private, **settings)
-            files = select_files(folder, patterns)
-            commit = commit_files(folder, files, repository, kind, patterns, message)
-            check_uploaded(folder, files, repository, kind, commit)
+            files = {name: folder / name for name in select_files(folder, patterns)} | (contents or {})
+            commit = commit_files(files, repository, kind, patterns, message)
+            check_uploaded(files, repository, kind, commit)
             return commit
         except Exception as error:  # the network, the server and the token each have exceptions of their own
             if wait is None or not is_passing(error):
@@ -75,12 +78,12 @@ def make_repository(repository: str, kind: str, private: bool | None = None, **s
         raise OSError(f"{repository!r} is there and public. Make it private in its settings first, or push without.")
 
 
-def commit_files(folder: Path, files: list[str], repository: str, kind: str, patterns, message: str) -> CommitInfo:
-    """One commit that adds these files and takes away what else matches the patterns."""
+def commit_files(files: dict[str, Path | bytes], repository: str, kind: str, patterns, message: str) -> CommitInfo:
+    """Make one commit that adds these files, by path or content, and removes what else matches the patterns."""
     api = HfApi()
     there = api.list_repo_files(repository, repo_type=kind)
     stale = [path for path in there if is_selected(path, patterns) and path not in {*files, ".gitattributes"}]
-    operations = [CommitOperationAdd(path, folder / path) for path in files]
+    operations = [CommitOperationAdd(path, source) for path, source in files.items()]
     operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
     return api.create_commit(repository, operations, repo_type=kind, commit_message=message)
 
@@ -103,16 +106,19 @@ def is_passing(error: Exception) -> bool:
     return not isinstance(error, (OSError, ValueError, TypeError))
 
 
-def check_uploaded(folder: Path, files: list[str], repository: str, kind: str, commit: CommitInfo):
+def check_uploaded(files: dict[str, Path | bytes], repository: str, kind: str, commit: CommitInfo):
     """
     Ask the Hub what the commit holds.
 
     Raises:
         OSError: naming the files that are not there, or of another size.
     """
-    found = HfApi().get_paths_info(repository, files, revision=commit.oid, repo_type=kind)
+    found = HfApi().get_paths_info(repository, list(files), revision=commit.oid, repo_type=kind)
     there = {item.path: item.size for item in found}
-    missing = [path for path in files if there.get(path) != (folder / path).stat().st_size]
+    sizes = {
+        path: len(source) if isinstance(source, bytes) else source.stat().st_size for path, source in files.items()
+    }
+    missing = [path for path, size in sizes.items() if there.get(path) != size]
     if missing:
         raise OSError(f"the commit {commit.oid} does not hold {', '.join(missing)} as they were sent.")
 

@@ -47,28 +47,41 @@ PATTERNS = [
 NEEDED = ["README.md", "config.json", "model*.safetensors", "processor_config.json", "tokenizer*", "modeling_reftr.py"]
 
 
-def push_model(folder: str | Path, repository: str, private: bool | None = None, message: str = "Upload model") -> str:
+def push_model(
+    folder: str | Path,
+    repository: str,
+    private: bool | None = None,
+    message: str = "Upload model",
+    card: dict[str, bytes] | None = None,
+) -> str:
     """
     Push a saved model.
 
     Args:
-        folder (`str` or `Path`): with the model, its processor and its card; `PATTERNS` are taken.
+        folder (`str` or `Path`): with the model and its processor; `PATTERNS` are taken.
         repository (`str`): "user/name"; made where it is not there.
         private (`bool`, *optional*): whether a new repository is private.
         message (`str`, *optional*): of the commit.
+        card (`dict[str, bytes]`, *optional*): the card's files, see `training_reftr.card.card_files`. They are part of
+            the commit, and written into the folder once it is made. Absent: the card in the folder.
 
     Returns:
         `str`: the commit's id, for `from_pretrained(..., revision=...)`.
 
     Raises:
-        OSError: if the folder lacks something, or the Hub does not take it; the folder stays, and so does what the
-            Hub had before.
+        OSError: if the folder lacks something, or the Hub does not take it; the folder stays as it was, and so does
+            what the Hub had before.
     """
-    files = select_files(Path(folder), PATTERNS)
+    card = card or {}
+    files = {*select_files(Path(folder), PATTERNS), *card}
     missing = [pattern for pattern in NEEDED if not any(Path(name).match(pattern) for name in files)]
     if missing:
         raise OSError(f"{str(folder)!r} is no whole RefTR folder, it has no {', '.join(missing)}: nothing was pushed.")
-    return upload(folder, repository, "model", private, PATTERNS, message).oid
+    revision = upload(folder, repository, "model", private, PATTERNS, message, card).oid
+    for name, content in card.items():
+        (Path(folder) / name).parent.mkdir(exist_ok=True)
+        (Path(folder) / name).write_bytes(content)
+    return revision
 
 
 def push_space(repository: str, model: str, private: bool | None = None) -> str:
@@ -89,7 +102,8 @@ def push_space(repository: str, model: str, private: bool | None = None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in space_files(model).items():
             (Path(folder) / name).write_bytes(content)
-        commit = upload(folder, repository, "space", private, None, f"A page that asks {model}", space_sdk="gradio")
+        message = f"A page that asks {model}"
+        commit = upload(folder, repository, "space", private, None, message, space_sdk="gradio")
     HfApi().add_space_variable(repository, "REFTR_MODEL", model)
     return str(commit.repo_url)
 
@@ -108,13 +122,11 @@ def main(argv: list[str] | None = None):
 
     pushed = {}
     if args.repo:
-        from training_reftr.card import write_card  # a card tells of a run, which knows the model
+        from training_reftr.card import card_files  # a card tells of a run, which knows the model
 
-        write_card(args.model, args.repo)
-        pushed |= {
-            "repo": args.repo,
-            "revision": push_model(args.model, args.repo, args.private or None, args.message),
-        }
+        card = card_files(args.model, args.repo)
+        revision = push_model(args.model, args.repo, args.private or None, args.message, card)
+        pushed |= {"repo": args.repo, "revision": revision}
     if args.space:
         pushed["space"] = push_space(args.space, args.repo or args.model, args.private or None)
     sys.stdout.write(json.dumps(pushed) + "\n")

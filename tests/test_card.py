@@ -145,6 +145,33 @@ def test_a_card_of_ones_own_stays(folder):
     assert write_card(folder).read_text() == "---\nlicense: mit\n---\n\n# Mine\n"
 
 
+def test_card_that_was_not_pushed_names_nothing_that_does_not_exist(folder, monkeypatch, shapes):
+    """The snippet runs in the folder, and no id or address is made of its name."""
+    image = shapes["test"][0]["image"]
+    image.save(folder / "photo.jpg")
+    (folder / "metrics.json").write_text(json.dumps({**METRICS, "dataset": "shapes"}))
+    write_card(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert "huggingface.co" not in card.content
+    assert folder.name not in card.content
+    assert not {"widget", "base_model", "datasets"} & card.data.to_dict().keys()
+    snippet = card.text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    exec(snippet, {})
+    assert (folder / "answers.png").is_file()
+
+
+def test_folder_of_starting_weights_is_not_taken_for_a_hub_id(folder, tmp_path, monkeypatch):
+    """Neither where the run was nor where the folder is gone, as on another machine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "boxes").mkdir(parents=True)
+    describe_best(TrainingArguments(output_dir=str(folder), init_from="runs/boxes"))
+    (tmp_path / "runs" / "boxes").rmdir()
+    card = ModelCard.load(write_card(folder, "someone/reftr"))
+    assert "It started from the RefTR `./runs/boxes`." in card.text
+    assert card.data.base_model is None
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(OSError, match=r"no config\.json"):
         write_card(tmp_path)

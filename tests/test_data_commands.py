@@ -361,6 +361,8 @@ def test_export_to_the_hub(command, toy, tmp_path, hub, run):
         if path.is_file():
             assert files.pop(path.relative_to(tmp_path / "export").as_posix()) == path.read_bytes()
             assert b"hf_write" not in path.read_bytes()
+    # the card names the repository, there and here, once it is there
+    assert 'load_dataset("someone/toy", split="train")' in (tmp_path / "export" / "README.md").read_text()
     assert set(files) == {".gitattributes"}
     load = "import datasets; print(len(datasets.load_dataset('someone/toy', split='testA')))"
     assert run("-c", load, **online).stdout.split() == ["2"]
@@ -469,6 +471,7 @@ def test_without_network_the_export_stays(command, toy, tmp_path):
     words = ("--output", tmp_path / "export", "--push_to_hub", "someone/toy")
     refused(command("export", *words, check=False), "complete", "'someone/toy'", "ush again")
     assert len(datasets.load_dataset(str(tmp_path / "export"), split="testA", cache_dir=str(tmp_path / "other"))) == 2
+    assert "someone/toy" not in (tmp_path / "export" / "README.md").read_text()
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
     result = command("export", *words, "--overwrite", check=False, **nowhere)
     assert "hf_secret" not in refused(result, "complete", "ush again")

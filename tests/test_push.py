@@ -198,6 +198,7 @@ def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path):
     assert f"was not pushed to '{REPOSITORY}'" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]
+    assert REPOSITORY not in (tmp_path / "run" / "README.md").read_text()
     assert len(hub.repositories["model", REPOSITORY].commits) == 1
     hub.faults.clear()
     push(run, hub, tmp_path / "run", tmp_path / "home")
@@ -298,6 +299,45 @@ def test_a_space_that_asks_the_model(hub, folder, monkeypatch):
     card = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert card["models"] == [REPOSITORY]
     assert card["app_file"] in files
+
+
+@pytest.mark.parametrize("door", ["command", "end_of_training"])
+@pytest.mark.parametrize("card", [None, "# Mine\n", "earlier"])
+def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door, card):
+    """Refused for want of rights, then taken: only then the card in the folder names the repository."""
+    monkeypatch.setattr("data_scripts.uploading.WAITS", ())
+    (folder / "README.md").unlink()
+    if card == "earlier":
+        write_card(folder)
+    elif card is not None:
+        (folder / "README.md").write_text(card)
+    before = content_of(folder)
+
+    def push_through_the_door():
+        if door == "command":
+            main(["--model", str(folder), "--repo", REPOSITORY])
+        else:
+            settings = TrainingArguments(output_dir=str(folder), push_to_hub=REPOSITORY)
+            publisher = Publisher(settings, SimpleNamespace(is_main_process=True))
+            hub.fault("status", "POST .*/commit/", times=10_000)
+            publisher.finish()
+
+    hub.use(monkeypatch, "hf_read" if door == "command" else "hf_write")
+    with pytest.raises(OSError, match="was not pushed"):
+        push_through_the_door()
+    assert content_of(folder) == before
+    hub.faults.clear()
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(folder), "--repo", REPOSITORY])
+    after, pushed = content_of(folder), hub.files(REPOSITORY)
+    assert pushed["README.md"] == after["README.md"]
+    assert (REPOSITORY.encode() in pushed["README.md"]) == (card != "# Mine\n")
+    assert {name for name in after if after[name] != before.get(name)} <= {"README.md"}
+
+
+def content_of(folder):
+    """Path -> content of the files in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nowhere_to_push_to(folder):

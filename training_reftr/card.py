@@ -37,20 +37,19 @@ answers with a box{and_mask}, for one expression or for every phrase of a captio
 
 ## Ask it
 
-With torch, torchvision, transformers, timm and pycocotools installed:
+With torch, torchvision, transformers, timm and pycocotools installed{where}:
 
 ```python
 from transformers import pipeline
 
-ground = pipeline("visual-grounding", model="{repository}", trust_remote_code=True)
+ground = pipeline("visual-grounding", model="{model}", trust_remote_code=True)
 answers = ground("photo.jpg", text=[{questions}])
 for answer in answers:
     print({printed})
 ground.draw("photo.jpg", answers).save("answers.png")
 ```
 
-The code of this repository is run: pin what you have read with `revision=`. Several pictures, batches, and captions
-with their phrases are taken as well.
+{code} Several images, batches, and captions with their phrases are taken as well.
 
 ## Training
 
@@ -94,17 +93,19 @@ METRICS = {
     "mask_overall_iou": "masks: overall IoU at the original size",
     "mask_mean_iou_resized": "masks: mean IoU at the resized size",
 }
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # of a user: ./runs is a folder
+README = "README.md"
+TITLE = "RefTR"  # of a card that was not pushed, which has no name of its own
 
 
 def write_card(folder: str | Path, repository: str | None = None) -> Path:
     """
-    Write `README.md`, and `.eval_results/` where the set has a Hub id, into a model's folder. A card that somebody has
-    written or taken over stays as it is.
+    Write `README.md`, and `.eval_results/` where the dataset has a Hub id, into a model's folder. A card that somebody
+    has written or taken over stays as it is.
 
     Args:
         folder (`str` or `Path`): of a saved RefTR.
-        repository (`str`, *optional*): its Hub id, for the snippet and the widget; absent: the folder's name.
+        repository (`str`, *optional*): see `card_files`.
 
     Returns:
         `Path`: of the card.
@@ -113,20 +114,42 @@ def write_card(folder: str | Path, repository: str | None = None) -> Path:
         OSError: if there is no model in the folder.
     """
     folder = Path(folder)
+    for name, content in card_files(folder, repository).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder / README
+
+
+def card_files(folder: str | Path, repository: str | None = None) -> dict[str, bytes]:
+    """
+    Return the card of a model's folder, and its entries for leaderboards; nothing is written.
+
+    Args:
+        folder (`str` or `Path`): of a saved RefTR.
+        repository (`str`, *optional*):
+            Hub id that the model has, for the snippet, the widget and the title. Absent: the card speaks of the folder
+            that it lies in, and names no id or address that a push would have to make.
+
+    Returns:
+        `dict[str, bytes]`: the files by their names in the folder; empty where somebody has written the card that is
+        there, or taken it over.
+
+    Raises:
+        OSError: if there is no model in the folder.
+    """
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise OSError(f"There is no RefTR in {str(folder)!r}: no config.json.")
-    path = folder / "README.md"
+    path = folder / README
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
-        return path
+        return {}
     facts = read_facts(folder)
-    path.write_text(make_card(facts, repository or folder.resolve().name), encoding="utf-8")
+    files = {README: make_card(facts, repository)}
     entries = make_eval_results(facts)
     if entries:
-        results = folder / ".eval_results"
-        results.mkdir(exist_ok=True)
-        text = yaml.safe_dump(to_entries(entries), sort_keys=False)
-        (results / f"{facts['recipe']['hub_dataset'].replace('/', '_')}.yaml").write_text(text)
-    return path
+        name = f"{facts['recipe']['hub_dataset'].replace('/', '_')}.yaml"
+        files[f".eval_results/{name}"] = yaml.safe_dump(to_entries(entries), sort_keys=False)
+    return {name: text.encode("utf-8") for name, text in files.items()}
 
 
 def read_facts(folder: Path) -> dict:
@@ -176,16 +199,22 @@ def best_validation(path: Path, split: str) -> dict:
     return max(records, key=lambda record: next(record[key] for key in keys if key in record), default={})
 
 
-def make_card(facts: dict, repository: str) -> str:
-    """The text of a card, front matter included; `facts` are those of `read_facts`."""
+def make_card(facts: dict, repository: str | None = None) -> str:
+    """Return the text of a card, front matter included; `facts` are those of `read_facts`."""
     config, metrics = facts["config"], facts["metrics"]
     masks = config.get("predict_masks", False)
     backbone, text_model = config["backbone_config"], config["text_config"]["model_type"]
     texts = metrics["example"]["texts"] if "example" in metrics else ["the red cup", "the cup on the left"]
     values = {
         "front_matter": front_matter(facts, repository).to_yaml(),
-        "title": repository.split("/")[-1],
-        "repository": repository,
+        "title": title_of(repository),
+        "model": repository or ".",
+        "where": "" if repository else ", in the folder of this card",
+        "code": (
+            "The code of this repository is run: pin what you have read with `revision=`."
+            if repository
+            else "The code in the folder is run."
+        ),
         "and_mask": " and a mask" if masks else "",
         "and_one_mask": " and one mask" if masks else "",
         "printed": 'answer["phrase"], answer["box"]' + (', answer["mask"]' if masks else ""),
@@ -201,8 +230,13 @@ def make_card(facts: dict, repository: str) -> str:
     return str(ModelCard(TEMPLATE.format(**values)))
 
 
-def front_matter(facts: dict, repository: str) -> ModelCardData:
-    """What the Hub reads of a card."""
+def title_of(repository: str | None) -> str:
+    """Return what a model is called: by the name of its repository, if it has one."""
+    return TITLE if repository is None else repository.split("/")[-1]
+
+
+def front_matter(facts: dict, repository: str | None = None) -> ModelCardData:
+    """Return what the Hub reads of a card."""
     recipe, metrics = facts["recipe"], facts["metrics"]
     hub_dataset = recipe.get("hub_dataset")
     tags = ["reftr", "visual-grounding", "referring-expression-comprehension", "phrase-grounding"]
@@ -210,7 +244,7 @@ def front_matter(facts: dict, repository: str) -> ModelCardData:
     starts = [recipe.get(name) for name in ("init_from", "init_detr", "init_text")]
     base_model = [start for start in starts if start and HUB_ID.fullmatch(start) and not Path(start).exists()]
     widget = []
-    if "example" in metrics:
+    if "example" in metrics and repository:
         address = f"https://huggingface.co/{repository}/resolve/main/{metrics['example']['image']}"
         widget = [{"src": address, "candidate_labels": ", ".join(metrics["example"]["texts"])}]
     results = [
@@ -236,7 +270,7 @@ def front_matter(facts: dict, repository: str) -> ModelCardData:
         language="en",
         datasets=[hub_dataset] if hub_dataset else None,
         base_model=base_model or None,
-        model_name=repository.split("/")[-1] if results else None,
+        model_name=title_of(repository) if results else None,
         eval_results=results or None,
         **({"widget": widget} if widget else {}),
     )

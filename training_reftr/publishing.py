@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from data_scripts.uploading import make_repository, reason_of, select_files
 from modeling_reftr.push import PATTERNS, push_model
-from training_reftr.card import write_card
+from training_reftr.card import card_files
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class Publisher:
             return
         folder = Path(self.args.output_dir)
         copy = Path(tempfile.mkdtemp(prefix="push_"))
-        write_card(folder, self.args.push_to_hub)
         for name in select_files(folder, PATTERNS):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, copy / name)
@@ -56,16 +55,17 @@ class Publisher:
 
     def _push(self, copy: Path, message: str):
         try:
-            revision = push_model(copy, self.args.push_to_hub, message=message)
+            repository = self.args.push_to_hub
+            revision = push_model(copy, repository, message=message, card=card_files(copy, repository))
             logger.info(f"{message}: pushed to {self.args.push_to_hub!r} as {revision}.")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             logger.warning(f"{message}: {error} The training goes on.")
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
     def finish(self) -> str | None:
         """
-        Push the folder, with its card, as it is at the end.
+        Push the folder as it is at the end, with a card that names the repository.
 
         Returns:
             `str`: the commit's id, or None where nothing is to be pushed.
@@ -77,4 +77,5 @@ class Publisher:
             return None
         if self.thread is not None:
             self.thread.join()
-        return push_model(self.args.output_dir, self.args.push_to_hub)
+        folder, repository = self.args.output_dir, self.args.push_to_hub
+        return push_model(folder, repository, card=card_files(folder, repository))

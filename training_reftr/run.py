@@ -3,6 +3,7 @@ What a run of training is made of, put together. `build_accelerator` joins the p
 collectives: all processes call them.
 """
 
+import dataclasses
 import logging
 import uuid
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
 from training_reftr.batch_norm import synchronize_batch_norm
-from training_reftr.build import build_model, load_reftr, refuse_model_changes, refuse_tokenizer
+from training_reftr.build import HUB_ID, build_model, load_reftr, refuse_model_changes, refuse_tokenizer
 from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
 from training_reftr.data import TrainingData
 from training_reftr.fingerprint import Fingerprint
@@ -221,8 +222,20 @@ def describe_best(args, changes: list[str] = ()):
     folder = Path(args.output_dir)
     remove_report(folder)
     (folder / "origin.json").unlink(missing_ok=True)
-    recipe = to_recipe(args, without=settings_of_kind(MACHINE), comments=changes)
+    recipe = to_recipe(with_local_paths(args), without=settings_of_kind(MACHINE), comments=changes)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+
+
+def with_local_paths(args):
+    """Return settings whose starting weights cannot be taken for Hub ids where they are folders: "./runs/boxes"."""
+    starts = {name: getattr(args, name) for name in ("init_from", "init_detr", "init_text", "tokenizer")}
+    folders = {name: f"./{start}" for name, start in starts.items() if start and is_folder_like_id(start)}
+    return dataclasses.replace(args, **folders)
+
+
+def is_folder_like_id(start: str) -> bool:
+    """Return whether a start of weights is a folder that is here and written as a Hub id is."""
+    return HUB_ID.fullmatch(start) is not None and Path(start).exists()
 
 
 def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
