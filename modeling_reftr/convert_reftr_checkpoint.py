@@ -612,6 +612,17 @@ def describe_assumptions(config: RefTRConfig) -> str:
     return ", ".join(parts)
 
 
+def refuse_ignored_options(args):
+    """Raise a ValueError for an option that the asked way of conversion would not look at."""
+    ignored = {"--config": args.config, "--tokenizer": args.tokenizer, "--no_processor": args.no_processor}
+    if not args.to_published:
+        ignored = {"--tokenizer": args.tokenizer} if args.no_processor else {}
+    other = "--to_published" if args.to_published else "--no_processor"
+    for option, value in ignored.items():
+        if value:
+            raise ValueError(f"{option} has no effect beside {other}: leave one of them out.")
+
+
 def main(argv: list[str] | None = None):
     """The command: what it took and wrote on stdout."""
     parser = argparse.ArgumentParser(
@@ -634,6 +645,7 @@ def main(argv: list[str] | None = None):
     )
     args = parser.parse_args(argv)
 
+    refuse_ignored_options(args)
     if args.to_published:
         written = convert_to_published(args.checkpoint, args.output_dir, overwrite=args.overwrite)
         sys.stdout.write(f"Written: {written}\n")

@@ -615,3 +615,12 @@ def test_a_full_size_file_is_converted_in_little_time_and_memory(tmp_path):
     assert torch.equal(answer.pred_boxes, expected.pred_boxes)
     assert torch.equal(answer.pred_masks, expected.pred_masks)
     shutil.rmtree(output)
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path):
+    words = ["--checkpoint", str(tmp_path / "none.pth"), "--output_dir", str(tmp_path / "out")]
+    for ignored in (["--config", "c"], ["--tokenizer", "t"], ["--no_processor"]):
+        with pytest.raises(ValueError, match=f"{ignored[0]} has no effect beside --to_published"):
+            main([*words, "--to_published", *ignored])
+    with pytest.raises(ValueError, match="--tokenizer has no effect beside --no_processor"):
+        main([*words, "--no_processor", "--tokenizer", "t"])
