@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class Answerer:
         ).eval()
         self.model.fuse()
         self.pictures = OrderedDict()  # digest of a file -> its picture and the picture's features
+        self._lock = threading.Lock()  # for the bookkeeping of `pictures`
 
     @torch.no_grad()
     def look(self, path: str):
@@ -89,17 +91,21 @@ class Answerer:
                 f"The file {path.name!r} has more than {MAX_FILE_BYTES // 1024**2} MB: make it smaller first."
             )
         digest = hashlib.sha256(path.read_bytes()).digest()
-        if digest not in self.pictures:
+        with self._lock:
+            seen = self.pictures.get(digest)
+        if seen is None:
             try:
                 (image,) = self.processor.image_processor.open_images(str(path))
                 inputs = self.processor.image_processor(image, return_tensors="pt")
             except (OSError, ValueError) as error:
                 raise ValueError("The file " + str(error).replace(f"{path.parent}{os.sep}", "")) from error
-            self.pictures[digest] = (image.convert("RGB"), self.model.get_image_features(**inputs))
-        self.pictures.move_to_end(digest)
-        if len(self.pictures) > MAX_PICTURES:
-            self.pictures.popitem(last=False)
-        return self.pictures[digest]
+            seen = (image.convert("RGB"), self.model.get_image_features(**inputs))
+        with self._lock:
+            self.pictures[digest] = seen
+            self.pictures.move_to_end(digest)
+            if len(self.pictures) > MAX_PICTURES:
+                self.pictures.popitem(last=False)
+        return seen
 
     @torch.no_grad()
     def answer(self, path: str, expressions: list[str]):

@@ -19,6 +19,7 @@ import torch
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.base import ExportedModel
 
+from .fusing_reftr import fused_copy
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
 
@@ -79,10 +80,10 @@ def make_inputs(model: RefTRForVisualGrounding, sizes: dict[str, int], phrases: 
 
 def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool = False):
     """
-    A model as one graph, its batch norms folded.
+    Export a model as one graph, its batch norms folded.
 
     Args:
-        model ([`RefTRForVisualGrounding`]): in evaluation mode.
+        model ([`RefTRForVisualGrounding`]): of which a copy is exported, in evaluation mode.
         target (`str`, *optional*, defaults to `"onnx"`): or `"dynamo"`.
         phrases (`bool`, *optional*, defaults to `False`):
             For inputs with several phrases a sentence, in place of whole sentences.
@@ -95,17 +96,13 @@ def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool =
     """
     sizes = {"images": 2, "sentences": 3, "tokens": 7, "phrases": 4, "phrase_tokens": 5, "height": 192, "width": 256}
     exporter, config = FORMATS[target]
-    was_fused = model.is_fused
-    inputs = make_inputs(model.fuse(), sizes, phrases)
+    model = fused_copy(model)
+    inputs = make_inputs(model, sizes, phrases)
     shapes = {name: dict.fromkeys(AXES[name], torch.export.Dim.DYNAMIC) for name in inputs}
-    try:
-        exported = exporter().export(model, inputs, config(dynamic_shapes=shapes))
-        for name, difference in differences(exported, model, phrases).items():
-            if not difference <= TOLERANCE:
-                raise ValueError(f"The exported graph's {name} are {difference:.1e} away from the model's.")
-    finally:
-        if not was_fused:
-            model.unfuse()
+    exported = exporter().export(model, inputs, config(dynamic_shapes=shapes))
+    for name, difference in differences(exported, model, phrases).items():
+        if not difference <= TOLERANCE:
+            raise ValueError(f"The exported graph's {name} are {difference:.1e} away from the model's.")
     return exported
 
 

@@ -1,5 +1,6 @@
 """Batch norms folded into the convolutions before them, for inference, and taken out again."""
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 
@@ -60,6 +61,48 @@ def fold_batch_norms(module: nn.Module, example: torch.Tensor) -> list[FoldedNor
     return folded
 
 
+def fused_copy(model: nn.Module) -> nn.Module:
+    """
+    Return a copy of a model that is fused and in evaluation mode; the model itself, which may be training or answering
+    in another thread, is not touched. The copy has weights of its own, is not compiled, and knows no accelerator.
+
+    Args:
+        model (`nn.Module`): with a method `fuse`, such as [`RefTRForVisualGrounding`].
+    """
+    copied = copy.deepcopy(model)
+    for name in ("forward", "_original_forward"):  # the wrapper that mixed precision puts around a model's forward
+        copied.__dict__.pop(name, None)
+    return copied.eval().fuse()
+
+
+def unfolded_state_dict(
+    state: dict[str, torch.Tensor], folded: list[FoldedNorm], module: nn.Module, prefix: str, keep_vars: bool
+):
+    """
+    Put weights and batch norms into a state dict as they were before they were folded; no module is changed.
+
+    Args:
+        state (`dict[str, torch.Tensor]`): of `module`, changed in place.
+        folded (`list[FoldedNorm]`): of `fold_batch_norms`.
+        module (`nn.Module`): that the convolutions are part of.
+        prefix (`str`): of the names of `module` in `state`.
+        keep_vars (`bool`): whether values stay parameters, as `nn.Module.state_dict` has it.
+    """
+    names = {child: f"{prefix}{name}" for name, child in module.named_modules()}
+    for entry in folded:
+        convolution, norm = names[entry.convolution], f"{names[entry.parent]}.{entry.name}"
+        like = entry.convolution.weight
+        for key in [key for key in state if key.startswith(f"{norm}.")]:  # of what stands in the norm's place
+            del state[key]
+        del state[f"{convolution}.bias"]
+        unfolded = {f"{convolution}.weight": entry.weight, f"{convolution}.bias": entry.bias}
+        unfolded |= entry.norm.state_dict(prefix=f"{norm}.", keep_vars=keep_vars)
+        for key, value in unfolded.items():
+            if value is not None:
+                value = value if keep_vars else value.detach()
+                state[key] = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+
+
 def restore_batch_norms(folded: list[FoldedNorm]):
     """Undo `fold_batch_norms` to the last bit; on the device and in the data type where the module is by now."""
     for entry in folded:
@@ -77,7 +120,7 @@ class UseOfOutputs(TorchFunctionMode):
     Sees what reads the outputs of a module's convolutions.
 
     Args:
-        module (`nn.Module`): with convolutions and norms in it.
+        module (`nn.Module`): with convolutions and norms in it; it keeps the hooks that look at them.
         norms: those that may read a convolution's output.
     """
 
@@ -85,13 +128,12 @@ class UseOfOutputs(TorchFunctionMode):
         super().__init__()
         self.outputs = {}  # id -> convolution and its output, which is kept so that no other tensor gets its id
         self.norms, self.has_others, self.runs, self.running = {}, set(), Counter(), None
-        self.hooks = []
         for child in module.modules():
             if isinstance(child, nn.Conv2d):
-                self.hooks.append(child.register_forward_hook(self._after_convolution))
+                child.register_forward_hook(self._after_convolution)
             elif child in norms:
-                self.hooks.append(child.register_forward_pre_hook(self._before_norm))
-                self.hooks.append(child.register_forward_hook(self._after_norm))
+                child.register_forward_pre_hook(self._before_norm)
+                child.register_forward_hook(self._after_norm)
 
     def _after_convolution(self, convolution, inputs, output):
         self.runs[convolution] += 1
@@ -124,12 +166,17 @@ class UseOfOutputs(TorchFunctionMode):
 
 @torch.no_grad()
 def convolutions_before(norms, module: nn.Module, example: torch.Tensor) -> dict[nn.Conv2d, nn.Module]:
-    """The norm of each convolution whose output nothing else reads, found by sending `example` through `module`."""
-    with UseOfOutputs(module, norms) as use:
-        module(example)
-    for hook in use.hooks:
-        hook.remove()
-    return use.pairs()
+    """
+    Return the norm of each convolution whose output nothing else reads, found by sending `example` through a copy of
+    `module`: hooks on the module itself would see what other threads send through it.
+    """
+    # the copy shares all weights
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    traced = copy.deepcopy(module, shared)
+    original = dict(zip(traced.modules(), module.modules(), strict=True))
+    with UseOfOutputs(traced, {child for child in traced.modules() if original[child] in norms}) as use:
+        traced(example)
+    return {original[convolution]: original[norm] for convolution, norm in use.pairs().items()}
 
 
 @torch.no_grad()

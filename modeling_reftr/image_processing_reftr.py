@@ -25,6 +25,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .inputs_reftr import to_sizes, warn_about_joined_expressions
+
 
 # a picture of this size takes half a gigabyte as float tensor; a file of a few kilobytes can claim to be larger
 MAX_PIXELS = 50_000_000
@@ -413,38 +415,42 @@ class RefTRImageProcessor(TorchvisionBackend):
 
     def sizes_of_sentences(self, target_sizes, outputs) -> torch.Tensor:
         """
-        (height, width) of each image, or of each sentence's image -> of each sentence's image, (S, 2).
+        Return the (height, width) of each sentence's image, (S, 2), from those of the images.
+
+        Args:
+            target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`): one for each image.
+            outputs ([`RefTRVisualGroundingOutput`]):
+                Of the model; their `pixel_mask` (I, H, W) tells the number of images, whichever of them were asked
+                about. Outputs with neither `pixel_mask` nor `image_index` have one image for each sentence.
 
         Raises:
-            ValueError: if there is not one size an image or a sentence.
+            ValueError: if there is not one size for each image, or the number of images cannot be told.
         """
         num_sentences = len(outputs.pred_boxes)
         image_index = getattr(outputs, "image_index", None)
-        if image_index is None:
-            image_index = torch.arange(num_sentences)
-        num_images = int(image_index.max()) + 1
-        target_sizes = torch.as_tensor(target_sizes).reshape(-1, 2)
-        if len(target_sizes) == num_images:
-            return target_sizes[image_index.to(target_sizes.device)]
-        if len(target_sizes) != num_sentences:
+        pixel_mask = getattr(outputs, "pixel_mask", None)
+        if pixel_mask is None and image_index is not None:
             raise ValueError(
-                f"{len(target_sizes)} target_sizes for {num_images} images and {num_sentences} sentences: give "
-                "(height, width) of each image, or of each sentence's image."
+                "The outputs have an image_index and no pixel_mask, which tells the number of images: pass the "
+                "model's outputs with all their fields."
             )
-        return target_sizes
+        num_images = num_sentences if pixel_mask is None else len(pixel_mask)
+        target_sizes = torch.tensor(to_sizes(target_sizes, num_images, "target_sizes"), dtype=torch.float64)
+        return target_sizes if image_index is None else target_sizes[image_index.cpu()]
 
     def post_process_boxes(self, outputs, target_sizes=None) -> torch.Tensor:
         """
         Args:
             outputs ([`RefTRVisualGroundingOutput`]): of the model.
             target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
-                The original size of each image, or of each sentence's image. Absent: boxes stay in 0..1.
+                The original size of each image, in the order of `pixel_values`: one for each image, also where
+                several sentences ask about an image or none does. Absent: boxes stay in 0..1.
 
         Returns:
             `torch.Tensor` of shape `(S, P, 4)`: xyxy in pixels.
 
         Raises:
-            ValueError: if there is not one size an image or a sentence.
+            ValueError: if there is not one size for each image.
 
         Example:
 
@@ -471,8 +477,8 @@ class RefTRImageProcessor(TorchvisionBackend):
         Args:
             outputs ([`RefTRVisualGroundingOutput`]): of a model with `config.predict_masks`.
             target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
-                The original size of each image, or of each sentence's image. Absent: masks are of the size that the
-                image was resized to.
+                The original size of each image, see `post_process_boxes`. Absent: masks have the size that the image
+                was resized to.
             threshold (`float`, *optional*, defaults to 0.5): probability over which a pixel belongs to the mask.
             two_step (`bool`, *optional*, defaults to `False`):
                 Resize as published: to the padded size, where the threshold is applied, then to the original size by
@@ -482,7 +488,7 @@ class RefTRImageProcessor(TorchvisionBackend):
             `list[torch.Tensor]`, one a sentence: bool, (phrases, height, width), for its real phrases.
 
         Raises:
-            ValueError: if the model predicts no masks, or there is not one size an image or a sentence.
+            ValueError: if the model predicts no masks, or there is not one size for each image.
         """
         if outputs.pred_masks is None:
             raise ValueError("There are no masks: the model's configuration has predict_masks=False.")
@@ -525,6 +531,9 @@ class RefTRImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: see `post_process_boxes`.
         """
+        label = getattr(outputs, "candidate_label", None)  # that pipeline's text, which passes no processor
+        if isinstance(label, str):
+            warn_about_joined_expressions([label])
         results = []
         for boxes, mask in zip(self.post_process_boxes(outputs, target_sizes), outputs.phrase_mask, strict=True):
             labels = mask.nonzero().flatten() if threshold < 1 else mask.new_zeros(0, dtype=torch.long)

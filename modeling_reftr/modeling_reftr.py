@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +22,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_reftr import RefTRConfig
-from .fusing_reftr import fold_batch_norms, restore_batch_norms
+from .fusing_reftr import fold_batch_norms, restore_batch_norms, unfolded_state_dict
 from .loss_reftr import grounding_loss
 from .saving_reftr import apply_default_permissions
-from .text_cache_reftr import TextCache
+from .text_cache_reftr import TextCache, active_text_cache
 
 
 if TYPE_CHECKING:
@@ -573,7 +572,6 @@ class RefTRPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
     _folded_norms = None  # a list while the model is fused
-    _text_cache = None  # within cache_text()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save the model as the library does; others may read its weights where the umask lets them read files."""
@@ -652,6 +650,9 @@ class RefTRPreTrainedModel(PreTrainedModel):
         into its convolutions, which are laid out channels last. `train()` and `unfuse()` undo it to the last
         bit, and what is saved is as if it had not been.
 
+        This changes the model in place, once, before it answers: call it before other threads use the model. A model
+        that trains, or answers meanwhile, is left alone by `fusing_reftr.fused_copy`, which fuses a copy.
+
         Returns:
             The model.
 
@@ -679,16 +680,6 @@ class RefTRPreTrainedModel(PreTrainedModel):
         if mode:
             self.unfuse()
         return super().train(mode)
-
-    def state_dict(self, *args, **kwargs):
-        """See `nn.Module.state_dict`; the batch norms stand in it, whether they are folded or not."""
-        was_fused = self.is_fused
-        self.unfuse()
-        try:
-            return super().state_dict(*args, **kwargs)
-        finally:
-            if was_fused:
-                self.fuse()
 
 
 class RefTREncoder(RefTRPreTrainedModel):
@@ -827,6 +818,13 @@ class RefTRModel(RefTRPreTrainedModel):
         """Replace the text backbone's word embeddings."""
         self.text_backbone.set_input_embeddings(value)
 
+    def state_dict(self, *args, prefix: str = "", keep_vars: bool = False, **kwargs):
+        """See `nn.Module.state_dict`; the batch norms stand in it, whether they are folded or not."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if self.is_fused:
+            unfolded_state_dict(state, self._folded_norms, self, prefix, keep_vars)
+        return state
+
     def freeze_parameters(self):
         """
         Stop training the backbone's stem and its first `config.num_frozen_backbone_stages` stages (0: nothing).
@@ -912,9 +910,19 @@ class RefTRModel(RefTRPreTrainedModel):
         )
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        """(N, L) tokens and their mask -> the text backbone's output: last_hidden_state (N, L, text width) and
-        pooler_output (N, text width); from `cache_text`'s memory, within it."""
-        return (self._text_cache or self._encode_text)(input_ids, attention_mask)
+        """
+        Encode (N, L) tokens with their mask by the text backbone, or by the cache within `cache_text`.
+
+        Returns:
+            The text backbone's output: last_hidden_state (N, L, text width) and pooler_output (N, text width).
+        """
+        # a compiled graph has no part in it: the cache looks token ids up on the host
+        cache = None if torch.compiler.is_compiling() else self._text_cache
+        return (cache or self._encode_text)(input_ids, attention_mask)
+
+    @property
+    def _text_cache(self) -> TextCache | None:
+        return active_text_cache(self)
 
     def _encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         if self.text_backbone._supports_attention_backend:
@@ -923,26 +931,27 @@ class RefTRModel(RefTRPreTrainedModel):
             attention_mask = expand_attention_mask(self.text_backbone.config, embeds, attention_mask)
         return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
 
-    @contextmanager
     def cache_text(self, max_tokens: int = 100_000):
         """
-        Within this context, a sentence or phrase that comes again does not go through the text backbone again: for
-        inference with weights that stay as they are. Answers are the same but for rounding.
+        Return a context within which a sentence or phrase that comes again does not go through the text backbone
+        again: for inference with weights that stay as they are. Answers are the same but for rounding.
+
+        It holds for the calls of the thread (or asynchronous task) that entered it; the model is not changed, and
+        calls from other threads are as without it. What is compiled does not use it.
 
         Args:
             max_tokens (`int`, *optional*, defaults to 100,000):
                 How many tokens' states are held, 4 bytes times the text width each (BERT-base: 307 MB in all).
+
+        Returns:
+            A context manager, which gives the [`TextCache`].
 
         Raises:
             ValueError: if gradients are on or the model is in training mode.
         """
         if self.training or torch.is_grad_enabled():
             raise ValueError("cache_text() is for inference: call model.eval(), and use it within torch.no_grad().")
-        self._text_cache = TextCache(self._encode_text, max_tokens)
-        try:
-            yield
-        finally:
-            self._text_cache = None
+        return TextCache(self._encode_text, max_tokens).active_for(self)
 
     def known_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (..., L) that can be looked up, and which texts (...) hold no real token outside the vocabulary."""

@@ -12,6 +12,7 @@ from transformers.image_transforms import to_pil_image
 
 from .drawing_reftr import draw_answers
 from .image_processing_reftr import picture_size
+from .inputs_reftr import to_list
 
 
 PICTURES = (str, Path, Image.Image, np.ndarray, torch.Tensor)
@@ -32,7 +33,10 @@ class VisualGroundingPipeline(Pipeline):
     answers = ground("photo.jpg", text=["the red circle", "the star"])
     answers[0]["phrase"], answers[0]["box"], answers[0]["mask"]
     ground.draw("photo.jpg", answers).save("answers.png")
-    ```"""
+    ```
+
+    Several threads may ask at once: a call changes neither the pipeline nor its model and processor, and returns what
+    it returns alone."""
 
     _load_processor = True
     _load_image_processor = False
@@ -50,14 +54,18 @@ class VisualGroundingPipeline(Pipeline):
 
         Args:
             images:
-                A picture (PIL, array `(height, width, 3)`, tensor, path, URL) or a list of them; or a question, a dict
-                of "image", "text" and, for captions, "phrases"; or a list, a data set or a generator of questions.
+                An image (PIL, array `(height, width, 3)`, tensor, path, URL) or a list of them; or a question, a dict
+                of "image", "text" and, for captions, "phrases"; or a list, a dataset or a generator of questions or
+                images.
             text (`str`, `list[str]` or `list[list[str]]`):
-                What to look for: one expression or several. For a list of pictures, one `str` is asked of each of
-                them, and a list holds what is asked of each in turn.
+                What to look for: one expression, or a list of them. With a list of images a `str` is asked of each
+                image, and a list has one entry for each image, `str` or `list[str]`, however many images there are.
+                With any other iterable of images a `str` is asked of each, and lists are refused: their questions
+                bring their own texts.
             phrases (*optional*):
-                With captions as text, the phrases of each caption, by their words or as (start, end) characters:
-                nested as `text` is and one list deeper. Absent: a text is one phrase.
+                With captions as text, the phrases of each caption, as `str` or as (start, end) characters: nested
+                under `text`, a list for each caption, or None where the caption is its one phrase. Absent: every text
+                is one phrase.
             batch_size (`int`, *optional*, defaults to 1): pictures a forward. Padding changes answers a little.
             num_workers (`int`, *optional*, defaults to 0): processes that prepare pictures.
             threshold (`float`, *optional*, defaults to 0.5): probability from which a pixel is in the mask.
@@ -74,6 +82,8 @@ class VisualGroundingPipeline(Pipeline):
             OSError: if a file is missing or is no picture.
         """
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
+        if isinstance(images, np.ndarray) and images.dtype.kind in "OU" and images.ndim == 1:
+            images = images.tolist()  # an array of paths or images is a list of them
         if isinstance(images, (*PICTURES, dict)):
             ((answers,),) = super().__call__([[make_question(images, text, phrases)]], batch_size=1, **kwargs)
             return answers
@@ -82,6 +92,11 @@ class VisualGroundingPipeline(Pipeline):
             return list(itertools.chain.from_iterable(super().__call__(batches, batch_size=1, **kwargs)))
         if not isinstance(images, Iterable) and not hasattr(images, "__getitem__"):
             raise ValueError(f"{type(images).__name__} is no picture, no question, and no list of them.")
+        if not isinstance(text, (str, type(None))):
+            raise ValueError(
+                f"A list of texts, with images from an iterable ({type(images).__name__}), does not say which image "
+                "each is about: give one str for all, a list of images, or questions that bring their texts."
+            )
         questions = (make_question(item, text, phrases) for item in images)
         batches = (batch for batch in make_batches(questions, batch_size))
         return itertools.chain.from_iterable(super().__call__(batches, batch_size=1, **kwargs))
@@ -100,7 +115,9 @@ class VisualGroundingPipeline(Pipeline):
         if phrases is not None:
             of_sentences = [names for group in phrases for names in group]
             spoken = [
-                [name if isinstance(name, str) else sentence[name[0] : name[1]] for name in names]
+                [sentence]
+                if names is None
+                else [name if isinstance(name, str) else sentence[name[0] : name[1]] for name in names]
                 for sentence, names in zip(flat, of_sentences, strict=True)
             ]
         return {
@@ -163,16 +180,21 @@ class VisualGroundingPipeline(Pipeline):
 
 def spread(images: list, text, phrases) -> list[dict]:
     """
-    Questions about each of several pictures, or those that `images` are.
+    Make a question of each image, or take the questions that `images` are.
+
+    Args:
+        images (`list`): images or questions, of which there has to be one.
+        text, phrases: a `str` (and its phrases) is asked of each image; a list has an entry for each image.
 
     Raises:
-        ValueError: if there are none, or not one text, or one list of phrases, for each picture.
+        ValueError: if there are no images, or not one text, or one list of phrases, for each.
     """
     if len(images) == 0:
         raise ValueError("There are no images: give one picture or a list of them.")
     if isinstance(text, str) or text is None:
         return [make_question(image, text, phrases) for image in images]
-    phrases = [None] * len(images) if phrases is None else phrases
+    text = to_list(text, "text")
+    phrases = [None] * len(images) if phrases is None else to_list(phrases, "phrases")
     for name, values in (("texts", text), ("lists of phrases", phrases)):
         if len(values) != len(images):
             raise ValueError(
@@ -184,7 +206,15 @@ def spread(images: list, text, phrases) -> list[dict]:
 
 def make_question(image, text, phrases) -> dict:
     """
-    A question: "image", "text" (`list[str]`) and "phrases" (a list for each text, or None).
+    Make a question about one image.
+
+    Args:
+        image: an image, or a question as a dict, which brings its text and phrases.
+        text (`str` or `list[str]`): one sentence or several.
+        phrases (*optional*): the list of phrases of a `str`, or one such list (or None) for each of a `list[str]`.
+
+    Returns:
+        `dict`: "image", "text" (`list[str]`) and "phrases" (a list with an entry for each text, or None).
 
     Raises:
         ValueError: if there is no text, or the phrases are not those of one text each.
@@ -197,11 +227,14 @@ def make_question(image, text, phrases) -> dict:
         image, text, phrases = image["image"], image["text"], image.get("phrases")
     if isinstance(text, str):
         text, phrases = [text], None if phrases is None else [phrases]
-    if not isinstance(text, (list, tuple)) or not text or not all(isinstance(sentence, str) for sentence in text):
+    elif text is not None:
+        text = to_list(text, "text")
+    if not text or not all(isinstance(sentence, str) for sentence in text):
         raise ValueError(f"text={text!r} is neither an expression nor a list of them: name what to look for.")
+    phrases = None if phrases is None else to_list(phrases, "phrases")
     if phrases is not None and len(phrases) != len(text):
         raise ValueError(f"{len(phrases)} lists of phrases for {len(text)} texts: give a list of phrases for each.")
-    return {"image": image, "text": list(text), "phrases": None if phrases is None else list(phrases)}
+    return {"image": image, "text": text, "phrases": phrases}
 
 
 def make_batches(questions: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:

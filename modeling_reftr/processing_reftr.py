@@ -1,15 +1,18 @@
 """RefTR's processor: pictures, words and phrases -> tensors; boxes back to pixels and phrases."""
 
 import math
-import re
+import operator
+import unicodedata
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .image_processing_reftr import picture_size
+from .inputs_reftr import to_list, warn_about_joined_expressions
 
 
 logger = logging.get_logger(__name__)
@@ -23,11 +26,19 @@ class RefTRProcessor(ProcessorMixin):
         image_processor ([`RefTRImageProcessor`]): for the pictures.
         tokenizer (`PreTrainedTokenizerFast`): for the words.
         max_expression_length (`int`, *optional*, defaults to 40):
-            Longest sentence, in tokens, where no phrases are given (published: RefCOCO family, ReferIt, Visual
-            Genome).
+            Longest single expression, in tokens (published: RefCOCO family, ReferIt, Visual Genome).
         max_caption_length, max_phrase_length, max_phrases (`int`, *optional*, default to 90, 22 and 16):
-            Longest sentence and phrase where phrases are given (published: Flickr30k Entities), and the number of
-            phrase slots that fixed length pads to.
+            Longest caption and phrase, in tokens (published: Flickr30k Entities), and the number of phrase slots that
+            fixed length pads to.
+
+    Every sentence is encoded as published, whatever stands beside it in the batch. A *single expression*, a sentence
+    without phrases or with the whole text as its only phrase, is lower-cased by `str.lower` and cut after
+    `max_expression_length` tokens. A *caption*, a sentence with other phrases, keeps its capitals, and so do its
+    phrases; it is cut after `max_caption_length` tokens.
+
+    Calls from several threads at once are safe, and each returns what it returns alone: a call changes neither the
+    processor nor its tokenizer. Truncation and padding are done here and never by the tokenizer, whose own settings of
+    them, as a `tokenizer.json` may bring them, are switched off when the processor is made.
 
     Example:
 
@@ -69,6 +80,9 @@ class RefTRProcessor(ProcessorMixin):
         if type(tokenizer).__module__.startswith("transformers."):
             # its file may name code of somebody; that was not followed, and is not passed on
             tokenizer.init_kwargs.pop("auto_map", None)
+        # truncation and padding are state of the shared Rust object: once off here, no call has to touch them
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         super().__init__(image_processor, tokenizer)
 
     def __call__(
@@ -84,26 +98,40 @@ class RefTRProcessor(ProcessorMixin):
         **kwargs,
     ) -> BatchFeature:
         """
+        Encode images, and what is asked about them.
+
+        How a call is read follows from the nesting of `text` and the number of images alone, never from a length that
+        happens to fit. Any list may be a tuple, an array or another sequence.
+
         Args:
             images (*optional*):
-                A picture (PIL, array, tensor, path, URL) or a list of them. Absent: words alone, for images whose
-                features there are already ([`RefTRForVisualGrounding.get_image_features`]).
+                An image (PIL, array, tensor, path, URL) or a list of them. Absent: text alone, for images whose
+                features are there already ([`RefTRForVisualGrounding.get_image_features`]).
             text (`str`, `list[str]` or `list[list[str]]`):
-                One sentence; a list: all of one image, or one an image; a list of lists: the sentences of each image.
+                A `str` is one sentence about the one image. A `list[str]` holds all sentences about the one image, or,
+                with several images, one sentence for each; without `images` they are all about one image. A
+                `list[list[str]]` holds the sentences of each image.
             phrases (*optional*):
-                The phrases of each sentence, nested as `text` is and one list deeper: strings found in their sentence
-                (regardless of case, whole words first, a repeated one at its next place), or (start, end) characters.
-                Absent: one phrase, the whole sentence.
+                For one sentence a list, nested under `text`: a list of phrases for a `str`, a list of such lists for a
+                `list[str]`, and so on. A phrase is a `str`, which is found in its sentence (regardless of case, whole
+                words first, a repeated one at its next occurrence), or a pair of `int`, (start, end) characters of it.
+                None, for all or for one sentence: its one phrase is the whole sentence.
             boxes (*optional*):
-                The box of each phrase, nested as `phrases` is, or, without phrases, one a sentence, nested as `text`
-                is; (x0, y0, x1, y1) in pixels of the upright picture. Gives `labels`.
+                For one sentence the boxes_xyxy of its phrases, (phrases, 4), in pixels of the upright image; for one
+                without `phrases`, (4,) or (1, 4). Nested under `text` as `phrases` is. None for a sentence without
+                boxes. Gives `labels`.
             masks (*optional*):
-                The mask of each phrase, nested as `boxes` is, (height, width) of the picture, or COCO's run-length
-                encoding of it; None for a sentence without masks. Gives `labels` too.
+                For one sentence the masks of its phrases, each an array (height, width) of the image's size or COCO's
+                run-length encoding; for one without `phrases`, the mask itself or a list of it: (height, width) or
+                (1, height, width). Nested under `text` as `boxes` is. None for a sentence without masks. Gives
+                `labels`.
             annotated_sizes (list of `(height, width)`, *optional*):
-                The size each picture was annotated at, which decides whether its EXIF orientation is followed.
+                One for each image: the size it was annotated at, which decides whether its EXIF orientation is
+                followed.
             padding (`"longest"` or `"max_length"`, *optional*, defaults to `"longest"`):
-                Pad text to the longest of the batch, or to the published fixed lengths.
+                Pad text to the longest of the batch, or to the published fixed lengths. (A single expression in a
+                batch with phrases is its own phrase; where it is longer than `max_phrase_length`, phrases are padded
+                to `max_expression_length`.)
             return_tensors (`str`, *optional*, defaults to `"pt"`): see `BatchFeature`.
             kwargs: settings of the image processor for this call, and `max_length`, the longest sentence in tokens,
                 in place of the processor's own. Both also as `images_kwargs` and `text_kwargs`.
@@ -114,9 +142,9 @@ class RefTRProcessor(ProcessorMixin):
             `labels`. See [`RefTRForVisualGrounding.forward`] for their shapes.
 
         Raises:
-            ValueError: if counts do not match, a text is blank, a phrase is not in its sentence, or a box is empty,
-                inverted, not a number or outside its picture.
-            OSError: if a file is missing or is no picture.
+            ValueError: if counts or nesting do not match, a text is blank, a phrase is not in its sentence, or a box
+                is empty, inverted, not a number or outside its image.
+            OSError: if a file is missing or is not an image.
         """
         if padding is not None:
             kwargs["padding"] = padding
@@ -132,26 +160,34 @@ class RefTRProcessor(ProcessorMixin):
         if images is None:
             if boxes is not None or masks is not None:
                 raise ValueError("Boxes and masks are in pixels of a picture: give images with them.")
-            nested = isinstance(text, (list, tuple)) and any(isinstance(part, (list, tuple)) for part in text)
-            data, sizes = {}, [None] * (len(text) if nested else 1)
+            data, sizes = {}, None
         else:
             images = self.image_processor.open_images(images, annotated_sizes)
             sizes = [picture_size(image) for image in images]
             data = dict(self.image_processor(images, return_tensors=return_tensors, **image_kwargs))
-        sentences, image_index, depth = arrange_sentences(text, len(sizes))
+        sentences, image_index, depth = arrange_sentences(text, None if sizes is None else len(sizes))
         data["image_index"] = image_index
 
         fixed = padding == "max_length"
-        if phrases is None:
-            data.update(self.encode_sentences(sentences, max_length or self.max_expression_length, fixed)[0])
-            num_phrases = [1] * len(sentences)
-        else:
+        spans = [None] * len(sentences)
+        if phrases is not None:
             phrases = arrange_by_sentence(phrases, depth, sentences, image_index, "phrases")
-            spans = [find_phrases(sentence, names) for sentence, names in zip(sentences, phrases, strict=True)]
-            text_inputs, encodings = self.encode_sentences(sentences, max_length or self.max_caption_length, fixed)
-            data.update(text_inputs)
-            data.update(self.encode_phrases(sentences, spans, encodings, fixed))
-            num_phrases = [len(names) for names in spans]
+            spans = [
+                None if names is None else find_phrases(sentence, names)
+                for sentence, names in zip(sentences, phrases, strict=True)
+            ]
+        if boxes is None and masks is None:
+            warn_about_joined_expressions(
+                sentence for sentence, sentence_spans in zip(sentences, spans, strict=True) if sentence_spans is None
+            )
+        encoded = self.encode_sentences(sentences, spans, max_length)
+        widths = [len(ids) for ids, _ in encoded]
+        if fixed:
+            longest = self.max_expression_length if phrases is None else self.max_caption_length
+            widths.append(min(max_length or longest, self.tokenizer.model_max_length))
+        data |= self.pad_tokens([ids for ids, _ in encoded], max(widths))
+        if phrases is not None:
+            data |= self.encode_phrases(sentences, spans, encoded, fixed)
 
         targets = {"boxes": boxes, "masks": masks}
         targets = {
@@ -163,15 +199,17 @@ class RefTRProcessor(ProcessorMixin):
             data["labels"] = [{} for _ in sentences]
             padded_size = tuple(np.shape(data["pixel_values"][0])[-2:])
         for index, (sentence, image) in enumerate(zip(sentences, image_index, strict=True)):
+            num_phrases = 1 if spans[index] is None else len(spans[index])
             for name, values in targets.items():
                 value = values[index]
                 if value is None:
                     continue
-                if phrases is None and is_one_target(value, name):
+                if spans[index] is None and is_one_target(value, name):
                     value = [value]
-                if len(value) != num_phrases[index]:
+                value = to_list(value, f"{name} of {sentence!r}")
+                if len(value) != num_phrases:
                     raise ValueError(
-                        f"{len(value)} {name} for the {num_phrases[index]} phrases of {sentence!r}: give one a phrase."
+                        f"{len(value)} {name} for the {num_phrases} phrases of {sentence!r}: give one a phrase."
                     )
                 if name == "boxes":
                     data["labels"][index]["boxes"] = to_label_boxes(value, *sizes[image], sentence)
@@ -187,32 +225,80 @@ class RefTRProcessor(ProcessorMixin):
         """What a call without phrases gives."""
         return [*self.image_processor.model_input_names, "input_ids", "attention_mask", "image_index"]
 
-    def encode_sentences(self, sentences: list[str], max_length: int, fixed: bool):
+    def encode_sentences(self, sentences: list[str], spans: list, max_length: int | None = None):
         """
-        Token ids and mask of each sentence, (S, L), and the encodings with their character offsets.
+        Encode each sentence as published: a single expression in lower case, a caption as it is.
+
+        Args:
+            sentences (`list[str]`): with S entries.
+            spans (`list`): the (start, end) characters of each sentence's phrases; None: the whole sentence.
+            max_length (`int`, *optional*): the longest in tokens, in place of the processor's own.
+
+        Returns:
+            `list[tuple]`, one for each sentence: token ids, and the (start, end) characters that each is made of.
 
         Raises:
-            ValueError: if a sentence has no words.
+            ValueError: if a sentence has no words, or `max_length` has no room for any.
         """
-        sentences = [lower_case(sentence) for sentence in sentences]
-        max_length = min(max_length, self.tokenizer.model_max_length)
-        encodings = self.tokenizer(sentences, return_offsets_mapping=True, add_special_tokens=True, verbose=False)
-        num_cut = 0
-        for sentence, ids in zip(sentences, encodings["input_ids"], strict=True):
+        texts, limits = [], []
+        for sentence, sentence_spans in zip(sentences, spans, strict=True):
+            is_expression = is_single_expression(sentence, sentence_spans)
+            texts.append(sentence.lower() if is_expression else sentence)
+            limits.append(max_length or (self.max_expression_length if is_expression else self.max_caption_length))
+        encoded, cuts = self.tokenize(texts, limits)
+        for sentence, (ids, _) in zip(sentences, encoded, strict=True):
             if len(ids) <= 2:
                 raise ValueError(f"The text {sentence!r} has no words: there is nothing to look for.")
-            num_cut += len(ids) > max_length
-        if num_cut:
+        if cuts:
             logger.warning(
-                f"{num_cut} of {len(sentences)} texts are longer than {max_length} tokens and were cut; phrases past "
-                "the cut are masked and get no answer."
+                f"{len(cuts)} of {len(sentences)} texts are longer than {' or '.join(map(str, sorted(set(cuts))))} "
+                "tokens and were cut; phrases past the cut are masked and get no answer."
             )
-            encodings = self.tokenizer(
-                sentences, return_offsets_mapping=True, truncation=True, max_length=max_length, padding=False
-            )
-            self.tokenizer.backend_tokenizer.no_truncation()  # else the limit would be saved as the tokenizer's own
-        width = max_length if fixed else max(len(ids) for ids in encodings["input_ids"])
-        return self.pad_tokens(encodings["input_ids"], width), encodings
+        return encoded
+
+    def tokenize(self, texts: list[str], limits: list[int]) -> tuple[list[tuple[list, list]], list[int]]:
+        """
+        Tokenize texts, each cut to its limit as the tokenizer would, which keeps its special tokens.
+
+        Args:
+            texts (`list[str]`): as the tokenizer is to see them.
+            limits (`list[int]`): the longest of each in tokens, with special tokens.
+
+        Returns:
+            `tuple`: token ids and (start, end) characters of each text, and the limit of each that was cut.
+
+        Raises:
+            ValueError: if a limit has no room for a token beside the special ones.
+        """
+        encodings = self.tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+        encoded, cuts = [], []
+        for ids, offsets, is_special, limit in zip(
+            encodings["input_ids"],
+            encodings["offset_mapping"],
+            encodings["special_tokens_mask"],
+            limits,
+            strict=True,
+        ):
+            limit = min(limit, self.tokenizer.model_max_length)
+            if len(ids) > limit:
+                # what the tokenizer puts before and after a text stays; a special token typed in the text is text
+                first = is_special.index(0)
+                last = len(ids) - is_special[::-1].index(0)
+                room = limit - first - (len(ids) - last)
+                if room < 1:
+                    raise ValueError(
+                        f"A length of {limit} tokens has no room for text beside the {len(ids) - last + first} "
+                        "special tokens: give a larger max_length."
+                    )
+                kept = (
+                    slice(last - room, last)
+                    if self.tokenizer.truncation_side == "left"
+                    else slice(first, first + room)
+                )
+                ids, offsets = ([*part[:first], *part[kept], *part[last:]] for part in (ids, offsets))
+                cuts.append(limit)
+            encoded.append((ids, offsets))
+        return encoded, cuts
 
     def pad_tokens(self, token_ids: list[list[int]], width: int, prefix: str = "") -> dict[str, np.ndarray]:
         """Right-pad lists of token ids to (len, width), with their mask."""
@@ -223,15 +309,24 @@ class RefTRProcessor(ProcessorMixin):
             attention_mask[index, : len(ids)] = 1
         return {f"{prefix}input_ids": input_ids, f"{prefix}attention_mask": attention_mask}
 
-    def encode_phrases(self, sentences, spans, encodings, fixed: bool) -> dict[str, np.ndarray]:
+    def encode_phrases(self, sentences, spans, encoded, fixed: bool) -> dict[str, np.ndarray]:
         """
-        Each phrase by itself and where its tokens stand in the sentence. Padding slots, and phrases past the cut of
+        Encode each phrase by itself, and find its tokens in the sentence. Padding slots, and phrases past the cut of
         their sentence, hold an empty phrase with the span [0, 1).
+
+        Args:
+            sentences, spans: see `encode_sentences`.
+            encoded: what `encode_sentences` returned for them.
+            fixed (`bool`): whether to pad to the published lengths.
+
+        Returns:
+            `dict[str, np.ndarray]`: `phrase_input_ids` and `phrase_attention_mask` (S, P, Lp), `phrase_spans`
+            (S, P, 2) and `phrase_index` (N, 2), see [`RefTRForVisualGrounding.forward`].
 
         Raises:
             ValueError: if there are no phrases, or more than fixed length has room for.
         """
-        num_slots = max(len(sentence_spans) for sentence_spans in spans)
+        num_slots = max(1 if sentence_spans is None else len(sentence_spans) for sentence_spans in spans)
         if num_slots == 0:
             raise ValueError("No sentence has a phrase: name what to look for, or leave phrases out.")
         if fixed and num_slots > self.max_phrases:
@@ -242,22 +337,30 @@ class RefTRProcessor(ProcessorMixin):
         num_slots = self.max_phrases if fixed else num_slots
         phrase_spans = np.zeros((len(sentences), num_slots, 2), dtype=np.int64)
         phrase_spans[..., 1] = 1
-        texts = [[""] * num_slots for _ in sentences]
+        expressions, texts = {}, [""] * (len(sentences) * num_slots)
         for index, (sentence, sentence_spans) in enumerate(zip(sentences, spans, strict=True)):
-            offsets = encodings["offset_mapping"][index]
+            ids, offsets = encoded[index]
+            if is_single_expression(sentence, sentence_spans):
+                # as without phrases: the sentence's own tokens, and as context all but the first and the last
+                phrase_spans[index, 0] = 1, len(ids) - 1
+                expressions[index * num_slots] = ids
+                continue
             for slot, (start, end) in enumerate(sentence_spans):
                 tokens = [number for number, (left, right) in enumerate(offsets) if left < end and right > start]
                 if tokens:
                     phrase_spans[index, slot] = tokens[0], tokens[-1] + 1
-                    texts[index][slot] = lower_case(sentence[start:end])
-        flat = [text for row in texts for text in row]
-        token_ids = self.tokenizer(flat, truncation=True, max_length=self.max_phrase_length, padding=False)[
-            "input_ids"
-        ]
-        self.tokenizer.backend_tokenizer.no_truncation()
+                    texts[index * num_slots + slot] = sentence[start:end]
+        phrases, cuts = self.tokenize(texts, [self.max_phrase_length] * len(texts))
+        if cuts:
+            logger.warning(f"{len(cuts)} phrases are longer than {cuts[0]} tokens and were cut.")
+        token_ids = [expressions.get(number, ids) for number, (ids, _) in enumerate(phrases)]
         # where no phrase is real, the first slot stands in for the model's text backbone
         phrase_index = [divmod(number, num_slots) for number, ids in enumerate(token_ids) if len(ids) > 2] or [(0, 0)]
-        width = self.max_phrase_length if fixed else max(len(ids) for ids in token_ids)
+        width = max(map(len, token_ids))
+        if fixed:
+            width = (
+                self.max_phrase_length if width <= self.max_phrase_length else max(width, self.max_expression_length)
+            )
         data = self.pad_tokens(token_ids, width, prefix="phrase_")
         data = {name: values.reshape(len(sentences), num_slots, width) for name, values in data.items()}
         return {**data, "phrase_spans": phrase_spans, "phrase_index": np.array(phrase_index)}
@@ -269,7 +372,8 @@ class RefTRProcessor(ProcessorMixin):
         Args:
             outputs ([`RefTRVisualGroundingOutput`]): of the model.
             target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`):
-                The original size of each image, or of each sentence's image.
+                The original size of each image, in the order of `pixel_values`: one for each image, also where
+                several sentences ask about an image or none does.
 
         Returns:
             `list[dict]`, one a sentence: `boxes` (`torch.Tensor` of shape `(phrases, 4)`, xyxy in pixels), `phrases`
@@ -277,7 +381,7 @@ class RefTRProcessor(ProcessorMixin):
             phrases past the cut of their sentence get no answer).
 
         Raises:
-            ValueError: if there is not one size an image or a sentence.
+            ValueError: if there is not one size for each image.
         """
         boxes_xyxy = self.image_processor.post_process_boxes(outputs, target_sizes)
         token_ids = outputs.input_ids[:, None] if outputs.phrase_input_ids is None else outputs.phrase_input_ids
@@ -317,7 +421,7 @@ class RefTRProcessor(ProcessorMixin):
             `(phrases, height, width)`, bool), or `segmentations` (`list[dict]`, `size` and `counts` each).
 
         Raises:
-            ValueError: if the model predicts no masks, or there is not one size an image or a sentence.
+            ValueError: if the model predicts no masks, or there is not one size for each image.
         """
         results = self.post_process_grounding(outputs, target_sizes)
         masks_of_sentences = self.image_processor.post_process_masks(outputs, target_sizes, threshold, two_step)
@@ -373,74 +477,116 @@ def from_coco_rle(segmentation: dict) -> np.ndarray:
     return mask
 
 
-def lower_case(text: str) -> str:
-    """Lower case, a character for a character, so that places in the text stay what they are."""
-    if text.isascii():
-        return text.lower()
-    return "".join(low if len(low := character.lower()) == 1 else character for character in text)
-
-
-def arrange_sentences(text, num_images: int) -> tuple[list[str], list[int], int]:
+def is_single_expression(sentence: str, spans: list[tuple[int, int]] | None) -> bool:
     """
-    `text` as the processor takes it -> the sentences in one list, the image of each, and how deep `text` nests.
+    Return whether the one phrase of a sentence is the whole text.
+
+    Args:
+        sentence (`str`): the text.
+        spans (list of `(start, end)`): characters of its phrases; None: the whole sentence.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.processing_reftr import is_single_expression
+
+    >>> is_single_expression("the dog", [(0, 7)]), is_single_expression("the dog.", [(0, 7)])
+    (True, False)
+
+    ```"""
+    if spans is None:
+        return True
+    if len(spans) != 1:
+        return False
+    start, end = spans[0]
+    return not sentence[:start].strip() and not sentence[end:].strip()
+
+
+def arrange_sentences(text, num_images: int | None) -> tuple[list[str], list[int], int]:
+    """
+    Bring `text` as the processor takes it into one list.
+
+    Args:
+        text (`str`, `list[str]` or `list[list[str]]`): one sentence; sentences; or the sentences of each image.
+        num_images (`int`, *optional*):
+            With 1, a `list[str]` is about the one image; with more, it holds a sentence for each. Absent: a
+            `list[str]` is about one image.
+
+    Returns:
+        `tuple`: the sentences (`list[str]`), the image of each (`list[int]`), and how deep `text` nests (0, 1 or 2).
 
     Raises:
         ValueError: if the counts do not match, a sentence is blank, or an image has none.
     """
     if isinstance(text, str):
-        if num_images != 1:
+        if num_images not in (None, 1):
             raise ValueError(f"One text for {num_images} images: give a list with one text an image.")
         sentences, image_index, depth = [text], [0], 0
-    elif not isinstance(text, (list, tuple)) or len(text) == 0:
-        raise ValueError(f"text={text!r} must be a sentence, a list of them, or a list for each image.")
-    elif all(isinstance(sentence, str) for sentence in text):
-        if num_images not in (1, len(text)):
-            raise ValueError(
-                f"{len(text)} texts for {num_images} images: give one an image, or a list for each image."
-            )
-        image_index = [0] * len(text) if num_images == 1 else list(range(num_images))
-        sentences, depth = list(text), 1
-    elif all(isinstance(group, (list, tuple)) and all(isinstance(s, str) for s in group) for group in text):
-        if len(text) != num_images:
-            raise ValueError(f"{len(text)} lists of texts for {num_images} images: give one list an image.")
-        sentences = [sentence for group in text for sentence in group]
-        image_index = [index for index, group in enumerate(text) for _ in group]
-        depth = 2
-        if [] in [list(group) for group in text]:
-            raise ValueError("An image has no sentence: give each image one, or leave the image out.")
     else:
-        raise ValueError("text mixes sentences and lists: give a list of sentences, or a list of sentences an image.")
+        groups = to_list(text, "text")
+        if not groups:
+            raise ValueError(f"text={text!r} must be a sentence, a list of them, or a list for each image.")
+        is_sentence = [isinstance(group, str) for group in groups]
+        if all(is_sentence):
+            sentences, depth = groups, 1
+            if num_images in (None, 1):
+                image_index = [0] * len(sentences)
+            elif num_images == len(sentences):
+                image_index = list(range(num_images))
+            else:
+                raise ValueError(
+                    f"{len(sentences)} texts for {num_images} images: give one an image, or a list for each image."
+                )
+        elif any(is_sentence):
+            raise ValueError(
+                "text mixes sentences and lists: give a list of sentences, or a list of sentences an image."
+            )
+        else:
+            groups, depth = [to_list(group, "text of an image") for group in groups], 2
+            if len(groups) != (num_images or len(groups)):
+                raise ValueError(f"{len(groups)} lists of texts for {num_images} images: give one list an image.")
+            if [] in groups:
+                raise ValueError("An image has no sentence: give each image one, or leave the image out.")
+            sentences = [sentence for group in groups for sentence in group]
+            image_index = [index for index, group in enumerate(groups) for _ in group]
     for sentence in sentences:
+        if not isinstance(sentence, str):
+            raise ValueError(f"The text {sentence!r} must be a str, got {type(sentence).__name__}.")
         if not sentence.strip():
             raise ValueError(f"The text {sentence!r} is blank: there is nothing to look for.")
-    return sentences, image_index, depth
+    return [str(sentence) for sentence in sentences], image_index, depth
 
 
 def arrange_by_sentence(values, depth: int, sentences: list[str], image_index: list[int], name: str) -> list:
     """
-    Values nested as the text is -> one entry a sentence.
+    Bring values that are nested as the text is into one list, an entry for each sentence.
+
+    Args:
+        values: nested as `text` is; what an entry looks like is not looked at.
+        depth (`int`), sentences (`list[str]`), image_index (`list[int]`): see `arrange_sentences`.
+        name (`str`): of the argument, for messages.
 
     Raises:
         ValueError: if they are nested otherwise.
     """
     if depth == 0:
         return [values]
+    values = to_list(values, name)
     if depth == 2:
-        counts, given = (
-            [image_index.count(index) for index in sorted(set(image_index))],
-            [len(group) for group in values],
-        )
+        groups = [to_list(group, f"{name} of an image") for group in values]
+        counts = [image_index.count(index) for index in range(image_index[-1] + 1)]
+        given = [len(group) for group in groups]
         if given != counts:
             raise ValueError(f"{name} must be nested as text is: {counts} sentences an image, got {given}.")
-        values = [value for group in values for value in group]
+        values = [value for group in groups for value in group]
     if len(values) != len(sentences):
         raise ValueError(f"{len(values)} entries of {name} for {len(sentences)} sentences: give one a sentence.")
-    return list(values)
+    return values
 
 
 def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
     """
-    Where phrases (strings, or spans that are checked) stand in their sentence, as (start, end) characters.
+    Find phrases (strings, or pairs of `int`, which are checked) in their sentence, as (start, end) characters.
 
     Raises:
         ValueError: if a phrase is blank or not in the sentence, or a span is empty or leaves it.
@@ -456,23 +602,22 @@ def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
     ```"""
     if isinstance(phrases, str):
         raise ValueError(f"phrases={phrases!r}: give a list of phrases for each sentence.")
-    lowered = lower_case(sentence)
+    folded, starts = fold_case(sentence)
     spans, next_place = [], {}
-    for phrase in phrases:
+    for phrase in to_list(phrases, f"phrases of {sentence!r}"):
         if isinstance(phrase, str):
-            wanted = lower_case(phrase.strip())
+            wanted, _ = fold_case(phrase.strip())
             if not wanted:
                 raise ValueError(f"A phrase of {sentence!r} is blank.")
             begin = next_place.get(wanted, 0)
-            match = re.compile(rf"(?<!\w){re.escape(wanted)}(?!\w)").search(lowered, begin)
-            start = match.start() if match else lowered.find(wanted, begin)
-            if start < 0:
+            place = find_words(folded, wanted, starts, begin)
+            if place is None:
                 times = "" if begin == 0 else " once more"
                 raise ValueError(f"The phrase {phrase!r} is not{times} in its sentence {sentence!r}.")
-            end = start + len(wanted)
-            next_place[wanted] = end
+            next_place[wanted] = place + len(wanted)
+            start, end = starts[place], starts[place + len(wanted)]
         else:
-            start, end = (int(place) for place in phrase)
+            start, end = to_span(phrase, sentence)
             if not 0 <= start < end <= len(sentence) or not sentence[start:end].strip():
                 raise ValueError(
                     f"The span ({start}, {end}) is no part of {sentence!r}, which has {len(sentence)} characters."
@@ -481,35 +626,101 @@ def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
     return spans
 
 
+def to_span(phrase, sentence: str) -> tuple[int, int]:
+    """Return a pair of `int`. Raises ValueError if it is something else."""
+    try:
+        start, end = (operator.index(place) for place in phrase)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The phrase {phrase!r} of {sentence!r} must be a str or a pair of int, (start, end) characters; phrases "
+            "of one sentence are a list of them."
+        ) from error
+    return start, end
+
+
+def fold_case(text: str) -> tuple[str, dict[int, int]]:
+    """
+    Return a text without difference of case, and the character of the text that each of its own begins: a letter may
+    become several (the capital I with a dot, sharp s, ligatures), and only whole letters can be mapped back.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.processing_reftr import fold_case
+
+    >>> fold_case("Maß")
+    ('mass', {0: 0, 1: 1, 2: 2, 4: 3})
+
+    ```"""
+    pieces = [character.casefold() for character in text]
+    starts, length = {}, 0
+    for index, piece in enumerate(pieces):
+        starts[length] = index
+        length += len(piece)
+    starts[length] = len(text)
+    return "".join(pieces), starts
+
+
+def find_words(text: str, wanted: str, starts, begin: int) -> int | None:
+    """
+    Return the first index from `begin` on where `wanted` stands in `text` as whole words, or else at all; it begins
+    and ends at one of `starts`. None where it does not.
+    """
+    fallback, place = None, text.find(wanted, begin)
+    while place >= 0:
+        end = place + len(wanted)
+        if place in starts and end in starts:
+            if not any(map(is_word, text[max(0, place - 1) : place] + text[end : end + 1])):
+                return place
+            fallback = place if fallback is None else fallback
+        place = text.find(wanted, place + 1)
+    return fallback
+
+
+def is_word(character: str) -> bool:
+    """Return whether a character is part of a word: a letter, a digit, an underscore, or a mark on one of them."""
+    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+
+
 def is_one_target(value, name: str) -> bool:
-    """Whether this is one box or mask itself, not a list of them."""
-    if isinstance(value, dict):
+    """
+    Return whether the boxes or masks of a sentence with one phrase are the box (4,) or mask (height, width) itself,
+    and not a list of it. The number of dimensions decides; a run-length encoding or a PIL image is a mask.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if name == "masks" and isinstance(value, (dict, Image.Image)):
         return True
-    return len(value) > 0 and not isinstance(value[0], dict) and np.ndim(value[0]) == {"boxes": 0, "masks": 1}[name]
+    values = to_list(value, name)
+    if not values or isinstance(values[0], (dict, Image.Image)):
+        return False
+    return np.ndim(values[0]) == {"boxes": 0, "masks": 1}[name]
 
 
 def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
     """
-    Masks, or COCO's run-length encodings of them -> (phrases, height, width), bool.
+    Stack masks (arrays, PIL images or COCO's run-length encodings) to (phrases, height, width), bool.
 
     Raises:
-        ValueError: if a mask has not the size of its picture.
+        ValueError: if a mask does not have the size of its image.
     """
     arrays = np.zeros((len(masks), height, width), dtype=bool)
     for index, mask in enumerate(masks):
-        size = tuple(mask["size"]) if isinstance(mask, dict) else np.shape(mask)
+        mask = mask if isinstance(mask, dict) else np.asarray(mask)
+        size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
         if size != (height, width):
             raise ValueError(
                 f"A mask of {sentence!r} has the size {size}, its picture has {(height, width)} (height, width)."
             )
-        arrays[index] = from_coco_rle(mask) if isinstance(mask, dict) else np.asarray(mask) != 0
+        arrays[index] = from_coco_rle(mask) if isinstance(mask, dict) else mask != 0
     return arrays
 
 
 def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tensor:
     """
-    (phrases, 4) xyxy in pixels -> (cx, cy, w, h) in 0..1 of the picture. A box may pass the picture's edge by a pixel
-    (annotations round), and is cut there.
+    Return boxes_cxcywh in 0..1 of the image, (phrases, 4), of boxes_xyxy in pixels, (phrases, 4). A box may pass the
+    image's edge by a pixel (annotations round), and is cut there.
 
     Raises:
         ValueError: if a box is empty, inverted, not a number or outside its picture.
@@ -524,8 +735,15 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
 
     ```"""
     labels = []
-    for box in np.asarray(boxes, dtype=np.float64).reshape(-1, 4).tolist():
-        x0, y0, x1, y1 = box
+    for box in boxes:
+        try:
+            box = [float(side) for side in box]
+            x0, y0, x1, y1 = box
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"The box {box!r} of {sentence!r} must be four numbers, (x0, y0, x1, y1) in pixels; give one box for "
+                "each phrase."
+            ) from error
         if not (x0 < x1 and y0 < y1 and math.isfinite(sum(box))):
             raise ValueError(f"The box {box} of {sentence!r} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1.")
         left, top, right, bottom = (

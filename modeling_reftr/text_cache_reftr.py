@@ -1,19 +1,33 @@
 """Texts that are asked for again and again, through the text backbone once."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+# id of a model -> its cache, in the context (thread or asynchronous task) that asked for it; never changed in place
+_caches: ContextVar[dict | None] = ContextVar("text_caches", default=None)
+
+
+def active_text_cache(model: nn.Module) -> "TextCache | None":
+    """Return the cache that a model is to use in this thread, None where there is none."""
+    return (_caches.get() or {}).get(id(model))
 
 
 class TextCache:
     """
-    Outputs of the text backbone, by token ids. Texts that it does not hold are encoded together, each once.
+    Outputs of the text backbone, by token ids. Texts that it does not hold are encoded together, each once. Several
+    threads may use one cache.
 
     Args:
-        encode (`Callable`): `input_ids` (N, L) and `attention_mask` (N, L) -> the backbone's output.
-        max_tokens (`int`): what is held; texts that were not asked for the longest go first.
+        encode (`Callable`): returns the backbone's output for `input_ids` (N, L) and `attention_mask` (N, L).
+        max_tokens (`int`): how many are held; the texts that were not asked for the longest go first.
     """
 
     def __init__(self, encode: Callable, max_tokens: int):
@@ -21,31 +35,49 @@ class TextCache:
         self.max_tokens = max_tokens
         self.num_tokens = 0
         self.texts = OrderedDict()  # token ids -> last_hidden_state (tokens, width) and pooler_output (width,)
+        self._lock = threading.Lock()  # held for bookkeeping alone, not while texts are encoded
+
+    @contextmanager
+    def active_for(self, model: nn.Module):
+        """Let a model use the cache within this context, in this thread."""
+        token = _caches.set({**(_caches.get() or {}), id(model): self})
+        try:
+            yield self
+        finally:
+            _caches.reset(token)
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutputWithPooling:
-        """As `encode`, with zeros where there is padding. The host waits for the token ids."""
+        """Return what `encode` does, with zeros where there is padding. The host waits for the token ids."""
         marked = input_ids.where(attention_mask.bool(), -1).tolist()
         keys = [tuple(tokens[: last_real(tokens) + 1]) for tokens in marked]
-        missing = {key: row for row, key in enumerate(keys) if key not in self.texts}
+        with self._lock:
+            found = {key: self.texts[key] for key in keys if key in self.texts}
+        missing = {key: row for row, key in enumerate(keys) if key not in found}
         if missing:
             rows = torch.tensor(list(missing.values()), device=input_ids.device)
             width = max(1, *map(len, missing))
             output = self.encode(input_ids[rows, :width], attention_mask[rows, :width])
-            outputs = zip(output.last_hidden_state, output.pooler_output, strict=True)
-            for key, (states, pooled) in zip(missing, outputs, strict=True):
+            for key, states, pooled in zip(missing, output.last_hidden_state, output.pooler_output, strict=True):
                 # copies: a view would keep the whole batch in memory
-                self.texts[key] = (states[: len(key)].clone(), pooled.clone())
-                self.num_tokens += len(key)
-        for key in keys:
-            self.texts.move_to_end(key)
-        states = torch.nn.utils.rnn.pad_sequence([self.texts[key][0] for key in keys], batch_first=True)
-        states = torch.nn.functional.pad(states, (0, 0, 0, input_ids.shape[1] - states.shape[1]))
-        pooled = torch.stack([self.texts[key][1] for key in keys])
-        while self.num_tokens > self.max_tokens:
-            self.num_tokens -= len(self.texts.popitem(last=False)[0])
+                found[key] = (states[: len(key)].clone(), pooled.clone())
+        self.keep(found)
+        states = nn.utils.rnn.pad_sequence([found[key][0] for key in keys], batch_first=True)
+        states = nn.functional.pad(states, (0, 0, 0, input_ids.shape[1] - states.shape[1]))
+        pooled = torch.stack([found[key][1] for key in keys])
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+
+    def keep(self, found: dict):
+        """Hold encoded texts as the latest, and forget others beyond `max_tokens`."""
+        with self._lock:
+            for key, encoded in found.items():
+                if key not in self.texts:
+                    self.texts[key] = encoded
+                    self.num_tokens += len(key)
+                self.texts.move_to_end(key)
+            while self.num_tokens > self.max_tokens:
+                self.num_tokens -= len(self.texts.popitem(last=False)[0])
 
 
 def last_real(tokens: list[int]) -> int:
-    """Index of the last token that is not -1; -1 where there is none."""
+    """Return the index of the last token that is not -1; -1 where there is none."""
     return max((index for index, token in enumerate(tokens) if token != -1), default=-1)

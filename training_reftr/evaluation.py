@@ -3,6 +3,7 @@ Evaluation: a record for each phrase, and figures from the records. `evaluate` g
 the other functions are arithmetic.
 """
 
+import contextlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from datasets import IterableDataset
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
+from modeling_reftr.fusing_reftr import fused_copy
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import evaluation_loader, move
 from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, recalls
@@ -47,28 +49,44 @@ def evaluate(
         phrase past the cut of its sentence has `pred_box` None and IoUs of 0. With masks also `pred_segmentation`
         (COCO's run-length encoding, or None), and, where the truth is known, `mask_pixels` and `resized_mask_pixels`:
         (intersection, union) at the picture's original size, and at the size that it is resized to, where the
-        published evaluation compares. None, on every process, where `should_stop` ended it. The model is left in
-        training mode.
+        published evaluation compares. None, on every process, where `should_stop` ended it.
+
+        A fused copy of the model is asked, so that the one that trains is not touched; a model in shards cannot be
+        copied, and is in evaluation mode meanwhile.
 
     Raises:
         ValueError: if the model gives a box that is not finite, or the split has a phrase twice.
     """
     keys = phrase_keys(rows)
-    # without the wrapper, whose forward also synchronizes buffers
-    model = accelerator.unwrap_model(model).eval()
     records, is_stopped = [], False
     loader = evaluation_loader(rows, processor, args, accelerator.process_index, accelerator.num_processes)
-    # what is compiled for training is not compiled again for evaluation's shapes
-    with torch.compiler.set_stance("force_eager"), model.cache_text():
+    with for_inference(model, accelerator) as asked, asked.cache_text():
         for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
-            if accelerator.distributed_type not in SHARDED:
-                model.fuse()  # once; and again where a checkpoint was saved on the way
-            records += answer_batch(model, processor, batch, args, accelerator)
+            records += answer_batch(asked, processor, batch, args, accelerator)
             is_stopped = should_stop is not None and should_stop()
             if is_stopped:
                 break
-    model.train()
     return None if is_stopped else put_in_order(gather_object(records), keys)
+
+
+@contextlib.contextmanager
+def for_inference(model, accelerator: Accelerator):
+    """
+    Give a model that answers, for the time of an evaluation: a fused copy, which is not compiled; or the model itself,
+    in evaluation mode, where each process holds parts of its weights.
+    """
+    # without the wrapper, whose forward also synchronizes buffers
+    model = accelerator.unwrap_model(model)
+    if accelerator.distributed_type not in SHARDED:
+        yield fused_copy(model)
+        return
+    was_training = model.training
+    try:
+        # what is compiled for training is not compiled again for evaluation's shapes
+        with torch.compiler.set_stance("force_eager"):
+            yield model.eval()
+    finally:
+        model.train(was_training)
 
 
 def phrase_keys(rows) -> list[tuple[str, str, int]]:
@@ -115,7 +133,11 @@ def answer_batch(model, processor, batch: dict, args, accelerator: Accelerator) 
     inputs.pop("labels")
     with accelerator.autocast():
         outputs = model(**inputs)
-    sizes = [targets[0]["image_size"] for targets in batch["targets"]]
+    size_of = {
+        image: targets[0]["image_size"]
+        for image, targets in zip(batch["image_index"].tolist(), batch["targets"], strict=True)
+    }
+    sizes = [size_of[image] for image in range(len(batch["pixel_mask"]))]  # every image of a batch is asked about
     answers = processor.post_process_grounding(outputs, sizes)
     if outputs.pred_masks is None:
         masks = [()] * len(answers)

@@ -3,6 +3,7 @@ Pictures of a model's answers. `draw_samples` runs the model, so every process c
 records say.
 """
 
+import copy
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -79,8 +80,7 @@ def draw_samples(model, processor, rows, records: list[dict], num: int, folder: 
         records (`list[dict]`): what `evaluate` gives for `rows`.
         num (`int`): phrases at most.
     """
-    model = accelerator.unwrap_model(model).eval()
-    attention = model.config._attn_implementation
+    model = copy.deepcopy(accelerator.unwrap_model(model)).eval()
     model.set_attn_implementation({"": "eager"})  # the others do not tell where they look
     index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     undecoded = rows.cast_column("image", datasets.Image(decode=False))
@@ -97,7 +97,6 @@ def draw_samples(model, processor, rows, records: list[dict], num: int, folder: 
         if accelerator.is_main_process:
             name = re.sub(r"[^\w.+-]+", "_", f"{number:04d}_{record['sentence_id']}_{record['phrase']}")
             draw_sample(row, record, maps).save(folder / f"{name}.png")
-    model.set_attn_implementation({"": attention})
 
 
 def attend(model, processor, row: dict, record: dict, accelerator: Accelerator) -> np.ndarray:
