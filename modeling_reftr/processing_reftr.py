@@ -80,9 +80,7 @@ class RefTRProcessor(ProcessorMixin):
         if type(tokenizer).__module__.startswith("transformers."):
             # its file may name code of somebody; that was not followed, and is not passed on
             tokenizer.init_kwargs.pop("auto_map", None)
-        # truncation and padding are state of the shared Rust object: once off here, no call has to touch them
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+        leave_text_whole(tokenizer)
         super().__init__(image_processor, tokenizer)
 
     def __call__(
@@ -475,6 +473,19 @@ def from_coco_rle(segmentation: dict) -> np.ndarray:
     if mask.sum() != coco_mask.area(encoded):
         raise ValueError(f"The run lengths {str(counts)[:80]!r} do not fill a mask of {size} [height, width].")
     return mask
+
+
+def leave_text_whole(tokenizer):
+    """
+    Switch off truncation and padding of a fast tokenizer, as its `tokenizer.json` may ask for them. They are state of
+    the Rust object that all threads share: once they are off, no call has to touch them.
+    """
+    backend = tokenizer.backend_tokenizer
+    lengths = {(backend.truncation or {}).get("max_length"), (backend.padding or {}).get("length")} - {None}
+    if tokenizer.init_kwargs.get("max_length") in lengths:
+        del tokenizer.init_kwargs["max_length"]  # the library's copy of it, which would be each call's max_length
+    backend.no_truncation()
+    backend.no_padding()
 
 
 def is_single_expression(sentence: str, spans: list[tuple[int, int]] | None) -> bool:

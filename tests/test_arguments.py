@@ -1,0 +1,373 @@
+"""One reading for every call: what the nesting and the counts of arguments mean, and which are refused."""
+
+import math
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from modeling_reftr import VisualGroundingPipeline
+
+
+WIDE, TALL = Image.new("RGB", (64, 48), "gray"), Image.new("RGB", (48, 64), "white")
+BOX, OTHER_BOX = [16, 12, 48, 36], [0, 0, 32, 24]
+MASK = np.zeros((48, 64), bool)
+MASK[12:36, 16:48] = True
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(predict_masks=True)
+
+
+@pytest.fixture
+def ground(model, processor):
+    return VisualGroundingPipeline(model, processor=processor, device="cpu")
+
+
+# sizes: one for each image
+
+
+@pytest.mark.parametrize(
+    ("texts", "images"),
+    [
+        ([["the star", "the square"], ["the circle"]], 2),  # more sentences than images
+        ([["the star"], ["the circle"]], 2),
+        (["the star"], 1),
+        (["the star", "the square"], 1),
+        ([["the star"], ["the circle"], ["it", "a square"]], 3),
+    ],
+)
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array], ids=["list", "tensor", "array"])
+def test_sizes_are_those_of_the_images(processor, model, texts, images, kind):
+    sizes = [(480, 640), (100, 50), (7, 9)][:images]
+    with torch.no_grad():
+        outputs = model(**processor([WIDE, TALL, WIDE][:images], texts))
+    answers = processor.post_process_referring_segmentation(outputs, kind(sizes))
+    for answer, image, (cx, cy, w, h) in zip(
+        answers, outputs.image_index.tolist(), outputs.pred_boxes[:, 0].tolist(), strict=True
+    ):
+        height, width = sizes[image]
+        expected = [(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
+        assert answer["boxes"][0].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert answer["masks"].shape == (1, height, width)
+
+
+@pytest.mark.parametrize("from_features", [False, True])
+@pytest.mark.parametrize("asked", [[0, 0], [1], [1, 0, 1, 0], [0, 0, 0]])
+def test_sizes_are_those_of_all_images_where_only_some_are_asked_about(processor, model, asked, from_features):
+    """As many sentences as images, fewer and more: the number of sentences says nothing."""
+    inputs = processor([WIDE, TALL], ["a star", "a star"])
+    images = {name: inputs.pop(name) for name in ("pixel_values", "pixel_mask")}
+    words = {name: inputs[name][:1].expand(len(asked), -1) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        seen = {"image_features": model.get_image_features(**images)} if from_features else images
+        outputs = model(**seen, **words, image_index=torch.tensor(asked))
+    sizes = [(100, 200), (10, 20)]
+    answers = processor.post_process_grounding(outputs, sizes)
+    corners = processor.image_processor.post_process_boxes(outputs)
+    for answer, image, box_xyxy in zip(answers, asked, corners, strict=True):
+        height, width = sizes[image]
+        torch.testing.assert_close(answer["boxes"], box_xyxy * torch.tensor([width, height, width, height]))
+    if len(asked) != 2:
+        for doors in (processor.post_process_grounding, processor.post_process_referring_segmentation):
+            with pytest.raises(ValueError, match=f"{len(asked)} target_sizes for 2 images"):
+                doors(outputs, [sizes[image] for image in asked])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([(1, 1)] * 3, "3 target_sizes for 2 images"),
+        ([(1, 1)], "1 target_sizes for 2 images"),
+        ([], "0 target_sizes for 2 images"),
+        ((48, 64), "one .height, width. for each of 2 images, got 48"),  # a pair is no list of pairs
+        (torch.tensor([48, 64]), "for each of 2 images"),
+        ([48, 64, 48, 64], "4 target_sizes for 2 images"),
+        ([(48, 64, 3), (48, 64, 3)], "for each of 2 images"),
+        ([(48, 64), (0, 64)], "positive numbers of pixels"),
+        ([(48, 64), (math.nan, 64)], "positive numbers of pixels"),
+        (48, "must be a list, got int"),
+        ({"a": (48, 64), "b": (48, 64)}, "must be a list, got dict"),
+    ],
+)
+def test_sizes_of_another_count_or_form_are_refused(processor, model, sizes, message):
+    with torch.no_grad():
+        outputs = model(**processor([WIDE, TALL], [["the star"], ["the circle", "a square"]]))
+    for door in (
+        processor.post_process_grounding,
+        processor.post_process_referring_segmentation,
+        processor.image_processor.post_process_boxes,
+        processor.image_processor.post_process_masks,
+    ):
+        with pytest.raises(ValueError, match=message):
+            door(outputs, sizes)
+
+
+def test_outputs_that_do_not_tell_the_number_of_images(processor, model):
+    with torch.no_grad():
+        outputs = model(**processor([WIDE, TALL], [["the star"], ["the circle", "a square"]]))
+    outputs.pixel_mask = None
+    with pytest.raises(ValueError, match="no pixel_mask"):
+        processor.post_process_grounding(outputs, [(1, 1)] * 2)
+    outputs.image_index = None  # then each sentence has an image of its own
+    assert len(processor.post_process_grounding(outputs, [(1, 1)] * 3)) == 3
+
+
+# text: its nesting and the number of images
+
+
+def sequences(values: list) -> list:
+    """A list of texts in every form that holds one."""
+    column = datasets.Dataset.from_dict({"text": values})["text"]
+    return [values, tuple(values), np.array(values), np.array(values, dtype=object), pd.Series(values), column]
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "image_index"),
+    [
+        (WIDE, "the star", [0]),
+        ([WIDE], "the star", [0]),
+        (WIDE, ["the star"], [0]),
+        ([WIDE], ["the star"], [0]),
+        (WIDE, ["the star", "the square"], [0, 0]),
+        ([WIDE], ["the star", "the square"], [0, 0]),  # one image, however it is given: all about it
+        ([WIDE, TALL], ["the star", "the square"], [0, 1]),  # several: one for each
+        ([WIDE], [["the star", "the square"]], [0, 0]),
+        ([WIDE, TALL], [["the star"], ["the square"]], [0, 1]),
+        ([WIDE, TALL], [["the star", "it"], ["the square"]], [0, 0, 1]),
+        (None, "the star", [0]),
+        (None, ["the star", "the square"], [0, 0]),  # text alone: about one image
+        (None, [["the star"], ["the square", "it"]], [0, 1, 1]),
+    ],
+)
+def test_which_image_a_text_is_about(processor, images, text, image_index):
+    assert processor(images, text)["image_index"].tolist() == image_index
+    if isinstance(text, list) and isinstance(text[0], str):
+        for form in sequences(text):
+            assert processor(images, form)["image_index"].tolist() == image_index, type(form)
+    elif isinstance(text, list):
+        for form in (tuple(map(tuple, text)), [np.array(group) for group in text], pd.Series(text)):
+            assert processor(images, form)["image_index"].tolist() == image_index, type(form)
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "message"),
+    [
+        ([WIDE, TALL], "the star", "One text for 2 images"),
+        ([WIDE, TALL], ["the star"], "1 texts for 2 images"),
+        ([WIDE, TALL], ["the star"] * 3, "3 texts for 2 images"),
+        ([WIDE], [["the star"], ["the square"]], "2 lists of texts for 1 images"),
+        (WIDE, [["the star"], "the square"], "mixes sentences and lists"),
+        (WIDE, [[["the star"]]], r"must be a str, got list"),
+        (WIDE, ["the star", None], "text mixes sentences and lists"),
+        (WIDE, [7, 8], "must be a list, got int"),
+        (WIDE, {"the star": 1}, "must be a list, got dict"),
+        (WIDE, {"the star"}, "must be a list, got set"),
+        (WIDE, (word for word in ["the star"]), "must be a list, got generator"),
+        (WIDE, b"the star", "must be a list, got bytes"),
+        (WIDE, [[]], "An image has no sentence"),
+        (WIDE, [["the star", 7]], "must be a str, got int"),
+    ],
+)
+def test_texts_that_fit_no_reading_are_refused(processor, images, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images, text)
+
+
+# phrases, boxes and masks: nested under the text
+
+
+CAPTION = "the star above the square"
+SPANS = [[1, 3], [4, 6]]
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases", "spans"),
+    [
+        (CAPTION, ["the star", "the square"], [SPANS]),
+        (CAPTION, ("the star", "the square"), [SPANS]),
+        (CAPTION, np.array(["the star", "the square"]), [SPANS]),
+        (CAPTION, [(0, 8), (15, 25)], [SPANS]),
+        (CAPTION, [[0, 8], "the square"], [SPANS]),
+        (CAPTION, np.array([[0, 8], [15, 25]]), [SPANS]),
+        ([CAPTION], [["the star", "the square"]], [SPANS]),
+        ([CAPTION], [("the star", "the square")], [SPANS]),
+        ([CAPTION, "the star"], [["the star", "the square"], None], [SPANS, [[1, 3], [0, 1]]]),
+        ([[CAPTION], ["the star"]], [[["the star", "the square"]], [["the star"]]], [SPANS, [[1, 3], [0, 1]]]),
+    ],
+)
+def test_phrases_are_nested_under_their_text(processor, text, phrases, spans):
+    images = [WIDE, TALL] if isinstance(text[0], list) else WIDE
+    assert processor(images, text, phrases=phrases)["phrase_spans"].tolist() == spans
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases", "message"),
+    [
+        (CAPTION, "the star", "give a list of phrases"),
+        (CAPTION, (0, 8), "The phrase 0 of .* must be a str or a pair of int"),  # one span is no list of them
+        (CAPTION, [["the star", "the square"]], "must be a str or a pair of int"),
+        (CAPTION, [(0, 8, 9)], "must be a str or a pair of int"),
+        (CAPTION, [(0.0, 8.0)], "must be a str or a pair of int"),
+        (CAPTION, ["the star", None], "The phrase None of"),
+        (CAPTION, [7], "The phrase 7 of"),
+        (CAPTION, {"the star"}, "must be a list, got set"),
+        ([CAPTION, CAPTION], ["the star", "the square"], "give a list of phrases for each sentence"),
+        ([CAPTION, CAPTION], "ab", "must be a list, got str"),
+        ([CAPTION], [(0, 8)], "The phrase 0 of"),
+        ([CAPTION], [["the star"], ["the star"]], "2 entries of phrases for 1 sentences"),
+        ([[CAPTION]], [["the star"]], "give a list of phrases for each sentence"),
+        ([[CAPTION]], ["the star"], "must be a list, got str"),
+        ([[CAPTION]], [7], "must be a list, got int"),
+    ],
+)
+def test_phrases_that_fit_no_reading_are_refused(processor, text, phrases, message):
+    with pytest.raises(ValueError, match=message):
+        processor(WIDE, text, phrases=phrases)
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases", "boxes", "counts"),
+    [
+        ("the star", None, BOX, [1]),
+        ("the star", None, tuple(BOX), [1]),
+        ("the star", None, np.array(BOX), [1]),
+        ("the star", None, torch.tensor(BOX), [1]),
+        ("the star", None, [BOX], [1]),
+        ("the star", None, np.array([BOX]), [1]),
+        (["the star"], None, [BOX], [1]),
+        (["the star"], None, [[BOX]], [1]),
+        (["the star", "it"], None, torch.tensor([BOX, OTHER_BOX]), [1, 1]),
+        (["the star", "it"], None, [None, OTHER_BOX], [0, 1]),
+        ([["the star", "it"]], None, [[BOX, [OTHER_BOX]]], [1, 1]),
+        (CAPTION, ["the star", "the square"], [BOX, OTHER_BOX], [2]),
+        (CAPTION, ["the star", "the square"], np.array([BOX, OTHER_BOX]), [2]),
+        ([CAPTION, "it"], [["the star", "the square"], None], [[BOX, OTHER_BOX], BOX], [2, 1]),
+    ],
+)
+def test_boxes_are_nested_under_their_text(processor, text, phrases, boxes, counts):
+    labels = processor(WIDE, text, phrases=phrases, boxes=boxes)["labels"]
+    found = [label.get("boxes", torch.zeros(0, 4)) for label in labels]
+    assert [len(item) for item in found] == counts
+    for item in found:
+        assert all(box in ([0.5, 0.5, 0.5, 0.5], [0.25, 0.25, 0.5, 0.5]) for box in item.tolist())
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases", "boxes", "message"),
+    [
+        (["a", "b", "c", "d"], None, BOX, "must be a list, got int"),  # four numbers are not four boxes
+        ("the star", None, [[BOX]], "must be four numbers"),
+        ("the star", None, BOX[:3], "must be four numbers"),
+        ("the star", None, [*BOX, 1], "must be four numbers"),
+        ("the star", None, [[*BOX, *BOX]], "must be four numbers"),
+        ("the star", None, {"x": BOX}, "must be a list, got dict"),
+        ("the star", None, [{"x": BOX}], "must be four numbers"),
+        ("the star", None, [None], "must be four numbers"),
+        ("the star", None, ["a", "b", "c", "d"], "must be four numbers"),
+        ("a b c d", ["a", "b", "c", "d"], BOX, "must be four numbers"),  # four numbers for four phrases
+        ("a b", ["a", "b"], np.array([BOX * 2, BOX * 2]), "must be four numbers"),
+        ("a b", ["a", "b"], BOX, "4 boxes for the 2 phrases"),
+        ("a b", ["a"], BOX, "4 boxes for the 1 phrases"),
+        (["the star"], None, BOX, "4 entries of boxes for 1 sentences"),
+    ],
+)
+def test_boxes_that_fit_no_reading_are_refused(processor, text, phrases, boxes, message):
+    with pytest.raises(ValueError, match=message):
+        processor(WIDE, text, phrases=phrases, boxes=boxes)
+
+
+@pytest.mark.parametrize(
+    ("text", "masks"),
+    [
+        ("the star", MASK),
+        ("the star", MASK[None]),
+        ("the star", MASK.tolist()),
+        ("the star", [MASK.tolist()]),
+        ("the star", torch.from_numpy(MASK)),
+        ("the star", Image.fromarray(MASK)),
+        ("the star", [Image.fromarray(MASK)]),
+        (["the star"], MASK[None]),
+        (["the star"], [MASK]),
+        (["the star"], [[MASK]]),
+        ([["the star"]], [[MASK[None]]]),
+    ],
+)
+def test_a_mask_is_one_with_and_without_its_axis_of_phrases(processor, text, masks):
+    (label,) = processor(WIDE, text, masks=masks)["labels"]
+    assert label["masks"].shape == (1, 48, 64)
+    assert (label["masks"][0].numpy() == MASK).all()
+
+
+def test_a_mask_of_an_image_one_pixel_high_is_no_list_of_masks(processor):
+    image, mask = Image.new("RGB", (64, 1)), np.arange(64)[None] < 9
+    for form in (mask, mask[None]):
+        (label,) = processor(image, "the star", masks=form, do_resize=False)["labels"]
+        assert label["masks"].shape == (1, 1, 64)
+        assert label["masks"].sum() == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases", "masks", "message"),
+    [
+        ("the star", None, MASK.T, r"has the size \(64, 48\)"),
+        ("the star", None, MASK[..., None], "48 masks for the 1 phrases"),
+        ("the star", None, MASK[0], "64 masks for the 1 phrases"),
+        ("the star", None, MASK[None, None], r"has the size \(1, 48, 64\)"),
+        ("the star", None, "mask.png", "must be a list, got str"),
+        (["the star"], None, MASK, "48 entries of masks for 1 sentences"),
+        ("a b", ["a", "b"], [MASK, None], r"has the size \(\)"),
+        ("a b", ["a", "b"], MASK, "48 masks for the 2 phrases"),
+    ],
+)
+def test_masks_that_fit_no_reading_are_refused(processor, text, phrases, masks, message):
+    with pytest.raises(ValueError, match=message):
+        processor(WIDE, text, phrases=phrases, masks=masks)
+
+
+# questions of the pipeline
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "asked"),
+    [
+        (WIDE, "the star", ["the star"]),
+        (WIDE, ["the star"], ["the star"]),
+        (WIDE, ("the star", "it"), ["the star", "it"]),
+        (WIDE, np.array(["the star", "it"]), ["the star", "it"]),
+        ([WIDE], ["the star"], [["the star"]]),
+        ([WIDE, TALL], "the star", [["the star"]] * 2),
+        ([WIDE, TALL], ["the star", "it"], [["the star"], ["it"]]),
+        ((WIDE, TALL), pd.Series(["the star", "it"]), [["the star"], ["it"]]),
+        ([WIDE, TALL], [["the star", "a"], "it"], [["the star", "a"], ["it"]]),
+        (iter([WIDE, TALL]), "the star", [["the star"]] * 2),
+    ],
+)
+def test_which_image_the_pipeline_asks_about(ground, images, text, asked):
+    found = ground(images, text=text)
+    phrases = [
+        answer["phrase"] if isinstance(answer, dict) else [part["phrase"] for part in answer] for answer in found
+    ]
+    assert phrases == asked
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "message"),
+    [
+        ([WIDE], {"text": ["the star", "it"]}, "2 texts for 1 pictures"),
+        ([WIDE, TALL], {"text": ["the star"]}, "1 texts for 2 pictures"),
+        ([WIDE, TALL], {"text": {"the star": 1}}, "must be a list, got dict"),
+        (iter([WIDE, TALL]), {"text": ["the star", "it"]}, "does not say which image each is about"),
+        (WIDE, {"text": [["the star"]]}, "is neither an expression nor a list of them"),
+        (WIDE, {"text": 7}, "must be a list, got int"),
+        (WIDE, {"text": ["the star", "it"], "phrases": "ab"}, "must be a list, got str"),
+        (WIDE, {"text": "the star", "phrases": (0, 8)}, "must be a str or a pair of int"),
+    ],
+)
+def test_questions_that_fit_no_reading_are_refused(ground, images, asked, message):
+    with pytest.raises(ValueError, match=message):
+        list(ground(images, **asked))
