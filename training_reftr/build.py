@@ -367,8 +367,9 @@ def differences(config: RefTRConfig, changes: dict) -> list[tuple]:
 
 def refuse_model_changes(config: RefTRConfig, args, source: str):
     """Raise a ValueError where `args.model` describes another model than the one that is evaluated."""
+    other = "" if args.init_from is None else ", or evaluate the model of output_dir by --init_from null"
     for name, known, wanted in differences(config, args.model):
         raise ValueError(
             f"model.{name}={wanted!r}, but the model of {source} has {known!r} there, and an evaluation takes a model "
-            "as it was saved: leave it out."
+            f"as it was saved: leave it out{other}."
         )
