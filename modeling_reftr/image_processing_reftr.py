@@ -298,8 +298,7 @@ class RefTRImageProcessor(TorchvisionBackend):
             check_picture(image)
         if annotated_sizes is None:
             annotated_sizes = [None] * len(images)
-        if len(annotated_sizes) != len(images):
-            raise ValueError(f"{len(annotated_sizes)} annotated_sizes for {len(images)} images: give one an image.")
+        annotated_sizes = to_sizes(annotated_sizes, len(images), "annotated_sizes", are_optional=True)
         return [
             turn_upright(image, size) if isinstance(image, Image.Image) else image
             for image, size in zip(images, annotated_sizes, strict=True)

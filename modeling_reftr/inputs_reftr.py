@@ -42,7 +42,7 @@ def to_list(values, name: str) -> list:
     return list(values)
 
 
-def to_sizes(sizes, num_images: int, name: str) -> list[tuple[float, float]]:
+def to_sizes(sizes, num_images: int, name: str, are_optional: bool = False) -> list[tuple[float, float] | None]:
     """
     Return one (height, width) for each image.
 
@@ -50,6 +50,7 @@ def to_sizes(sizes, num_images: int, name: str) -> list[tuple[float, float]]:
         sizes (list of `(height, width)`, or array or tensor of shape `(num_images, 2)`): in pixels.
         num_images (`int`): how many there have to be.
         name (`str`): of the argument, for messages.
+        are_optional (`bool`, *optional*, defaults to `False`): whether an image may have None.
 
     Raises:
         ValueError: if there is not one pair of positive numbers for each image. A bare pair stands for no image, for
@@ -63,8 +64,11 @@ def to_sizes(sizes, num_images: int, name: str) -> list[tuple[float, float]]:
         )
     pairs = []
     for size in sizes:
+        if size is None and are_optional:
+            pairs.append(None)
+            continue
         try:
-            height, width = (float(side) for side in size)
+            height, width = (float(side) for side in to_list(size, name))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{name} must hold one (height, width) for each of {num_images} images, got {size!r} for one of them."

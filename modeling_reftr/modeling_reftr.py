@@ -1242,6 +1242,8 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRVisualGroundingOutput:
         """
+        Several threads may call one model at once, and each is answered as it is alone: a call does not change it.
+
         Text padding, phrase padding and grouping sentences by image never change an answer at one padded picture
         size. Picture padding does, a little, as published: convolutions and group norm see it. Keep pictures of like
         size together.

@@ -107,6 +107,33 @@ def test_sizes_of_another_count_or_form_are_refused(processor, model, sizes, mes
             door(outputs, sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((48, 64), "for each of 2 images, got 48"),  # a pair, for two images
+        (torch.tensor([48, 64]), "for each of 2 images"),
+        ([(48, 64)], "1 annotated_sizes for 2 images"),
+        ([(48, 64), "64"], "for each of 2 images, got '64'"),
+        ([(48, 64), (48, -1)], "positive numbers of pixels"),
+    ],
+)
+def test_annotated_sizes_are_those_of_the_images(processor, sizes, message):
+    for door in (
+        lambda sizes: processor([WIDE, TALL], [["the star"], ["it"]], annotated_sizes=sizes),
+        lambda sizes: processor.image_processor([WIDE, TALL], annotated_sizes=sizes),
+        lambda sizes: processor.image_processor.open_images([WIDE, TALL], sizes),
+    ):
+        with pytest.raises(ValueError, match=message):
+            door(sizes)
+        for form in ([(48, 64), (64, 48)], np.array([(48, 64), (64, 48)]), [None, (64, 48)]):
+            door(form)
+
+
+def test_one_pair_is_no_list_of_annotated_sizes(processor):
+    with pytest.raises(ValueError, match="2 annotated_sizes for 1 images"):
+        processor(WIDE, "the star", annotated_sizes=(48, 64))
+
+
 def test_outputs_that_do_not_tell_the_number_of_images(processor, model):
     with torch.no_grad():
         outputs = model(**processor([WIDE, TALL], [["the star"], ["the circle", "a square"]]))
