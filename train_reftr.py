@@ -6,6 +6,8 @@ Train RefTR, or evaluate it:
     python train_reftr.py recipes/demo.yaml --output_dir runs/demo --eval_only
 """
 
+import contextlib
+import os
 import signal
 import sys
 
@@ -13,7 +15,9 @@ from training_reftr.recipe_choice import with_recipe
 
 
 if __name__ == "__main__":
-    ARGV = with_recipe(sys.argv[1:])  # before the imports below, which take seconds
+    for number in (signal.SIGINT, signal.SIGTERM):  # before the imports below, which take seconds
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    ARGV = with_recipe(sys.argv[1:])
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -23,7 +27,9 @@ from training_reftr.card import write_card
 from training_reftr.checkpoints import save_best, save_checkpoint
 from training_reftr.dry_run import estimate, limited
 from training_reftr.evaluation import evaluate, summarize
-from training_reftr.guards import Signals, Watchdog
+from training_reftr.guards import Signals, Stopped, Watchdog, explain
+from training_reftr.launch import is_main_rank, resume_command
+from training_reftr.lock import exclusive
 from training_reftr.publishing import Publisher
 from training_reftr.report import format_table, report, select_splits
 from training_reftr.run import Run, build_accelerator, describe_best, load_for_report, prepare_run
@@ -33,35 +39,64 @@ from training_reftr.tracking import Tracking
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, build, train or evaluate, report; returns the exit code."""
-    args = parse_arguments(with_recipe(sys.argv[1:] if argv is None else argv))
-    accelerator = build_accelerator(args)
-    # the main process builds the set, the others take it from the cache
-    with accelerator.main_process_first():
-        rows = load_rows(args)
-    select_splits(rows, args)  # refused now, and not after hours
-    if not args.eval_only:
-        split_of(rows, args.validation_split)
-    with limited(args, rows, accelerator) as (args, rows):
-        # a run that can learn nothing is refused before anything is written or pushed
-        run = None if args.eval_only else prepare_run(rows, args, accelerator)
-        publisher = Publisher(args, accelerator)
-        if run is not None and not train(run, rows, publisher, accelerator):
-            return 128 + signal.SIGTERM
-        del run  # its memory is the report's
-        model, processor = load_for_report(args)
-        metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
-        if accelerator.is_main_process:
-            if not (args.eval_only and args.init_from):  # else the folder has no model
-                write_card(args.output_dir)
-            sys.stdout.write(f"{estimate(args) if args.dry_run else format_table(metrics)}\n")
-            if revision := publisher.finish():
-                sys.stdout.write(f"Pushed to {args.push_to_hub}, revision {revision}\n")
-    accelerator.end_training()
+    """Run with the settings of a command line; returns the exit code."""
+    argv = with_recipe(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(argv)
+    with Signals() as signals:
+        try:
+            run_all(args, signals)
+        except Stopped as stopped:
+            if is_main_rank():
+                is_training = not (args.eval_only or args.dry_run)
+                hint = f" Continue with:\n  {resume_command(argv)}" if is_training else ""
+                sys.stderr.write(f"{stopped}{hint}\n")
+            return stopped.exit_code
+        except RuntimeError as error:
+            explained = explain(error)
+            if explained is None:
+                raise
+            if signals.stop:  # another rank heeded it first
+                return Stopped(signals.stop).exit_code
+            raise explained from error
     return 0
 
 
-def train(run: Run, rows: dict, publisher: Publisher, accelerator) -> bool:
+def run_all(args, signals: Signals):
+    """
+    Build, train or evaluate, report.
+
+    Raises:
+        Stopped: where a signal ended it.
+    """
+    accelerator = build_accelerator(args)
+    folder = contextlib.nullcontext() if args.dry_run else exclusive(args.output_dir, accelerator)
+    with folder:
+        # the main process builds the set, the others take it from the cache
+        with accelerator.main_process_first():
+            rows = load_rows(args)
+        select_splits(rows, args)  # refused now, and not after hours
+        if not args.eval_only:
+            split_of(rows, args.validation_split)
+        with limited(args, rows, accelerator) as (args, rows):
+            # a run that can learn nothing is refused before anything is written or pushed
+            run = None if args.eval_only else prepare_run(rows, args, accelerator)
+            publisher = Publisher(args, accelerator)
+            if run is not None and not train(run, rows, publisher, signals, accelerator):
+                accelerator.end_training()
+                raise Stopped(signals.stop, is_saved=True)
+            del run  # its memory is the report's
+            model, processor = load_for_report(args)
+            metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
+            if accelerator.is_main_process:
+                if not (args.eval_only and args.init_from):  # else the folder has no model
+                    write_card(args.output_dir)
+                sys.stdout.write(f"{estimate(args) if args.dry_run else format_table(metrics)}\n")
+                if revision := publisher.finish():
+                    sys.stdout.write(f"Pushed to {args.push_to_hub}, revision {revision}\n")
+    accelerator.end_training()
+
+
+def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelerator) -> bool:
     """
     Train, and leave checkpoints and the best model by validation in the run's folder.
 
@@ -72,7 +107,8 @@ def train(run: Run, rows: dict, publisher: Publisher, accelerator) -> bool:
     tracking = Tracking(args, accelerator, run.state)
     settings = {"total": run.num_steps, "initial": run.state.schedule_step, "unit": "step"}
     bar = tqdm(desc="training", disable=not accelerator.is_main_process, **settings)
-    with bar, logging_redirect_tqdm(), Signals() as signals, Watchdog(args.watchdog_minutes) as watchdog:
+    deferred = signals.deferred(is_announced=accelerator.is_main_process)
+    with bar, logging_redirect_tqdm(), deferred, Watchdog(args.watchdog_minutes) as watchdog:
 
         def save():
             save_checkpoint(run.model, run.optimizer, run.processor, run.state, args, accelerator)
@@ -102,7 +138,7 @@ def train(run: Run, rows: dict, publisher: Publisher, accelerator) -> bool:
             save()
             if run.state.is_evaluation_due and not validate(run, rows, tracking, publisher, should_stop, accelerator):
                 return False
-    return True
+        return not should_stop()  # a signal may have come after the last step
 
 
 def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, should_stop, accelerator) -> bool:

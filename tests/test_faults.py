@@ -6,6 +6,9 @@ import random
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import torch
 from faults import finish, kill, losses_of, start, steps_of, wait_for, write_recipe
 from safetensors.torch import load_file
 
-from conftest import trials
+from conftest import ROOT, trials
 from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import checkpoints_of, find_fault, load_state, newest_whole
 
@@ -188,6 +191,147 @@ def test_a_run_that_is_asked_to_end_saves_itself(recipe, whole, tmp_path, trial)
         assert load_state(checkpoints_of(tmp_path)[0]).is_evaluation_due
     finish(run(recipe, tmp_path, ranks, "--resume", "auto"))
     assert_same(tmp_path, whole[ranks])
+
+
+# a moment of a run -> lines that make it last, and write a file in it
+MOMENTS = {
+    "training": ("training_reftr.step", "check_finite"),
+    "evaluation": ("training_reftr.evaluation", "answer_batch"),
+    "saving": ("training_reftr.checkpoints", "sync"),
+    "building": ("train_reftr", "load_rows"),
+    "reporting": ("training_reftr.report", "format_report"),
+}
+
+
+# makes `start` take a new interpreter, whose loader processes are forks of it
+OWN_IMPORTS = {"PYTHONHASHSEED": "0"}
+
+
+def linger(moment: str, tmp_path: Path, seconds: float = 0.3) -> str:
+    """Python that makes each call of a function last, and writes a file when it begins."""
+    module, name = MOMENTS[moment]
+    names = f"import {module} as module" if module != "train_reftr" else "import training_reftr.sources as module"
+    return (
+        f"import time\n{names}\n"
+        f"original = module.{name}\n"
+        "def lasting(*words, **named):\n"
+        f"    open({str(tmp_path / moment)!r}, 'w').close()\n"
+        f"    time.sleep({seconds})\n"
+        "    return original(*words, **named)\n"
+        f"module.{name} = lasting"
+    )
+
+
+@pytest.mark.row("R24")
+@pytest.mark.parametrize("trial", trials(20, short=2))
+def test_interrupted_run_saves_itself_and_resumes_to_the_same_bits(recipe, whole, tmp_path, trial):
+    """SIGINT or SIGTERM, to the only process or to the launcher of two ranks, with and without loader processes."""
+    number = [signal.SIGINT, signal.SIGTERM][trial % 2]
+    ranks = 2 if trial % 4 == 3 else 1
+    moment = ["training", "evaluation", "saving"][trial // 2 % 3]
+    workers = ("--num_workers", trial // 4 % 2 * 2)
+    own = OWN_IMPORTS if trial // 4 % 2 else {}
+    words = ("--checkpoint_every", 2, "--evaluation_batch_size", 1, *workers)
+    process = run(recipe, tmp_path / "run", ranks, *words, before=linger(moment, tmp_path), **own)
+    wait_for((tmp_path / moment).exists, process)
+    time.sleep(0.1 * random.Random(trial).random())
+    os.kill(process.pid, number)
+    output = finish(process, expected=128 + number if ranks == 1 else 1, timeout=120)
+    assert f"{number.name}: the run is saved. Continue with:\n" in output
+    assert "--resume auto\n" in output
+    assert "Traceback" not in output.partition("Continue with")[0]  # behind it is the launcher's own
+    assert ranks > 1 or "Traceback" not in output
+    assert find_fault(checkpoints_of(tmp_path / "run")[0]) is None
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    finish(run(recipe, tmp_path / "run", ranks, *workers, "--resume", "auto"))
+    assert_same(tmp_path / "run", whole[ranks])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["building", "reporting"])
+def test_interrupt_outside_of_training_ends_the_run_at_once(recipe, tmp_path, moment, number):
+    process = run(recipe, tmp_path / "run", 1, "--max_steps", 1, before=linger(moment, tmp_path, seconds=100))
+    wait_for((tmp_path / moment).exists, process)
+    os.kill(process.pid, number)
+    output = finish(process, expected=128 + number, timeout=20)
+    assert f"{number.name}: ended at once, nothing more was saved. Continue with:\n" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert (tmp_path / "run").exists() == (moment == "reporting")
+
+
+def test_interrupt_while_importing_ends_the_run_without_a_traceback(recipe, tmp_path):
+    words = [sys.executable, "train_reftr.py", recipe, "--output_dir", tmp_path / "run"]
+    started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(1)
+    started.send_signal(signal.SIGINT)
+    assert started.communicate(timeout=20)[0] == ""
+    assert started.returncode == 130
+
+
+@pytest.mark.parametrize("moment", ["training", "saving"])
+def test_second_interrupt_ends_the_run_at_once(recipe, whole, tmp_path, moment):
+    process = run(recipe, tmp_path / "run", 1, "--checkpoint_every", 2, before=linger(moment, tmp_path, seconds=100))
+    wait_for((tmp_path / moment).exists, process)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    output = finish(process, expected=130, timeout=20)
+    assert "SIGINT: saving after this step; Ctrl-C ends at once, unsaved." in output
+    assert "SIGINT: ended at once, nothing more was saved. Continue with:\n" in output
+    assert "Traceback" not in output
+    assert steps_of(tmp_path / "run") == []
+    assert not list((tmp_path / "run").rglob(".*"))
+    finish(run(recipe, tmp_path / "run", 1, "--resume", "auto"))
+    assert_same(tmp_path / "run", whole[1])
+
+
+@pytest.mark.row("R23")
+@pytest.mark.parametrize("trial", trials(20, short=2))
+def test_second_run_in_a_folder_is_refused_and_the_first_one_unharmed(recipe, whole, tmp_path, trial):
+    """Two runs that start together, or one that starts while another one is there, in every way to write there."""
+    words = [(), (), ("--resume", "auto"), ("--eval_only",)][trial % 4]
+    ranks = 2 if trial % 8 == 6 else 1
+    first = run(recipe, tmp_path, 1)
+    if trial % 4:
+        wait_for(lambda: trial // 4 in steps_of(tmp_path) or (trial < 4 and (tmp_path / ".lock").exists()), first)
+    second = run(recipe, tmp_path, ranks, *words)
+    output = {process: finish(process, expected=None) for process in (first, second)}
+    codes = {process: process.returncode for process in (first, second)}
+    assert sorted(codes.values()) == [0, 1], output
+    refused = first if codes[first] else second
+    assert trial % 4 == 0 or refused is second
+    other = second if refused is first else first
+    sentence = f"error: Another run is writing to {str(tmp_path)!r}: process {other.pid} on {socket.gethostname()}. "
+    assert output[refused].count(sentence) == (ranks if refused is second else 1)
+    assert ranks > 1 or "Traceback" not in output[refused]
+    assert_same(tmp_path, whole[1])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, LAST_STEP + 1))
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("moment", [pytest.param("training", marks=pytest.mark.slow), "saving"])
+def test_killed_loader_process_is_said_to_be_one(recipe, tmp_path, moment):
+    kill_loader = (
+        "import os, psutil, signal\n"
+        f"{linger(moment, tmp_path, seconds=3)}\n"
+        "def killing(*words, **named):\n"
+        f"    if os.path.exists({str(tmp_path / 'run' / 'checkpoints')!r}):\n"
+        "        psutil.Process().children()[-1].send_signal(signal.SIGKILL)\n"
+        "    return lasting(*words, **named)\n"
+        f"module.{MOMENTS[moment][1]} = killing"
+    )
+    process = run(recipe, tmp_path / "run", 1, "--num_workers", 2, before=kill_loader, **OWN_IMPORTS)
+    output = finish(process, expected=1, timeout=60)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert re.match(
+        r"error: A loader process \(pid \d+\) was killed by signal: Killed; most often memory is full", line
+    )
+    assert "Traceback" not in output
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from modeling_reftr.saving_reftr import save_tensors
+from training_reftr.guards import explain
 from training_reftr.json_files import read_json
 
 
@@ -493,6 +494,8 @@ def on_main_process(accelerator: Accelerator, what: str = ""):
     except Exception as raised:  # safetensors and tokenizers have exceptions of their own for a full disk
         error = [raised]
     message = [None if error[0] is None else f"{what}: {error[0]}" if what else str(error[0])]
+    if isinstance(error[0], RuntimeError) and (explained := explain(error[0])):
+        message = [str(explained)]  # torch reports a lost loader process wherever the main thread is
     broadcast_object_list(message)
     if message[0] is not None:
         raise OSError(message[0]) from error[0]

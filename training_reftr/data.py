@@ -4,9 +4,12 @@ one order that all of them know (`sampling`).
 """
 
 import os
+import pickle
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -178,6 +181,94 @@ class GroundingCollator:
         return {**batch, "targets": targets} if self.with_targets else dict(batch)
 
 
+class Failure(NamedTuple):
+    """In place of a batch: why it could not be made."""
+
+    error: ValueError | OSError
+
+
+class GuardedDataset(Dataset):
+    """A dataset whose errors about files and values come as values, which loader processes hand on as they are."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list) -> list | Failure:
+        """The samples of a batch."""
+        try:
+            return [self.dataset[index] for index in indices]
+        except (ValueError, OSError) as error:
+            return Failure(portable(error))
+
+
+class GuardedCollator:
+    """A collator that hands a `Failure` on, and makes one of its own errors about files and values."""
+
+    def __init__(self, collate_fn: Callable):
+        self.collate_fn = collate_fn
+
+    def __call__(self, samples: list | Failure) -> dict | Failure:
+        """The batch of samples."""
+        if isinstance(samples, Failure):
+            return samples
+        try:
+            return self.collate_fn(samples)
+        except (ValueError, OSError) as error:
+            return Failure(portable(error))
+
+
+def portable(error: ValueError | OSError) -> ValueError | OSError:
+    """Return an error that another process can be sent: itself, or one of its base class with its sentence."""
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception:  # whatever a class does that cannot be pickled
+        pass
+    return (OSError if isinstance(error, OSError) else ValueError)(str(error))
+
+
+def isolate_loader_process(_: int):
+    """
+    Leave signals to the main process: a terminal's Ctrl-C, and the SIGTERM of a launcher, go to all processes of a
+    group, and one without its loader processes cannot save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+class SampleLoader(DataLoader):
+    """
+    A loader whose errors about files and values are the same with any number of loader processes.
+
+    Raises:
+        ValueError, OSError: as its dataset or collator raised it, when the batch is asked for.
+    """
+
+    def __init__(self, dataset: Dataset, collate_fn: Callable, **settings):
+        super().__init__(
+            GuardedDataset(dataset),
+            collate_fn=GuardedCollator(collate_fn),
+            worker_init_fn=isolate_loader_process,
+            **settings,
+        )
+
+    def __iter__(self) -> Iterator:
+        return self._checked(super().__iter__())
+
+    def _checked(self, batches: Iterator) -> Iterator:
+        error = None
+        for batch in batches:
+            if isinstance(batch, Failure):
+                error = batch.error
+                break
+            yield batch
+        # an iterator that an error's traceback keeps would be inherited by loader processes of later iterators
+        del batches
+        if error is not None:
+            raise error
+
+
 class TrainingData:
     """
     Batches of training, epoch by epoch, from one pool of workers.
@@ -208,7 +299,7 @@ class TrainingData:
         if args.num_workers:
             # tokenizers warn, and stop using threads, where a process that used them is forked
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.loader = DataLoader(
+        self.loader = SampleLoader(
             GroundingDataset(
                 None if is_streamed else rows,
                 PictureReader(image_processor, args.image_cache),
@@ -259,7 +350,7 @@ def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> Data
     mine = [Visit(0, (rank + number * world_size) % len(rows), ()) for number in range(share)]
     size = args.evaluation_batch_size
     reader = read_picture if args.image_cache is None else PictureReader(processor.image_processor, args.image_cache)
-    return DataLoader(
+    return SampleLoader(
         GroundingDataset(rows, reader),
         batch_sampler=[mine[start : start + size] for start in range(0, len(mine), size)],
         collate_fn=GroundingCollator(processor, are_resized=args.image_cache is not None),

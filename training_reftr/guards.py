@@ -3,49 +3,128 @@ What ends a run before it does harm, or before it is killed. `Signals.poll` and 
 processes call them; a `Watchdog` is a process's own.
 """
 
+import contextlib
 import faulthandler
+import os
+import re
 import signal
 import sys
+import threading
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 
+class Stopped(KeyboardInterrupt):
+    """
+    The process was asked to end.
+
+    Args:
+        number (`int`): the signal.
+        is_saved (`bool`, *optional*, defaults to `False`): whether a checkpoint was written on its account.
+    """
+
+    def __init__(self, number: int, is_saved: bool = False):
+        super().__init__(number, is_saved)
+        self.number, self.is_saved = number, is_saved
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code by which a shell knows it: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.number
+
+    def __str__(self):
+        name = signal.Signals(self.number).name
+        return f"{name}: the run is saved." if self.is_saved else f"{name}: ended at once, nothing more was saved."
+
+
 class Signals:
     """
-    SIGTERM (a scheduler takes the machine back: save and end) and SIGUSR1 (save and go on), of whichever process. They
-    are only noted when they come, and acted upon between two steps.
+    SIGINT (Ctrl-C) and SIGTERM (a scheduler takes the machine back) end the process, SIGUSR1 asks for a checkpoint, on
+    whichever rank they come.
+
+    While signals are deferred, as in training, the first of SIGINT and SIGTERM is noted, to be acted upon between two
+    steps. Another SIGINT, or anything after a SIGINT, raises `Stopped` at once, and so does each one at other times. A
+    repeated SIGTERM changes nothing: launchers and schedulers both send it.
+
+    Signals reach a program's main thread alone; in another one this does nothing.
     """
 
     def __init__(self):
         self.is_save_asked = False
-        self.is_stop_asked = False
+        self.stop = None  # number of the first signal that asked to end
+        self.is_deferred = False
+        self.before = {}
 
     def __enter__(self):
-        self.before = {
-            signal.SIGTERM: signal.signal(signal.SIGTERM, self._ask_to_stop),
-            signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._ask_to_save),
-        }
+        self.process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None))  # Windows lacks the last
+            self.before = {number: signal.signal(number, self._handle) for number in numbers if number is not None}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _ask_to_stop(self, *_):
-        self.is_stop_asked = True
+    @contextlib.contextmanager
+    def deferred(self, is_announced: bool = True):
+        """Note signals, for `poll` to tell; with a line on stderr if `is_announced`."""
+        self.is_deferred, self.is_announced = True, is_announced
+        try:
+            yield
+        finally:
+            self.is_deferred = False
 
-    def _ask_to_save(self, *_):
-        self.is_save_asked = True
+    def _handle(self, number: int, _):
+        if os.getpid() != self.process:  # a forked process, whose parent answers for it
+            if number in (signal.SIGINT, signal.SIGTERM):
+                os._exit(128 + number)
+            return
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            self.is_save_asked = True
+            return
+        is_first, self.stop = self.stop is None, self.stop or number
+        if self.is_deferred and is_first:
+            if self.is_announced:  # not by the log, which may be writing right now
+                text = f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C ends at once, unsaved.\n"
+                os.write(2, text.encode())
+        elif not self.is_deferred or signal.SIGINT in (number, self.stop):
+            raise Stopped(signal.SIGINT if signal.SIGINT in (number, self.stop) else number)
 
     def poll(self, accelerator: Accelerator) -> tuple[bool, bool]:
-        """Whether any process was asked to (save, stop) since the last call; a collective."""
-        asked = torch.tensor([self.is_save_asked, self.is_stop_asked], dtype=torch.float32, device=accelerator.device)
-        save, stop = (accelerator.reduce(asked, reduction="sum") > 0).tolist()
+        """Whether any rank was asked to (save, stop) since the last call. A collective."""
+        asked = [self.is_save_asked, self.stop == signal.SIGINT, self.stop == signal.SIGTERM]
+        asked = torch.tensor(asked, dtype=torch.float32, device=accelerator.device)
+        save, interrupt, terminate = (accelerator.reduce(asked, reduction="sum") > 0).tolist()
         # a signal that comes meanwhile is seen by the next call
         self.is_save_asked = self.is_save_asked and not save
-        return save, stop
+        if interrupt or terminate:
+            self.stop = signal.SIGINT if interrupt else signal.SIGTERM
+        return save, interrupt or terminate
+
+
+def explain(error: RuntimeError) -> OSError | None:
+    """
+    Return an error that says in a sentence what torch says in many lines, where another process is at fault, None
+    where this one is.
+    """
+    killed = re.match(
+        r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [^.]+|exited[^.]*)", str(error)
+    )
+    if killed:
+        return ChildProcessError(
+            f"A loader process (pid {killed[1]}) {killed[2].replace('is killed', 'was killed')}; most often memory is "
+            "full. Lower num_workers or batch_size, and continue with --resume auto."
+        )
+    if isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error):
+        reason = str(error).splitlines()[0]
+        return ConnectionError(
+            f"The connection to another rank of this run was lost, whose own message says why. ({reason})"
+        )
+    return None
 
 
 class Watchdog:

@@ -1,0 +1,76 @@
+"""One run at a time in a folder, whatever becomes of the process that has it."""
+
+import os
+import re
+import signal
+import socket
+import stat
+import time
+
+import pytest
+
+from training_reftr import lock
+
+
+def test_locked_folder_is_refused_with_process_and_host(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    with lock.locked(folder):
+        mode = (folder / lock.LOCK).stat().st_mode
+        sentence = f"Another run is writing to {str(folder)!r}: process {os.getpid()} on {socket.gethostname()}. "
+        with pytest.raises(OSError, match=re.escape(sentence)), lock.locked(folder):
+            pass
+        (folder / "checkpoints").mkdir()
+    assert stat.S_IMODE(mode) == stat.S_IMODE((folder / "checkpoints").stat().st_mode) & 0o666
+    assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+    with lock.locked(folder):
+        pass
+
+
+def test_unused_new_folder_is_removed(tmp_path):
+    with pytest.raises(ValueError, match="refused"), lock.locked(tmp_path / "new"):
+        raise ValueError("refused")
+    (tmp_path / "old").mkdir()
+    with lock.locked(tmp_path / "old"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_killed_process_leaves_no_lock_though_its_loader_process_lives_on(tmp_path):
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with lock.locked(tmp_path):
+            loader = os.fork()
+            if loader == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(writing, str(loader).encode())
+            time.sleep(60)
+        os._exit(0)
+    loader = int(os.read(reading, 100))
+    try:
+        with pytest.raises(OSError, match=f"process {holder} on"), lock.locked(tmp_path):
+            pass
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.kill(loader, 0)  # it lives
+        assert (tmp_path / lock.LOCK).exists()
+        with lock.locked(tmp_path):
+            assert (tmp_path / lock.LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    finally:
+        os.kill(loader, signal.SIGKILL)
+
+
+def test_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", fail)  # as on a network file system without locks
+    with lock.locked(tmp_path):
+        pass
+    assert "cannot be locked ([Errno 38] Function not implemented)" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(lock, "fcntl", None)  # as on Windows
+    with lock.locked(tmp_path):
+        pass
+    assert "cannot be locked (this system has no fcntl)" in caplog.text
