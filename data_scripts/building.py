@@ -28,7 +28,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 
-from .reading import upright_size
+from .reading import Frame, read_frame
 from .schema import FEATURES
 
 
@@ -169,25 +169,25 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"{listing(missing)}\n{distribution}"
             )
 
-    def read_sizes(self, annotated_sizes: dict, distribution: str) -> dict:
+    def read_frames(self, annotated_sizes: dict, distribution: str) -> dict[str, Frame]:
         """
-        The upright (width, height) of pictures from their headers; nothing is decoded.
+        Return the frames that images are annotated in, from their headers.
 
         Args:
             annotated_sizes (`dict`): path of each picture -> its annotated (width, height), or None.
             distribution (`str`): how the authors distribute the pictures, in a sentence.
 
         Returns:
-            `dict`: path -> (width, height), see `reading.upright_size`.
+            `dict`: path -> [`Frame`], see `reading.read_frame`.
 
         Raises:
             OSError: naming the missing pictures, or the unreadable ones (`listing`).
         """
         self.need_pictures(annotated_sizes, distribution)
-        sizes, unreadable = {}, []
+        frames, unreadable = {}, []
         for path, annotated_size in tqdm(annotated_sizes.items(), desc="Reading the pictures' headers"):
             try:
-                sizes[path] = upright_size(path, annotated_size)
+                frames[path] = read_frame(path, annotated_size)
             except (OSError, ValueError) as error:
                 unreadable.append(str(error))
         if unreadable:
@@ -195,7 +195,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"{len(unreadable)} pictures of {self.config.name!r} cannot be read; copy them again:"
                 f"{listing(unreadable)}\n{distribution}"
             )
-        return sizes
+        return frames
 
     def report_changed(self, split: str, changed: Counter):
         """Say once what was kept but is not as annotated: what was done -> number."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .building import Source, merge_boxes
 from .masks import box_of, check_counts
-from .reading import check_decodes, picture_size, upright_size
+from .reading import check_decodes, picture_size, read_frame
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
 
 
@@ -144,7 +144,7 @@ def find_row_faults(row: dict, mask_tolerance: float) -> list[tuple[str, str]]:
     faults = find_picture_faults(row, decode=True)
     if not faults:
         size = (row["width"], row["height"])
-        found = upright_size(picture_of(row), annotated_size=size)
+        found = read_frame(picture_of(row), annotated_size=size).size
         if found != size:
             faults.append(("picture", f"the picture has {found[0]} x {found[1]} pixels, the row says {size}"))
     return faults + find_box_faults(row) + find_mask_faults(row, mask_tolerance) + find_sentence_faults(row)

@@ -13,6 +13,7 @@ from datasets.table import embed_table_storage
 from tqdm import tqdm
 
 from .building import Source
+from .reading import is_as_stored
 from .reports import COUNTS, count_split
 from .uploading import upload
 
@@ -25,6 +26,11 @@ README, DATA = "README.md", "data"
 FOLDER = "path/to/this/folder"  # in a card that was not pushed
 
 
+def undecoded_images(rows: datasets.Dataset):
+    """Return the images of rows by path and content."""
+    return rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]
+
+
 def picture_bytes(rows: datasets.Dataset) -> int:
     """
     Size of a split's pictures as files.
@@ -33,14 +39,16 @@ def picture_bytes(rows: datasets.Dataset) -> int:
         OSError: naming a picture that is not there.
     """
     total = 0
-    for image in rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]:
+    for image in undecoded_images(rows):
         total += len(image["bytes"]) if image["bytes"] is not None else os.stat(image["path"]).st_size
     return total
 
 
 def with_absolute_path(row: dict) -> dict:
-    """A row whose picture's path says where it is from anywhere."""
+    """Return a row whose image has a path that is right from any folder, or its content where no path would do."""
     image = row["image"]
+    if is_as_stored(image):
+        return {"image": image}  # at its path lies an image that others would turn
     if image["bytes"] is not None:
         raise ValueError(
             f"The pictures of this set are in its rows ({row['image_id']!r} is no file): they cannot be exported by "
@@ -78,6 +86,8 @@ def write_card(path: Path, source: Source, splits: dict[str, datasets.Dataset], 
     table += [[split, *(f"{numbers[name]:,}" for name in COUNTS)] for split, numbers in counts.items()]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     pictures = "inside the files" if embed else "by their paths on the machine that wrote it"
+    if any(is_as_stored(image) for rows in splits.values() for image in undecoded_images(rows)):
+        pictures += "; without an EXIF orientation where boxes were drawn on the image as it is stored"
     chosen = "".join(f" `{name}={value!r}`" for name, value in flags.items()) or " none"
     path.write_text(
         f"""---

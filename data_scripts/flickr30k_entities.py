@@ -23,7 +23,7 @@ from pathlib import Path
 import datasets
 
 from .building import GroundingBuilder, Source, clip_boxes, merge_boxes
-from .reading import upright_size
+from .reading import image_of, read_frame
 from .schema import FEATURES
 
 
@@ -99,7 +99,8 @@ class Flickr30kEntities(GroundingBuilder):
         for image_id in image_ids:
             size, boxes = read_boxes(data_dir / "Annotations" / f"{image_id}.xml")
             image = image_dir / f"{image_id}.jpg"
-            width, height = upright_size(image, size)
+            frame = read_frame(image, size)
+            width, height = frame.size
             scale = (width / size[0], height / size[1]) * 2
             if scale != (1.0, 1.0, 1.0, 1.0):
                 changed["pictures have another size than annotated, boxes are scaled to it"] += 1
@@ -119,7 +120,7 @@ class Flickr30kEntities(GroundingBuilder):
                 image_id,
                 {
                     "image_id": f"flickr30k_{image_id}",
-                    "image": str(image),
+                    "image": image_of(image, frame),
                     "width": width,
                     "height": height,
                     "objects": objects,

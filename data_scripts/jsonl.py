@@ -40,7 +40,7 @@ from pycocotools import mask as coco_mask
 
 from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
 from .masks import box_of, encode_array, encode_counts, to_segmentation
-from .reading import is_inside, is_number, picture_size, upright_size
+from .reading import image_of, is_inside, is_number, picture_size, read_frame
 from .schema import FEATURES
 
 
@@ -163,7 +163,8 @@ class JsonLines(GroundingBuilder):
         """The row of a parsed line of a file; raises a ValueError or OSError where it is bad."""
         picture = self._picture(path, value)
         size = annotated_size(value)
-        width, height = upright_size(picture, size)
+        frame = read_frame(picture, size)
+        width, height = frame.size
         need(size in (None, (width, height)), "width, height", size, f"the picture's {(width, height)}")
         box_format = value.get("box_format", self.config.box_format)
         need(box_format in BOX_FORMATS, "box_format", box_format, f"one of {', '.join(BOX_FORMATS)}")
@@ -185,7 +186,7 @@ class JsonLines(GroundingBuilder):
                 place = list(objects).index(key)
                 phrases.append({"start": start, "end": end, "objects": [place], "types": target.get("types", [])})
             sentences.append({"sentence_id": f"{image_id}_{index}", "text": text, "phrases": phrases})
-        row = {"image_id": image_id, "image": str(picture.absolute()), "width": width, "height": height}
+        row = {"image_id": image_id, "image": image_of(picture.absolute(), frame), "width": width, "height": height}
         return {**row, "objects": list(objects.values()), "sentences": sentences}
 
     def _mask(self, path: Path, target: dict, where: str, height: int, width: int) -> dict | None:

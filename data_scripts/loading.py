@@ -29,6 +29,11 @@ def load(
 
     A change of the annotation files, of the builder or of a flag builds anew.
 
+    An image is turned as its EXIF orientation says, unless only its stored size agrees with the size that it was
+    annotated at. Where it is not turned, the row holds the content of the file without its orientation, since the
+    datasets library would turn it; all other rows hold paths. So every reader sees the frame that `width`, `height`,
+    boxes and masks are in.
+
     Args:
         name (`str`): the set, one of `SOURCES`.
         split (`str`, *optional*): one of its splits; absent: all of them, in a dict.

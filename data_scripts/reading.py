@@ -5,13 +5,25 @@ import json
 import pickle
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 # pictures over this are refused, as by the image processor
 MAX_PIXELS = 50_000_000
+# what an image of an EXIF orientation was turned by before it was stored
+UNDONE_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+AS_STORED = ".as_stored"  # at the end of the name of an image whose orientation is not followed
 
 
 def _numpy_scalar(dtype, data=None):
@@ -199,39 +211,168 @@ def picture_size(path: str | Path) -> tuple[int, int]:
     return _read_header(path)[0]
 
 
+class Frame(NamedTuple):
+    """
+    The frame that an image is annotated in.
+
+    Args:
+        width, height (`int`): of the image in that frame.
+        is_stored (`bool`): whether its EXIF orientation is not followed, though it would turn the image.
+    """
+
+    width: int
+    height: int
+    is_stored: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.width, self.height
+
+
+def keeps_stored_frame(orientation: int, stored_size: tuple[int, int], annotated_size: tuple[int, int] | None) -> bool:
+    """
+    Return whether an image stays as it is stored: only its stored size agrees with the annotated one. Anything else
+    follows the EXIF orientation, square images and orientations 2 to 4 included. The image processor has the same
+    rule.
+
+    Args:
+        orientation (`int`): of EXIF, 1 to 8; from 5 on, width and height change places.
+        stored_size, annotated_size (`(width, height)`): `annotated_size` is None where it is unknown.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import keeps_stored_frame
+
+    >>> keeps_stored_frame(6, (40, 30), (40, 30)), keeps_stored_frame(6, (40, 30), (30, 40))
+    (True, False)
+
+    ```"""
+    stored_size = tuple(stored_size)
+    turned_size = stored_size[::-1] if orientation >= 5 else stored_size
+    return annotated_size is not None and stored_size == tuple(annotated_size) != turned_size
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 where it has none or one that does not exist."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in UNDONE_TURNS else 1
+
+
 def _read_header(path: str | Path, with_orientation: bool = False) -> tuple[tuple[int, int], int]:
-    """The stored (width, height) of a picture file, and its EXIF orientation where that is asked for, else 1."""
+    """The stored (width, height) of an image file, and its EXIF orientation where that is asked for, else 1."""
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            small = width * height <= MAX_PIXELS
-            # Pillow itself turns a TIFF, and says so in its size
-            is_asked = with_orientation and small and image.format != "TIFF"
-            orientation = image.getexif().get(0x0112, 1) if is_asked else 1
+            size = image.size
+            is_small = size[0] * size[1] <= MAX_PIXELS
+            if image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+                size = size[::-1]  # Pillow itself turns a TIFF, and says so in its size
+            orientation = _orientation_of(image) if with_orientation and is_small else 1
     except FileNotFoundError as error:
         raise OSError(f"There is no picture at {str(path)!r}.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{str(path)!r} has more than {MAX_PIXELS:,} pixels.") from error
     except Exception as error:
         raise OSError(f"{str(path)!r} cannot be read as a picture: {error}") from error
-    if not small:
-        raise ValueError(f"{str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}.")
-    return (width, height), orientation
+    if not is_small:
+        raise ValueError(f"{str(path)!r} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}.")
+    return size, orientation
 
 
-def upright_size(path: str | Path, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
+def read_frame(path: str | Path, annotated_size: tuple[int, int] | None = None) -> Frame:
     """
-    (width, height) of a picture file once it is turned as its EXIF orientation says, unless only the stored size
-    agrees with the annotated (width, height): the rule of the image processor.
+    Return the frame that an image file is annotated in, from its header: it is turned as its EXIF orientation says,
+    unless `keeps_stored_frame`.
+
+    Args:
+        path (`str` or `Path`): the file.
+        annotated_size (`(width, height)`, *optional*): the size that the image was annotated at.
 
     Raises:
         OSError, ValueError: see `picture_size`.
     """
-    stored, orientation = _read_header(path, with_orientation=True)
-    turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-    if annotated_size is not None and stored == tuple(annotated_size) != turned:
-        return stored
-    return turned
+    stored_size, orientation = _read_header(path, with_orientation=True)
+    if keeps_stored_frame(orientation, stored_size, annotated_size):
+        return Frame(*stored_size, is_stored=True)
+    return Frame(*(stored_size[::-1] if orientation >= 5 else stored_size))
+
+
+def image_of(path: str | Path, frame: Frame) -> str | dict:
+    """
+    Return what a row holds of an image file, so that every reader of the row shows the frame that it is annotated in:
+    its path; or, where its orientation is not followed, its content without the orientation, since the datasets
+    library turns an image as EXIF says.
+
+    Args:
+        path (`str` or `Path`): the file.
+        frame ([`Frame`]): what `read_frame` gives for it.
+
+    Returns:
+        `str`, or `dict` of `bytes` and `path`, a name that is no file's (`is_as_stored`).
+
+    Raises:
+        OSError: if the file is missing or damaged.
+    """
+    if not frame.is_stored:
+        return str(path)
+    path = Path(path)
+    try:
+        content, ending = drop_orientation(path.read_bytes())
+    except FileNotFoundError as error:
+        raise OSError(f"There is no picture at {str(path)!r}.") from error
+    except Exception as error:
+        raise OSError(f"{str(path)!r} is damaged: {error}") from error
+    return {"bytes": content, "path": f"{path.stem}{AS_STORED}.{ending}"}
+
+
+def is_as_stored(image: dict) -> bool:
+    """Return whether an image of a row that is not decoded is the content of a file without its orientation."""
+    return image["bytes"] is not None and PurePosixPath(image["path"] or "").stem.endswith(AS_STORED)
+
+
+def drop_orientation(content: bytes) -> tuple[bytes, str]:
+    """
+    Return the content of an image file without its orientation, and the ending of its new name. Pixels stay as they
+    are stored: a JPEG loses its metadata, anything else is written again as PNG or TIFF without loss.
+    """
+    if content.startswith(b"\xff\xd8"):
+        stripped = drop_jpeg_metadata(content)
+        with Image.open(io.BytesIO(stripped)) as image:
+            if _orientation_of(image) == 1:
+                return stripped, "jpg"
+    with Image.open(io.BytesIO(content)) as image:
+        orientation = _orientation_of(image) if image.format == "TIFF" else 1
+        image.load()
+        stored = image.transpose(UNDONE_TURNS[orientation]) if orientation != 1 else image.copy()
+    stored.info = {name: value for name, value in stored.info.items() if name in ("transparency", "icc_profile")}
+    ending = "png" if stored.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else "tiff"
+    file = io.BytesIO()
+    stored.save(file, ending)
+    return file.getvalue(), ending
+
+
+def drop_jpeg_metadata(content: bytes) -> bytes:
+    """
+    Return a JPEG without its APP1 segments, where EXIF and XMP stand, before the first scan.
+
+    Raises:
+        ValueError: if it ends before that.
+    """
+    kept, position = [content[:2]], 2
+    while True:
+        # a marker may have fill bytes before it, and all but the first scan's have their length behind them
+        while content[position : position + 2] == b"\xff\xff":
+            position += 1
+        marker = content[position : position + 2]
+        if len(marker) < 2 or marker[0] != 0xFF:
+            raise ValueError("it is a JPEG without an image")
+        if marker == b"\xff\xda":
+            return b"".join([*kept, content[position:]])
+        end = position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+        if marker != b"\xff\xe1":
+            kept.append(content[position:end])
+        position = end
 
 
 def check_decodes(path: str | Path):

@@ -39,7 +39,7 @@ from .building import (
     whole_box,
 )
 from .masks import encode_array, encode_counts, is_empty, to_segmentation
-from .reading import has_words, is_number, read_json, read_pickle
+from .reading import Frame, has_words, image_of, is_number, read_json, read_pickle
 from .schema import FEATURES
 
 
@@ -124,7 +124,7 @@ class RefCoco(GroundingBuilder):
                 f"do not belong together. Their ids:{listing(unknown)}"
             )
         pictures = self.find_pictures([images[image_id] for image_id in sorted(needed)])
-        sizes = self.read_sizes(
+        frames = self.read_frames(
             {path: annotated_size_of(images[image_id]) for image_id, path in pictures.items()}, self.distribution
         )
         generators = []
@@ -141,7 +141,7 @@ class RefCoco(GroundingBuilder):
                 record = self.make_record(
                     images[image_id],
                     path,
-                    sizes[path],
+                    frames[path],
                     by_image[image_id],
                     annotations,
                     categories,
@@ -173,7 +173,10 @@ class RefCoco(GroundingBuilder):
                 elif segmentation is not None and is_empty(segmentation):
                     changed[KEPT_MASKS] += 1
                 objects.append({**item, "segmentation": segmentation})
-            row = {key: value for key, value in record.items() if key not in ("annotated_size", "keep_misses")}
+            row = {
+                key: value for key, value in record.items() if key not in ("annotated_size", "keep_misses", "frame")
+            }
+            row["image"] = image_of(record["image"], record["frame"])
             yield record["image_id"], {**row, "objects": objects}
         self.report_changed("masks", changed)
 
@@ -215,7 +218,7 @@ class RefCoco(GroundingBuilder):
         self,
         image,
         path,
-        size,
+        frame: Frame,
         refs,
         annotations,
         categories,
@@ -227,8 +230,8 @@ class RefCoco(GroundingBuilder):
         A row whose segmentations are as annotated yet, counting what is left out and what is changed; `refs` are pairs
         of the position of a reference's first sentence and the reference.
         """
-        width, height = size
-        annotated_size = annotated_size_of(image) or size
+        width, height = frame.size
+        annotated_size = annotated_size_of(image) or frame.size
         scale = (width / annotated_size[0], height / annotated_size[1])
         if scale != (1.0, 1.0):
             changed["pictures have another size than annotated, boxes and masks are scaled to it"] += 1
@@ -282,6 +285,7 @@ class RefCoco(GroundingBuilder):
             "height": height,
             "annotated_size": annotated_size,
             "keep_misses": keep_misses,
+            "frame": frame,
             "objects": objects,
             "sentences": sentences,
             "positions": positions,

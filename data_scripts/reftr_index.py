@@ -33,7 +33,7 @@ from .building import (
     whole_box,
 )
 from .masks import encode_array, is_empty, to_segmentation
-from .reading import is_inside, read_pickle, upright_size
+from .reading import image_of, is_inside, read_frame, read_pickle
 from .schema import FEATURES
 
 
@@ -195,7 +195,8 @@ class RefTRIndex(GroundingBuilder):
     def _row(self, path: str, records: list[dict], dropped: Counter, changed: Counter, keep_misses: bool) -> dict:
         # a mask tells for which size of its picture it was made, stored or upright
         sizes = [self._read_mask(record["mask"])[0] for record in records[:1] if "mask" in record]
-        width, height = upright_size(path, *(tuple(size[::-1]) for size in sizes))
+        frame = read_frame(path, *(tuple(size[::-1]) for size in sizes))
+        width, height = frame.size
         image_id, objects, sentences, positions = f"{self.index.pictures}_{picture_number(path)}", {}, [], []
         for record in records:
             if not record["text"].strip():
@@ -225,7 +226,7 @@ class RefTRIndex(GroundingBuilder):
                 positions.append(record["position"])
             else:
                 dropped["expressions without a box"] += 1
-        row = {"image_id": image_id, "image": path, "width": width, "height": height}
+        row = {"image_id": image_id, "image": image_of(path, frame), "width": width, "height": height}
         return {**row, "objects": list(objects.values()), "sentences": sentences, "positions": positions}
 
     def _read_mask(self, mask: str) -> tuple[tuple[int, int], dict]:

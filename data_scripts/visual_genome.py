@@ -27,7 +27,7 @@ from datasets.utils import tqdm
 
 from .building import GroundingBuilder, Source, clip_box, fingerprint
 from .masks import box_of
-from .reading import has_words, read_json
+from .reading import has_words, image_of, read_json
 from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
 from .schema import FEATURES
 
@@ -121,7 +121,7 @@ class VisualGenome(GroundingBuilder):
             else:
                 spans[entry["id"]] = (start, length)
         paths = self.find_pictures(spans)
-        sizes = self.read_sizes(
+        frames = self.read_frames(
             {paths[image_id]: annotated_size_of(images[image_id]) for image_id in spans},
             f"{DISTRIBUTION} They are looked for in image_dir, or below data_dir in {', '.join(IMAGE_PLACES)}.",
         )
@@ -143,8 +143,8 @@ class VisualGenome(GroundingBuilder):
                     "image_id": image_id,
                     "coco_id": images[image_id]["coco_id"],
                     "path": paths[image_id],
-                    "size": sizes[paths[image_id]],
-                    "annotated_size": annotated_size_of(images[image_id]) or sizes[paths[image_id]],
+                    "frame": frames[paths[image_id]],
+                    "annotated_size": annotated_size_of(images[image_id]) or frames[paths[image_id]].size,
                     "span": span,
                 }
                 for image_id, span in spans.items()
@@ -193,7 +193,7 @@ class VisualGenome(GroundingBuilder):
 
 def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Counter) -> dict:
     """An image's row of its regions, counting what is left out and what is changed."""
-    width, height = record["size"]
+    width, height = record["frame"].size
     scale = (width / record["annotated_size"][0], height / record["annotated_size"][1])
     if scale != (1.0, 1.0):
         changed["pictures have another size than annotated, boxes are scaled to it"] += 1
@@ -219,7 +219,7 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
     coco = "" if record["coco_id"] is None else f"_coco_{record['coco_id']}"
     return {
         "image_id": f"vg_{record['image_id']}{coco}",
-        "image": record["path"],
+        "image": image_of(record["path"], record["frame"]),
         "width": width,
         "height": height,
         "objects": objects,

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms
 from torch import nn
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as tvF
@@ -19,9 +19,9 @@ from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     PILImageResampling,
     SizeDict,
-    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs
 
@@ -57,50 +57,348 @@ def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int)
     return max(1, new_height), max(1, new_width)
 
 
+# what turns an image of an EXIF orientation upright, as in PIL.ImageOps.exif_transpose
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+UNDONE_TURNS = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+# the fields of `Image.info` in which Pillow finds an orientation
+ORIENTATION_FIELDS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+
+
+def keeps_stored_frame(orientation: int, stored_size: tuple[int, int], annotated_size: tuple[int, int] | None) -> bool:
+    """
+    Return whether an image stays as it is stored: only its stored size agrees with the annotated one. Anything else
+    follows the EXIF orientation, square images and orientations 2 to 4 included.
+
+    Args:
+        orientation (`int`): of EXIF, 1 to 8; from 5 on, height and width change places.
+        stored_size, annotated_size (`(height, width)`): `annotated_size` is None where it is unknown.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.image_processing_reftr import keeps_stored_frame
+
+    >>> keeps_stored_frame(6, (30, 40), (30, 40)), keeps_stored_frame(6, (30, 40), (40, 30))
+    (True, False)
+
+    ```"""
+    stored_size = tuple(stored_size)
+    turned_size = stored_size[::-1] if orientation >= 5 else stored_size
+    return annotated_size is not None and stored_size == tuple(annotated_size) != turned_size
+
+
+def read_orientation(image: Image.Image) -> int:
+    """
+    Return the EXIF orientation of an image, 1 to 8; 1 where it has none or one that does not exist.
+
+    Raises:
+        OSError: if the EXIF data is damaged.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in TURNS else 1
+    except Exception as error:
+        raise OSError(f"The EXIF data of an image of {image.width} x {image.height} pixels is damaged: {error}") from (
+            error
+        )
+
+
+def load_as_stored(image: Image.Image) -> Image.Image:
+    """
+    Decode an image. A TIFF, which Pillow turns while it decodes, is turned back and keeps its orientation.
+
+    Raises:
+        OSError: if the image or its EXIF data is damaged.
+    """
+    orientation = read_orientation(image) if image.format == "TIFF" else 1
+    image.load()
+    if orientation == 1:
+        return image
+    stored = image.transpose(UNDONE_TURNS[orientation])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored.info["exif"] = exif.tobytes()
+    return stored
+
+
 def turn_upright(image: Image.Image, annotated_size: tuple[int, int] | None = None) -> Image.Image:
     """
-    Turn a picture as its EXIF orientation says, as OpenCV does, unless only the stored size agrees with the annotated
-    (height, width).
+    Turn an image as its EXIF orientation says, as OpenCV does, unless `keeps_stored_frame`. The result carries no
+    orientation, so nothing turns it a second time. The given image is not changed.
+
+    Args:
+        annotated_size (`(height, width)`, *optional*): the size that the image was annotated at.
+
+    Raises:
+        OSError: if the EXIF data is damaged.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image  # exif_transpose would copy it
-    turned = ImageOps.exif_transpose(image)
-    if annotated_size is not None:
-        stored_agrees = (image.height, image.width) == tuple(annotated_size)
-        turned_agrees = (turned.height, turned.width) == tuple(annotated_size)
-        if stored_agrees and not turned_agrees:
-            return image
+    image = load_as_stored(image) if image.format == "TIFF" else image
+    orientation = read_orientation(image)
+    if orientation == 1:
+        return image
+    if keeps_stored_frame(orientation, (image.height, image.width), annotated_size):
+        turned = image.copy()
+    else:
+        turned = image.transpose(TURNS[orientation])
+    for field in ORIENTATION_FIELDS:
+        turned.info.pop(field, None)
     return turned
 
 
-def picture_size(image) -> tuple[int, int]:
-    """(height, width) of a PIL picture, or of an array with its channels first, last or absent."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    shape = tuple(image.shape)
-    if len(shape) == 2 or shape[-1] in (1, 3, 4):
-        return shape[:2]
-    return shape[-2:]
-
-
-def check_picture(image, name: str = "A picture"):
+def find_channel_axis(image: np.ndarray | torch.Tensor, input_data_format=None) -> int | None:
     """
-    Refuse a picture, of which nothing was decoded yet, that would take gigabytes; and arrays that are not numbers.
+    Return the axis of an image's channels: 0 or 2, None for a grey image of two dimensions. Where both ends of a shape
+    could be channels, a NumPy array has them last and a tensor first.
+
+    Args:
+        input_data_format (`str` or `ChannelDimension`, *optional*): "channels_first" or "channels_last", if known.
 
     Raises:
-        ValueError: if it has no pixel or more than `MAX_PIXELS`, or an array has values that are not finite.
+        ValueError: if there are not 1, 3 or 4 channels.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_reftr.image_processing_reftr import find_channel_axis
+
+    >>> find_channel_axis(np.zeros((480, 640, 3))), find_channel_axis(np.zeros((3, 480, 640)))
+    (2, 0)
+
+    ```"""
+    shape = tuple(image.shape)
+    if len(shape) == 2:
+        return None
+    if len(shape) != 3:
+        raise ValueError(f"An image must have two or three dimensions, got the shape {shape}.")
+    if input_data_format is not None:
+        axes = [0 if ChannelDimension(input_data_format) == ChannelDimension.FIRST else 2]
+    else:
+        axes = [0, 2] if isinstance(image, torch.Tensor) else [2, 0]
+    for axis in axes:
+        if shape[axis] in (1, 3, 4):
+            return axis
+    raise ValueError(
+        f"An image must have 1, 3 or 4 channels, first or last; the shape {shape} has "
+        f"{' or '.join(str(shape[axis]) for axis in axes)}. Give (height, width, 3) or (3, height, width)."
+    )
+
+
+def picture_size(image, input_data_format=None) -> tuple[int, int]:
     """
-    height, width = picture_size(image)
+    Return (height, width) of a PIL image, an array or a tensor, see `find_channel_axis`.
+
+    Raises:
+        ValueError: if an array has not 1, 3 or 4 channels.
+    """
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    shape, axis = tuple(image.shape), find_channel_axis(image, input_data_format)
+    return shape if axis is None else shape[1:] if axis == 0 else shape[:2]
+
+
+def check_picture(image, name: str = "A picture", input_data_format=None):
+    """
+    Refuse an image that would take gigabytes; of a file nothing is decoded yet.
+
+    Raises:
+        ValueError: if it has no pixel or more than `MAX_PIXELS`, or an array has not 1, 3 or 4 channels.
+    """
+    height, width = picture_size(image, input_data_format)
     if not 0 < height * width <= MAX_PIXELS:
         raise ValueError(
             f"{name} has {width} x {height} pixels; between 1 and {MAX_PIXELS:,} are taken: make it smaller first."
         )
-    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
-        is_finite = np.isfinite(image).all()
-    else:
-        is_finite = not isinstance(image, torch.Tensor) or image.isfinite().all()
-    if not is_finite:
-        raise ValueError(f"{name} of {width} x {height} pixels has values that are not finite numbers.")
+
+
+# relative error of values at the ends of their range, as interpolation leaves it
+RANGE_TOLERANCE = 1e-4
+
+
+def scale_to_8_bits(pixels: torch.Tensor) -> torch.Tensor:
+    """
+    Bring the values of one image to 0..255.
+
+    | values | are taken as |
+    | --- | --- |
+    | bool | 0 and 255 |
+    | uint8 | 0..255 |
+    | floating point in 0..1 | multiplied by 255 and rounded |
+    | floating point in 0..255, the largest at least 2 | 0..255 |
+    | uint16, the largest over 255 | divided by 257 and rounded |
+    | wider integers in 0..255, the largest at least 2 | 0..255 |
+
+    Everything else is refused, because two ranges are possible, or none: negative values, values that are not finite,
+    int8, complex numbers. An image of zeros alone is black in every range.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(channels, height, width)`): of any dtype.
+
+    Returns:
+        `torch.Tensor` of that shape: uint8, or float32 where floating-point values in 0..255 are no whole numbers.
+
+    Raises:
+        ValueError: if the range is not clear.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_reftr.image_processing_reftr import scale_to_8_bits
+
+    >>> scale_to_8_bits(torch.tensor([[[0.0, 0.5, 1.0]]]))
+    tensor([[[  0, 128, 255]]], dtype=torch.uint8)
+    >>> scale_to_8_bits(torch.tensor([[[0, 65535]]], dtype=torch.uint16))
+    tensor([[[  0, 255]]], dtype=torch.uint8)
+
+    ```"""
+    dtype = str(pixels.dtype).removeprefix("torch.")
+    height, width = pixels.shape[-2:]
+    name = f"An image of {width} x {height} pixels"
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if pixels.dtype == torch.bool:
+        return pixels.to(torch.uint8) * 255
+    if pixels.is_complex() or pixels.dtype == torch.int8:
+        raise ValueError(f"{name} has values of dtype {dtype}, which is not one of images: convert it to uint8.")
+    if pixels.is_floating_point():
+        return scale_floats(pixels.float(), name, dtype)
+    is_16_bit = pixels.dtype == torch.uint16
+    pixels = pixels.to(torch.int64)  # the unsigned ones can do next to nothing
+    low, high = (value.item() for value in pixels.aminmax())
+    if low == high == 0:
+        return pixels.to(torch.uint8)
+    if is_16_bit and high > 255:
+        return ((pixels + 128) // 257).to(torch.uint8)
+    if is_16_bit or low < 0 or not 2 <= high <= 255:
+        raise ValueError(
+            f"{name} has {dtype} values from {low} to {high}, which may be of several ranges: give uint8 in 0..255, "
+            "uint16 in 0..65535, or floating point in 0..1."
+        )
+    return pixels.to(torch.uint8)
+
+
+def scale_floats(pixels: torch.Tensor, name: str, dtype: str) -> torch.Tensor:
+    """Bring float32 values of an image to 0..255, see `scale_to_8_bits`."""
+    low, high = (value.item() for value in pixels.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} has values that are not finite numbers.")
+    limit = 1 if high <= 1 + RANGE_TOLERANCE else 255
+    highs = [high] if len(pixels) < 4 else [part.max().item() for part in (pixels[:3], pixels[3:])]
+    is_clear = all(value == 0 or (value >= 2) == (limit == 255) for value in highs)
+    if low < -RANGE_TOLERANCE * limit or high > limit * (1 + RANGE_TOLERANCE) or not is_clear:
+        raise ValueError(
+            f"{name} has {dtype} values from {low:g} to {high:g}{'' if len(highs) == 1 else ' (colors and opacity)'}, "
+            "which are neither all in 0..1 nor all in 0..255: scale or clip them to one of the two, or give "
+            "do_rescale=False for values that are final."
+        )
+    rounded = (pixels * (255 // limit)).clamp(0, 255).round()
+    if limit == 1 or torch.equal(rounded, pixels):
+        return rounded.to(torch.uint8)
+    return pixels.clamp(0, 255)
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """
+    Return an array of any byte order, strides or protection as a tensor.
+
+    Raises:
+        ValueError: if it holds no numbers.
+    """
+    if image.dtype.kind not in "buifc":
+        raise ValueError(f"An image of dtype {image.dtype} holds no numbers: give uint8 in 0..255.")
+    dtype = np.dtype(np.float64) if image.dtype == np.longdouble else image.dtype.newbyteorder("=")
+    # torch takes no negative strides, and warns of memory that is protected
+    if dtype != image.dtype or not image.flags.writeable or min(image.strides, default=0) < 0:
+        image = np.array(image, dtype=dtype, order="C")
+    return torch.from_numpy(np.asarray(image))
+
+
+def to_channels_first(image, input_data_format=None, do_rescale: bool = True, device=None) -> torch.Tensor:
+    """
+    Return an image as a tensor of 8-bit range with its channels first.
+
+    Args:
+        image (`np.ndarray` or `torch.Tensor`): of two dimensions, or three with 1, 3 or 4 channels, see
+            `find_channel_axis`.
+        input_data_format (`str` or `ChannelDimension`, *optional*): "channels_first" or "channels_last", if known.
+        do_rescale (`bool`, *optional*, defaults to `True`): whether values are brought to 0..255
+            (`scale_to_8_bits`); else they are final.
+        device (`torch.device`, *optional*): where the tensor is to be.
+
+    Returns:
+        `torch.Tensor` of shape `(channels, height, width)`.
+
+    Raises:
+        ValueError: if it is no image, or the range of its values is not clear.
+    """
+    axis = find_channel_axis(image, input_data_format)
+    pixels = (to_tensor(image) if isinstance(image, np.ndarray) else image.detach()).to(device)
+    pixels = pixels[None] if axis is None else pixels.movedim(axis, 0)
+    if do_rescale:
+        return scale_to_8_bits(pixels).contiguous()
+    if pixels.is_complex():
+        raise ValueError(f"An image of shape {tuple(image.shape)} has complex values: give real ones.")
+    if pixels.is_floating_point():
+        if not pixels.isfinite().all():
+            height, width = pixels.shape[-2:]
+            raise ValueError(f"An image of {width} x {height} pixels has values that are not finite numbers.")
+        return pixels.float().contiguous()
+    return pixels.to(torch.uint8 if pixels.dtype in (torch.bool, torch.uint8) else torch.int64).contiguous()
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """
+    Return a PIL image of any mode as an array (height, width, 3) of uint8; transparent pixels are white.
+
+    Raises:
+        ValueError: if the range of a mode of 16 or 32 bits is not clear, see `scale_to_8_bits`.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "I" and values.min() >= 0 and 255 < values.max() <= 65535:
+            values = values.astype(np.uint16)  # Pillow's mode for 16 bits where I;16 cannot be
+        return np.repeat(to_channels_first(values).round().to(torch.uint8).permute(1, 2, 0).numpy(), 3, axis=2)
+    if image.mode == "LAB":
+        profiles = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    elif image.mode.endswith("a"):  # multiplied by their opacity
+        image = image.convert(f"{image.mode[:-1]}A")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def to_pil_image(image) -> Image.Image:
+    """
+    Return an array or a tensor as the image that the model sees, of mode RGB; a PIL image as it is.
+
+    Raises:
+        ValueError: see `to_channels_first`.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    pixels = to_channels_first(image)
+    pixels = blend_onto_white(pixels) if len(pixels) == 4 else pixels.expand(3, -1, -1)
+    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def blend_onto_white(pixels: torch.Tensor) -> torch.Tensor:
+    """Return RGBA pixels (4, height, width) in 0..255 as RGB over white."""
+    opacity = pixels[3:].float() / 255
+    blended = pixels[:3].float() * opacity + 255 * (1 - opacity)
+    return blended if pixels.is_floating_point() else blended.round().to(pixels.dtype)
 
 
 @contextlib.contextmanager
@@ -118,11 +416,12 @@ def reading(name: str):
 
 def open_picture(source: str | os.PathLike) -> Image.Image:
     """
-    A picture by its path, its URL, or its content in base64 ("data:image/png;base64,..."); every pixel of it is read.
+    Open an image by its path, its URL, or its content in base64 ("data:image/png;base64,..."), and decode it as it is
+    stored: `turn_upright` is for its orientation.
 
     Raises:
         ValueError: if it has more than `MAX_PIXELS` pixels; found out before any is decoded.
-        OSError: if a file is missing or is no picture.
+        OSError: if a file is missing, is no image, or has damaged EXIF data.
     """
     name = str(source)[:200]
     with reading(name):
@@ -135,13 +434,53 @@ def open_picture(source: str | os.PathLike) -> Image.Image:
         image = Image.open(source)
     check_picture(image, repr(name))
     with reading(name):
-        image.load()
+        image = load_as_stored(image)
+        read_orientation(image)
     return image
 
 
-def add_channels(image):
-    """A grey (height, width) array or tensor with an axis for its channel; anything else as it is."""
-    return image[..., None] if getattr(image, "ndim", None) == 2 else image
+def add_channels(image, input_data_format=None):
+    """Give an array or a tensor (height, width) an axis of one channel where `find_channel_axis` looks for it."""
+    if getattr(image, "ndim", None) != 2:
+        return image
+    is_last = isinstance(image, np.ndarray)
+    if input_data_format is not None:
+        is_last = ChannelDimension(input_data_format) == ChannelDimension.LAST
+    return image[..., None] if is_last else image[None]
+
+
+def flatten_images(images) -> list:
+    """
+    Return one image, a batch (array or tensor of four dimensions) or a list of either as a flat list of images.
+
+    Raises:
+        ValueError: if something else is among them.
+    """
+    if images is None:
+        return []
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, (list, tuple)):
+        return [image for part in images for image in flatten_images(part)]
+    raise ValueError(f"An image is a PIL image, an array, a tensor, a path or a URL, and no {type(images).__name__}.")
+
+
+def find_new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """
+    Return the (height, width) that an image is resized to: by the published rule (`resized_size`), or exactly.
+
+    Raises:
+        ValueError: if `size` is neither `{"shortest_edge", "longest_edge"}` nor `{"height", "width"}`.
+    """
+    if size.shortest_edge and size.longest_edge:
+        return resized_size(height, width, size.shortest_edge, size.longest_edge)
+    if not (size.height and size.width):
+        raise ValueError(
+            f"size={size} must be {{'shortest_edge', 'longest_edge'}} (aspect kept) or {{'height', 'width'}}."
+        )
+    return size.height, size.width
 
 
 def pad_batch(
@@ -273,29 +612,29 @@ class RefTRImageProcessor(TorchvisionBackend):
         images = image_url_or_urls
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return open_picture(images) if isinstance(images, (str, os.PathLike)) else super().fetch_images(images)
+        return open_picture(images) if isinstance(images, (str, os.PathLike)) else images
 
-    def open_images(self, images, annotated_sizes=None) -> list:
+    def open_images(self, images, annotated_sizes=None, input_data_format=None) -> list:
         """
-        Whatever `images` is, a flat list of upright pictures.
+        Return a flat list of upright images (`turn_upright`). To open them once more changes nothing: they carry no
+        orientation.
 
         Args:
-            images: a picture (PIL, array, tensor, path, URL) or a list of them.
-            annotated_sizes (list of `(height, width)`, *optional*): the size each picture was annotated at.
+            images: an image (PIL, array, tensor, path, URL), a batch of them (array or tensor of four dimensions), or
+                a list of either.
+            annotated_sizes (list of `(height, width)`, *optional*): the size each image was annotated at.
+            input_data_format (*optional*): see `find_channel_axis`.
 
         Raises:
-            ValueError: if there are no images, not one annotated size an image, or a picture has more than
-                `MAX_PIXELS` pixels or values that are not numbers.
-            OSError: if a file is missing or is no picture.
+            ValueError: if there are no images, not one annotated size per image, or an image has more than
+                `MAX_PIXELS` pixels or not 1, 3 or 4 channels.
+            OSError: if a file is missing or is no image.
         """
-        if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
+        images = [add_channels(image, input_data_format) for image in flatten_images(self.fetch_images(images))]
+        if not images:
             raise ValueError("There are no images: give one picture or a list of them.")
-        images = self.fetch_images(images)
-        images = make_flat_list_of_images(
-            [add_channels(image) for image in images] if isinstance(images, (list, tuple)) else add_channels(images)
-        )
         for image in images:
-            check_picture(image)
+            check_picture(image, input_data_format=input_data_format)
         if annotated_sizes is None:
             annotated_sizes = [None] * len(images)
         annotated_sizes = to_sizes(annotated_sizes, len(images), "annotated_sizes", are_optional=True)
@@ -306,34 +645,72 @@ class RefTRImageProcessor(TorchvisionBackend):
 
     def preprocess(self, images, annotated_sizes=None, **kwargs) -> BatchFeature:
         """
+        Prepare images for the model.
+
         Args:
-            images: a picture (PIL, array, tensor, path, URL) or a list of them.
+            images: an image (PIL, array, tensor, path, URL) or a list of them. Values of arrays and tensors are
+                brought to 0..255 by `scale_to_8_bits`, each image by itself, unless `do_rescale=False` says that they
+                are final, or another `rescale_factor` than 1 / 255 says what they are.
             annotated_sizes (list of `(height, width)`, *optional*):
-                The size each picture was annotated at, which decides whether its EXIF orientation is followed.
+                The size each image was annotated at, which decides whether its EXIF orientation is followed.
             kwargs: any of the processor's settings, for this call.
 
         Returns:
-            `BatchFeature`: `pixel_values` (I, 3, H, W) and `pixel_mask` (I, H, W), int64, 1 = picture.
+            `BatchFeature`: `pixel_values` (I, 3, H, W) and `pixel_mask` (I, H, W), int64, 1 = image.
 
         Raises:
-            ValueError, OSError: see `open_images`.
+            ValueError, OSError: see `open_images` and `scale_to_8_bits`.
         """
-        return super().preprocess(self.open_images(images, annotated_sizes), **kwargs)
+        return self.preprocess_with_sizes(images, annotated_sizes, **kwargs)[0]
 
-    def process_image(self, image, **kwargs) -> torch.Tensor:
-        """One picture of any mode -> uint8 or float (3, height, width); 16-bit values are brought to 8 bits."""
-        if isinstance(image, Image.Image) and image.mode == "RGB" and "transparency" not in image.info:
-            # channels last in memory, as it was decoded: resizing takes a seventh of the time, and nothing is copied
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(kwargs.get("device"))
-        if isinstance(image, Image.Image) and (image.mode.startswith("I;16") or image.mode == "I"):
-            image = np.asarray(image).astype(np.int64)
-            image = image if image.max() > 255 else image * 257
-            image = (image.clip(0, 65535) // 257).astype(np.uint8)
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
-            image = (image // 257).astype(np.uint8)
-        elif isinstance(image, torch.Tensor) and image.dtype == torch.uint16:
-            image = (image.int() // 257).to(torch.uint8)
-        return super().process_image(image, **kwargs)
+    def preprocess_with_sizes(
+        self, images, annotated_sizes=None, **kwargs
+    ) -> tuple[BatchFeature, list[tuple[int, int]]]:
+        """
+        Prepare images for the model, and return with them the size that each had before.
+
+        Args:
+            images, annotated_sizes, kwargs: see `preprocess`.
+
+        Returns:
+            `tuple`: what `preprocess` returns, and (height, width) of each upright image.
+
+        Raises:
+            ValueError, OSError: see `preprocess`.
+        """
+        input_data_format = kwargs.get("input_data_format")
+        images = self.open_images(images, annotated_sizes, input_data_format)
+        sizes = [picture_size(image, input_data_format) for image in images]
+        return super().preprocess(images, **kwargs), sizes
+
+    def process_image(
+        self,
+        image,
+        do_convert_rgb: bool | None = None,
+        input_data_format=None,
+        device=None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Return one image of any kind as a tensor (3, height, width): see `to_rgb` and `to_channels_first`.
+
+        Raises:
+            ValueError: if the range of its values is not clear.
+        """
+        if isinstance(image, Image.Image):
+            if do_convert_rgb:
+                # channels last in memory, as it was decoded: resizing takes a seventh of the time, without a copy
+                return torch.from_numpy(to_rgb(image)).permute(2, 0, 1).to(device)
+            image, input_data_format = np.array(image), ChannelDimension.LAST
+        is_to_scale = bool(do_rescale) and math.isclose(rescale_factor, 1 / 255)
+        pixels = to_channels_first(image, input_data_format, is_to_scale, device)
+        if not do_convert_rgb:
+            return pixels
+        if len(pixels) == 4:
+            return blend_onto_white(pixels) if is_to_scale else self.convert_to_rgb(pixels)
+        return pixels.expand(3, -1, -1)
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
         """
@@ -342,13 +719,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: if `size` is neither.
         """
-        if size.shortest_edge and size.longest_edge:
-            height, width = resized_size(*image.shape[-2:], size.shortest_edge, size.longest_edge)
-            size = SizeDict(height=height, width=width)
-        elif not (size.height and size.width):
-            raise ValueError(
-                f"size={size} must be {{'shortest_edge', 'longest_edge'}} (aspect kept) or {{'height', 'width'}}."
-            )
+        size = SizeDict(**dict(zip(("height", "width"), find_new_size(*image.shape[-2:], size), strict=True)))
         if tuple(image.shape[-2:]) == (size.height, size.width):
             return image
         if image.dtype == torch.uint8 and 1 in (*image.shape[-2:], size.height, size.width):
@@ -375,6 +746,8 @@ class RefTRImageProcessor(TorchvisionBackend):
         size_divisor: int | None = None,
         **kwargs,
     ) -> BatchFeature:
+        if len({image.dtype for image in images}) > 1:
+            disable_grouping = True  # stacked, they would take the dtype of one of them
         grouped_images, order = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, stacked in grouped_images.items():
             if do_resize:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import Pipeline
-from transformers.image_transforms import to_pil_image
 
 from .drawing_reftr import draw_answers
-from .image_processing_reftr import picture_size
+from .image_processing_reftr import picture_size, to_pil_image
 from .inputs_reftr import to_list
 
 
@@ -165,8 +164,7 @@ class VisualGroundingPipeline(Pipeline):
             answers (`list[dict]`): what a call gave for it.
             width (`int`, *optional*): of the result, in pixels; absent: the picture's, between 320 and 960.
         """
-        image = self.open_image(image)
-        image = image if isinstance(image, Image.Image) else to_pil_image(image)
+        image = to_pil_image(self.open_image(image))
         boxes_xyxy = [answer["box"] and list(answer["box"].values()) for answer in answers]
         masks = [mask and np.asarray(mask) > 0 for mask in (answer.get("mask") for answer in answers)]
         phrases = [answer["phrase"] for answer in answers]

@@ -11,7 +11,6 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .image_processing_reftr import picture_size
 from .inputs_reftr import to_list, warn_about_joined_expressions
 
 
@@ -160,9 +159,10 @@ class RefTRProcessor(ProcessorMixin):
                 raise ValueError("Boxes and masks are in pixels of a picture: give images with them.")
             data, sizes = {}, None
         else:
-            images = self.image_processor.open_images(images, annotated_sizes)
-            sizes = [picture_size(image) for image in images]
-            data = dict(self.image_processor(images, return_tensors=return_tensors, **image_kwargs))
+            data, sizes = self.image_processor.preprocess_with_sizes(
+                images, annotated_sizes, return_tensors=return_tensors, **image_kwargs
+            )
+            data = dict(data)
         sentences, image_index, depth = arrange_sentences(text, None if sizes is None else len(sizes))
         data["image_index"] = image_index
 

@@ -23,7 +23,7 @@ from modeling_reftr.image_processing_reftr import picture_size
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
-from training_reftr.pictures import PictureReader, read_picture
+from training_reftr.pictures import PictureReader, check_frame, read_picture
 from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit
 
 
@@ -137,8 +137,14 @@ class GroundingCollator:
         """Rows of the schema -> what the model takes, `labels` included, and `targets` where they are wanted."""
         texts, phrases, boxes, masks, targets = [], [], [], [], []
         whole = True
-        for row in rows:
-            fitted = fit_to_picture(row, self.processor.image_processor) if self.are_resized else row
+        image_processor = self.processor.image_processor
+        images = image_processor.open_images(
+            [row["image"] for row in rows], [(row["height"], row["width"]) for row in rows]
+        )
+        for row, image in zip(rows, images, strict=True):
+            if not self.are_resized:
+                check_frame(row, image)
+            fitted = fit_to_picture({**row, "image": image}, image_processor)
             texts.append([sentence["text"] for sentence in row["sentences"]])
             phrases.append([])
             boxes.append([])
@@ -170,12 +176,11 @@ class GroundingCollator:
                     ]
                 )
         batch = self.processor(
-            images=[row["image"] for row in rows],
+            images=images,
             text=texts,
             phrases=None if whole else phrases,
             boxes=boxes,
             masks=masks if self.with_masks else None,
-            annotated_sizes=[(row["height"], row["width"]) for row in rows],
             **({"do_resize": False} if self.are_resized else {}),
         )
         return {**batch, "targets": targets} if self.with_targets else dict(batch)

@@ -15,17 +15,42 @@ import numpy as np
 from PIL import Image
 
 from data_scripts.checking import picture_of
-from modeling_reftr.image_processing_reftr import open_picture, resized_size, turn_upright
+from modeling_reftr.image_processing_reftr import open_picture, picture_size, resized_size, turn_upright
 
 
 logger = logging.getLogger(__name__)
 
 CHECKSUM_BYTES = 4
+# of kept images: another one where the same file gives other pixels than before
+CACHE_VERSION = 2
 
 
 def read_picture(row: dict) -> Image.Image:
-    """The upright picture of a row, of which nothing is decoded yet."""
-    return turn_upright(open_picture(picture_of(row)), (row["height"], row["width"]))
+    """
+    Return the image of a row that is not decoded, in the frame of its boxes.
+
+    Raises:
+        OSError, ValueError: see `open_picture` and `check_frame`.
+    """
+    image = turn_upright(open_picture(picture_of(row)), (row["height"], row["width"]))
+    check_frame(row, image)
+    return image
+
+
+def check_frame(row: dict, image):
+    """
+    Refuse an image and boxes of which one was turned and the other was not.
+
+    Raises:
+        ValueError: if height and width of the image are those of the row in the other order.
+    """
+    row_size, size = (row["height"], row["width"]), picture_size(image)
+    if row_size == size[::-1] != size:
+        raise ValueError(
+            f"The image of {row['image_id']!r} has (height, width) {size} and its boxes are in {row_size}: one of "
+            "them was turned. Correct the row; or, where the datasets library turned the image by its EXIF "
+            "orientation, read the rows with datasets.Image(decode=False)."
+        )
 
 
 class PictureReader:
@@ -44,9 +69,8 @@ class PictureReader:
     def __init__(self, image_processor, folder: str | None = None):
         self.image_processor = image_processor
         self.folder = None if folder is None else Path(folder)
-        self.resizing = repr(
-            (image_processor.do_resize, sorted(dict(image_processor.size).items()), int(image_processor.resample))
-        )
+        size = sorted(dict(image_processor.size).items())
+        self.resizing = repr((CACHE_VERSION, image_processor.do_resize, size, int(image_processor.resample)))
 
     def __call__(self, row: dict) -> Image.Image:
         """

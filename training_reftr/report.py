@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
+from training_reftr.pictures import read_picture
 from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
 from training_reftr.sizes import image_size_of
 from training_reftr.visualization import draw_samples, validation_pictures
@@ -105,7 +106,8 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
                 file.writelines(json.dumps(prediction(name, record), ensure_ascii=False) + "\n" for record in records)
             if args.num_pictures and len(metrics["splits"]) == 1:
                 validation_pictures(records, split, args.num_pictures).save(output_dir / "predictions.png")
-                metrics["example"] = save_example(split[0], output_dir)
+                undecoded = split.cast_column("image", datasets.Image(decode=False))
+                metrics["example"] = save_example(undecoded[0], output_dir)
     if accelerator.is_main_process:
         (output_dir / "report.md").write_text(format_report(metrics), encoding="utf-8")
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -120,8 +122,8 @@ def remove_report(output_dir: Path):
 
 
 def save_example(row: dict, output_dir: Path) -> dict:
-    """Write a row's picture; its name, and what may be asked about it: up to three of its texts."""
-    image = row["image"].convert("RGB")
+    """Write the image of a row that is not decoded, and return its name and up to three texts to ask about it."""
+    image = read_picture(row).convert("RGB")
     image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
     image.save(output_dir / "example.png")
     texts = list(dict.fromkeys(sentence["text"] for sentence in row["sentences"]))
