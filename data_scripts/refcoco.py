@@ -24,7 +24,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from .building import (
@@ -38,7 +37,7 @@ from .building import (
     listing,
     whole_box,
 )
-from .masks import encode_array, encode_counts, is_empty, to_segmentation
+from .masks import encode_array, encode_counts, is_empty, resize_to_nearest, to_segmentation
 from .reading import Frame, has_words, image_of, is_number, read_json, read_pickle
 from .schema import FEATURES
 
@@ -417,8 +416,7 @@ def encode_part(part, annotated_size: tuple[int, int], size: tuple[int, int]) ->
         encoded = encode_counts(part["counts"], rows, columns)
         if (columns, rows) == tuple(size):
             return encoded
-        mask = Image.fromarray(coco_mask.decode(encoded)).resize(size, Image.Resampling.NEAREST)
-        return encode_array(np.asarray(mask))
+        return encode_array(resize_to_nearest(coco_mask.decode(encoded), height, width))
     if len(part) < 6 or len(part) % 2:
         return None
     points = np.array(part, dtype=np.float64).reshape(-1, 2)

@@ -41,6 +41,7 @@ def draw_answers(
     line = max(2, width // 120)
     for index, mask in enumerate(masks):
         if mask is not None:
+            # smooth outlines: this mask is looked at, and not measured
             stencil = Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).resize(canvas.size)
             stencil = stencil.point(lambda value: 255 * (value > 127))
             edge = ImageChops.subtract(stencil, stencil.filter(ImageFilter.MinFilter(line // 2 * 2 + 1)))

@@ -483,6 +483,13 @@ def find_new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     return size.height, size.width
 
 
+def resize_to_nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize bool masks (N, height, width) to `size` by the published rule for masks, torch's "nearest"."""
+    if tuple(masks.shape[-2:]) == tuple(size):
+        return masks
+    return nn.functional.interpolate(masks[:, None].to(torch.uint8), size=tuple(size), mode="nearest")[:, 0].bool()
+
+
 def pad_batch(
     images: list[torch.Tensor], pad_size: SizeDict | None = None, size_divisor: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -548,8 +555,8 @@ def resize_logits_in_two_steps(
 ) -> torch.Tensor:
     """As `resize_logits`, by way of the padded size, where the threshold is applied: as published."""
     padded = nn.functional.interpolate(logits[None, None].float(), size=tuple(padded_size), mode="bilinear")
-    mask = (padded.sigmoid() > threshold)[..., : resized_size[0], : resized_size[1]]
-    return nn.functional.interpolate(mask.float(), size=tuple(target_size), mode="nearest")[0, 0].bool()
+    mask = (padded.sigmoid() > threshold)[0, :, : resized_size[0], : resized_size[1]]
+    return resize_to_nearest(mask, target_size)[0]
 
 
 class RefTRImageProcessorKwargs(ImagesKwargs, total=False):
@@ -767,23 +774,25 @@ class RefTRImageProcessor(TorchvisionBackend):
         self, masks, padded_size: tuple[int, int], size: SizeDict | dict | None = None, do_resize: bool | None = None
     ) -> torch.Tensor:
         """
-        Bring the masks of one picture to its resized size (nearest) and pad them.
+        Resize the masks of one image as the published loader does, by torch's "nearest", and pad them. "nearest"
+        rounds coordinates down; Pillow's, which the library takes for masks, and "nearest-exact" round them to the
+        nearest.
 
         Args:
-            masks (array of shape `(phrases, height, width)`): at the picture's own size.
+            masks (array of shape `(phrases, height, width)`): at the image's own size.
             padded_size (`(height, width)`): of the batch.
-            size, do_resize (*optional*): as for the pictures, by default the processor's own.
+            size, do_resize (*optional*): as for the images, by default the processor's own.
 
         Returns:
             `torch.Tensor` of shape `(phrases, *padded_size)`, bool.
         """
         size = self.size if size is None else size
-        masks = torch.as_tensor(np.asarray(masks)).bool().to(torch.uint8)
+        masks = torch.as_tensor(np.asarray(masks)).bool()
         if self.do_resize if do_resize is None else do_resize:
             size = size if isinstance(size, SizeDict) else SizeDict(**size)
-            masks = self.resize(masks, size, resample=PILImageResampling.NEAREST)
+            masks = resize_to_nearest(masks, find_new_size(*masks.shape[-2:], size))
         height, width = masks.shape[-2:]
-        return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height]).bool()
+        return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height])
 
     def sizes_of_sentences(self, target_sizes, outputs) -> torch.Tensor:
         """

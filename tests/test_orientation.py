@@ -24,9 +24,10 @@ from transformers import pipeline
 
 import data_scripts
 from data_scripts import reading
+from data_scripts.checking import check
 from data_scripts.exporting import export
 from data_scripts.preview import draw_preview
-from data_scripts.reading import Frame, drop_orientation, image_of, read_frame
+from data_scripts.reading import Frame, drop_orientation, image_of, is_as_stored, read_frame
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor, image_processing_reftr
 from modeling_reftr.drawing_reftr import COLORS
 from modeling_reftr.image_processing_reftr import open_picture, turn_upright
@@ -445,3 +446,14 @@ def test_labels_of_rows_that_tell_another_size_are_scaled(rows, own_processor):
     row = {**row, "width": row["width"] * 2, "height": row["height"] * 2, "objects": objects}
     batch = GroundingCollator(own_processor)([row])
     assert label_agrees(batch["pixel_values"][0], batch["labels"][0])
+
+
+def test_rows_of_every_frame_pass_the_check(rows):
+    report = check(data_scripts.SOURCES["refcoco_unc"], {"train": rows})
+    assert report["errors"] == []
+
+
+def test_sets_that_share_an_image_know_it_in_either_frame(undecoded):
+    for row, case in zip(undecoded, CASES, strict=True):
+        assert is_as_stored(row["image"]) == case.is_stored
+        assert data_scripts.coco_id("of somebody", row["image"]["path"]) == case.number

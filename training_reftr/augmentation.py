@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling_reftr.image_processing_reftr import resize_to_nearest
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 
 
@@ -176,8 +177,8 @@ def crop_and_scale(row: dict, draw: random.Random) -> dict:
         return [(x0 - left) * scale_x, (y0 - top) * scale_y, (x1 - left) * scale_x, (y1 - top) * scale_y]
 
     def move_mask(mask):
-        resized = Image.fromarray(mask.astype(np.uint8)).resize((new_width, new_height), Image.NEAREST, box=area)
-        return np.asarray(resized)
+        cut_out = torch.from_numpy(mask[begin[1] : end[1], begin[0] : end[0]])
+        return resize_to_nearest(cut_out[None], (new_height, new_width))[0].numpy()
 
     picture = row["image"].resize((new_width, new_height), Image.BILINEAR, box=area)
     objects = [move_object(item, move_box, move_mask) for item in row["objects"]]
