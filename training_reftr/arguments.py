@@ -155,7 +155,15 @@ class TrainingArguments:
     )
 
     # evaluation and watching
-    evaluation_batch_size: int = setting(NEITHER, 16, "Images a process and step of evaluation.")
+    evaluation_batching: str = setting(
+        NEITHER,
+        "grouped",
+        "Batches of evaluation, whose padding changes answers: grouped: images with all their sentences; published: "
+        "sentences that follow each other in the annotations; unpadded: images of one resized size.",
+    )
+    evaluation_batch_size: int | None = setting(
+        NEITHER, None, "Images, if published sentences, a process and step of evaluation; none: 16, published 8."
+    )
     evaluate_every: int = setting(LEARNING, 1, "Epochs between evaluations.")
     best_metric: str | None = setting(
         LEARNING, None, "Validation figure that chooses the best; none: mask_mean_iou with masks, else accuracy@0.5."
@@ -192,6 +200,13 @@ class TrainingArguments:
             if getattr(self, name) not in choices:
                 known = ", ".join(repr(choice) for choice in choices if choice is not None)
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}.")
+        if self.evaluation_batch_size is None:
+            self.evaluation_batch_size = 8 if self.evaluation_batching == "published" else 16
+        if self.evaluation_batching != "grouped" and self.size_divisor is not None:
+            raise ValueError(
+                f"evaluation_batching={self.evaluation_batching!r} pads images to the largest of their batch, and "
+                f"size_divisor={self.size_divisor} pads them further: leave one of them out."
+            )
         with_masks = bool(self.model.get("predict_masks"))
         if self.augmentation == "published" and not is_augmented_as_published(
             self.dataset, self.train_split, with_masks
@@ -261,6 +276,7 @@ NOT_NEGATIVE = (
 )
 CHOICES = {
     "augmentation": ("none", "published", "brightness", "strong"),
+    "evaluation_batching": ("grouped", "published", "unpadded"),
     "lr_schedule": ("step", "cosine", "constant"),
     "mixed_precision": (None, "no", "bf16", "fp16"),
 }

@@ -19,12 +19,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
+from data_scripts.building import is_degenerate
+from data_scripts.masks import is_empty
 from modeling_reftr.image_processing_reftr import picture_size
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.pictures import PictureReader, check_frame, read_picture
-from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit
+from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit, evaluation_batches, is_learnable
 
 
 class GroundingDataset(Dataset):
@@ -34,7 +36,7 @@ class GroundingDataset(Dataset):
     Args:
         rows (`datasets.Dataset`, *optional*): see `data_scripts.FEATURES`; absent where visits bring their rows.
         reader (`Callable`): a row whose picture is not decoded -> its picture.
-        prepare (`Callable`, *optional*): of training, a read row and its visit -> the row that is learned from.
+        prepare (`Callable`, *optional*): a read row and its visit -> the row that is learned from, or asked about.
     """
 
     def __init__(self, rows, reader: Callable[[dict], Image.Image], prepare=None):
@@ -62,12 +64,28 @@ class Preparation:
 
     def __call__(self, row: dict, visit: Visit) -> dict:
         """A row with its picture at the model's size, and the visit -> the row that is learned from."""
-        row = take_sentences(row, visit.sentences)
+        row = take_sentences(without_misses(row), visit.sentences)
         if not self.with_masks:
             row["objects"] = [{**item, "segmentation": None} for item in row["objects"]]
         row = fit_to_picture(row, self.image_processor)
         draw = random.Random(f"{self.seed}/{visit.epoch}/{row['sentences'][0]['sentence_id']}")
         return augment(row, self.augmentation, draw)
+
+
+def without_misses(row: dict) -> dict:
+    """Return a row whose sentences have no phrases that cannot be learned, see `sampling.is_learnable`."""
+    if not any(is_degenerate(item["box"]) for item in row["objects"]):
+        return row
+    sentences = [
+        {**sentence, "phrases": [phrase for phrase in sentence["phrases"] if is_learnable(phrase, row["objects"])]}
+        for sentence in row["sentences"]
+    ]
+    return {**row, "sentences": sentences}
+
+
+def prepare_evaluated(row: dict, visit: Visit) -> dict:
+    """Return the row that a visit of an evaluation asks about: all of it, or the visit's sentences."""
+    return take_sentences(row, visit.sentences) if visit.sentences else row
 
 
 def take_sentences(row: dict, places) -> dict:
@@ -123,8 +141,9 @@ class GroundingCollator:
     Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, words, types, object
     id, true box, boxes and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves
     them out, for trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of
-    sentences all of whose phrases have one. `are_resized=True` takes pictures that have the model's size already, and
-    brings boxes and masks to it.
+    sentences all of whose phrases have one with a pixel in it. Beside targets, a sentence with a box without extent,
+    which an evaluation asks for, has labels without boxes. `are_resized=True` takes pictures that have the model's
+    size already, and brings boxes and masks to it.
     """
 
     def __init__(self, processor, with_targets: bool = True, with_masks: bool = False, are_resized: bool = False):
@@ -155,9 +174,10 @@ class GroundingCollator:
                 objects = [row["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]
                 phrases[-1].append(spans)
                 seen = [fitted["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]
-                boxes[-1].append([item["box"] for item in seen])
+                is_asked_only = self.with_targets and any(is_degenerate(item["box"]) for item in seen)
+                boxes[-1].append(None if is_asked_only else [item["box"] for item in seen])
                 encoded = [item["segmentation"] for item in seen]
-                masks[-1].append(None if None in encoded else encoded)
+                masks[-1].append(None if any(mask is None or is_empty(mask) for mask in encoded) else encoded)
                 targets.append(
                     [
                         {
@@ -348,16 +368,26 @@ class TrainingData:
 
 def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
     """
-    This process's share of the images, each with all its sentences. All processes have equally many, so that they run
-    equally many batches: where images do not come out even, some at the start of the set are on two of them.
+    Return this process's batches of an evaluation, cut as `args.evaluation_batching` says (see
+    `sampling.evaluation_batches`). All processes have equally many: where they do not come out even, some at the start
+    are on two of them.
+
+    Raises:
+        ValueError: if rows do not tell their order, or the image processor pads further than the batching means.
     """
-    share = -(-len(rows) // world_size)
-    mine = [Visit(0, (rank + number * world_size) % len(rows), ()) for number in range(share)]
-    size = args.evaluation_batch_size
-    reader = read_picture if args.image_cache is None else PictureReader(processor.image_processor, args.image_cache)
+    image_processor = processor.image_processor
+    if args.evaluation_batching != "grouped" and (image_processor.size_divisor or image_processor.pad_size):
+        raise ValueError(
+            f"evaluation_batching={args.evaluation_batching!r} pads images to the largest of their batch, and the "
+            f"model's image processor pads further (size_divisor={image_processor.size_divisor}, "
+            f"pad_size={image_processor.pad_size}): evaluate as 'grouped', or save the processor without them."
+        )
+    reader = read_picture if args.image_cache is None else PictureReader(image_processor, args.image_cache)
     return SampleLoader(
-        GroundingDataset(rows, reader),
-        batch_sampler=[mine[start : start + size] for start in range(0, len(mine), size)],
+        GroundingDataset(rows, reader, prepare_evaluated),
+        batch_sampler=evaluation_batches(
+            rows, args.evaluation_batching, args.evaluation_batch_size, image_processor, rank, world_size
+        ),
         collate_fn=GroundingCollator(processor, are_resized=args.image_cache is not None),
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),

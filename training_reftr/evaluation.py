@@ -170,9 +170,14 @@ def compare_boxes(pred_box: torch.Tensor, target: dict) -> dict:
         )
     return {
         "pred_box": pred_box.tolist(),
-        "iou": box_iou(pred_box[None], torch.tensor([target["box"]])).item(),
-        "any_box_iou": box_iou(pred_box[None], torch.tensor(target["boxes"])).max().item(),
+        "iou": largest_iou(pred_box, [target["box"]]),
+        "any_box_iou": largest_iou(pred_box, target["boxes"]),
     }
+
+
+def largest_iou(box_xyxy: torch.Tensor, boxes_xyxy: list[list[float]]) -> float:
+    """Return the largest IoU of a box with any of others; with one that has no extent it is 0, as published."""
+    return box_iou(box_xyxy[None], torch.tensor(boxes_xyxy)).nan_to_num(0.0).max().item()
 
 
 def compare_masks(masks, resized_masks, place: int | None, target: dict, processor) -> dict:
@@ -251,7 +256,7 @@ def swapped_expressions(records: list[dict]) -> dict | None:
                 (other for other in others if other["object_id"] != record["object_id"] and other["pred_box"]), None
             )
             if other is not None:
-                ious.append(box_iou(torch.tensor([other["pred_box"]]), torch.tensor([record["box"]])).item())
+                ious.append(largest_iou(torch.tensor(other["pred_box"]), [record["box"]]))
     return grounding_metrics(ious) if ious else None
 
 
@@ -276,5 +281,5 @@ def constant_box(train_rows, records: list[dict], num_phrases: int = 2000, num_c
     best = candidates[hits.argmax()]
     sizes = torch.tensor([record["image_size"][::-1] * 2 for record in records], dtype=torch.float64)
     true_boxes = torch.tensor([record["box"] for record in records], dtype=torch.float64)
-    ious = box_iou(best[None], true_boxes / sizes)[0]
+    ious = box_iou(best[None], true_boxes / sizes)[0].nan_to_num(0.0)
     return {**grounding_metrics(ious.tolist()), "box_xyxy": [round(value, 4) for value in best.tolist()]}

@@ -10,10 +10,13 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 
+from data_scripts.building import is_degenerate
+from data_scripts.masks import is_empty
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
 from training_reftr.pictures import read_picture
 from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
+from training_reftr.sampling import has_positions
 from training_reftr.sizes import image_size_of
 from training_reftr.visualization import draw_samples, validation_pictures
 
@@ -39,6 +42,12 @@ MASK_COLUMNS = {
     "mask_num_phrases": "phrases",
 }
 METRIC_NAMES = {"accuracy@0.5": "boxes, accuracy@0.5", "mask_mean_iou_resized": "masks, mIoU at the resized size"}
+BATCHINGS = {
+    "grouped": "Evaluated in batches of {} images, each with all its expressions; the padding of a batch changes "
+    "answers a little.",
+    "published": "Evaluated in the published batches, of {} expressions that follow each other in the annotations.",
+    "unpadded": "Evaluated in batches of at most {} images of one resized size: no image is padded.",
+}
 EXAMPLE_SIDE = 640  # pixels
 CONTROLS = {"constant_box": "best constant box", "swapped_expressions": "expressions swapped"}
 
@@ -88,6 +97,8 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
         "dataset": args.dataset,
         "image_size": image_size_of(processor.image_processor),
         "two_step_masks": args.two_step_masks,
+        "evaluation_batching": args.evaluation_batching,
+        "evaluation_batch_size": args.evaluation_batch_size,
         "splits": {},
     }
     if accelerator.is_main_process:
@@ -96,7 +107,7 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
     training_rows = find_training_rows(rows, args)
     for name, split in splits.items():
         records = evaluate(model, processor, split, args, accelerator, name)
-        boxes = {"integer_boxes": has_integer_boxes(name, args)}
+        boxes = {"integer_boxes": has_integer_boxes(name, args)} | count_targets(split, records)
         metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, args)
         if args.visualize:
             folder = output_dir / "visualizations" / name
@@ -136,6 +147,27 @@ def has_integer_boxes(split: str, args) -> bool:
     if "/" in split:  # of joined sets, which have flags each
         flags = flags.get(set_and_split(args.dataset, split)[0], {})
     return bool(flags.get("integer_boxes", False))
+
+
+def count_targets(rows: datasets.Dataset, records: list[dict]) -> dict[str, int | None]:
+    """
+    Count what is said of a split's targets beside its metrics.
+
+    Returns:
+        `dict`: `num_left_out`, expressions that the annotations have and the rows do not, as far as `positions` tell
+        (None: not at all); `num_without_extent` and `num_empty_masks`, phrases that nothing can hit and that count as
+        misses; with masks `num_without_mask`, phrases whose mask is not known and does not count.
+    """
+    positions = [position for row in rows["positions"] for position in row or ()] if has_positions(rows) else []
+    counts = {
+        "num_left_out": max(positions) + 1 - len(positions) if positions else None,
+        "num_without_extent": sum(is_degenerate(record["box"]) for record in records),
+    }
+    if any("pred_segmentation" in record for record in records):
+        masks = [record["segmentation"] for record in records]
+        counts["num_empty_masks"] = sum(mask is not None and is_empty(mask) for mask in masks)
+        counts["num_without_mask"] = masks.count(None)
+    return counts
 
 
 def find_training_rows(rows: dict, args) -> datasets.Dataset | None:
@@ -201,6 +233,8 @@ def format_results(metrics: dict, heading: str) -> list[str]:
             "The pictures of these sets are from COCO's train2014: where weights come from a detector trained on COCO "
             "(DETR is one), it has seen the held-out pictures, though not what is said about them.",
         ]
+    if "evaluation_batching" in metrics:
+        lines += ["", BATCHINGS[metrics["evaluation_batching"]].format(metrics["evaluation_batch_size"])]
     lines += format_comparison(metrics, heading)
     for name, values in metrics["splits"].items():
         lines += ["", f"{heading} {name}"]
@@ -211,6 +245,7 @@ def format_results(metrics: dict, heading: str) -> list[str]:
             "cut to whole pixels, as published" if values["integer_boxes"] else "as annotated, not cut to whole pixels"
         )
         lines += ["", f"Boxes, against the true ones {cut}:", "", *format_columns(with_controls, BOX_COLUMNS)]
+        lines += format_targets(values)
         if missing:
             lines += ["", f"Not there, because there was nothing to make it of: {', '.join(missing)}."]
         if "any_box_recall@1" in values:
@@ -224,6 +259,26 @@ def format_results(metrics: dict, heading: str) -> list[str]:
         if "mask_mean_iou" in values:
             lines += ["", "Masks:", "", *format_columns(entries, MASK_COLUMNS)]
     return lines
+
+
+def format_targets(values: dict) -> list[str]:
+    """Return sentences on the targets of a split that count as misses, and on those that do not count."""
+    sentences = []
+    if count := values.get("num_left_out"):
+        sentences.append(
+            f"Left out: {count} expressions of the annotations, which have no text, box or image to evaluate. "
+            + ("" if values["integer_boxes"] else "The published evaluation counts objects whose box has no extent.")
+        )
+    if count := values.get("num_without_extent"):
+        sentences.append(f"{count} phrases whose box has no extent count as misses, as published.")
+    if count := values.get("num_empty_masks"):
+        sentences.append(f"{count} phrases whose mask has no pixel count with a mask IoU of 0, as published.")
+    if count := values.get("num_without_mask"):
+        sentences.append(
+            f"{count} phrases have no mask and are left out of the mask metrics; the published evaluation counts a "
+            "mask without a pixel as an IoU of 0, and so does a dataset built with integer_boxes."
+        )
+    return [line for sentence in sentences for line in ("", sentence.strip())]
 
 
 def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[str]:
@@ -250,6 +305,12 @@ def format_comparison(metrics: dict, heading: str) -> list[str]:
     if not lines:
         return []
     head = ["| split | metric | this model | published | published model | source |", "|---|---|---:|---:|---|---|"]
+    if metrics.get("evaluation_batching", "published") != "published":
+        lines += [
+            "",
+            "Published figures are of images padded as --evaluation_batching published pads them: padding changes "
+            "answers.",
+        ]
     if not all(values["integer_boxes"] for values in metrics["splits"].values()):
         lines += [
             "",

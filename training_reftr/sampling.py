@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_scripts.building import is_degenerate
+from modeling_reftr.image_processing_reftr import resized_size
 from training_reftr.fingerprint import Fingerprint, annotations, fingerprint_of
 
 
@@ -108,6 +111,49 @@ def deal(sizes: list[int], rank: int, world_size: int) -> list[int]:
     return sorted(rounds[:, rank].tolist())
 
 
+def is_learnable(phrase: dict, objects: list[dict]) -> bool:
+    """
+    Return whether a phrase can be trained on: its object's box has an extent. Evaluation counts the others as misses.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.sampling import is_learnable
+
+    >>> objects = [{"box": [3.0, 4.0, 3.0, 9.0]}, {"box": [3.0, 4.0, 8.0, 9.0]}]
+    >>> [is_learnable({"objects": [index]}, objects) for index in (0, 1)]
+    [False, True]
+
+    ```"""
+    return not (phrase["objects"] and is_degenerate(objects[phrase["objects"][0]]["box"]))
+
+
+def learnable_places(row: dict) -> list[int]:
+    """Return the places of a row's sentences that have something to train on, see `is_learnable`."""
+    return [
+        place
+        for place, sentence in enumerate(row["sentences"])
+        if not sentence["phrases"] or any(is_learnable(phrase, row["objects"]) for phrase in sentence["phrases"])
+    ]
+
+
+def learnable_sentences(table: pa.Table) -> list[np.ndarray]:
+    """Return `learnable_places` of each row of a table with the columns objects and sentences."""
+    counts = pc.list_value_length(table["sentences"]).to_numpy()
+    places = [np.arange(count) for count in counts]
+    first = 0
+    for objects in table["objects"].chunks if "objects" in table.column_names else ():
+        boxes = objects.flatten().field("box").flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+        is_miss = (boxes[:, 0] == boxes[:, 2]) | (boxes[:, 1] == boxes[:, 3])
+        if is_miss.any():  # seldom: rows become Python objects
+            row_of_object = np.repeat(np.arange(len(objects)), pc.list_value_length(objects).to_numpy())
+            for index in np.unique(row_of_object[is_miss]).tolist():
+                row = {"objects": objects[index].as_py(), "sentences": table["sentences"][first + index].as_py()}
+                places[first + index] = np.array(learnable_places(row), dtype=int)
+        first += len(objects)
+    return places
+
+
 class BuiltOrder:
     """
     The visits of rows that are built.
@@ -127,14 +173,22 @@ class BuiltOrder:
         self.limit = limit
         self.seed = seed
         self.by_shape = by_shape
-        counts, lengths, shapes = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0, int)]
-        columns = rows.select_columns(["width", "height", "sentences"]).with_format("arrow")
+        none = np.zeros(0, int)
+        counts, places, lengths, shapes = [none], [none], [none], [none]
+        names = [name for name in ("width", "height", "objects", "sentences") if name in rows.column_names]
+        columns = rows.select_columns(names).with_format("arrow")
         for table in columns.iter(10_000):
             sentences = table["sentences"].combine_chunks()
-            counts.append(pc.list_value_length(sentences).to_numpy(zero_copy_only=False).astype(int))
-            lengths.append(pc.utf8_length(sentences.flatten().field("text")).to_numpy(zero_copy_only=False))
+            taken = learnable_sentences(table)
+            counts.append(np.array([len(row) for row in taken], dtype=int))
+            places.append(np.concatenate([none, *taken]))
+            sizes = pc.list_value_length(sentences).to_numpy(zero_copy_only=False)
+            firsts = np.repeat(np.cumsum(sizes) - sizes, counts[-1])
+            text_lengths = pc.utf8_length(sentences.flatten().field("text")).to_numpy(zero_copy_only=False)
+            lengths.append(text_lengths[firsts + places[-1]])
             shapes.append(shape_class(table["width"].to_numpy(), table["height"].to_numpy()))
         self.counts = np.concatenate(counts)
+        self.places = np.concatenate(places)  # of each sentence that is learned from, in its row
         self.lengths = np.concatenate(lengths)
         self.shapes = np.concatenate(shapes)
 
@@ -154,8 +208,7 @@ class BuiltOrder:
         row_of_sentence = np.repeat(np.arange(len(self.counts)), self.counts)
         # the sentences of each row in an order of their own, row by row
         drawn = np.lexsort((draw.random(len(row_of_sentence)), row_of_sentence))
-        firsts = np.cumsum(self.counts) - self.counts
-        places = drawn - firsts[row_of_sentence]
+        places = self.places[drawn]
 
         visits_of_row = -(-self.counts // self.limit)
         rows = np.repeat(np.arange(len(self.counts)), visits_of_row)
@@ -190,7 +243,7 @@ class StreamedOrder:
         """Visits of an epoch and fingerprint of the rows, by reading the stream once."""
         num_visits, fingerprint = 0, Fingerprint()
         for table in annotations(self.rows):
-            counts = pc.list_value_length(table["sentences"]).to_numpy()
+            counts = np.array([len(places) for places in learnable_sentences(table)], dtype=int)
             num_visits += int((-(-counts // self.limit)).sum())
             fingerprint.add(table)
         return num_visits, fingerprint
@@ -217,7 +270,8 @@ class StreamedOrder:
     def cut(self, rows: Iterable[dict], epoch: int, draw: np.random.Generator) -> Iterator[Visit]:
         """The visits of each row, in the rows' order."""
         for index, row in enumerate(rows):
-            places = draw.permutation(len(row["sentences"]))
+            places = learnable_places(row)
+            places = np.array(places, dtype=int)[draw.permutation(len(places))]
             if len(places):
                 for part in np.array_split(places, -(-len(places) // self.limit)):
                     yield Visit(epoch, index, tuple(part.tolist()), row)
@@ -290,3 +344,111 @@ class EpochSampler:
 def num_seen(progress: Iterable[tuple[int, int]]) -> int:
     """Visits of some batches of some sizes: each run cut its batches from where the one before it ended."""
     return sum(global_batch_size * num_batches for global_batch_size, num_batches in progress)
+
+
+def evaluation_batches(
+    rows: datasets.Dataset, batching: str, batch_size: int, image_processor, rank: int, world_size: int
+) -> list[list[Visit]]:
+    """
+    Return a process's batches of an evaluation. All processes have equally many: where they do not come out even, some
+    at the start are on two of them.
+
+    Args:
+        rows (`datasets.Dataset`): see `data_scripts.FEATURES`; no image of them is read.
+        batching (`str`):
+            "grouped": `batch_size` images, each with all its sentences, in the rows' order. "unpadded": the same of
+            images that are resized to one size, so that none is padded. "published": `batch_size` sentences that
+            follow each other in the annotations, their images padded to the largest; the batches are the same on any
+            number of processes.
+        batch_size (`int`): images, or with "published" sentences, of a batch.
+        image_processor ([`RefTRImageProcessor`]): what resizes.
+        rank, world_size (`int`): this process, and how many there are.
+
+    Raises:
+        ValueError: see `source_order`.
+    """
+    if batching == "grouped":
+        share = -(-len(rows) // world_size)
+        mine = [Visit(0, (rank + number * world_size) % len(rows), ()) for number in range(share)]
+        return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    if batching == "published":
+        batches = published_batches(source_order(rows), batch_size)
+    else:
+        batches = unpadded_batches(rows, batch_size, image_processor)
+    share = -(-len(batches) // world_size)
+    return [batches[(rank + number * world_size) % len(batches)] for number in range(share)]
+
+
+def has_positions(rows: datasets.Dataset) -> bool:
+    """Return whether rows have the column of positions, which exports of earlier versions lack."""
+    return "positions" in rows.column_names
+
+
+def source_order(rows: datasets.Dataset) -> list[tuple[int, int, int]]:
+    """
+    Return (position in the annotations, row, place in the row) of every sentence that asks for something, by position.
+
+    Raises:
+        ValueError: if the rows do not tell, or two sentences are at one position.
+    """
+    if not has_positions(rows):
+        raise ValueError(
+            "The rows have no column 'positions', the order of their annotations, which the published batches follow: "
+            "build or export the dataset again, or choose another evaluation_batching."
+        )
+    order, num_sentences, with_positions = [], 0, set()
+    for index, row in enumerate(rows.select_columns(["sentences", "positions"])):
+        positions = row["positions"] or None
+        with_positions |= {positions is not None} if row["sentences"] else set()
+        if positions is None:
+            positions = range(num_sentences, num_sentences + len(row["sentences"]))
+        if len(positions) != len(row["sentences"]):
+            raise ValueError(f"Row {index} has {len(positions)} positions for {len(row['sentences'])} sentences.")
+        asked = [place for place, sentence in enumerate(row["sentences"]) if sentence["phrases"]]
+        order += [(positions[place], index, place) for place in asked]
+        num_sentences += len(row["sentences"])
+    order.sort()
+    if len(with_positions) > 1 or len({position for position, *_ in order}) < len(order):
+        raise ValueError(
+            "Rows of several splits or datasets have no common order of annotations, which the published batches "
+            "follow: evaluate the splits one by one, or choose another evaluation_batching."
+        )
+    return order
+
+
+def published_batches(order: list[tuple[int, int, int]], batch_size: int) -> list[list[Visit]]:
+    """
+    Cut `source_order` into batches of sentences that follow each other in the annotations. An image that comes several
+    times in a batch is visited once, with these sentences; what is not in the rows leaves a batch smaller.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.sampling import published_batches
+
+    >>> batches = published_batches([(0, 7, 0), (1, 4, 0), (2, 7, 2), (5, 7, 1)], batch_size=4)
+    >>> [[(visit.index, visit.sentences) for visit in batch] for batch in batches]
+    [[(7, (0, 2)), (4, (0,))], [(7, (1,))]]
+
+    ```"""
+    batches = {}
+    for position, index, place in order:
+        batches.setdefault(position // batch_size, {}).setdefault(index, []).append(place)
+    return [[Visit(0, index, tuple(places)) for index, places in batch.items()] for batch in batches.values()]
+
+
+def unpadded_batches(rows: datasets.Dataset, batch_size: int, image_processor) -> list[list[Visit]]:
+    """Return batches of images that the image processor resizes to one size, each with all its sentences."""
+    size = image_processor.size
+    by_size = {}
+    for index, (width, height) in enumerate(zip(rows["width"], rows["height"], strict=True)):
+        if image_processor.do_resize and size["shortest_edge"]:
+            height, width = resized_size(height, width, size["shortest_edge"], size["longest_edge"])
+        elif image_processor.do_resize:
+            height, width = size["height"], size["width"]
+        by_size.setdefault((height, width), []).append(Visit(0, index, ()))
+    return [
+        visits[start : start + batch_size]
+        for visits in by_size.values()
+        for start in range(0, len(visits), batch_size)
+    ]
