@@ -68,7 +68,8 @@ def run_build(args):
 
 def run_check(args):
     """`check`: everything that can be wrong with rows and pictures; errors make the exit code 1."""
-    report = check(args.source, load_splits(args), args.num_proc, args.mask_tolerance)
+    keeps_misses = bool(args.flags.get("integer_boxes"))
+    report = check(args.source, load_splits(args), args.num_proc, args.mask_tolerance, keeps_misses)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     write(format_counts(args.source, report["splits"]))

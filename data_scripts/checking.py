@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from .building import Source, merge_boxes
+from .building import Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
 from .reading import check_decodes, picture_size, read_frame
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
@@ -24,6 +24,9 @@ PART_SIZE = 64
 # and so do boxes that are cut to them
 MASK_TOLERANCE = 2.0
 BOX_TOLERANCE = 0.01
+MISS = "miss"
+NO_PIXEL = "no pixel belongs to it"
+WHY_MISS = "it cannot be learned, and counts as a miss in an evaluation, as published"
 
 
 class Finding(NamedTuple):
@@ -61,10 +64,14 @@ def find_picture_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
     return []
 
 
-def find_box_faults(row: dict) -> list[tuple[str, str]]:
+def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, str]]:
     """(kind, sentence) where a box is none, passes the picture's edge, or is not the union of the object's boxes."""
     faults, width, height = [], row["width"], row["height"]
     for item in row["objects"]:
+        if is_miss(item["box"], width, height):
+            message = f"object {item['object_id']!r}: {item['box']} has no extent: {WHY_MISS}"
+            faults.append((MISS if keeps_misses else "box", message))
+            continue
         bad = [box for box in (item["box"], *item["boxes"]) if not is_box_within(box, width, height)]
         for box in bad[:1]:
             faults.append(("box", f"object {item['object_id']!r}: {box} is no box in a picture of {width} x {height}"))
@@ -83,22 +90,33 @@ def is_box_within(box_xyxy, width: int, height: int) -> bool:
     return 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
 
 
+def is_miss(box_xyxy, width: int, height: int) -> bool:
+    """Return whether this is a box inside its image that has no extent, which can be neither learned nor hit."""
+    if len(box_xyxy) != 4 or not all(map(math.isfinite, box_xyxy)):
+        return False
+    x0, y0, x1, y1 = box_xyxy
+    return is_degenerate(box_xyxy) and 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height
+
+
 def are_close(first_xyxy, second_xyxy, tolerance: float) -> bool:
     """Whether no side of two boxes is further apart than that."""
     return all(abs(a - b) <= tolerance for a, b in zip(first_xyxy, second_xyxy, strict=True))
 
 
-def find_mask_faults(row: dict, tolerance: float) -> list[tuple[str, str]]:
+def find_mask_faults(row: dict, tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
     """(kind, sentence) where a mask has another size than the picture, is none, or disagrees with its box."""
     faults, size = [], [row["height"], row["width"]]
     for item in row["objects"]:
-        if item["segmentation"] is None:
+        if item["segmentation"] is None or is_miss(item["box"], row["width"], row["height"]):
             continue
         if list(item["segmentation"]["size"]) != size:
             fault = f"its size is {item['segmentation']['size']}, the picture's {size} (height, width)"
         else:
             fault = find_mask_fault(item["segmentation"]["counts"], size, item["box"], tolerance)
-        if fault:
+        if fault == NO_PIXEL:
+            message = f"mask of object {item['object_id']!r}: {fault}: {WHY_MISS}"
+            faults.append((MISS if keeps_misses else "mask", message))
+        elif fault:
             faults.append(("mask", f"mask of object {item['object_id']!r}: {fault}"))
     return faults
 
@@ -110,7 +128,7 @@ def find_mask_fault(counts: str, size: list[int], box_xyxy, tolerance: float) ->
     except ValueError as error:
         return str(error)
     if not sum(lengths[1::2]):
-        return "no pixel belongs to it"
+        return NO_PIXEL
     found = box_of({"size": size, "counts": counts})
     if len(box_xyxy) == 4 and not are_close(found, box_xyxy, tolerance):
         box = [round(value, 1) for value in box_xyxy]
@@ -139,7 +157,7 @@ def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
     return faults
 
 
-def find_row_faults(row: dict, mask_tolerance: float) -> list[tuple[str, str]]:
+def find_row_faults(row: dict, mask_tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
     """(kind, sentence) of everything that is wrong with a row and its picture."""
     faults = find_picture_faults(row, decode=True)
     if not faults:
@@ -147,7 +165,8 @@ def find_row_faults(row: dict, mask_tolerance: float) -> list[tuple[str, str]]:
         found = read_frame(picture_of(row), annotated_size=size).size
         if found != size:
             faults.append(("picture", f"the picture has {found[0]} x {found[1]} pixels, the row says {size}"))
-    return faults + find_box_faults(row) + find_mask_faults(row, mask_tolerance) + find_sentence_faults(row)
+    faults += find_box_faults(row, keeps_misses) + find_mask_faults(row, mask_tolerance, keeps_misses)
+    return faults + find_sentence_faults(row)
 
 
 def find_faults_of_part(find, rows: datasets.Dataset) -> tuple[int, list[tuple[str, str, str]]]:
@@ -244,6 +263,7 @@ def check(
     splits: dict[str, datasets.Dataset],
     num_proc: int | None = None,
     mask_tolerance: float = MASK_TOLERANCE,
+    keeps_misses: bool = False,
 ) -> dict:
     """
     Check every row and picture of a set.
@@ -254,13 +274,20 @@ def check(
         num_proc (`int`, *optional*): processes, one by default.
         mask_tolerance (`float`, *optional*, defaults to 2.0):
             Pixels by which a mask's bounding box may differ from its box on each side.
+        keeps_misses (`bool`, *optional*, defaults to `False`):
+            Whether boxes without extent and masks without a pixel are meant to be there, as `integer_boxes` keeps
+            them: they are warnings then, else errors.
 
     Returns:
         `dict`: `name`; `splits`, split -> counts and `published` counts; `errors` and `warnings`, each a list of
         `{kind, split, image_id, message}`.
     """
-    errors = find_faults(splits, partial(find_row_faults, mask_tolerance=mask_tolerance), num_proc, "checking")
+    find = partial(find_row_faults, mask_tolerance=mask_tolerance, keeps_misses=keeps_misses)
+    errors = find_faults(splits, find, num_proc, "checking")
     repeated, warnings = find_repeated_ids(splits)
+    if keeps_misses:
+        warnings += [finding for finding in errors if finding.kind == MISS]
+        errors = [finding for finding in errors if finding.kind != MISS]
     warnings += find_silent_sentences(splits)
     report = {}
     for split, rows in splits.items():

@@ -11,7 +11,11 @@ from torchvision.ops import box_convert, box_iou
 
 import data_scripts
 import train_reftr
+from data_scripts.__main__ import main as data_main
+from data_scripts.checking import find_box_faults
 from data_scripts.exporting import export
+from data_scripts.preview import draw_preview
+from data_scripts.reports import format_statistics
 from layout_reftr_index import rectangle, save
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.image_processing_reftr import resized_size
@@ -272,6 +276,25 @@ def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batc
         for mine in batches:
             for batch in mine:
                 assert len({resized(rows[visit.index]) for visit in batch}) == 1
+
+
+def test_check_says_why_a_miss_is_there(index, capsys, tmp_path):
+    words = ["check", "reftr_refcoco_unc", "--data_dir", str(index[0]), "--cache_dir", str(tmp_path / "cache")]
+    assert data_main([*words, "--integer_boxes"]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: miss: 2\n" in printed
+    for why in ("[5.0, 6.0, 5.0, 9.0] has no extent", "no pixel belongs to it"):
+        assert f"{why}: it cannot be learned, and counts as a miss in an evaluation, as published" in printed
+    # where nothing asks for it, it is an error
+    (row,) = [row for row in rows_of(index) if any(item["box"] == [5, 6, 5, 9] for item in row["objects"])]
+    assert [kind for kind, message in find_box_faults(row) if "no extent" in message] == ["box"]
+
+
+def test_misses_are_drawn_counted_and_exported(index, tmp_path):
+    """What else reads the rows takes them as they are: statistics, previews."""
+    rows = rows_of(index)
+    assert "val" in format_statistics({"val": rows})
+    assert draw_preview(rows, 12, 0).width > 64
 
 
 # training
