@@ -10,7 +10,7 @@ import yaml
 
 from . import SOURCES, load
 from .building import flags_of, listing
-from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings
+from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings, judge_rows
 from .exporting import check_output, export, push
 from .preview import check_name, draw_preview
 from .reports import count_split, describe_source, format_counts, format_statistics, list_sources
@@ -60,6 +60,8 @@ def run_build(args):
     splits = load_splits(args)
     broken = find_broken_pictures(splits, args.verify, args.num_proc)
     write(format_counts(args.source, {split: count_split(rows) for split, rows in splits.items()}))
+    if judgement := judge_rows(splits):
+        write(f"warning: {judgement.message}.")
     if broken:
         names = listing([f"{item.split}: {item.message}" for item in broken])
         raise OSError(f"{len(broken)} pictures of {args.name!r} cannot be read:{names}")

@@ -203,6 +203,10 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(changed.items()))
             logger.warning(f"{self.config.name} {split}: {reasons}.")
 
+    def report_suspected(self, message: str):
+        """Log what all boxes of the dataset look like, where it is not what they are said to be."""
+        logger.warning(f"{self.config.name}: {message}.")
+
     def report_dropped(self, split: str, dropped: Counter):
         """Say once what was left out of a split, and why: reason -> number."""
         if dropped:

@@ -8,10 +8,12 @@ from functools import partial
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from .box_conventions import Judgement, judge_boxes
 from .building import Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
 from .reading import check_decodes, picture_size, read_frame
@@ -297,12 +299,43 @@ def check(
             if published[name] is not None and published[name] != counts[name]:
                 message = f"{counts[name]:,} {name}, published are {published[name]:,}"
                 warnings.append(Finding("count", split, None, message))
+    judgement = judge_rows(splits)
+    if judgement is not None:
+        finding = Finding("convention", ", ".join(splits), None, judgement.message)
+        (errors if judgement.is_certain else warnings).append(finding)
     return {
         "name": source.name,
         "splits": report,
         "errors": [finding._asdict() for finding in errors + repeated],
         "warnings": [finding._asdict() for finding in warnings],
     }
+
+
+def judge_rows(splits: dict[str, datasets.Dataset]) -> Judgement | None:
+    """
+    Return what the boxes of all rows look like, taken together, if they are not what the schema says: xyxy in pixels.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`): split -> rows; none is decoded.
+    """
+    boxes, sizes = [np.zeros((0, 4))], [np.zeros((0, 2))]
+    for rows in splits.values():
+        for table in rows.select_columns(["width", "height", "objects"]).with_format("arrow").iter(10_000):
+            found, counts = boxes_of_images(table["objects"].combine_chunks())
+            boxes.append(found)
+            sizes.append(
+                np.stack((table["width"].to_numpy(), table["height"].to_numpy()), axis=1).repeat(counts, axis=0)
+            )
+    return judge_boxes(np.concatenate(boxes), np.concatenate(sizes))
+
+
+def boxes_of_images(objects: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes_xyxy (N, 4) in a column of objects, malformed ones left out, and how many each image has."""
+    boxes = pc.struct_field(pc.list_flatten(objects), "box")
+    image = pc.list_parent_indices(objects).to_numpy(zero_copy_only=False)
+    is_box = pc.equal(pc.list_value_length(boxes), 4).to_numpy(zero_copy_only=False).astype(bool)
+    values = pc.list_flatten(boxes.filter(pa.array(is_box))).to_numpy(zero_copy_only=False)
+    return values.reshape(-1, 4), np.bincount(image[is_box], minlength=len(objects))
 
 
 def format_findings(findings: list[dict], title: str, limit: int) -> str:

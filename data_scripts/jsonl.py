@@ -14,8 +14,10 @@ A line, here on several:
                       "phrases": [{"text": "a car", "box": [10, 20, 110, 90]},
                                   {"start": 11, "end": 17, "boxes": [[200, 5, 260, 190]]}]}]}
 
-- `box` (or `boxes`, all that the words mean; then their union is the answer): pixels of the picture as one looks at
-  it, right and bottom exclusive; `"box_format": "xywh"` in the line, or as a flag, where they are x, y, width, height.
+- `box` (or `boxes`, all that the words mean; then their union is the answer): left, top, right and bottom, the last
+  two exclusive, in pixels of the image as one looks at it. `box_format`, in the line or as a flag, says what else they
+  are: "xywh" or "cxcywh" (center, width, height), and "xyxy_fraction", "xywh_thousand" and so on where numbers are
+  0..1 or 0..1000 of the image's width and height. All boxes together are compared with what is said of them.
 - a mask, if there is one: `polygon` (lists of x, y, x, y, ...), `segmentation` (such polygons, or COCO's run-length
   encoding, compressed or not, at the picture's size) or `mask` (a picture file of one channel and the picture's size,
   0 where the object is not). With a mask, `box` may be absent: it is the mask's.
@@ -38,6 +40,14 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from .box_conventions import (
+    LIMITS,
+    UNIT_RANGES,
+    Judgement,
+    judge_boxes,
+    parse_box_format,
+    to_boxes_xyxy,
+)
 from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
 from .masks import box_of, encode_array, encode_counts, to_segmentation
 from .reading import image_of, is_inside, is_number, picture_size, read_frame
@@ -65,7 +75,8 @@ class JsonLinesConfig(datasets.BuilderConfig):
             place of the .jsonl files of `data_dir`; in `data_dir` or absolute. The library's `data_files` is the same.
         image_dir (`str`, *optional*): folder that the paths of pictures and masks are relative to, in `data_dir` or
             absolute; absent: that of the .jsonl file.
-        box_format (`str`): "xyxy" or "xywh", of lines that do not say it.
+        box_format (`str`): of lines that do not say it, see `box_conventions`: "xyxy", "xywh" or "cxcywh" in pixels,
+            or with "_fraction" (0..1) or "_thousand" (0..1000) of the image's width and height.
         drop_bad_lines (`bool`): leave out bad lines and count them; else they are an error.
         allow_outside_paths (`bool`): allow absolute paths and `..` in the files. Addresses are never fetched.
     """
@@ -101,8 +112,7 @@ class JsonLines(GroundingBuilder):
         return sorted(data_dir.glob("*.jsonl"))
 
     def _split_generators(self, dl_manager):
-        if self.config.box_format not in BOX_FORMATS:
-            raise ValueError(f"box_format={self.config.box_format!r} must be one of {', '.join(BOX_FORMATS)}.")
+        parse_box_format(self.config.box_format)
         if not self.split_files:
             if self.config.data_dir is None:
                 raise ValueError(f"Say where the files are: data_dir=... or path=... . {DISTRIBUTION}")
@@ -110,7 +120,7 @@ class JsonLines(GroundingBuilder):
         missing = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
         if missing:
             raise OSError(f"There is no file {', '.join(missing)}. {DISTRIBUTION}")
-        good, bad, pictures = {}, [], {}
+        good, bad, pictures, written = {}, [], {}, []
         for split, files in self.split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
                 raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
@@ -125,12 +135,18 @@ class JsonLines(GroundingBuilder):
                     need(earlier == place, "image", value["image"], f"another picture than in {earlier}")
                     pictures[picture] = None
                     if picture.is_file():
-                        self._row(path, value, Counter())
+                        self._row(path, value, Counter(), written)
                     good[split].append((str(path), number, offset))
                 except (OSError, ValueError) as error:
                     bad.append(f"{path}, line {number}: {error}")
+        suspected = judge_written_boxes(written)
         if bad and not self.config.drop_bad_lines:
-            raise ValueError(f"{len(bad)} bad lines (drop_bad_lines leaves them out):{listing(bad)}")
+            hint = "".join(f"\n{judgement.message}." for judgement in suspected)
+            raise ValueError(f"{len(bad)} bad lines (drop_bad_lines leaves them out):{listing(bad)}{hint}")
+        for judgement in suspected:
+            if judgement.is_certain:
+                raise ValueError(f"{judgement.message}.")
+            self.report_suspected(judgement.message)
         if bad:
             self.report_dropped("files", Counter({"bad lines": len(bad)}))
         self.need_pictures(pictures, DISTRIBUTION)
@@ -159,22 +175,27 @@ class JsonLines(GroundingBuilder):
         need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
         return (folder_of_images(self.config.data_dir, self.config.image_dir) or path.parent) / name
 
-    def _row(self, path: Path, value: dict, changed: Counter) -> dict:
-        """The row of a parsed line of a file; raises a ValueError or OSError where it is bad."""
+    def _row(self, path: Path, value: dict, changed: Counter, written: list | None = None) -> dict:
+        """
+        Return the row of a parsed line of a file; raises a ValueError or OSError where it is bad. Its boxes, bad ones
+        too, are added to `written` as (box format, box, size of the image).
+        """
         picture = self._picture(path, value)
         size = annotated_size(value)
         frame = read_frame(picture, size)
         width, height = frame.size
         need(size in (None, (width, height)), "width, height", size, f"the picture's {(width, height)}")
         box_format = value.get("box_format", self.config.box_format)
-        need(box_format in BOX_FORMATS, "box_format", box_format, f"one of {', '.join(BOX_FORMATS)}")
+        parse_box_format(box_format)
+        if written is not None:
+            written += ((box_format, box, (width, height)) for box in boxes_in(value))
         image_id, objects, sentences = image_id_of(value), {}, []
         for index, expression in enumerate(value["expressions"]):
             field = f"expressions[{index}]"
             text, spans = read_expression(expression, field)
             phrases = []
             for start, end, target, where in spans:
-                boxes = read_boxes(target, where, box_format)
+                boxes = read_boxes(target, where, box_format, width, height)
                 mask = self._mask(path, target, where, height, width)
                 kept = clip_boxes(boxes or [box_of(mask)], width, height, Counter(), changed)
                 inside = len(kept) == max(1, len(boxes))
@@ -207,7 +228,12 @@ class JsonLines(GroundingBuilder):
         return segmentation
 
 
-BOX_FORMATS = ("xyxy", "xywh")
+# what the four numbers of a box are, by layout
+NUMBERS = {
+    "xyxy": "[left, top, right, bottom]",
+    "xywh": "[left, top, width, height]",
+    "cxcywh": "[center x, center y, width, height]",
+}
 
 
 def need(condition, field: str, value, expected: str):
@@ -345,12 +371,45 @@ def find_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
     return start, end
 
 
-def read_boxes(target: dict, field: str, box_format: str) -> list[list[float]]:
+def boxes_in(value: dict) -> list[list]:
+    """Return the boxes of a parsed line that are four numbers, as they are written, whatever else is wrong with it."""
+    found = []
+    for expression in filter(is_dict, value["expressions"]):
+        phrases = expression.get("phrases")
+        for target in (expression, *filter(is_dict, phrases if isinstance(phrases, list) else ())):
+            boxes = target.get("boxes")
+            found += [target.get("box"), *(boxes if isinstance(boxes, list) else ())]
+    return [box for box in found if is_four_numbers(box)]
+
+
+def is_dict(value) -> bool:
+    """Whether it is a JSON object."""
+    return isinstance(value, dict)
+
+
+def is_four_numbers(box) -> bool:
+    """Whether it is a list of four numbers that have a place in an image."""
+    return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
+
+
+def judge_written_boxes(written: list[tuple[str, list, tuple[int, int]]]) -> list[Judgement]:
+    """Return what is to be said of all boxes of a box format together, for each that is used; see `judge_boxes`."""
+    by_format = {}
+    for box_format, box, size in written:
+        boxes, sizes = by_format.setdefault(box_format, ([], []))
+        boxes.append(box)
+        sizes.append(size)
+    found = (judge_boxes(boxes, sizes, box_format) for box_format, (boxes, sizes) in by_format.items())
+    return [judgement for judgement in found if judgement is not None]
+
+
+def read_boxes(target: dict, field: str, box_format: str, width: int, height: int) -> list[list[float]]:
     """
-    The boxes of a target as xyxy; none where it has a mask instead. Checks its category and types too.
+    Return the boxes of a target as xyxy in pixels of an image of (width, height); none where it has a mask instead.
+    Checks its category and types too.
 
     Raises:
-        ValueError: where a box is not four finite numbers, or has no extent.
+        ValueError: where a box is not four finite numbers of the box format, or has no extent.
     """
     category, types = target.get("category"), target.get("types", [])
     need(category is None or isinstance(category, str), f"{field}.category", category, "text")
@@ -364,15 +423,16 @@ def read_boxes(target: dict, field: str, box_format: str) -> list[list[float]]:
         boxes, name = [target["box"]] if "box" in target else [], "box"
     if not boxes and not any(mask in target for mask in MASK_FIELDS):
         raise ValueError(f"{field} has no field 'box'; expected one, or 'boxes', or a mask.")
-    figures = "[left, top, right, bottom]" if box_format == "xyxy" else "[left, top, width, height]"
+    layout, unit = parse_box_format(box_format)
+    limit = LIMITS.get(unit)
     boxes_xyxy = []
     for box in boxes:
-        four = isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
-        need(four, f"{field}.{name}", box, f"{figures}, four numbers")
-        x0, y0, x1, y1 = (float(value) for value in box)
-        if box_format == "xywh":
-            x1, y1 = x0 + x1, y0 + y1
-        need(x0 < x1 and y0 < y1, f"{field}.{name}", box, f"{figures} of some extent (box_format is {box_format!r})")
+        need(is_four_numbers(box), f"{field}.{name}", box, f"{NUMBERS[layout]}, four numbers")
+        in_unit = limit is None or max(map(abs, box)) <= limit
+        need(in_unit, f"{field}.{name}", box, f"{NUMBERS[layout]} of {UNIT_RANGES.get(unit)}")
+        ((x0, y0, x1, y1),) = to_boxes_xyxy([box], [(width, height)], layout, unit).tolist()
+        has_extent = x0 < x1 and y0 < y1
+        need(has_extent, f"{field}.{name}", box, f"{NUMBERS[layout]} of some extent (box_format is {box_format!r})")
         boxes_xyxy.append([x0, y0, x1, y1])
     return boxes_xyxy
 

@@ -3,13 +3,18 @@ Where rows come from: sets of `data_scripts`, several joined, or a folder of Par
 here holds a collective, but a set is built where it is not in the cache: let the main process come first.
 """
 
+import logging
 from pathlib import Path
 
 import datasets
 
 import data_scripts
+from data_scripts.checking import judge_rows
 from data_scripts.schema import OPTIONAL
 from training_reftr.arguments import check_names
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
@@ -33,6 +38,7 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
         rows = stream_rows(args)
     elif is_folder(args.dataset):
         rows = dict(datasets.load_dataset(args.dataset, cache_dir=args.data_cache_dir))
+        refuse_other_boxes(rows, args.dataset)
     elif "," in args.dataset:
         rows = join_sets(args)
     else:
@@ -47,6 +53,17 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     if not args.eval_only:
         split_of(rows, args.train_split)
     return rows
+
+
+def refuse_other_boxes(rows: dict, dataset: str):
+    """Raise a ValueError if the boxes of somebody's files are not xyxy in pixels; warn if they hardly look so."""
+    if not all(set(data_scripts.FEATURES) <= set(part.column_names) for part in rows.values()):
+        return  # named by the caller
+    judgement = judge_rows(rows)
+    if judgement is not None and judgement.is_certain:
+        raise ValueError(f"{dataset!r}: {judgement.message}.")
+    if judgement is not None:
+        logger.warning(f"{dataset!r}: {judgement.message}.")
 
 
 def split_of(rows: dict, name: str):
