@@ -64,15 +64,12 @@ def fold_batch_norms(module: nn.Module, example: torch.Tensor) -> list[FoldedNor
 def fused_copy(model: nn.Module) -> nn.Module:
     """
     Return a copy of a model that is fused and in evaluation mode; the model itself, which may be training or answering
-    in another thread, is not touched. The copy has weights of its own, is not compiled, and knows no accelerator.
+    in another thread, is not touched. The copy has weights of its own and is not compiled.
 
     Args:
         model (`nn.Module`): with a method `fuse`, such as [`RefTRForVisualGrounding`].
     """
-    copied = copy.deepcopy(model)
-    for name in ("forward", "_original_forward"):  # the wrapper that mixed precision puts around a model's forward
-        copied.__dict__.pop(name, None)
-    return copied.eval().fuse()
+    return copy.deepcopy(model).eval().fuse()
 
 
 def unfolded_state_dict(
