@@ -8,12 +8,20 @@ from pathlib import Path
 
 import yaml
 
-from . import SOURCES, load
+from . import SOURCES
 from .building import flags_of, listing
 from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings, judge_rows
 from .exporting import check_output, export, push
+from .loading import load_with_report
 from .preview import check_name, draw_preview
-from .reports import count_split, describe_source, format_counts, format_statistics, list_sources
+from .reports import (
+    count_split,
+    describe_source,
+    format_build_report,
+    format_counts,
+    format_statistics,
+    list_sources,
+)
 from .visual_genome import write_held_out
 
 
@@ -45,9 +53,11 @@ def write(text: str):
     sys.stdout.write(text + "\n")
 
 
-def load_splits(args) -> dict:
-    """Build the set that the command names, or find it in the cache: split -> rows."""
-    return load(args.name, data_dir=args.data_dir, cache_dir=args.cache_dir, num_proc=args.num_proc, **args.flags)
+def load_splits(args) -> tuple[dict, dict | None]:
+    """Build the dataset that the command names, or find it in the cache: split -> rows, and the build's report."""
+    return load_with_report(
+        args.name, data_dir=args.data_dir, cache_dir=args.cache_dir, num_proc=args.num_proc, **args.flags
+    )
 
 
 def run_list(args):
@@ -57,11 +67,12 @@ def run_list(args):
 
 def run_build(args):
     """`build`: counts of every split, and pictures that are missing or broken."""
-    splits = load_splits(args)
+    splits, build_report = load_splits(args)
     broken = find_broken_pictures(splits, args.verify, args.num_proc)
     write(format_counts(args.source, {split: count_split(rows) for split, rows in splits.items()}))
     if judgement := judge_rows(splits):
         write(f"warning: {judgement.message}.")
+    write(format_build_report(build_report))
     if broken:
         names = listing([f"{item.split}: {item.message}" for item in broken])
         raise OSError(f"{len(broken)} pictures of {args.name!r} cannot be read:{names}")
@@ -70,11 +81,13 @@ def run_build(args):
 
 def run_check(args):
     """`check`: everything that can be wrong with rows and pictures; errors make the exit code 1."""
+    splits, build_report = load_splits(args)
     keeps_misses = bool(args.flags.get("integer_boxes"))
-    report = check(args.source, load_splits(args), args.num_proc, args.mask_tolerance, keeps_misses)
+    report = check(args.source, splits, args.num_proc, args.mask_tolerance, keeps_misses, build_report)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     write(format_counts(args.source, report["splits"]))
+    write(format_build_report(build_report))
     for kind in ("warnings", "errors"):
         if report[kind]:
             write(format_findings(report[kind], kind[:-1], args.limit))
@@ -89,8 +102,10 @@ def run_export(args):
     if args.private and not args.push_to_hub:
         raise ValueError("--private says nothing without --push_to_hub.")
     check_output(Path(args.output).absolute(), args.overwrite)
-    splits = load_splits(args)
-    folder = export(args.source, splits, args.output, not args.by_path, args.num_proc, args.overwrite, {**args.flags})
+    splits, build_report = load_splits(args)
+    folder = export(
+        args.source, splits, args.output, not args.by_path, args.num_proc, args.overwrite, {**args.flags}, build_report
+    )
     write(f'Written to {folder}; datasets.load_dataset("{folder}") reads it.')
     if args.push_to_hub:
         write(f"Pushed: {push(folder, args.push_to_hub, args.private or None)}")
@@ -99,7 +114,7 @@ def run_export(args):
 def run_preview(args):
     """`preview`: a picture of samples."""
     check_name(args.output)
-    splits = load_splits(args)
+    splits, _ = load_splits(args)
     split = args.split or next(iter(splits))
     if split not in splits:
         raise ValueError(f"{args.name!r} has no split {split!r}; it has: {', '.join(splits)}.")
@@ -111,7 +126,9 @@ def run_preview(args):
 
 def run_stats(args):
     """`stats`: figures of every split."""
-    write(format_statistics(load_splits(args)))
+    splits, build_report = load_splits(args)
+    write(format_statistics(splits))
+    write(f"\n{format_build_report(build_report)}")
 
 
 def run_held_out(args):

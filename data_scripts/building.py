@@ -16,9 +16,11 @@ module
 import builtins
 import hashlib
 import inspect
+import json
 import logging
 import math
 import os
+import posixpath
 import re
 from collections import Counter
 from dataclasses import Field, dataclass, field, fields
@@ -38,6 +40,10 @@ MAX_LISTED = 100  # names in a message
 # what `integer_boxes` keeps, see `whole_box`
 KEPT_BOXES = "boxes without extent are kept, to be counted as misses"
 KEPT_MASKS = "masks without a pixel are kept, to be counted as misses"
+# in the folder of a built dataset: split -> LEFT_OUT or CHANGED -> reason -> number, see `reports.format_build_report`
+BUILD_REPORT = "build_report.json"
+LEFT_OUT, CHANGED = "left_out", "changed"
+ALL_SPLITS = "all"  # what is left out before the splits are made; the library refuses a split of this name
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,47 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         paths = [] if data_dir is None else [p for p in self.annotation_files(Path(data_dir), name) if p.exists()]
         sources = [path.read_text() for path in sorted(modules_of(Path(inspect.getfile(type(self)))))]
         super().__init__(*args, hash=fingerprint(paths, hash, *sources), **kwargs)
+        self.reported = []  # (split, LEFT_OUT or CHANGED, reason -> number)
+
+    def _download_and_prepare(self, dl_manager, verification_mode, **settings):
+        """Build as the library does, and write what was reported into the folder that it renames when all is there."""
+        self.reported.clear()
+        self._take_parts()  # of a build that was killed
+        super()._download_and_prepare(dl_manager, verification_mode, **settings)
+        self.reported += self._take_parts()
+        order = {split: number for number, split in enumerate(self.info.splits)}
+        report = {}
+        for split, kind, counts in sorted(self.reported, key=lambda entry: order.get(entry[0], -1)):
+            report.setdefault(split, {LEFT_OUT: Counter(), CHANGED: Counter()})[kind].update(counts)
+        report = {
+            split: {kind: dict(sorted(counts.items())) for kind, counts in kinds.items()}
+            for split, kinds in report.items()
+        }
+        self._write_json(BUILD_REPORT, report)
+
+    def _prepare_split_single(self, *args, **settings):
+        """Write shards as the library does, perhaps in a process of its own, which leaves its reports as a file."""
+        before = len(self.reported)
+        for job_id, done, content in super()._prepare_split_single(*args, **settings):
+            if done:
+                self._write_json(f"{BUILD_REPORT}.{settings['split_info'].name}-{job_id:05d}", self.reported[before:])
+                del self.reported[before:]
+            yield job_id, done, content
+
+    def _write_json(self, name: str, value):
+        with self._fs.open(posixpath.join(self._output_dir, name), "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def _take_parts(self) -> list[list]:
+        """Read and remove what `_prepare_split_single` left in the folder that is being written."""
+        self._fs.invalidate_cache()
+        paths = [path for path in self._fs.ls(self._output_dir, detail=False) if f"/{BUILD_REPORT}." in path]
+        entries = []
+        for path in sorted(paths):
+            with self._fs.open(path, "r", encoding="utf-8") as file:
+                entries += json.loads(file.read())
+            self._fs.rm(path)
+        return entries
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
@@ -198,20 +245,38 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         return frames
 
     def report_changed(self, split: str, changed: Counter):
-        """Say once what was kept but is not as annotated: what was done -> number."""
-        if changed:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(changed.items()))
-            logger.warning(f"{self.config.name} {split}: {reasons}.")
+        """Log what was kept but is not as annotated, what was done -> number, and keep it with the built dataset."""
+        self._report(split, CHANGED, changed)
 
     def report_suspected(self, message: str):
         """Log what all boxes of the dataset look like, where it is not what they are said to be."""
         logger.warning(f"{self.config.name}: {message}.")
 
     def report_dropped(self, split: str, dropped: Counter):
-        """Say once what was left out of a split, and why: reason -> number."""
-        if dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-            logger.warning(f"{self.config.name} {split}: left out {reasons}.")
+        """Log what was left out of a split, reason -> number, and keep it with the built dataset."""
+        self._report(split, LEFT_OUT, dropped)
+
+    def _report(self, split: str, kind: str, counts: Counter):
+        if counts:
+            self.reported.append((split, kind, dict(counts)))
+            logger.warning(f"{self.config.name} {split}: {describe_reported(kind, counts)}.")
+
+
+def describe_reported(kind: str, counts: dict[str, int]) -> str:
+    """
+    Return what was left out or changed, reason -> number, as part of a sentence.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.building import LEFT_OUT, describe_reported
+
+    >>> describe_reported(LEFT_OUT, {"bad lines": 1200, "expressions without words": 2})
+    'left out 1200 bad lines, 2 expressions without words'
+
+    ```"""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    return f"left out {reasons}" if kind == LEFT_OUT else reasons
 
 
 def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:

@@ -266,6 +266,7 @@ def check(
     num_proc: int | None = None,
     mask_tolerance: float = MASK_TOLERANCE,
     keeps_misses: bool = False,
+    build_report: dict | None = None,
 ) -> dict:
     """
     Check every row and picture of a set.
@@ -279,10 +280,11 @@ def check(
         keeps_misses (`bool`, *optional*, defaults to `False`):
             Whether boxes without extent and masks without a pixel are meant to be there, as `integer_boxes` keeps
             them: they are warnings then, else errors.
+        build_report (`dict`, *optional*): what the build left out or changed, see `reports.read_build_report`.
 
     Returns:
-        `dict`: `name`; `splits`, split -> counts and `published` counts; `errors` and `warnings`, each a list of
-        `{kind, split, image_id, message}`.
+        `dict`: `name`; `splits`, split -> counts and `published` counts; `build`, the build report; `errors` and
+            `warnings`, each a list of `{kind, split, image_id, message}`.
     """
     find = partial(find_row_faults, mask_tolerance=mask_tolerance, keeps_misses=keeps_misses)
     errors = find_faults(splits, find, num_proc, "checking")
@@ -306,6 +308,7 @@ def check(
     return {
         "name": source.name,
         "splits": report,
+        "build": build_report,
         "errors": [finding._asdict() for finding in errors + repeated],
         "warnings": [finding._asdict() for finding in warnings],
     }

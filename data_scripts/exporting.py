@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .building import Source
 from .reading import is_as_stored
-from .reports import COUNTS, count_split
+from .reports import COUNTS, count_split, format_build_report
 from .uploading import upload
 
 
@@ -68,8 +68,15 @@ def write_shard(task: tuple[datasets.Dataset, Path, bool]) -> int:
     return len(rows)
 
 
-def write_card(path: Path, source: Source, splits: dict[str, datasets.Dataset], embed: bool, flags: dict):
-    """Write the dataset card: which file is of which split, what is in it, and where it comes from."""
+def write_card(
+    path: Path,
+    source: Source,
+    splits: dict[str, datasets.Dataset],
+    embed: bool,
+    flags: dict,
+    build_report: dict | None,
+):
+    """Write the dataset card: which file is of which split, what is in it and what is not, where it comes from."""
     settings = {
         "pretty_name": source.name,
         "task_categories": ["zero-shot-object-detection"],
@@ -98,6 +105,8 @@ def write_card(path: Path, source: Source, splits: dict[str, datasets.Dataset], 
 Visual grounding: pictures ({pictures}), objects, and the sentences that speak of them. A row is an image.
 
 {lines}
+
+{format_build_report(build_report)}
 
 ```python
 from datasets import load_dataset
@@ -140,6 +149,7 @@ def export(
     num_proc: int | None = None,
     overwrite: bool = False,
     flags: dict | None = None,
+    build_report: dict | None = None,
 ) -> Path:
     """
     Write a set as Parquet files with a dataset card. It is written beside `output` and renamed when it is complete.
@@ -157,6 +167,8 @@ def export(
         num_proc (`int`, *optional*): processes, one by default.
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier export.
         flags (`dict`, *optional*): what the set was built with, for the card.
+        build_report (`dict`, *optional*): what its build left out or changed, see `reports.read_build_report`, for the
+            card.
 
     Returns:
         `Path`: `output`.
@@ -188,7 +200,7 @@ def export(
                 with multiprocessing.Pool(num_proc) as pool:
                     for count in pool.imap_unordered(write_shard, tasks):
                         progress.update(count)
-        write_card(aside / README, source, splits, embed, flags or {})
+        write_card(aside / README, source, splits, embed, flags or {}, build_report)
         if output.exists():
             shutil.rmtree(output)
         aside.rename(output)

@@ -120,11 +120,11 @@ class JsonLines(GroundingBuilder):
         missing = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
         if missing:
             raise OSError(f"There is no file {', '.join(missing)}. {DISTRIBUTION}")
-        good, bad, pictures, written = {}, [], {}, []
+        good, bad, dropped, pictures, written = {}, [], {}, {}, []
         for split, files in self.split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
                 raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
-            good[split], seen = [], {}
+            good[split], dropped[split], seen = [], Counter(), {}
             lines = ((file, *line) for file in files for line in read_lines(file))
             for path, number, offset, line in lines:
                 try:
@@ -139,6 +139,7 @@ class JsonLines(GroundingBuilder):
                     good[split].append((str(path), number, offset))
                 except (OSError, ValueError) as error:
                     bad.append(f"{path}, line {number}: {error}")
+                    dropped[split]["bad lines"] += 1
         suspected = judge_written_boxes(written)
         if bad and not self.config.drop_bad_lines:
             hint = "".join(f"\n{judgement.message}." for judgement in suspected)
@@ -147,8 +148,8 @@ class JsonLines(GroundingBuilder):
             if judgement.is_certain:
                 raise ValueError(f"{judgement.message}.")
             self.report_suspected(judgement.message)
-        if bad:
-            self.report_dropped("files", Counter({"bad lines": len(bad)}))
+        for split, counts in dropped.items():
+            self.report_dropped(split, counts)
         self.need_pictures(pictures, DISTRIBUTION)
         return [
             datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "lines": lines})

@@ -6,6 +6,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from . import flickr30k_entities, jsonl, refcoco, reftr_index, shapes, visual_genome
 from .building import Source, flags_of, reason_of
+from .reports import read_build_report
 from .schema import FEATURES
 
 
@@ -61,6 +62,49 @@ def load(
     ['attribute']
 
     ```"""
+    builder = _make_builder(name, data_dir, cache_dir, config)
+    if streaming:
+        rows = builder.as_streaming_dataset(split=split)
+        if split is None:
+            return datasets.IterableDatasetDict({key: _stream_as_stored(part, decode) for key, part in rows.items()})
+        return _stream_as_stored(rows, decode)
+    _build(builder, num_proc)
+    rows = builder.as_dataset(split=split)
+    return rows if decode else rows.cast_column("image", datasets.Image(decode=False))
+
+
+def load_with_report(
+    name: str, data_dir: str | None = None, cache_dir: str | None = None, num_proc: int | None = None, **config
+) -> tuple[datasets.DatasetDict, dict | None]:
+    """
+    Load all splits as `load` does, with what their build left out or changed; the cache keeps that too.
+
+    Args:
+        name, data_dir, cache_dir, num_proc, config: see `load`.
+
+    Returns:
+        `DatasetDict`: split -> rows. `dict` or None: see `reports.read_build_report`.
+
+    Raises:
+        ValueError, OSError: see `load`.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.loading import load_with_report
+
+    >>> splits, report = load_with_report("shapes", num_train=1, num_validation=1, num_test=2)
+    >>> len(splits["test"]), report
+    (2, {})
+
+    ```"""
+    builder = _make_builder(name, data_dir, cache_dir, config)
+    _build(builder, num_proc)
+    return builder.as_dataset(), read_build_report(builder.cache_dir)
+
+
+def _make_builder(name: str, data_dir: str | None, cache_dir: str | None, config: dict) -> datasets.DatasetBuilder:
+    """Return the builder of a dataset by its name; raise a ValueError for what it does not know."""
     if name not in SOURCES:
         raise ValueError(f"There is no data set {name!r}; there are: {', '.join(SOURCES)}.")
     source = SOURCES[name]
@@ -69,19 +113,16 @@ def load(
     if unknown:
         raise ValueError(f"{name!r} has no flag {', '.join(unknown)}; it has: {', '.join(flags)}.")
     if data_dir is not None:
-        config["data_dir"] = str(data_dir)
-    builder = source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)
-    if streaming:
-        rows = builder.as_streaming_dataset(split=split)
-        if split is None:
-            return datasets.IterableDatasetDict({key: _stream_as_stored(part, decode) for key, part in rows.items()})
-        return _stream_as_stored(rows, decode)
+        config = {**config, "data_dir": str(data_dir)}
+    return source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)
+
+
+def _build(builder: datasets.DatasetBuilder, num_proc: int | None):
+    """Build what is not in the cache; raise the builder's own sentence where it cannot."""
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except DatasetGenerationError as error:
         raise reason_of(error) from error
-    rows = builder.as_dataset(split=split)
-    return rows if decode else rows.cast_column("image", datasets.Image(decode=False))
 
 
 def _stream_as_stored(rows: datasets.IterableDataset, decode: bool) -> datasets.IterableDataset:

@@ -152,10 +152,10 @@ class RefCoco(GroundingBuilder):
                     records.append(record)
             self.report_dropped(split, dropped)
             self.report_changed(split, changed)
-            generators.append(datasets.SplitGenerator(name=split, gen_kwargs={"records": records}))
+            generators.append(datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "records": records}))
         return generators
 
-    def _generate_examples(self, records):
+    def _generate_examples(self, split, records):
         changed = Counter()
         for record in records:
             annotated_size = record["annotated_size"]
@@ -177,7 +177,7 @@ class RefCoco(GroundingBuilder):
             }
             row["image"] = image_of(record["image"], record["frame"])
             yield record["image_id"], {**row, "objects": objects}
-        self.report_changed("masks", changed)
+        self.report_changed(split, changed)
 
     @property
     def picture_source(self) -> str:
@@ -254,10 +254,12 @@ class RefCoco(GroundingBuilder):
                 box_xyxy = annotated_box and clip_box(annotated_box, width, height)
                 if annotated_box and self.config.integer_boxes:
                     box_xyxy = whole_box(annotated_box, width, height, keep_misses)
+                    if box_xyxy is not None:
+                        annotated_box = [float(int(value)) for value in annotated_box]
                 if box_xyxy is None:
                     dropped["expressions of objects without a box in the picture"] += len(said)
                     continue
-                if not self.config.integer_boxes and box_xyxy != annotated_box:
+                if box_xyxy != annotated_box:
                     changed["boxes are cut at their picture's edge"] += 1
                 if is_degenerate(box_xyxy):
                     changed[KEPT_BOXES] += 1

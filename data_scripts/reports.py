@@ -2,15 +2,17 @@
 
 import heapq
 import inspect
+import json
 import shutil
 import textwrap
+from pathlib import Path
 from statistics import mean, median
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .building import Source, flags_of
+from .building import BUILD_REPORT, CHANGED, LEFT_OUT, Source, describe_reported, flags_of
 
 
 COUNTS = ("images", "objects", "expressions")
@@ -102,6 +104,65 @@ def format_counts(source: Source, counts: dict[str, dict[str, int]]) -> str:
         published = published_counts(source, split)
         rows.append([split, *(numbers[name] for name in COUNTS for numbers in (found, published))])
     return format_table(rows)
+
+
+def read_build_report(folder: str | Path) -> dict[str, dict[str, dict[str, int]]] | None:
+    """
+    Read what the build of a dataset left out or changed.
+
+    Args:
+        folder (`str` or `Path`): the built dataset in the cache.
+
+    Returns:
+        `dict`: split, or "all" for what was left out before the splits were made -> "left_out" and "changed" -> reason
+        -> number; a split of which there is nothing to report is absent. None where an earlier version built it.
+
+    Raises:
+        OSError: if the file is damaged.
+    """
+    path = Path(folder) / BUILD_REPORT
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        valid = all(
+            type(count) is int
+            for kinds in report.values()
+            for kind in (LEFT_OUT, CHANGED)
+            for count in kinds[kind].values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise OSError(f"{str(path)!r} is damaged. Remove its folder, and the dataset is built again.")
+    return report
+
+
+def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None) -> str:
+    """
+    Format what a build left out or changed (`read_build_report`), a line for each split and kind.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reports import format_build_report
+
+    >>> print(format_build_report({"train": {"left_out": {"bad lines": 2}, "changed": {}}}))
+    Left out or changed by the build:
+    - train: left out 2 bad lines
+
+    ```"""
+    if report is None:
+        return "What the build left out or changed is not recorded. A build with an empty cache records it."
+    lines = [
+        f"- {split}: {describe_reported(kind, kinds[kind])}"
+        for split, kinds in report.items()
+        for kind in (LEFT_OUT, CHANGED)
+        if kinds[kind]
+    ]
+    return "\n".join(
+        ["Left out or changed by the build:", *lines] if lines else ["The build left out and changed nothing."]
+    )
 
 
 def list_sources(sources: dict[str, Source]) -> str:

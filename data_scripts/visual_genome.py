@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 from datasets.utils import tqdm
 
-from .building import GroundingBuilder, Source, clip_box, fingerprint
+from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprint
 from .masks import box_of
 from .reading import has_words, image_of, read_json
 from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
@@ -103,6 +103,7 @@ class VisualGenome(GroundingBuilder):
         images = read_images(images_file)
         held_out = self.held_out()
         dropped = Counter()
+        described = set()
         spans = {}  # image id -> (first byte, number of bytes) in region_descriptions.json
         holders = ", ".join([*config.exclude, *([config.held_out_file] if config.held_out_file else [])])
         for start, length, entry in tqdm(scan_list(regions_file), desc="Reading the regions", unit=" images"):
@@ -112,6 +113,7 @@ class VisualGenome(GroundingBuilder):
                     f"and regions, not with {sorted(entry)}."
                 )
             image = images.get(entry.get("id"))
+            described.add(entry.get("id"))
             if image is None:
                 dropped["images that image_data.json lacks"] += 1
             elif image["coco_id"] in held_out:
@@ -120,12 +122,14 @@ class VisualGenome(GroundingBuilder):
                 dropped["images that are there twice"] += 1
             else:
                 spans[entry["id"]] = (start, length)
+        if images.keys() - described:
+            dropped["images that region_descriptions.json lacks"] = len(images.keys() - described)
         paths = self.find_pictures(spans)
         frames = self.read_frames(
             {paths[image_id]: annotated_size_of(images[image_id]) for image_id in spans},
             f"{DISTRIBUTION} They are looked for in image_dir, or below data_dir in {', '.join(IMAGE_PLACES)}.",
         )
-        self.report_dropped("all", dropped)
+        self.report_dropped(ALL_SPLITS, dropped)
         if not spans:
             raise ValueError(
                 f"No image of {str(regions_file)!r} is left; check image_data.json, exclude and held_out_file."
