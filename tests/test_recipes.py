@@ -160,6 +160,7 @@ def test_published_ways_are_switched_by_name():
     assert (args.train_split, args.validation_split, args.test_splits) == ("train+val", "test", "test")
     assert (args.group_by_image, args.bucket_by_shape) == (False, False)
     assert (args.best_metric, args.two_step_masks) == ("accuracy@0.5", True)
+    assert (args.evaluation_batching, args.evaluation_batch_size) == ("published", 8)
     ours = recipe_of("flickr30k_r50")
     assert (ours.train_split, ours.validation_split, ours.group_by_image) == ("train", "val", True)
     other = parse_arguments([str(RECIPES / "refcoco_r50_boxes.yaml"), "--dataset", "reftr_refcoco_unc"])

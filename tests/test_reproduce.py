@@ -55,6 +55,7 @@ def test_one_command_converts_evaluates_and_compares(files, tmp_path):
     assert (metrics["dataset"], metrics["model"]) == ("refcoco_unc", str(output / "model"))
     assert all(values["integer_boxes"] for values in metrics["splits"].values())
     assert metrics["two_step_masks"]
+    assert (metrics["evaluation_batching"], metrics["evaluation_batch_size"]) == ("published", 8)
     assert {name: values["num_phrases"] for name, values in metrics["splits"].items()} == {
         "val": 1,
         "testA": 1,
@@ -84,6 +85,7 @@ def test_one_command_converts_evaluates_and_compares(files, tmp_path):
         ):
             assert f"| {split} | {metric} | {100 * values[name]:.2f} | {published} | RefTR, ResNet-101" in report
     assert "cut to whole pixels, as published" in report
+    assert "in the published batches, of 8 expressions" in report
     # the model stays for other uses
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(output / "model"))
 
@@ -105,6 +107,7 @@ def test_published_settings_of_sets():
     args = parse_arguments([word for name, value in settings.items() for word in (f"--{name}", value)])
     assert args.dataset_config == {"integer_boxes": True}
     assert args.two_step_masks
+    assert (args.evaluation_batching, args.evaluation_batch_size) == ("published", 8)
     # its annotations are whole pixels, and it has no such flag
     assert published_settings("flickr30k_entities")["dataset_config"] == "{}"
     assert published_settings("reftr_refcoco_unc")["test_splits"] == "val,testA,testB"
