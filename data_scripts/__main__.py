@@ -1,9 +1,13 @@
 """The commands of data sets: `python -m data_scripts --help`."""
 
 import argparse
+import contextlib
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import yaml
@@ -220,7 +224,39 @@ def main(argv: list[str] | None = None) -> int:
         args.flags = parse_flags(args.source, rest)
     if getattr(args, "num_proc", None) is not None and args.num_proc < 1:
         raise ValueError(f"--num_proc {args.num_proc} must be at least 1.")
-    return args.run(args) or 0
+    with quiet_forks():
+        return args.run(args) or 0
+
+
+@contextlib.contextmanager
+def quiet_forks():
+    """
+    Leave Ctrl-C, which a terminal sends to all processes of a command, to the main one. It ends those that build: they
+    would print tracebacks, and block the others if they ended while they hold a queue.
+
+    Raises:
+        KeyboardInterrupt: in the main process, also where the datasets library raises another error on its account.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+        yield
+        return
+    process, is_interrupted = os.getpid(), False
+
+    def interrupt(*_):
+        nonlocal is_interrupted
+        if os.getpid() == process:
+            is_interrupted = True
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if is_interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":
@@ -228,3 +264,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)

@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 130
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 import copy
 import io
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
@@ -485,3 +490,20 @@ def test_rows_keep_pictures_of_bytes(run, tmp_path):
     rows = datasets.load_dataset(str(tmp_path / "out"), split="test", cache_dir=str(tmp_path / "other"))
     content = rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
     assert Image.open(io.BytesIO(content)).size == (64, 64)
+
+
+@pytest.mark.parametrize("command", ["data_scripts", pytest.param("modeling_reftr", marks=pytest.mark.slow)])
+def test_interrupted_build_ends_in_a_line(tmp_path, command):
+    """Ctrl-C in a terminal reaches the processes that build as well."""
+    words = [sys.executable, "-m", command, *(["data"] if command == "modeling_reftr" else [])]
+    words += ["build", "shapes", "--num_train", "200000", "--num_proc", "2", "--cache_dir", str(tmp_path)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **streams)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.arrow")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "Interrupted."
+    assert "KeyboardInterrupt" not in output

@@ -79,8 +79,8 @@ class Signals:
             self.is_deferred = False
 
     def _handle(self, number: int, _):
-        if os.getpid() != self.process:  # a forked process, whose parent answers for it
-            if number in (signal.SIGINT, signal.SIGTERM):
+        if os.getpid() != self.process:  # a forked process, which its parent ends by SIGTERM
+            if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
         if number not in (signal.SIGINT, signal.SIGTERM):

@@ -43,7 +43,7 @@ def published_settings(dataset: str) -> dict[str, str]:
     }
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> int:
     """The command: convert, evaluate, and say where the report is."""
     import train_reftr  # here, because the script imports this package
 
@@ -69,14 +69,20 @@ def main(argv: list[str] | None = None):
     sys.stdout.write(f"Taken as published, because shapes do not tell: {describe_assumptions(config)}.\n")
     settings |= {"init_from": output_dir / "model", "output_dir": output_dir, "data_dir": args.data_dir}
     settings["evaluation_batch_size"] = args.batch_size
-    train_reftr.main(
+    exit_code = train_reftr.main(
         ["--eval_only", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
     )
+    if exit_code:  # it was interrupted, and says so
+        return exit_code
     sys.stdout.write(f"Beside the published figures: {output_dir / 'report.md'}\n")
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
