@@ -118,6 +118,7 @@ rows = load_dataset("{FOLDER}", split="{next(iter(splits))}")
   object that has several, `box` their union; `segmentation` is COCO's run-length encoding, or null.
 - `sentences`: `text[start:end]` of each phrase names the `objects` with these indices. A referring expression is a
   sentence whose one phrase is all of it.
+- `positions`: the number of each sentence in the annotations of its split, where rows are ordered otherwise, or null.
 
 Source: {source.distribution} Licences of pictures and annotations are their authors'.
 

@@ -56,7 +56,12 @@ def make_index(folder):
         records.append((f"COCO_train2014_{image:012d}.jpg", f"{number}.npy", box, f"{WORDS[number % 4]} {number}"))
     for split in ("train", "val", "testA", "testB"):
         # the loader of the other splits has the first image alone
-        save(records if split == "val" else records[:1], folder / f"refcoco/anns/refcoco/refcoco_unc_{split}.pth")
+        # one that no evaluation can ask about, at the end
+        blank = (*records[0][:3], " ")
+        save(
+            [*records, blank] if split == "val" else records[:1],
+            folder / f"refcoco/anns/refcoco/refcoco_unc_{split}.pth",
+        )
     return records
 
 
@@ -187,6 +192,9 @@ def test_what_is_left_out_without_the_published_boxes_is_said(evaluate_as, index
     assert (values["num_phrases"], values["mask_num_phrases"], values["num_without_mask"]) == (29, 27, 2)
     assert (values["num_left_out"], values["num_without_extent"]) == (0, 0)
     assert "2 phrases have no mask and are left out of the mask metrics" in report
+    assert values["left_out"] == {"expressions without words": 1, "masks without a pixel": 2}
+    assert "the dataset left out 1 expressions without words, 2 masks without a pixel" in report
+    assert "counts boxes without extent as misses" in report
 
 
 # the order

@@ -10,8 +10,9 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 
-from data_scripts.building import is_degenerate
+from data_scripts.building import LEFT_OUT, describe_reported, is_degenerate
 from data_scripts.masks import is_empty
+from data_scripts.reports import read_build_report
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
 from training_reftr.pictures import read_picture
@@ -107,7 +108,9 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
     training_rows = find_training_rows(rows, args)
     for name, split in splits.items():
         records = evaluate(model, processor, split, args, accelerator, name)
-        boxes = {"integer_boxes": has_integer_boxes(name, args)} | count_targets(split, records)
+        boxes = {"integer_boxes": has_integer_boxes(name, args)} | count_targets(
+            split, records, set_and_split(args.dataset, name)[1]
+        )
         metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, args)
         if args.visualize:
             folder = output_dir / "visualizations" / name
@@ -149,17 +152,30 @@ def has_integer_boxes(split: str, args) -> bool:
     return bool(flags.get("integer_boxes", False))
 
 
-def count_targets(rows: datasets.Dataset, records: list[dict]) -> dict[str, int | None]:
+def left_out_of_build(rows: datasets.Dataset, split: str) -> dict[str, int] | None:
+    """
+    Return what the build of a split left out, reason -> number, from the cache that its rows lie in; None where they
+    lie in none, as those of an export or a stream do.
+    """
+    folders = {Path(file["filename"]).parent for file in rows.cache_files}
+    report = read_build_report(folders.pop()) if len(folders) == 1 else None
+    return None if report is None else report.get(split, {}).get(LEFT_OUT, {})
+
+
+def count_targets(rows: datasets.Dataset, records: list[dict], split: str) -> dict:
     """
     Count what is said of a split's targets beside its metrics.
 
     Returns:
-        `dict`: `num_left_out`, expressions that the annotations have and the rows do not, as far as `positions` tell
-        (None: not at all); `num_without_extent` and `num_empty_masks`, phrases that nothing can hit and that count as
-        misses; with masks `num_without_mask`, phrases whose mask is not known and does not count.
+        `dict`: `left_out`, see `left_out_of_build`; `num_left_out`, expressions of the annotations that the rows lack
+        before their last one, as far as `positions` tell (None: not at all); `num_without_extent` and
+        `num_empty_masks`, phrases that nothing can hit and that count as misses; with masks `num_without_mask`,
+        phrases whose mask is not known and does not count.
     """
+    left_out = left_out_of_build(rows, split)
     positions = [position for row in rows["positions"] for position in row or ()] if has_positions(rows) else []
     counts = {
+        "left_out": left_out,
         "num_left_out": max(positions) + 1 - len(positions) if positions else None,
         "num_without_extent": sum(is_degenerate(record["box"]) for record in records),
     }
@@ -264,10 +280,13 @@ def format_results(metrics: dict, heading: str) -> list[str]:
 def format_targets(values: dict) -> list[str]:
     """Return sentences on the targets of a split that count as misses, and on those that do not count."""
     sentences = []
-    if count := values.get("num_left_out"):
+    reasons = values.get("left_out")
+    if reasons is None and values.get("num_left_out"):
+        reasons = {"expressions of the annotations": values["num_left_out"]}
+    if reasons:
         sentences.append(
-            f"Left out: {count} expressions of the annotations, which have no text, box or image to evaluate. "
-            + ("" if values["integer_boxes"] else "The published evaluation counts objects whose box has no extent.")
+            f"Not evaluated: the dataset {describe_reported(LEFT_OUT, reasons)}. "
+            + ("" if values["integer_boxes"] else "The published evaluation counts boxes without extent as misses.")
         )
     if count := values.get("num_without_extent"):
         sentences.append(f"{count} phrases whose box has no extent count as misses, as published.")
