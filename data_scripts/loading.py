@@ -6,7 +6,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from . import flickr30k_entities, jsonl, refcoco, reftr_index, shapes, visual_genome
 from .building import Source, flags_of, reason_of
-from .reports import read_build_report
+from .reports import format_build_report, read_build_report
 from .schema import FEATURES
 
 
@@ -49,7 +49,7 @@ def load(
         `datasets.Dataset`, or `IterableDataset` when streaming: a row an image, see `schema.FEATURES`.
 
     Raises:
-        ValueError: if there is no such set, no such flag, or `data_dir` is needed.
+        ValueError: if there is no such set, no such flag, or `data_dir` is needed, or nothing is left in a split.
         OSError: if files are missing or damaged, naming them.
 
     Example:
@@ -68,7 +68,7 @@ def load(
         if split is None:
             return datasets.IterableDatasetDict({key: _stream_as_stored(part, decode) for key, part in rows.items()})
         return _stream_as_stored(rows, decode)
-    _build(builder, num_proc)
+    _build(builder, num_proc, split)
     rows = builder.as_dataset(split=split)
     return rows if decode else rows.cast_column("image", datasets.Image(decode=False))
 
@@ -117,12 +117,17 @@ def _make_builder(name: str, data_dir: str | None, cache_dir: str | None, config
     return source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)
 
 
-def _build(builder: datasets.DatasetBuilder, num_proc: int | None):
-    """Build what is not in the cache; raise the builder's own sentence where it cannot."""
+def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | None = None):
+    """Build what is not in the cache; raise the builder's own sentence where it cannot, and one for an empty split."""
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except DatasetGenerationError as error:
         raise reason_of(error) from error
+    # the library loads no split without rows
+    empty = [name for name, info in builder.info.splits.items() if split in (None, name) and not info.num_examples]
+    if empty:
+        report = format_build_report(read_build_report(builder.cache_dir))
+        raise ValueError(f"Nothing is left in {', '.join(empty)} of {builder.config.name!r}. {report}")
 
 
 def _stream_as_stored(rows: datasets.IterableDataset, decode: bool) -> datasets.IterableDataset:

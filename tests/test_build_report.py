@@ -38,16 +38,10 @@ def make_bad_refcoco(folder: Path):
     """Write the files of `layout_refcoco`; two masks of train and one of val cannot be read."""
     facts = make_refcoco(folder)
     instances = json.loads(facts["instances_file"].read_text())
-    images = {581857: 0, 40: 0, 100: 0}
     for annotation in instances["annotations"]:
-        if annotation["image_id"] in images:
+        if annotation["image_id"] in (581857, 40, 100):
             annotation["segmentation"] = {"size": [30, 40], "counts": "oops"}
     facts["instances_file"].write_text(json.dumps(instances))
-
-
-def make_bad_reftr_index(folder: Path):
-    """Write the files of `layout_reftr_index`."""
-    make_reftr_index(folder)
 
 
 def make_held_out_visual_genome(folder: Path):
@@ -128,7 +122,7 @@ BUILDS = {
         },
     ),
     "reftr_refcoco_unc": (
-        make_bad_reftr_index,
+        make_reftr_index,
         {},
         {
             split: {"left_out": {"masks without a pixel": 2 if split == "trainval" else 1}, "changed": {}}
@@ -252,6 +246,19 @@ def test_whole_pixel_boxes_that_are_cut_are_counted(tmp_path):
     settings = {"data_dir": str(tmp_path / "files"), "cache_dir": str(tmp_path / "cache")}
     _, report = load_with_report("refcoco_unc", integer_boxes=True, **settings)
     assert report["train"]["changed"][CUT] == 2
+
+
+def test_a_split_of_which_nothing_is_left_says_why(command, tmp_path):
+    make_bad_jsonl(tmp_path / "files")
+    (tmp_path / "files" / "test.jsonl").write_text('{"image": 7}\n')
+    expected = r"(?s)Nothing is left in test of 'jsonl'\. .*- test: left out 1 bad lines"
+    for _ in range(2):  # from the cache as well
+        with pytest.raises(ValueError, match=expected):
+            command("build", "jsonl", "--data_dir", tmp_path / "files", "--drop_bad_lines")
+    settings = {"data_dir": tmp_path / "files", "cache_dir": str(tmp_path / "cache"), "drop_bad_lines": True}
+    with pytest.raises(ValueError, match=expected):
+        data_scripts.load("jsonl", "test", **settings)
+    assert len(data_scripts.load("jsonl", "train", **settings)) == 8
 
 
 def test_an_empty_report_is_one_line():
