@@ -1,8 +1,10 @@
 """A built set as a folder of Parquet files that plain `datasets.load_dataset` reads, here or from the Hub."""
 
+import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from .building import Source
 from .reading import is_as_stored
 from .reports import COUNTS, count_split, format_build_report
-from .uploading import upload
+from .uploading import upload, write_contents
 
 
 # of pictures, in a file; what the datasets library itself cuts at
@@ -23,7 +25,8 @@ MAX_SHARD_BYTES = 500_000_000
 # rows that are read at a time by whoever streams the files
 ROW_GROUP_SIZE = 100
 README, DATA = "README.md", "data"
-FOLDER = "path/to/this/folder"  # in a card that was not pushed
+# the end of a card, by which one is known that nobody else has written
+MARK = "Written by `python -m data_scripts export "
 
 
 def undecoded_images(rows: datasets.Dataset):
@@ -70,13 +73,17 @@ def write_shard(task: tuple[datasets.Dataset, Path, bool]) -> int:
 
 def write_card(
     path: Path,
+    folder: Path,
     source: Source,
     splits: dict[str, datasets.Dataset],
     embed: bool,
     flags: dict,
     build_report: dict | None,
 ):
-    """Write the dataset card: which file is of which split, what is in it and what is not, where it comes from."""
+    """
+    Write the dataset card of an export to `folder`: which file is of which split, what is in it and what is not, and
+    where it comes from.
+    """
     settings = {
         "pretty_name": source.name,
         "task_categories": ["zero-shot-object-detection"],
@@ -111,7 +118,7 @@ Visual grounding: pictures ({pictures}), objects, and the sentences that speak o
 ```python
 from datasets import load_dataset
 
-rows = load_dataset("{FOLDER}", split="{next(iter(splits))}")
+rows = load_dataset({json.dumps(str(folder), ensure_ascii=False)}, split="{next(iter(splits))}")
 ```
 
 - `objects`: `box` is xyxy in pixels of the upright picture, right and bottom exclusive; `boxes` are all boxes of an
@@ -122,8 +129,9 @@ rows = load_dataset("{FOLDER}", split="{next(iter(splits))}")
 
 Source: {source.distribution} Licences of pictures and annotations are their authors'.
 
-Written by `python -m data_scripts export {source.name}`; flags:{chosen}.
-"""
+{MARK}{source.name}`; flags:{chosen}.
+""",
+        encoding="utf-8",
     )
 
 
@@ -201,7 +209,7 @@ def export(
                 with multiprocessing.Pool(num_proc) as pool:
                     for count in pool.imap_unordered(write_shard, tasks):
                         progress.update(count)
-        write_card(aside / README, source, splits, embed, flags or {}, build_report)
+        write_card(aside / README, output, source, splits, embed, flags or {}, build_report)
         if output.exists():
             shutil.rmtree(output)
         aside.rename(output)
@@ -226,8 +234,10 @@ def push(folder: str | Path, repository: str, private: bool | None = None) -> st
         OSError: if the Hub is out of reach or refuses it; the folder stays as it was.
     """
     message, patterns = "Upload Parquet files and card", [README, f"{DATA}/*"]
-    # what the card says of the repository is true once the commit is made
-    card = (Path(folder) / README).read_text(encoding="utf-8").replace(FOLDER, repository).encode("utf-8")
-    commit = upload(folder, repository, "dataset", private, patterns, message, {README: card})
-    (Path(folder) / README).write_bytes(card)
+    card = (Path(folder) / README).read_text(encoding="utf-8")
+    if MARK in card:
+        card = re.sub(r'(?m)^(rows = load_dataset\().*(, split="\w+"\))$', rf'\1"{repository}"\2', card, count=1)
+    contents = {README: card.encode("utf-8")}
+    commit = upload(folder, repository, "dataset", private, patterns, message, contents)
+    write_contents(folder, contents)  # what the card says of the repository is true now
     return str(commit.commit_url)

@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -62,6 +63,22 @@ def upload(
                 ) from error
             logger.warning(f"The push to {repository!r} failed ({reason_of(error)}); once more in {wait} seconds.")
             time.sleep(wait)
+
+
+def write_contents(folder: str | Path, contents: dict[str, bytes]):
+    """
+    Write files into a folder, each as a whole or not at all: half a card would be taken for one that somebody edited.
+
+    Args:
+        folder (`str` or `Path`): the folder.
+        contents (`dict[str, bytes]`): the files by their names in the folder.
+    """
+    for name, content in contents.items():
+        path = Path(folder) / name
+        path.parent.mkdir(exist_ok=True)
+        aside = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+        aside.write_bytes(content)
+        aside.replace(path)
 
 
 def make_repository(repository: str, kind: str, private: bool | None = None, **settings):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from data_scripts.uploading import select_files, upload
+from data_scripts.uploading import reason_of, select_files, upload, write_contents
 from modeling_reftr.demo import space_files
 
 
@@ -78,9 +78,7 @@ def push_model(
     if missing:
         raise OSError(f"{str(folder)!r} is no whole RefTR folder, it has no {', '.join(missing)}: nothing was pushed.")
     revision = upload(folder, repository, "model", private, PATTERNS, message, card).oid
-    for name, content in card.items():
-        (Path(folder) / name).parent.mkdir(exist_ok=True)
-        (Path(folder) / name).write_bytes(content)
+    write_contents(folder, card)
     return revision
 
 
@@ -97,8 +95,15 @@ def push_space(repository: str, model: str, private: bool | None = None) -> str:
         `str`: the Space's address.
 
     Raises:
-        OSError: if the demo's files are not there, or the Hub does not take them.
+        OSError: if there is no such model on the Hub, the demo's files are not there, or the Hub does not take them.
     """
+    try:
+        HfApi().model_info(model)
+    except Exception as error:  # the network, the server and the token each have exceptions of their own
+        raise OSError(
+            f"The Space {repository!r} was not pushed: its model {model!r} is not on the Hub, as far as can be seen "
+            f"({reason_of(error)}). A folder is pushed with its Space: --model folder --repo user/name --space ..."
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         for name, content in space_files(model).items():
             (Path(folder) / name).write_bytes(content)

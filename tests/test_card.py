@@ -161,6 +161,28 @@ def test_card_that_was_not_pushed_names_nothing_that_does_not_exist(folder, monk
     assert (folder / "answers.png").is_file()
 
 
+def test_card_has_no_ids_made_of_files_and_folders(folder, monkeypatch):
+    """Not where the folders are gone either, and no address of an example that the folder lacks."""
+    (folder / "metrics.json").write_text(json.dumps({**METRICS, "dataset": "exported/mine"}))
+    card = card_of(folder, dataset="exported/mine", init_detr="weights/detr.pth", init_text="some/bert")
+    assert card.data.base_model == ["some/bert"]
+    assert {result.dataset_type for result in card.data.eval_results} == {"mine"}
+    assert "widget" not in card.data.to_dict()
+    (folder / "example.png").touch()
+    (widget,) = card_of(folder).data.to_dict()["widget"]
+    assert widget["src"] == "https://huggingface.co/someone/reftr/resolve/main/example.png"
+
+
+def test_card_is_replaced_as_a_whole(folder):
+    """Half a card would be without the mark, and be left alone from then on."""
+    path = write_card(folder)
+    (folder / "earlier.md").hardlink_to(path)
+    earlier = path.read_bytes()
+    assert write_card(folder, "someone/reftr").read_bytes() != earlier
+    assert (folder / "earlier.md").read_bytes() == earlier
+    assert not list(folder.glob(".*"))
+
+
 def test_folder_of_starting_weights_is_not_taken_for_a_hub_id(folder, tmp_path, monkeypatch):
     """Neither where the run was nor where the folder is gone, as on another machine."""
     monkeypatch.chdir(tmp_path)

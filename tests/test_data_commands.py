@@ -248,6 +248,10 @@ def test_export_is_found_by_plain_datasets(command, toy, tmp_path, num_proc):
     output = tmp_path / "export"
     printed = command("export", "--output", output, "--num_proc", num_proc).stdout
     assert str(output) in printed
+    snippet = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(snippet, names)
+    assert names["rows"]["image_id"][:] == [row["image_id"] for row in rows["train"]]
     loaded = datasets.load_dataset(str(output), cache_dir=str(tmp_path / "other"))
     assert list(loaded) == ["train", "testA"]
     assert loaded["testA"].features == FEATURES
@@ -431,6 +435,21 @@ def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
     with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
         exporting.push(exported, "someone/toy")
     assert on_the_hub(hub) == former
+
+
+def test_card_names_the_repository_that_it_is_pushed_to(exported, hub):
+    """The card of an export does, and one that somebody has written stays as it is."""
+    card = f'---\npretty_name: toy\n---\n\nrows = load_dataset("{exported}", split="train")\n'
+    (exported / "README.md").write_text(card)
+    exporting.push(exported, "someone/toy")
+    assert hub.files("someone/toy", "dataset")["README.md"].decode() == card
+    (exported / "README.md").write_text(card + exporting.MARK)
+    for repository in ("someone/toy", "someone/other"):
+        exporting.push(exported, repository)
+        pushed = hub.files(repository, "dataset")["README.md"]
+        assert f'\nrows = load_dataset("{repository}", split="train")\n' in pushed.decode()
+        assert str(exported) not in pushed.decode()
+        assert (exported / "README.md").read_bytes() == pushed
 
 
 def test_files_of_a_former_set_go(exported, hub):

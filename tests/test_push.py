@@ -340,6 +340,15 @@ def content_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("model", ["folder", "someone/nothing"])
+def test_space_of_a_model_that_is_not_on_the_hub_is_refused(hub, folder, monkeypatch, model):
+    hub.use(monkeypatch, "hf_write")
+    model = str(folder) if model == "folder" else model
+    with pytest.raises(OSError, match=r"'someone/page' was not pushed: its model .* is not on the Hub"):
+        main(["--model", model, "--space", "someone/page"])
+    assert hub.repositories == {}
+
+
 def test_nowhere_to_push_to(folder):
     with pytest.raises(ValueError, match="Name where to push"):
         main(["--model", str(folder)])

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub import eval_result_entries_to_yaml as to_entries
 from safetensors import safe_open
 
+from data_scripts.uploading import write_contents
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
 from training_reftr.report import format_results
@@ -114,9 +115,7 @@ def write_card(folder: str | Path, repository: str | None = None) -> Path:
         OSError: if there is no model in the folder.
     """
     folder = Path(folder)
-    for name, content in card_files(folder, repository).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
+    write_contents(folder, card_files(folder, repository))
     return folder / README
 
 
@@ -176,16 +175,18 @@ def read_facts(folder: Path) -> dict:
             num_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     recipe = read("recipe.yaml")
     comments = (folder / "recipe.yaml").read_text(encoding="utf-8").splitlines() if recipe else []
+    metrics = read("metrics.json")
     return {
         "config": read("config.json"),
         "recipe": recipe,
         # what was changed where the run was resumed
         "changes": [line.removeprefix("# ") for line in comments if line.startswith("# from step ")],
         "origin": read("origin.json"),
-        "metrics": read("metrics.json"),
+        "metrics": metrics,
         "validation": best_validation(folder / "metrics.jsonl", recipe.get("validation_split", "validation")),
         "num_parameters": num_parameters,
         "has_pictures": (folder / "predictions.png").is_file(),
+        "has_example": "example" in metrics and (folder / metrics["example"]["image"]).is_file(),
     }
 
 
@@ -242,16 +243,17 @@ def front_matter(facts: dict, repository: str | None = None) -> ModelCardData:
     tags = ["reftr", "visual-grounding", "referring-expression-comprehension", "phrase-grounding"]
     tags += ["referring-image-segmentation"] if facts["config"].get("predict_masks") else []
     starts = [recipe.get(name) for name in ("init_from", "init_detr", "init_text")]
-    base_model = [start for start in starts if start and HUB_ID.fullmatch(start) and not Path(start).exists()]
+    base_model = [start for start in starts if start and is_hub_id(start)]
     widget = []
-    if "example" in metrics and repository:
+    if facts["has_example"] and repository:
         address = f"https://huggingface.co/{repository}/resolve/main/{metrics['example']['image']}"
         widget = [{"src": address, "candidate_labels": ", ".join(metrics["example"]["texts"])}]
     results = [
         EvalResult(
             task_type="zero-shot-object-detection",
             task_name="visual grounding",
-            dataset_type=hub_dataset or metrics["dataset"],
+            # of a folder its name: a path reads as a Hub id
+            dataset_type=hub_dataset or Path(metrics["dataset"]).name,
             dataset_name=pretty_name(metrics["dataset"]),
             dataset_split=split,
             metric_type=metric,
@@ -274,6 +276,12 @@ def front_matter(facts: dict, repository: str | None = None) -> ModelCardData:
         eval_results=results or None,
         **({"widget": widget} if widget else {}),
     )
+
+
+def is_hub_id(start: str) -> bool:
+    """Return whether starting weights were named by a Hub id, and are not a folder or a file."""
+    is_file = Path(start).suffix in (".pth", ".pt", ".bin", ".safetensors")
+    return bool(HUB_ID.fullmatch(start)) and not is_file and not Path(start).exists()
 
 
 def make_eval_results(facts: dict) -> list[EvalResultEntry]:
