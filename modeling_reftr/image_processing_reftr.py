@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 import os
+import threading
 
 import numpy as np
 import torch
@@ -68,6 +69,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 UNDONE_TURNS = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+# an image that one thread is reading the EXIF data of has none for another: Pillow marks it as read beforehand
+EXIF_LOCK = threading.Lock()
 # the fields of `Image.info` in which Pillow finds an orientation
 ORIENTATION_FIELDS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
@@ -103,7 +106,10 @@ def read_orientation(image: Image.Image) -> int:
         OSError: if the EXIF data is damaged.
     """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.format == "PNG":
+            image.load()  # its EXIF may stand behind its pixels; one thread would decode for all under the lock
+        with EXIF_LOCK:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in TURNS else 1
     except Exception as error:
         raise OSError(f"The EXIF data of an image of {image.width} x {image.height} pixels is damaged: {error}") from (
