@@ -294,7 +294,10 @@ def test_second_run_in_a_folder_is_refused_and_the_first_one_unharmed(recipe, wh
     """Two runs that start together, or one that starts while another one is there, in every way to write there."""
     words = [(), (), ("--resume", "auto"), ("--eval_only",)][trial % 4]
     ranks = 2 if trial % 8 == 6 else 1
-    first = run(recipe, tmp_path, 1)
+    # a launcher takes seconds until its ranks ask for the folder
+    before = linger("training", tmp_path.with_name(f"{tmp_path.name}_moments"), seconds=2) if ranks == 2 else ""
+    tmp_path.with_name(f"{tmp_path.name}_moments").mkdir()
+    first = run(recipe, tmp_path, 1, before=before)
     if trial % 4:
         wait_for(lambda: trial // 4 in steps_of(tmp_path) or (trial < 4 and (tmp_path / ".lock").exists()), first)
     second = run(recipe, tmp_path, ranks, *words)
