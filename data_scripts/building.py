@@ -40,9 +40,9 @@ MAX_LISTED = 100  # names in a message
 # what `integer_boxes` keeps, see `whole_box`
 KEPT_BOXES = "boxes without extent are kept, to be counted as misses"
 KEPT_MASKS = "masks without a pixel are kept, to be counted as misses"
-# in the folder of a built dataset: split -> LEFT_OUT or CHANGED -> reason -> number, see `reports.format_build_report`
+# in the folder of a built dataset: split -> a kind of `REPORTED` -> reason -> number, see `reports.read_build_report`
 BUILD_REPORT = "build_report.json"
-LEFT_OUT, CHANGED = "left_out", "changed"
+REPORTED = LEFT_OUT, CHANGED, SUSPECTED = "left_out", "changed", "suspected"
 ALL_SPLITS = "all"  # what is left out before the splits are made; the library refuses a split of this name
 
 
@@ -136,7 +136,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         paths = [] if data_dir is None else [p for p in self.annotation_files(Path(data_dir), name) if p.exists()]
         sources = [path.read_text() for path in sorted(modules_of(Path(inspect.getfile(type(self)))))]
         super().__init__(*args, hash=fingerprint(paths, hash, *sources), **kwargs)
-        self.reported = []  # (split, LEFT_OUT or CHANGED, reason -> number)
+        self.reported = []  # (split, a kind of REPORTED, reason -> number)
 
     def _download_and_prepare(self, dl_manager, verification_mode, **settings):
         """Build as the library does, and write what was reported into the folder that it renames when all is there."""
@@ -147,7 +147,8 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         order = {split: number for number, split in enumerate(self.info.splits)}
         report = {}
         for split, kind, counts in sorted(self.reported, key=lambda entry: order.get(entry[0], -1)):
-            report.setdefault(split, {LEFT_OUT: Counter(), CHANGED: Counter()})[kind].update(counts)
+            kinds = report.setdefault(split, {LEFT_OUT: Counter(), CHANGED: Counter()})
+            kinds.setdefault(kind, Counter()).update(counts)
         report = {
             split: {kind: dict(sorted(counts.items())) for kind, counts in kinds.items()}
             for split, kinds in report.items()
@@ -249,8 +250,8 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         self._report(split, CHANGED, changed)
 
     def report_suspected(self, message: str):
-        """Log what all boxes of the dataset look like, where it is not what they are said to be."""
-        logger.warning(f"{self.config.name}: {message}.")
+        """Log what all boxes of the dataset look like, if it is not what they are said to be, and keep it."""
+        self._report(ALL_SPLITS, SUSPECTED, Counter({message: 1}))
 
     def report_dropped(self, split: str, dropped: Counter):
         """Log what was left out of a split, reason -> number, and keep it with the built dataset."""
@@ -264,7 +265,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
 
 def describe_reported(kind: str, counts: dict[str, int]) -> str:
     """
-    Return what was left out or changed, reason -> number, as part of a sentence.
+    Return what was left out, changed or suspected, reason -> number, as part of a sentence.
 
     Example:
 
@@ -275,6 +276,8 @@ def describe_reported(kind: str, counts: dict[str, int]) -> str:
     'left out 1200 bad lines, 2 expressions without words'
 
     ```"""
+    if kind == SUSPECTED:
+        return "; ".join(sorted(counts))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
     return f"left out {reasons}" if kind == LEFT_OUT else reasons
 

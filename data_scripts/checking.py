@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from .box_conventions import Judgement, judge_boxes
-from .building import Source, is_degenerate, merge_boxes
+from .building import SUSPECTED, Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
 from .reading import check_decodes, picture_size, read_frame
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
@@ -301,6 +301,8 @@ def check(
             if published[name] is not None and published[name] != counts[name]:
                 message = f"{counts[name]:,} {name}, published are {published[name]:,}"
                 warnings.append(Finding("count", split, None, message))
+    for split, kinds in (build_report or {}).items():
+        warnings += [Finding("convention", split, None, message) for message in kinds.get(SUSPECTED, ())]
     judgement = judge_rows(splits)
     if judgement is not None:
         finding = Finding("convention", ", ".join(splits), None, judgement.message)

@@ -49,8 +49,8 @@ def combine(
     Join a split of several sets, leaving out every row whose picture is held out in any of them. Pictures are matched
     by their COCO id (`coco_id`), others by `image_id`.
 
-    What is trained on is not held out: neither a split of `trained`, nor one whose every expression is in them, as
-    those of val are in trainval.
+    What is trained on is not held out: neither a split of `trained`, nor one whose every expression is in one that is
+    more than train, as those of val are in trainval. What train itself has of a held-out split is left out.
 
     Args:
         sets (`list`): each a name that `load` takes, a pair (name, flags) of it, a dict of splits (such as a
@@ -125,8 +125,9 @@ def _held_out_splits(name: str, splits: Mapping, trained: set[str], held_out: tu
     candidates = [rows for other, rows in splits.items() if other.startswith(held_out) and other not in own]
     if not candidates:
         return []
-    learned = [(splits[part], _picture_keys(splits[part])) for part in own]
-    return [rows for rows in candidates if not _is_part(rows, learned)]
+    is_more_than_train = own > {"train"} or "train" not in own
+    learned = [(splits[part], _picture_keys(splits[part])) for part in own if is_more_than_train]
+    return [rows for rows in candidates if not (learned and _is_part(rows, learned))]
 
 
 def _is_part(rows: datasets.Dataset, learned: list[tuple[datasets.Dataset, list]]) -> bool:

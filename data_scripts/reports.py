@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .building import BUILD_REPORT, CHANGED, LEFT_OUT, Source, describe_reported, flags_of
+from .building import BUILD_REPORT, REPORTED, Source, describe_reported, flags_of
 
 
 COUNTS = ("images", "objects", "expressions")
@@ -114,8 +114,9 @@ def read_build_report(folder: str | Path) -> dict[str, dict[str, dict[str, int]]
         folder (`str` or `Path`): the built dataset in the cache.
 
     Returns:
-        `dict`: split, or "all" for what was left out before the splits were made -> "left_out" and "changed" -> reason
-        -> number; a split of which there is nothing to report is absent. None where an earlier version built it.
+        `dict`: split, or "all" for what was found before the splits were made -> "left_out", "changed" and perhaps
+            "suspected" -> reason -> number; a split of which there is nothing to report is absent. None where an
+            earlier version built it.
 
     Raises:
         OSError: if the file is damaged.
@@ -128,8 +129,8 @@ def read_build_report(folder: str | Path) -> dict[str, dict[str, dict[str, int]]
         valid = all(
             type(count) is int
             for kinds in report.values()
-            for kind in (LEFT_OUT, CHANGED)
-            for count in kinds[kind].values()
+            for kind in REPORTED
+            for count in kinds.get(kind, {}).values()
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         valid = False
@@ -157,8 +158,8 @@ def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None) -> 
     lines = [
         f"- {split}: {describe_reported(kind, kinds[kind])}"
         for split, kinds in report.items()
-        for kind in (LEFT_OUT, CHANGED)
-        if kinds[kind]
+        for kind in REPORTED
+        if kinds.get(kind)
     ]
     return "\n".join(
         ["Left out or changed by the build:", *lines] if lines else ["The build left out and changed nothing."]

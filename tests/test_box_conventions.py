@@ -12,6 +12,7 @@ from PIL import Image
 import data_scripts
 from data_scripts.box_conventions import BOX_FORMATS, judge_boxes, parse_box_format, to_boxes_xyxy
 from data_scripts.checking import check
+from data_scripts.loading import load_with_report
 from layout_flickr30k import make_flickr30k
 from training_reftr.arguments import TrainingArguments
 from training_reftr.sources import load_rows
@@ -158,6 +159,12 @@ def test_unit_is_named_where_every_line_makes_sense(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load(tmp_path, box_format="xyxy_thousand")
     assert "said to be 'xyxy_thousand', look like 'xyxy': no number of 36 boxes is over the size" in caplog.text
+    # the cache keeps it
+    flags = {"data_dir": tmp_path, "cache_dir": str(tmp_path / "cache"), "box_format": "xyxy_thousand"}
+    splits, build_report = load_with_report("jsonl", **flags)
+    report = check(data_scripts.SOURCES["jsonl"], splits, build_report=build_report)
+    (finding,) = [finding for finding in report["warnings"] if finding["kind"] == "convention"]
+    assert "look like 'xyxy'" in finding["message"]
 
 
 @pytest.mark.parametrize("name", ["shapes", "jsonl", "refcoco_unc", "flickr30k_entities"])

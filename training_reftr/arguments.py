@@ -156,7 +156,7 @@ class TrainingArguments:
 
     # evaluation and watching
     evaluation_batching: str = setting(
-        NEITHER,
+        LEARNING,  # answers, and so the best model, depend on it
         "grouped",
         "Batches of evaluation, whose padding changes answers: grouped: images with all their sentences; published: "
         "sentences that follow each other in the annotations; unpadded: images of one resized size.",
