@@ -74,7 +74,7 @@ def run_build(args):
     splits, build_report = load_splits(args)
     broken = find_broken_pictures(splits, args.verify, args.num_proc)
     write(format_counts(args.source, {split: count_split(rows) for split, rows in splits.items()}))
-    if judgement := judge_rows(splits):
+    for judgement in judge_rows(splits):
         write(f"warning: {judgement.message}.")
     write(format_build_report(build_report))
     if broken:

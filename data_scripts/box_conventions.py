@@ -32,6 +32,14 @@ CERTAIN_SHARE = 0.4
 # the highest number of a box in a unit, with what annotations pass an edge by
 LIMITS = {"fraction": 1.1, "thousand": 1010}
 UNIT_RANGES = {"fraction": "0..1 of the image's width and height", "thousand": "0..1000 of its width and height"}
+# by how much of its image's side a sum of fractions of six decimals, as tools write them, may be off
+ROUNDING = 1e-6
+# share of the boxes, and number of them, that are in 0..1 where something is to be said of them; all but slips where
+# it is said of the dataset
+SOME_SHARE, SOME_BOXES, SOME_SIDE, MOST_SHARE = 0.02, 3, 32, 0.95
+# how far the boxes of a dataset reach in another unit, in shares of the image's sides, if it is the true one: else
+# they may be objects in a corner of their images. Of few boxes less is asked for
+REACH, REACH_OF_MISFITS, REACH_OF_FEW = 0.9, 0.8, 0.5
 # boxes and pixels from which on it says something that no coordinate passes a limit
 MANY_BOXES, LARGE_SIDE, SMALL_SIDE = 20, 1200, 900
 
@@ -88,10 +96,13 @@ def to_boxes_xyxy(boxes: np.ndarray, sizes: np.ndarray, layout: str, unit: str) 
         boxes = boxes * scale / (1 if unit == "fraction" else 1000)
     first, last = boxes[:, :2], boxes[:, 2:]
     if layout == "xywh":
-        return np.concatenate((first, first + last), axis=1)
-    if layout == "cxcywh":
-        return np.concatenate((first - last / 2, first + last / 2), axis=1)
-    return np.array(boxes)
+        first, last = first, first + last
+    elif layout == "cxcywh":
+        first, last = first - last / 2, first + last / 2
+    boxes_xyxy = np.concatenate((first, last), axis=1)
+    # a sum of rounded fractions may end beyond an edge, which would count as a box that is cut there
+    boxes_xyxy[np.abs(boxes_xyxy) < ROUNDING * scale] = 0
+    return np.where(np.abs(boxes_xyxy - scale) < ROUNDING * scale, scale, boxes_xyxy)
 
 
 class Judgement(NamedTuple):
@@ -109,7 +120,41 @@ class Judgement(NamedTuple):
     message: str
 
 
-def judge_boxes(boxes, sizes, box_format: str = "xyxy") -> Judgement | None:
+def judge_splits(splits: dict[str, dict[tuple[str, str], tuple]]) -> list[Judgement]:
+    """
+    Judge the boxes of each split by themselves, for each may come from another tool; if there is nothing to say of
+    any, judge those of all splits together, which are more.
+
+    Args:
+        splits (`dict`): split -> (what they are, "boxes" or "polygons"; their box format) -> (boxes, sizes), see
+            `judge_boxes`.
+
+    Returns:
+        `list[Judgement]`: those that there are.
+    """
+    together = {}
+    for groups in splits.values():
+        for key, group in groups.items():
+            together.setdefault(key, []).append(group)
+    together = {
+        key: [np.concatenate(arrays) for arrays in zip(*groups, strict=True)] for key, groups in together.items()
+    }
+
+    def judge(groups: dict, split: str | None = None) -> list[Judgement]:
+        found = [
+            judge_boxes(*group, box_format, f"The {what}" if split is None else f"The {what} of {split!r}")
+            for (what, box_format), group in groups.items()
+        ]
+        return [judgement for judgement in found if judgement is not None]
+
+    if len(splits) > 1:
+        found = [judgement for split, groups in splits.items() for judgement in judge(groups, split)]
+        if found:
+            return found
+    return judge(together)
+
+
+def judge_boxes(boxes, sizes, box_format: str = "xyxy", what: str = "The boxes") -> Judgement | None:
     """
     Compare what boxes look like, taken together, with the convention that they are said to be of.
 
@@ -117,6 +162,7 @@ def judge_boxes(boxes, sizes, box_format: str = "xyxy") -> Judgement | None:
         boxes (`(N, 4)`): as they are written, before anything is cut at an edge.
         sizes (`(N, 2)`): (width, height) of the image of each, in pixels.
         box_format (`str`): what they are said to be.
+        what (`str`, *optional*, defaults to `"The boxes"`): how the sentence begins.
 
     Returns:
         `Judgement`, or None where nothing speaks against it. Boxes that make sense in several conventions are not
@@ -143,8 +189,10 @@ def judge_boxes(boxes, sizes, box_format: str = "xyxy") -> Judgement | None:
     found = find_unit(boxes, sizes, unit)
     if found is not None:
         found_unit, reason = found
-        name = name_of(best_layout(boxes, sizes, layout, found_unit), found_unit)
-        return Judgement(name, "fraction" in (found_unit, unit), advise(box_format, name, reason))
+        is_meant = are_fractions(boxes, sizes) if found_unit == "fraction" else np.full(len(boxes), True)
+        name = name_of(best_layout(boxes[is_meant], sizes[is_meant], layout, found_unit), found_unit)
+        is_certain = "fraction" in (found_unit, unit) and is_meant.mean() >= MOST_SHARE
+        return Judgement(name, is_certain, advise(what, box_format, name, reason))
     wrong = 1 - fits(boxes, sizes, layout, unit).mean()
     num_wrong = round(wrong * len(boxes))
     if num_wrong < MIN_SUSPECTED or wrong < SUSPECTED_SHARE:
@@ -152,8 +200,15 @@ def judge_boxes(boxes, sizes, box_format: str = "xyxy") -> Judgement | None:
     candidates = [(other, unit) for other in (*LAYOUTS, EXCHANGED) if other != layout]
     if wrong >= SUSPECTED_UNIT_SHARE:
         limits = {"pixels": np.inf, "fraction": LIMITS["fraction"], "thousand": LIMITS["thousand"]}
-        others = [other for other in UNITS if other != unit and boxes.max() <= limits[other]]
-        candidates += [(other, other_unit) for other_unit in others for other in (layout, *LAYOUTS)]
+        # fractions over 1 are slips, if they are no numbers of another size altogether, see `find_unit`
+        others = [other for other in UNITS if unit not in (other, "fraction") and boxes.max() <= limits[other]]
+        least = REACH_OF_MISFITS if len(boxes) >= MANY_BOXES else REACH_OF_FEW
+        candidates += [
+            (other, other_unit)
+            for other_unit in others
+            for other in (layout, *LAYOUTS)
+            if reach_of(boxes, sizes, other, other_unit) >= least
+        ]
     shares = [fits(boxes, sizes, *candidate).mean() for candidate in candidates]
     best = int(np.argmax(np.round(shares, 2)))
     if shares[best] < FITTING_SHARE:
@@ -164,23 +219,28 @@ def judge_boxes(boxes, sizes, box_format: str = "xyxy") -> Judgement | None:
         f"{100 * shares[best]:.0f}% fit as {name!r}"
     )
     is_certain = wrong >= CERTAIN_SHARE and len(boxes) >= MANY_BOXES
-    return Judgement(name, is_certain, advise(box_format, name, reason))
+    return Judgement(name, is_certain, advise(what, box_format, name, reason))
 
 
-def advise(said: str, name: str, reason: str) -> str:
+def advise(what: str, said: str, name: str, reason: str) -> str:
     """Return the sentence of a judgement: what boxes look like, why, and what to do."""
     remedy = f"set box_format={name!r}, or convert them"
     if name.startswith(EXCHANGED):
         remedy = "exchange x and y"
-    return f"The boxes, said to be {said!r}, look like {name!r}: {reason}; if they are, {remedy}"
+    if what.startswith("The polygons"):
+        remedy = "convert them to pixels"
+    return f"{what}, said to be {said!r}, look like {name!r}: {reason}; if they are, {remedy}"
 
 
 def find_unit(boxes: np.ndarray, sizes: np.ndarray, unit: str) -> tuple[str, str] | None:
     """Return the unit that the range of all numbers speaks for, and why, if it is another than is said."""
     highest = boxes.max()
-    if unit != "fraction" and boxes.min() >= 1 - LIMITS["fraction"] and highest <= LIMITS["fraction"]:
-        # of an image of a few pixels such boxes may be real
-        return ("fraction", f"all numbers of {len(boxes)} boxes are in 0..1") if sizes.min() > 4 else None
+    if unit != "fraction":
+        found = are_fractions(boxes, sizes)
+        is_some = found.sum() >= SOME_BOXES and found.mean() >= SOME_SHARE and sizes[found].min() > SOME_SIDE
+        if found.mean() >= MOST_SHARE or is_some:
+            whose = f"{len(boxes)} boxes" if found.all() else f"{found.sum()} of {len(boxes)} boxes"
+            return "fraction", f"all numbers of {whose} are in 0..1"
     is_thousand = is_cut_at_1000(boxes, sizes)
     if unit == "fraction" and np.median(boxes) > 2:  # not a slip or two
         in_pixels = [fits(boxes, sizes, layout, "pixels").mean() for layout in LAYOUTS]
@@ -192,7 +252,8 @@ def find_unit(boxes: np.ndarray, sizes: np.ndarray, unit: str) -> tuple[str, str
         # numbers of 0..1000 pass the size of an image that is far smaller
         small = sizes.max(axis=1) <= SMALL_SIDE
         limits = np.tile(sizes[small], 2)
-        if small.sum() >= MANY_BOXES and (boxes[small] <= limits + EDGE_PIXELS).all():
+        is_inside = small.sum() >= MANY_BOXES and (boxes[small] <= limits + EDGE_PIXELS).all()
+        if is_inside and best_reach(boxes[small], sizes[small], "pixels") >= REACH:
             return "pixels", f"no number of {small.sum()} boxes is over the size of its image"
     return None
 
@@ -201,7 +262,26 @@ def is_cut_at_1000(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     """Return whether numbers go up to 1000 and no further, where images are so large that some would."""
     ends = [values[sides >= LARGE_SIDE] for values, sides in zip(boxes.T, np.tile(sizes, 2).T, strict=True)]
     ends = np.concatenate(ends)
-    return boxes.max() <= 1000 and len(ends) >= 2 * MANY_BOXES and ends.max() >= 850
+    is_cut = boxes.max() <= 1000 and len(ends) >= 2 * MANY_BOXES and ends.max() >= 850
+    return is_cut and best_reach(boxes, sizes, "thousand") >= REACH
+
+
+def are_fractions(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return which boxes have all numbers in 0..1; (N,). In an image of a few pixels such boxes may be real."""
+    in_range = (boxes >= 1 - LIMITS["fraction"]) & (boxes <= LIMITS["fraction"])
+    return in_range.all(axis=1) & (sizes.min(axis=1) > 4)
+
+
+def reach_of(boxes: np.ndarray, sizes: np.ndarray, layout: str, unit: str) -> float:
+    """Return how far the boxes that fit a convention reach: the lesser share of their images' width and height."""
+    good = fits(boxes, sizes, layout, unit)
+    ends = to_boxes_xyxy(boxes, sizes, layout, unit)[:, 2:] / sizes
+    return float(ends[good].max(axis=0, initial=0).min())
+
+
+def best_reach(boxes: np.ndarray, sizes: np.ndarray, unit: str) -> float:
+    """Return how far boxes reach in a unit, in the layout that most of them fit, see `reach_of`."""
+    return reach_of(boxes, sizes, best_layout(boxes, sizes, LAYOUTS[0], unit), unit)
 
 
 def fits(boxes: np.ndarray, sizes: np.ndarray, layout: str, unit: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from .box_conventions import Judgement, judge_boxes
+from .box_conventions import Judgement, judge_splits
 from .building import SUSPECTED, Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
 from .reading import check_decodes, picture_size, read_frame
@@ -303,8 +303,7 @@ def check(
                 warnings.append(Finding("count", split, None, message))
     for split, kinds in (build_report or {}).items():
         warnings += [Finding("convention", split, None, message) for message in kinds.get(SUSPECTED, ())]
-    judgement = judge_rows(splits)
-    if judgement is not None:
+    for judgement in judge_rows(splits):
         finding = Finding("convention", ", ".join(splits), None, judgement.message)
         (errors if judgement.is_certain else warnings).append(finding)
     return {
@@ -316,22 +315,24 @@ def check(
     }
 
 
-def judge_rows(splits: dict[str, datasets.Dataset]) -> Judgement | None:
+def judge_rows(splits: dict[str, datasets.Dataset]) -> list[Judgement]:
     """
-    Return what the boxes of all rows look like, taken together, if they are not what the schema says: xyxy in pixels.
+    Return what the boxes of rows look like, if they are not what the schema says: xyxy in pixels.
 
     Args:
         splits (`dict[str, datasets.Dataset]`): split -> rows; none is decoded.
     """
-    boxes, sizes = [np.zeros((0, 4))], [np.zeros((0, 2))]
-    for rows in splits.values():
+    found = {}
+    for split, rows in splits.items():
+        boxes, sizes = [np.zeros((0, 4))], [np.zeros((0, 2))]
         for table in rows.select_columns(["width", "height", "objects"]).with_format("arrow").iter(10_000):
-            found, counts = boxes_of_images(table["objects"].combine_chunks())
-            boxes.append(found)
+            part, counts = boxes_of_images(table["objects"].combine_chunks())
+            boxes.append(part)
             sizes.append(
                 np.stack((table["width"].to_numpy(), table["height"].to_numpy()), axis=1).repeat(counts, axis=0)
             )
-    return judge_boxes(np.concatenate(boxes), np.concatenate(sizes))
+        found[split] = {("boxes", "xyxy"): (np.concatenate(boxes), np.concatenate(sizes))}
+    return judge_splits(found)
 
 
 def boxes_of_images(objects: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

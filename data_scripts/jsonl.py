@@ -40,14 +40,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .box_conventions import (
-    LIMITS,
-    UNIT_RANGES,
-    Judgement,
-    judge_boxes,
-    parse_box_format,
-    to_boxes_xyxy,
-)
+from .box_conventions import LIMITS, UNIT_RANGES, judge_splits, parse_box_format, to_boxes_xyxy
 from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
 from .masks import box_of, encode_array, encode_counts, to_segmentation
 from .reading import image_of, is_inside, is_number, picture_size, read_frame
@@ -120,11 +113,11 @@ class JsonLines(GroundingBuilder):
         missing = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
         if missing:
             raise OSError(f"There is no file {', '.join(missing)}. {DISTRIBUTION}")
-        good, bad, dropped, pictures, written = {}, [], {}, {}, []
+        good, bad, dropped, pictures, written = {}, [], {}, {}, {}
         for split, files in self.split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
                 raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
-            good[split], dropped[split], seen = [], Counter(), {}
+            good[split], dropped[split], written[split], seen = [], Counter(), {}, {}
             lines = ((file, *line) for file in files for line in read_lines(file))
             for path, number, offset, line in lines:
                 try:
@@ -135,12 +128,12 @@ class JsonLines(GroundingBuilder):
                     need(earlier == place, "image", value["image"], f"another picture than in {earlier}")
                     pictures[picture] = None
                     if picture.is_file():
-                        self._row(path, value, Counter(), written)
+                        self._row(path, value, Counter(), written[split])
                     good[split].append((str(path), number, offset))
                 except (OSError, ValueError) as error:
                     bad.append(f"{path}, line {number}: {error}")
                     dropped[split]["bad lines"] += 1
-        suspected = judge_written_boxes(written)
+        suspected = judge_splits(written)
         if bad and not self.config.drop_bad_lines:
             hint = "".join(f"\n{judgement.message}." for judgement in suspected)
             raise ValueError(f"{len(bad)} bad lines (drop_bad_lines leaves them out):{listing(bad)}{hint}")
@@ -176,10 +169,10 @@ class JsonLines(GroundingBuilder):
         need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
         return (folder_of_images(self.config.data_dir, self.config.image_dir) or path.parent) / name
 
-    def _row(self, path: Path, value: dict, changed: Counter, written: list | None = None) -> dict:
+    def _row(self, path: Path, value: dict, changed: Counter, written: dict | None = None) -> dict:
         """
         Return the row of a parsed line of a file; raises a ValueError or OSError where it is bad. Its boxes, bad ones
-        too, are added to `written` as (box format, box, size of the image).
+        too, are added to `written`: (what they are, box format) -> (boxes, sizes of their images).
         """
         picture = self._picture(path, value)
         size = annotated_size(value)
@@ -189,7 +182,11 @@ class JsonLines(GroundingBuilder):
         box_format = value.get("box_format", self.config.box_format)
         parse_box_format(box_format)
         if written is not None:
-            written += ((box_format, box, (width, height)) for box in boxes_in(value))
+            for what, written_format, found in (("boxes", box_format, boxes_in(value)), (*POLYGONS, spans_in(value))):
+                if found:
+                    boxes, sizes = written.setdefault((what, written_format), ([], []))
+                    boxes += found
+                    sizes += [(width, height)] * len(found)
         image_id, objects, sentences = image_id_of(value), {}, []
         for index, expression in enumerate(value["expressions"]):
             field = f"expressions[{index}]"
@@ -229,6 +226,7 @@ class JsonLines(GroundingBuilder):
         return segmentation
 
 
+POLYGONS = ("polygons", "xyxy")  # of pixels, whatever the format of boxes is
 # what the four numbers of a box are, by layout
 NUMBERS = {
     "xyxy": "[left, top, right, bottom]",
@@ -372,15 +370,36 @@ def find_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
     return start, end
 
 
-def boxes_in(value: dict) -> list[list]:
-    """Return the boxes of a parsed line that are four numbers, as they are written, whatever else is wrong with it."""
+def targets_in(value: dict) -> list[dict]:
+    """Return the expressions and phrases of a parsed line, whatever else is wrong with it."""
     found = []
     for expression in filter(is_dict, value["expressions"]):
         phrases = expression.get("phrases")
-        for target in (expression, *filter(is_dict, phrases if isinstance(phrases, list) else ())):
-            boxes = target.get("boxes")
-            found += [target.get("box"), *(boxes if isinstance(boxes, list) else ())]
+        found += [expression, *filter(is_dict, phrases if isinstance(phrases, list) else ())]
+    return found
+
+
+def boxes_in(value: dict) -> list[list]:
+    """Return the boxes of a parsed line that are four numbers, as they are written, whatever else is wrong with it."""
+    found = []
+    for target in targets_in(value):
+        boxes = target.get("boxes")
+        found += [target.get("box"), *(boxes if isinstance(boxes, list) else ())]
     return [box for box in found if is_four_numbers(box)]
+
+
+def spans_in(value: dict) -> list[list]:
+    """Return the boxes_xyxy around the polygons of a parsed line, in the unit that they are written in."""
+    found = []
+    for target in targets_in(value):
+        for field in ("polygon", "segmentation"):
+            polygons = target.get(field)
+            polygons = polygons if isinstance(polygons, list) else []
+            for polygon in [polygons] if polygons and is_number(polygons[0]) else polygons:
+                if isinstance(polygon, list) and len(polygon) >= 6 and all(is_number(number) for number in polygon):
+                    across, down = polygon[0::2], polygon[1::2]
+                    found.append([min(across), min(down), max(across), max(down)])
+    return found
 
 
 def is_dict(value) -> bool:
@@ -391,17 +410,6 @@ def is_dict(value) -> bool:
 def is_four_numbers(box) -> bool:
     """Whether it is a list of four numbers that have a place in an image."""
     return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
-
-
-def judge_written_boxes(written: list[tuple[str, list, tuple[int, int]]]) -> list[Judgement]:
-    """Return what is to be said of all boxes of a box format together, for each that is used; see `judge_boxes`."""
-    by_format = {}
-    for box_format, box, size in written:
-        boxes, sizes = by_format.setdefault(box_format, ([], []))
-        boxes.append(box)
-        sizes.append(size)
-    found = (judge_boxes(boxes, sizes, box_format) for box_format, (boxes, sizes) in by_format.items())
-    return [judgement for judgement in found if judgement is not None]
 
 
 def read_boxes(target: dict, field: str, box_format: str, width: int, height: int) -> list[list[float]]:

@@ -177,6 +177,64 @@ def test_good_datasets_are_not_suspected(name, tmp_path, shapes):
     assert [finding for finding in report["errors"] + report["warnings"] if finding["kind"] == "convention"] == []
 
 
+def test_slip_does_not_hide_a_convention_and_some_boxes_of_another_are_named():
+    boxes_xyxy, sizes = draw_boxes(PHOTOS, seed=5)
+    fractions = write_boxes(boxes_xyxy, sizes, "cxcywh_fraction")
+    fractions[7] = [10, 20, 110, 90]
+    judgement = judge_boxes(fractions, sizes)
+    assert judgement.box_format == "cxcywh_fraction"
+    assert judgement.is_certain
+    assert "all numbers of 199 of 200 boxes are in 0..1" in judgement.message
+    mixed = np.concatenate((fractions[8:20], boxes_xyxy[20:]))
+    judgement = judge_boxes(mixed, sizes[8:])
+    assert judgement.box_format == "cxcywh_fraction"
+    assert not judgement.is_certain
+
+
+@pytest.mark.parametrize("said", ["xyxy", "xywh_thousand", "cxcywh_fraction"])
+@pytest.mark.parametrize("size", [(4000, 3000), (1920, 1080), (640, 480), (20, 16)])
+def test_objects_in_a_corner_are_not_taken_for_another_unit(size, said):
+    """As the logo on each page, or the clock of a screen."""
+    rng = np.random.default_rng(0)
+    first = rng.uniform(0.01, 0.1, (200, 2)) * size
+    boxes_xyxy = np.concatenate((first, first + rng.uniform(0.06, 0.15, (200, 2)) * size), axis=1)
+    sizes = np.tile(size, (200, 1))
+    assert judge_boxes(write_boxes(boxes_xyxy, sizes, said), sizes, said) is None
+
+
+@pytest.mark.parametrize("true", ["xyxy_fraction", "xywh"])
+def test_split_in_another_convention_is_named(tmp_path, true):
+    """The boxes of validation are too few to be seen among those of train."""
+    make_lines(tmp_path, "xyxy", num_images=60)
+    (tmp_path / "train.jsonl").rename(tmp_path / "large.jsonl")
+    make_lines(tmp_path, true, num_images=4)
+    (tmp_path / "train.jsonl").rename(tmp_path / "validation.jsonl")
+    with pytest.raises(ValueError, match=rf"The boxes of 'validation', said to be 'xyxy', look like '{true}'"):
+        load(tmp_path)
+
+
+def test_polygons_in_fractions_are_refused(tmp_path):
+    """They would be masks of one pixel."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
+    polygons = [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8], [[0.2, 0.1, 0.9, 0.3, 0.5, 0.9]]]
+    expressions = [{"text": f"thing {k}", "box": [4, 4, 40, 40], "polygon": polygons[k]} for k in range(2)]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "1.png", "expressions": expressions}))
+    with pytest.raises(ValueError, match=r"The polygons, .* look like 'xyxy_fraction': .*convert them to pixels"):
+        load(tmp_path)
+
+
+def test_sums_of_fractions_that_end_at_the_edge_are_not_cut_there(tmp_path):
+    Image.new("RGB", (640, 480)).save(tmp_path / "1.png")
+    # right and bottom sides at the edges, six decimals
+    boxes = [[round(value, 6) for value in (1 - x / 2, 1 - x / 4, x, x / 2)] for x in np.arange(1, 60) / 61]
+    assert any(x + width / 2 > 1 for x, _, width, _ in boxes)  # else the numbers prove nothing
+    expressions = [{"text": f"thing {k}", "box": box} for k, box in enumerate(boxes)]
+    line = {"image": "1.png", "box_format": "cxcywh_fraction", "expressions": expressions}
+    (tmp_path / "train.jsonl").write_text(json.dumps(line))
+    _, build_report = load_with_report("jsonl", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
+    assert build_report == {}
+
+
 def change_boxes(rows, box_format):
     """Return rows whose boxes are of another convention than the schema says."""
 

@@ -59,10 +59,9 @@ def refuse_other_boxes(rows: dict, dataset: str):
     """Raise a ValueError if the boxes of somebody's files are not xyxy in pixels; warn if they hardly look so."""
     if not all(set(data_scripts.FEATURES) <= set(part.column_names) for part in rows.values()):
         return  # named by the caller
-    judgement = judge_rows(rows)
-    if judgement is not None and judgement.is_certain:
-        raise ValueError(f"{dataset!r}: {judgement.message}.")
-    if judgement is not None:
+    for judgement in judge_rows(rows):
+        if judgement.is_certain:
+            raise ValueError(f"{dataset!r}: {judgement.message}.")
         logger.warning(f"{dataset!r}: {judgement.message}.")
 
 
