@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None):
         exported = export(model, args.format, args.phrases)
     try:
         exported.save_pretrained(args.output)
-        written = ExportedModel.from_pretrained(args.output)
+        # a program of torch.export is a pickle, which runs code when it is read: this one was written just now
+        written = ExportedModel.from_pretrained(args.output, trust_remote_code=True)
     except (AssertionError, RuntimeError) as error:  # torch cannot write every operation that its own export makes
         reason = str(error).splitlines()[0]
         raise ValueError(f"torch cannot save this model's graph ({reason}); use --format onnx.") from error

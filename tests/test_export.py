@@ -55,7 +55,7 @@ def test_every_graph_answers_as_the_model(make_model, tmp_path, target, phrases)
     model = make_model(backbone_config=BACKBONE, predict_masks=True)
     export(model, target, phrases).save_pretrained(tmp_path)
     assert not model.is_fused
-    found = differences(ExportedModel.from_pretrained(tmp_path), model, phrases)
+    found = differences(ExportedModel.from_pretrained(tmp_path, trust_remote_code=True), model, phrases)
     assert max(found.values()) < 1e-4
 
 
