@@ -82,7 +82,9 @@ def make_sets(folder: Path):
     for name in ("photo.jpg", "mine/1.jpg", "mine/2.jpg", "mine/3.jpg"):
         Image.effect_noise((200, 100), 90).convert("RGB").save(folder / name)
     expressions = [{"text": "the red car", "box": [10, 20, 110, 90]}]
-    (folder / "mine" / "train.jsonl").write_text(json.dumps({"image": "1.jpg", "expressions": expressions}))
+    for split, image in (("train", "1.jpg"), ("validation", "2.jpg")):
+        line = json.dumps({"image": image, "expressions": expressions})
+        (folder / "mine" / f"{split}.jsonl").write_text(line)
 
 
 def make_weights(folder: Path, tokenizer, demo_model: dict):
