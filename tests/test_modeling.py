@@ -363,7 +363,7 @@ def test_box_head_starts_as_wide_as_asked(make_model):
     "several", [pytest.param(False, marks=pytest.mark.slow, id="single"), pytest.param(True, id="several_phrases")]
 )
 def test_sixteen_samples_are_learned_by_heart(processor, shapes, make_model, several):
-    """16 sentences, under 10% of the first loss in 300 steps."""
+    """16 sentences, under a fifth of the first loss in 150 steps."""
     rows = []
     for row in shapes["train"]:
         fitting = [sentence for sentence in row["sentences"] if (len(sentence["phrases"]) > 1) == several]
@@ -375,9 +375,9 @@ def test_sixteen_samples_are_learned_by_heart(processor, shapes, make_model, sev
     model = make_model().train()
     inputs = {name: value for name, value in batch.items() if name != "targets"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=300)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=150)
     losses = []
-    for _ in range(300):
+    for _ in range(150):
         loss = model(**inputs).loss
         optimizer.zero_grad()
         loss.backward()
@@ -385,4 +385,4 @@ def test_sixteen_samples_are_learned_by_heart(processor, shapes, make_model, sev
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])
+    assert losses[-1] < 0.2 * losses[0], (losses[0], losses[-1])

@@ -188,7 +188,7 @@ def test_it_is_told_before_training(run, hub, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path):
+def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path, monkeypatch):
     """Nor does it keep anything from being written; the end says what was not pushed."""
     hub.fault("status", "POST .*/commit/", times=10_000)
     words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
@@ -201,7 +201,8 @@ def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path):
     assert REPOSITORY not in (tmp_path / "run" / "README.md").read_text()
     assert len(hub.repositories["model", REPOSITORY].commits) == 1
     hub.faults.clear()
-    push(run, hub, tmp_path / "run", tmp_path / "home")
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(tmp_path / "run"), "--repo", REPOSITORY])
     assert "model.safetensors" in hub.files(REPOSITORY)
 
 

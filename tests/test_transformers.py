@@ -224,10 +224,15 @@ assert type(AutoImageProcessor.from_pretrained(sys.argv[1])) is modeling_reftr.R
 @pytest.mark.parametrize(
     "code",
     [
-        "from modeling_reftr.modeling_reftr import RefTRModel; from transformers import AutoModel",
         "from transformers import AutoModel; from modeling_reftr import RefTRModel",
         "import modeling_reftr; from transformers import AutoModel; from modeling_reftr import RefTRModel",
-        "from modeling_reftr import RefTRProcessor, RefTRModel; from transformers import AutoModel",
+        *(
+            pytest.param(code, marks=pytest.mark.slow)
+            for code in (
+                "from modeling_reftr.modeling_reftr import RefTRModel; from transformers import AutoModel",
+                "from modeling_reftr import RefTRProcessor, RefTRModel; from transformers import AutoModel",
+            )
+        ),
     ],
 )
 def test_auto_classes_in_any_order_of_imports(run, code):
