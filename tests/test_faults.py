@@ -101,7 +101,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(recipe, whole, tmp_path, trial
         "    write_aside(path, write)\n"
         "checkpoints.write_aside = limited"
     )
-    output = finish(run(recipe, tmp_path, before=before), expected=1)
+    # with a variable of its own it is a process that writes to a pipe: a file of its output would be limited as well
+    output = finish(run(recipe, tmp_path, before=before, PYTHONUNBUFFERED="1"), expected=1)
     assert "error: The checkpoint of step 3 was not written" in output
     assert "Traceback" not in output
     assert steps_of(tmp_path) == [2, 1]
