@@ -127,9 +127,20 @@ def run_process(words, cwd=ROOT, timeout: float = 300) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def start_ranks(words, ranks: int, merge: bool = True) -> list[ScriptProcess]:
+    """
+    Start a command as several ranks, as a cluster starts them: without a launcher, each told its place by variables.
+    """
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        ScriptProcess(words, merge=merge, environment={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
+
+
 def run_ranks(words, ranks: int, timeout: float = 300) -> subprocess.CompletedProcess:
     """
-    Run a command as several ranks, as a cluster starts them: without a launcher, each told its place by variables.
+    Run a command as several ranks to its end, see `start_ranks`.
 
     Returns:
         `subprocess.CompletedProcess`: of rank 0.
@@ -137,11 +148,7 @@ def run_ranks(words, ranks: int, timeout: float = 300) -> subprocess.CompletedPr
     Raises:
         RuntimeError: if a rank fails, with its output.
     """
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [
-        ScriptProcess(words, environment={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(ranks)
-    ]
+    started = start_ranks(words, ranks, merge=False)
     try:
         written = [process.communicate(timeout) for process in started]
     finally:

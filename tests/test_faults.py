@@ -18,6 +18,7 @@ from faults import finish, kill, losses_of, start, steps_of, wait_for, write_rec
 from safetensors.torch import load_file
 
 from conftest import ROOT, trials
+from processes import start_ranks
 from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import checkpoints_of, find_fault, load_state, newest_whole
 
@@ -269,6 +270,18 @@ def test_interrupt_while_importing_ends_the_run_without_a_traceback(recipe, tmp_
     started.send_signal(signal.SIGINT)
     assert started.communicate(timeout=20)[0] == ""
     assert started.returncode == 130
+
+
+def test_signal_of_one_rank_ends_all_ranks_with_its_exit_code(recipe, tmp_path):
+    """Without a launcher that would hand it on, as on a cluster that takes one node back."""
+    words = ["train_reftr.py", recipe, "--output_dir", tmp_path, "--batch_size", 4]
+    ranks = start_ranks(words, 2)
+    wait_for(lambda: 1 in steps_of(tmp_path), ranks[0])
+    ranks[1].send_signal(signal.SIGINT)
+    for process in ranks:
+        output = finish(process, expected=130)
+        assert "Traceback" not in output
+    assert 1 < steps_of(tmp_path)[0] < LAST_STEP
 
 
 @pytest.mark.parametrize("moment", ["training", "saving"])
