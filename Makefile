@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-browser lint format clean
+.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-browser mutation lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -28,6 +28,10 @@ test-all: $(VENV)/.installed
 # every trial of what must not break, counted: kills, full disks, damaged files, hostile input
 scorecard: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --scorecard runs/scorecard.json tests
+
+# one-line faults in a copy of the checkout: the tests concerned must fail. Goes on where an earlier run ended
+mutation: $(VENV)/.installed
+	$(RUN)/python tests/mutation/run.py
 
 # speed beside the published pattern: minutes on a quiet machine; the published preparation needs OpenCV
 benchmark: $(VENV)/.installed
