@@ -15,6 +15,7 @@ import yaml
 
 from conftest import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
 from processes import ENVIRONMENT, ScriptProcess, free_port
+from training_reftr.checkpoints import MANIFEST, STATE, digest_of
 
 
 def write_recipe(path: Path, data_cache: str, **settings) -> Path:
@@ -108,3 +109,16 @@ def losses_of(output_dir: Path) -> dict[int, dict]:
             {name: value for name, value in record.items() if not name.endswith(timed)}
         )
     return found
+
+
+def write_manifest(path: Path):
+    """List the files of a checkpoint as they are now."""
+    files = [file for file in sorted(path.iterdir()) if file.name != MANIFEST]
+    (path / MANIFEST).write_text(json.dumps({file.name: [file.stat().st_size, digest_of(file)] for file in files}))
+
+
+def change_state(path: Path, **changes):
+    """Change fields of a checkpoint's state; `...` removes one."""
+    values = {**json.loads((path / STATE).read_text()), **changes}
+    (path / STATE).write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+    write_manifest(path)

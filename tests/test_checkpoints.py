@@ -1,11 +1,15 @@
 """What a checkpoint must hold to be continued: all else is refused in a sentence, and the one before is taken."""
 
 import json
+import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from faults import change_state, write_manifest
 from safetensors.torch import load_file, save_file
 
 import train_reftr
@@ -14,11 +18,13 @@ from training_reftr.checkpoints import (
     MANIFEST,
     OPTIMIZER,
     STATE,
+    TrainingState,
     checkpoints_of,
-    digest_of,
     find_fault,
+    load_optimizer,
     load_state,
     newest_whole,
+    save_checkpoint,
 )
 from training_reftr.tracking import keep_until
 
@@ -29,18 +35,6 @@ def run_folder(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     assert len(checkpoints_of(tmp_path / "run")) == 2
     return tmp_path / "run"
-
-
-def write_manifest(path):
-    """List the files of a checkpoint as they are now."""
-    files = [file for file in sorted(path.iterdir()) if file.name != MANIFEST]
-    (path / MANIFEST).write_text(json.dumps({file.name: [file.stat().st_size, digest_of(file)] for file in files}))
-
-
-def change_state(path, **changes):
-    values = {**json.loads((path / STATE).read_text()), **changes}
-    (path / STATE).write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
-    write_manifest(path)
 
 
 def change_optimizer(path, change):
@@ -218,3 +212,57 @@ def test_card_names_a_damaged_file(make_model, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}' is damaged"):
         write_card(tmp_path)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is brought to the disk and renamed, in order; a loss of power cannot be had in a test."""
+    events = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def record_fsync(descriptor):
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_rename(source, target, call):
+        events.append(("rename", os.path.abspath(source), os.path.abspath(target)))
+        call(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", lambda source, target: record_rename(source, target, rename))
+    monkeypatch.setattr(os, "replace", lambda source, target: record_rename(source, target, replace))
+    return events
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(recipe, tmp_path, disk):
+    assert train_reftr.main([str(recipe), "--output_dir", str(tmp_path), "--max_steps", "1"]) == 0
+
+    aside, path = (str(tmp_path / "checkpoints" / name) for name in (".step_00000001.incomplete", "step_00000001"))
+    named = disk.index(("rename", aside, path))
+    synced = {event[1] for event in disk[:named] if event[0] == "fsync"}
+    assert {aside, *(f"{aside}/{name}" for name in os.listdir(path))} <= synced
+    assert ("fsync", str(tmp_path / "checkpoints")) in disk[named:]
+
+    best = [number for number, event in enumerate(disk) if event[1].startswith(f"{tmp_path}/.best/")]
+    renames = [number for number in best if disk[number][0] == "rename"]
+    before = {event[1] for event in disk[: renames[0]]}
+    assert {disk[number][1] for number in renames} <= before, "all of them first"
+    assert [disk[number][2] for number in renames].index(str(tmp_path / "model.safetensors")) == len(renames) - 1
+    assert ("fsync", str(tmp_path)) in disk[renames[-1] :]
+
+
+def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    args = SimpleNamespace(output_dir=tmp_path, keep_checkpoints=1)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)  # accelerate: on GPUs alone
+    save_checkpoint(model, optimizer, processor, TrainingState(step=3), args, accelerator)
+    path = newest_whole(tmp_path)
+    accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
+    load_optimizer(path, model, optimizer, load_state(path), accelerator)
+    assert accelerator.scaler.get_scale() == 1024.0
+    assert accelerator.scaler.get_growth_interval() == 7

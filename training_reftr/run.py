@@ -74,6 +74,11 @@ class Run:
         state, args = self.state, self.args
         return state.epoch >= args.num_epochs or 0 < args.max_steps <= state.step
 
+    @property
+    def is_at_last_step(self) -> bool:
+        """Return whether no optimizer step comes after this one, also before its epoch is closed."""
+        return self.is_done or self.state.schedule_step >= self.num_steps
+
     def updates(self):
         """The batches of each update that is still to come in this epoch; ends early where the run is done."""
         seen = [tuple(cut) for cut in self.state.seen]

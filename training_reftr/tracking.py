@@ -64,7 +64,7 @@ class Tracking:
         state = run.state
         self.num_updates += 1
         self.num_expressions += num_expressions
-        if state.step % self.args.log_every and not run.is_done:
+        if state.step % self.args.log_every and not run.is_at_last_step:
             return
         values = {name: value.item() for name, value in losses.items()}  # waits for the GPU
         seconds = time.perf_counter() - self.start

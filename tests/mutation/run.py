@@ -100,9 +100,9 @@ def run_tests(checkout: Path, tests: list[str], *options: str) -> tuple[int | No
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *options, *tests]
+    settings = ["-q", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "pytest", *settings, *options, *tests],
         cwd=checkout,
         env=environment,
         stdout=subprocess.PIPE,
