@@ -147,7 +147,7 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
         logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
     refuse_idle_model(model, args)
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
-        synchronize_batch_norm(model)
+        synchronize_batch_norm(model, accelerator.device)
     data = TrainingData(
         train_rows,
         processor,
