@@ -48,6 +48,7 @@ STATES = {
     "later": ({"ema_step": 3}, "was written by a later version of this code, which adds the field 'ema_step'"),
     "step negative": ({"step": -5}, "has step=-5, expected a whole number of at least 0"),
     "step of another folder": ({"step": 7}, "is of step 7, but its folder is 'step_00000012'"),
+    "step of an earlier folder": ({"step": 13}, "is of step 13, but its folder is 'step_00000012'"),
     "step text": ({"step": "12"}, "has step='12', expected a whole number"),
     "step true": ({"step": True}, "has step=True, expected a whole number"),
     "step fraction": ({"step": 12.0}, "has step=12.0, expected a whole number"),
@@ -266,3 +267,17 @@ def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
     load_optimizer(path, model, optimizer, load_state(path), accelerator)
     assert accelerator.scaler.get_scale() == 1024.0
     assert accelerator.scaler.get_growth_interval() == 7
+
+
+def test_new_run_is_refused_where_another_has_its_checkpoints(recipe, run_folder):
+    with pytest.raises(OSError, match=r"has checkpoints of another run.*step_00000012.*choose another --output_dir"):
+        train_reftr.main([str(recipe), "--output_dir", str(run_folder)])
+    assert len(checkpoints_of(run_folder)) == 2
+
+
+def test_schedule_is_rescaled_to_the_steps_of_todays_epochs():
+    state = TrainingState(schedule_step=12, steps_per_epoch=6)
+    state.rescale_schedule(3)
+    assert (state.schedule_step, state.steps_per_epoch) == (6, 3)
+    state.rescale_schedule(9)
+    assert (state.schedule_step, state.steps_per_epoch) == (18, 9)

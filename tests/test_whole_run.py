@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from faults import change_state, write_recipe
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_reftr
+from training_reftr.arguments import MACHINE, settings_of_kind
 from training_reftr.checkpoints import checkpoints_of, load_state
 from training_reftr.tracking import LOG
 
@@ -69,6 +71,14 @@ def test_best_model_is_that_of_the_highest_validation(finished):
         assert load_state(newest).best_step == best
         assert load_state(newest).best == validations[best]
     assert_equal(weights(finished), weights(finished / "checkpoints" / f"step_{best:08d}"))
+
+
+def test_best_model_has_its_recipe_beside_it(finished, recipe):
+    written, given = (yaml.safe_load(path.read_text()) for path in (finished / "recipe.yaml", recipe))
+    machine = settings_of_kind(MACHINE)
+    assert {name: written[name] for name in given if name not in machine} == {
+        name: value for name, value in given.items() if name not in machine
+    }
 
 
 def test_checkpoints_are_the_newest_at_the_steps_asked_for(finished):
