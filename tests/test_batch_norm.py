@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from processes import free_port
 from torch import nn
 
 from conftest import ROOT
+from processes import free_port
 from training_reftr.batch_norm import CpuSyncBatchNorm2d, synchronize_batch_norm
 
 

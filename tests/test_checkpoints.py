@@ -281,3 +281,14 @@ def test_schedule_is_rescaled_to_the_steps_of_todays_epochs():
     assert (state.schedule_step, state.steps_per_epoch) == (6, 3)
     state.rescale_schedule(9)
     assert (state.schedule_step, state.steps_per_epoch) == (18, 9)
+
+
+def test_checkpoint_that_lacks_a_weight_is_refused(recipe, run_folder):
+    path = newest_whole(run_folder)
+    name = "model.encoder.layers.0.mlp.fc1.weight"
+    tensors = load_file(path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    change_optimizer(path, lambda moments: [moments.pop(key) for key in list(moments) if key.startswith(f"{name}/")])
+    with pytest.raises(OSError, match=rf"lacks 1 weights of its model, the first is '{re.escape(name)}'"):
+        train_reftr.main([str(recipe), "--output_dir", str(run_folder), "--resume", "auto"])

@@ -153,6 +153,13 @@ def test_a_run_pushes_its_best_and_its_end(run, hub, recipe, tmp_path):
     assert not {"output_dir", "data_cache_dir", "push_to_hub"} & recipe_there.keys()
 
 
+def test_dry_run_pushes_nothing(run, hub, recipe, tmp_path):
+    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--dry_run")
+    result = run("train_reftr.py", recipe, *words, **hub.environment("hf_write", tmp_path / "home"))
+    assert "The run goes through." in result.stdout
+    assert hub.repositories == {}
+
+
 @pytest.mark.row("S10")
 def test_the_token_is_in_no_file(run, hub, recipe, tmp_path):
     """Neither in what is pushed nor in what a run, the client and the Hub leave."""

@@ -154,17 +154,17 @@ def try_all(mutations: list[dict], results: dict[str, dict], path: Path, num_wor
             checkouts.put(copy_checkout(Path(scratch) / str(number)))
 
         def trial(mutation):
-            checkout = checkouts.get()
+            checkout, key = checkouts.get(), identity(mutation)  # before somebody edits the file or its tests
             try:
-                return mutation, try_mutation(checkout, mutation)
+                return mutation, key, try_mutation(checkout, mutation)
             finally:
                 checkouts.put(checkout)
 
         with concurrent.futures.ThreadPoolExecutor(num_workers) as executor:
             trials = [executor.submit(trial, mutation) for mutation in mutations]
             for done in tqdm(concurrent.futures.as_completed(trials), total=len(trials), unit="mutation"):
-                mutation, result = done.result()
-                results[identity(mutation)] = result
+                mutation, key, result = done.result()
+                results[key] = result
                 save(results, path)
                 if result["outcome"] != "killed":
                     tqdm.write(f"{result['outcome']}: {mutation['file']}: {mutation['breaks']}")

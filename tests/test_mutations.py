@@ -1,0 +1,43 @@
+"""The lists of mutations fit the code, and their table is that of the lists."""
+
+import re
+import sys
+from collections import Counter
+
+import pytest
+
+from conftest import ROOT
+
+
+sys.path.insert(0, str(ROOT / "tests" / "mutation"))
+import run as mutation
+
+
+@pytest.fixture(scope="module")
+def mutations():
+    return mutation.load_mutations()
+
+
+def test_lists_cover_all_packages(mutations):
+    packages = Counter(entry["file"].partition("/")[0] for entry in mutations)
+    assert len(mutations) >= 150
+    assert {"modeling_reftr", "training_reftr", "data_scripts", "metrics", "demo", "train_reftr.py"} <= set(packages)
+
+
+def test_table_is_of_the_lists_and_all_are_killed_or_explained(mutations):
+    text = mutation.TABLE.read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| (.+?) \| (\w+) \| (.+) \|$", text, re.MULTILINE)
+    outcomes = {(file, breaks.replace("\\|", "|")): outcome for file, breaks, outcome, _ in rows}
+    expected = {
+        (entry["file"], entry["breaks"]): "survived" if "survives" in entry else "killed" for entry in mutations
+    }
+    assert outcomes == expected
+
+
+def test_survivor_without_a_reason_is_reported(tmp_path, capsys, monkeypatch):
+    entry = {"file": "LICENSE", "old": "Apache License", "new": "x", "breaks": "y", "tests": ["tests/test_lock.py"]}
+    path = tmp_path / "results.json"
+    monkeypatch.setattr(mutation, "load_mutations", lambda lists: [entry])
+    mutation.save({mutation.identity(entry): {"outcome": "survived", "by": "", "seconds": 1.0}}, path)
+    assert mutation.main(["--list", "all", "--results", str(path)]) == 1
+    assert "unexplained:\nLICENSE: y" in capsys.readouterr().out
