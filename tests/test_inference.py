@@ -277,6 +277,27 @@ def test_a_full_cache_forgets_what_was_not_asked_for(single_batch, make_model):
                 assert cache.texts
 
 
+def test_texts_are_cached_without_their_padding(make_model):
+    """A text that is padded further, or with other tokens, is the same; the one asked for the longest ago goes."""
+    model, pixel_values = make_model(), torch.zeros(1, 3, 64, 64)
+    first, second, third = [2, 5, 6, 3], [2, 7, 3], [2, 8, 9, 3]
+    counted = []
+    model.model.text_backbone.register_forward_pre_hook(lambda *_: counted.append(1))
+
+    def ask(tokens, padding):
+        input_ids = torch.tensor([[*tokens, *padding]])
+        mask = torch.tensor([[1] * len(tokens) + [0] * len(padding)])
+        model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=mask)
+        return len(counted)
+
+    with torch.no_grad(), model.cache_text(max_tokens=8) as cache:
+        assert [ask(first, []), ask(first, [0]), ask(first, [7, 7])] == [1, 1, 1]
+        assert ask(second, []) == 2
+        assert ask(first, []) == 2
+        assert ask(third, []) == 3  # no room for all: the second is forgotten
+        assert list(cache.texts) == [tuple(first), tuple(third)]
+
+
 def test_texts_are_kept_for_inference_alone(make_model):
     model = make_model()
     with pytest.raises(ValueError, match=r"torch.no_grad\(\)"), model.cache_text():

@@ -397,6 +397,12 @@ def test_one_resize_is_the_two_steps_at_the_resized_size():
     assert (once != twice).float().mean() < 1e-3
 
 
+def test_masks_reach_the_edges_of_their_image():
+    """Beyond the middles of the outer cells the logits go on as they are; half of them would be under 0.7."""
+    mask = resize_logits(torch.ones(4, 4), (64, 64), (64, 64), (64, 64), threshold=0.7)
+    assert mask.all()
+
+
 def test_one_resize_is_nearer_to_the_truth():
     """A disc, seen through a map of a quarter of the size, at a larger original size: two steps leave stairs."""
 

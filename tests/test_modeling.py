@@ -246,8 +246,9 @@ def test_learned_positions(processor, shapes, make_model):
     assert torch.equal(
         cells[2, 4], torch.cat((embedding.column_embeddings.weight[4], embedding.row_embeddings.weight[2]))
     )
-    with pytest.raises(ValueError, match="max_image_positions=8"):
-        model(pixel_values=torch.zeros(1, 3, 80, 64), input_ids=torch.tensor([[2, 5, 3]]))
+    for size in ((80, 64), (64, 80)):
+        with pytest.raises(ValueError, match="max_image_positions=8"):
+            model(pixel_values=torch.zeros(1, 3, *size), input_ids=torch.tensor([[2, 5, 3]]))
 
 
 def test_hidden_states_and_attentions_on_request(batch, make_model):
@@ -290,8 +291,18 @@ def test_too_many_boxes_and_tokens_are_refused(batch, make_model):
     labels = [{"boxes": torch.rand(9, 4)} for _ in inputs["input_ids"]]
     with pytest.raises(ValueError, match="at most 3 phrases"):
         model(**inputs, labels=labels)
+    tokens = torch.ones(1, 65, dtype=torch.long)
     with pytest.raises(ValueError, match="65 tokens a sentence, more than max_text_positions=64"):
-        model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=torch.ones(1, 65, dtype=torch.long))
+        model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=tokens)
+    assert model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=tokens[:, :64]).phrase_mask.all()
+
+
+def test_images_without_a_mask_have_no_padding(batch, make_model):
+    model, inputs = make_model(), model_inputs(batch)
+    inputs["pixel_mask"] = torch.ones_like(inputs["pixel_mask"])
+    expected = model(**inputs)
+    del inputs["pixel_mask"]
+    assert torch.equal(model(**inputs).pred_boxes, expected.pred_boxes)
 
 
 def test_a_text_encoder_without_pooled_output_is_refused():
@@ -348,6 +359,26 @@ def test_initialisation_is_the_published_one():
     linear = model.model.text_projection.linear1
     assert linear.weight.abs().max().item() == pytest.approx(linear.in_features**-0.5, rel=0.02)
     assert linear.bias.any()
+
+
+def test_gain_of_the_first_weights_is_as_asked(make_model):
+    model, wide = (make_model(init_xavier_std=gain).model for gain in (1.0, 3.0))
+    (layer, wide_layer), (decoder, wide_decoder) = (
+        [(part.layers[0]) for part in parts]
+        for parts in ((model.encoder, wide.encoder), (model.decoder, wide.decoder))
+    )
+    pairs = [
+        (layer.self_attn.q_proj, wide_layer.self_attn.q_proj),
+        (layer.self_attn.o_proj, wide_layer.self_attn.o_proj),
+        (decoder.cross_attn.v_proj, wide_decoder.cross_attn.v_proj),
+        (layer.mlp.fc1, wide_layer.mlp.fc1),
+        (decoder.mlp.fc2, wide_decoder.mlp.fc2),
+        (model.image_projection[0], wide.image_projection[0]),
+        (model.text_position_embeddings, wide.text_position_embeddings),
+        (model.token_type_embeddings, wide.token_type_embeddings),
+    ]
+    for narrow, other in pairs:
+        torch.testing.assert_close(other.weight, 3 * narrow.weight)
 
 
 def test_box_head_starts_as_wide_as_asked(make_model):

@@ -208,14 +208,22 @@ def test_boxes_at_the_edge_are_cut_there(processor):
 
 def test_answers_are_in_pixels_of_each_picture(processor, make_model):
     model = make_model()
-    pictures = [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 32))]
+    pictures = [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 16))]
     inputs = processor(pictures, [["the star", "the square"], ["the circle"]])
     outputs = model(**inputs)
-    by_image = processor.post_process_grounding(outputs, [(64, 64), (32, 32)])
+    by_image = processor.post_process_grounding(outputs, [(64, 64), (16, 32)])
     assert [answer["phrases"] for answer in by_image] == [["the star"], ["the square"], ["the circle"]]
     cx, cy, w, h = outputs.pred_boxes[2, 0].tolist()
-    expected = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]]) * 32
+    expected = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]]) * torch.tensor([32, 16, 32, 16])
     torch.testing.assert_close(by_image[2]["boxes"], expected)
+
+
+def test_answers_name_the_slots_of_their_phrases(processor, make_model):
+    """Where the first phrase that is asked for is cut off, its answer is not that of the second."""
+    text = "the star " * 200 + "the square"
+    outputs = make_model()(**processor(PICTURE, text, phrases=["the square", "the star"]))
+    (answer,) = processor.post_process_grounding(outputs, [(48, 64)])
+    assert (answer["phrase_indices"], answer["phrases"], len(answer["boxes"])) == ([1], ["the star"], 1)
 
 
 def test_saved_processor_is_the_same(processor, tmp_path):

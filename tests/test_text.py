@@ -228,6 +228,21 @@ def test_long_text_is_cut_as_the_tokenizer_would(processor, kind, side, limit):
     assert asked.tokenizer.backend_tokenizer.truncation is None
 
 
+def test_no_text_is_longer_than_the_tokenizer_s_longest(processor):
+    asked = RefTRProcessor(processor.image_processor, byte_tokenizer(model_max_length=16))
+    for phrases in (None, [(0, 9), (80, 89)]):
+        assert asked(IMAGE, "the star " * 20, phrases=phrases)["input_ids"].shape == (1, 16)
+    assert asked(IMAGE, "the star " * 20, padding="max_length")["input_ids"].shape == (1, 16)
+
+
+def test_padding_is_the_tokenizer_s(cased):
+    inputs = cased(IMAGE, ["a star", "a", CAPTION], phrases=[None, None, PHRASES])
+    for name in ("", "phrase_"):
+        padding = inputs[f"{name}input_ids"][inputs[f"{name}attention_mask"] == 0]
+        assert set(padding.tolist()) == {cased.tokenizer.pad_token_id}
+        assert cased.tokenizer.pad_token_id != 0
+
+
 def test_a_length_without_room_for_text_is_refused(processor):
     with pytest.raises(ValueError, match="A length of 2 tokens has no room for text beside the 2 special tokens"):
         processor(IMAGE, "the red star", max_length=2)

@@ -79,6 +79,7 @@ def test_half_precision(batch, make_model, dtype):
     outputs = make_model().to(dtype)(**batch)
     assert outputs.pred_boxes.dtype == outputs.loss.dtype == torch.float32
     assert outputs.last_hidden_state.dtype == dtype
+    assert not torch.equal(outputs.pred_boxes, outputs.pred_boxes.to(dtype).float()), "rounded by no sigmoid"
     real = outputs.phrase_mask
     assert (outputs.pred_boxes - expected.pred_boxes)[real].abs().max() < 0.05
     assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)

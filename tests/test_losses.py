@@ -1,0 +1,92 @@
+"""The losses beside torchvision's, and what has no part in them."""
+
+import pytest
+import torch
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from modeling_reftr import RefTRConfig
+from modeling_reftr.loss_reftr import box_losses, generalized_box_iou, grounding_loss, pad_target_boxes
+
+
+WEIGHTS = {"bbox_loss_coefficient": 2.0, "giou_loss_coefficient": 3.0}
+WEIGHTS |= {"mask_loss_coefficient": 5.0, "dice_loss_coefficient": 7.0}
+
+
+@pytest.fixture
+def boxes():
+    """Pairs of boxes that overlap, touch, contain each other and lie apart in one direction or both."""
+    torch.manual_seed(0)
+    first, second = torch.rand(2, 500, 2), torch.rand(2, 500, 2) * 0.5
+    return torch.cat((first, second), dim=-1).unbind(0)
+
+
+def test_generalized_iou_is_torchvisions(boxes):
+    corners = [box_convert(part, "cxcywh", "xyxy") for part in boxes]
+    expected = 1 - generalized_box_iou_loss(*corners)
+    torch.testing.assert_close(generalized_box_iou(*corners), expected, atol=1e-5, rtol=0)
+    assert (expected < -0.5).any()
+    assert (expected > 0.5).any()
+    nothing = torch.zeros(1, 4)
+    assert generalized_box_iou(nothing, nothing).item() == 0
+
+
+def test_box_losses_are_sums_over_phrases_that_count_divided_by_sentences(boxes):
+    predicted, true = (part.unflatten(0, (250, 2)) for part in boxes)
+    mask = torch.rand(250, 2) > 0.5
+    losses = box_losses(predicted, true, mask, 11)
+    corners = [box_convert(part[mask], "cxcywh", "xyxy") for part in (predicted, true)]
+    torch.testing.assert_close(losses["loss_bbox"], (predicted - true)[mask].abs().sum() / 11)
+    torch.testing.assert_close(losses["loss_giou"], generalized_box_iou_loss(*corners).sum() / 11)
+
+
+def test_phrases_without_an_answer_are_not_trained_on():
+    phrase_mask = torch.tensor([[True, False], [True, True]])
+    labels = [{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 2)}, {"boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}]
+    target_boxes, mask = pad_target_boxes(labels, phrase_mask)
+    assert mask.tolist() == [[True, False], [True, False]]
+    assert target_boxes[1, 0].tolist() == pytest.approx([0.5, 0.5, 0.4, 0.4])
+    assert not target_boxes[1, 1].any()
+
+
+def mask_case():
+    """Three sentences about two images, the second of them padded, and the arguments of their loss."""
+    torch.manual_seed(0)
+    pixel_mask = torch.ones(2, 16, 24, dtype=torch.long)
+    pixel_mask[1, :, 12:] = 0
+    labels = [{"boxes": torch.full((1, 4), 0.5), "masks": torch.rand(1, 16, 24) > 0.5} for _ in range(3)]
+    return {
+        "pred_boxes": torch.rand(3, 1, 4),
+        "phrase_mask": torch.tensor([[True], [True], [False]]),
+        "labels": labels,
+        "pred_masks": torch.randn(3, 1, 4, 6),
+        "pixel_mask": pixel_mask,
+        "image_index": torch.tensor([1, 0, 1]),
+    }
+
+
+@pytest.mark.parametrize("over_padding", [True, False])
+def test_the_loss_of_grouped_sentences_is_that_of_each_by_itself(over_padding):
+    case = mask_case()
+    config = RefTRConfig(predict_masks=True, mask_loss_over_padding=over_padding, **WEIGHTS)
+    total, parts = grounding_loss(**case, config=config)
+    alone = []
+    for index, image in enumerate(case["image_index"].tolist()):
+        one = {name: case[name][index : index + 1] for name in ("pred_boxes", "phrase_mask", "labels", "pred_masks")}
+        # the part of the padded image that counts is the whole of a smaller one
+        alone.append(grounding_loss(**one, pixel_mask=case["pixel_mask"][image][None], config=config)[1])
+    for name, value in parts.items():
+        torch.testing.assert_close(value, sum(losses[name] for losses in alone) / 3, msg=name)
+        assert alone[2][name] == 0, "the third has no answer"
+    weighted = 2 * parts["loss_bbox"] + 3 * parts["loss_giou"] + 5 * parts["loss_mask"] + 7 * parts["loss_dice"]
+    torch.testing.assert_close(total, weighted)
+
+
+def test_earlier_layers_have_the_weights_of_the_last():
+    case = mask_case()
+    case = {name: case[name] for name in ("pred_boxes", "phrase_mask", "labels")}
+    earlier = [{"pred_boxes": torch.rand(3, 1, 4)} for _ in range(2)]
+    total, parts = grounding_loss(**case, auxiliary_outputs=earlier, config=RefTRConfig(**WEIGHTS))
+    assert set(parts) == {f"loss_{kind}{layer}" for kind in ("bbox", "giou") for layer in ("", "_0", "_1")}
+    kinds = {"bbox": 2, "giou": 3}
+    weighted = sum(kinds[name.split("_")[1]] * value for name, value in parts.items())
+    torch.testing.assert_close(total, weighted)
