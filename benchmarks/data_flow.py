@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from modeling_reftr import RefTRImageProcessor
+from modeling_reftr import RefTRImageProcessor, open_image
 from modeling_reftr.image_processing_reftr import resized_size
 from training_reftr.pictures import PictureReader
 from training_reftr.sampling import BuiltOrder, EpochSampler
@@ -101,7 +101,7 @@ def cache_seconds(folder: Path) -> tuple[float, float, float]:
     return (
         seconds(lambda: plain(row)),
         seconds(lambda: cached(row)),
-        seconds(lambda: Image.open(io.BytesIO(png.getvalue())).load()),
+        seconds(lambda: open_image(png.getvalue())),
     )
 
 

@@ -37,13 +37,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from .box_conventions import LIMITS, UNIT_RANGES, judge_splits, parse_box_format, to_boxes_xyxy
 from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
 from .masks import box_of, encode_array, encode_counts, to_segmentation
-from .reading import image_of, is_inside, is_number, picture_size, read_frame
+from .reading import image_of, is_inside, is_number, open_file, picture_size, read_frame
 from .schema import FEATURES
 
 
@@ -480,7 +479,7 @@ def read_mask(path: Path, field: str, height: int, width: int) -> dict:
     need(path.is_file(), field, str(path), "a file that is there")
     size = picture_size(path)
     need(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the picture")
-    with Image.open(path) as image:
+    with open_file(path) as image:
         one_channel = image.mode in ("1", "L", "P", "I", "I;16", "F")
         need(one_channel, field, str(path), f"a picture of one channel, not of mode {image.mode}")
         try:

@@ -64,13 +64,13 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
         raise ValueError(f"--num {num} of {len(rows)} pictures: there must be at least one of each.")
     # torch and transformers come with them: seconds that no other command has to wait
     from modeling_reftr.drawing_reftr import draw_answers, make_grid
-    from modeling_reftr.image_processing_reftr import open_picture, turn_upright
+    from modeling_reftr.image_processing_reftr import open_image, turn_upright
 
     draw = random.Random(seed)
     indices = sorted(draw.sample(range(len(rows)), min(num, len(rows))))
     pictures = []
     for row in rows.cast_column("image", datasets.Image(decode=False)).select(indices):
-        picture = turn_upright(open_picture(picture_of(row)), (row["height"], row["width"]))
+        picture = turn_upright(open_image(picture_of(row)), (row["height"], row["width"]))
         sentence, phrases = choose_phrases(row, draw)
         objects = [row["objects"][index] for _, index in phrases]
         masks = [decode_segmentation(item["segmentation"]) for item in objects]

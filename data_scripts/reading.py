@@ -3,16 +3,19 @@
 import io
 import json
 import pickle
+import struct
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 # pictures over this are refused, as by the image processor
 MAX_PIXELS = 50_000_000
+# those that images are decoded from, as by the image processor, where the reasons are
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # what an image of an EXIF orientation was turned by before it was stored
 UNDONE_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -200,6 +203,60 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
+def open_file(source: str | Path | BinaryIO) -> Image.Image:
+    """
+    Open an image file of one of `IMAGE_FORMATS`, by its content and not by its name. Nothing is decoded yet.
+
+    Args:
+        source (`str`, `Path` or binary file): the file.
+
+    Raises:
+        OSError: if it is missing, or in another format, which is named where its first bytes tell it.
+    """
+    try:
+        return Image.open(source, formats=tuple(name for name in IMAGE_FORMATS if name != "MPO"))
+    except (UnidentifiedImageError, KeyError):  # a KeyError is of a decoder that this Pillow does not have
+        pass
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            prefix = file.read(16)
+    else:
+        source.seek(0)
+        prefix = source.read(16)
+    found = name_format(prefix)
+    if found in IMAGE_FORMATS:
+        raise OSError(f"it begins as {found}, but is damaged, or this Pillow was built without {found}")
+    raise OSError(
+        f"its content is {'in no format that is known' if found is None else found}, and the accepted formats are "
+        f"{', '.join(IMAGE_FORMATS[:-1])} and {IMAGE_FORMATS[-1]}: convert it to one of them"
+    )
+
+
+def name_format(prefix: bytes) -> str | None:
+    """
+    Return Pillow's name of the format that a file is in, None where its first 16 bytes do not tell.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import name_format
+
+    >>> name_format(b"%!PS-Adobe-3.0 E")
+    'EPS'
+
+    ```"""
+    if prefix[4:12] in (b"ftypheic", b"ftypheix"):
+        return "HEIC"  # of many phones; Pillow itself does not know it
+    Image.init()
+    for name, (_, accepts) in Image.OPEN.items():
+        try:
+            if accepts is not None and accepts(prefix):
+                return name
+        except (struct.error, IndexError):
+            continue  # fewer bytes than it compares
+    return None
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
     """
     (width, height) of a picture file as stored, from its header: nothing is decoded.
@@ -263,7 +320,7 @@ def _orientation_of(image: Image.Image) -> int:
 def _read_header(path: str | Path, with_orientation: bool = False) -> tuple[tuple[int, int], int]:
     """The stored (width, height) of an image file, and its EXIF orientation where that is asked for, else 1."""
     try:
-        with Image.open(path) as image:
+        with open_file(path) as image:
             size = image.size
             is_small = size[0] * size[1] <= MAX_PIXELS
             if image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
@@ -338,10 +395,10 @@ def drop_orientation(content: bytes) -> tuple[bytes, str]:
     """
     if content.startswith(b"\xff\xd8"):
         stripped = drop_jpeg_metadata(content)
-        with Image.open(io.BytesIO(stripped)) as image:
+        with open_file(io.BytesIO(stripped)) as image:
             if _orientation_of(image) == 1:
                 return stripped, "jpg"
-    with Image.open(io.BytesIO(content)) as image:
+    with open_file(io.BytesIO(content)) as image:
         orientation = _orientation_of(image) if image.format == "TIFF" else 1
         image.load()
         stored = image.transpose(UNDONE_TURNS[orientation]) if orientation != 1 else image.copy()
@@ -385,7 +442,7 @@ def check_decodes(path: str | Path):
     """
     picture_size(path)
     try:
-        with Image.open(path) as image:
+        with open_file(path) as image:
             image.load()
     except Exception as error:
         raise OSError(f"{str(path)!r} is damaged: {error}") from error

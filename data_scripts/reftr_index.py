@@ -33,7 +33,7 @@ from .building import (
     whole_box,
 )
 from .masks import encode_array, is_empty, to_segmentation
-from .reading import image_of, is_inside, read_frame, read_pickle
+from .reading import MAX_PIXELS, image_of, is_inside, read_frame, read_pickle
 from .schema import FEATURES
 
 
@@ -381,6 +381,9 @@ def read_mask(path: Path) -> tuple[tuple[int, int], dict]:
         raise OSError(f"The mask {str(path)!r} is damaged: {error}") from error
     if mask.ndim != 2 or mask.dtype.kind not in "biuf":
         raise ValueError(f"The mask {str(path)!r} is {mask.dtype} of {mask.shape}; expected numbers of (H, W).")
+    if not 0 < mask.size <= MAX_PIXELS:
+        height, width = mask.shape
+        raise ValueError(f"The mask {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}, or none.")
     return tuple(mask.shape), to_segmentation(encode_array(mask), keep_empty=True)
 
 

@@ -8,7 +8,7 @@ from .auto_classes import register_when_imported
 
 if TYPE_CHECKING:
     from .configuration_reftr import RefTRConfig
-    from .image_processing_reftr import RefTRImageProcessor
+    from .image_processing_reftr import RefTRImageProcessor, open_image
     from .modeling_reftr import RefTRForVisualGrounding, RefTRModel, RefTRPreTrainedModel
     from .pipeline_reftr import VisualGroundingPipeline
     from .processing_reftr import RefTRProcessor
@@ -21,6 +21,7 @@ _MODULES = {
     "RefTRPreTrainedModel": "modeling_reftr",
     "RefTRProcessor": "processing_reftr",
     "VisualGroundingPipeline": "pipeline_reftr",
+    "open_image": "image_processing_reftr",
 }
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RefTRPreTrainedModel",
     "RefTRProcessor",
     "VisualGroundingPipeline",
+    "open_image",
 ]
 
 

@@ -5,6 +5,8 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from .decoding_reftr import check_format
+
 
 COLORS = ("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab")
 TRUTH_COLOR = "white"
@@ -35,7 +37,11 @@ def draw_answers(
 
     Returns:
         `PIL.Image.Image`: `width` wide, as high as picture and words need.
+
+    Raises:
+        ValueError: if the image was opened from a file of another format than `IMAGE_FORMATS`.
     """
+    check_format(image)
     scale = width / image.width
     canvas = image.convert("RGB").resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
     line = max(2, width // 120)

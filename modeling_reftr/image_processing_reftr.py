@@ -6,10 +6,13 @@ import io
 import math
 import os
 import threading
+from numbers import Integral, Real
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from huggingface_hub import get_session
+from huggingface_hub.errors import StrictDataclassError
 from PIL import ExifTags, Image, ImageCms
 from torch import nn
 from torchvision.ops import box_convert
@@ -26,6 +29,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .decoding_reftr import check_format, is_undecoded, open_file, without_decoding
+from .fetching_reftr import MAX_BYTES, fetch
 from .inputs_reftr import to_sizes, warn_about_joined_expressions
 
 
@@ -213,11 +218,15 @@ def picture_size(image, input_data_format=None) -> tuple[int, int]:
 
 def check_picture(image, name: str = "A picture", input_data_format=None):
     """
-    Refuse an image that would take gigabytes; of a file nothing is decoded yet.
+    Refuse an image that would take gigabytes, or a PIL image of another format than `IMAGE_FORMATS`; of a file nothing
+    is decoded yet.
 
     Raises:
-        ValueError: if it has no pixel or more than `MAX_PIXELS`, or an array has not 1, 3 or 4 channels.
+        ValueError: if it has no pixel or more than `MAX_PIXELS`, an array has not 1, 3 or 4 channels, or a PIL image
+            is of another format.
     """
+    if isinstance(image, Image.Image):
+        check_format(image)
     height, width = picture_size(image, input_data_format)
     if not 0 < height * width <= MAX_PIXELS:
         raise ValueError(
@@ -413,36 +422,68 @@ def reading(name: str):
     try:
         yield
     except FileNotFoundError as error:
-        raise OSError(f"There is no picture at {name!r}.") from error
+        raise OSError(f"There is no picture at {name}.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name!r} has more than {MAX_PIXELS:,} pixels: make it smaller first.") from error
+        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: make it smaller first.") from error
     except Exception as error:
-        raise OSError(f"{name!r} cannot be read as a picture: {error}") from error
+        raise OSError(f"{name} cannot be read as a picture: {error}") from error
 
 
-def open_picture(source: str | os.PathLike) -> Image.Image:
+def open_image(source: str | os.PathLike | bytes | BinaryIO, allow_private: bool = False) -> Image.Image:
     """
-    Open an image by its path, its URL, or its content in base64 ("data:image/png;base64,..."), and decode it as it is
-    stored: `turn_upright` is for its orientation.
+    Open an image of one of `IMAGE_FORMATS` and decode it as it is stored: `turn_upright` is for its orientation.
+
+    Args:
+        source (`str`, `os.PathLike`, `bytes` or binary file):
+            A path, a URL, the content itself in base64 ("data:image/png;base64,...") or as bytes, or a file. Only a
+            `str` is taken for a URL or for base64.
+        allow_private (`bool`, *optional*, defaults to `False`):
+            Whether a URL may be at an address of this machine or of a private network.
 
     Raises:
         ValueError: if it has more than `MAX_PIXELS` pixels; found out before any is decoded.
-        OSError: if a file is missing, is no image, or has damaged EXIF data.
-    """
-    name = str(source)[:200]
+        OSError: if a file is missing, is in another format or has damaged EXIF data, or a URL is at a private
+            address, takes more than 20 seconds, or has, like base64, more than 64 MB.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr import open_image
+
+    >>> open_image(b"P5 2 1 255 ab").size
+    (2, 1)
+
+    ```"""
+    is_named = isinstance(source, (str, os.PathLike)) or hasattr(source, "name")
+    name = repr(str(source)[:200]) if is_named else "The content"
     with reading(name):
-        if name.startswith(("http://", "https://")):
-            answer = get_session().get(source, follow_redirects=True)
-            answer.raise_for_status()
-            source = io.BytesIO(answer.content)
-        elif name.startswith("data:"):
-            source = io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
-        image = Image.open(source)
-    check_picture(image, repr(name))
+        if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+            source = fetch(source, allow_private)
+        elif isinstance(source, str) and source[:5].lower() == "data:":
+            if len(source) > MAX_BYTES * 4 / 3:
+                raise OSError(f"it has more than {MAX_BYTES:,} bytes")
+            source = base64.b64decode(source.partition(",")[2], validate=True)
+        image = open_file(io.BytesIO(source) if isinstance(source, bytes) else source)
+    check_picture(image, name)
     with reading(name):
         image = load_as_stored(image)
         read_orientation(image)
     return image
+
+
+def open_undecoded(image: dict) -> Image.Image:
+    """
+    Open an image of a row, a dict of its "bytes" or else its "path", see `open_image`. No URL is fetched.
+
+    Raises:
+        ValueError: if it has neither.
+        ValueError, OSError: see `open_image`.
+    """
+    if image["bytes"] is not None:
+        return open_image(image["bytes"])
+    if image["path"] is None:
+        raise ValueError("An image of a row must have bytes or a path, and this one has neither.")
+    return open_image(Path(image["path"]))
 
 
 def add_channels(image, input_data_format=None):
@@ -489,6 +530,37 @@ def find_new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     return size.height, size.width
 
 
+def check_size(size: SizeDict, name: str):
+    """
+    Refuse a size that no image is resized or padded to, before anything of it is allocated.
+
+    Raises:
+        ValueError: if a side is not a whole number from 1 on, or the sides make more than `MAX_PIXELS` pixels.
+    """
+    sides = dict(size)
+    is_whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides.values())
+    if not is_whole or min(sides.values(), default=1) < 1 or math.prod(map(int, sides.values())) > MAX_PIXELS:
+        raise ValueError(
+            f"{name}={str(sides)[:200]} must have whole numbers of pixels from 1 on, whose product is at most "
+            f"{MAX_PIXELS:,}."
+        )
+
+
+def check_numbers(values, name: str, is_positive: bool = False):
+    """
+    Refuse a setting that is not a number, or one for each of three channels.
+
+    Raises:
+        ValueError: if it is something else, a number is not finite, or is not positive and has to be.
+    """
+    numbers = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values]
+    is_real = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
+    if not is_real or len(numbers) not in (1, 3) or not all(abs(number) < 1e30 for number in numbers):
+        raise ValueError(f"{name}={str(values)[:200]!r} must be a finite number, or three of them.")
+    if is_positive and min(numbers) <= 0:
+        raise ValueError(f"{name}={str(values)[:200]} must be positive.")
+
+
 def resize_to_nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize bool masks (N, height, width) to `size` by the published rule for masks, torch's "nearest"."""
     if tuple(masks.shape[-2:]) == tuple(size):
@@ -512,7 +584,8 @@ def pad_batch(
         `tuple[torch.Tensor, torch.Tensor]`: (I, 3, H, W), and the mask (I, H, W), int64, 1 = picture.
 
     Raises:
-        ValueError: if a picture is larger than `pad_size`, or `size_divisor` is under 1.
+        ValueError: if a picture is larger than `pad_size`, or the batch would have more than `MAX_PIXELS` pixels for
+            each of them.
     """
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
@@ -521,9 +594,12 @@ def pad_batch(
             raise ValueError(f"pad_size={pad_size} must be {{'height', 'width'}}, at least {height} and {width}.")
         height, width = pad_size.height, pad_size.width
     elif size_divisor is not None:
-        if size_divisor < 1:
-            raise ValueError(f"size_divisor={size_divisor} must be at least 1.")
-        height, width = (math.ceil(length / size_divisor) * size_divisor for length in (height, width))
+        height, width = (-(-length // size_divisor) * size_divisor for length in (height, width))
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"Images of (height, width) {sizes[:8]} would be padded to {(height, width)} in a batch, more than "
+            f"{MAX_PIXELS:,} pixels: resize them, ask for fewer at a time, or take a smaller size_divisor."
+        )
     pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     pixel_mask = images[0].new_zeros(len(images), height, width, dtype=torch.long)
     for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
@@ -614,18 +690,59 @@ class RefTRImageProcessor(TorchvisionBackend):
     valid_kwargs = RefTRImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask"]
 
+    def __init__(self, **kwargs):
+        for name in kwargs.keys() - self.valid_kwargs.__annotations__.keys():
+            own = getattr(type(self), name, None)
+            if callable(own) or isinstance(own, property) or name.startswith("__"):
+                raise ValueError(f"{name[:200]!r} is not a setting of an image processor, but part of its code.")
+        super().__init__(**kwargs)
+
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        """
+        Bring settings to one form, as the library does when a processor is made and in every call.
+
+        Raises:
+            ValueError: if one of them is nonsense, such as a size of a billion.
+        """
+        try:
+            kwargs = super()._standardize_kwargs(**kwargs)
+        except (TypeError, IndexError) as error:
+            sizes = {name: kwargs.get(name) for name in ("size", "crop_size", "pad_size")}
+            raise ValueError(f"One of {str(sizes)[:400]} is not a size: {error}") from error
+        for name in ("size", "pad_size"):
+            if kwargs[name] is not None:
+                check_size(kwargs[name], name)
+        divisor = kwargs.get("size_divisor")
+        if divisor is not None and (not isinstance(divisor, Integral) or isinstance(divisor, bool) or divisor < 1):
+            raise ValueError(f"size_divisor={str(divisor)[:200]} must be at least 1, a whole number of pixels.")
+        for name in ("image_mean", "image_std", "rescale_factor"):
+            if kwargs.get(name) is not None:
+                check_numbers(kwargs[name], name, is_positive=name != "image_mean")
+        if kwargs.get("device") is not None:
+            try:
+                torch.device(kwargs["device"])
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"device={str(kwargs['device'])[:200]!r} is not a device: {error}") from error
+        for name, value in kwargs.items():
+            if name.startswith("do_") and not isinstance(value, (bool, type(None))):
+                raise ValueError(f"{name}={str(value)[:200]!r} must be true or false.")
+        return kwargs
+
     def fetch_images(self, image_url_or_urls):
         """
-        Open what is given by name: a path, a URL, or the content itself in base64 ("data:image/png;base64,...").
+        Open what is given by name: a path, a URL, or the content itself in base64 ("data:image/png;base64,..."); and
+        what `datasets.Image(decode=False)` gives, a dict of "bytes" and "path".
 
         Raises:
             ValueError: if a picture has more than `MAX_PIXELS` pixels.
             OSError: if a file is missing or is no picture.
         """
-        images = image_url_or_urls
+        images = without_decoding(image_url_or_urls)
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return open_picture(images) if isinstance(images, (str, os.PathLike)) else images
+        if is_undecoded(images):
+            return open_undecoded(images)
+        return open_image(images) if isinstance(images, (str, os.PathLike)) else images
 
     def open_images(self, images, annotated_sizes=None, input_data_format=None) -> list:
         """
@@ -694,7 +811,10 @@ class RefTRImageProcessor(TorchvisionBackend):
         input_data_format = kwargs.get("input_data_format")
         images = self.open_images(images, annotated_sizes, input_data_format)
         sizes = [picture_size(image, input_data_format) for image in images]
-        return super().preprocess(images, **kwargs), sizes
+        try:
+            return super().preprocess(images, **kwargs), sizes
+        except StrictDataclassError as error:  # the library's, of a setting of another type
+            raise ValueError(" ".join(str(error).split())) from error
 
     def process_image(
         self,
@@ -875,7 +995,8 @@ class RefTRImageProcessor(TorchvisionBackend):
             `list[torch.Tensor]`, one a sentence: bool, (phrases, height, width), for its real phrases.
 
         Raises:
-            ValueError: if the model predicts no masks, or there is not one size for each image.
+            ValueError: if the model predicts no masks, there is not one size for each image, or one has more than
+                `MAX_PIXELS` pixels.
         """
         if outputs.pred_masks is None:
             raise ValueError("There are no masks: the model's configuration has predict_masks=False.")
@@ -889,6 +1010,12 @@ class RefTRImageProcessor(TorchvisionBackend):
             target_sizes = resized_sizes
         else:
             target_sizes = self.sizes_of_sentences(target_sizes, outputs).long().tolist()
+            for height, width in target_sizes:
+                if height * width > MAX_PIXELS:
+                    raise ValueError(
+                        f"target_sizes has {(height, width)} (height, width), and masks have at most {MAX_PIXELS:,} "
+                        "pixels."
+                    )
         masks = []
         for logits, is_real, resized, target in zip(
             outputs.pred_masks, outputs.phrase_mask, resized_sizes, target_sizes, strict=True

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import Pipeline
 
+from .decoding_reftr import is_undecoded, without_decoding
 from .drawing_reftr import draw_answers
 from .image_processing_reftr import picture_size, to_pil_image
 from .inputs_reftr import to_list
@@ -80,6 +81,7 @@ class VisualGroundingPipeline(Pipeline):
             ValueError: if there is no picture or no text, or a text, a phrase or a picture makes no sense.
             OSError: if a file is missing or is no picture.
         """
+        images = without_decoding(images)
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
         if isinstance(images, np.ndarray) and images.dtype.kind in "OU" and images.ndim == 1:
             images = images.tolist()  # an array of paths or images is a list of them
@@ -217,7 +219,7 @@ def make_question(image, text, phrases) -> dict:
     Raises:
         ValueError: if there is no text, or the phrases are not those of one text each.
     """
-    if isinstance(image, dict):
+    if isinstance(image, dict) and not is_undecoded(image):
         if text is not None or phrases is not None:
             raise ValueError("Questions bring their texts and phrases: give none beside them.")
         if not {"image", "text"} <= image.keys():

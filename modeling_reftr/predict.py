@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .decoding_reftr import IMAGE_FORMATS
 from .modeling_reftr import RefTRForVisualGrounding
 from .pipeline_reftr import VisualGroundingPipeline
 from .processing_reftr import RefTRProcessor, to_coco_rle
@@ -36,6 +37,11 @@ def to_json(answer: dict) -> dict:
     return written
 
 
+def image_suffixes() -> set[str]:
+    """Return how the names of files of the accepted formats end, ".jpg" for example."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
+
+
 def read_questions(path: Path, texts: list[str] | None) -> list[dict]:
     """
     The questions of a folder, whose pictures are asked `texts`, or of a file in JSON Lines, whose pictures lie beside
@@ -45,7 +51,7 @@ def read_questions(path: Path, texts: list[str] | None) -> list[dict]:
         ValueError: if a folder has no picture, there is no text, or a line is no question.
     """
     if path.is_dir():
-        pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+        pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_suffixes())
         if not pictures:
             raise ValueError(f"The folder {str(path)!r} has no picture in it.")
         if not texts:

@@ -11,6 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from .image_processing_reftr import check_picture
 from .inputs_reftr import to_list, warn_about_joined_expressions
 
 
@@ -714,10 +715,12 @@ def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
     Stack masks (arrays, PIL images or COCO's run-length encodings) to (phrases, height, width), bool.
 
     Raises:
-        ValueError: if a mask does not have the size of its image.
+        ValueError: if a mask does not have the size of its image, or is a PIL image of a format that is not accepted.
     """
     arrays = np.zeros((len(masks), height, width), dtype=bool)
     for index, mask in enumerate(masks):
+        if isinstance(mask, Image.Image):
+            check_picture(mask, f"A mask of {sentence!r}")  # before NumPy decodes it
         mask = mask if isinstance(mask, dict) else np.asarray(mask)
         size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
         if size != (height, width):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from golden import GOLDEN
-from modeling_reftr import RefTRImageProcessor
+from modeling_reftr import RefTRImageProcessor, open_image
 from modeling_reftr.image_processing_reftr import resized_size
 from modeling_reftr.processing_reftr import to_label_boxes
 
@@ -151,9 +151,12 @@ def test_a_picture_by_its_address(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         processor = RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
-        assert processor(f"{address}/red.png", return_tensors="pt")["pixel_values"].shape == (1, 3, 48, 64)
+        image = open_image(f"{address}/red.png", allow_private=True)
+        assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 48, 64)
         with pytest.raises(OSError, match=r"/none\.png' cannot be read as a picture: .*404"):
-            processor(f"{address}/none.png", return_tensors="pt")
+            open_image(f"{address}/none.png", allow_private=True)
+        with pytest.raises(OSError, match=r"is at 127\.0\.0\.1, and only public addresses are fetched"):
+            processor(f"{address}/red.png", return_tensors="pt")
         server.shutdown()
 
 

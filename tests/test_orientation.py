@@ -32,7 +32,7 @@ from data_scripts.preview import draw_preview
 from data_scripts.reading import Frame, drop_orientation, image_of, is_as_stored, read_frame
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor, image_processing_reftr
 from modeling_reftr.drawing_reftr import COLORS
-from modeling_reftr.image_processing_reftr import open_picture, turn_upright
+from modeling_reftr.image_processing_reftr import open_image, turn_upright
 from training_reftr.arguments import TrainingArguments
 from training_reftr.data import GroundingCollator, TrainingData, evaluation_loader
 from training_reftr.pictures import PictureReader
@@ -366,7 +366,7 @@ def test_every_kind_of_file_is_in_the_frame_of_its_boxes(kind, tmp_path):
         for size in (None, upright.shape[:2], stored.shape[:2], (1, 2)):
             is_stored = size == stored.shape[:2] and orientation >= 5
             expected = stored if is_stored else upright
-            by_path = turn_upright(open_picture(path), size)
+            by_path = turn_upright(open_image(path), size)
             with Image.open(path) as opened:
                 by_image = turn_upright(opened, size)
             (again,) = image_processor.open_images([by_path])

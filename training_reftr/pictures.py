@@ -6,6 +6,7 @@ where one is given. Nothing here holds a collective; any number of processes may
 import hashlib
 import io
 import logging
+import math
 import os
 import uuid
 import zlib
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_scripts.checking import picture_of
-from modeling_reftr.image_processing_reftr import open_picture, picture_size, resized_size, turn_upright
+from modeling_reftr.image_processing_reftr import open_image, picture_size, resized_size, turn_upright
 
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,9 @@ def read_picture(row: dict) -> Image.Image:
     Return the image of a row that is not decoded, in the frame of its boxes.
 
     Raises:
-        OSError, ValueError: see `open_picture` and `check_frame`.
+        OSError, ValueError: see `open_image` and `check_frame`.
     """
-    image = turn_upright(open_picture(picture_of(row)), (row["height"], row["width"]))
+    image = turn_upright(open_image(picture_of(row)), (row["height"], row["width"]))
     check_frame(row, image)
     return image
 
@@ -139,11 +140,17 @@ def decode_array(content: bytes) -> np.ndarray:
     What `encode_array` was given.
 
     Raises:
-        ValueError: if a byte is missing or another.
+        ValueError: if a byte is missing or another, or it is not an RGB image of the size that it has.
     """
     content, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
     if zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little") != checksum:
         raise ValueError("its checksum differs")
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("it is not of the version that is written")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.uint8 or shape[2:] != (3,) or math.prod(shape) != len(content) - file.tell():
+        raise ValueError(f"its header claims {dtype} of {shape}")
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
