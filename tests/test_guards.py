@@ -1,0 +1,108 @@
+"""Signals, the watchdog and errors of others, without a run around them."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from training_reftr.guards import Signals, Stopped, Watchdog, explain
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def send(number: int):
+    signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_noted_in_training_and_ends_the_process_at_other_times(accelerator, number, capfd):
+    with Signals() as signals:
+        with signals.deferred():
+            assert signals.poll(accelerator) == (False, False)
+            send(number)
+            assert signals.poll(accelerator) == (False, True)
+            assert signals.stop == number
+        assert f"{number.name}: saving after this step" in capfd.readouterr().err
+    with Signals(), pytest.raises(Stopped) as raised:
+        send(number)
+    assert raised.value.exit_code == 128 + number
+    assert str(raised.value) == f"{number.name}: ended at once, nothing more was saved."
+    assert str(Stopped(number, is_saved=True)) == f"{number.name}: the run is saved."
+
+
+def test_second_interrupt_ends_at_once_and_a_second_sigterm_changes_nothing(accelerator):
+    with Signals() as signals, signals.deferred(is_announced=False):
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert signals.poll(accelerator) == (False, True)
+        with pytest.raises(Stopped) as raised:
+            send(signal.SIGINT)
+    assert raised.value.number == signal.SIGINT
+    with Signals() as signals, signals.deferred(is_announced=False):
+        send(signal.SIGINT)
+        with pytest.raises(Stopped) as raised:
+            send(signal.SIGTERM)
+    assert raised.value.number == signal.SIGINT
+
+
+def test_a_checkpoint_is_asked_for_once(accelerator, capfd):
+    with Signals() as signals, signals.deferred():
+        send(signal.SIGUSR1)
+        assert signals.poll(accelerator) == (True, False)
+        assert signals.poll(accelerator) == (False, False)
+    assert capfd.readouterr().err == ""
+
+
+def test_handlers_are_those_of_before_afterwards():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with Signals():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_forked_process_ends_by_sigterm_and_leaves_interrupts_to_its_parent():
+    with Signals():
+        child = os.fork()
+        if child == 0:
+            send(signal.SIGINT)
+            send(signal.SIGTERM)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_watchdog_ends_a_process_that_does_not_feed_it(capfd):
+    def exit_code(feed: bool) -> int:
+        child = os.fork()
+        if child == 0:
+            with Watchdog(1 / 60) as watchdog:
+                for _ in range(5):
+                    time.sleep(0.3)
+                    if feed:
+                        watchdog.feed()
+            time.sleep(1.2)  # nobody waits any more
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert exit_code(feed=True) == 7
+    assert capfd.readouterr().err == ""
+    assert exit_code(feed=False) == 1
+    assert "Timeout" in capfd.readouterr().err
+
+
+def test_errors_of_other_processes_are_explained():
+    killed = explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
+    assert isinstance(killed, ChildProcessError)
+    assert "(pid 7) was killed by signal: Killed; most often memory is full" in str(killed)
+    lost = explain(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"))
+    assert isinstance(lost, ConnectionError)
+    assert "Connection closed by peer" in str(lost)
+    assert "more" not in str(lost)
+    assert isinstance(explain(torch.distributed.DistBackendError("reset")), ConnectionError)
+    assert explain(RuntimeError("CUDA out of memory")) is None
