@@ -10,11 +10,14 @@ goes on where it was, and trials whose file and tests did not change are not rep
 import argparse
 import concurrent.futures
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +33,18 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 TABLE = FOLDER / "table.md"
 FIELDS = {"file", "old", "new", "breaks", "tests"}
+# every trial is forked from a process that has imported these, which takes longer than many tests
+LIBRARIES = [
+    "accelerate",
+    "datasets",
+    "timm",
+    "pycocotools.mask",
+    "pytest",
+    "torch",
+    "torchvision.transforms.v2",
+    "transformers.models.bert.modeling_bert",
+]
+SERVER = multiprocessing.get_context("forkserver")
 TIMEOUT = 400  # seconds: a fault that makes a test hang is found as well
 
 
@@ -89,34 +104,34 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
+def run_pytest(checkout: Path, words: list[str], output: str):
+    """Run pytest in a checkout, with its output in a file; the target of a forked process, which ends with it."""
+    os.setsid()
+    descriptor = os.open(output, os.O_WRONLY | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    # without bytecode: a file that is mutated and restored within a second would be read from an old one
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.path[:] = [str(checkout), *(path for path in sys.path if Path(path).resolve() not in (ROOT, FOLDER))]
+    os.chdir(checkout)
+    code = importlib.import_module("pytest").main(words)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def run_tests(checkout: Path, tests: list[str], *options: str) -> tuple[int | None, str]:
     """Return pytest's exit code in a checkout, None after the time limit, and what it printed."""
-    # without bytecode: a file that is mutated and restored within a second would be read from an old one
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(checkout),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    settings = ["-q", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *settings, *options, *tests],
-        cwd=checkout,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=None if "-n" in options else TIMEOUT)
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        return None, process.communicate()[0]
+    words = ["-q", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider", *options, *tests]
+    with tempfile.NamedTemporaryFile(prefix="mutation-", suffix=".log") as output:
+        process = SERVER.Process(target=run_pytest, args=(checkout, words, output.name))
+        process.start()
+        process.join(None if "-n" in options else TIMEOUT)
+        code = process.exitcode
+        if code is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        return code, Path(output.name).read_text(errors="replace")
 
 
 def try_mutation(checkout: Path, mutation: dict) -> dict:
@@ -201,6 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "mutation.json")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
     options = parser.parse_args(argv)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    SERVER.set_forkserver_preload(LIBRARIES)
     try:
         mutations = load_mutations(options.list)
     except (ValueError, OSError) as error:
