@@ -30,6 +30,9 @@ def test_norms_are_replaced_and_weights_keep_their_names(make_model, device, kin
     assert not any(type(module) is nn.BatchNorm2d for module in model.modules())
     assert {name: id(value) for name, value in (*model.named_parameters(), *model.named_buffers())} == before
     assert all(module.training for module in model.modules())
+    still = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    synchronize_batch_norm(still, torch.device(device))
+    assert not any(module.training for module in still.modules())
     assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
 
 

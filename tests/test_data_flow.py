@@ -27,9 +27,16 @@ from data_scripts.exporting import export
 from modeling_reftr import RefTRImageProcessor
 from processes import free_port
 from training_reftr.arguments import TrainingArguments
-from training_reftr.data import GroundingCollator, TrainingData, evaluation_loader, train_tokenizer
+from training_reftr.data import (
+    GroundingCollator,
+    Preparation,
+    TrainingData,
+    evaluation_loader,
+    fit_to_picture,
+    train_tokenizer,
+)
 from training_reftr.pictures import PictureReader, decode_array, encode_array
-from training_reftr.sampling import CELL, BuiltOrder, EpochSampler, StreamedOrder
+from training_reftr.sampling import CELL, STREAM_WINDOW, BuiltOrder, EpochSampler, StreamedOrder, Visit
 from training_reftr.sources import load_rows, split_of
 
 
@@ -266,6 +273,34 @@ def test_batches_are_what_the_collator_gives(shapes, processor, arguments):
             assert batch["targets"][mine] == expected["targets"][place]
             for name in ("boxes", "masks"):
                 assert torch.equal(batch["labels"][mine][name], expected["labels"][place][name])
+
+
+def test_every_epoch_has_an_order_of_its_own(shapes, processor, arguments):
+    data = TrainingData(shapes["train"], processor, arguments(), 0, 1)
+    epochs = [sentence_ids(data.batches(epoch)) for epoch in (0, 1, 0)]
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_augmentation_differs_between_epochs_images_and_seeds(shapes, processor):
+    def brightness(seed, epoch, index):
+        prepare = Preparation(processor.image_processor, "brightness", seed, with_masks=False)
+        row = shapes["train"][index]
+        changed = prepare(row, Visit(epoch, index, (0,)))
+        return np.asarray(changed["image"]).mean() / np.asarray(row["image"]).mean()
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    gains = [brightness(*place) for place in places]
+    assert gains == [brightness(*place) for place in places]
+    assert len({round(gain, 3) for gain in gains}) == 4
+
+
+def test_boxes_follow_an_image_that_is_resized(processor):
+    item = {"box": [10.0, 5, 50, 30], "boxes": [[10.0, 5, 20, 10], [40.0, 20, 50, 30]], "segmentation": None}
+    row = {"width": 100, "height": 40, "objects": [item], "image": Image.new("RGB", (50, 80))}
+    fitted = fit_to_picture(row, processor.image_processor)
+    assert (fitted["width"], fitted["height"]) == (50, 80)
+    assert fitted["objects"][0]["box"] == [5, 10, 25, 60]
+    assert fitted["objects"][0]["boxes"] == [[5, 10, 10, 20], [20, 40, 25, 60]]
 
 
 def test_the_published_order_takes_sentences_one_by_one(shapes, processor, arguments):
@@ -514,6 +549,25 @@ def test_streams(exported, shapes, arguments, processor, kind):
     assert len({len(batches) for batches in ranks}) == 1
     ids = [name for batches in ranks for name in sentence_ids(batches)]
     assert len(set(ids)) == len(ids)
+
+
+def test_files_and_rows_of_a_stream_are_shuffled_anew_in_each_epoch():
+    """Of more visits than a window holds, the first ones are of other files in another epoch."""
+    sentences = [{"text": "the star", "phrases": []}] * 5
+    row = {"image": None, "width": 64, "height": 48, "objects": [], "sentences": sentences}
+    rows = datasets.Dataset.from_list([{**row, "image_id": str(number)} for number in range(1000)])
+    order = StreamedOrder(rows.to_iterable_dataset(num_shards=10), 1, 0, False)
+    window = STREAM_WINDOW // 2
+    first, again, second = (
+        [(visit.row["image_id"], visit.sentences) for visit in itertools.islice(order.visits(epoch), window)]
+        for epoch in (0, 0, 1)
+    )
+    assert 1000 * 5 > 2 * STREAM_WINDOW
+    assert first == again
+    images = [{image_id for image_id, _ in visits} for visits in (first, second)]
+    assert len(images[0] & images[1]) < 0.8 * min(map(len, images))
+    neighbors = sum(one[0] == other[0] for one, other in itertools.pairwise(first))
+    assert neighbors < 0.05 * window
 
 
 def test_a_stream_decodes_no_picture_that_is_not_asked_for(toy, processor, arguments, tmp_path):

@@ -26,6 +26,7 @@ from ranks_evaluation import run_grid
 from training_reftr.arguments import TrainingArguments
 from training_reftr.data import GroundingCollator, move
 from training_reftr.evaluation import (
+    answer_batch,
     compare_boxes,
     constant_box,
     evaluate,
@@ -198,6 +199,92 @@ def test_the_best_constant_box_is_the_commonest(shapes):
     x0, y0, x1, y1 = answer["box_xyxy"]
     assert 0 <= x0 < x1 <= 1
     assert 0 <= y0 < y1 <= 1
+
+
+def test_the_best_constant_box_is_the_one_that_hits_most():
+    """Most boxes are in the same part of images that are not square."""
+    parts = [[0.1, 0.2, 0.4, 0.9]] * 4 + [[0.6, 0.1, 0.9, 0.3], [0.0, 0.0, 1.0, 0.1]]
+    rows, records = [], []
+    for number, part in enumerate(parts):
+        width, height = 100 + 40 * number, 50
+        box = (np.array(part) * [width, height, width, height]).tolist()
+        sentence = {"phrases": [{"objects": [0]}]}
+        rows.append({"width": width, "height": height, "objects": [{"box": box}], "sentences": [sentence]})
+        records.append({"image_size": (height, width), "box": box})
+    answer = constant_box(Dataset.from_list(rows), records)
+    assert answer["box_xyxy"] == parts[0]
+    assert answer["accuracy@0.5"] == pytest.approx(4 / 6)
+    assert answer["precision@0.9"] == pytest.approx(4 / 6)
+
+
+def test_expressions_are_swapped_between_objects_alone():
+    box, other = [0, 0, 10, 10], [10, 0, 20, 10]
+    records = [
+        record_of(object_id="x", pred_box=box),
+        record_of(object_id="x", pred_box=box),
+        record_of(object_id="y", box=other, pred_box=other),
+        record_of(object_id="x", image_id="b", pred_box=box),  # nothing else is asked for in its image
+    ]
+    swapped = swapped_expressions(records)
+    assert (swapped["num_phrases"], swapped["mean_iou"]) == (3, 0.0)
+
+
+def test_a_box_without_extent_is_a_miss():
+    target = {"words": "a", "sentence_id": "s", "box": [5.0, 5, 5, 5], "boxes": [[5.0, 5, 5, 5]]}
+    found = compare_boxes(torch.tensor([5.0, 5, 5, 5]), target)
+    assert (found["iou"], found["any_box_iou"]) == (0.0, 0.0)
+
+
+def test_answers_are_compared_with_their_own_phrases(make_model, processor, shapes, accelerator):
+    """Where the first phrase is cut away, the only answer is that of the second."""
+    row = shapes["test"][0]
+    text = "a star " * 20 + "a circle"
+    phrases = [
+        {"start": start, "end": end, "objects": [number], "types": []}
+        for number, (start, end) in enumerate([(len(text) - 8, len(text)), (0, 6)])
+    ]
+    row = {**row, "sentences": [{"sentence_id": "s", "text": text, "phrases": phrases}]}
+    processor.max_caption_length = 20
+    model = make_model()
+    batch = GroundingCollator(processor)([row])
+    with torch.no_grad():
+        outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "targets")})
+        found = answer_batch(model, processor, batch, TrainingArguments(), accelerator)
+    size = (row["height"], row["width"])
+    expected = processor.image_processor.post_process_boxes(outputs, [size])[0, 1]
+    assert (found[0]["pred_box"], found[0]["iou"], found[0]["any_box_iou"]) == (None, 0.0, 0.0)
+    assert found[1]["pred_box"] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert [record["object_id"] for record in found] == [item["object_id"] for item in row["objects"][:2]]
+
+
+def test_evaluation_asks_without_dropout_and_leaves_the_model_training(make_model, processor, shapes, accelerator):
+    model = make_model(dropout=0.5, attention_dropout=0.5).train()
+    args = TrainingArguments(num_workers=0)
+    first, again = (evaluate(model, processor, shapes["test"], args, accelerator, "test") for _ in range(2))
+    assert first == again
+    assert all(module.training for module in (model, model.model.encoder, model.model.text_backbone))
+
+
+def test_mask_pixels_are_intersection_and_union(evaluated):
+    for record in evaluated[1][:5]:
+        answer, truth = (from_coco_rle(record[name]) for name in ("pred_segmentation", "segmentation"))
+        assert record["mask_pixels"] == ((answer & truth).sum(), (answer | truth).sum())
+
+
+def test_masks_are_resized_in_two_steps_where_that_is_asked(make_model, processor, shapes, accelerator):
+    processor.image_processor.size = {"shortest_edge": 24, "longest_edge": 24}
+    model, rows = make_model(predict_masks=True), shapes["test"].select([0])
+    with torch.no_grad():
+        inputs = processor(rows[0]["image"], [sentence["text"] for sentence in rows[0]["sentences"][:1]])
+        outputs = model(**inputs)
+    masks = []
+    for two_step in (False, True):
+        args = TrainingArguments(num_workers=0, two_step_masks=two_step)
+        record = evaluate(model, processor, rows, args, accelerator, "test")[0]
+        masks.append(from_coco_rle(record["pred_segmentation"]))
+        (expected,) = processor.image_processor.post_process_masks(outputs, [(64, 64)], two_step=two_step)
+        assert (masks[-1] != expected[0].numpy()).mean() < 0.02
+    assert (masks[0] != masks[1]).mean() > 0.02
 
 
 def test_controls_that_cannot_be_had_are_left_out_and_said(shapes, caplog):

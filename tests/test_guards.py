@@ -29,8 +29,11 @@ def test_first_signal_is_noted_in_training_and_ends_the_process_at_other_times(a
             assert signals.poll(accelerator) == (False, True)
             assert signals.stop == number
         assert f"{number.name}: saving after this step" in capfd.readouterr().err
-    with Signals(), pytest.raises(Stopped) as raised:
-        send(number)
+    with Signals() as signals:
+        with signals.deferred():
+            pass
+        with pytest.raises(Stopped) as raised:
+            send(number)
     assert raised.value.exit_code == 128 + number
     assert str(raised.value) == f"{number.name}: ended at once, nothing more was saved."
     assert str(Stopped(number, is_saved=True)) == f"{number.name}: the run is saved."

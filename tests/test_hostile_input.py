@@ -115,9 +115,10 @@ def test_a_phrase_index_that_points_nowhere_trains_nothing(two_phrases, make_mod
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("token", [10**6, -1, -100])
+@pytest.mark.parametrize("token", [None, 10**6, -1, -100])
 def test_a_token_outside_the_vocabulary_masks_its_phrases(two_phrases, make_model, token):
     model = make_model()
+    token = model.config.text_config.vocab_size if token is None else token
     for name, expected in (("phrase_input_ids", [[True, False]]), ("input_ids", [[False, False]])):
         ids = two_phrases[name].clone()
         ids[..., -1, 1] = token

@@ -26,6 +26,23 @@ def test_locked_folder_is_refused_with_process_and_host(tmp_path):
         pass
 
 
+def test_file_that_is_removed_meanwhile_is_locked_anew(tmp_path, monkeypatch):
+    """A run that ends removes its file: between the opening and the locking of it by another one, too."""
+    flock, removed = lock.fcntl.flock, []
+
+    def remove_first(descriptor, operation):
+        if not removed:
+            removed.append((tmp_path / lock.LOCK).unlink())
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(lock.fcntl, "flock", remove_first)
+    with lock.locked(tmp_path):
+        assert (tmp_path / lock.LOCK).exists()
+        with pytest.raises(OSError, match="Another run is writing"), lock.locked(tmp_path):
+            pass
+    assert removed
+
+
 def test_unused_new_folder_is_removed(tmp_path):
     with pytest.raises(ValueError, match="refused"), lock.locked(tmp_path / "new"):
         raise ValueError("refused")

@@ -49,6 +49,7 @@ def test_phrase_padding(batch, make_model):
     padded["phrase_attention_mask"] = nn.functional.pad(inputs["phrase_attention_mask"], (0, 2, 0, 3))
     padded["phrase_attention_mask"][:, -3:, :2] = 1  # [CLS] [SEP]
     padded["phrase_spans"] = nn.functional.pad(inputs["phrase_spans"], (0, 0, 0, 3))
+    padded["phrase_spans"][:, -3:, 1] = 1
     outputs = model(**padded)
     assert outputs.phrase_mask[:, -3:].any().item() is False
     assert_same_boxes(outputs, model(**inputs))

@@ -1,6 +1,7 @@
 """The published evaluation: its batches, composed here from the raw index, and what it counts as a miss."""
 
 import json
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -284,6 +285,15 @@ def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batc
         for mine in batches:
             for batch in mine:
                 assert len({resized(rows[visit.index]) for visit in batch}) == 1
+
+
+def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor):
+    rows = shapes["test"]
+    assert len(rows) == 10
+    args = TrainingArguments(evaluation_batch_size=2, num_workers=0)
+    batches = [list(evaluation_loader(rows, processor, args, rank, 4).batch_sampler) for rank in range(4)]
+    seen = Counter(visit.index for mine in batches for batch in mine for visit in batch)
+    assert seen == {index: 2 if index < 2 else 1 for index in range(10)}
 
 
 def test_check_says_why_a_miss_is_there(index, capsys, tmp_path):

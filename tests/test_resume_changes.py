@@ -13,8 +13,8 @@ import train_reftr
 from conftest import trials
 from modeling_reftr import RefTRConfig, RefTRProcessor
 from training_reftr.arguments import LEARNING, MACHINE, MODEL, TrainingArguments, parse_arguments, settings_of_kind
-from training_reftr.checkpoints import checkpoints_of, load_state
-from training_reftr.resuming import with_model_of
+from training_reftr.checkpoints import TrainingState, checkpoints_of, load_state
+from training_reftr.resuming import find_changes, with_model_of
 
 
 # (setting, value on the command line); of every kind, and of the model every setting
@@ -137,6 +137,13 @@ def kept(folder, settings=None, **given):
     return with_model_of(
         TrainingArguments(**given), RefTRConfig.from_pretrained(checkpoint), processor, settings, checkpoint
     )
+
+
+def test_another_global_batch_is_said():
+    args = TrainingArguments()
+    state = TrainingState(settings=vars(args), seen=[[16, 2], [8, 3]])
+    assert find_changes(state, args, 8) == []
+    assert find_changes(state, args, 16) == ["16 samples of all processes in a batch (was 8)"]
 
 
 def test_what_is_not_given_is_the_checkpoint_s(trained):

@@ -1,12 +1,15 @@
 """What an optimizer step does to the weights, against AdamW written out, and what it refuses to do."""
 
 import copy
+import json
 import re
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from conftest import ROOT, TINY_MODEL, TINY_TEXT
+from processes import run_ranks
 from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import TrainingState
 from training_reftr.data import GroundingCollator
@@ -114,6 +117,11 @@ def test_two_steps_change_the_weights_as_adamw_written_out(make_run, batches, ac
         away = (found[name] - parameter).abs()
         assert (away <= 0.01 * rate_of(name) + 1e-7).float().mean() > 0.97, name
     assert compared > 100, "weights that move"
+
+
+def test_two_processes_with_unequal_shares_have_the_gradients_of_one():
+    settings = json.dumps({"model": TINY_MODEL, "text_config": TINY_TEXT})
+    assert run_ranks([ROOT / "tests" / "ranks_step.py", settings], 2).stdout == "equal\n"
 
 
 def test_only_parameters_that_require_gradients_are_in_the_optimizer(make_run):

@@ -1,0 +1,28 @@
+"""Sizes of images and texts: what the settings name is set, and the rest is what the processor brings."""
+
+import pytest
+
+from modeling_reftr import RefTRConfig
+from training_reftr.arguments import TrainingArguments
+from training_reftr.sizes import image_size_of, max_text_length_of, set_sizes
+
+
+def test_sizes_that_are_named_are_set_and_others_stay(processor):
+    config = RefTRConfig(max_text_positions=60)
+    image_processor = processor.image_processor
+    set_sizes(processor, TrainingArguments(), config)
+    assert (image_size_of(image_processor), image_processor.size_divisor, max_text_length_of(processor)) == (
+        64,
+        None,
+        None,
+    )
+    set_sizes(processor, TrainingArguments(image_size=48, size_divisor=32, max_text_length=60), config)
+    assert dict(image_processor.size) == {**dict(image_processor.size), "shortest_edge": 48, "longest_edge": 48}
+    assert image_processor.size_divisor == 32
+    assert (processor.max_expression_length, processor.max_caption_length) == (60, 60)
+    assert (image_size_of(image_processor), max_text_length_of(processor)) == (48, 60)
+
+
+def test_texts_longer_than_the_model_reads_are_refused(processor):
+    with pytest.raises(ValueError, match=r"max_text_length=61 is more than model\.max_text_positions=60"):
+        set_sizes(processor, TrainingArguments(max_text_length=61), RefTRConfig(max_text_positions=60))
