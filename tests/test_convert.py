@@ -34,6 +34,7 @@ from modeling_reftr.convert_reftr_checkpoint import (
     our_names,
     published_key,
     read_published_checkpoint,
+    read_weights,
     settings_from_shapes,
     to_published_state_dict,
 )
@@ -166,6 +167,15 @@ def test_a_wrong_shape_is_named(published, expected, key, shape, message):
         convert_state_dict(published, expected)
 
 
+def test_a_transposed_weight_is_named(published, expected):
+    key = "vl_transformer.encoder.layers.1.linear1.weight"
+    rows, columns = published[key].shape
+    assert rows != columns
+    published[key] = published[key].T.contiguous()
+    with pytest.raises(ValueError, match=rf"{key} has the shape \({columns}, {rows}\)"):
+        convert_state_dict(published, expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(published, expected, value):
     key = "query_encoder.linear1.bias"
@@ -260,6 +270,15 @@ def test_settings_are_read_off_the_shapes(name):
         for setting in not_told:
             del settings[setting]
     assert guessed == wanted
+
+
+def test_heads_are_told_by_the_mask_head():
+    case, _ = load_case("res_bert")
+    shapes = {key: torch.empty(shape, device="meta") for key, shape in case["state_dict_shapes"].items()}
+    width = shapes["vl_transformer.level_embed"].shape[1]
+    shapes["mask_head.lay1.weight"] = torch.empty(2 * width + 4, 2 * width + 4, 3, 3, device="meta")
+    config = config_from_shapes(shapes)
+    assert (config.decoder_attention_heads, config.encoder_attention_heads) == (4, 4)
 
 
 def test_learned_positions_are_seen(published, case):
@@ -552,6 +571,26 @@ def test_malicious_files_are_refused_and_leave_no_trace(name, tmp_path, monkeypa
     assert stop.value.code.startswith(f"error: {path} ")
     assert "is refused: it asks for " in stop.value.code or "cannot be read as a checkpoint" in stop.value.code
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Attack(getattr, "text", "upper"),
+        Attack(np.zeros, 3),
+        Attack(np.load, "other.npy"),
+        Attack(np.frombuffer, b"8 bytes."),
+        Attack(torch.load, "other.pth"),
+        Attack(dict.fromkeys, "ab"),
+    ],
+    ids=lambda call: call.call[0].__name__,
+)
+def test_calls_that_do_no_harm_by_themselves_are_refused(call, tmp_path):
+    """What an attack is put together from: nothing is called but what a checkpoint needs."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {"vl_transformer.level_embed": torch.zeros(1, 8)}, "epoch": call}, path)
+    with pytest.raises(ValueError, match="is refused: it asks for "):
+        read_weights(path)
 
 
 def test_attacks_of_these_tests_are_real(tmp_path):

@@ -562,7 +562,7 @@ def test_files_and_rows_of_a_stream_are_shuffled_anew_in_each_epoch():
         [(visit.row["image_id"], visit.sentences) for visit in itertools.islice(order.visits(epoch), window)]
         for epoch in (0, 0, 1)
     )
-    assert 1000 * 5 > 2 * STREAM_WINDOW
+    assert 2 * STREAM_WINDOW < 1000 * 5
     assert first == again
     images = [{image_id for image_id, _ in visits} for visits in (first, second)]
     assert len(images[0] & images[1]) < 0.8 * min(map(len, images))

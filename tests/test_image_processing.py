@@ -178,8 +178,9 @@ def test_a_batch_of_a_given_size(image_processor):
     inputs = image_processor(picture, pad_size={"height": 700, "width": 800}, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 700, 800)
     assert inputs["pixel_mask"].sum() == 320 * 640
-    with pytest.raises(ValueError, match="at least 320 and 640"):
-        image_processor(picture, pad_size={"height": 300, "width": 800}, return_tensors="pt")
+    for height, width in ((300, 800), (400, 600)):
+        with pytest.raises(ValueError, match="at least 320 and 640"):
+            image_processor(picture, pad_size={"height": height, "width": width}, return_tensors="pt")
 
 
 def test_batches_of_few_shapes(image_processor, tmp_path):

@@ -260,7 +260,11 @@ def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither_here(processor, t
     path = tmp_path / "tokenizer.json"
     assert json.loads(path.read_text())["truncation"]["max_length"] == 5
     loaded = RefTRProcessor.from_pretrained(tmp_path)
-    for asked in (RefTRProcessor(processor.image_processor, tokenizer), loaded):
+    made = RefTRProcessor(processor.image_processor, tokenizer)
+    for asked in (made, loaded):  # before any call, which would change what other threads use
+        backend = asked.tokenizer.backend_tokenizer
+        assert (backend.truncation, backend.padding) == (None, None)
+    for asked in (made, loaded):
         inputs = asked(IMAGE, [text, "the star"], phrases=[["the large blue circle"], None])
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], value) for name, value in expected.items())

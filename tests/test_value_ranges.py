@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 from transformers import pipeline
 
 from modeling_reftr import RefTRImageProcessor
-from modeling_reftr.image_processing_reftr import picture_size, to_pil_image
+from modeling_reftr.image_processing_reftr import picture_size, to_channels_first, to_pil_image
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,23 @@ def test_the_same_image_gives_the_same_bits(image_processor, pixels, kind):
         assert np.array_equal(np.asarray(image), before)
     first = image[0] if getattr(image, "ndim", 3) == 4 else image
     assert tuple(picture_size(first)) == (48, 56)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.from_numpy])
+def test_values_of_16_bits_are_rounded(kind):
+    values = np.array([[0, 128, 129, 385, 386, 65406, 65407, 65535]], np.uint16)
+    assert to_channels_first(kind(values)).flatten().tolist() == [0, 0, 1, 1, 2, 254, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "fractions"])
+def test_what_is_transparent_in_an_array_is_white(image_processor, pixels, kind):
+    opacity = np.full((48, 56, 1), 255, np.uint8)
+    opacity[:20] = 0
+    expected = pixels.copy()
+    expected[:20] = 255
+    image = np.concatenate([pixels, opacity], axis=2)
+    found = process(image_processor, image if kind == "uint8" else image / 255)
+    assert torch.equal(found, process(image_processor, expected))
 
 
 def test_values_between_whole_numbers_are_kept(image_processor, pixels):
