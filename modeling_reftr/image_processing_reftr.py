@@ -31,7 +31,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .decoding_reftr import check_format, is_undecoded, open_file, without_decoding
 from .fetching_reftr import MAX_BYTES, fetch
-from .inputs_reftr import to_sizes, warn_about_joined_expressions
+from .inputs_reftr import is_sequence, to_list, to_sizes, to_threshold, warn_about_joined_expressions
 
 
 # a picture of this size takes half a gigabyte as float tensor; a file of a few kilobytes can claim to be larger
@@ -496,22 +496,43 @@ def add_channels(image, input_data_format=None):
     return image[..., None] if is_last else image[None]
 
 
+def is_one_image(value) -> bool:
+    """
+    Return whether a value stands for one image: a PIL image, a path, a URL, an image that is not decoded, or an array
+    or tensor of numbers, of which four dimensions are a batch.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_reftr.image_processing_reftr import is_one_image
+
+    >>> is_one_image("photo.jpg"), is_one_image(np.zeros((48, 64, 3))), is_one_image(np.array(["a.jpg", "b.jpg"]))
+    (True, True, False)
+
+    ```"""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OSTU":
+        return value.ndim > 1  # of one dimension it is a list; pixels that are no numbers are refused later
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.ndim != 4
+    return isinstance(value, (str, os.PathLike, Image.Image)) or is_undecoded(value)
+
+
 def flatten_images(images) -> list:
     """
-    Return one image, a batch (array or tensor of four dimensions) or a list of either as a flat list of images.
+    Return one image, a batch (array or tensor of four dimensions) or a sequence of either as a flat list of images.
 
     Raises:
         ValueError: if something else is among them.
     """
-    if images is None:
-        return []
-    if isinstance(images, Image.Image):
+    if is_one_image(images):
         return [images]
-    if isinstance(images, (np.ndarray, torch.Tensor)):
-        return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, (list, tuple)):
-        return [image for part in images for image in flatten_images(part)]
-    raise ValueError(f"An image is a PIL image, an array, a tensor, a path or a URL, and no {type(images).__name__}.")
+    if is_sequence(images):
+        return [image for part in to_list(images, "images") for image in flatten_images(part)]
+    raise ValueError(
+        "An image is a PIL image, an array, a tensor, a path or a URL, and several are a list of them, got "
+        f"{type(images).__name__}."
+    )
 
 
 def find_new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
@@ -738,8 +759,8 @@ class RefTRImageProcessor(TorchvisionBackend):
             OSError: if a file is missing or is no picture.
         """
         images = without_decoding(image_url_or_urls)
-        if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image) for image in images]
+        if is_sequence(images) and not is_one_image(images):
+            return [self.fetch_images(image) for image in to_list(images, "images")]
         if is_undecoded(images):
             return open_undecoded(images)
         return open_image(images) if isinstance(images, (str, os.PathLike)) else images
@@ -760,7 +781,8 @@ class RefTRImageProcessor(TorchvisionBackend):
                 `MAX_PIXELS` pixels or not 1, 3 or 4 channels.
             OSError: if a file is missing or is no image.
         """
-        images = [add_channels(image, input_data_format) for image in flatten_images(self.fetch_images(images))]
+        images = [] if images is None else flatten_images(self.fetch_images(images))
+        images = [add_channels(image, input_data_format) for image in images]
         if not images:
             raise ValueError("There are no images: give one picture or a list of them.")
         for image in images:
@@ -1000,6 +1022,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         """
         if outputs.pred_masks is None:
             raise ValueError("There are no masks: the model's configuration has predict_masks=False.")
+        threshold = to_threshold(threshold)
         num_sentences = len(outputs.pred_masks)
         image_index = outputs.image_index
         image_index = list(range(num_sentences)) if image_index is None else image_index.tolist()
@@ -1048,6 +1071,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         label = getattr(outputs, "candidate_label", None)  # that pipeline's text, which passes no processor
         if isinstance(label, str):
             warn_about_joined_expressions([label])
+        threshold = to_threshold(threshold)
         results = []
         for boxes, mask in zip(self.post_process_boxes(outputs, target_sizes), outputs.phrase_mask, strict=True):
             labels = mask.nonzero().flatten() if threshold < 1 else mask.new_zeros(0, dtype=torch.long)

@@ -20,12 +20,33 @@ CONTINUATION = re.compile(
 )
 
 
+def is_sequence(values) -> bool:
+    """
+    Return whether values are a sequence of entries: a list, a tuple, an array or tensor of at least one dimension, a
+    Series, a dataset or a column of one. A text, a mapping, a set, a table, an iterator and a single value are not.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_reftr.inputs_reftr import is_sequence
+
+    >>> is_sequence(("the dog",)), is_sequence(np.array(["the dog"])), is_sequence("the dog"), is_sequence(np.array(1))
+    (True, True, False, False)
+
+    ```"""
+    if isinstance(values, (str, bytes, Mapping, Set)) or hasattr(values, "columns"):
+        return False
+    return hasattr(values, "__len__") and hasattr(values, "__getitem__") and getattr(values, "ndim", 1) > 0
+
+
 def to_list(values, name: str) -> list:
     """
-    Return a sequence (list, tuple, array, tensor, Series, column of a dataset, ...) as a list of its entries.
+    Return a sequence, see `is_sequence`, as a list of its entries. Every argument that takes a list takes it by this
+    function.
 
     Raises:
-        ValueError: if it is a text, a mapping, a set, an iterator or a single value.
+        ValueError: if it is not a sequence.
 
     Example:
 
@@ -36,10 +57,48 @@ def to_list(values, name: str) -> list:
     ['the dog', 'the cat']
 
     ```"""
-    is_sequence = all(hasattr(values, method) for method in ("__len__", "__iter__", "__getitem__"))
-    if not is_sequence or isinstance(values, (str, bytes, Mapping, Set)) or getattr(values, "ndim", 1) == 0:
+    if not is_sequence(values):
         raise ValueError(f"{name}={str(values)[:80]!r} must be a list, got {type(values).__name__}.")
-    return list(values)
+    if hasattr(values, "to_pylist"):  # an array of pyarrow, whose entries are not Python's
+        return values.to_pylist()
+    if hasattr(values, "__iter__"):  # a Series iterates in order, and its [0] is the row of the label 0
+        return list(values)
+    return [values[index] for index in range(len(values))]  # a dataset of torch
+
+
+def nesting_depth(values) -> int:
+    """
+    Return how deep a value nests, by its first entries.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.inputs_reftr import nesting_depth
+
+    >>> nesting_depth(7), nesting_depth([7, 8]), nesting_depth([[7, 8]])
+    (0, 1, 2)
+
+    ```"""
+    depth = 0
+    while is_sequence(values):
+        depth += 1
+        values = next(iter(values)) if len(values) else None
+    return depth
+
+
+def to_threshold(value) -> float:
+    """
+    Return a probability to compare with, of any kind of number.
+
+    Raises:
+        ValueError: if it is not one number.
+    """
+    try:
+        if is_sequence(value):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"threshold={str(value)[:80]} must be one number from 0 to 1.") from error
 
 
 def to_sizes(sizes, num_images: int, name: str, are_optional: bool = False) -> list[tuple[float, float] | None]:

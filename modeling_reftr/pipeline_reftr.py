@@ -1,21 +1,23 @@
 """The `visual-grounding` pipeline: pictures and words -> boxes and masks."""
 
 import itertools
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
 
 from .decoding_reftr import is_undecoded, without_decoding
 from .drawing_reftr import draw_answers
-from .image_processing_reftr import picture_size, to_pil_image
-from .inputs_reftr import to_list
+from .image_processing_reftr import is_one_image, picture_size, to_pil_image
+from .inputs_reftr import is_sequence, to_list
+from .processing_reftr import to_span
 
 
-PICTURES = (str, Path, Image.Image, np.ndarray, torch.Tensor)
+BRING_TEXTS = "Questions bring their texts and phrases: give none beside them."
 
 
 class VisualGroundingPipeline(Pipeline):
@@ -54,71 +56,87 @@ class VisualGroundingPipeline(Pipeline):
 
         Args:
             images:
-                An image (PIL, array `(height, width, 3)`, tensor, path, URL) or a list of them; or a question, a dict
-                of "image", "text" and, for captions, "phrases"; or a list, a dataset or a generator of questions or
-                images.
+                An image (PIL, array `(height, width, 3)`, tensor, path, URL) or a sequence of them (list, tuple,
+                array, Series, column of a dataset, ...; an array or tensor of four dimensions is one); or a question,
+                a dict of "image", "text" and, for captions, "phrases"; or a sequence, a dataset or a generator of
+                questions or images; or questions by columns, as a batch of a dataset is: a dict whose "image" is a
+                sequence.
             text (`str`, `list[str]` or `list[list[str]]`):
-                What to look for: one expression, or a list of them. With a list of images a `str` is asked of each
-                image, and a list has one entry for each image, `str` or `list[str]`, however many images there are.
-                With any other iterable of images a `str` is asked of each, and lists are refused: their questions
-                bring their own texts.
+                What to look for: one expression, or a list of them, or another sequence. With several images a `str`
+                is asked of each image, and a list has one entry for each image, `str` or `list[str]`, however many
+                images there are. With a generator of images a `str` is asked of each, and lists are refused: their
+                questions bring their own texts.
             phrases (*optional*):
                 With captions as text, the phrases of each caption, as `str` or as (start, end) characters: nested
                 under `text`, a list for each caption, or None where the caption is its one phrase. Absent: every text
                 is one phrase.
             batch_size (`int`, *optional*, defaults to 1): pictures a forward. Padding changes answers a little.
-            num_workers (`int`, *optional*, defaults to 0): processes that prepare pictures.
+            num_workers (`int`, *optional*, defaults to 0): processes that prepare images; what a generator gives is
+                prepared in this one.
             threshold (`float`, *optional*, defaults to 0.5): probability from which a pixel is in the mask.
 
         Returns:
             `list[dict]`, for each phrase in the order asked: `phrase` (`str`), `box` (`xmin`, `ymin`, `xmax`, `ymax`
             in pixels of the upright picture, `float`) and, from a model that predicts masks, `mask` (`PIL.Image.Image`
             of mode "L" and the picture's size, 255 in the mask). `box` and `mask` are None for a phrase behind the
-            longest text that is read. For a list of pictures or questions a list of such lists, for other iterables
-            an iterator of them, read as they are needed.
+            longest text that is read. For several images or questions a list of such lists; for those of a dataset or
+            a generator an iterator of them, which reads images as they are needed.
 
         Raises:
             ValueError: if there is no picture or no text, or a text, a phrase or a picture makes no sense.
             OSError: if a file is missing or is no picture.
         """
         images = without_decoding(images)
+        if is_table(images):
+            if text is not None or phrases is not None:
+                raise ValueError(BRING_TEXTS)
+            images, text, phrases = images["image"], images.get("text"), images.get("phrases")
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
-        if isinstance(images, np.ndarray) and images.dtype.kind in "OU" and images.ndim == 1:
-            images = images.tolist()  # an array of paths or images is a list of them
-        if isinstance(images, (*PICTURES, dict)):
+        if is_one_image(images) or isinstance(images, Mapping):
             ((answers,),) = super().__call__([[make_question(images, text, phrases)]], batch_size=1, **kwargs)
             return answers
-        if isinstance(images, (list, tuple)):
-            batches = list(make_batches(spread(images, text, phrases), batch_size))
-            return list(itertools.chain.from_iterable(super().__call__(batches, batch_size=1, **kwargs)))
-        if not isinstance(images, Iterable) and not hasattr(images, "__getitem__"):
+        if is_sequence(images) and not isinstance(images, IterableDataset):
+            batches = Batches(Questions(images, text, phrases), batch_size)
+            answers = itertools.chain.from_iterable(super().__call__(batches, batch_size=1, **kwargs))
+            return answers if is_dataset(images) else list(answers)
+        if isinstance(images, (bytes, Set)) or hasattr(images, "columns") or not isinstance(images, Iterable):
             raise ValueError(f"{type(images).__name__} is no picture, no question, and no list of them.")
         if not isinstance(text, (str, type(None))):
             raise ValueError(
                 f"A list of texts, with images from an iterable ({type(images).__name__}), does not say which image "
                 "each is about: give one str for all, a list of images, or questions that bring their texts."
             )
+        kwargs["num_workers"] = 0  # a generator cannot be sent to another process
         questions = (make_question(item, text, phrases) for item in images)
-        batches = (batch for batch in make_batches(questions, batch_size))
+        batches = (batch for batch in iter(lambda: list(itertools.islice(questions, batch_size)), []))
         return itertools.chain.from_iterable(super().__call__(batches, batch_size=1, **kwargs))
 
     def _sanitize_parameters(self, threshold: float | None = None):
         return {}, {} if threshold is None else {"threshold": threshold}, {}
 
-    def preprocess(self, batch: list[dict]) -> dict:
-        """Questions -> inputs of the model, (height, width) of the pictures, the words of each sentence's phrases."""
-        images = [self.open_image(question["image"]) for question in batch]
-        sentences = [question["text"] for question in batch]
-        phrases = None if batch[0]["phrases"] is None else [question["phrases"] for question in batch]
+    def preprocess(self, batch: list[dict]) -> list[dict]:
+        """
+        Prepare questions: those in turn with phrases, and those without, go through the model apart.
+
+        Returns:
+            `list[dict]`: for each such part the inputs of the model, (height, width) of the images, the words of each
+            sentence's phrases, and the number of sentences of each question.
+        """
+        parts = itertools.groupby(batch, key=lambda question: question["phrases"] is None)
+        return [self.preprocess_part(list(part)) for _, part in parts]
+
+    def preprocess_part(self, part: list[dict]) -> dict:
+        """Prepare questions all of which have phrases, or none, see `preprocess`."""
+        images = [self.open_image(question["image"]) for question in part]
+        sentences = [question["text"] for question in part]
+        phrases = None if part[0]["phrases"] is None else [question["phrases"] for question in part]
         inputs = self.processor(images=images, text=sentences, phrases=phrases)
         flat = [sentence for group in sentences for sentence in group]
         spoken = [[sentence] for sentence in flat]
         if phrases is not None:
             of_sentences = [names for group in phrases for names in group]
             spoken = [
-                [sentence]
-                if names is None
-                else [name if isinstance(name, str) else sentence[name[0] : name[1]] for name in names]
+                [sentence] if names is None else [to_words(name, sentence) for name in names]
                 for sentence, names in zip(flat, of_sentences, strict=True)
             ]
         return {
@@ -128,27 +146,19 @@ class VisualGroundingPipeline(Pipeline):
             "counts": [len(group) for group in sentences],
         }
 
-    def _forward(self, batch: dict, threshold: float = 0.5) -> dict:
-        outputs = self.model(**batch.pop("inputs"))
-        if outputs.pred_masks is None:
-            return {**batch, "results": self.processor.post_process_grounding(outputs, batch["sizes"])}
-        results = self.processor.post_process_referring_segmentation(outputs, batch["sizes"], threshold)
-        return {**batch, "results": results}
+    def _forward(self, batch: list[dict], threshold: float = 0.5) -> list[dict]:
+        return [self._forward_part(part, threshold) for part in batch]
 
-    def postprocess(self, batch: dict) -> list[list[dict]]:
+    def _forward_part(self, part: dict, threshold: float) -> dict:
+        outputs = self.model(**part.pop("inputs"))
+        if outputs.pred_masks is None:
+            return {**part, "results": self.processor.post_process_grounding(outputs, part["sizes"])}
+        results = self.processor.post_process_referring_segmentation(outputs, part["sizes"], threshold)
+        return {**part, "results": results}
+
+    def postprocess(self, batch: list[dict]) -> list[list[dict]]:
         """What the model says of each sentence -> the answers to each question."""
-        with_masks = any("masks" in result for result in batch["results"])
-        answers = []
-        for words, result in zip(batch["spoken"], batch["results"], strict=True):
-            unanswered = {"box": None, **({"mask": None} if with_masks else {})}
-            found = [{"phrase": phrase, **unanswered} for phrase in words]
-            for place, index in enumerate(result["phrase_indices"]):
-                found[index]["box"] = to_box(result["boxes"][place])
-                if with_masks:
-                    found[index]["mask"] = Image.fromarray(result["masks"][place].numpy().astype(np.uint8) * 255)
-            answers.append(found)
-        sentences = iter(answers)
-        return [list(itertools.chain.from_iterable(itertools.islice(sentences, n))) for n in batch["counts"]]
+        return [answers for part in batch for answers in answers_of_part(part)]
 
     def open_image(self, image):
         """The one picture that `image` is, upright."""
@@ -178,30 +188,82 @@ class VisualGroundingPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
-def spread(images: list, text, phrases) -> list[dict]:
+class Questions(Dataset):
     """
-    Make a question of each image, or take the questions that `images` are.
+    Questions about images, which are made when they are asked for where the images are in a dataset, and at once, so
+    that an error comes before the first answer, where they are in memory.
 
     Args:
-        images (`list`): images or questions, of which there has to be one.
+        images: a sequence of images or of questions, of which there has to be one.
         text, phrases: a `str` (and its phrases) is asked of each image; a list has an entry for each image.
 
     Raises:
         ValueError: if there are no images, or not one text, or one list of phrases, for each.
     """
-    if len(images) == 0:
-        raise ValueError("There are no images: give one picture or a list of them.")
-    if isinstance(text, str) or text is None:
-        return [make_question(image, text, phrases) for image in images]
-    text = to_list(text, "text")
-    phrases = [None] * len(images) if phrases is None else to_list(phrases, "phrases")
-    for name, values in (("texts", text), ("lists of phrases", phrases)):
-        if len(values) != len(images):
-            raise ValueError(
-                f"{len(values)} {name} for {len(images)} pictures: give one text for all of them, or a list with what "
-                "is asked of each."
-            )
-    return [make_question(*question) for question in zip(images, text, phrases, strict=True)]
+
+    def __init__(self, images, text, phrases):
+        is_lazy = is_dataset(images) or (isinstance(images, Sequence) and not isinstance(images, (list, tuple)))
+        self.images = images if is_lazy else to_list(images, "images")
+        if len(self.images) == 0:
+            raise ValueError("There are no images: give one picture or a list of them.")
+        self.is_for_all = isinstance(text, str) or text is None
+        self.text, self.phrases = text, phrases
+        if not self.is_for_all:
+            self.text = to_list(text, "text")
+            self.phrases = [None] * len(self.images) if phrases is None else to_list(phrases, "phrases")
+            for name, values in (("texts", self.text), ("lists of phrases", self.phrases)):
+                if len(values) != len(self.images):
+                    raise ValueError(
+                        f"{len(values)} {name} for {len(self.images)} pictures: give one text for all of them, or a "
+                        "list with what is asked of each."
+                    )
+        self.made = None
+        if not is_lazy:
+            self.made = [self.make(index) for index in range(len(self.images))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.make(index) if self.made is None else self.made[index]
+
+    def make(self, index: int) -> dict:
+        """Make a question, see `make_question`."""
+        text, phrases = (self.text, self.phrases) if self.is_for_all else (self.text[index], self.phrases[index])
+        return make_question(self.images[index], text, phrases)
+
+
+class Batches(Dataset):
+    """
+    Questions in turn, as many at a time.
+
+    Args:
+        questions (`Questions`): what is asked.
+        batch_size (`int`): at most so many in a batch.
+    """
+
+    def __init__(self, questions: Questions, batch_size: int):
+        self.questions, self.batch_size = questions, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.questions) / self.batch_size)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        numbers = range(len(self.questions))[index * self.batch_size : (index + 1) * self.batch_size]
+        return [self.questions[number] for number in numbers]
+
+
+def is_dataset(images) -> bool:
+    """Return whether images are in a dataset, of torch or of the datasets library, which is read as it is needed."""
+    return isinstance(images, Dataset) or hasattr(images, "column_names")
+
+
+def is_table(images) -> bool:
+    """Return whether these are questions by columns, as a batch of the datasets library: `{"image": [...], ...}`."""
+    if not isinstance(images, Mapping) or is_undecoded(images):
+        return False
+    column = images.get("image")
+    return is_sequence(column) and not is_one_image(column)
 
 
 def make_question(image, text, phrases) -> dict:
@@ -219,9 +281,9 @@ def make_question(image, text, phrases) -> dict:
     Raises:
         ValueError: if there is no text, or the phrases are not those of one text each.
     """
-    if isinstance(image, dict) and not is_undecoded(image):
+    if isinstance(image, Mapping) and not is_undecoded(image):
         if text is not None or phrases is not None:
-            raise ValueError("Questions bring their texts and phrases: give none beside them.")
+            raise ValueError(BRING_TEXTS)
         if not {"image", "text"} <= image.keys():
             raise ValueError(f"A question has an 'image' and a 'text', and this one {sorted(map(str, image))}.")
         image, text, phrases = image["image"], image["text"], image.get("phrases")
@@ -234,14 +296,31 @@ def make_question(image, text, phrases) -> dict:
     phrases = None if phrases is None else to_list(phrases, "phrases")
     if phrases is not None and len(phrases) != len(text):
         raise ValueError(f"{len(phrases)} lists of phrases for {len(text)} texts: give a list of phrases for each.")
-    return {"image": image, "text": text, "phrases": phrases}
+    if phrases is not None:
+        # a single str, or what else is no list, the processor refuses
+        phrases = [to_list(names, "phrases") if is_sequence(names) else names for names in phrases]
+    return {"image": image, "text": [str(sentence) for sentence in text], "phrases": phrases}
 
 
-def make_batches(questions: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
-    """Questions in turn, as many at a time; those with phrases and those without apart."""
-    for _, group in itertools.groupby(questions, key=lambda question: question["phrases"] is None):
-        while batch := list(itertools.islice(group, batch_size)):
-            yield batch
+def answers_of_part(part: dict) -> list[list[dict]]:
+    """Return the answers to each question of a part, see `VisualGroundingPipeline.preprocess`."""
+    with_masks = any("masks" in result for result in part["results"])
+    answers = []
+    for words, result in zip(part["spoken"], part["results"], strict=True):
+        unanswered = {"box": None, **({"mask": None} if with_masks else {})}
+        found = [{"phrase": phrase, **unanswered} for phrase in words]
+        for place, index in enumerate(result["phrase_indices"]):
+            found[index]["box"] = to_box(result["boxes"][place])
+            if with_masks:
+                found[index]["mask"] = Image.fromarray(result["masks"][place].numpy().astype(np.uint8) * 255)
+        answers.append(found)
+    sentences = iter(answers)
+    return [list(itertools.chain.from_iterable(itertools.islice(sentences, n))) for n in part["counts"]]
+
+
+def to_words(phrase, sentence: str) -> str:
+    """Return the words of a phrase, which is a `str` or (start, end) characters of its sentence."""
+    return str(phrase) if isinstance(phrase, str) else sentence[slice(*to_span(phrase, sentence))]
 
 
 def to_box(box_xyxy: torch.Tensor) -> dict[str, float]:

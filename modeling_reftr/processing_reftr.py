@@ -12,7 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .image_processing_reftr import check_picture
-from .inputs_reftr import to_list, warn_about_joined_expressions
+from .inputs_reftr import is_sequence, nesting_depth, to_list, warn_about_joined_expressions
 
 
 logger = logging.get_logger(__name__)
@@ -463,8 +463,8 @@ def from_coco_rle(segmentation: dict) -> np.ndarray:
 
     size, counts = list(segmentation["size"]), segmentation["counts"]
     try:
-        if isinstance(counts, (list, tuple)):
-            encoded = coco_mask.frPyObjects({"size": size, "counts": list(counts)}, *size)
+        if is_sequence(counts):
+            encoded = coco_mask.frPyObjects({"size": size, "counts": to_list(counts, "counts")}, *size)
         else:
             encoded = {"size": size, "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
         mask = coco_mask.decode(encoded).astype(bool)
@@ -537,7 +537,7 @@ def arrange_sentences(text, num_images: int | None) -> tuple[list[str], list[int
     else:
         groups = to_list(text, "text")
         if not groups:
-            raise ValueError(f"text={text!r} must be a sentence, a list of them, or a list for each image.")
+            raise ValueError("text=[] must be a sentence, a list of them, or a list for each image.")
         is_sentence = [isinstance(group, str) for group in groups]
         if all(is_sentence):
             sentences, depth = groups, 1
@@ -641,7 +641,7 @@ def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
 def to_span(phrase, sentence: str) -> tuple[int, int]:
     """Return a pair of `int`. Raises ValueError if it is something else."""
     try:
-        start, end = (operator.index(place) for place in phrase)
+        start, end = (operator.index(place) for place in to_list(phrase, "phrase"))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"The phrase {phrase!r} of {sentence!r} must be a str or a pair of int, (start, end) characters; phrases "
@@ -705,9 +705,23 @@ def is_one_target(value, name: str) -> bool:
     if name == "masks" and isinstance(value, (dict, Image.Image)):
         return True
     values = to_list(value, name)
-    if not values or isinstance(values[0], (dict, Image.Image)):
-        return False
-    return np.ndim(values[0]) == {"boxes": 0, "masks": 1}[name]
+    return len(values) > 0 and nesting_depth(values) == {"boxes": 1, "masks": 2}[name]
+
+
+def to_mask_array(mask, sentence: str) -> np.ndarray:
+    """
+    Return a mask (array, tensor, PIL image, or rows in any sequence) as an array.
+
+    Raises:
+        ValueError: if it is no rows of one length.
+    """
+    if isinstance(mask, torch.Tensor):
+        return mask.detach().cpu().numpy()
+    if is_sequence(mask) and not (isinstance(mask, np.ndarray) and mask.dtype != object):
+        mask = [to_list(row, f"a row of a mask of {sentence!r}") for row in to_list(mask, f"a mask of {sentence!r}")]
+        if len({len(row) for row in mask}) > 1:
+            raise ValueError(f"The rows of a mask of {sentence!r} are not of one length.")
+    return np.asarray(mask)
 
 
 def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
@@ -721,7 +735,7 @@ def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
     for index, mask in enumerate(masks):
         if isinstance(mask, Image.Image):
             check_picture(mask, f"A mask of {sentence!r}")  # before NumPy decodes it
-        mask = mask if isinstance(mask, dict) else np.asarray(mask)
+        mask = mask if isinstance(mask, dict) else to_mask_array(mask, sentence)
         size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
         if size != (height, width):
             raise ValueError(
@@ -751,7 +765,7 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
     labels = []
     for box in boxes:
         try:
-            box = [float(side) for side in box]
+            box = [float(side) for side in to_list(box, "box")]
             x0, y0, x1, y1 = box
         except (TypeError, ValueError) as error:
             raise ValueError(

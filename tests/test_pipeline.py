@@ -188,7 +188,7 @@ def test_a_model_without_masks_and_one_in_training(make_model, processor, pictur
         ([{"image": "picture", "text": "a"}], {"text": "a"}, "bring their texts"),
         (7, {"text": "a star"}, "int is no picture, no question, and no list of them"),
         (None, {"text": "a star"}, "NoneType is no picture"),
-        (np.zeros((2, 8, 8, 3), np.uint8), {"text": "a star"}, "is about one picture, and this one has 2"),
+        ([np.zeros((2, 8, 8, 3), np.uint8)], {"text": "a star"}, "is about one picture, and this one has 2"),
     ],
 )
 def test_questions_that_make_no_sense(ground, pictures, images, asked, reason):
