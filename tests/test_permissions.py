@@ -56,6 +56,7 @@ def test_tensors_have_the_permissions_of_the_umask(tmp_path, umask):
     path.touch(0o600)
     save_tensors({"one": torch.ones(2)}, path)
     assert unexpected_modes(tmp_path / "folder", umask) == {}
+    assert list((tmp_path / "folder").iterdir()) == [path]
 
 
 def test_built_and_exported_datasets_have_the_permissions_of_the_umask(tmp_path, umask):
