@@ -5,6 +5,7 @@ import math
 import multiprocessing
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -51,10 +52,19 @@ class NamedBytes(io.BytesIO):
         return self.name
 
 
-def picture_of(row: dict) -> str | NamedBytes:
-    """The picture of a row that is not decoded: its path, or its content."""
+def picture_of(row: dict) -> Path | NamedBytes:
+    """
+    Return the image of a row that is not decoded: its path, which is never a URL, or its content.
+
+    Raises:
+        ValueError: if it has neither.
+    """
     image = row["image"]
-    return image["path"] if image["bytes"] is None else NamedBytes(image["bytes"], image["path"] or row["image_id"])
+    if image["bytes"] is None and image["path"] is None:
+        raise ValueError(f"The image of {row['image_id']!r} must have bytes or a path, and has neither.")
+    if image["bytes"] is None:
+        return Path(image["path"])
+    return NamedBytes(image["bytes"], image["path"] or row["image_id"])
 
 
 def find_picture_faults(row: dict, decode: bool) -> list[tuple[str, str]]:

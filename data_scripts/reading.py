@@ -227,7 +227,7 @@ def open_file(source: str | Path | BinaryIO) -> Image.Image:
     if found in IMAGE_FORMATS:
         raise OSError(f"it begins as {found}, but is damaged, or this Pillow was built without {found}")
     raise OSError(
-        f"its content is {'in no format that is known' if found is None else found}, and the accepted formats are "
+        f"its content looks like {'no known format' if found is None else found}, and the accepted formats are "
         f"{', '.join(IMAGE_FORMATS[:-1])} and {IMAGE_FORMATS[-1]}: convert it to one of them"
     )
 

@@ -727,7 +727,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         """
         try:
             kwargs = super()._standardize_kwargs(**kwargs)
-        except (TypeError, IndexError) as error:
+        except (TypeError, IndexError, ValueError) as error:
             sizes = {name: kwargs.get(name) for name in ("size", "crop_size", "pad_size")}
             raise ValueError(f"One of {str(sizes)[:400]} is not a size: {error}") from error
         for name in ("size", "pad_size"):

@@ -17,10 +17,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
 from space_app import DEMO, EXPRESSIONS, copy_with_masks, import_app
 from transformers import pipeline
 
-from conftest import ROOT
+from conftest import ROOT, trials
 from modeling_reftr.predict import to_json
 from modeling_reftr.processing_reftr import from_coco_rle
 
@@ -183,6 +184,22 @@ def test_files_that_are_no_pictures_get_a_sentence(client, tmp_path):
         assert re.match(f"The file '{name}' cannot be read as a picture: ", sentence), sentence
         assert "/" not in sentence  # no folder of the server's
         assert "Traceback" not in sentence
+
+
+@pytest.mark.row("S11")
+def test_uploads_of_other_formats_are_refused_and_start_nothing(
+    client, tmp_path_factory, monkeypatch, record_property
+):
+    folder = tmp_path_factory.mktemp("formats")
+    mark, passed = stand_in_for_ghostscript(folder, monkeypatch), 0
+    names = [list(REFUSED)[index] for index in trials(len(REFUSED), short=2)]
+    for name in names:
+        (folder / "photo.jpg").write_bytes(REFUSED[name])
+        sentence = refusal(client, folder / "photo.jpg")
+        passed += is_refusal(sentence, name) and sentence.startswith("The file 'photo.jpg' cannot be read")
+    record_property("counted", (passed, len(names)))
+    assert passed == len(names)
+    assert not mark.exists()
 
 
 def test_what_a_message_quotes_is_no_markup(client, tmp_path):

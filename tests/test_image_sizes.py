@@ -1,0 +1,477 @@
+"""What an image, a URL or a processor's file claims to be is looked at before anything of that size is allocated."""
+
+import contextlib
+import io
+import json
+import socket
+import struct
+import threading
+import time
+import tracemalloc
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_scripts.reading import picture_size
+from data_scripts.reftr_index import read_mask
+from modeling_reftr import RefTRImageProcessor, RefTRProcessor, fetching_reftr, open_image
+from modeling_reftr.image_processing_reftr import pad_batch
+from training_reftr.pictures import decode_array, encode_array
+
+
+def saved(name, size=(64, 48), **settings) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size).save(content, name, **settings)
+    return content.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG with one more chunk before its pixels."""
+    content = saved("PNG")
+    return content[:33] + chunk(kind, data) + content[33:]
+
+
+def png_of(width, height) -> bytes:
+    """A PNG whose header claims a size."""
+    return (
+        saved("PNG")[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+    )
+
+
+def gif_of(width, height) -> bytes:
+    content = saved("GIF")
+    frame = content.index(b"\x2c")  # the first frame's size stands behind its place
+    return (
+        content[:6]
+        + struct.pack("<HH", width, height)
+        + content[10 : frame + 5]
+        + struct.pack("<HH", width, height)
+        + content[frame + 9 :]
+    )
+
+
+def webp_of(width, height) -> bytes:
+    """A WEBP of two small frames whose canvas claims a size."""
+    content = bytearray(saved("WEBP", save_all=True, append_images=[Image.new("RGB", (64, 48), "red")]))
+    start = content.index(b"VP8X") + 12
+    content[start : start + 6] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(content)
+
+
+def tiff_of(width, height) -> bytes:
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 8)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+def bmp_of(width, height) -> bytes:
+    content = bytearray(saved("BMP"))
+    content[18:26] = struct.pack("<ii", width, height)
+    return bytes(content)
+
+
+def jpeg_of(width, height) -> bytes:
+    content = bytearray(saved("JPEG"))
+    start = content.index(b"\xff\xc0")
+    content[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+LARGE_HEADERS = {
+    "PNG": png_of(100_000, 100_000),
+    "JPEG": jpeg_of(60_000, 60_000),
+    "GIF": gif_of(60_000, 60_000),
+    "WEBP": webp_of(16_000, 16_000),
+    "TIFF": tiff_of(100_000, 100_000),
+    "BMP": bmp_of(100_000, 100_000),
+    "PPM": b"P6 100000 100000 255\n",
+    "PFM": b"Pf 30000 30000 -1.0\n",
+}
+
+
+@contextlib.contextmanager
+def serving(respond, address="127.0.0.1"):
+    """A server whose answers `respond(handler)` writes; gives its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            with contextlib.suppress(OSError):  # whoever asked has gone
+                respond(self)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer((address, 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://{address}:{server.server_port}"
+        server.shutdown()
+
+
+def answer(handler, content=b"", status=200, **headers):
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def peak_of(action) -> tuple[str, int]:
+    """What an action is refused with, and the bytes that Python and NumPy held at most meanwhile."""
+    tracemalloc.start()
+    try:
+        action()
+        return "", 0
+    except (ValueError, OSError) as error:
+        return str(error), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+MEMORY = """
+import resource, sys
+from modeling_reftr import open_image
+
+open_image(b"P5 2 1 255 ab")
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        open_image(path)
+    except (ValueError, OSError) as error:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used, str(error))
+"""
+
+
+@pytest.mark.row("S13")
+def test_headers_that_claim_a_large_image_are_refused_before_it_is_decoded(tmp_path, run, record_property):
+    """In a process of its own, whose largest memory tells what was allocated, by decoders outside of Python too."""
+    paths = [tmp_path / f"{name}.jpg" for name in LARGE_HEADERS]
+    for path, content in zip(paths, LARGE_HEADERS.values(), strict=True):
+        path.write_bytes(content)
+        with pytest.raises((ValueError, OSError), match=r"50,000,000"):
+            picture_size(path)
+    lines = run("-c", MEMORY, *paths).stdout.splitlines()
+    passed = [int(line.split()[0]) < 100_000 and "50,000,000" in line for line in lines]
+    record_property("counted", (sum(passed), len(paths)))
+    assert len(passed) == len(paths)
+    assert all(passed), lines
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000))),
+        with_chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(200_000_000))),
+        with_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(200_000_000))),
+        saved("PNG")[:33] + struct.pack(">I", 2**31 - 1) + b"tEXt",
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "tEXt"],
+)
+def test_texts_and_profiles_of_a_png_do_not_unpack_to_gigabytes(content):
+    """They are dropped or refused; either way nothing of their size is allocated."""
+    tracemalloc.start()
+    with contextlib.suppress(ValueError, OSError):
+        open_image(content)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000_000
+
+
+@pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_of_many_frames_the_first_is_decoded(name):
+    frames = [Image.effect_noise((64, 48), 9).convert("RGB") for _ in range(200)]
+    content = io.BytesIO()
+    frames[0].save(content, name, save_all=True, append_images=frames[1:])
+    begin = time.monotonic()
+    assert open_image(content.getvalue()).size == (64, 48)
+    assert time.monotonic() - begin < 1
+
+
+@pytest.mark.row("S13")
+def test_base64_over_64_mb_is_refused_before_it_is_unpacked():
+    text = "data:image/png;base64," + "A" * 90_000_000
+    sentence, peak = peak_of(lambda: open_image(text))
+    assert "it has more than 67,108,864 bytes" in sentence
+    assert len(sentence) < 500
+    assert peak < 10_000_000
+
+
+# URLs
+
+
+@pytest.mark.row("S13")
+def test_a_url_whose_declared_length_is_too_large_is_not_read():
+    def respond(handler):
+        answer(handler, b"x" * 1000, Content_Length=str(10**10))
+
+    with serving(respond) as url:
+        sentence, peak = peak_of(lambda: open_image(url, allow_private=True))
+    assert "it has 10,000,000,000 bytes, more than 67,108,864" in sentence
+    assert peak < 10_000_000
+
+
+@pytest.mark.parametrize("length", [None, "1000", "nonsense", "-5"])
+@pytest.mark.row("S13")
+def test_a_url_without_or_with_a_lying_length_is_counted_while_it_is_read(length, monkeypatch):
+    monkeypatch.setattr(fetching_reftr, "MAX_BYTES", 1_000_000)
+    sent = []
+
+    def respond(handler):
+        answer(handler, **({} if length is None else {"Content_Length": length}))
+        for _ in range(400):
+            handler.wfile.write(bytes(10_000))
+            sent.append(10_000)
+
+    with serving(respond) as url:
+        sentence, peak = peak_of(lambda: open_image(url, allow_private=True))
+    assert sentence
+    assert "took more than" not in sentence
+    if length is None:
+        assert "it has more than 1,000,000 bytes" in sentence
+    assert peak < 10_000_000
+
+
+def drip(handler, headers_too: bool):
+    """An answer that never ends, a byte at a time."""
+    if not headers_too:
+        answer(handler)
+    else:
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+    while True:
+        handler.wfile.write(b"x")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("headers_too", [False, True], ids=["content", "headers"])
+@pytest.mark.row("S13")
+def test_a_slow_url_ends_after_its_time(headers_too, monkeypatch):
+    assert fetching_reftr.MAX_SECONDS == 20
+    assert fetching_reftr.MAX_BYTES == 64 * 1024**2
+    monkeypatch.setattr(fetching_reftr, "MAX_SECONDS", 0.5)
+    with serving(lambda handler: drip(handler, headers_too)) as url:
+        begin = time.monotonic()
+        with pytest.raises(OSError, match=r"it took more than 0\.5 seconds"):
+            open_image(url, allow_private=True)
+        assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "127.9.9.9", "localhost", "2130706433", "0x7f.1", "0177.0.0.1", "0.0.0.0", "10.0.0.1"),
+        *("172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255"),
+        *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[fe80::1]", "[fd00::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]"),
+        "user:word@127.0.0.1",
+    ],
+)
+def test_private_addresses_are_refused(processor, host):
+    with pytest.raises(OSError, match=r"only public addresses are fetched.*allow_private=True|Address family|resol"):
+        processor(f"http://{host}:9/1.png", "the star")
+
+
+def resolving(addresses):
+    """In place of the resolver: names to addresses."""
+    return lambda host, port, **_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (addresses.get(host, host), port))]
+
+
+def test_a_name_of_a_private_address_is_refused(processor, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", resolving({"pictures.example": "10.1.2.3"}))
+    with pytest.raises(OSError, match=r"its host 'pictures\.example' is at 10\.1\.2\.3, and only public"):
+        processor("http://pictures.example/1.png", "the star")
+
+
+@pytest.mark.row("S13")
+def test_a_redirection_to_this_machine_is_refused(processor, monkeypatch):
+    """127.0.0.2 plays a public address; it redirects to 127.0.0.1, by its number and by a name."""
+    asked = []
+    monkeypatch.setattr(fetching_reftr, "is_public", lambda address: address == "127.0.0.2")
+
+    def respond(handler):
+        asked.append(handler.path)
+        answer(handler, png_of(1, 1))
+
+    with serving(respond) as private:
+
+        def redirect(handler):
+            target = private if handler.path == "/number" else private.replace("127.0.0.1", "localhost")
+            answer(handler, status=302, Location=f"{target}/secret")
+
+        with serving(redirect, "127.0.0.2") as public:
+            for path in ("number", "name"):
+                with pytest.raises(OSError, match="only public addresses are fetched"):
+                    processor(f"{public}/{path}", "the star")
+    assert not asked
+
+
+def test_a_host_is_connected_to_at_the_address_that_was_checked(monkeypatch):
+    """A name that resolves to another address the second time leads nowhere else; the server is told the name."""
+    monkeypatch.setattr(fetching_reftr, "is_public", lambda address: address == "127.0.0.2")
+    hosts = []
+
+    def respond(handler):
+        hosts.append(handler.headers["Host"])
+        answer(handler, saved("PNG"))
+
+    with serving(respond, "127.0.0.2") as url:
+        port = url.rpartition(":")[2]
+        real, answers = socket.getaddrinfo, iter(["127.0.0.2", "127.0.0.1"])
+
+        def resolve(host, *args, **kwargs):
+            if host == "pictures.example":
+                return resolving({host: next(answers)})(host, *args, **kwargs)
+            return real(host, *args, **kwargs)
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        assert open_image(f"http://pictures.example:{port}/1.png").size == (64, 48)
+    assert hosts == [f"pictures.example:{port}"]
+    assert next(answers) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/1", "http:///", "data:,x"])
+def test_a_redirection_to_something_else_is_refused(location):
+    with (
+        serving(lambda handler: answer(handler, status=302, Location=location)) as url,
+        pytest.raises(OSError, match=r"is not a URL of http or https|cannot be read"),
+    ):
+        open_image(url, allow_private=True)
+
+
+def test_redirections_end():
+    with (
+        serving(lambda handler: answer(handler, status=302, Location="/again")) as url,
+        pytest.raises(OSError, match="it was redirected more than 5 times"),
+    ):
+        open_image(url, allow_private=True)
+
+
+def test_a_redirection_is_followed():
+    def respond(handler):
+        if handler.path == "/1.png":
+            answer(handler, saved("PNG"))
+        else:
+            answer(handler, status=301, Location="1.png")
+
+    with serving(respond) as url:
+        assert open_image(f"{url}/0.png", allow_private=True).size == (64, 48)
+
+
+# settings of processors
+
+HUGE = [10**9, 1e9, float("nan"), float("inf"), -1, 0, "1e9", "640", True, [], [10**9, 10**9], {}, {"height": 10**9}]
+SIDES = [
+    {"height": 10**9, "width": 10**9},
+    {"height": 10**9, "width": 1},
+    {"height": -5, "width": 5},
+    {"height": 0, "width": 5},
+    {"height": float("nan"), "width": 5},
+    {"height": "64", "width": "64"},
+    {"height": 64.5, "width": 64},
+    {"shortest_edge": 640, "longest_edge": 10**9},
+    {"shortest_edge": 10**9, "longest_edge": 10**9},
+    {"shortest_edge": 1e9, "longest_edge": 1e9},
+    {"max_height": 10**9, "max_width": 10**9},
+]
+SETTINGS = [
+    *(("size", value) for value in [*HUGE, *SIDES]),
+    *(("pad_size", value) for value in [*HUGE, *SIDES]),
+    *(("size_divisor", value) for value in [10**9, 10**400, *HUGE[1:8]]),
+    *(("image_mean", value) for value in ["a", [float("nan")] * 3, [0.5] * 2, [1e400] * 3, 10**400]),
+    *(("image_std", value) for value in [0, [0.0] * 3, [-1] * 3, "a", [float("nan")] * 3]),
+    *(("rescale_factor", value) for value in [0, -1, float("nan"), float("inf"), "a"]),
+    *(("do_resize", value) for value in ["no", 2, [], {}]),
+    *(("device", value) for value in ["nowhere", {}, [1]]),
+    *((name, 1) for name in ("preprocess", "fetch_images", "backend", "__class__", "__dict__", "valid_kwargs")),
+]
+
+
+@pytest.mark.row("S13")
+def test_nonsense_in_a_processors_file_is_refused(processor, tmp_path, record_property):
+    """When it is loaded, or in the first call; before anything of its size is allocated."""
+    processor.save_pretrained(tmp_path)
+    path, passed = tmp_path / "processor_config.json", []
+    settings = json.loads(path.read_text())
+
+    def load_and_ask(name, value):
+        changed = {**settings, "image_processor": {**settings["image_processor"], name: value}}
+        path.write_text(json.dumps(changed))
+        RefTRProcessor.from_pretrained(tmp_path)(Image.new("RGB", (64, 48)), "the star")
+
+    load_and_ask("do_pad", True)  # the file itself is taken
+    for name, value in SETTINGS:
+        if name == "size" and value == {}:
+            continue  # as good as absent: the default
+        sentence, peak = peak_of(lambda name=name, value=value: load_and_ask(name, value))
+        passed.append((name, str(value)[:40], name in sentence and len(sentence) < 2000 and peak < 50_000_000))
+    record_property("counted", (sum(is_good for *_, is_good in passed), len(passed)))
+    assert not [item for item in passed if not item[-1]]
+
+
+@pytest.mark.parametrize("name", ["size", "pad_size"])
+def test_nonsense_in_a_call_is_refused(processor, name):
+    for value in (*HUGE[:11], *SIDES):
+        sentence, peak = peak_of(
+            lambda value=value: processor.image_processor(Image.new("RGB", (64, 48)), **{name: value})
+        )
+        assert name in sentence, value
+        assert peak < 50_000_000
+
+
+def test_a_tall_and_a_wide_image_are_not_padded_to_both():
+    images = [torch.zeros(3, 1, 20_000), torch.zeros(3, 20_000, 1)]
+    with pytest.raises(
+        ValueError, match=r"would be padded to \(20000, 20000\) in a batch, more than 50,000,000 pixels"
+    ):
+        pad_batch(images)
+    with pytest.raises(ValueError, match="size_divisor"):
+        pad_batch([torch.zeros(3, 4, 4)], size_divisor=10**9)
+
+
+def test_masks_are_not_resized_to_any_size():
+    outputs = SimpleNamespace(
+        pred_boxes=torch.zeros(1, 1, 4),
+        pred_masks=torch.zeros(1, 1, 4, 4),
+        phrase_mask=torch.ones(1, 1, dtype=torch.bool),
+        pixel_mask=torch.ones(1, 16, 16),
+        image_index=None,
+    )
+    with pytest.raises(ValueError, match=r"target_sizes has .* and masks have at most 50,000,000 pixels"):
+        RefTRImageProcessor().post_process_masks(outputs, [(10**6, 10**6)])
+
+
+# arrays
+
+
+def npy_of(shape: str, data: bytes = b"") -> bytes:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
+
+
+@pytest.mark.row("S13")
+def test_an_array_that_claims_more_than_its_file_has_is_refused(tmp_path):
+    path = tmp_path / "mask.npy"
+    path.write_bytes(npy_of("(1000000, 1000000)", bytes(100)))
+    sentence, peak = peak_of(lambda: read_mask(path))
+    assert "is damaged" in sentence
+    assert peak < 10_000_000
+    with open(path, "wb") as file:  # as large as it claims, with nothing in it
+        file.write(npy_of("(10000, 10000)"))
+        file.truncate(file.tell() + 10**8)
+    sentence, peak = peak_of(lambda: read_mask(path))
+    assert "has 10000 x 10000 pixels, more than 50,000,000" in sentence
+    assert peak < 10_000_000
+    kept = npy_of("(1000000, 1000000, 3)", bytes(100))
+    sentence, peak = peak_of(lambda: decode_array(kept + zlib.crc32(kept).to_bytes(4, "little")))
+    assert "its header claims uint8 of (1000000, 1000000, 3)" in sentence
+    assert peak < 10_000_000
+    image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    np.testing.assert_array_equal(decode_array(encode_array(image)), image)
