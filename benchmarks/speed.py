@@ -290,7 +290,7 @@ def compare(
     """
     grouped, published, pair = ([move(batch, device) for batch in batches] for batches in (grouped, published, pair))
     model = as_published(build_model(predict_masks)).to(device)
-    models = {key: build_model(predict_masks).to(device, getattr(torch, key)).fuse() for key in NUMBERS[device]}
+    models = {key: build_model(predict_masks).to(device, getattr(torch, key)).fused_copy() for key in NUMBERS[device]}
     if prepare is not None:
         models = {key: prepare(side) for key, side in models.items()}
     *ours, theirs = race(

@@ -70,8 +70,7 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(model_name, trust_remote_code=not is_installed)
         self.model = AutoModelForZeroShotObjectDetection.from_pretrained(
             model_name, trust_remote_code=not is_installed
-        ).eval()
-        self.model.fuse()
+        ).fused_copy()
         self.pictures = OrderedDict()  # digest of a file -> its picture and the picture's features
         self._lock = threading.Lock()  # for the bookkeeping of `pictures`
 

@@ -19,7 +19,6 @@ import torch
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.base import ExportedModel
 
-from .fusing_reftr import fused_copy
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
 
@@ -96,7 +95,7 @@ def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool =
     """
     sizes = {"images": 2, "sentences": 3, "tokens": 7, "phrases": 4, "phrase_tokens": 5, "height": 192, "width": 256}
     exporter, config = FORMATS[target]
-    model = fused_copy(model)
+    model = model.fused_copy()
     inputs = make_inputs(model, sizes, phrases)
     shapes = {name: dict.fromkeys(AXES[name], torch.export.Dim.DYNAMIC) for name in inputs}
     exported = exporter().export(model, inputs, config(dynamic_shapes=shapes))

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_reftr import RefTRConfig
-from .fusing_reftr import fold_batch_norms, restore_batch_norms, unfolded_state_dict
+from .fusing_reftr import fused_copy
 from .loss_reftr import grounding_loss
 from .saving_reftr import apply_default_permissions
 from .text_cache_reftr import TextCache, active_text_cache
@@ -51,7 +51,7 @@ class RefTRImageFeatures(ModelOutput):
         image_features (`torch.Tensor` of shape `(I, h * w, d)`):
             The last feature map projected to the model's width.
         image_position_embeddings (`torch.Tensor` of shape `(I, h * w, d)`):
-            Positions of the image tokens.
+            Positions of the image tokens, without the level and token-type embeddings.
         image_mask (`torch.Tensor` of shape `(I, h * w)`):
             True for cells of the picture, False for padding.
         pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
@@ -241,8 +241,8 @@ class RefTRLearnedPositionEmbedding(nn.Module):
                 f"A feature map of {height} x {width} has no learned positions past max_image_positions={limit}; "
                 "use smaller pictures or position_embedding_type='sine'."
             )
-        columns = self.column_embeddings.weight[:width].expand(height, width, -1)
-        rows = self.row_embeddings.weight[:height, None].expand(height, width, -1)
+        columns = self.column_embeddings(torch.arange(width, device=mask.device)).expand(height, width, -1)
+        rows = self.row_embeddings(torch.arange(height, device=mask.device))[:, None].expand(height, width, -1)
         return torch.cat((columns, rows), dim=-1).flatten(0, 1).expand(batch_size, -1, -1)
 
 
@@ -450,7 +450,8 @@ class RefTRQueryEncoder(nn.Module):
         context = scores.softmax(dim=-1).to(text_memory.dtype) @ self.context_value(text_memory)
         context = self.context_layer_norm(self.context_projection(context)) + sentence_token
         fused = self.fusion(torch.cat((context, phrase_features), dim=-1))
-        return (torch.cat((fused, fused), dim=-1) + self.query_embedding.weight).chunk(2, dim=-1)
+        query_embedding = self.query_embedding(torch.zeros(1, dtype=torch.long, device=fused.device))
+        return (torch.cat((fused, fused), dim=-1) + query_embedding).chunk(2, dim=-1)
 
 
 class RefTRBoxHead(nn.Module):
@@ -564,17 +565,34 @@ class RefTRPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RefTREncoderLayer", "RefTRDecoderLayer"]
+    # those that add what several of their parts give, and no forward of ours brings to one device
+    _no_split_modules = [
+        "RefTREncoderLayer",
+        "RefTRDecoderLayer",
+        "RefTRLearnedPositionEmbedding",
+        "RefTRQueryEncoder",
+        "RefTRMaskHead",
+        "TimmBackbone",
+    ]
     _supports_sdpa = True
     # no Flash Attention: of a padding mask over the memory, the library's path hides the decoder's last queries
     _supports_flash_attn = False
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
-    _folded_norms = None  # a list while the model is fused
+    is_fused = False  # True for what `fused_copy` returns
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the model as the library does; others may read its weights where the umask lets them read files."""
+        """
+        Save the model as the library does; others may read its weights where the umask lets them read files.
+
+        Raises:
+            ValueError: if the model is a fused copy, whose weights `from_pretrained` could not read.
+        """
+        if self.is_fused:
+            raise ValueError(
+                "A fused copy has no batch norms of its own that could be saved: save the model that it was made of."
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         apply_default_permissions(Path(save_directory).glob("*model*.safetensors"))
 
@@ -639,47 +657,22 @@ class RefTRPreTrainedModel(PreTrainedModel):
         model.freeze_parameters()
         return loaded
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether `fuse` was called, and not undone."""
-        return self.base_model._folded_norms is not None
-
-    def fuse(self):
+    def fused_copy(self):
         """
-        Make inference faster, with the same answers but for rounding: the batch norms of the image backbone are folded
-        into its convolutions, which are laid out channels last. `train()` and `unfuse()` undo it to the last
-        bit, and what is saved is as if it had not been.
+        Return a copy for inference that is faster and gives the same answers but for rounding: the batch norms of the
+        image backbone are folded into its convolutions, which are laid out channels last.
 
-        This changes the model in place, once, before it answers: call it before other threads use the model. A model
-        that trains, or answers meanwhile, is left alone by `fusing_reftr.fused_copy`, which fuses a copy.
+        The copy is in evaluation mode, without gradients, not compiled, and shares nothing with this model, which may
+        be training or answering in another thread. Its state dict is its own: without the folded norms. It cannot be
+        saved for `from_pretrained`; save the model that it was made of.
 
         Returns:
-            The model.
+            The copy.
 
         Raises:
-            ValueError: if the model is in training mode, where batch norms may learn.
+            ValueError: if weights of the model are offloaded: fuse first, then offload the copy.
         """
-        if self.training:
-            raise ValueError("fuse() is for inference: call model.eval() first.")
-        if not self.is_fused:
-            backbone = self.base_model.backbone
-            channels = self.config.backbone_config.num_channels
-            example = torch.zeros(1, channels, 64, 64, device=self.device, dtype=self.dtype)
-            self.base_model._folded_norms = fold_batch_norms(backbone, example)
-        return self
-
-    def unfuse(self):
-        """Undo `fuse`. Returns the model."""
-        if self.is_fused:
-            restore_batch_norms(self.base_model._folded_norms)
-            self.base_model._folded_norms = None
-        return self
-
-    def train(self, mode: bool = True):
-        """As any module; for training, `fuse` is undone."""
-        if mode:
-            self.unfuse()
-        return super().train(mode)
+        return fused_copy(self)
 
 
 class RefTREncoder(RefTRPreTrainedModel):
@@ -818,13 +811,6 @@ class RefTRModel(RefTRPreTrainedModel):
         """Replace the text backbone's word embeddings."""
         self.text_backbone.set_input_embeddings(value)
 
-    def state_dict(self, *args, prefix: str = "", keep_vars: bool = False, **kwargs):
-        """See `nn.Module.state_dict`; the batch norms stand in it, whether they are folded or not."""
-        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
-        if self.is_fused:
-            unfolded_state_dict(state, self._folded_norms, self, prefix, keep_vars)
-        return state
-
     def freeze_parameters(self):
         """
         Stop training the backbone's stem and its first `config.num_frozen_backbone_stages` stages (0: nothing).
@@ -898,13 +884,10 @@ class RefTRModel(RefTRPreTrainedModel):
         projected = self.image_projection(feature_maps[-1])
         mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=projected.shape[-2:], mode="nearest")
         mask = mask[:, 0].bool()
-        position_embeddings = self.image_position_embedding(mask) + (
-            self.level_embedding + self.token_type_embeddings.weight[1]
-        )
         return RefTRImageFeatures(
             feature_maps=feature_maps,
             image_features=projected.flatten(2).transpose(1, 2),
-            image_position_embeddings=position_embeddings.to(projected.dtype),
+            image_position_embeddings=self.image_position_embedding(mask),
             image_mask=mask.flatten(1),
             pixel_mask=pixel_mask,
         )
@@ -927,7 +910,7 @@ class RefTRModel(RefTRPreTrainedModel):
     def _encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         if self.text_backbone._supports_attention_backend:
             # such a backbone takes a mask that is ready, and would wait for the device to make its own
-            embeds = self.text_position_embeddings.weight[: input_ids.shape[1]].expand(input_ids.shape[0], -1, -1)
+            embeds = torch.empty((), dtype=self.dtype, device=input_ids.device).expand(*input_ids.shape, 1)
             attention_mask = expand_attention_mask(self.text_backbone.config, embeds, attention_mask)
         return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
 
@@ -989,7 +972,7 @@ class RefTRModel(RefTRPreTrainedModel):
         pooled = self.encode_text(
             phrase_input_ids.flatten(0, 1)[rows], phrase_attention_mask.flatten(0, 1)[rows]
         ).pooler_output
-        return scatter_phrases(self.phrase_projection(pooled), places, phrase_mask.shape), places
+        return scatter_phrases(self.phrase_projection(pooled).to(places.device), places, phrase_mask.shape), places
 
     @can_return_tuple
     def forward(
@@ -1040,11 +1023,13 @@ class RefTRModel(RefTRPreTrainedModel):
         # what points nowhere (a token, an image, a span, a phrase) is not followed, and its phrases are masked
         input_ids, can_answer = self.known_tokens(input_ids, attention_mask)
 
-        image_features, image_positions, image_mask = (
-            image.image_features,
-            image.image_position_embeddings,
-            image.image_mask,
-        )
+        # `device_map` may have spread the parts: what they give is brought to where the inputs are
+        device = input_ids.device
+        text_type, image_type = self.token_type_embeddings(torch.arange(2, device=device)).to(device)
+        image_features, image_mask = image.image_features.to(device), image.image_mask
+        # a parameter of this module itself is read in this forward alone: offloading brings it for that time
+        image_positions = image.image_position_embeddings.to(device) + (self.level_embedding + image_type)
+        image_positions = image_positions.to(image_features.dtype)
         if image_index is not None:
             is_image = (image_index >= 0) & (image_index < image_features.shape[0])
             image_index, can_answer = image_index.where(is_image, 0), can_answer & is_image
@@ -1052,8 +1037,9 @@ class RefTRModel(RefTRPreTrainedModel):
                 states[image_index] for states in (image_features, image_positions, image_mask)
             )
         text = self.encode_text(input_ids, attention_mask)
-        text_features = self.text_projection(text.last_hidden_state)
-        text_positions = self.text_position_embeddings.weight[:length] + self.token_type_embeddings.weight[0]
+        text_features = self.text_projection(text.last_hidden_state).to(device)
+        token = torch.arange(length, device=device)
+        text_positions = self.text_position_embeddings(token).to(device) + text_type
         text_positions = text_positions.expand(input_ids.shape[0], -1, -1)
 
         # the visual-language encoder, from here on a sentence at a time
@@ -1068,7 +1054,6 @@ class RefTRModel(RefTRPreTrainedModel):
         memory = encoder_outputs.last_hidden_state
 
         # a query a phrase; without phrases the sentence is the one phrase
-        token = torch.arange(length, device=input_ids.device)
         is_real = attention_mask.bool()
         phrase_places = None
         if phrase_input_ids is None:
@@ -1320,7 +1305,8 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             image_features=image_features,
             **kwargs,
         )
-        layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid()
+        device = outputs.phrase_mask.device
+        layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid().to(device)
         auxiliary_outputs = None
         if self.config.auxiliary_loss:
             auxiliary_outputs = [{"pred_boxes": boxes} for boxes in layer_boxes[:-1]]
@@ -1336,7 +1322,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 outputs.image_index,
                 outputs.phrase_places,
             )
-            pred_masks = pred_masks.float()
+            pred_masks = pred_masks.float().to(device)
         loss, loss_dict = None, None
         if labels is not None:
             loss, loss_dict = self.loss_function(

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None):
         raise ValueError("--phrases are of one caption, the only --text, about one picture; several go into a .jsonl.")
     questions = read_questions(path, args.text) if are_many else []
 
-    model = RefTRForVisualGrounding.from_pretrained(args.model).fuse()
+    model = RefTRForVisualGrounding.from_pretrained(args.model).fused_copy()
     processor = RefTRProcessor.from_pretrained(args.model)
     ground = VisualGroundingPipeline(model, processor=processor, device=args.device)
     if are_many:

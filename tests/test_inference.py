@@ -1,12 +1,12 @@
 """What makes inference faster changes no answer: folded batch norms, features that are kept, texts that come again."""
 
 import copy
+import inspect
 import json
+import pickle
 
 import pytest
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file
 from test_modeling import assert_same_boxes, model_inputs, single_inputs
 from torchvision.ops import box_iou
 from transformers.image_transforms import center_to_corners_format
@@ -14,11 +14,9 @@ from transformers.image_transforms import center_to_corners_format
 from benchmarks import speed
 from conftest import TINY_TEXT
 from golden import golden_inputs, golden_model, load_case
+from modeling_reftr import modeling_reftr
 from modeling_reftr.fusing_reftr import fold_batch_norms
-from training_reftr.arguments import TrainingArguments
-from training_reftr.checkpoints import TrainingState, checkpoints_of, save_checkpoint
 from training_reftr.data import GroundingCollator
-from training_reftr.optimization import build_optimizer
 
 
 TIMM = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4], "output_stride": 8}
@@ -74,77 +72,93 @@ def norms(model):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "frozen", "left"),
-    [(TIMM, True, 0), (TIMM, False, 0), (RESNET, False, 0), (CONVNEXT, False, 0)],
+    ("backbone", "frozen"),
+    [(TIMM, True), (TIMM, False), (RESNET, False), (CONVNEXT, False)],
     ids=["frozen", "timm", "resnet", "no batch norm"],
 )
-def test_folded_batch_norms_change_no_answer(single_batch, make_model, tmp_path, backbone, frozen, left):
+def test_folded_batch_norms_change_no_answer_and_not_the_model(single_batch, make_model, tmp_path, backbone, frozen):
     model = shake(make_model(backbone_config=backbone, freeze_backbone_batch_norm=frozen, predict_masks=True))
-    before = copy.deepcopy(model.state_dict())
-    places = {name: (value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
-    with torch.no_grad():
-        expected = model(**single_batch)
-        fused = model.fuse()(**single_batch)
-    assert model.is_fused
-    assert norms(model) == left
-    assert_same_boxes(fused, expected)
-    torch.testing.assert_close(fused.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
-
-    # what is saved while it is fused is what was there before; the model stays fused
-    model.save_pretrained(tmp_path)
-    assert norms(model) == left
-    saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == before.keys()
-    assert all(torch.equal(before[name], value) for name, value in saved.items())
-
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert model.is_fused
-
-    # training takes them out again, to the last bit
-    parameters = {name: id(parameter) for name, parameter in model.unfuse().named_parameters()}
-    model.fuse().train()
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = {name: (id(value), value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
+    fused = model.fused_copy()
+    assert fused.is_fused
     assert not model.is_fused
-    assert parameters == {name: id(parameter) for name, parameter in model.named_parameters()}
-    # where they lay, as they lay: in another place or order in memory, sums are rounded otherwise
-    assert places == {name: (value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
+    assert not any(module.training for module in fused.modules())
+    assert all(module.training for module in model.modules())
+    assert norms(fused) == 0
+    with torch.no_grad():
+        answers, expected = fused(**single_batch), model.eval()(**single_batch)
+    assert_same_boxes(answers, expected)
+    torch.testing.assert_close(answers.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
+    assert not answers.pred_boxes.requires_grad
+
+    # nothing is shared, and the model is what it was
+    own = {value.data_ptr() for value in (*model.parameters(), *model.buffers()) if value.numel()}
+    assert not own & {value.data_ptr() for value in (*fused.parameters(), *fused.buffers())}
+    assert places == {name: (id(value), value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_checkpoint_on_the_way_of_an_evaluation_is_of_the_whole_model(single_batch, make_model, processor, tmp_path):
-    """Where a signal asks for one, the model is fused."""
-    model = shake(make_model(backbone_config=TIMM)).train()
-    args = TrainingArguments(output_dir=str(tmp_path))
-    accelerator = Accelerator(cpu=True)
-    optimizer = accelerator.prepare(build_optimizer(model, args))
-    boxes = torch.rand(len(single_batch["input_ids"]), 1, 4)
-    model(**single_batch, labels=[{"boxes": box} for box in boxes]).loss.backward()
-    optimizer.step()
-    before = copy.deepcopy(model.eval().state_dict())
-    state = TrainingState(run_id="", settings=vars(args))
-    save_checkpoint(model.fuse(), optimizer, processor, state, args, accelerator)
-    (checkpoint,) = checkpoints_of(tmp_path)
-    saved = load_file(checkpoint / "model.safetensors")
-    assert saved.keys() == before.keys()
-    assert all(torch.equal(before[name], value) for name, value in saved.items())
-    names = {name for name, parameter in model.train().named_parameters() if parameter.requires_grad}
-    moments = {name.rpartition("/")[0] for name in load_file(checkpoint / "optimizer.safetensors")}
-    assert moments == names
+def without_hooks(module):
+    return not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
 
 
-def test_a_fused_model_may_move_and_be_fused_twice(single_batch, make_model):
-    model = shake(make_model(backbone_config=TIMM)).fuse()
-    assert model.fuse() is model
-    model.double()
-    boxes = model(**single_batch).pred_boxes
-    model.unfuse()
-    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float64}
-    torch.testing.assert_close(model(**single_batch).pred_boxes, boxes, rtol=0, atol=1e-6)
+def test_a_fused_copy_is_a_module_as_any_other(single_batch, make_model, tmp_path):
+    """Its state dict is its own; it is loaded, copied, pickled and moved; and no file of it misleads."""
+    model = shake(make_model(backbone_config=TIMM, predict_masks=True))
+    fused = model.fused_copy()
+    assert without_hooks(fused)
+    own = {name: id(value) for name, value in fused.named_parameters()}
+    state = {name: value.clone() for name, value in fused.state_dict().items()}
+    assert {name: id(value) for name, value in fused.named_parameters()} == own
+    with torch.no_grad():
+        expected = fused(**single_batch).pred_boxes
+        for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused.fused_copy()):
+            assert copied.is_fused
+            assert torch.equal(copied(**single_batch).pred_boxes, expected)
+        other = shake(make_model(backbone_config=TIMM, predict_masks=True, init_xavier_std=0.5)).fused_copy()
+        for parameter in other.parameters():
+            parameter += 0.1
+        assert not torch.equal(other(**single_batch).pred_boxes, expected)
+        assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
+        assert torch.equal(other(**single_batch).pred_boxes, expected)
+        doubled = copy.deepcopy(fused).double()
+        torch.testing.assert_close(doubled(**single_batch).pred_boxes, expected, rtol=0, atol=1e-5)
+    for unfused, target in ((model, fused), (fused, model)):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            target.load_state_dict(unfused.state_dict())
+    for saved in (fused, fused.model):
+        with pytest.raises(ValueError, match="save the model that it was made of"):
+            saved.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    labels = [{"boxes": torch.rand(1, 4)} for _ in single_batch["input_ids"]]
+    loss = fused.train()(**single_batch, labels=labels).loss
+    with pytest.raises(RuntimeError, match="does not require grad"):  # nothing of it can be trained
+        loss.backward()
 
 
-def test_training_is_no_time_to_fuse(make_model):
-    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
-        make_model().train().fuse()
+@pytest.mark.slow
+def test_a_fused_copy_compiles(single_batch, make_model):
+    fused = shake(make_model(backbone_config=TIMM)).fused_copy()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(**single_batch).pred_boxes, fused(**single_batch).pred_boxes, rtol=0, atol=1e-5
+        )
+
+
+def test_no_method_of_a_torch_module_is_overridden():
+    """What torch, or a library on top of it, does to a module it does to these; `freeze_grounding` needs `train`."""
+    own = {"__init__", "forward", "__doc__", "__module__", "__annotations__"}
+    classes = [value for value in vars(modeling_reftr).values() if inspect.isclass(value)]
+    classes = [
+        cls for cls in classes if issubclass(cls, torch.nn.Module) and cls.__module__ == modeling_reftr.__name__
+    ]
+    names = {cls.__name__: vars(cls).keys() & vars(torch.nn.Module).keys() - own for cls in classes}
+    assert len(names) > 10
+    assert {name: methods for name, methods in names.items() if methods} == {"RefTRForVisualGrounding": {"train"}}
 
 
 class Branches(torch.nn.Module):
@@ -165,8 +179,10 @@ def test_norms_are_folded_only_where_nothing_else_reads_the_convolution():
     module = shake(Branches().eval())
     pixels = torch.randn(2, 3, 5, 5)
     expected = module(pixels)
-    folded = fold_batch_norms(module, pixels[:1])
-    assert [entry.name for entry in folded] == ["alone"]
+    fold_batch_norms(module, pixels[:1])
+    kinds = {name: type(child) for name, child in module.named_children() if type(child) is not torch.nn.Conv2d}
+    norm = torch.nn.BatchNorm2d
+    assert kinds == {"alone": torch.nn.Sequential, "beside": norm, "twice": norm}
     torch.testing.assert_close(module(pixels), expected)
 
 
@@ -174,7 +190,7 @@ def test_norms_are_folded_only_where_nothing_else_reads_the_convolution():
 def test_the_published_model_fused_and_in_bfloat16(name):
     """Folded, the published boxes; in bfloat16, boxes that overlap with them by 0.98."""
     case, arrays = load_case(name)
-    model, inputs = golden_model(case, "sdpa").eval().fuse(), golden_inputs(case, arrays)
+    model, inputs = golden_model(case, "sdpa").fused_copy(), golden_inputs(case, arrays)
     expected = torch.from_numpy(arrays["out.pred_boxes"][:, :, 0])
     with torch.no_grad():
         outputs = model(**inputs)

@@ -14,7 +14,6 @@ from test_inference import TIMM, shake
 
 from conftest import trials
 from modeling_reftr import RefTRProcessor, VisualGroundingPipeline
-from modeling_reftr.fusing_reftr import fused_copy
 from modeling_reftr.modeling_reftr import RefTRModel
 from training_reftr.arguments import TrainingArguments
 from training_reftr.evaluation import evaluate
@@ -82,7 +81,7 @@ def test_threads_are_answered_as_one_is(model, tokenizer, processor, images, rec
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(max_length=7)
     processor = RefTRProcessor(processor.image_processor, tokenizer)
-    model.fuse()
+    model = model.fused_copy()
     ground = VisualGroundingPipeline(model, processor=processor, device="cpu")
     questions = make_questions(model, processor, ground, images)
     expected = [ask() for ask in questions]
@@ -123,44 +122,21 @@ def beside(work, answer, times: int = 30):
         assert not failures, failures
 
 
-@pytest.mark.parametrize("kind", ["state_dict", "save", "copy", "trace"])
+@pytest.mark.parametrize("kind", ["state_dict", "save", "copy", "fused_copy"])
 def test_a_model_answers_alike_while_it_is_saved_or_copied(model, processor, images, tmp_path, kind):
-    is_fused = kind != "copy"
     inputs = processor(images[0], SHORT)
-    model = model.fuse() if is_fused else model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     work = {
         "state_dict": model.state_dict,
         "save": lambda: model.save_pretrained(tmp_path),
-        "copy": lambda: fused_copy(model),
-        "trace": lambda: fused_copy(copy.deepcopy(model).unfuse()),
+        "copy": lambda: copy.deepcopy(model),
+        "fused_copy": model.fused_copy,
     }[kind]
     with torch.no_grad():
         expected = dict(model(**inputs))
         answers = beside(work, lambda: dict(model(**inputs)))
     assert all(same(answer, expected) for answer in answers)
-    assert model.is_fused is is_fused
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_state_dict_of_a_fused_model_leaves_its_parameters(model):
-    expected = {name: value.clone() for name, value in model.state_dict().items()}
-    own = {name: id(value) for name, value in model.fuse().named_parameters()}
-    for keep_vars in (False, True):
-        state = model.state_dict(prefix="x.", keep_vars=keep_vars)
-        assert state.keys() == {f"x.{name}" for name in expected}
-        assert all(torch.equal(state[f"x.{name}"], value) for name, value in expected.items())
-    assert {name: id(value) for name, value in model.named_parameters()} == own
-    half = model.to(torch.bfloat16).state_dict()
-    assert all(torch.equal(half[name], value.to(half[name].dtype)) for name, value in expected.items())
-    assert {value.dtype for value in half.values() if value.is_floating_point()} == {torch.bfloat16}
-
-
-def test_the_copy_of_a_fused_norm_is_the_copys_own(model):
-    copied = copy.deepcopy(model.fuse()).unfuse()
-    assert model.is_fused
-    assert not copied.is_fused
-    assert not {id(value) for value in copied.parameters()} & {id(value) for value in model.parameters()}
 
 
 def test_a_cache_of_texts_holds_for_its_thread(model, processor, images):
@@ -224,7 +200,7 @@ def test_an_evaluation_leaves_the_model_that_trains(make_model, processor, shape
     seen = []
 
     def look() -> bool:
-        seen.append((model.training, model.model.backbone.training, model.is_fused, model.config._attn_implementation))
+        seen.append((model.training, model.model.backbone.training, model.config._attn_implementation))
         return False
 
     rows = shapes["test"].select(range(3))
@@ -236,7 +212,7 @@ def test_an_evaluation_leaves_the_model_that_trains(make_model, processor, shape
     assert calls
     assert not any(calls)
     assert not look()
-    assert set(seen) == {(True, True, False, attention)}
+    assert set(seen) == {(True, True, attention)}
     assert len(seen) == 4
     assert all(
         (id(value), True) == (before[name][0], torch.equal(value, before[name][1]))

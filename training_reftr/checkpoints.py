@@ -114,7 +114,6 @@ def save_checkpoint(model, optimizer, processor, state: TrainingState, args, acc
     Raises:
         OSError: on all processes, if it could not be written; those that are there stay.
     """
-    accelerator.unwrap_model(model).unfuse()  # as an evaluation has it, it is not what the optimizer knows
     weights = weights_of(model, accelerator)
     moments = {}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

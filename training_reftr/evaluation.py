@@ -16,7 +16,6 @@ from datasets import IterableDataset
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
-from modeling_reftr.fusing_reftr import fused_copy
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import evaluation_loader, move
 from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, recalls
@@ -78,7 +77,7 @@ def for_inference(model, accelerator: Accelerator):
     # without the wrapper, whose forward also synchronizes buffers
     model = accelerator.unwrap_model(model)
     if accelerator.distributed_type not in SHARDED:
-        yield fused_copy(model)
+        yield model.fused_copy()
         return
     was_training = model.training
     try:
