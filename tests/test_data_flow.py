@@ -25,6 +25,7 @@ from benchmarks.data_flow import cache_seconds, make_rows, padded_shares
 from conftest import ROOT, TINY_SET
 from data_scripts.exporting import export
 from modeling_reftr import RefTRImageProcessor
+from modeling_reftr.processing_reftr import to_coco_rle
 from processes import free_port
 from training_reftr.arguments import TrainingArguments
 from training_reftr.data import (
@@ -33,6 +34,7 @@ from training_reftr.data import (
     TrainingData,
     evaluation_loader,
     fit_to_picture,
+    take_sentences,
     train_tokenizer,
 )
 from training_reftr.pictures import PictureReader, decode_array, encode_array
@@ -94,14 +96,15 @@ def test_an_epoch_sees_every_sentence_once(sized_rows, limit, by_shape):
 
 def test_sentences_of_an_image_are_shared_out_evenly(sized_rows):
     counts = [len(items) for items in sized_rows["sentences"]]
-    sizes = {}
-    for visit in BuiltOrder(sized_rows, 8, 0, True).visits(0):
-        sizes.setdefault(visit.index, []).append(len(visit.sentences))
     assert max(counts) > 8
-    for row, count in enumerate(counts):
-        assert len(sizes[row]) == -(-count // 8)
-        assert sum(sizes[row]) == count
-        assert max(sizes[row]) - min(sizes[row]) <= 1
+    for limit in (4, 8):
+        sizes = {}
+        for visit in BuiltOrder(sized_rows, limit, 0, True).visits(0):
+            sizes.setdefault(visit.index, []).append(len(visit.sentences))
+        for row, count in enumerate(counts):
+            assert len(sizes[row]) == -(-count // limit)
+            assert sum(sizes[row]) == count
+            assert max(sizes[row]) - min(sizes[row]) <= 1
     nine = make_rows(1).map(lambda row: {"sentences": [{"text": str(number)} for number in range(9)]})
     visits = [list(BuiltOrder(nine, 8, seed, False).visits(0)) for seed in range(8)]
     assert {tuple(sorted(len(visit.sentences) for visit in pair)) for pair in visits} == {(4, 5)}
@@ -292,6 +295,26 @@ def test_augmentation_differs_between_epochs_images_and_seeds(shapes, processor)
     gains = [brightness(*place) for place in places]
     assert gains == [brightness(*place) for place in places]
     assert len({round(gain, 3) for gain in gains}) == 4
+
+
+def test_a_visit_has_the_objects_that_its_sentences_name():
+    objects = [{"object_id": str(number)} for number in range(4)]
+    named = [[0], [3, 1], [3]]
+    sentences = [{"text": str(indices), "phrases": [{"objects": indices}]} for indices in named]
+    taken = take_sentences({"objects": objects, "sentences": sentences}, (2, 1))
+    assert [item["object_id"] for item in taken["objects"]] == ["1", "3"]
+    assert [sentence["text"] for sentence in taken["sentences"]] == ["[3]", "[3, 1]"]
+    assert [sentence["phrases"][0]["objects"] for sentence in taken["sentences"]] == [[1], [1, 0]]
+
+
+def test_empty_masks_are_no_labels(shapes, processor):
+    row = shapes["train"][0]
+    whole = GroundingCollator(processor, with_masks=True)([row])["labels"]
+    assert all("masks" in label for label in whole)
+    empty = to_coco_rle(torch.zeros(row["height"], row["width"], dtype=torch.bool))
+    row = {**row, "objects": [{**item, "segmentation": empty} for item in row["objects"]]}
+    labels = GroundingCollator(processor, with_masks=True)([row])["labels"]
+    assert [set(label) for label in labels] == [{"boxes"}] * len(whole)
 
 
 def test_boxes_follow_an_image_that_is_resized(processor):

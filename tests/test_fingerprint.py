@@ -3,11 +3,12 @@
 import json
 
 import datasets
+import pyarrow as pa
 import pytest
 from layout_jsonl import LINES, make_jsonl
 
 import data_scripts
-from training_reftr.fingerprint import fingerprint_of
+from training_reftr.fingerprint import Fingerprint, fingerprint_of
 
 
 def describe(rows):
@@ -75,3 +76,21 @@ def test_changed_data_has_another_fingerprint(rows, tmp_path, change):
     number, fingerprint = describe(build(tmp_path, change(LINES["train"])))
     assert fingerprint != describe(rows)[1]
     assert number == len(change(LINES["train"]))
+
+
+def fingerprint_of_texts(*texts, category="dog"):
+    """The fingerprint of one row whose sentences have no phrases, so that nothing else tells where words end."""
+    sentences = [{"text": text, "phrases": []} for text in texts]
+    row = {"image_id": "a", "width": 4, "height": 3, "objects": [{"category": category}], "sentences": sentences}
+    schema = pa.Table.from_pylist([{**row, "objects": [{"category": "dog"}]}]).schema
+    fingerprint = Fingerprint()
+    fingerprint.add(pa.Table.from_pylist([row], schema=schema))
+    return fingerprint.hexdigest()
+
+
+def test_words_that_move_to_the_next_sentence_are_noticed():
+    assert fingerprint_of_texts("the dog", "s") != fingerprint_of_texts("the do", "gs")
+
+
+def test_what_is_absent_is_not_what_is_empty():
+    assert fingerprint_of_texts("the dog", category=None) != fingerprint_of_texts("the dog", category="")

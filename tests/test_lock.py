@@ -43,6 +43,12 @@ def test_file_that_is_removed_meanwhile_is_locked_anew(tmp_path, monkeypatch):
     assert removed
 
 
+def test_lock_tells_its_holder_and_not_the_one_before(tmp_path):
+    (tmp_path / lock.LOCK).write_text("process 1 on a machine with a long name " * 9)
+    with lock.locked(tmp_path):
+        assert (tmp_path / lock.LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
 def test_unused_new_folder_is_removed(tmp_path):
     with pytest.raises(ValueError, match="refused"), lock.locked(tmp_path / "new"):
         raise ValueError("refused")
