@@ -144,6 +144,24 @@ class RefTRConfig(PreTrainedConfig):
     ```"""
 
     model_type = "reftr"
+    # `Trainer` collects what an evaluation is about: pred_boxes, phrase_mask and pred_masks, in this order
+    keys_to_ignore_at_inference = [
+        "loss_dict",
+        "auxiliary_outputs",
+        "mask_attentions",
+        "image_index",
+        "input_ids",
+        "phrase_input_ids",
+        "pixel_mask",
+        "last_hidden_state",
+        "intermediate_hidden_states",
+        "encoder_last_hidden_state",
+        "decoder_hidden_states",
+        "decoder_attentions",
+        "cross_attentions",
+        "encoder_hidden_states",
+        "encoder_attentions",
+    ]
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,

@@ -54,6 +54,7 @@ EXPECTED = {
         ["decoder_layers: 3", "integer_boxes: true"],
         ["runs/small/report.md", "runs/masks/model.safetensors", "runs/mine/metrics.jsonl"],
     ),
+    "docs/trainer.md": (["eval_mask_mean_iou_resized"], ["runs/trainer/model.safetensors"]),
     "docs/many_gpus.md": ([], ["runs/two/model.safetensors", "runs/two_report/report.md"]),
     "docs/serve.md": (
         ["torch.Size([1, 100, 200])", "'score': 1.0, 'label': 'the red circle'", '"phrase": "the star"'],

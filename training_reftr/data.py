@@ -139,8 +139,9 @@ class GroundingCollator:
     Rows -> what the model takes, through the processor as a user would call it.
 
     Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, words, types, object
-    id, true box, boxes and mask, picture size) for each phrase, in the batch's order; `with_targets=False` leaves
-    them out, for trainers that hand a whole batch to the model. `with_masks=True` adds `masks` to the labels of
+    id, true box, boxes and mask, picture size) for each phrase, in the batch's order. `with_targets=False`, for
+    trainers that hand a whole batch to the model, leaves them out and adds to each sentence's label the `size`
+    (height, width) of its picture in the batch, without padding. `with_masks=True` adds `masks` to the labels of
     sentences all of whose phrases have one with a pixel in it. Beside targets, a sentence with a box without extent,
     which an evaluation asks for, has labels without boxes. `are_resized=True` takes pictures that have the model's
     size already, and brings boxes and masks to it.
@@ -203,7 +204,13 @@ class GroundingCollator:
             masks=masks if self.with_masks else None,
             **({"do_resize": False} if self.are_resized else {}),
         )
-        return {**batch, "targets": targets} if self.with_targets else dict(batch)
+        if self.with_targets:
+            return {**batch, "targets": targets}
+        # a trainer's metrics see the labels, and of the inputs nothing
+        sizes = torch.stack([batch["pixel_mask"].amax(axis).sum(1) for axis in (2, 1)], dim=1)
+        for label, size in zip(batch["labels"], sizes[batch["image_index"]], strict=True):
+            label["size"] = size
+        return dict(batch)
 
 
 class Failure(NamedTuple):

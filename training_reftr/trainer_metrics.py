@@ -1,0 +1,101 @@
+"""
+Metrics of grounding for `transformers.Trainer`, which counts rows where a batch has several sentences a row: it would
+cut the outputs and labels of the last batch. Each batch is therefore scored before `Trainer` collects it.
+"""
+
+import numpy as np
+import torch
+from torchvision.ops import box_convert, box_iou
+from transformers import EvalPrediction
+
+from modeling_reftr.image_processing_reftr import resize_logits_in_two_steps
+from training_reftr.metrics import BoxMetrics, MaskMetrics
+
+
+NO_MASK = -1  # in place of counted pixels; what `Trainer` pads with is negative too
+
+
+@torch.no_grad()
+def score_phrases(outputs: tuple[torch.Tensor, ...], labels: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """
+    Score each phrase of a batch: the `preprocess_logits_for_metrics` of a `Trainer` whose batches come from
+    `GroundingCollator(processor, with_targets=False)`.
+
+    Args:
+        outputs (`tuple[torch.Tensor]`):
+            What the model's configuration leaves to `Trainer`: `pred_boxes` (S, P, 4), `phrase_mask` (S, P) and, from
+            a model that predicts masks, `pred_masks` (S, P, h, w).
+        labels (`list[dict]` of length `S`): of the batch, with `boxes`, `size` and, for some or all, `masks`.
+
+    Returns:
+        `torch.Tensor` of shape `(1, phrases, 3)`: the IoU of each phrase's box with the true one, 0 where there is no
+        answer, and the pixels in the intersection and in the union of its masks at the size of the model's input, -1
+        where there are none.
+    """
+    pred_boxes, phrase_mask, *pred_masks = outputs
+    scores = []
+    for index, label in enumerate(labels):
+        true_boxes = label["boxes"].double()
+        num_phrases = len(true_boxes)
+        is_answered = phrase_mask[index, :num_phrases]
+        pair = [
+            box_convert(boxes, "cxcywh", "xyxy") for boxes in (pred_boxes[index, :num_phrases].double(), true_boxes)
+        ]
+        ious = box_iou(*pair).diagonal().nan_to_num(0.0).where(is_answered, 0.0)
+        pixels = ious.new_full((num_phrases, 2), NO_MASK)
+        if pred_masks and "masks" in label:
+            height, width = label["size"].tolist()
+            for slot, true_mask in enumerate(label["masks"]):
+                mask = resize_logits_in_two_steps(
+                    pred_masks[0][index, slot], true_mask.shape, (height, width), (height, width), threshold=0.5
+                )
+                mask, true_mask = mask & bool(is_answered[slot]), true_mask[:height, :width].bool()
+                pixels[slot] = torch.stack([(mask & true_mask).sum(), (mask | true_mask).sum()])
+        scores.append(torch.cat((ious[:, None], pixels), dim=1))
+    return torch.cat(scores)[None]
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float | int]:
+    """
+    Return the metrics of all phrases: the `compute_metrics` of a `Trainer`, beside `score_phrases`.
+
+    Args:
+        prediction (`EvalPrediction`): whose `predictions` are what `score_phrases` returned.
+
+    Returns:
+        `dict`: what `BoxMetrics` gives and, where there are masks, what `MaskMetrics` gives at the size of the model's
+        input, as `mask_mean_iou_resized` (the published figure) and so on.
+
+    Raises:
+        ValueError: if the predictions are not scores.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from transformers import EvalPrediction
+
+    >>> from training_reftr.trainer_metrics import compute_metrics
+
+    >>> scores = np.array([[[0.75, -1, -1], [0.25, -1, -1]], [[1.0, -1, -1], [-100, -100, -100]]])
+    >>> values = compute_metrics(EvalPrediction(predictions=scores, label_ids=None))
+    >>> values["num_phrases"], round(values["accuracy@0.5"], 2), round(values["mean_iou"], 2)
+    (3, 0.67, 0.67)
+
+    ```"""
+    batches = prediction.predictions
+    batches = batches if isinstance(batches, list) else [batches]
+    if not all(isinstance(scores, np.ndarray) and scores.ndim == 3 and scores.shape[2] == 3 for scores in batches):
+        raise ValueError(
+            "The predictions are not scores of phrases: give Trainer preprocess_logits_for_metrics=score_phrases "
+            "beside compute_metrics=compute_metrics."
+        )
+    scores = np.concatenate([scores.reshape(-1, 3) for scores in batches])
+    ious, intersections, unions = scores[scores[:, 0] >= 0].T
+    boxes, masks = BoxMetrics(), MaskMetrics()
+    boxes.update(ious)
+    has_mask = unions > NO_MASK
+    if not has_mask.any():
+        return boxes.compute()
+    masks.update(intersections[has_mask], unions[has_mask])
+    return boxes.compute() | {f"mask_{name}_resized": value for name, value in masks.compute().items()}
