@@ -242,12 +242,12 @@ def test_a_url_without_or_with_a_lying_length_is_counted_while_it_is_read(length
 
 
 def drip(handler, headers_too: bool):
-    """An answer that never ends, a byte at a time."""
+    """An answer that takes ten times as long as is allowed, a byte at a time."""
     if not headers_too:
         answer(handler)
     else:
         handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
-    while True:
+    for _ in range(100):
         handler.wfile.write(b"x")
         time.sleep(0.05)
 
@@ -287,6 +287,15 @@ def resolving(addresses):
 def test_a_name_of_a_private_address_is_refused(processor, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", resolving({"pictures.example": "10.1.2.3"}))
     with pytest.raises(OSError, match=r"its host 'pictures\.example' is at 10\.1\.2\.3, and only public"):
+        processor("http://pictures.example/1.png", "the star")
+
+
+def test_a_name_with_one_private_address_of_two_is_refused(processor, monkeypatch):
+    def resolve(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("8.8.8.8", "10.1.2.3")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(OSError, match=r"is at 10\.1\.2\.3, and only public"):
         processor("http://pictures.example/1.png", "the star")
 
 

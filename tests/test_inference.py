@@ -20,6 +20,8 @@ from training_reftr.data import GroundingCollator
 
 
 TIMM = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4], "output_stride": 8}
+# its norms hold the activations behind them
+ACTIVATING = {"backbone": "test_efficientnet", "out_indices": [1, 2, 3, 4]}
 RESNET = {
     "model_type": "resnet",
     "embedding_size": 16,
@@ -61,6 +63,7 @@ def shake(model):
         if getattr(module, "running_mean", None) is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
+            module.eps = 0.1  # else too little to be seen
             with torch.no_grad():
                 module.weight.uniform_(0.5, 2)
                 module.bias.normal_()
@@ -73,8 +76,8 @@ def norms(model):
 
 @pytest.mark.parametrize(
     ("backbone", "frozen"),
-    [(TIMM, True), (TIMM, False), (RESNET, False), (CONVNEXT, False)],
-    ids=["frozen", "timm", "resnet", "no batch norm"],
+    [(TIMM, True), (TIMM, False), (ACTIVATING, True), (ACTIVATING, False), (RESNET, False), (CONVNEXT, False)],
+    ids=["frozen", "timm", "frozen with activation", "norm with activation", "resnet", "no batch norm"],
 )
 def test_folded_batch_norms_change_no_answer_and_not_the_model(single_batch, make_model, tmp_path, backbone, frozen):
     model = shake(make_model(backbone_config=backbone, freeze_backbone_batch_norm=frozen, predict_masks=True))
