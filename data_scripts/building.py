@@ -100,7 +100,8 @@ def fingerprint(paths, *words) -> str:
             with os.scandir(path.resolve()) as entries:
                 files = sorted((entry.path, entry.stat()) for entry in entries if entry.is_file())
         for name, status in files:
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode())
+            # a name of bytes that are not UTF-8 is refused where it is read, and not here
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 

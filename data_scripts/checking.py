@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .box_conventions import Judgement, judge_splits
 from .building import SUSPECTED, Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
-from .reading import check_decodes, picture_size, read_frame
+from .reading import check_decodes, has_words, picture_size, read_frame
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
 
 
@@ -153,14 +153,14 @@ def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
     faults = []
     for sentence in row["sentences"]:
         text, where = sentence["text"], f"sentence {sentence['sentence_id']!r}"
-        if not text.strip():
+        if not has_words(text):
             faults.append(("sentence", f"{where} is blank"))
             continue
         for phrase in sentence["phrases"]:
             start, end = phrase["start"], phrase["end"]
             if not 0 <= start < end <= len(text):
                 faults.append(("phrase", f"{where}: {start}:{end} is no span of its {len(text)} characters"))
-            elif not text[start:end].strip():
+            elif not has_words(text[start:end]):
                 faults.append(("phrase", f"{where}: {start}:{end} holds no word"))
             if not phrase["objects"]:
                 faults.append(("phrase", f"{where}: {text[start:end]!r} names no object"))

@@ -23,7 +23,7 @@ from pathlib import Path
 import datasets
 
 from .building import GroundingBuilder, Source, clip_boxes, merge_boxes
-from .reading import image_of, read_frame
+from .reading import check_text, has_words, image_of, read_frame, read_text
 from .schema import FEATURES
 
 
@@ -38,7 +38,7 @@ DISTRIBUTION = (
     "request: https://shannon.cs.illinois.edu/DenotationGraph/."
 )
 # [/EN#<chain>/<type>[/<type>...] words]
-PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\]]+)*)(?: ([^\[\]]*))?\]")
+PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)*)(?: ([^\[\]]*))?\]")
 
 
 @dataclass
@@ -153,7 +153,7 @@ def boxed_sentences(captions: list, objects: list[dict], unrelated: set[str], dr
             continue
         boxed = []
         for start, end, chain, types in phrases:
-            if chain not in index_of or start == end:
+            if chain not in index_of or not has_words(text[start:end]):
                 dropped["phrases without a box or without words"] += 1
                 continue
             item = objects[index_of[chain]]
@@ -181,34 +181,39 @@ def parse_caption(line: str) -> tuple[str | None, list[tuple[int, int, str, list
 
     ```"""
     line = " ".join(line.split())
-    text, phrases, position = "", [], 0
+    pieces, phrases, length, position = [], [], 0, 0
     for match in PHRASE.finditer(line):
-        text = join(text, line[position : match.start()])
-        words = (match[3] or "").strip()
-        phrases.append((len(text), len(text) + len(words), match[1], match[2].split("/")[1:]))
-        text += words
+        between, words = line[position : match.start()], (match[3] or "").strip()
+        if not length or pieces[-1].endswith(" "):
+            between = between.lstrip()  # one blank at most
+        start = length + len(between)
+        length = start + len(words)
+        pieces += [piece for piece in (between, words) if piece]
+        phrases.append((start, length, match[1], match[2].split("/")[1:]))
         position = match.end()
-    text = join(text, line[position:]).rstrip()
+    rest = line[position:]
+    text = "".join([*pieces, rest.lstrip() if not length or pieces[-1].endswith(" ") else rest]).rstrip()
     return (None, []) if "[/EN#" in text or "]" in text else (text, phrases)
-
-
-def join(text: str, more: str) -> str:
-    """Text with more after it, one blank at most between them."""
-    return text + (more.lstrip() if not text or text.endswith(" ") else more)
 
 
 def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list]]:
     """
     (sentence id, plain caption, phrases) of each line of a sentence file, see `parse_caption`. A sentence id is
     `flickr30k_<image id>_<line>`, lines from 1, as UNRELATED_CAPTIONS counts them.
+
+    Raises:
+        ValueError: if a caption is refused by `check_text`.
     """
     content = path.read_bytes()
     try:
-        lines = content.decode("utf-8").split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:  # every byte has a letter there
         lines = content.decode("latin-1").split("\n")
     numbered = enumerate((line for line in lines if line.strip()), start=1)
-    return [(f"flickr30k_{image_id}_{number}", *parse_caption(line)) for number, line in numbered]
+    return [
+        (f"flickr30k_{image_id}_{number}", *parse_caption(check_text(line, f"{str(path)!r}, caption {number}")))
+        for number, line in numbered
+    ]
 
 
 def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]]]:
@@ -221,7 +226,7 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
     """
     boxes = {}
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
         if "<!DOCTYPE" in text:
             raise ValueError("it has a document type, which an annotation does not need")
         root = ElementTree.fromstring(text)
@@ -257,7 +262,7 @@ def read_image_ids(path: Path) -> list[str]:
     Raises:
         ValueError: if a line is no image id, or is there twice.
     """
-    image_ids = path.read_text().split()
+    image_ids = read_text(path).split()
     wrong = [image_id for image_id in image_ids if not re.fullmatch(r"\w+", image_id)]
     wrong += [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if wrong:
@@ -274,7 +279,7 @@ def read_unrelated(path: Path) -> set[str]:
         ValueError: if a line is neither.
     """
     sentence_ids = set()
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         if not re.fullmatch(r"\w+\s+\d+\s*", line):

@@ -42,7 +42,17 @@ from pycocotools import mask as coco_mask
 from .box_conventions import LIMITS, UNIT_RANGES, judge_splits, parse_box_format, to_boxes_xyxy
 from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
 from .masks import box_of, encode_array, encode_counts, to_segmentation
-from .reading import image_of, is_inside, is_number, open_file, picture_size, read_frame
+from .reading import (
+    check_text,
+    check_texts,
+    has_words,
+    image_of,
+    is_inside,
+    is_number,
+    open_file,
+    picture_size,
+    read_frame,
+)
 from .schema import FEATURES
 
 
@@ -162,7 +172,7 @@ class JsonLines(GroundingBuilder):
 
     def _inside(self, path: Path, name, field: str) -> Path:
         """The file that a line of `path` names."""
-        need(isinstance(name, str) and name.strip() and "\0" not in name, field, name, "the path of a file")
+        need(isinstance(name, str) and name.strip(), field, name, "the path of a file")
         need("://" not in name, field, name, "the path of a file on this machine; addresses are not fetched")
         allowed = self.config.allow_outside_paths or is_inside(name)
         need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
@@ -297,6 +307,9 @@ def parse_line(line: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}.") from error
     need(isinstance(value, dict), "the line", value, '{"image": ..., "expressions": [...]}')
+    for name, entry in value.items():
+        check_text(name, "the name of a field")
+        check_texts(entry, name)
     known(value, LINE_FIELDS, "the line")
     if "image" not in value:
         raise ValueError("the line has no field 'image'; expected the path of a picture.")
@@ -336,7 +349,7 @@ def read_expression(expression, field: str) -> tuple[str, list]:
     """
     need(isinstance(expression, dict), field, expression, '{"text": ..., "box": ...}')
     text = expression.get("text")
-    need(isinstance(text, str) and text.strip(), f"{field}.text", text, "words")
+    need(has_words(text), f"{field}.text", text, "words")
     if "phrases" not in expression:
         known(expression, ("text", "phrases", *TARGET_FIELDS), field)
         return text, [(0, len(text), expression, field)]
@@ -362,10 +375,11 @@ def find_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
         need(words in (None, text[start:end]), f"{field}.text", words, f"{text[start:end]!r}, which stands there")
     else:
         need(isinstance(words, str) and words, f"{field}.text", words, "words, or start and end")
-        places = [match.start() for match in re.finditer(f"(?={re.escape(words)})", text)]
-        need(len(places) == 1, f"{field}.text", words, f"words that are once in {text!r}, or start and end")
-        start, end = places[0], places[0] + len(words)
-    need(text[start:end].strip(), field, text[start:end], "words")
+        start = text.find(words)
+        is_once = start >= 0 and text.find(words, start + 1) < 0
+        need(is_once, f"{field}.text", words, f"words that are once in {text!r}, or start and end")
+        end = start + len(words)
+    need(has_words(text[start:end]), field, text[start:end], "words")
     return start, end
 
 

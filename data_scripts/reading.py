@@ -3,7 +3,9 @@
 import io
 import json
 import pickle
+import re
 import struct
+import unicodedata
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -14,6 +16,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 # pictures over this are refused, as by the image processor
 MAX_PIXELS = 50_000_000
+# texts over this are refused, as by the processor, and those with a NUL or half of a surrogate pair
+MAX_CHARACTERS = 100_000
+REFUSED = re.compile("[\0\ud800-\udfff]")
 # those that images are decoded from, as by the image processor, where the reasons are
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # what an image of an EXIF orientation was turned by before it was stored
@@ -193,9 +198,115 @@ def is_inside(name: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
+def check_text(text: str, name: str) -> str:
+    """
+    Return a text as it is, if it can be encoded, written to a file and read again, and tokenized in a second. The
+    processor has the same rule.
+
+    Args:
+        text (`str`): the text.
+        name (`str`): what it is, to begin the message with.
+
+    Raises:
+        ValueError: if it has more than `MAX_CHARACTERS` characters, a NUL, or half of a surrogate pair, as JSON and
+            pickles can spell one, and as stands in the name of a file for a byte that is not UTF-8.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import check_text
+
+    >>> check_text("the \\ud83d cup", "text")
+    Traceback (most recent call last):
+    ValueError: text has '\\ud83d' at character 4, half of a surrogate pair, in 'the \\ud83d cup'
+
+    ```"""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}; it begins with {text[:40]!r}"
+        )
+    if found := REFUSED.search(text):
+        what = "NUL" if found[0] == "\0" else "half of a surrogate pair"
+        excerpt = text[max(0, found.start() - 40) : found.end() + 40]
+        raise ValueError(f"{name} has {found[0]!r} at character {found.start()}, {what}, in {excerpt!r}")
+    return text
+
+
+def check_texts(value, name: str):
+    """
+    Check all texts of a value as JSON has it, at any depth: see `check_text`. Names are given as `name.field[index]`.
+
+    Raises:
+        ValueError: naming the first that is refused.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import check_texts
+
+    >>> check_texts({"sentences": [{"sent": "a\\0"}]}, "ref")
+    Traceback (most recent call last):
+    ValueError: ref.sentences[0].sent has '\\x00' at character 1, NUL, in 'a\\x00'
+
+    ```"""
+    waiting = [(name, value)]
+    while waiting:
+        where, part = waiting.pop()
+        if isinstance(part, str):
+            check_text(part, where)
+            continue
+        if isinstance(part, dict):
+            for key in part:
+                if isinstance(key, str):
+                    check_text(key, f"a name in {where}")
+            named = ((f".{str(key)[:40]}", entry) for key, entry in part.items())
+        elif isinstance(part, list | tuple):
+            named = ((f"[{index}]", entry) for index, entry in enumerate(part))
+        else:
+            continue
+        # numbers, of which a polygon or a mask has thousands, need no name
+        found = [(f"{where}{name}", entry) for name, entry in named if isinstance(entry, str | dict | list | tuple)]
+        waiting += reversed(found)
+
+
 def has_words(text) -> bool:
-    """Whether it is text of more than spaces."""
-    return isinstance(text, str) and bool(text.strip())
+    """
+    Return whether it is text of more than spaces and invisible characters. The processor has the same rule.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import has_words
+
+    >>> has_words("?"), has_words(" \\u200b"), has_words(None)
+    (True, False, False)
+
+    ```"""
+    return isinstance(text, str) and not all(
+        character.isspace() or character == "\ufffd" or unicodedata.category(character).startswith("C")
+        for character in text
+    )
+
+
+def read_text(path: str | Path) -> str:
+    """
+    Return what a text file in UTF-8 holds, with or without a byte order mark.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is not UTF-8, or has what `check_text` refuses, naming the line.
+    """
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{str(path)!r}, line {number} is not UTF-8: {error.reason} at byte {error.start}."
+        ) from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        check_text(line, f"{str(path)!r}, line {number}")
+    return text
 
 
 def is_number(value) -> bool:
@@ -370,7 +481,9 @@ def image_of(path: str | Path, frame: Frame) -> str | dict:
 
     Raises:
         OSError: if the file is missing or damaged.
+        ValueError: if its path cannot be written to a dataset, see `check_text`.
     """
+    check_text(str(path), "The path of an image")
     if not frame.is_stored:
         return str(path)
     path = Path(path)

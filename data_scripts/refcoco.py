@@ -38,7 +38,7 @@ from .building import (
     whole_box,
 )
 from .masks import encode_array, encode_counts, is_empty, resize_to_nearest, to_segmentation
-from .reading import Frame, has_words, image_of, is_number, read_json, read_pickle
+from .reading import Frame, check_texts, has_words, image_of, is_number, read_json, read_pickle
 from .schema import FEATURES
 
 
@@ -297,6 +297,8 @@ def read_instances(path: Path, annotation_ids: set[int]) -> tuple[dict, dict, di
     """`instances.json` as (images by id, those annotations by id, category names by id)."""
     instances = read_json(path)
     try:
+        for category in instances["categories"]:
+            check_texts(category["name"], f"{str(path)!r}, the name of category {category['id']}")
         return (
             {image["id"]: image for image in instances["images"]},
             {item["id"]: item for item in instances["annotations"] if item["id"] in annotation_ids},
@@ -323,6 +325,10 @@ def read_refs(path: Path) -> list[dict]:
         isinstance(ref, dict) and needed <= ref.keys() and isinstance(ref["split"], str) for ref in refs
     ):
         raise ValueError(f"{str(path)!r} is no refs(...).p of the refer API: a list of dicts with {sorted(needed)}.")
+    for number, ref in enumerate(refs):
+        read = {name: ref[name] for name in ("split", "ann_id", "image_id")}
+        read["sentences"] = [(sentence.get("sent"), sentence.get("sent_id")) for sentence in ref["sentences"]]
+        check_texts(read, f"{str(path)!r}, reference {number}")
     return refs
 
 

@@ -33,7 +33,7 @@ from .building import (
     whole_box,
 )
 from .masks import encode_array, is_empty, to_segmentation
-from .reading import MAX_PIXELS, image_of, is_inside, read_frame, read_pickle
+from .reading import MAX_PIXELS, check_text, check_texts, has_words, image_of, is_inside, read_frame, read_pickle
 from .schema import FEATURES
 
 
@@ -199,7 +199,7 @@ class RefTRIndex(GroundingBuilder):
         width, height = frame.size
         image_id, objects, sentences, positions = f"{self.index.pictures}_{picture_number(path)}", {}, [], []
         for record in records:
-            if not record["text"].strip():
+            if not has_words(record["text"]):
                 dropped["expressions without words"] += 1
                 continue
             segmentation = self._segmentation(record, (width, height), path, dropped, changed, keep_misses)
@@ -281,6 +281,7 @@ def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
     for place in (layout.index(name) for name in ("image", "mask") if name in layout):
         wrong = [record[place] for record in records if not isinstance(record[place], str)][:1]
         wrong += [name for name in ([] if wrong else names_of([records], place)) if not is_inside(name)]
+        check_texts(names_of([records], place) if not wrong else [], f"{str(path)!r}, {layout[place]} file ")
         if wrong:
             raise ValueError(f"{str(path)!r}: {wrong[0]!r} is no {layout[place]} file inside its folder; {expected}")
     return records
@@ -310,13 +311,15 @@ def read_record(file: str, number: int, record: tuple, layout: tuple[str | None,
         boxes = [[float(value) for value in box] for box in found.get("boxes", [found.get("box")])]
         if not all(isinstance(words, str) for words in (text, *phrases)):
             raise TypeError("text that is none")
+        check_text(text, "the text")
+        check_texts(phrases, "phrases")
         if not len(starts) == len(phrases) == len(boxes) or any(len(box) != 4 for box in boxes):
             raise ValueError(f"{len(starts)} starts, {len(phrases)} phrases and {len(boxes)} boxes of four figures")
     except (TypeError, ValueError, OverflowError) as error:
         expected = ", ".join(name or "_" for name in layout)
         raise ValueError(f"{file!r}, record {number}: {error}; expected ({expected}) in {record}.") from error
     ends = [
-        start + len(words) if words.strip() and text[start : start + len(words)].lower() == words.lower() else -1
+        start + len(words) if has_words(words) and text[start : start + len(words)].lower() == words.lower() else -1
         for start, words in zip(starts, phrases, strict=True)
     ]
     mask = {"mask": found["mask"]} if "mask" in found else {}

@@ -27,7 +27,7 @@ from datasets.utils import tqdm
 
 from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprint
 from .masks import box_of
-from .reading import has_words, image_of, read_json
+from .reading import check_text, has_words, image_of, read_json
 from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
 from .schema import FEATURES
 
@@ -166,7 +166,10 @@ class VisualGenome(GroundingBuilder):
             for record in (record for shard in shards for record in shard):
                 start, length = record["span"]
                 file.seek(start)
-                row = make_row(record, json.loads(file.read(length))["regions"], dropped, changed)
+                try:
+                    row = make_row(record, json.loads(file.read(length))["regions"], dropped, changed)
+                except ValueError as error:
+                    raise ValueError(f"{regions_file!r}, image {record['image_id']}: {error}") from error
                 if row["sentences"]:
                     yield row["image_id"], row
                 else:
@@ -206,7 +209,7 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
         if not has_words(region.get("phrase")):
             dropped["regions without words"] += 1
             continue
-        text = region["phrase"].strip()
+        text = check_text(region["phrase"].strip(), f"the phrase of region {region.get('region_id')}")
         annotated_box = to_xyxy([region.get(key) for key in ("x", "y", "width", "height")], scale)
         box_xyxy = annotated_box and clip_box(annotated_box, width, height)
         if box_xyxy is None:

@@ -152,12 +152,16 @@ def split_expressions(text: str) -> list[str]:
     ['the st. bernard dog', 'the cat']
 
     ```"""
-    parts, begin = [], 0
-    for match in re.finditer(r"\s*\.(?:\s+|$)", text):
-        words = text[begin : match.start()].lower().split()
-        if words and not ABBREVIATION.fullmatch(words[-1]):
-            parts.append(text[begin : match.start()].strip())
-            begin = match.end()
+    parts, begin, word = [], 0, None
+    for match in re.finditer(r"\S+", text):
+        if match[0].endswith("."):
+            # of a dot that stands alone the word before it
+            word, end = (match[0][:-1], match.end() - 1) if len(match[0]) > 1 else (word, match.start())
+            if word is not None and not ABBREVIATION.fullmatch(word.lower()):
+                parts.append(text[begin:end].strip())
+                begin, word = match.end(), None
+                continue
+        word = match[0]
     rest = text[begin:].strip()
     return [*parts, rest] if rest else parts
 

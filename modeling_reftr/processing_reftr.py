@@ -1,5 +1,6 @@
 """RefTR's processor: pictures, words and phrases -> tensors; boxes back to pixels and phrases."""
 
+import bisect
 import math
 import operator
 import unicodedata
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from .image_processing_reftr import check_picture
 from .inputs_reftr import is_sequence, nesting_depth, to_list, warn_about_joined_expressions
+from .text_reftr import check_text, is_blank
 
 
 logger = logging.get_logger(__name__)
@@ -140,8 +142,8 @@ class RefTRProcessor(ProcessorMixin):
             `labels`. See [`RefTRForVisualGrounding.forward`] for their shapes.
 
         Raises:
-            ValueError: if counts or nesting do not match, a text is blank, a phrase is not in its sentence, or a box
-                is empty, inverted, not a number or outside its image.
+            ValueError: if counts or nesting do not match, a text is blank or not one that `check_text` takes, a phrase
+                is not in its sentence, or a box is empty, inverted, not a number or outside its image.
             OSError: if a file is missing or is not an image.
         """
         if padding is not None:
@@ -561,11 +563,10 @@ def arrange_sentences(text, num_images: int | None) -> tuple[list[str], list[int
                 raise ValueError("An image has no sentence: give each image one, or leave the image out.")
             sentences = [sentence for group in groups for sentence in group]
             image_index = [index for index, group in enumerate(groups) for _ in group]
-    for sentence in sentences:
-        if not isinstance(sentence, str):
-            raise ValueError(f"The text {sentence!r} must be a str, got {type(sentence).__name__}.")
-        if not sentence.strip():
-            raise ValueError(f"The text {sentence!r} is blank: there is nothing to look for.")
+    for index, sentence in enumerate(sentences):
+        check_text(sentence, "text" if depth == 0 else f"text {index}")
+        if is_blank(sentence):
+            raise ValueError(f"The text {sentence!r} is blank, it has no words: there is nothing to look for.")
     return [str(sentence) for sentence in sentences], image_index, depth
 
 
@@ -615,22 +616,26 @@ def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
     if isinstance(phrases, str):
         raise ValueError(f"phrases={phrases!r}: give a list of phrases for each sentence.")
     folded, starts = fold_case(sentence)
-    spans, next_place = [], {}
+    word_starts = [place for place in starts if place == 0 or not is_word(folded[place - 1])]
+    # folded phrase -> where its next search begins, and whether whole words may still be found there
+    spans, searches = [], {}
     for phrase in to_list(phrases, f"phrases of {sentence!r}"):
         if isinstance(phrase, str):
-            wanted, _ = fold_case(phrase.strip())
-            if not wanted:
+            wanted, _ = fold_case(check_text(phrase, "A phrase").strip())
+            if is_blank(wanted):
                 raise ValueError(f"A phrase of {sentence!r} is blank.")
-            begin = next_place.get(wanted, 0)
-            place = find_words(folded, wanted, starts, begin)
+            begin, may_be_words = searches.get(wanted, (0, True))
+            place = find_words(folded, wanted, starts, word_starts, begin) if may_be_words else None
+            may_be_words = place is not None
+            place = find_letters(folded, wanted, starts, begin) if place is None else place
             if place is None:
                 times = "" if begin == 0 else " once more"
                 raise ValueError(f"The phrase {phrase!r} is not{times} in its sentence {sentence!r}.")
-            next_place[wanted] = place + len(wanted)
+            searches[wanted] = place + len(wanted), may_be_words
             start, end = starts[place], starts[place + len(wanted)]
         else:
             start, end = to_span(phrase, sentence)
-            if not 0 <= start < end <= len(sentence) or not sentence[start:end].strip():
+            if not 0 <= start < end <= len(sentence) or is_blank(sentence[start:end]):
                 raise ValueError(
                     f"The span ({start}, {end}) is no part of {sentence!r}, which has {len(sentence)} characters."
                 )
@@ -673,20 +678,32 @@ def fold_case(text: str) -> tuple[str, dict[int, int]]:
     return "".join(pieces), starts
 
 
-def find_words(text: str, wanted: str, starts, begin: int) -> int | None:
+def find_words(text: str, wanted: str, starts, word_starts: list[int], begin: int) -> int | None:
     """
-    Return the first index from `begin` on where `wanted` stands in `text` as whole words, or else at all; it begins
-    and ends at one of `starts`. None where it does not.
+    Return the first index from `begin` on where `wanted` stands in `text` as whole words, None where it does not. It
+    begins at one of `word_starts`, which are sorted, and ends at one of `starts`.
     """
-    fallback, place = None, text.find(wanted, begin)
+    place = text.find(wanted, begin)
     while place >= 0:
-        end = place + len(wanted)
-        if place in starts and end in starts:
-            if not any(map(is_word, text[max(0, place - 1) : place] + text[end : end + 1])):
+        number = bisect.bisect_left(word_starts, place)
+        if number == len(word_starts):
+            return None
+        if word_starts[number] == place:
+            end = place + len(wanted)
+            if end in starts and not is_word(text[end : end + 1] or " "):
                 return place
-            fallback = place if fallback is None else fallback
+            number += 1
+        # nothing between is the start of a word
+        place = text.find(wanted, word_starts[number]) if number < len(word_starts) else -1
+    return None
+
+
+def find_letters(text: str, wanted: str, starts, begin: int) -> int | None:
+    """Return the first index from `begin` on where `wanted` stands in `text`, from one of `starts` to another."""
+    place = text.find(wanted, begin)
+    while place >= 0 and not (place in starts and place + len(wanted) in starts):
         place = text.find(wanted, place + 1)
-    return fallback
+    return None if place < 0 else place
 
 
 def is_word(character: str) -> bool:

@@ -228,7 +228,7 @@ BAD = {
     "absolute path": (line(box(), image="/etc/passwd"), "image is '/etc/passwd'; expected a path in the folder"),
     "Windows path": (line(box(), image="..\\secret.png"), "expected a path in the folder"),
     "address": (line(box(), image="http://127.0.0.1/a.png"), "addresses are not fetched"),
-    "nul": (line(box(), image="a\0b"), "expected the path of a file"),
+    "nul": (line(box(), image="a\0b"), "image has"),
     "no picture": (line(box(), image="pictures/text.png"), "cannot be read as a picture"),
     "empty phrases": (line({"text": "a", "phrases": []}), "expressions[0].phrases is []"),
     "twice": (

@@ -23,6 +23,7 @@ left - right, leftmost - rightmost, lefthand, lefthanded, leftside, leftward(s),
 Texts in other languages do not say by these words where left is: leave `strong` out for them.
 """
 
+import bisect
 import random
 import re
 
@@ -48,9 +49,9 @@ LEFTS = words("left leftmost lefthand lefthanded lefthander leftside leftward le
 SWAPS = {left: left.replace("left", "right") for left in LEFTS}
 SWAPS |= {right: left for left, right in SWAPS.items()}
 SWAPS |= {"clockwise": "counterclockwise", "counterclockwise": "clockwise", "anticlockwise": "clockwise"}
-DIRECTION = re.compile(
-    r"\b(?:(?:counter|anti)\W?clockwise|[a-z]*(?:left|right|clockwise)[a-z]*)\b", re.IGNORECASE | re.ASCII
-)
+# whole words, of which those with a direction in them are looked at
+WORD = re.compile(r"\b(?:(?:counter|anti)\W?clockwise|[a-z]+)\b", re.IGNORECASE | re.ASCII)
+DIRECTION = re.compile("left|right|clockwise", re.IGNORECASE | re.ASCII)
 # before "left" and "right" these tell a direction ...
 SURE_BEFORE = words(
     """
@@ -83,6 +84,7 @@ UNSURE_AFTER = words(
 NEVER_AFTER = words(
     "angle angles angled way time size amount choice answer order one ones thing over overs behind away now"
 )
+LONGEST = 20  # characters of a word: longer ones are in none of these lists
 READABLE = re.compile(
     r"""
     (?!\b\d*(?:1st|2nd|3rd|\dth)\b)\b\w*\d\w*   # digits, but for ordinals
@@ -220,19 +222,23 @@ def mirror_sentence(sentence: dict) -> dict | None:
     words = mirrored_words(sentence["text"])
     if words is None:
         return None
-    text, shifts, done = "", [], 0
+    pieces, starts, ends, shifts, done = [], [], [], [0], 0
     for start, end, word in words:
-        text += sentence["text"][done:start] + word
-        shifts.append((start, end, len(word) - (end - start)))
+        pieces += sentence["text"][done:start], word
+        starts.append(start)
+        ends.append(end)
+        shifts.append(shifts[-1] + len(word) - (end - start))
         done = end
-    text += sentence["text"][done:]
+    text = "".join([*pieces, sentence["text"][done:]])
     phrases = []
     for phrase in sentence["phrases"]:
         # a phrase that begins or ends within a swapped word has all of it
-        begin = min([phrase["start"], *(start for start, end, _ in shifts if start < phrase["start"] < end)])
-        begin += sum(shift for start, _, shift in shifts if start < begin)
-        end = max([phrase["end"], *(end for start, end, _ in shifts if start < phrase["end"] < end)])
-        end += sum(shift for start, _, shift in shifts if start < end)
+        number = bisect.bisect_right(ends, phrase["start"])
+        begin = min([phrase["start"], *starts[number : number + 1]])
+        number = bisect.bisect_left(starts, phrase["end"])
+        end = max([phrase["end"], *ends[max(0, number - 1) : number]])
+        begin += shifts[bisect.bisect_left(starts, begin)]
+        end += shifts[number]
         phrases.append({**phrase, "start": begin, "end": end})
     return {**sentence, "text": text, "phrases": phrases}
 
@@ -255,25 +261,44 @@ def mirrored_words(text: str) -> list[tuple[int, int, str]] | None:
     ```"""
     if READABLE.search(text):
         return None
-    found = []
-    for match in DIRECTION.finditer(text):
+    found, spans = [], [match.span() for match in re.finditer(r"\w+", text)]
+    starts = [start for start, _ in spans]
+    for match in WORD.finditer(text):
+        if DIRECTION.search(match[0]) is None:
+            continue
         word = re.sub(r"\W", "", match[0].lower())
-        if word not in SWAPS or (word in ("left", "right") and not is_direction(text, match)):
+        if word not in SWAPS:
             return None
+        if word in ("left", "right"):
+            # the word before it, and two after it
+            number = bisect.bisect_left(starts, match.start())
+            before = [(start, min(end, match.start())) for start, end in spans[max(0, number - 1) : number]]
+            number = bisect.bisect_left(starts, match.end())
+            after = [(max(start, match.end()), end) for start, end in spans[max(0, number - 1) : number + 2]]
+            if not is_direction(
+                [text[max(start, end - LONGEST) : end] for start, end in before],
+                [text[start : min(end, start + LONGEST)] for start, end in after if start < end],
+            ):
+                return None
         found.append((match.start(), match.end(), match_capitals(SWAPS[word], match[0])))
     return found
 
 
-def is_direction(text: str, match: re.Match) -> bool:
-    """Whether "left" or "right" at this place is surely a direction."""
-    before = re.findall(r"\w+", text[: match.start()].lower())[-1:]
-    after = re.findall(r"\w+", text[match.end() :].lower())[:2]
-    previous, following = "".join(before), "".join(after[:1])
+def is_direction(before: list[str], after: list[str]) -> bool:
+    """Return whether "left" or "right" is surely a direction between the word before it and those after it."""
+    previous = "".join(split_words(before)[-1:])
+    after = split_words(after)[:2]
+    following = "".join(after[:1])
     if following in NEVER_AFTER or after == ["side", "up"]:
         return False
     if following in SURE_AFTER or previous in SURE_BEFORE:
         return True
     return previous not in UNSURE_BEFORE and following not in UNSURE_AFTER
+
+
+def split_words(pieces: list[str]) -> list[str]:
+    """Return the words of pieces of a text in lower case, which may have more of them: an I with a dot becomes two."""
+    return re.findall(r"\w+", " ".join(pieces).lower())
 
 
 def match_capitals(word: str, model: str) -> str:
