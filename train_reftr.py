@@ -10,12 +10,14 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 from training_reftr.recipe_choice import with_recipe
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # before the imports below, which take seconds
+    # before the imports below, which take seconds; a thread of another program leaves it its signals
+    for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, lambda number, _: os._exit(128 + number))
     ARGV = with_recipe(sys.argv[1:])
 
@@ -150,7 +152,8 @@ def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, sho
     """
     args, state = run.args, run.state
     split = split_of(rows, args.validation_split)
-    records = evaluate(run.model, run.processor, split, args, accelerator, "validation", should_stop)
+    asked = run.model, run.processor, split, args, accelerator
+    records = evaluate(*asked, args.validation_split, should_stop, run.evaluation)
     if records is None:
         return False
     metrics = summarize(records)

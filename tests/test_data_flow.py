@@ -29,10 +29,10 @@ from modeling_reftr.processing_reftr import to_coco_rle
 from processes import free_port
 from training_reftr.arguments import TrainingArguments
 from training_reftr.data import (
+    EvaluationData,
     GroundingCollator,
     Preparation,
     TrainingData,
-    evaluation_loader,
     fit_to_picture,
     take_sentences,
     train_tokenizer,
@@ -386,10 +386,10 @@ def test_kept_pictures_are_the_same(toy, processor, arguments, tmp_path, caplog)
             assert torch.equal(label["masks"], other["masks"])
     # and in evaluation, whose targets keep their own size
     evaluated = [
-        list(evaluation_loader(rows["testA"], processor, arguments(image_cache=folder), 0, 1))
+        list(EvaluationData(rows, processor, arguments(image_cache=folder), 0, 1).batches("testA"))
         for folder in (None, str(tmp_path / "kept"))
     ]
-    loader = evaluation_loader(rows["testA"], processor, arguments(num_workers=2), 0, 1)
+    loader = EvaluationData(rows, processor, arguments(num_workers=2), 0, 1).batches("testA")
     assert loader.num_workers == 2
     for batch, other in zip(loader, evaluated[0], strict=True):
         assert batch["targets"] == other["targets"]

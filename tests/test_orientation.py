@@ -34,7 +34,7 @@ from modeling_reftr import RefTRImageProcessor, RefTRProcessor, image_processing
 from modeling_reftr.drawing_reftr import COLORS
 from modeling_reftr.image_processing_reftr import open_image, turn_upright
 from training_reftr.arguments import TrainingArguments
-from training_reftr.data import GroundingCollator, TrainingData, evaluation_loader
+from training_reftr.data import EvaluationData, GroundingCollator, TrainingData
 from training_reftr.pictures import PictureReader
 
 
@@ -165,7 +165,8 @@ def at_the_training_loader(rows, own_processor, **_):
 
 
 def at_the_evaluation_loader(rows, own_processor, **_):
-    yield from batches_are_right(evaluation_loader(rows, own_processor, arguments(evaluation_batch_size=4), 0, 1))
+    data = EvaluationData({"test": rows}, own_processor, arguments(evaluation_batch_size=4), 0, 1)
+    yield from batches_are_right(data.batches("test"))
 
 
 def batches_are_right(batches):

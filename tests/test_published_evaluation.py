@@ -22,7 +22,7 @@ from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.image_processing_reftr import resized_size
 from processes import run_ranks
 from training_reftr.arguments import TrainingArguments
-from training_reftr.data import TrainingData, evaluation_loader
+from training_reftr.data import EvaluationData, TrainingData
 from training_reftr.sampling import published_batches, source_order
 from training_reftr.sources import load_rows
 
@@ -247,8 +247,9 @@ def test_an_order_that_is_not_known_is_refused(index, processor):
     args = TrainingArguments(evaluation_batching="published", num_workers=0)
     earlier = rows.remove_columns("positions")
     with pytest.raises(ValueError, match=r"no column 'positions'.*export the dataset again"):
-        evaluation_loader(earlier, processor, args, 0, 1)
-    assert len(evaluation_loader(earlier, processor, TrainingArguments(num_workers=0), 0, 1))
+        EvaluationData({"test": earlier}, processor, args, 0, 1)
+    data = EvaluationData({"test": earlier}, processor, TrainingArguments(num_workers=0), 0, 1)
+    assert len(data.batches("test"))
     with pytest.raises(ValueError, match="no common order of annotations"):
         source_order(datasets.concatenate_datasets([rows, rows]))
 
@@ -259,11 +260,16 @@ def test_padding_that_the_batches_do_not_mean_is_refused(index, processor, batch
         TrainingArguments(evaluation_batching=batching, size_divisor=32)
     processor.image_processor.size_divisor = 32
     with pytest.raises(ValueError, match=r"image processor pads further \(size_divisor=32"):
-        evaluation_loader(rows_of(index), processor, TrainingArguments(evaluation_batching=batching), 0, 1)
+        EvaluationData({"test": rows_of(index)}, processor, TrainingArguments(evaluation_batching=batching), 0, 1)
 
 
 def resized(row):
     return resized_size(row["height"], row["width"], shortest_edge=64, longest_edge=64)
+
+
+def batches_of(rows, processor, args, rank, ranks):
+    """The visits of each batch of a process."""
+    return EvaluationData({"test": rows}, processor, args, rank, ranks).sampler.batches["test"]
 
 
 @pytest.mark.parametrize("batching", ["grouped", "published", "unpadded"])
@@ -271,7 +277,7 @@ def resized(row):
 def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batching, ranks):
     rows = rows_of(index)
     args = TrainingArguments(evaluation_batching=batching, evaluation_batch_size=4, num_workers=0)
-    batches = [list(evaluation_loader(rows, processor, args, rank, ranks).batch_sampler) for rank in range(ranks)]
+    batches = [batches_of(rows, processor, args, rank, ranks) for rank in range(ranks)]
     assert len({len(mine) for mine in batches}) == 1
     seen = {
         (visit.index, place)
@@ -291,7 +297,7 @@ def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor
     rows = shapes["test"]
     assert len(rows) == 10
     args = TrainingArguments(evaluation_batch_size=2, num_workers=0)
-    batches = [list(evaluation_loader(rows, processor, args, rank, 4).batch_sampler) for rank in range(4)]
+    batches = [batches_of(rows, processor, args, rank, 4) for rank in range(4)]
     seen = Counter(visit.index for mine in batches for batch in mine for visit in batch)
     assert seen == {index: 2 if index < 2 else 1 for index in range(10)}
 

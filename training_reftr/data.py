@@ -271,17 +271,26 @@ def isolate_loader_process(_: int):
 
 class SampleLoader(DataLoader):
     """
-    A loader whose errors about files and values are the same with any number of loader processes.
+    A loader whose errors about files and values are the same with any number of loader processes. These are started
+    once, when it is first read, and end with it: where each starts by importing everything (`spawn`, `forkserver`),
+    that takes longer than most evaluations.
 
     Raises:
         ValueError, OSError: as its dataset or collator raised it, when the batch is asked for.
     """
 
-    def __init__(self, dataset: Dataset, collate_fn: Callable, **settings):
+    def __init__(self, dataset: Dataset, collate_fn: Callable, num_workers: int, **settings):
+        if num_workers:
+            # tokenizers warn, and stop using threads, where a process that used them is forked
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         super().__init__(
             GuardedDataset(dataset),
             collate_fn=GuardedCollator(collate_fn),
             worker_init_fn=isolate_loader_process,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else readings take numbers from the generator of weights and dropout
             **settings,
         )
 
@@ -328,9 +337,6 @@ class TrainingData:
         )
         self.sampler = EpochSampler(order, args.batch_size, rank, world_size)
         image_processor = processor.image_processor
-        if args.num_workers:
-            # tokenizers warn, and stop using threads, where a process that used them is forked
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.loader = SampleLoader(
             GroundingDataset(
                 None if is_streamed else rows,
@@ -340,9 +346,6 @@ class TrainingData:
             batch_sampler=self.sampler,
             collate_fn=GroundingCollator(processor, with_masks=with_masks, are_resized=True),
             num_workers=args.num_workers,
-            persistent_workers=args.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each epoch takes a number from the generator of weights and dropout
         )
 
     @property
@@ -373,32 +376,70 @@ class TrainingData:
         return iter(self.loader)
 
 
-def evaluation_loader(rows, processor, args, rank: int, world_size: int) -> DataLoader:
+class SplitsDataset(Dataset):
+    """Rows of several splits, each by the name of its split and its visit."""
+
+    def __init__(self, splits: dict[str, GroundingDataset]):
+        self.splits = splits
+
+    def __getitem__(self, place: tuple[str, Visit]) -> dict:
+        split, visit = place
+        return self.splits[split][visit]
+
+
+class SplitSampler:
+    """The batches of one of several splits, `split`."""
+
+    def __init__(self, batches: dict[str, list[list[Visit]]]):
+        self.batches = batches
+        self.split = next(iter(batches))
+
+    def __len__(self) -> int:
+        return len(self.batches[self.split])
+
+    def __iter__(self) -> Iterator[list[tuple[str, Visit]]]:
+        split = self.split
+        return ([(split, visit) for visit in batch] for batch in self.batches[split])
+
+
+class EvaluationData:
     """
-    Return this process's batches of an evaluation, cut as `args.evaluation_batching` says (see
-    `sampling.evaluation_batches`). All processes have equally many: where they do not come out even, some at the start
-    are on two of them.
+    Batches of evaluations, of several splits and any number of times, from one pool of workers. They are cut as
+    `args.evaluation_batching` says (see `sampling.evaluation_batches`). All processes have equally many: where they do
+    not come out even, some at the start are on two of them.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`): by name, see `data_scripts.FEATURES`.
+        processor ([`RefTRProcessor`]): makes the batches.
+        args ([`TrainingArguments`]): what is said under evaluation, `num_workers` and `image_cache`.
+        rank, world_size (`int`): this process, and how many there are.
 
     Raises:
         ValueError: if rows do not tell their order, or the image processor pads further than the batching means.
     """
-    image_processor = processor.image_processor
-    if args.evaluation_batching != "grouped" and (image_processor.size_divisor or image_processor.pad_size):
-        raise ValueError(
-            f"evaluation_batching={args.evaluation_batching!r} pads images to the largest of their batch, and the "
-            f"model's image processor pads further (size_divisor={image_processor.size_divisor}, "
-            f"pad_size={image_processor.pad_size}): evaluate as 'grouped', or save the processor without them."
+
+    def __init__(self, splits: dict, processor, args, rank: int, world_size: int):
+        image_processor = processor.image_processor
+        if args.evaluation_batching != "grouped" and (image_processor.size_divisor or image_processor.pad_size):
+            raise ValueError(
+                f"evaluation_batching={args.evaluation_batching!r} pads images to the largest of their batch, and the "
+                f"model's image processor pads further (size_divisor={image_processor.size_divisor}, "
+                f"pad_size={image_processor.pad_size}): evaluate as 'grouped', or save the processor without them."
+            )
+        reader = read_picture if args.image_cache is None else PictureReader(image_processor, args.image_cache)
+        batching = args.evaluation_batching, args.evaluation_batch_size, image_processor, rank, world_size
+        self.sampler = SplitSampler({name: evaluation_batches(rows, *batching) for name, rows in splits.items()})
+        self.loader = SampleLoader(
+            SplitsDataset({name: GroundingDataset(rows, reader, prepare_evaluated) for name, rows in splits.items()}),
+            batch_sampler=self.sampler,
+            collate_fn=GroundingCollator(processor, are_resized=args.image_cache is not None),
+            num_workers=args.num_workers,
         )
-    reader = read_picture if args.image_cache is None else PictureReader(image_processor, args.image_cache)
-    return SampleLoader(
-        GroundingDataset(rows, reader, prepare_evaluated),
-        batch_sampler=evaluation_batches(
-            rows, args.evaluation_batching, args.evaluation_batch_size, image_processor, rank, world_size
-        ),
-        collate_fn=GroundingCollator(processor, are_resized=args.image_cache is not None),
-        num_workers=args.num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+
+    def batches(self, split: str) -> SampleLoader:
+        """This process's batches of a split. Asking for those of another one ends it."""
+        self.sampler.split = split
+        return self.loader
 
 
 def train_tokenizer(sentences, max_length: int, vocab_size: int = 4000) -> PreTrainedTokenizerFast:

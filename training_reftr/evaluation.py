@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
-from training_reftr.data import evaluation_loader, move
+from training_reftr.data import EvaluationData, move
 from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, recalls
 
 
@@ -34,13 +34,16 @@ def evaluate(
     accelerator: Accelerator,
     description: str,
     should_stop: Callable[[], bool] | None = None,
+    data: EvaluationData | None = None,
 ) -> list[dict] | None:
     """
     Ask the model about every phrase of a split, each once however many processes share the work: all run the same
     number of batches, and what two of them answered is kept once.
 
     Args:
+        description (`str`): the name of the split.
         should_stop (*optional*): asked once a batch on every process, and to answer the same on all of them.
+        data ([`EvaluationData`], *optional*): knows the split by the name `description`, and lends its workers.
 
     Returns:
         `list[dict]`, on every process, in the split's order of image, sentence and phrase: the target as the collator
@@ -58,9 +61,13 @@ def evaluate(
     """
     keys = phrase_keys(rows)
     records, is_stopped = [], False
-    loader = evaluation_loader(rows, processor, args, accelerator.process_index, accelerator.num_processes)
+    if data is None:
+        data = EvaluationData(
+            {description: rows}, processor, args, accelerator.process_index, accelerator.num_processes
+        )
     with for_inference(model, accelerator) as asked, asked.cache_text():
-        for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
+        batches = data.batches(description)
+        for batch in tqdm(batches, desc=description, disable=not accelerator.is_main_process, leave=False):
             records += answer_batch(asked, processor, batch, args, accelerator)
             is_stopped = should_stop is not None and should_stop()
             if is_stopped:

@@ -5,6 +5,7 @@ processes call them; a `Watchdog` is a process's own.
 
 import contextlib
 import faulthandler
+import logging
 import os
 import re
 import signal
@@ -15,6 +16,9 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+
+logger = logging.getLogger(__name__)
 
 
 class Stopped(KeyboardInterrupt):
@@ -49,7 +53,8 @@ class Signals:
     steps. Another SIGINT, or anything after a SIGINT, raises `Stopped` at once, and so does each one at other times. A
     repeated SIGTERM changes nothing: launchers and schedulers both send it.
 
-    Signals reach a program's main thread alone; in another one this does nothing.
+    Signals reach a program's main thread alone. In another one, as executors of notebooks and of Ray have it, nothing
+    is caught, and the log says so.
     """
 
     def __init__(self):
@@ -60,7 +65,8 @@ class Signals:
 
     def __enter__(self):
         self.process = os.getpid()
-        if threading.current_thread() is threading.main_thread():
+        self.is_main_thread = threading.current_thread() is threading.main_thread()
+        if self.is_main_thread:
             numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None))  # Windows lacks the last
             self.before = {number: signal.signal(number, self._handle) for number in numbers if number is not None}
         return self
@@ -73,6 +79,11 @@ class Signals:
     def deferred(self, is_announced: bool = True):
         """Note signals, for `poll` to tell; with a line on stderr if `is_announced`."""
         self.is_deferred, self.is_announced = True, is_announced
+        if is_announced and not self.is_main_thread:
+            logger.warning(
+                "The run is not in the main thread, which alone receives signals: SIGTERM and Ctrl-C save nothing, "
+                "and SIGUSR1 asks for no checkpoint. Checkpoints are written as checkpoint_every says."
+            )
         try:
             yield
         finally:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from data_scripts.building import LEFT_OUT, describe_reported, is_degenerate
 from data_scripts.masks import is_empty
 from data_scripts.reports import read_build_report
+from training_reftr.data import EvaluationData
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
 from training_reftr.pictures import read_picture
@@ -106,8 +107,9 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_report(output_dir)
     training_rows = find_training_rows(rows, args)
+    data = EvaluationData(splits, processor, args, accelerator.process_index, accelerator.num_processes)
     for name, split in splits.items():
-        records = evaluate(model, processor, split, args, accelerator, name)
+        records = evaluate(model, processor, split, args, accelerator, name, data=data)
         boxes = {"integer_boxes": has_integer_boxes(name, args)} | count_targets(
             split, records, set_and_split(args.dataset, name)[1]
         )

@@ -20,7 +20,7 @@ from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import HUB_ID, build_model, load_reftr, refuse_model_changes, refuse_tokenizer
 from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
-from training_reftr.data import TrainingData
+from training_reftr.data import EvaluationData, TrainingData
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.optimization import build_optimizer, build_scheduler, num_warmup_steps
 from training_reftr.preflight import (
@@ -51,6 +51,8 @@ class Run:
         data (`TrainingData`): batches of this process.
         state (`TrainingState`): where the run is.
         global_batch_size (`int`): samples of all processes in a batch.
+        args ([`TrainingArguments`]): as they apply.
+        evaluation (`EvaluationData`, *optional*): batches of the validation split.
     """
 
     model: torch.nn.Module
@@ -61,6 +63,7 @@ class Run:
     state: TrainingState
     global_batch_size: int
     args: object
+    evaluation: EvaluationData | None = None
 
     @property
     def num_steps(self) -> int:
@@ -180,7 +183,9 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
         note_data(state, data.fingerprint)
     state.settings = vars(args)
     state.rescale_schedule(num_batches // args.gradient_accumulation_steps)
-    run = Run(model, optimizer, processor, None, data, state, global_batch_size, args)
+    validation = {args.validation_split: split_of(rows, args.validation_split)}
+    evaluation = EvaluationData(validation, processor, args, accelerator.process_index, accelerator.num_processes)
+    run = Run(model, optimizer, processor, None, data, state, global_batch_size, args, evaluation)
     run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
     if not args.dry_run:
         warnings.append(find_unfinished_warmup(num_warmup_steps(args, state.steps_per_epoch), run.num_steps))
