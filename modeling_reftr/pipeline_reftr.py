@@ -90,7 +90,7 @@ class VisualGroundingPipeline(Pipeline):
         if is_table(images):
             if text is not None or phrases is not None:
                 raise ValueError(BRING_TEXTS)
-            images, text, phrases = images["image"], images.get("text"), images.get("phrases")
+            images, text, phrases = without_decoding(images["image"]), images.get("text"), images.get("phrases")
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
         if is_one_image(images) or isinstance(images, Mapping):
             ((answers,),) = super().__call__([[make_question(images, text, phrases)]], batch_size=1, **kwargs)

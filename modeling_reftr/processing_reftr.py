@@ -12,7 +12,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .image_processing_reftr import check_picture
+from .decoding_reftr import is_undecoded, without_decoding
+from .image_processing_reftr import check_picture, open_undecoded
 from .inputs_reftr import is_sequence, nesting_depth, to_list, warn_about_joined_expressions
 from .text_reftr import check_text, is_blank
 
@@ -190,7 +191,7 @@ class RefTRProcessor(ProcessorMixin):
         if phrases is not None:
             data |= self.encode_phrases(sentences, spans, encoded, fixed)
 
-        targets = {"boxes": boxes, "masks": masks}
+        targets = {"boxes": boxes, "masks": without_decoding(masks)}
         targets = {
             name: arrange_by_sentence(values, depth, sentences, image_index, name)
             for name, values in targets.items()
@@ -750,6 +751,7 @@ def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
     """
     arrays = np.zeros((len(masks), height, width), dtype=bool)
     for index, mask in enumerate(masks):
+        mask = open_undecoded(mask) if is_undecoded(mask) else mask
         if isinstance(mask, Image.Image):
             check_picture(mask, f"A mask of {sentence!r}")  # before NumPy decodes it
         mask = mask if isinstance(mask, dict) else to_mask_array(mask, sentence)

@@ -138,6 +138,13 @@ def make_doors(ground, folder):
         "pipeline, dataset": lambda path, content: list(ground(questions(path))),
         "pipeline, formatted dataset": lambda path, content: list(ground(questions(path).with_format("numpy"))),
         "pipeline, stream": lambda path, content: list(ground(questions(path).to_iterable_dataset())),
+        "processor, column": lambda path, content: processor(questions(path)["image"], ["the star"]),
+        "processor, column of masks": lambda path, content: processor(
+            picture, ["the star"], boxes=[[BOX]], masks=questions(path)["image"]
+        ),
+        "pipeline, columns": lambda path, content: ground(
+            {"image": questions(path)["image"], "text": questions(path)["text"]}
+        ),
         "pipeline, column": lambda path, content: list(ground(questions(path)["image"], text="the star")),
         "pipeline, KeyDataset": lambda path, content: list(
             ground(KeyDataset(questions(path), "image"), text="the star")
