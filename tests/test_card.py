@@ -194,6 +194,21 @@ def test_folder_of_starting_weights_is_not_taken_for_a_hub_id(folder, tmp_path, 
     assert card.data.base_model is None
 
 
+def test_folder_that_is_there_is_no_base_model_on_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "boxes").mkdir(parents=True)
+    assert card_of(folder, init_from="runs/boxes").data.base_model is None
+    assert card_of(folder, init_from="runs/others").data.base_model == ["runs/others"]
+
+
+def test_card_of_a_run_tells_its_best_validation_so_far(folder):
+    values = {4: 0.25, 8: 0.625, 12: 0.5}
+    lines = [json.dumps({"step": step, "validation/accuracy@0.5": value}) for step, value in values.items()]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    text = card_of(folder, dataset="shapes").text
+    assert "Its best validation so far, at update 8: boxes: accuracy at IoU 0.5 0.625." in text
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(OSError, match=r"no config\.json"):
         write_card(tmp_path)

@@ -316,6 +316,13 @@ def two_splits(trained, recipe, tmp_path_factory):
     return output, result
 
 
+def test_constant_box_is_chosen_on_all_training_rows(shapes, make_model, processor, accelerator):
+    records = evaluate(make_model(), processor, shapes["test"], TrainingArguments(num_workers=0), accelerator, "test")
+    found = controls(records, shapes["train"], "test", TrainingArguments())["constant_box"]
+    assert found == constant_box(shapes["train"], records)
+    assert found != constant_box(shapes["train"].select(range(1)), records)
+
+
 def test_eval_only_gives_the_same_figures(trained, recipe, run, tmp_path):
     output, _ = trained
     run("train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--eval_only")

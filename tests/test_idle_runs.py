@@ -10,7 +10,7 @@ from faults import free_port
 
 import train_reftr
 from training_reftr.arguments import TrainingArguments
-from training_reftr.preflight import count_labels, refuse_empty_splits, refuse_missing_labels
+from training_reftr.preflight import count_labels, find_unfinished_warmup, refuse_empty_splits, refuse_missing_labels
 
 
 FROZEN_HEAD = ["--model.predict_masks", "true", "--mask_head_learning_rate", "0"]
@@ -229,3 +229,8 @@ def test_two_processes_are_both_refused(run, recipe, folders, tmp_path):
         assert result.returncode != 0
         assert result.stderr.count(message) >= 2
         assert not (tmp_path / "run").exists()
+
+
+def test_warmup_that_ends_with_the_run_is_said():
+    assert find_unfinished_warmup(5, 6) is None
+    assert find_unfinished_warmup(6, 6).startswith("The warm-up of 6 steps is not over when the run ends after 6")

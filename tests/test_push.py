@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +160,24 @@ def test_dry_run_pushes_nothing(run, hub, recipe, tmp_path):
     result = run("train_reftr.py", recipe, *words, **hub.environment("hf_write", tmp_path / "home"))
     assert "The run goes through." in result.stdout
     assert hub.repositories == {}
+
+
+def test_last_push_comes_after_the_best_that_is_on_its_way(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    settings = TrainingArguments(output_dir=str(folder), push_to_hub=REPOSITORY)
+    publisher = Publisher(settings, SimpleNamespace(is_main_process=True))
+    messages = []
+
+    def push_best():
+        time.sleep(2)
+        messages.extend(commit.message for commit in hub.repositories["model", REPOSITORY].commits)
+
+    publisher.thread = threading.Thread(target=push_best)
+    publisher.thread.start()
+    publisher.finish()
+    publisher.thread.join()
+    assert len(messages) == 1
+    assert [commit.message for commit in hub.repositories["model", REPOSITORY].commits] == [*messages, "Upload model"]
 
 
 @pytest.mark.row("S10")

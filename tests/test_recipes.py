@@ -353,6 +353,7 @@ def test_values_have_their_yaml_type():
         (["--lr_schedule", "linear"], "lr_schedule='linear' must be one of 'step', 'cosine', 'constant'"),
         (["--learning_rate", "nan"], "learning_rate=nan"),
         (["--max_grad_norm", "0"], "max_grad_norm=0.0 must be greater than 0"),
+        (["--adam_beta2", "1"], "adam_beta2=1.0 must be at least 0 and less than 1"),
         (["--model", "{"], "--model '{' is not YAML"),
         (["--model", "[1]"], "model=[1] must be a mapping"),
     ],
