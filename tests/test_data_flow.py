@@ -297,6 +297,16 @@ def test_augmentation_differs_between_epochs_images_and_seeds(shapes, processor)
     assert len({round(gain, 3) for gain in gains}) == 4
 
 
+def test_each_split_of_an_evaluation_has_its_own_rows(shapes, processor, arguments):
+    splits = {name: shapes[name].select(range(2)) for name in ("test", "validation")}
+    data = EvaluationData(splits, processor, arguments(), 0, 1)
+    for name in ("validation", "test", "validation"):
+        seen = {
+            target["image_id"] for batch in data.batches(name) for targets in batch["targets"] for target in targets
+        }
+        assert seen == set(splits[name]["image_id"])
+
+
 def test_a_visit_has_the_objects_that_its_sentences_name():
     objects = [{"object_id": str(number)} for number in range(4)]
     named = [[0], [3, 1], [3]]

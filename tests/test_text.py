@@ -125,6 +125,11 @@ def test_phrases_are_whole_letters_and_words(sentence, phrase, span):
     assert find_phrases(sentence, [phrase]) == [span]
 
 
+def test_a_phrase_is_not_the_end_of_a_longer_word():
+    assert find_phrases("the upright car is right", ["right"]) == [(19, 24)]
+    assert find_phrases("upright", ["right"]) == [(2, 7)], "where there is nothing better"
+
+
 def test_half_a_letter_is_no_phrase():
     for sentence, phrase in (("İ", "i"), ("ﬁ", "f"), ("ẞ", "s")):
         with pytest.raises(ValueError, match="is not in its sentence"):
