@@ -59,6 +59,16 @@ def run_script(words: list[str], cwd: str, stdout: str, stderr: str, environment
         atexit._run_exitfuncs()
 
 
+def start_server():
+    """Start the server of processes unless it runs, and return the context that takes processes from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    # the server inherits the environment when it is started, by the first process
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+    return context
+
+
 class ScriptProcess:
     """
     A running command with the methods of `subprocess.Popen` that the tests use.
@@ -75,11 +85,7 @@ class ScriptProcess:
         self.folder = tempfile.TemporaryDirectory(prefix="output_")
         self.stdout = Path(self.folder.name, "stdout")
         self.stderr = self.stdout if merge else Path(self.folder.name, "stderr")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
-        # the server inherits the environment when it is started, by the first process
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            forkserver.ensure_running()
+        context = start_server()
         output = (str(self.stdout), str(self.stderr), environment or {})
         self.process = context.Process(target=run_script, args=(self.args, str(cwd), *output))
         self.process.start()
