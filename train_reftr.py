@@ -24,6 +24,7 @@ if __name__ == "__main__":
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from modeling_reftr.escaping import for_terminal
 from training_reftr.arguments import parse_arguments
 from training_reftr.card import write_card
 from training_reftr.checkpoints import save_best, save_checkpoint
@@ -92,7 +93,7 @@ def run_all(args, signals: Signals):
             if accelerator.is_main_process:
                 if not (args.eval_only and args.init_from):  # else the folder has no model
                     write_card(args.output_dir)
-                sys.stdout.write(f"{estimate(args) if args.dry_run else format_table(metrics)}\n")
+                sys.stdout.write(for_terminal(f"{estimate(args) if args.dry_run else format_table(metrics)}\n"))
                 if revision := publisher.finish():
                     sys.stdout.write(f"Pushed to {args.push_to_hub}, revision {revision}\n")
     accelerator.end_training()
@@ -175,4 +176,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main(ARGV))
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))

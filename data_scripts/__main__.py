@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-import yaml
+from modeling_reftr.escaping import for_terminal
 
 from . import SOURCES
 from .building import flags_of, listing
@@ -18,6 +18,7 @@ from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findin
 from .exporting import check_output, export, push
 from .loading import load_with_report
 from .preview import check_name, draw_preview
+from .reading import check_text
 from .reports import (
     count_split,
     describe_source,
@@ -27,6 +28,7 @@ from .reports import (
     list_sources,
 )
 from .visual_genome import write_held_out
+from .yaml_values import read_yaml
 
 
 def parse_flags(source, words: list[str]) -> dict:
@@ -45,16 +47,15 @@ def parse_flags(source, words: list[str]) -> dict:
             raise ValueError(f"{word!r} is neither an option of the command nor a flag of {source.name!r} ({has}).")
         if not is_joined:
             value, words = (words[0], words[1:]) if words and not words[0].startswith("--") else ("true", words)
-        try:
-            flags[name] = value if known[name].type in (str, "str") else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--{name} {value!r} cannot be read as a value: {error}") from error
+        where = f"--{name} {value!r}"
+        is_text = known[name].type in (str, "str")
+        flags[name] = check_text(value, where) if is_text else read_yaml(value, where)
     return flags
 
 
 def write(text: str):
-    """Text to stdout, with its line's end."""
-    sys.stdout.write(text + "\n")
+    """Write a text to stdout, with its line's end."""
+    sys.stdout.write(for_terminal(text) + "\n")
 
 
 def load_splits(args) -> tuple[dict, dict | None]:
@@ -263,7 +264,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

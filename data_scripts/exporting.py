@@ -14,8 +14,10 @@ import yaml
 from datasets.table import embed_table_storage
 from tqdm import tqdm
 
+from modeling_reftr.escaping import for_code, for_markdown
+
 from .building import Source
-from .reading import is_as_stored
+from .reading import check_text, is_as_stored
 from .reports import COUNTS, count_split, format_build_report
 from .uploading import upload, write_contents
 
@@ -102,7 +104,8 @@ def write_card(
     pictures = "inside the files" if embed else "by their paths on the machine that wrote it"
     if any(is_as_stored(image) for rows in splits.values() for image in undecoded_images(rows)):
         pictures += "; without an EXIF orientation where boxes were drawn on the image as it is stored"
-    chosen = "".join(f" `{name}={value!r}`" for name, value in flags.items()) or " none"
+    chosen = "".join(f" {for_code(f'{name}={value!r}')}" for name, value in flags.items()) or " none"
+    listed = "\n".join(map(for_markdown, format_build_report(build_report).split("\n")))
     path.write_text(
         f"""---
 {yaml.safe_dump(settings, sort_keys=False)}---
@@ -113,7 +116,7 @@ Visual grounding: pictures ({pictures}), objects, and the sentences that speak o
 
 {lines}
 
-{format_build_report(build_report)}
+{listed}
 
 ```python
 from datasets import load_dataset
@@ -141,7 +144,9 @@ def check_output(output: Path, overwrite: bool):
 
     Raises:
         OSError: if it exists, unless it is an earlier export and is to be overwritten.
+        ValueError: if its name is not UTF-8.
     """
+    check_text(str(output), "output")
     if not output.exists():
         return
     if not overwrite:

@@ -7,6 +7,8 @@
 import importlib
 import sys
 
+from .escaping import for_terminal
+
 
 # command -> (module, whose `main` takes the words after the command; what it does)
 COMMANDS = {
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130

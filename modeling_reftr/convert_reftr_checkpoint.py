@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from .configuration_reftr import RefTRConfig
+from .escaping import for_terminal
 from .image_processing_reftr import RefTRImageProcessor
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
@@ -670,7 +671,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

@@ -19,6 +19,7 @@ import torch
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.base import ExportedModel
 
+from .escaping import for_terminal
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
 
@@ -155,7 +156,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

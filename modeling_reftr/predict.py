@@ -8,10 +8,10 @@ Answer questions about one's own pictures:
 The first prints the answers as JSON and draws them. A folder, or a file of questions, a line of JSON each such as
 {"image": "1.jpg", "text": ["the red circle"]}, with "phrases" for captions, gives a line of JSON for each question,
 and in the folder `answers` a drawing of each; what cannot be answered has an "error" there, and the exit code is 1.
+A line that is not a question, or not UTF-8, is an error before any is answered.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +20,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from training_reftr.json_files import read_json_lines
+
 from .decoding_reftr import IMAGE_FORMATS
+from .escaping import for_stdout, for_terminal
 from .modeling_reftr import RefTRForVisualGrounding
 from .pipeline_reftr import VisualGroundingPipeline
 from .processing_reftr import RefTRProcessor, to_coco_rle
@@ -42,10 +45,13 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 
 
-def read_questions(path: Path, texts: list[str] | None) -> list[dict]:
+def read_questions(path: Path, texts: list[str] | None) -> list[tuple[str | None, dict]]:
     """
-    The questions of a folder, whose pictures are asked `texts`, or of a file in JSON Lines, whose pictures lie beside
-    it.
+    Read the questions of a folder, whose pictures are asked `texts`, or of a file in JSON Lines, whose pictures lie
+    beside it.
+
+    Returns:
+        `list[tuple]`: the file and line of each question, None for those of a folder, and the question.
 
     Raises:
         ValueError: if a folder has no picture, there is no text, or a line is no question.
@@ -56,37 +62,36 @@ def read_questions(path: Path, texts: list[str] | None) -> list[dict]:
             raise ValueError(f"The folder {str(path)!r} has no picture in it.")
         if not texts:
             raise ValueError(f"Name what to look for in the pictures of {str(path)!r}: --text ...")
-        return [{"image": str(picture), "text": texts} for picture in pictures]
+        return [(None, {"image": str(picture), "text": texts}) for picture in pictures]
     if texts:
         raise ValueError(f"The questions of {str(path)!r} bring their texts: leave --text out.")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                question = json.loads(line)
-                questions.append({**question, "image": str(path.parent / question["image"])})
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f'{str(path)!r}, line {number}: {error}; expected {{"image": "1.jpg", "text": ["the cup"]}}.'
-                ) from error
+    for number, _, question in read_json_lines(path):
+        place = f"{str(path)!r}, line {number}"
+        image = question.get("image") if isinstance(question, dict) else None
+        if not isinstance(image, str):
+            fault = question if isinstance(question, ValueError) else "'image' must be a str"
+            raise ValueError(f'{place}: {fault}; expected {{"image": "1.jpg", "text": ["the cup"]}}.')
+        questions.append((place, {**question, "image": str(path.parent / image)}))
     return questions
 
 
-def answer_all(ground: VisualGroundingPipeline, questions: list[dict], output: Path | None) -> int:
+def answer_all(ground: VisualGroundingPipeline, questions: list[tuple], output: Path | None) -> int:
     """A line of JSON on stdout for each question, and a drawing in the folder `output`; how many had no answer."""
     num_failed = 0
-    for number, question in enumerate(tqdm(questions, desc="answering", unit="picture"), start=1):
+    for number, (place, question) in enumerate(tqdm(questions, desc="answering", unit="picture"), start=1):
         line = {"image": question["image"]}
         try:
             answers = ground(question)
             line["answers"] = [to_json(answer) for answer in answers]
             if output:
                 picture = ground.draw(question["image"], answers)
-                picture.save(output / f"{number:05d}_{Path(question['image']).stem}.png")
+                # a name has up to 255 bytes
+                picture.save(output / f"{number:05d}_{Path(question['image']).stem[:60]}.png")
         except (ValueError, OSError) as error:
             num_failed += 1
-            line["error"] = str(error)
-        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+            line["error"] = str(error) if place is None else f"{place}: {error}"
+        sys.stdout.write(for_stdout(line) + "\n")
     return num_failed
 
 
@@ -124,14 +129,14 @@ def main(argv: list[str] | None = None):
     answers = ground(args.image, text=args.text, phrases=phrases)
     if args.output:
         ground.draw(args.image, answers).save(args.output)
-    sys.stdout.write(json.dumps([to_json(answer) for answer in answers], indent=2) + "\n")
+    sys.stdout.write(for_stdout([to_json(answer) for answer in answers], indent=2) + "\n")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

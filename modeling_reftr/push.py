@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 
 from data_scripts.uploading import reason_of, select_files, upload, write_contents
 from modeling_reftr.demo import space_files
+from modeling_reftr.escaping import for_terminal
 
 
 # what of a model's folder goes to the Hub: no checkpoints, and nothing else that may lie there
@@ -141,7 +142,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

@@ -14,7 +14,10 @@ from typing import get_args, get_type_hints
 
 import yaml
 
+from data_scripts.reading import check_text, read_text
+from data_scripts.yaml_values import MAX_YAML_CHARACTERS, read_yaml
 from modeling_reftr import RefTRConfig
+from modeling_reftr.escaping import for_terminal
 from training_reftr.published_results import is_augmented_as_published
 
 
@@ -290,27 +293,11 @@ WHY_EXCLUDED = {
 }
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as YAML 1.2 has it, and PyYAML has not."""
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str, where: str):
-    """What a text in YAML says; a ValueError that begins with `where` if it is none."""
-    try:
-        return yaml.load(text, RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}.") from error
-
-
 def check_names(given, known, where: str):
     """Raise a ValueError that names the nearest known name for the first unknown one."""
     for name in given:
         if name not in known:
+            name = str(name)[:80]  # comparing takes time
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(sorted(known))}."
             raise ValueError(f"{where} has no field {name!r}.{hint}")
@@ -334,7 +321,9 @@ def read_recipe(path: Path, heirs: tuple[Path, ...] = ()) -> dict[Path, dict]:
         raise OSError(f"There is no recipe {str(path)!r}{f', which {heirs[-1]} inherits' if heirs else ''}.")
     if path in heirs:
         raise ValueError(f"The recipe inherits itself: {' -> '.join(map(str, (*heirs, path)))}.")
-    values = read_yaml(path.read_text(), f"The recipe {str(path)!r}") or {}
+    if path.stat().st_size > MAX_YAML_CHARACTERS:
+        raise ValueError(f"The recipe {str(path)!r} has {path.stat().st_size:,} bytes, too many for one.")
+    values = read_yaml(read_text(path), f"The recipe {str(path)!r}") or {}
     if not isinstance(values, dict):
         raise ValueError(f"The recipe {str(path)!r} must be a mapping of fields to values.")
     parents = values.pop("inherit", [])
@@ -379,6 +368,7 @@ def read_words(words: list[str]) -> dict:
                 value = "true"
             else:
                 raise ValueError(f"{word} needs a value.")
+        check_text(value, f"--{name}")
         if value == "null":
             value = None
         elif TYPES[name] in (dict, list[int]):
@@ -521,7 +511,7 @@ def to_recipe(args: TrainingArguments, without: list[str] = (), comments: list[s
         comments (`list[str]`, *optional*): lines to write before them as comments.
     """
     settings = {name: value for name, value in asdict(args).items() if name not in without}
-    lines = "".join(f"# {comment}\n" for comment in comments)
+    lines = "".join(f"# {for_terminal(' '.join(comment.split()))}\n" for comment in comments)
     return lines + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

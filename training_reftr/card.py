@@ -13,7 +13,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub import eval_result_entries_to_yaml as to_entries
 from safetensors import safe_open
 
+from data_scripts.reading import read_text
 from data_scripts.uploading import write_contents
+from data_scripts.yaml_values import read_yaml
+from modeling_reftr.escaping import for_code, for_markdown
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
 from training_reftr.report import format_results
@@ -43,7 +46,7 @@ With torch, torchvision, transformers, timm and pycocotools installed{where}:
 ```python
 from transformers import pipeline
 
-ground = pipeline("visual-grounding", model="{model}", trust_remote_code=True)
+ground = pipeline("visual-grounding", model={model}, trust_remote_code=True)
 answers = ground("photo.jpg", text=[{questions}])
 for answer in answers:
     print({printed})
@@ -160,10 +163,7 @@ def read_facts(folder: Path) -> dict:
             return {}
         if path.suffix == ".json":
             return read_json(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
+        values = read_yaml(read_text(path), repr(str(path))) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{str(path)!r} is damaged: expected a mapping, found {type(values).__name__}.")
         return values
@@ -174,7 +174,7 @@ def read_facts(folder: Path) -> dict:
             names = list(weights.keys())
             num_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     recipe = read("recipe.yaml")
-    comments = (folder / "recipe.yaml").read_text(encoding="utf-8").splitlines() if recipe else []
+    comments = read_text(folder / "recipe.yaml").splitlines() if recipe else []
     metrics = read("metrics.json")
     return {
         "config": read("config.json"),
@@ -208,8 +208,8 @@ def make_card(facts: dict, repository: str | None = None) -> str:
     texts = metrics["example"]["texts"] if "example" in metrics else ["the red cup", "the cup on the left"]
     values = {
         "front_matter": front_matter(facts, repository).to_yaml(),
-        "title": title_of(repository),
-        "model": repository or ".",
+        "title": for_markdown(title_of(repository)),
+        "model": quoted(repository or "."),
         "where": "" if repository else ", in the folder of this card",
         "code": (
             "The code of this repository is run: pin what you have read with `revision=`."
@@ -220,15 +220,20 @@ def make_card(facts: dict, repository: str | None = None) -> str:
         "and_one_mask": " and one mask" if masks else "",
         "printed": 'answer["phrase"], answer["box"]' + (', answer["mask"]' if masks else ""),
         "num_parameters": f"{facts['num_parameters'] / 1e6:.3g}",
-        "backbone": backbone.get("backbone") or backbone["model_type"],
-        "text_model": text_model,
-        "questions": ", ".join(json.dumps(text, ensure_ascii=False) for text in texts),
+        "backbone": for_markdown(backbone.get("backbone") or backbone["model_type"]),
+        "text_model": for_markdown(text_model),
+        "questions": ", ".join(map(quoted, texts)),
         "training": describe_training(facts),
         "results": describe_results(facts),
         "answers": ANSWERS if facts["has_pictures"] else "",
         "licence": describe_licence(facts),
     }
     return str(ModelCard(TEMPLATE.format(**values)))
+
+
+def quoted(text: str) -> str:
+    """Return a text as Python and JSON spell it, with escapes for what is invisible."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def title_of(repository: str | None) -> str:
@@ -310,7 +315,8 @@ def describe_training(facts: dict) -> str:
     recipe, origin = facts["recipe"], facts["origin"]
     if origin:
         lines = [
-            f"Converted from the published checkpoint `{origin['converted_from']}` (SHA-256 `{origin['sha256']}`) of "
+            f"Converted from the published checkpoint {for_code(origin['converted_from'])} (SHA-256 "
+            f"{for_code(origin['sha256'])}) of "
             "[the authors' code](https://github.com/ubc-vision/RefTR), and not trained further.",
             *leak_warnings({"dataset": "refcoco_unc", "init_from": origin["converted_from"]}),
         ]
@@ -319,14 +325,16 @@ def describe_training(facts: dict) -> str:
         return "Nothing is written in this folder about its training."
     length = f"{recipe['max_steps']} updates" if recipe["max_steps"] else f"{recipe['num_epochs']} epochs"
     size = f"pictures of {recipe['image_size']} pixels, " if recipe.get("image_size") else ""
+    changes = for_markdown("; ".join(facts["changes"]))
     lines = [
-        f"Trained on {pretty_name(recipe['dataset'])} (`{recipe['dataset']}`, split `{recipe['train_split']}`) for "
+        f"Trained on {for_markdown(pretty_name(recipe['dataset']))} ({for_code(recipe['dataset'])}, split "
+        f"{for_code(recipe['train_split'])}) for "
         f"{length}, {size}{recipe['batch_size']} "
         f"{'pictures' if recipe['group_by_image'] else 'sentences'} a process and step, peak learning rate "
-        f"{recipe['learning_rate']:g}; the best by the split `{recipe['validation_split']}` was kept. "
+        f"{recipe['learning_rate']:g}; the best by the split {for_code(recipe['validation_split'])} was kept. "
         "[recipe.yaml](recipe.yaml) has all settings, for `train_reftr.py`.",
         f"It started from {describe_start(recipe)}.",
-        *([f"Settings were changed while it ran: {'; '.join(facts['changes'])}."] if facts["changes"] else []),
+        *([f"Settings were changed while it ran: {changes}."] if changes else []),
         *leak_warnings(recipe),
     ]
     return "\n\n".join(lines)
@@ -335,14 +343,14 @@ def describe_training(facts: dict) -> str:
 def describe_start(recipe: dict) -> str:
     """Where the weights of a run came from, in its order of precedence."""
     if recipe.get("init_from"):
-        return f"the RefTR `{recipe['init_from']}`"
+        return f"the RefTR {for_code(recipe['init_from'])}"
     starts = []
     if recipe.get("init_detr"):
-        starts.append(f"image backbone and encoder of the DETR `{recipe['init_detr']}`")
+        starts.append(f"image backbone and encoder of the DETR {for_code(recipe['init_detr'])}")
     if recipe.get("init_backbone"):
-        starts.append(f"the image backbone `{recipe['init_backbone']}`")
+        starts.append(f"the image backbone {for_code(recipe['init_backbone'])}")
     if recipe.get("init_text"):
-        starts.append(f"the text encoder `{recipe['init_text']}`")
+        starts.append(f"the text encoder {for_code(recipe['init_text'])}")
     return " and ".join(starts) or "random weights"
 
 
@@ -371,7 +379,9 @@ def describe_results(facts: dict) -> str:
     if metrics:
         size, trained_at = metrics.get("image_size"), facts["recipe"].get("image_size")
         at = f", images of {size} pixels" if size and size != trained_at else ""
-        return "\n".join([f"On {pretty_name(metrics['dataset'])}{at}:", "", *format_results(metrics, "###")])
+        return "\n".join(
+            [f"On {for_markdown(pretty_name(metrics['dataset']))}{at}:", "", *format_results(metrics, "###")]
+        )
     if validation:
         figures = {name.split("/")[1]: value for name, value in validation.items() if "/" in name}
         named = ", ".join(f"{METRICS[name]} {figures[name]:.3f}" for name in METRICS if name in figures)

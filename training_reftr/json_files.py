@@ -37,7 +37,7 @@ def parse_object(content: bytes) -> dict:
         ValueError: if it is not one, with the reason.
     """
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8-sig"))
     except RecursionError as error:
         raise ValueError("its values are nested too deeply") from error
     if not isinstance(value, dict):

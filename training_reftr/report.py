@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from data_scripts.building import LEFT_OUT, describe_reported, is_degenerate
 from data_scripts.masks import is_empty
 from data_scripts.reports import read_build_report
+from modeling_reftr.escaping import for_code, for_markdown
 from training_reftr.data import EvaluationData
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
@@ -232,7 +233,7 @@ def prediction(split: str, record: dict) -> dict:
 
 def format_report(metrics: dict) -> str:
     """`report.md`: tables of every split, and what one must know to compare them."""
-    head = [f"# {metrics['dataset']}", "", f"Model: `{metrics['model']}`.", ""]
+    head = [f"# {for_markdown(metrics['dataset'])}", "", f"Model: {for_code(metrics['model'])}.", ""]
     return "\n".join([*head, *format_results(metrics, "##")]) + "\n"
 
 
@@ -255,7 +256,7 @@ def format_results(metrics: dict, heading: str) -> list[str]:
         lines += ["", BATCHINGS[metrics["evaluation_batching"]].format(metrics["evaluation_batch_size"])]
     lines += format_comparison(metrics, heading)
     for name, values in metrics["splits"].items():
-        lines += ["", f"{heading} {name}"]
+        lines += ["", f"{heading} {for_markdown(name)}"]
         entries = {"all phrases": values, **values["per_kind"]}
         with_controls = entries | {label: values[key] for key, label in CONTROLS.items() if key in values}
         missing = [label for key, label in CONTROLS.items() if key not in values]
@@ -287,7 +288,7 @@ def format_targets(values: dict) -> list[str]:
         reasons = {"expressions of the annotations": values["num_left_out"]}
     if reasons:
         sentences.append(
-            f"Not evaluated: the dataset {describe_reported(LEFT_OUT, reasons)}. "
+            f"Not evaluated: the dataset {for_markdown(describe_reported(LEFT_OUT, reasons))}. "
             + ("" if values["integer_boxes"] else "The published evaluation counts boxes without extent as misses.")
         )
     if count := values.get("num_without_extent"):
@@ -308,7 +309,7 @@ def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[st
     for label, values in entries.items():
         if columns.keys() <= values.keys():
             cells = [str(values[key]) if "num" in key else f"{values[key]:.3f}" for key in columns]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+            lines.append(f"| {for_markdown(label)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -319,7 +320,7 @@ def format_comparison(metrics: dict, heading: str) -> list[str]:
         for result in comparable_results(metrics["dataset"], split):
             if result.metric in values:
                 lines.append(
-                    f"| {split} | {METRIC_NAMES[result.metric]} | {100 * values[result.metric]:.2f} "
+                    f"| {for_markdown(split)} | {METRIC_NAMES[result.metric]} | {100 * values[result.metric]:.2f} "
                     f"| {result.figures[split]:.2f} | {result.model}, {result.backbone}, pre-training: "
                     f"{result.pre_training} | {result.source}{'' if result.confirmed else ' (not confirmed)'} |"
                 )
