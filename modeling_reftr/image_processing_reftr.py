@@ -29,6 +29,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .configuration_reftr import AUTO_MAP
 from .decoding_reftr import check_format, is_undecoded, open_file, without_decoding
 from .fetching_reftr import MAX_BYTES, fetch
 from .inputs_reftr import is_sequence, to_list, to_sizes, to_threshold, warn_about_joined_expressions
@@ -567,17 +568,26 @@ def check_size(size: SizeDict, name: str):
         )
 
 
-def check_numbers(values, name: str, is_positive: bool = False):
+def check_numbers(values, name: str, num_channels: tuple[int, ...] = (3,), is_positive: bool = False):
     """
-    Refuse a setting that is not a number, or one for each of three channels.
+    Refuse a setting that is neither a number nor one for each channel.
+
+    Args:
+        values: the setting.
+        name (`str`): what it is called, for messages.
+        num_channels (`tuple[int]`, *optional*, defaults to `(3,)`): how many channels an image may have.
+        is_positive (`bool`, *optional*, defaults to `False`): whether the numbers must be positive.
 
     Raises:
         ValueError: if it is something else, a number is not finite, or is not positive and has to be.
     """
     numbers = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values]
     is_real = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
-    if not is_real or len(numbers) not in (1, 3) or not all(abs(number) < 1e30 for number in numbers):
-        raise ValueError(f"{name}={str(values)[:200]!r} must be a finite number, or three of them.")
+    if not is_real or len(numbers) not in (1, *num_channels) or not all(abs(number) < 1e30 for number in numbers):
+        raise ValueError(
+            f"{name}={str(values)[:200]!r} must be a finite number, or one for each of "
+            f"{' or '.join(map(str, num_channels))} channels."
+        )
     if is_positive and min(numbers) <= 0:
         raise ValueError(f"{name}={str(values)[:200]} must be positive.")
 
@@ -717,6 +727,8 @@ class RefTRImageProcessor(TorchvisionBackend):
             if callable(own) or isinstance(own, property) or name.startswith("__"):
                 raise ValueError(f"{name[:200]!r} is not a setting of an image processor, but part of its code.")
         super().__init__(**kwargs)
+        # saving a processor writes both here: with them from the start, saving does not change the object
+        self.auto_map = {name: AUTO_MAP[name] for name in ("AutoImageProcessor", "AutoProcessor")}
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         """
@@ -736,9 +748,11 @@ class RefTRImageProcessor(TorchvisionBackend):
         divisor = kwargs.get("size_divisor")
         if divisor is not None and (not isinstance(divisor, Integral) or isinstance(divisor, bool) or divisor < 1):
             raise ValueError(f"size_divisor={str(divisor)[:200]} must be at least 1, a whole number of pixels.")
+        # without the conversion to RGB an image may keep its opacity
+        num_channels = (3, 4) if kwargs.get("do_convert_rgb") is False else (3,)
         for name in ("image_mean", "image_std", "rescale_factor"):
             if kwargs.get(name) is not None:
-                check_numbers(kwargs[name], name, is_positive=name != "image_mean")
+                check_numbers(kwargs[name], name, num_channels, is_positive=name == "image_std")
         if kwargs.get("device") is not None:
             try:
                 torch.device(kwargs["device"])

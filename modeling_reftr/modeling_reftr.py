@@ -14,7 +14,11 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import load_backbone
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithCrossAttentions,
+    BaseModelOutputWithPooling,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, is_timm_available, requires_backends
@@ -41,15 +45,21 @@ if is_timm_available():
 
 
 @dataclass
-class RefTRImageFeatures(ModelOutput):
+class RefTRImageFeatures(BaseModelOutputWithPooling):
     """
-    What the model keeps of each image, before any word is read.
+    Image features that do not depend on the text.
 
     Args:
+        last_hidden_state (`torch.Tensor` of shape `(I, h * w, channels)`):
+            The backbone's last feature map as a sequence of image tokens.
+        pooler_output (`torch.Tensor` of shape `(I, h * w, d)`):
+            The same projected to the model's width, which the encoder reads.
+        hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
+            The backbone's hidden states; of a timm backbone, its feature maps.
+        attentions (`tuple[torch.Tensor]`, *optional*, with `output_attentions=True`):
+            The backbone's attention weights; of a timm backbone, none.
         feature_maps (`tuple[torch.Tensor]`):
             The backbone's feature maps, each (I, channels, height, width).
-        image_features (`torch.Tensor` of shape `(I, h * w, d)`):
-            The last feature map projected to the model's width.
         image_position_embeddings (`torch.Tensor` of shape `(I, h * w, d)`):
             Positions of the image tokens, without the level and token-type embeddings.
         image_mask (`torch.Tensor` of shape `(I, h * w)`):
@@ -59,7 +69,6 @@ class RefTRImageFeatures(ModelOutput):
     """
 
     feature_maps: tuple[torch.Tensor, ...] | None = None
-    image_features: torch.Tensor | None = None
     image_position_embeddings: torch.Tensor | None = None
     image_mask: torch.Tensor | None = None
     pixel_mask: torch.Tensor | None = None
@@ -859,9 +868,10 @@ class RefTRModel(RefTRPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): normalised pictures, padded bottom and right.
             pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): 1 for the picture, 0 for padding.
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): see `ModelOutput`.
 
         Returns:
-            [`RefTRImageFeatures`]
+            [`RefTRImageFeatures`], or a tuple with `return_dict=False`.
 
         Raises:
             ValueError: if the shapes do not fit together.
@@ -877,16 +887,28 @@ class RefTRModel(RefTRPreTrainedModel):
                 f"pixel_mask {tuple(pixel_mask.shape)} does not fit pixel_values {tuple(pixel_values.shape)}: it must "
                 "be (images, height, width)."
             )
-        # its feature maps alone: a configuration may ask every part for more, which timm's backbones cannot give
-        feature_maps = self.backbone(
-            pixel_values.to(self.dtype), output_attentions=False, output_hidden_states=False
-        ).feature_maps
+        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        # timm's wrapper raises when asked for attentions, and changes itself during a call that asks for hidden states
+        is_timm = hasattr(self.backbone, "_backbone")
+        outputs = self.backbone(
+            pixel_values.to(self.dtype),
+            output_hidden_states=wants_states and not is_timm,
+            output_attentions=wants_attentions and not is_timm,
+        )
+        feature_maps, hidden_states, attentions = outputs.feature_maps, outputs.hidden_states, outputs.attentions
+        if is_timm:
+            hidden_states = feature_maps if wants_states else None
+            attentions = () if wants_attentions else None
         projected = self.image_projection(feature_maps[-1])
         mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=projected.shape[-2:], mode="nearest")
         mask = mask[:, 0].bool()
         return RefTRImageFeatures(
+            last_hidden_state=feature_maps[-1].flatten(2).transpose(1, 2),
+            pooler_output=projected.flatten(2).transpose(1, 2),
+            hidden_states=hidden_states,
+            attentions=attentions,
             feature_maps=feature_maps,
-            image_features=projected.flatten(2).transpose(1, 2),
             image_position_embeddings=self.image_position_embedding(mask),
             image_mask=mask.flatten(1),
             pixel_mask=pixel_mask,
@@ -1007,10 +1029,19 @@ class RefTRModel(RefTRPreTrainedModel):
             raise ValueError("RefTR looks at pictures: give either pixel_values or image_features.")
         if pixel_values is None and pixel_mask is not None:
             raise ValueError("pixel_mask belongs to pixel_values; image_features hold the one they were made with.")
+        if not isinstance(image_features, RefTRImageFeatures | None):
+            raise ValueError(
+                f"`image_features` must be what `get_image_features(..., return_dict=True)` returns, got "
+                f"{type(image_features).__name__}."
+            )
         # the backbones: images once each, sentences once each
-        image = image_features or self.get_image_features(pixel_values, pixel_mask, return_dict=True)
+        image = image_features
+        if image is None:
+            image = self.get_image_features(
+                pixel_values, pixel_mask, output_hidden_states=False, output_attentions=False, return_dict=True
+            )
         self._check_text_shapes(
-            image.image_features.shape[0],
+            image.pooler_output.shape[0],
             input_ids,
             attention_mask,
             image_index,
@@ -1026,7 +1057,7 @@ class RefTRModel(RefTRPreTrainedModel):
         # `device_map` may have spread the parts: what they give is brought to where the inputs are
         device = input_ids.device
         text_type, image_type = self.token_type_embeddings(torch.arange(2, device=device)).to(device)
-        image_features, image_mask = image.image_features.to(device), image.image_mask
+        image_features, image_mask = image.pooler_output.to(device), image.image_mask
         # a parameter of this module itself is read in this forward alone: offloading brings it for that time
         image_positions = image.image_position_embeddings.to(device) + (self.level_embedding + image_type)
         image_positions = image_positions.to(image_features.dtype)
@@ -1095,7 +1126,7 @@ class RefTRModel(RefTRPreTrainedModel):
             phrase_places=phrase_places,
             encoder_last_hidden_state=memory,
             feature_maps=image.feature_maps,
-            image_features=image.image_features,
+            image_features=image.pooler_output,
             image_mask=image.image_mask,
             pixel_mask=image.pixel_mask,
             image_index=image_index,

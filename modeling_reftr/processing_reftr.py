@@ -12,6 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from .configuration_reftr import AUTO_MAP
 from .decoding_reftr import is_undecoded, without_decoding
 from .image_processing_reftr import check_picture, open_undecoded
 from .inputs_reftr import is_sequence, nesting_depth, to_list, warn_about_joined_expressions
@@ -85,6 +86,7 @@ class RefTRProcessor(ProcessorMixin):
             tokenizer.init_kwargs.pop("auto_map", None)
         leave_text_whole(tokenizer)
         super().__init__(image_processor, tokenizer)
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
     def __call__(
         self,
@@ -94,8 +96,6 @@ class RefTRProcessor(ProcessorMixin):
         boxes=None,
         masks=None,
         annotated_sizes=None,
-        padding=None,
-        return_tensors="pt",
         **kwargs,
     ) -> BatchFeature:
         """
@@ -147,11 +147,9 @@ class RefTRProcessor(ProcessorMixin):
                 is not in its sentence, or a box is empty, inverted, not a number or outside its image.
             OSError: if a file is missing or is not an image.
         """
-        if padding is not None:
-            kwargs["padding"] = padding
         kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_kwargs, text_kwargs = kwargs["images_kwargs"], kwargs["text_kwargs"]
-        return_tensors = image_kwargs.pop("return_tensors", return_tensors)
+        return_tensors = image_kwargs.pop("return_tensors", "pt")
         max_length = text_kwargs.pop("max_length", None)
         padding = text_kwargs.pop("padding", None) or "longest"
         if padding not in ("longest", "max_length", True):

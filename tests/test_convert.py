@@ -190,8 +190,8 @@ def test_unfrozen_batch_norm_takes_the_same_weights(case):
     frozen = golden_model(case)
     picture = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(
-        model.model.get_image_features(picture).image_features,
-        frozen.model.get_image_features(picture).image_features,
+        model.model.get_image_features(picture).pooler_output,
+        frozen.model.get_image_features(picture).pooler_output,
         atol=1e-5,
         rtol=1e-5,
     )

@@ -160,10 +160,10 @@ def test_frozen_batch_norm_never_trains(processor, shapes, make_model, frozen):
     model = make_model(backbone_config=backbone, freeze_backbone_batch_norm=frozen)
     inputs = single_inputs(processor, shapes)
     before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name or ".bn" in name}
-    evaluated = model.model.get_image_features(inputs["pixel_values"]).image_features
+    evaluated = model.model.get_image_features(inputs["pixel_values"]).pooler_output
     model.train()
     model.model.backbone.train()
-    trained = model.model.get_image_features(inputs["pixel_values"]).image_features
+    trained = model.model.get_image_features(inputs["pixel_values"]).pooler_output
     boxes = torch.rand(len(inputs["input_ids"]), 1, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(**inputs, labels=[{"boxes": box} for box in boxes]).loss.backward()

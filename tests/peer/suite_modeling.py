@@ -37,6 +37,9 @@ class RefTRModelTester:
         self.num_image_tokens = (self.image_size // 8) ** 2
         self.vocab_size = 99
         self.is_training = True
+        # timm: the feature maps asked for, and convolutions have no attention
+        self.num_backbone_hidden_states = 4
+        self.num_backbone_attentions = 0
         # what the suite asks about shapes
         self.hidden_size = 32
         self.num_hidden_layers = 2
@@ -44,13 +47,18 @@ class RefTRModelTester:
         self.encoder_seq_length = self.seq_length + self.num_image_tokens
         self.decoder_seq_length = self.num_phrases
 
+    def get_backbone_config(self):
+        # the suite reads the width of the last feature map from `hidden_size`
+        return {
+            "backbone": "test_efficientnet_gn",
+            "out_indices": [1, 2, 3, 4],
+            "output_stride": 8,
+            "hidden_size": 64,
+        }
+
     def get_config(self):
         return RefTRConfig(
-            backbone_config={
-                "backbone": "test_efficientnet_gn",
-                "out_indices": [1, 2, 3, 4],
-                "output_stride": 8,
-            },
+            backbone_config=self.get_backbone_config(),
             text_config={
                 "model_type": "bert",
                 "vocab_size": self.vocab_size,
@@ -157,15 +165,6 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
         with unittest.mock.patch.object(type(self), "all_model_classes", classes):
             super().test_model_outputs_equivalence()
 
-    def test_resize_tokens_embeddings(self):
-        """The suite shrinks the vocabulary, and brings `input_ids` alone inside of it."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        inputs = {name: value for name, value in inputs.items() if not name.startswith("phrase_")}
-        with unittest.mock.patch.object(
-            self.model_tester, "prepare_config_and_inputs_for_common", return_value=(config, inputs)
-        ):
-            super().test_resize_tokens_embeddings()
-
     def test_attention_outputs(self):
         """The suite counts the outputs of a translation model; as in DETR's own tests, the shapes are looked at."""
         tester = self.model_tester
@@ -190,19 +189,11 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
                 for name, shape in expected.items():
                     assert [tuple(weights.shape) for weights in outputs[name]] == [shape] * layers, name
 
-    @unittest.skip("RefTR's image features are what its forward takes back, not a vision tower's output.")
-    def test_get_image_features_output_0(self):
-        """Of `parameterized`, as the two after it."""
+    def _image_features_get_expected_num_attentions(self, model_tester=None):
+        return self.model_tester.num_backbone_attentions
 
-    test_get_image_features_output_1 = test_get_image_features_output_2 = test_get_image_features_output_0
-
-    @unittest.skip("The image backbone is convolutions.")
-    def test_get_image_features_attentions(self):
-        pass
-
-    @unittest.skip("Feature maps are asked for by the backbone's configuration.")
-    def test_get_image_features_hidden_states(self):
-        pass
+    def _image_features_get_expected_num_hidden_states(self, model_tester=None):
+        return self.model_tester.num_backbone_hidden_states
 
     def test_config(self):
         self.config_tester.run_common_tests()
@@ -216,3 +207,31 @@ class RefTRWithMasksModelTest(RefTRModelTest):
     def setUp(self):
         super().setUp()
         self.model_tester.predict_masks = True
+
+
+class VisionTransformerTester(RefTRModelTester):
+    """The same with a backbone of attention, one of the library's own."""
+
+    def __init__(self, parent):
+        super().__init__(parent)
+        self.num_backbone_hidden_states = 3
+        self.num_backbone_attentions = 2
+
+    def get_backbone_config(self):
+        return {
+            "model_type": "vitdet",
+            "image_size": self.image_size,
+            "patch_size": 8,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "out_indices": [2],
+        }
+
+
+class RefTRWithVisionTransformerTest(RefTRModelTest):
+    """The same, with a backbone of attention."""
+
+    def setUp(self):
+        super().setUp()
+        self.model_tester = VisionTransformerTester(self)

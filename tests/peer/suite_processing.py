@@ -46,19 +46,3 @@ class RefTRProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     @classmethod
     def _setup_tokenizer(cls):
         return train_tokenizer(["lower newer", "upper older longer string"], max_length=200)
-
-    @unittest.skip("return_tensors has the default 'pt', because the model takes nothing else")
-    def test_call_arguments_default_none(self):
-        pass
-
-    @unittest.skip("padding and return_tensors are in the call's signature, where they are documented")
-    def test_call_arguments_not_in_processor_kwargs(self):
-        pass
-
-    @unittest.skip("outside of the library, a saved processor says where its code is, and a new one does not")
-    def test_processor_from_and_save_pretrained(self):
-        pass
-
-    @unittest.skip("outside of the library, a saved processor says where its code is, and a new one does not")
-    def test_processor_from_and_save_pretrained_as_nested_dict(self):
-        pass
