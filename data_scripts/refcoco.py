@@ -37,8 +37,10 @@ from .building import (
     listing,
     whole_box,
 )
+from .kinds import LIST, TEXT, WHOLE, WHOLE_OR_ABSENT, WORDS, check_fields, check_list, is_list
 from .masks import encode_array, encode_counts, is_empty, resize_to_nearest, to_segmentation
-from .reading import Frame, check_texts, has_words, image_of, is_number, read_json, read_pickle
+from .quoting import quote
+from .reading import Frame, check_text, has_words, image_of, is_inside, is_number, read_json, read_pickle
 from .schema import FEATURES
 
 
@@ -114,7 +116,9 @@ class RefCoco(GroundingBuilder):
         self.need_files(files, ANNOTATIONS)
         instances_file, refs_file = files
         refs = read_refs(refs_file)
-        images, annotations, categories = read_instances(instances_file, {ref["ann_id"] for ref in refs})
+        images, annotations, categories = read_instances(
+            instances_file, {ref["ann_id"] for ref in refs}, with_file_names=self.picture_source == "saiapr"
+        )
         needed = {ref["image_id"] for ref in refs}
         unknown = sorted(needed - images.keys())
         if unknown:
@@ -293,22 +297,39 @@ class RefCoco(GroundingBuilder):
         }
 
 
-def read_instances(path: Path, annotation_ids: set[int]) -> tuple[dict, dict, dict]:
-    """`instances.json` as (images by id, those annotations by id, category names by id)."""
-    instances = read_json(path)
-    try:
-        for category in instances["categories"]:
-            check_texts(category["name"], f"{str(path)!r}, the name of category {category['id']}")
-        return (
-            {image["id"]: image for image in instances["images"]},
-            {item["id"]: item for item in instances["annotations"] if item["id"] in annotation_ids},
-            {category["id"]: category["name"] for category in instances["categories"]},
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no instances.json of the refer API: it should hold images, annotations and categories "
-            f"with their ids ({type(error).__name__}: {error})."
-        ) from error
+def read_instances(
+    path: Path, annotation_ids: set[int], with_file_names: bool = False
+) -> tuple[dict[int, dict], dict[int, dict], dict[int, str]]:
+    """
+    Return images by id, annotations by id, and names of categories by id of an `instances.json`.
+
+    Args:
+        path (`Path`): the file.
+        annotation_ids (`set[int]`): the annotations that are wanted.
+        with_file_names (`bool`, *optional*, defaults to `False`): whether images are found by their `file_name`.
+
+    Raises:
+        OSError: if the file is missing or damaged.
+        ValueError: if a value that is read is of another kind, or a file name leads out of its folder.
+    """
+    instances, where = read_json(path), f"{str(path)!r}"
+    check_fields(instances, dict.fromkeys(("images", "annotations", "categories"), LIST), where)
+    image_kinds = {"id": WHOLE, **({"file_name": WORDS} if with_file_names else {})}
+    for number, image in enumerate(instances["images"]):
+        check_fields(image, image_kinds, f"{where}, image {number}")
+        if with_file_names and not is_inside(image["file_name"]):
+            raise ValueError(f"{where}, image {number} has a file_name outside of its folder: {quote(image)}.")
+    for number, category in enumerate(instances["categories"]):
+        check_fields(category, {"id": WHOLE, "name": TEXT}, f"{where}, category {number}")
+        check_text(category["name"], f"{where}, the name of category {category['id']}")
+    annotations = {}
+    for number, item in enumerate(instances["annotations"]):
+        check_fields(item, {"id": WHOLE}, f"{where}, annotation {number}")
+        if item["id"] in annotation_ids:
+            check_fields(item, {"category_id": WHOLE_OR_ABSENT}, f"{where}, annotation {number}")
+            annotations[item["id"]] = item
+    images = {image["id"]: image for image in instances["images"]}
+    return images, annotations, {category["id"]: category["name"] for category in instances["categories"]}
 
 
 def read_refs(path: Path) -> list[dict]:
@@ -319,16 +340,20 @@ def read_refs(path: Path) -> list[dict]:
         OSError: if the file is missing or damaged.
         ValueError: if it holds anything but references.
     """
-    refs = read_pickle(path)
-    needed = {"ann_id", "image_id", "split", "sentences"}
-    if not isinstance(refs, list) or not all(
-        isinstance(ref, dict) and needed <= ref.keys() and isinstance(ref["split"], str) for ref in refs
-    ):
-        raise ValueError(f"{str(path)!r} is no refs(...).p of the refer API: a list of dicts with {sorted(needed)}.")
-    for number, ref in enumerate(refs):
-        read = {name: ref[name] for name in ("split", "ann_id", "image_id")}
-        read["sentences"] = [(sentence.get("sent"), sentence.get("sent_id")) for sentence in ref["sentences"]]
-        check_texts(read, f"{str(path)!r}, reference {number}")
+    refs, where = read_pickle(path), f"{str(path)!r}"
+    for number, ref in enumerate(check_list(refs, where)):
+        place = f"{where}, reference {number}"
+        if isinstance(ref, dict) and is_list(ref.get("ann_id")):
+            raise ValueError(
+                f"{place} names the objects {quote(ref['ann_id'])}; expected one object. References to none or several "
+                "are gRefCOCO's, which this dataset does not read."
+            )
+        check_fields(ref, {"ann_id": WHOLE, "image_id": WHOLE, "split": WORDS, "sentences": LIST}, place)
+        check_text(ref["split"], f"{place}.split")
+        for index, sentence in enumerate(ref["sentences"]):
+            check_fields(sentence, {"sent_id": WHOLE}, f"{place}, sentence {index}")
+            if isinstance(sentence.get("sent"), str):  # others are counted as expressions without words
+                check_text(sentence["sent"], f"{place}.sentences[{index}].sent")
     return refs
 
 

@@ -26,6 +26,7 @@ import datasets
 from datasets.utils import tqdm
 
 from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprint
+from .kinds import LIST, WHOLE, WHOLE_OR_NONE, check_fields, check_list
 from .masks import box_of
 from .reading import check_text, has_words, image_of, read_json
 from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
@@ -107,13 +108,9 @@ class VisualGenome(GroundingBuilder):
         spans = {}  # image id -> (first byte, number of bytes) in region_descriptions.json
         holders = ", ".join([*config.exclude, *([config.held_out_file] if config.held_out_file else [])])
         for start, length, entry in tqdm(scan_list(regions_file), desc="Reading the regions", unit=" images"):
-            if not isinstance(entry.get("regions"), list):
-                raise ValueError(
-                    f"{str(regions_file)!r} is no region_descriptions.json of Visual Genome: a list of images with id "
-                    f"and regions, not with {sorted(entry)}."
-                )
-            image = images.get(entry.get("id"))
-            described.add(entry.get("id"))
+            check_fields(entry, {"id": WHOLE, "regions": LIST}, f"{str(regions_file)!r}, the image at byte {start}")
+            image = images.get(entry["id"])
+            described.add(entry["id"])
             if image is None:
                 dropped["images that image_data.json lacks"] += 1
             elif image["coco_id"] in held_out:
@@ -205,7 +202,8 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
     if scale != (1.0, 1.0):
         changed["pictures have another size than annotated, boxes are scaled to it"] += 1
     objects, sentences = [], []
-    for region in regions:
+    for number, region in enumerate(regions):
+        check_fields(region, {"region_id": WHOLE}, f"region {number}")
         if not has_words(region.get("phrase")):
             dropped["regions without words"] += 1
             continue
@@ -235,21 +233,23 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
 
 
 def read_images(path: Path) -> dict[int, dict]:
-    """`image_data.json` by image id."""
-    try:
-        return {
-            image["image_id"]: {
-                "width": image["width"],
-                "height": image["height"],
-                "coco_id": None if image["coco_id"] is None else int(image["coco_id"]),
-            }
-            for image in read_json(path)
+    """
+    Return `image_data.json` by image id.
+
+    Raises:
+        OSError: if the file is missing or damaged.
+        ValueError: if it is not a list of images with ids.
+    """
+    where = f"{str(path)!r}"
+    images = {}
+    for number, image in enumerate(check_list(read_json(path), where)):
+        check_fields(image, {"image_id": WHOLE, "coco_id": WHOLE_OR_NONE}, f"{where}, image {number}")
+        images[image["image_id"]] = {
+            "width": image.get("width"),
+            "height": image.get("height"),
+            "coco_id": image["coco_id"],
         }
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no image_data.json of Visual Genome: a list of images with image_id, width, height and "
-            f"coco_id ({type(error).__name__}: {error})."
-        ) from error
+    return images
 
 
 def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[int, int, dict]]:

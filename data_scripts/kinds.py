@@ -1,0 +1,71 @@
+"""Kinds of values in the annotation files of others, checked where a file is read."""
+
+from collections.abc import Callable
+
+from .quoting import quote
+
+
+Kind = tuple[str, Callable]
+MISSING = object()
+
+
+def is_whole(value) -> bool:
+    """Return whether it is a whole number of 64 bits, and not true or false."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_list(value) -> bool:
+    """Return whether it is a list or a tuple."""
+    return isinstance(value, list | tuple)
+
+
+# what a value is to be, in words, and whether it is
+WHOLE: Kind = ("a whole number", is_whole)
+WHOLE_OR_NONE: Kind = ("a whole number or null", lambda value: value is None or is_whole(value))
+WHOLE_OR_ABSENT: Kind = ("a whole number", lambda value: value is None or value is MISSING or is_whole(value))
+TEXT: Kind = ("text", lambda value: isinstance(value, str))
+WORDS: Kind = ("text that is not blank", lambda value: isinstance(value, str) and bool(value.strip()))
+LIST: Kind = ("a list", is_list)
+
+
+def check_fields(record, kinds: dict[str, Kind], where: str):
+    """
+    Check the fields of a record that are read; others may be anything.
+
+    Args:
+        record: what stands in the file.
+        kinds (`dict[str, Kind]`): field -> what its value must be.
+        where (`str`): the file and the place in it, to begin the message with.
+
+    Raises:
+        ValueError: if it is not an object, lacks a field, or a value is of another kind, naming the first.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.kinds import WHOLE, check_fields
+
+    >>> check_fields({"id": [7]}, {"id": WHOLE}, "'instances.json', image 0")
+    Traceback (most recent call last):
+    ValueError: 'instances.json', image 0 has id=[7]; expected a whole number.
+
+    ```"""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {quote(record)}; expected an object with {', '.join(kinds)}.")
+    for name, (expected, is_right) in kinds.items():
+        value = record.get(name, MISSING)
+        if not is_right(value):
+            found = f"no {name}" if value is MISSING else f"{name}={quote(value)}"
+            raise ValueError(f"{where} has {found}; expected {expected}.")
+
+
+def check_list(value, where: str) -> list:
+    """
+    Return a list as it is.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if not is_list(value):
+        raise ValueError(f"{where} is {quote(value)}; expected a list.")
+    return value
