@@ -21,8 +21,11 @@ def is_list(value) -> bool:
 
 # what a value is to be, in words, and whether it is
 WHOLE: Kind = ("a whole number", is_whole)
-WHOLE_OR_NONE: Kind = ("a whole number or null", lambda value: value is None or is_whole(value))
 WHOLE_OR_ABSENT: Kind = ("a whole number", lambda value: value is None or value is MISSING or is_whole(value))
+DIGITS_OR_NONE: Kind = (
+    "a whole number, perhaps as text, or null",
+    lambda value: value is None or is_whole(value) or (isinstance(value, str) and value.isascii() and value.isdigit()),
+)
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
 WORDS: Kind = ("text that is not blank", lambda value: isinstance(value, str) and bool(value.strip()))
 LIST: Kind = ("a list", is_list)

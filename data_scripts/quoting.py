@@ -31,7 +31,7 @@ def quote(value, max_length: int = MAX_LENGTH) -> str:
     >>> for _ in range(30):
     ...     nested = [nested] * 10
     >>> quote(nested, max_length=40)
-    '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[], [], [...'
+    '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[], [],...'
 
     ```"""
     text = ""

@@ -345,8 +345,8 @@ def read_refs(path: Path) -> list[dict]:
         place = f"{where}, reference {number}"
         if isinstance(ref, dict) and is_list(ref.get("ann_id")):
             raise ValueError(
-                f"{place} names the objects {quote(ref['ann_id'])}; expected one object. References to none or several "
-                "are gRefCOCO's, which this dataset does not read."
+                f"{place} names the objects {quote(ref['ann_id'])}; expected one object. References to none or "
+                "several are gRefCOCO's, which this dataset does not read."
             )
         check_fields(ref, {"ann_id": WHOLE, "image_id": WHOLE, "split": WORDS, "sentences": LIST}, place)
         check_text(ref["split"], f"{place}.split")

@@ -26,8 +26,9 @@ import datasets
 from datasets.utils import tqdm
 
 from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprint
-from .kinds import LIST, WHOLE, WHOLE_OR_NONE, check_fields, check_list
+from .kinds import DIGITS_OR_NONE, LIST, WHOLE, check_fields, check_list
 from .masks import box_of
+from .quoting import quote
 from .reading import check_text, has_words, image_of, read_json
 from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
 from .schema import FEATURES
@@ -243,11 +244,11 @@ def read_images(path: Path) -> dict[int, dict]:
     where = f"{str(path)!r}"
     images = {}
     for number, image in enumerate(check_list(read_json(path), where)):
-        check_fields(image, {"image_id": WHOLE, "coco_id": WHOLE_OR_NONE}, f"{where}, image {number}")
+        check_fields(image, {"image_id": WHOLE, "coco_id": DIGITS_OR_NONE}, f"{where}, image {number}")
         images[image["image_id"]] = {
             "width": image.get("width"),
             "height": image.get("height"),
-            "coco_id": image["coco_id"],
+            "coco_id": None if image["coco_id"] is None else int(image["coco_id"]),
         }
     return images
 
@@ -355,7 +356,10 @@ def read_held_out(path: str | Path) -> set[int]:
     content = read_json(path)
     ids = content.get("coco_ids") if isinstance(content, dict) else None
     if not isinstance(ids, list) or not all(type(value) is int for value in ids):
-        raise ValueError(f'{str(path)!r} is no list of held-out pictures: {{"coco_ids": [1, 2, ...]}} was expected.')
+        raise ValueError(
+            f'{str(path)!r} holds {quote(content)} and no list of held-out images: {{"coco_ids": [1, 2, ...]}} was '
+            "expected."
+        )
     return set(ids)
 
 
