@@ -185,6 +185,11 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         """The annotation files (no pictures) that this configuration reads; a folder stands for the files in it."""
         raise NotImplementedError
 
+    def files_of(self, split: str) -> list[Path]:
+        """Return the annotation files that a split is read from."""
+        data_dir = self.config.data_dir
+        return [] if data_dir is None else self.annotation_files(Path(data_dir), self.config.name)
+
     def _info(self):
         return datasets.DatasetInfo(description=inspect.getdoc(type(self)), features=FEATURES)
 

@@ -68,6 +68,10 @@ class Flickr30kEntities(GroundingBuilder):
         names = ("Annotations", "Sentences", *(f"{split}.txt" for split in SPLITS), "UNRELATED_CAPTIONS")
         return [data_dir / name for name in names]
 
+    def files_of(self, split: str) -> list[Path]:
+        """Return the list of a split's images."""
+        return [Path(self.config.data_dir) / f"{split}.txt"]
+
     def _split_generators(self, dl_manager):
         data_dir = Path(self.config.data_dir or "")
         annotations, sentences, *lists, unrelated = self.annotation_files(data_dir, self.config.name)

@@ -113,6 +113,10 @@ class JsonLines(GroundingBuilder):
         """The .jsonl files of a folder."""
         return sorted(data_dir.glob("*.jsonl"))
 
+    def files_of(self, split: str) -> list[Path]:
+        """Return the .jsonl files of a split."""
+        return self.split_files.get(split, [])
+
     def _split_generators(self, dl_manager):
         parse_box_format(self.config.box_format)
         if not self.split_files:

@@ -127,7 +127,9 @@ def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | 
     empty = [name for name, info in builder.info.splits.items() if split in (None, name) and not info.num_examples]
     if empty:
         report = format_build_report(read_build_report(builder.cache_dir))
-        raise ValueError(f"Nothing is left in {', '.join(empty)} of {builder.config.name!r}. {report}")
+        files = dict.fromkeys(str(file) for name in empty for file in builder.files_of(name))
+        read_from = f", read from {', '.join(map(repr, files))}" if files else ""
+        raise ValueError(f"Nothing is left in {', '.join(empty)} of {builder.config.name!r}{read_from}. {report}")
 
 
 def _stream_as_stored(rows: datasets.IterableDataset, decode: bool) -> datasets.IterableDataset:

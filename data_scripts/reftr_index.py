@@ -150,6 +150,10 @@ class RefTRIndex(GroundingBuilder):
         """Where the files of this set are and how they are to be read."""
         return INDEXES[self.config.name]
 
+    def files_of(self, split: str) -> list[Path]:
+        """Return the index files of a split."""
+        return [Path(self.config.data_dir) / file for file in self.index.split_files(split)]
+
     def _split_generators(self, dl_manager):
         index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
         self.need_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)

@@ -251,7 +251,8 @@ def test_whole_pixel_boxes_that_are_cut_are_counted(tmp_path):
 def test_a_split_of_which_nothing_is_left_says_why(command, tmp_path):
     make_bad_jsonl(tmp_path / "files")
     (tmp_path / "files" / "test.jsonl").write_text('{"image": 7}\n')
-    expected = r"(?s)Nothing is left in test of 'jsonl'\. .*- test: left out 1 bad lines"
+    read_from = f"read from '{tmp_path}/files/test.jsonl'"
+    expected = rf"(?s)Nothing is left in test of 'jsonl', {read_from}\. .*- test: left out 1 bad lines"
     for _ in range(2):  # from the cache as well
         with pytest.raises(ValueError, match=expected):
             command("build", "jsonl", "--data_dir", tmp_path / "files", "--drop_bad_lines")
@@ -263,3 +264,13 @@ def test_a_split_of_which_nothing_is_left_says_why(command, tmp_path):
 
 def test_an_empty_report_is_one_line():
     assert format_build_report({}) == NOTHING
+
+
+def test_split_without_a_line_is_named_with_its_file(tmp_path):
+    make_jsonl(tmp_path / "files")
+    file = tmp_path / "files" / "validation.jsonl"
+    file.write_text("")
+    settings = {"data_dir": tmp_path / "files", "cache_dir": str(tmp_path / "cache")}
+    for split in (None, "validation"):
+        with pytest.raises(ValueError, match=f"Nothing is left in validation of 'jsonl', read from '{file}'"):
+            data_scripts.load("jsonl", split, **settings)

@@ -37,7 +37,7 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     if args.streaming:
         rows = stream_rows(args)
     elif is_folder(args.dataset):
-        rows = dict(datasets.load_dataset(args.dataset, cache_dir=args.data_cache_dir))
+        rows = load_folder(args)
         refuse_other_boxes(rows, args.dataset)
     elif "," in args.dataset:
         rows = join_sets(args)
@@ -53,6 +53,24 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     if not args.eval_only:
         split_of(rows, args.train_split)
     return rows
+
+
+def load_folder(args) -> dict[str, datasets.Dataset]:
+    """
+    Load the splits of a folder of Parquet files.
+
+    Raises:
+        ValueError: if a split has no rows, which the library does not load, naming its files.
+    """
+    builder = datasets.load_dataset_builder(args.dataset, cache_dir=args.data_cache_dir)
+    builder.download_and_prepare()
+    for name, info in builder.info.splits.items():
+        if not info.num_examples:
+            files = ", ".join(repr(str(file)) for file in builder.config.data_files[name])
+            raise ValueError(
+                f"The split {name!r} of {args.dataset!r} has no rows: {files} is empty. Fill or remove it."
+            )
+    return dict(builder.as_dataset())
 
 
 def refuse_other_boxes(rows: dict, dataset: str):
