@@ -118,7 +118,7 @@ def test_splits_without_rows_are_refused(recipe, folders, shapes, tmp_path):
     words = ("--streaming", "true", "--data_cache_dir", str(tmp_path / "cache"))
     assert_refused(recipe, tmp_path, message, *of_folder(folders["no validation"]), *words)
     cache = ("--data_cache_dir", str(tmp_path / "cache"))
-    message = r"The split 'validation' has no rows: '.*validation\.parquet' is empty\. Fill or remove it\."
+    message = r"The split 'validation' of '.*' has no rows: '.*validation\.parquet' is empty\. Fill or remove it\."
     assert_refused(recipe, tmp_path, message, *of_folder(folders["no validation"]), *cache)
     empty = {**shapes, "train": shapes["train"].select([])}
     with pytest.raises(ValueError, match="train_split='train' of shapes has no rows: there is nothing to learn from"):
