@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .quoting import quote
+
 
 LAYOUTS = ("xyxy", "xywh", "cxcywh")
 UNITS = ("pixels", "fraction", "thousand")
@@ -63,7 +65,7 @@ def parse_box_format(value) -> tuple[str, str]:
     parts = re.split(r"[_\-\s/]+", value.strip().lower()) if isinstance(value, str) else []
     layout, unit = (*parts, "pixels")[:2] if len(parts) in (1, 2) else ("", "")
     if layout not in LAYOUTS or unit not in UNITS:
-        raise ValueError(f"box_format is {value!r}; expected one of {', '.join(BOX_FORMATS)}.")
+        raise ValueError(f"box_format is {quote(value)}; expected one of {', '.join(BOX_FORMATS)}.")
     return layout, unit
 
 

@@ -216,7 +216,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         Raises:
             OSError: with their number and their names (`listing`), and how the authors distribute them.
         """
-        missing = [str(path) for path in paths if not Path(path).is_file()]
+        missing = [str(path) for path in paths if not os.path.isfile(path)]
         if missing:
             raise OSError(
                 f"{len(missing)} {what} of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):"

@@ -23,6 +23,7 @@ from pathlib import Path
 import datasets
 
 from .building import GroundingBuilder, Source, clip_boxes, merge_boxes
+from .quoting import explain, quote
 from .reading import check_text, has_words, image_of, read_frame, read_text
 from .schema import FEATURES
 
@@ -236,7 +237,7 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
         root = ElementTree.fromstring(text)
         size = (int(read_number(root, "size/width")), int(read_number(root, "size/height")))
         if min(size) < 1:
-            raise ValueError(f"its picture has the size {size}")
+            raise ValueError(f"its picture has the size {quote(size)}")
         for item in root.iterfind("object"):
             bound = item.find("bndbox")
             if bound is None:
@@ -247,7 +248,7 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
                 if chain != "0":
                     boxes.setdefault(chain, []).append(box_xyxy)
     except (ElementTree.ParseError, ValueError, OverflowError) as error:
-        raise ValueError(f"{str(path)!r} is no annotation of Flickr30k Entities: {error}.") from error
+        raise ValueError(f"{str(path)!r} is no annotation of Flickr30k Entities: {explain(error)}.") from error
     return size, boxes
 
 
@@ -256,7 +257,10 @@ def read_number(element: ElementTree.Element, tag: str) -> float:
     text = element.findtext(tag)
     if text is None:
         raise ValueError(f"<{element.tag}> has no <{tag}>")
-    return float(text)
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"<{tag}> of <{element.tag}> is {quote(text)}; expected a number") from error
 
 
 def read_image_ids(path: Path) -> list[str]:
@@ -270,7 +274,7 @@ def read_image_ids(path: Path) -> list[str]:
     wrong = [image_id for image_id in image_ids if not re.fullmatch(r"\w+", image_id)]
     wrong += [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if wrong:
-        raise ValueError(f"{str(path)!r}: {wrong[0]!r} is no image id, or is there twice.")
+        raise ValueError(f"{str(path)!r}: {quote(wrong[0])} is no image id, or is there twice.")
     return image_ids
 
 
@@ -287,7 +291,7 @@ def read_unrelated(path: Path) -> set[str]:
         if not line.strip() or line.startswith("#"):
             continue
         if not re.fullmatch(r"\w+\s+\d+\s*", line):
-            raise ValueError(f"{str(path)!r}, line {number}: {line!r} is not an image id and a caption's number.")
+            raise ValueError(f"{str(path)!r}, line {number}: {quote(line)} is not an image id and a caption's number.")
         sentence_ids.add("_".join(("flickr30k", *line.split())))
     return sentence_ids
 

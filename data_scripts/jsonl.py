@@ -30,6 +30,7 @@ them.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ from pycocotools import mask as coco_mask
 from .box_conventions import LIMITS, UNIT_RANGES, judge_splits, parse_box_format, to_boxes_xyxy
 from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
 from .masks import box_of, encode_array, encode_counts, to_segmentation
+from .quoting import explain, quote
 from .reading import (
+    MAX_NAME,
     check_text,
     check_texts,
     has_words,
@@ -104,7 +107,7 @@ class JsonLines(GroundingBuilder):
         self.split_files = {} if data_dir is None and path is None else find_splits(Path(data_dir or ""), path)
         files = [file for files in self.split_files.values() for file in files if file.is_file()]
         image_dir = folder_of_images(data_dir, kwargs.get("image_dir"))
-        masks = [mask for file in files for mask in mask_paths(file, image_dir or file.parent) if mask.is_file()]
+        masks = [mask for file in files for mask in mask_paths(file, image_dir or file.parent)]
         words = {split: [str(file) for file in files] for split, files in self.split_files.items()}
         super().__init__(*args, hash=fingerprint([*files, *masks], hash, words), **kwargs)
 
@@ -140,7 +143,7 @@ class JsonLines(GroundingBuilder):
                     earlier = seen.setdefault(image_id_of(value), place)
                     need(earlier == place, "image", value["image"], f"another picture than in {earlier}")
                     pictures[picture] = None
-                    if picture.is_file():
+                    if os.path.isfile(picture):
                         self._row(path, value, Counter(), written[split])
                     good[split].append((str(path), number, offset))
                 except (OSError, ValueError) as error:
@@ -177,6 +180,7 @@ class JsonLines(GroundingBuilder):
     def _inside(self, path: Path, name, field: str) -> Path:
         """The file that a line of `path` names."""
         need(isinstance(name, str) and name.strip(), field, name, "the path of a file")
+        need(len(name) <= MAX_NAME, field, name, f"the path of a file, of at most {MAX_NAME} characters")
         need("://" not in name, field, name, "the path of a file on this machine; addresses are not fetched")
         allowed = self.config.allow_outside_paths or is_inside(name)
         need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
@@ -200,7 +204,7 @@ class JsonLines(GroundingBuilder):
                     boxes, sizes = written.setdefault((what, written_format), ([], []))
                     boxes += found
                     sizes += [(width, height)] * len(found)
-        image_id, objects, sentences = image_id_of(value), {}, []
+        image_id, objects, places, sentences = image_id_of(value), {}, {}, []
         for index, expression in enumerate(value["expressions"]):
             field = f"expressions[{index}]"
             text, spans = read_expression(expression, field)
@@ -214,8 +218,8 @@ class JsonLines(GroundingBuilder):
                 item = {"box": merge_boxes(kept), "boxes": kept, "category": target.get("category")}
                 key = json.dumps([item, mask])
                 item = {"object_id": f"{image_id}_{len(objects)}", **item, "segmentation": mask}
+                place = places.setdefault(key, len(places))
                 objects.setdefault(key, item)
-                place = list(objects).index(key)
                 phrases.append({"start": start, "end": end, "objects": [place], "types": target.get("types", [])})
             sentences.append({"sentence_id": f"{image_id}_{index}", "text": text, "phrases": phrases})
         row = {"image_id": image_id, "image": image_of(picture.absolute(), frame), "width": width, "height": height}
@@ -251,9 +255,7 @@ NUMBERS = {
 def need(condition, field: str, value, expected: str):
     """Raise a ValueError that names a field, its value and what is expected, unless the condition holds."""
     if not condition:
-        shown = repr(value)
-        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
-        raise ValueError(f"{field} is {shown}; expected {expected}.")
+        raise ValueError(f"{field} is {quote(value)}; expected {expected}.")
 
 
 def find_splits(data_dir: Path, path: str | list | dict | None) -> dict[str, list[Path]]:
@@ -281,7 +283,7 @@ def mask_paths(path: Path, folder: Path) -> list[Path]:
                 paths.append(folder / json.loads(name))
             except ValueError:  # named when the line is read
                 continue
-    return [mask for mask in paths if "\0" not in str(mask)]
+    return [mask for mask in paths if os.path.isfile(mask)]
 
 
 def read_lines(path: Path):
@@ -309,7 +311,7 @@ def parse_line(line: bytes) -> dict:
     try:
         value = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON: {error}.") from error
+        raise ValueError(f"it is no JSON: {explain(error)}.") from error
     need(isinstance(value, dict), "the line", value, '{"image": ..., "expressions": [...]}')
     for name, entry in value.items():
         check_text(name, "the name of a field")
@@ -326,7 +328,7 @@ def known(value: dict, names: tuple[str, ...], field: str):
     """Raise a ValueError for a field that is not one of these."""
     unknown = [name for name in value if name not in names]
     if unknown:
-        raise ValueError(f"{field} has fields that are unknown, {unknown}; expected of {', '.join(names)}.")
+        raise ValueError(f"{field} has fields that are unknown, {quote(unknown)}; expected of {', '.join(names)}.")
 
 
 def image_id_of(value: dict) -> str:
@@ -375,13 +377,13 @@ def find_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
     if "start" in phrase or "end" in phrase:
         start, end = phrase.get("start"), phrase.get("end")
         inside = type(start) is int and type(end) is int and 0 <= start < end <= len(text)
-        need(inside, f"{field}.start, end", (start, end), f"characters of the {len(text)} of {text!r}")
-        need(words in (None, text[start:end]), f"{field}.text", words, f"{text[start:end]!r}, which stands there")
+        need(inside, f"{field}.start, end", (start, end), f"characters of the {len(text)} of {quote(text)}")
+        need(words in (None, text[start:end]), f"{field}.text", words, f"{quote(text[start:end])}, which stands there")
     else:
         need(isinstance(words, str) and words, f"{field}.text", words, "words, or start and end")
         start = text.find(words)
         is_once = start >= 0 and text.find(words, start + 1) < 0
-        need(is_once, f"{field}.text", words, f"words that are once in {text!r}, or start and end")
+        need(is_once, f"{field}.text", words, f"words that are once in {quote(text)}, or start and end")
         end = start + len(words)
     need(has_words(text[start:end]), field, text[start:end], "words")
     return start, end
@@ -494,7 +496,7 @@ def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
 
 def read_mask(path: Path, field: str, height: int, width: int) -> dict:
     """A mask file of one channel as run-length encoding of (height, width)."""
-    need(path.is_file(), field, str(path), "a file that is there")
+    need(os.path.isfile(path), field, str(path), "a file that is there")
     size = picture_size(path)
     need(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the picture")
     with open_file(path) as image:
@@ -503,7 +505,7 @@ def read_mask(path: Path, field: str, height: int, width: int) -> dict:
         try:
             mask = np.asarray(image) != 0
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{field}: {str(path)!r} is damaged: {error}") from error
+            raise ValueError(f"{field}: {str(path)!r} is damaged: {explain(error)}") from error
     return encode_array(mask)
 
 

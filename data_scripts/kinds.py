@@ -1,8 +1,10 @@
 """Kinds of values in the annotation files of others, checked where a file is read."""
 
+import re
 from collections.abc import Callable
 
 from .quoting import quote
+from .reading import is_file_name
 
 
 Kind = tuple[str, Callable]
@@ -24,10 +26,14 @@ WHOLE: Kind = ("a whole number", is_whole)
 WHOLE_OR_ABSENT: Kind = ("a whole number", lambda value: value is None or value is MISSING or is_whole(value))
 DIGITS_OR_NONE: Kind = (
     "a whole number, perhaps as text, or null",
-    lambda value: value is None or is_whole(value) or (isinstance(value, str) and value.isascii() and value.isdigit()),
+    lambda value: value is None or is_whole(value) or (isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value)),
 )
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
-WORDS: Kind = ("text that is not blank", lambda value: isinstance(value, str) and bool(value.strip()))
+SPLIT: Kind = (
+    "the name of a split, of letters, digits and _",
+    lambda value: isinstance(value, str) and re.fullmatch(r"\w{1,50}", value) is not None and value != "all",
+)
+FILE_NAME: Kind = ("the path of a file inside its folder", is_file_name)
 LIST: Kind = ("a list", is_list)
 
 

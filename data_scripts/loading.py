@@ -69,7 +69,13 @@ def load(
             return datasets.IterableDatasetDict({key: _stream_as_stored(part, decode) for key, part in rows.items()})
         return _stream_as_stored(rows, decode)
     _build(builder, num_proc, split)
-    rows = builder.as_dataset(split=split)
+    try:
+        rows = builder.as_dataset(split=split)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        sizes = ", ".join(f"{part}: {info.num_examples}" for part, info in builder.info.splits.items())
+        raise ValueError(f"split={split!r} of {name!r} has no rows; its splits have {sizes} rows.") from error
     return rows if decode else rows.cast_column("image", datasets.Image(decode=False))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from .quoting import quote
 from .reading import MAX_PIXELS
 
 
@@ -47,13 +48,18 @@ def check_counts(counts: str | list[int], height: int, width: int) -> list[int]:
     Raises:
         ValueError: if they are none, or do not fill the mask: pycocotools would read or write past its memory.
     """
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"it is a mask of {width} x {height} pixels")
+    is_size = all(type(side) is int and side > 0 for side in (height, width))
+    if not is_size or height * width > MAX_PIXELS:
+        raise ValueError(
+            f"its size is [{quote(height)}, {quote(width)}]; expected [height, width] of whole numbers, with at most "
+            f"{MAX_PIXELS:,} pixels"
+        )
     lengths = uncompress_counts(counts) if isinstance(counts, str) else counts
     if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
         raise ValueError("its counts are no run-length encoding")
-    if sum(lengths) != height * width:
-        raise ValueError(f"its runs cover {sum(lengths)} pixels of {height * width}")
+    covered = sum(lengths)
+    if covered != height * width:
+        raise ValueError(f"its runs cover {quote(covered)} pixels of {height * width}")
     return lengths
 
 
@@ -106,8 +112,17 @@ def to_segmentation(encoded: dict, keep_empty: bool = False) -> dict | None:
 
 
 def decode_segmentation(segmentation: dict | None) -> np.ndarray | None:
-    """The mask of a `segmentation` of the schema, (height, width) of zeros and ones; None for none."""
-    return None if segmentation is None else coco_mask.decode(_as_bytes(segmentation))
+    """
+    Return the mask of a `segmentation` of the schema, (height, width) of zeros and ones; None for none.
+
+    Raises:
+        ValueError: see `check_counts`.
+    """
+    return (
+        None
+        if segmentation is None
+        else coco_mask.decode(encode_counts(segmentation["counts"], *segmentation["size"]))
+    )
 
 
 def is_empty(segmentation: dict) -> bool:

@@ -18,6 +18,7 @@ the refer API counts them.
 told apart from those that do not (`combine.coco_id`).
 """
 
+import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,11 @@ from .building import (
     listing,
     whole_box,
 )
-from .kinds import LIST, TEXT, WHOLE, WHOLE_OR_ABSENT, WORDS, check_fields, check_list, is_list
+from .kinds import FILE_NAME, LIST, SPLIT, TEXT, WHOLE, WHOLE_OR_ABSENT, check_fields, check_list, is_list
 from .masks import encode_array, encode_counts, is_empty, resize_to_nearest, to_segmentation
+from .pickles import read_pickle
 from .quoting import quote
-from .reading import Frame, check_text, has_words, image_of, is_inside, is_number, read_json, read_pickle
+from .reading import Frame, check_text, has_words, image_of, is_number, read_json
 from .schema import FEATURES
 
 
@@ -71,6 +73,10 @@ PICTURES = {
     "coco": "The pictures are COCO's train2014.zip (cocodataset.org).",
     "saiapr": "The pictures are saiapr_tc-12.zip, the subset of ImageCLEF that the refer API's authors publish.",
 }
+
+
+UNREADABLE = "unreadable"  # stands for a segmentation until it is encoded
+MAX_SPLITS = 20
 
 
 @dataclass
@@ -131,7 +137,10 @@ class RefCoco(GroundingBuilder):
             {path: annotated_size_of(images[image_id]) for image_id, path in pictures.items()}, self.distribution
         )
         generators = []
-        for split in dict.fromkeys(split for ref in refs for split in splits_of(ref["split"])):
+        splits = dict.fromkeys(split for ref in refs for split in splits_of(ref["split"]))
+        if not 1 <= len(splits) <= MAX_SPLITS:
+            raise ValueError(f"{str(refs_file)!r} has {len(splits)} splits; expected from 1 to {MAX_SPLITS}.")
+        for split in splits:
             by_image, position = defaultdict(list), 0
             for ref in refs:
                 if split in splits_of(ref["split"]):
@@ -208,13 +217,17 @@ class RefCoco(GroundingBuilder):
         else:
             places = [Path(self.config.data_dir) / place for place in IMAGE_PLACES[self.picture_source]]
             used = (
-                place for place in places if any((place / name).is_file() for some in names.values() for name in some)
+                place
+                for place in places
+                if any(os.path.isfile(place / name) for some in names.values() for name in some)
             )
             place = next(used, places[0])
         found = {image_id: place / some[0] for image_id, some in names.items()}
         for image_id, (first, *others) in names.items():
-            if others and not found[image_id].is_file():
-                found[image_id] = next((place / name for name in others if (place / name).is_file()), place / first)
+            if others and not os.path.isfile(found[image_id]):
+                found[image_id] = next(
+                    (place / name for name in others if os.path.isfile(place / name)), place / first
+                )
         return {image_id: str(path) for image_id, path in found.items()}
 
     def make_record(
@@ -268,13 +281,16 @@ class RefCoco(GroundingBuilder):
                 if is_degenerate(box_xyxy):
                     changed[KEPT_BOXES] += 1
                 indices[ref["ann_id"]] = len(objects)
+                segmentation = annotation.get("segmentation")
+                if segmentation and not is_segmentation(segmentation):
+                    segmentation = UNREADABLE  # nested deep, it could not be handed to another process
                 objects.append(
                     {
                         "object_id": f"{self.picture_source}_{ref['ann_id']}",
                         "box": box_xyxy,
                         "boxes": [box_xyxy],
                         "category": categories.get(annotation.get("category_id")),
-                        "segmentation": annotation.get("segmentation"),
+                        "segmentation": segmentation,
                     }
                 )
             for position, sentence in said:
@@ -314,11 +330,9 @@ def read_instances(
     """
     instances, where = read_json(path), f"{str(path)!r}"
     check_fields(instances, dict.fromkeys(("images", "annotations", "categories"), LIST), where)
-    image_kinds = {"id": WHOLE, **({"file_name": WORDS} if with_file_names else {})}
+    image_kinds = {"id": WHOLE, **({"file_name": FILE_NAME} if with_file_names else {})}
     for number, image in enumerate(instances["images"]):
         check_fields(image, image_kinds, f"{where}, image {number}")
-        if with_file_names and not is_inside(image["file_name"]):
-            raise ValueError(f"{where}, image {number} has a file_name outside of its folder: {quote(image)}.")
     for number, category in enumerate(instances["categories"]):
         check_fields(category, {"id": WHOLE, "name": TEXT}, f"{where}, category {number}")
         check_text(category["name"], f"{where}, the name of category {category['id']}")
@@ -348,8 +362,7 @@ def read_refs(path: Path) -> list[dict]:
                 f"{place} names the objects {quote(ref['ann_id'])}; expected one object. References to none or "
                 "several are gRefCOCO's, which this dataset does not read."
             )
-        check_fields(ref, {"ann_id": WHOLE, "image_id": WHOLE, "split": WORDS, "sentences": LIST}, place)
-        check_text(ref["split"], f"{place}.split")
+        check_fields(ref, {"ann_id": WHOLE, "image_id": WHOLE, "split": SPLIT, "sentences": LIST}, place)
         for index, sentence in enumerate(ref["sentences"]):
             check_fields(sentence, {"sent_id": WHOLE}, f"{place}, sentence {index}")
             if isinstance(sentence.get("sent"), str):  # others are counted as expressions without words
@@ -381,6 +394,31 @@ def annotated_size_of(image: dict) -> tuple[int, int] | None:
     """(width, height) of an entry of an annotation file; None where it tells none."""
     size = (image.get("width"), image.get("height"))
     return size if all(is_number(side) and side > 0 for side in size) else None
+
+
+def is_segmentation(value) -> bool:
+    """
+    Return whether it has the layout of a segmentation of COCO, whatever its numbers are.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.refcoco import is_segmentation
+
+    >>> is_segmentation([[1, 1, 3, 1, 3, 3]]), is_segmentation([[[1, 1], [3, 1], [3, 3]]])
+    (True, False)
+
+    ```"""
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, dict):
+            sides, counts = part.get("size"), part.get("counts")
+            is_size = isinstance(sides, list) and all(type(side) is int for side in sides)
+            if len(part) > 2 or not is_size or not isinstance(counts, str | list):
+                return False
+            part = counts if isinstance(counts, list) else []
+        if not isinstance(part, list) or not all(type(number) in (int, float) for number in part):
+            return False
+    return True
 
 
 def to_xyxy(box_xywh, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | None:

@@ -14,6 +14,7 @@ they are, fractions of pixels included; the published loaders cut them to whole 
 """
 
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ from .building import (
     whole_box,
 )
 from .masks import encode_array, is_empty, to_segmentation
-from .reading import MAX_PIXELS, check_text, check_texts, has_words, image_of, is_inside, read_frame, read_pickle
+from .pickles import read_pickle
+from .quoting import explain, quote
+from .reading import MAX_PIXELS, check_text, check_texts, has_words, image_of, is_file_name, read_frame
 from .schema import FEATURES
 
 
@@ -94,6 +97,7 @@ TRAIN_VAL_TEST = ("train", "val", "test", "trainval")
 TRAIN_VAL_A_B = ("train", "val", "testA", "testB", "trainval")
 BOTH = {"trainval": ("train", "val")}
 
+MAX_PHRASES = 1000  # of a sentence
 # what the items of a record are, in order; None: not read
 RESC_SHORT = ("image", "box", "text")
 RESC_LONG = ("image", None, "box", "text", None)
@@ -164,7 +168,7 @@ class RefTRIndex(GroundingBuilder):
         paths = {}
         for name in names_of(records.values(), place):
             choices = [data_dir / folder / name for folder in folders]
-            paths[name] = str(next((path for path in choices if path.is_file()), choices[0]))
+            paths[name] = str(next((path for path in choices if os.path.isfile(path)), choices[0]))
         self.need_pictures(paths.values(), DISTRIBUTION)
         if index.mask_dir:
             masks = names_of(records.values(), index.layout.index("mask"))
@@ -201,7 +205,8 @@ class RefTRIndex(GroundingBuilder):
         sizes = [self._read_mask(record["mask"])[0] for record in records[:1] if "mask" in record]
         frame = read_frame(path, *(tuple(size[::-1]) for size in sizes))
         width, height = frame.size
-        image_id, objects, sentences, positions = f"{self.index.pictures}_{picture_number(path)}", {}, [], []
+        image_id, objects, places, sentences = f"{self.index.pictures}_{picture_number(path)}", {}, {}, []
+        positions = []
         for record in records:
             if not has_words(record["text"]):
                 dropped["expressions without words"] += 1
@@ -221,7 +226,7 @@ class RefTRIndex(GroundingBuilder):
                     kept = clip_boxes([box_xyxy], width, height, dropped, changed)
                 if kept:
                     key = (*kept[0], segmentation and segmentation["counts"])
-                    index = list(objects).index(key) if key in objects else len(objects)
+                    index = places.setdefault(key, len(places))
                     item = {"object_id": f"{image_id}_{index}", "box": kept[0], "boxes": kept}
                     objects.setdefault(key, {**item, "category": None, "segmentation": segmentation})
                     phrases.append({"start": start, "end": end, "objects": [index], "types": []})
@@ -247,7 +252,7 @@ class RefTRIndex(GroundingBuilder):
         shape, segmentation = self._read_mask(record["mask"])
         if shape != size[::-1]:
             raise ValueError(
-                f"The mask {record['mask']!r} has (height, width) {shape} and its picture {path!r} "
+                f"The mask {quote(record['mask'])} has (height, width) {shape} and its picture {path!r} "
                 f"{size[::-1]}: they must be the same, as for the published loaders."
             )
         if is_empty(segmentation):
@@ -272,22 +277,22 @@ def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
         layout (`tuple[str | None, ...]`): what the items of a record are.
 
     Raises:
-        OSError, ValueError: see `reading.read_pickle`.
+        OSError, ValueError: see `pickles.read_pickle`.
         ValueError: if it is no list of such records, or a picture or mask is not inside its folder.
     """
     records = read_pickle(path)
     if not isinstance(records, list | tuple):
-        raise ValueError(f"{str(path)!r} holds a {type(records).__name__} and not a list of records.")
+        raise ValueError(f"{str(path)!r} is {quote(records)}; expected a list of records.")
     expected = f"expected ({', '.join(name or '_' for name in layout)})."
     for number, record in enumerate(records):
         if not isinstance(record, list | tuple) or len(record) != len(layout):
-            raise ValueError(f"{str(path)!r}, record {number}: {str(record)[:200]} is none; {expected}")
-    for place in (layout.index(name) for name in ("image", "mask") if name in layout):
-        wrong = [record[place] for record in records if not isinstance(record[place], str)][:1]
-        wrong += [name for name in ([] if wrong else names_of([records], place)) if not is_inside(name)]
-        check_texts(names_of([records], place) if not wrong else [], f"{str(path)!r}, {layout[place]} file ")
-        if wrong:
-            raise ValueError(f"{str(path)!r}: {wrong[0]!r} is no {layout[place]} file inside its folder; {expected}")
+            raise ValueError(f"{str(path)!r}, record {number}: {quote(record)} is none; {expected}")
+        for name in ("image", "mask"):
+            value = record[layout.index(name)] if name in layout else "none"
+            if not is_file_name(value):
+                raise ValueError(
+                    f"{str(path)!r}, record {number}: {quote(value)} is no {name} file inside its folder; {expected}"
+                )
     return records
 
 
@@ -310,18 +315,26 @@ def read_record(file: str, number: int, record: tuple, layout: tuple[str | None,
     """
     found = {name: value for name, value in zip(layout, record, strict=True) if name is not None}
     text = found["text"]
+    starts, phrases = found.get("starts", [0]), found.get("phrases", [text])
+    boxes = found.get("boxes", [found.get("box")])
     try:
-        starts, phrases = [int(start) for start in found.get("starts", [0])], found.get("phrases", [text])
-        boxes = [[float(value) for value in box] for box in found.get("boxes", [found.get("box")])]
-        if not all(isinstance(words, str) for words in (text, *phrases)):
-            raise TypeError("text that is none")
+        if not isinstance(text, str):
+            raise TypeError(f"its text is {quote(text)}")
         check_text(text, "the text")
+        if not len(starts) == len(phrases) == len(boxes) <= MAX_PHRASES or any(len(box) != 4 for box in boxes):
+            raise ValueError(
+                f"{len(starts)} starts, {len(phrases)} phrases and {len(boxes)} boxes of four numbers, at most "
+                f"{MAX_PHRASES} of each"
+            )
+        if not all(isinstance(words, str) for words in phrases):
+            raise TypeError("a phrase of it is no text")
         check_texts(phrases, "phrases")
-        if not len(starts) == len(phrases) == len(boxes) or any(len(box) != 4 for box in boxes):
-            raise ValueError(f"{len(starts)} starts, {len(phrases)} phrases and {len(boxes)} boxes of four figures")
+        starts, boxes = [int(start) for start in starts], [[float(value) for value in box] for box in boxes]
     except (TypeError, ValueError, OverflowError) as error:
         expected = ", ".join(name or "_" for name in layout)
-        raise ValueError(f"{file!r}, record {number}: {error}; expected ({expected}) in {record}.") from error
+        raise ValueError(
+            f"{file!r}, record {number}: {explain(error)}; expected ({expected}) in {quote(record)}."
+        ) from error
     ends = [
         start + len(words) if has_words(words) and text[start : start + len(words)].lower() == words.lower() else -1
         for start, words in zip(starts, phrases, strict=True)
@@ -385,7 +398,7 @@ def read_mask(path: Path) -> tuple[tuple[int, int], dict]:
     except Exception as error:  # a damaged header can raise anything
         if "Python objects in dtype" in str(error):
             raise ValueError(f"The mask {str(path)!r} is refused: it holds objects and not numbers.") from error
-        raise OSError(f"The mask {str(path)!r} is damaged: {error}") from error
+        raise OSError(f"The mask {str(path)!r} is damaged: {explain(error)}") from error
     if mask.ndim != 2 or mask.dtype.kind not in "biuf":
         raise ValueError(f"The mask {str(path)!r} is {mask.dtype} of {mask.shape}; expected numbers of (H, W).")
     if not 0 < mask.size <= MAX_PIXELS:

@@ -18,9 +18,13 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from .building import GroundingBuilder, Source
+from .quoting import quote
 from .reading import MAX_PIXELS
 from .schema import FEATURES
 
+
+# quote: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "Shapes", "ShapesConfig", "quote"]
 
 # few of each, so that a model from scratch learns what every word means within minutes
 COLORS = {"red": (215, 45, 40), "green": (45, 165, 65), "blue": (45, 85, 215)}

@@ -28,13 +28,14 @@ from datasets.utils import tqdm
 from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprint
 from .kinds import DIGITS_OR_NONE, LIST, WHOLE, check_fields, check_list
 from .masks import box_of
-from .quoting import quote
+from .pickles import read_pickle
+from .quoting import explain, quote
 from .reading import check_text, has_words, image_of, read_json
 from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
 from .schema import FEATURES
 
 
-# box_of, FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+# box_of, read_pickle, FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
 __all__ = [
     "FEATURES",
     "SOURCES",
@@ -42,6 +43,7 @@ __all__ = [
     "VisualGenomeConfig",
     "box_of",
     "held_out_coco_ids",
+    "read_pickle",
     "write_held_out",
 ]
 
@@ -291,11 +293,11 @@ def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[in
                 try:
                     value, end = decoder.raw_decode(text, position)
                 except RecursionError as error:
-                    raise damaged(str(error)) from error
+                    raise damaged(explain(error)) from error
                 except ValueError as error:  # an object that goes on in the next chunk
                     chunk = file.read(max(chunk_bytes, len(text) - position))
                     if not chunk or len(text) - position > MAX_IMAGE_BYTES:
-                        raise damaged(str(error)) from error
+                        raise damaged(explain(error)) from error
                     base, text, position = base + position, text[position:] + chunk.decode("latin-1"), 0
                     continue
                 yield base + position, end - position, value

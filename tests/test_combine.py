@@ -7,7 +7,7 @@ from layout_visual_genome import make_visual_genome
 
 import data_scripts
 from data_scripts import coco_id, combine
-from data_scripts.reading import read_pickle
+from data_scripts.pickles import read_pickle
 from layout_reftr_index import make_reftr_index, save
 
 

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 import data_scripts
 from data_scripts.masks import decode_segmentation
-from data_scripts.reading import read_pickle
+from data_scripts.pickles import read_pickle
 from data_scripts.reftr_index import RefTRIndex
 from data_scripts.schema import FEATURES
 from layout_reftr_index import COCO, COCO_GREY, MASK_SPLITS, RESC_SPLITS, make_reftr_index, rectangle, save
@@ -220,9 +220,9 @@ def test_tensors_of_an_index_become_arrays(tmp_path, legacy):
         (("/etc/secret.jpg", "", [1, 2, 3, 4], "words", ""), "'/etc/secret.jpg' is no image file inside"),
         (("..\\secret.jpg", "", [1, 2, 3, 4], "words", ""), "is no image file inside its folder"),
         ((7, "", [1, 2, 3, 4], "words", ""), "7 is no image file"),
-        ((COCO, "", [1, 2, 3], "words", ""), "record 1: 1 starts, 1 phrases and 1 boxes of four figures; expected"),
+        ((COCO, "", [1, 2, 3], "words", ""), "record 1: 1 starts, 1 phrases and 1 boxes of four numbers, .* expected"),
         ((COCO, "", None, "words", ""), "record 1: .*; expected"),
-        ((COCO, "", [1, 2, 3, 4], None, ""), "record 1: text that is none"),
+        ((COCO, "", [1, 2, 3, 4], None, ""), "record 1: its text is None"),
     ],
 )
 def test_wrong_records_are_named(load, folder, record, reason):
@@ -234,7 +234,7 @@ def test_wrong_records_are_named(load, folder, record, reason):
 def test_not_a_list_and_damaged_files_are_named(load, folder):
     path = folder / "annotations_resc/unc/unc_val.pth"
     save({"a": 1}, path)
-    with pytest.raises(ValueError, match=r"unc_val\.pth' holds a dict and not a list of records"):
+    with pytest.raises(ValueError, match=r"unc_val\.pth' is {'a': 1}; expected a list of records"):
         load("resc_unc")
     whole = path.read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"<html>sign in</html>"):
