@@ -128,12 +128,14 @@ def test_a_phrase_without_an_answer_counts_as_missed():
     assert scores.tolist() == [[[1, -1, -1], [0, -1, -1]]]
 
 
-def weights_of(folder: Path) -> dict:
-    return torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+def moments_of(checkpoint: Path) -> torch.Tensor:
+    """The first moments of the optimizer in a checkpoint, one after the other."""
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return torch.cat([moments["exp_avg"].flatten() for moments in state.values()])
 
 
 def test_a_run_of_trainer_goes_on(make_model, processor, shapes, tmp_path):
-    """Six steps at once, and four and two more, give the same weights, and the best by our metrics is loaded."""
+    """Six steps at once are four and two more, and the best by our metrics is loaded."""
     settings = {
         "train_dataset": shapes["train"],
         "processing_class": processor,
@@ -153,10 +155,10 @@ def test_a_run_of_trainer_goes_on(make_model, processor, shapes, tmp_path):
     parts = make_trainer(make_model(), processor, tmp_path / "parts", rows, **settings | best)
     parts.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert parts.state.best_model_checkpoint
-    first, second = (weights_of(tmp_path / name / "checkpoint-6") for name in ("whole", "parts"))
-    assert first.keys() == second.keys()
-    for index, moments in first.items():
-        assert torch.equal(moments["exp_avg"], second[index]["exp_avg"])
+    checkpoints = ("whole/checkpoint-6", "parts/checkpoint-6", "whole/checkpoint-4")
+    whole, parts, earlier = (moments_of(tmp_path / name) for name in checkpoints)
+    assert (whole - parts).norm() < 1e-3 * whole.norm()  # where weights lie in memory, sums are rounded otherwise
+    assert (whole - earlier).norm() > 0.1 * whole.norm()
 
 
 PUSH = """
