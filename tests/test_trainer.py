@@ -1,6 +1,7 @@
 """`transformers.Trainer`: metrics as our own evaluation gives them, predictions, resuming, the Hub."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,7 @@ def test_a_run_of_trainer_goes_on(make_model, processor, shapes, tmp_path):
     whole.train()
     make_trainer(make_model(), processor, tmp_path / "parts", rows, **settings | best).train()
     parts = make_trainer(make_model(), processor, tmp_path / "parts", rows, **settings | best)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
     parts.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert parts.state.best_model_checkpoint
     checkpoints = ("whole/checkpoint-6", "parts/checkpoint-6", "whole/checkpoint-4")
