@@ -257,7 +257,8 @@ def test_images_of_datasets_are_taken_by_the_pipeline(ground, folder):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = datasets.Dataset.from_dict({"image": [path] * 2, "text": ["the star", "the circle"]}, features=features)
     expected = ground([path] * 2, text=["the star", "the circle"])
-    for dataset in (rows, rows.with_format("numpy"), rows.to_iterable_dataset()):
+    formatted = [rows.with_format(name) for name in ("numpy", "torch", "arrow", "pandas")]
+    for dataset in (rows, *formatted, rows.to_iterable_dataset()):
         assert list(ground(dataset)) == expected
     for column in (rows["image"], KeyDataset(rows, "image"), rows.to_iterable_dataset()["image"]):
         assert next(iter(ground(column, text="the star"))) == expected[0]
