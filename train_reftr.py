@@ -26,19 +26,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modeling_reftr.escaping import for_terminal
 from training_reftr.arguments import parse_arguments
+from training_reftr.banner import announce, describe_results
 from training_reftr.card import write_card
-from training_reftr.checkpoints import save_best, save_checkpoint
+from training_reftr.checkpoints import save_checkpoint
 from training_reftr.dry_run import estimate, limited
-from training_reftr.evaluation import evaluate, summarize
 from training_reftr.guards import Signals, Stopped, Watchdog, explain
 from training_reftr.launch import is_main_rank, resume_command
 from training_reftr.lock import exclusive
 from training_reftr.publishing import Publisher
 from training_reftr.report import format_table, report, select_splits
-from training_reftr.run import Run, build_accelerator, describe_best, load_for_report, prepare_run
+from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
 from training_reftr.sources import load_rows, split_of
 from training_reftr.step import update
 from training_reftr.tracking import Tracking
+from training_reftr.validation import validate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,11 +90,14 @@ def run_all(args, signals: Signals):
                 raise Stopped(signals.stop, is_saved=True)
             del run  # its memory is the report's
             model, processor = load_for_report(args)
+            if args.eval_only:
+                announce(rows, model, args, accelerator)
             metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
             if accelerator.is_main_process:
                 if not (args.eval_only and args.init_from):  # else the folder has no model
                     write_card(args.output_dir)
-                sys.stdout.write(for_terminal(f"{estimate(args) if args.dry_run else format_table(metrics)}\n"))
+                results = f"{format_table(metrics)}\n\n{describe_results(args, metrics)}"
+                sys.stdout.write(for_terminal(f"{estimate(args) if args.dry_run else results}\n"))
                 if revision := publisher.finish():
                     sys.stdout.write(f"Pushed to {args.push_to_hub}, revision {revision}\n")
     accelerator.end_training()
@@ -142,34 +146,6 @@ def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelera
             if run.state.is_evaluation_due and not validate(run, rows, tracking, publisher, should_stop, accelerator):
                 return False
         return not should_stop()  # a signal may have come after the last step
-
-
-def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, should_stop, accelerator) -> bool:
-    """
-    Evaluate on the validation split, and keep the model if it is the best so far. A collective.
-
-    Returns:
-        `bool`: whether it came to its end; False where `should_stop` said so.
-    """
-    args, state = run.args, run.state
-    split = split_of(rows, args.validation_split)
-    asked = run.model, run.processor, split, args, accelerator
-    records = evaluate(*asked, args.validation_split, should_stop, run.evaluation)
-    if records is None:
-        return False
-    metrics = summarize(records)
-    name = args.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
-    if name not in metrics:
-        raise ValueError(f"best_metric={name!r} is not one of {', '.join(sorted(metrics))}.")
-    tracking.log_evaluation(state, args.validation_split, metrics, records, split)
-    if state.best is None or metrics[name] > state.best:
-        state.best, state.best_step = metrics[name], state.step
-        save_best(run.model, run.processor, args, accelerator)
-        if accelerator.is_main_process:
-            describe_best(args, state.changes)
-        publisher.push_best(state.step)
-    state.is_evaluation_due = False
-    return True
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
+from training_reftr.banner import announce
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import HUB_ID, build_model, load_reftr, refuse_model_changes, refuse_tokenizer
 from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
@@ -169,6 +170,7 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "gradient_clipping": args.max_grad_norm,
         }
+    announce(rows, model, args, accelerator)
     if args.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args))

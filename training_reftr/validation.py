@@ -1,0 +1,36 @@
+"""The evaluation within a training, which keeps the best model. `validate` is a collective: all processes call it."""
+
+from training_reftr.checkpoints import save_best
+from training_reftr.evaluation import evaluate, summarize
+from training_reftr.publishing import Publisher
+from training_reftr.run import Run, describe_best
+from training_reftr.sources import split_of
+from training_reftr.tracking import Tracking
+
+
+def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, should_stop, accelerator) -> bool:
+    """
+    Evaluate on the validation split, and keep the model if it is the best so far. A collective.
+
+    Returns:
+        `bool`: whether it came to its end; False where `should_stop` said so.
+    """
+    args, state = run.args, run.state
+    split = split_of(rows, args.validation_split)
+    asked = run.model, run.processor, split, args, accelerator
+    records = evaluate(*asked, args.validation_split, should_stop, run.evaluation)
+    if records is None:
+        return False
+    metrics = summarize(records)
+    name = args.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
+    if name not in metrics:
+        raise ValueError(f"best_metric={name!r} is not one of {', '.join(sorted(metrics))}.")
+    tracking.log_evaluation(state, args.validation_split, metrics, records, split)
+    if state.best is None or metrics[name] > state.best:
+        state.best, state.best_step = metrics[name], state.step
+        save_best(run.model, run.processor, args, accelerator)
+        if accelerator.is_main_process:
+            describe_best(args, state.changes)
+        publisher.push_best(state.step)
+    state.is_evaluation_due = False
+    return True
