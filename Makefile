@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-browser mutation lint format clean
+.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-lowest test-browser mutation lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -51,6 +51,39 @@ test-legacy-datasets: .legacy/.installed $(VENV)/.installed
 	.legacy/bin/python -m pip install --quiet "datasets==3.6.*" "numpy>=2.0" pillow pycocotools pytest pyyaml tqdm
 	touch $@
 
+# the commands with the lowest versions that setup.cfg allows, and with those of its extras, in environments of their own;
+# uv resolves them, and fetches Python 3.11 where it is not on the machine
+EXTRAS := export demo quantization
+UV := .lowest/uv/bin/uv
+LOWEST = $(UV) pip install --quiet --python .lowest/$(1)/bin/python
+
+test-lowest: .lowest/required/.installed .lowest/extras/.installed .lowest/before/.installed
+	rm -rf build
+	$(call LOWEST,required) --no-deps --reinstall .
+	$(call LOWEST,extras) --no-deps --reinstall .
+	OMP_NUM_THREADS=1 LOWEST_BEFORE=$(abspath .lowest/before) .lowest/required/bin/python -m pytest -c tests/lowest/pytest.ini tests/lowest/test_commands.py
+	OMP_NUM_THREADS=1 LOWEST_EXTRAS="$(EXTRAS)" .lowest/extras/bin/python -m pytest -c tests/lowest/pytest.ini tests/lowest -k "extras or versions"
+
+$(UV):
+	$(PYTHON) -m venv .lowest/uv
+	.lowest/uv/bin/python -m pip install --quiet uv
+
+.lowest/required/.installed: setup.cfg $(UV)
+	$(UV) venv --quiet --clear --python 3.11 .lowest/required
+	$(call LOWEST,required) --resolution lowest-direct --requirements setup.cfg "pytest>=8.0"
+	touch $@
+
+.lowest/extras/.installed: setup.cfg $(UV)
+	$(UV) venv --quiet --clear --python 3.11 .lowest/extras
+	$(call LOWEST,extras) --resolution lowest-direct --requirements setup.cfg $(EXTRAS:%=--extra %) "pytest>=8.0"
+	touch $@
+
+# the last transformers that is not supported, alone in a folder
+.lowest/before/.installed: setup.cfg $(UV) .lowest/required/.installed
+	rm -rf .lowest/before
+	$(call LOWEST,required) --no-deps --target .lowest/before "transformers<$$(sed -n 's/^    transformers>=\([0-9.]*\).*/\1/p' setup.cfg)"
+	touch $@
+
 # the page of the Space in a real browser: the system's, Debian's packages chromium and chromium-driver
 test-browser: $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -o addopts=--strict-markers tests/browser
@@ -68,7 +101,7 @@ format: $(VENV)/.installed
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .legacy runs
+	rm -rf $(VENV) .legacy .lowest runs
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'

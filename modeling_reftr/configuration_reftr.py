@@ -1,5 +1,9 @@
 """RefTR model configuration."""
 
+from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
+
+
+# isort: split
 import copy
 import functools
 import sys

@@ -13,12 +13,14 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import sys
 
 import torch
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.base import ExportedModel
 
+from .configuration_reftr import VERSION
 from .escaping import for_terminal
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
@@ -38,6 +40,10 @@ AXES = {
     "phrase_spans": {0: "sentences", 1: "phrases"},
     "phrase_index": {0: "real_phrases"},
 }
+DESCRIPTION = (
+    "RefTR for visual grounding. pred_boxes: (center_x, center_y, width, height) in 0..1 of each image without its "
+    "padding. pred_masks: logits over the padded image. phrase_mask: true for real phrases."
+)
 
 
 def make_inputs(model: RefTRForVisualGrounding, sizes: dict[str, int], phrases: bool, seed: int = 0) -> dict:
@@ -100,10 +106,43 @@ def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool =
     inputs = make_inputs(model, sizes, phrases)
     shapes = {name: dict.fromkeys(AXES[name], torch.export.Dim.DYNAMIC) for name in inputs}
     exported = exporter().export(model, inputs, config(dynamic_shapes=shapes))
+    if target == "onnx":
+        name_inputs_and_axes(exported.program)
+        describe(exported.program, "phrases" if phrases else "sentences")
     for name, difference in differences(exported, model, phrases).items():
         if not difference <= TOLERANCE:
             raise ValueError(f"The exported graph's {name} are {difference:.1e} away from the model's.")
     return exported
+
+
+def name_inputs_and_axes(program):
+    """
+    Call the inputs of an ONNX graph as the processor does, and the dimensions that vary as `AXES` does. The exporter
+    prefixes an input by "input." where the model's output repeats it, since in ONNX no two values share a name; only
+    the repetition keeps a prefix, "output.".
+
+    Args:
+        program (`onnx_ir.Model`): changed in place.
+    """
+    graph, axes = program.graph, {}
+    for value in graph.inputs:
+        value.name = value.name.removeprefix("input.")
+        axes |= {str(value.shape[axis]): name for axis, name in AXES[value.name].items()}
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None:
+            value.shape = type(value.shape)(
+                # an int stays, and so does what is not known
+                re.sub(r"\w+", lambda word: axes.get(word[0], word[0]), str(dim))
+                if getattr(dim, "value", None)
+                else dim
+                for dim in value.shape
+            )
+
+
+def describe(program, text: str):
+    """Write into an ONNX program what made it, what its outputs are, and whether it takes sentences or phrases."""
+    program.producer_name, program.producer_version, program.doc_string = "modeling_reftr", VERSION, DESCRIPTION
+    program.metadata_props.update(task="visual-grounding", text=text)
 
 
 @torch.no_grad()

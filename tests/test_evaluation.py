@@ -371,8 +371,9 @@ def test_predictions_are_keyed_by_sentence_and_phrase(two_splits, shapes):
         (sentence,) = (item for item in row["sentences"] if item["sentence_id"] == line["sentence_id"])
         phrase = sentence["phrases"][line["phrase"]]
         assert line["words"] == sentence["text"][phrase["start"] : phrase["end"]]
-        truth = torch.tensor([row["objects"][phrase["objects"][0]]["box"]])
-        assert line["iou"] == line["any_box_iou"] == box_iou(torch.tensor([line["pred_box_xyxy"]]), truth).item()
+        truth = torch.tensor([row["objects"][phrase["objects"][0]]["box"]], dtype=torch.float64)
+        answer = torch.tensor([line["pred_box_xyxy"]], dtype=torch.float64)
+        assert line["iou"] == line["any_box_iou"] == box_iou(answer, truth).item()
         assert from_coco_rle(line["segmentation"]).shape == (row["height"], row["width"])
     for name, values in metrics["splits"].items():
         ious = [line["iou"] for line in lines if line["split"] == name]

@@ -1,17 +1,22 @@
 """Models as graphs that run without our code, and with weights of eight bits."""
 
+import dataclasses
 import json
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from documents import blocks_of
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
 from test_inference import TIMM
 from transformers.exporters.base import ExportedModel
 
 from conftest import ROOT
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from modeling_reftr.export import differences, export
+from modeling_reftr.export import differences, export, make_inputs
+from modeling_reftr.modeling_reftr import RefTRVisualGroundingOutput
 
 
 BACKBONE = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}
@@ -30,6 +35,7 @@ def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run):
     printed = run("-m", "modeling_reftr.export", "--model", checkpoint, "--output", folder).stdout
     assert json.loads(printed)["largest_differences"].keys() == {"pred_boxes", "pred_masks"}
 
+    assert_names_are_the_processors(folder)
     exported = ExportedModel.from_pretrained(folder)
     processor = RefTRProcessor.from_pretrained(folder)
     model = RefTRForVisualGrounding.from_pretrained(checkpoint).eval()
@@ -48,12 +54,53 @@ def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run):
         assert [masks["masks"].shape[0] for masks in found] == [1] * sum(map(len, texts))
 
 
+def assert_names_are_the_processors(folder):
+    """Check the graph in ONNX Runtime itself, fed with what the processor gives, and with weights of eight bits."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    processor = RefTRProcessor.from_pretrained(folder)
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in [(64, 48), (40, 60), (90, 20)]]
+    inputs = dict(processor(images, [["the red circle", "star"], ["red"], ["a blue square"]], return_tensors="np"))
+    names = [value.name for value in session.get_outputs()]
+    found = dict(zip(names, session.run(None, inputs), strict=True))
+    assert {value.name for value in session.get_inputs()} == set(inputs)
+    fields = {field.name for field in dataclasses.fields(RefTRVisualGroundingOutput)}
+    repeated = {name for name in names if name.startswith("output.")}
+    assert {name.removeprefix("output.") for name in repeated} <= set(inputs)
+    assert {name.split(".")[0] for name in set(names) - repeated} <= fields
+    assert {"pred_boxes", "pred_masks", "phrase_mask", "last_hidden_state"} <= set(names)
+    axes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    assert axes["pixel_values"] == ["images", 3, "height", "width"]
+    assert axes["input_ids"] == ["sentences", "tokens"]
+    assert axes["image_index"] == ["sentences"]
+    assert axes["pred_boxes"] == ["sentences", 1, 4]
+    assert "height" in axes["pred_masks"][2]
+    meta = session.get_modelmeta()
+    assert (meta.producer_name, meta.description[:6]) == ("modeling_reftr", "RefTR ")
+    assert meta.custom_metadata_map == {"task": "visual-grounding", "text": "sentences"}
+
+    quantize_dynamic(folder / "model.onnx", folder / "small.onnx", weight_type=QuantType.QInt8)
+    small = onnxruntime.InferenceSession(folder / "small.onnx")
+    (boxes,) = small.run(["pred_boxes"], inputs)
+    assert not np.array_equal(boxes, found["pred_boxes"])
+    np.testing.assert_allclose(boxes, found["pred_boxes"], atol=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "dynamo"])
 @pytest.mark.parametrize("phrases", [False, True])
 def test_every_graph_answers_as_the_model(make_model, tmp_path, target, phrases):
     model = make_model(backbone_config=BACKBONE, predict_masks=True)
-    export(model, target, phrases).save_pretrained(tmp_path)
+    exported = export(model, target, phrases)
+    exported.save_pretrained(tmp_path)
+    sizes = {"images": 1, "sentences": 2, "tokens": 6, "phrases": 3, "phrase_tokens": 5, "height": 96, "width": 64}
+    inputs = make_inputs(model, sizes, phrases)
+    if target == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        assert {value.name for value in session.get_inputs()} == set(inputs)
+        assert session.get_modelmeta().custom_metadata_map["text"] == ("phrases" if phrases else "sentences")
+        session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    else:
+        exported.program.module()(**inputs)
     found = differences(ExportedModel.from_pretrained(tmp_path, trust_remote_code=True), model, phrases)
     assert max(found.values()) < 1e-4
 

@@ -71,7 +71,7 @@ def test_one_command_converts_evaluates_and_compares(files, tmp_path):
         ("testB", "of testB"),
     ]
     # against the box cut to whole pixels, at the original size
-    answer = torch.tensor([lines[0]["pred_box_xyxy"]])
+    answer = torch.tensor([lines[0]["pred_box_xyxy"]], dtype=torch.float64)
     assert lines[0]["iou"] == box_iou(answer, torch.tensor([[1.0, 2.0, 31.0, 22.0]])).item() > 0
     assert lines[0]["iou"] != box_iou(answer, torch.tensor([[1.7, 2.6, 31.9, 22.9]])).item()
     assert from_coco_rle(lines[0]["segmentation"]).shape == (30, 40)

@@ -17,6 +17,7 @@ from data_scripts.reading import read_text
 from data_scripts.uploading import write_contents
 from data_scripts.yaml_values import read_yaml
 from modeling_reftr.escaping import for_code, for_markdown
+from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
 from training_reftr.report import format_results
@@ -41,7 +42,7 @@ answers with a box{and_mask}, for one expression or for every phrase of a captio
 
 ## Ask it
 
-With torch, torchvision, transformers, timm and pycocotools installed{where}:
+With torch, torchvision, transformers {minimum_transformers} or newer, timm and pycocotools installed{where}:
 
 ```python
 from transformers import pipeline
@@ -210,6 +211,7 @@ def make_card(facts: dict, repository: str | None = None) -> str:
         "front_matter": front_matter(facts, repository).to_yaml(),
         "title": for_markdown(title_of(repository)),
         "model": quoted(repository or "."),
+        "minimum_transformers": MINIMUM_TRANSFORMERS,
         "where": "" if repository else ", in the folder of this card",
         "code": (
             "The code of this repository is run: pin what you have read with `revision=`."

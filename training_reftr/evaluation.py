@@ -13,12 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from datasets import IterableDataset
-from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import EvaluationData, move
-from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, recalls
+from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, box_ious, recalls
 
 
 # where a process holds parts of weights
@@ -176,14 +175,14 @@ def compare_boxes(pred_box: torch.Tensor, target: dict) -> dict:
         )
     return {
         "pred_box": pred_box.tolist(),
-        "iou": largest_iou(pred_box, [target["box"]]),
-        "any_box_iou": largest_iou(pred_box, target["boxes"]),
+        "iou": largest_iou(pred_box.tolist(), [target["box"]]),
+        "any_box_iou": largest_iou(pred_box.tolist(), target["boxes"]),
     }
 
 
-def largest_iou(box_xyxy: torch.Tensor, boxes_xyxy: list[list[float]]) -> float:
+def largest_iou(box_xyxy: list[float], boxes_xyxy: list[list[float]]) -> float:
     """Return the largest IoU of a box with any of others; with one that has no extent it is 0, as published."""
-    return box_iou(box_xyxy[None], torch.tensor(boxes_xyxy)).nan_to_num(0.0).max().item()
+    return box_ious(box_xyxy, boxes_xyxy).max().item()
 
 
 def compare_masks(masks, resized_masks, place: int | None, target: dict, processor) -> dict:
@@ -262,7 +261,7 @@ def swapped_expressions(records: list[dict]) -> dict | None:
                 (other for other in others if other["object_id"] != record["object_id"] and other["pred_box"]), None
             )
             if other is not None:
-                ious.append(largest_iou(torch.tensor(other["pred_box"]), [record["box"]]))
+                ious.append(largest_iou(other["pred_box"], [record["box"]]))
     return grounding_metrics(ious) if ious else None
 
 
@@ -281,11 +280,10 @@ def constant_box(train_rows, records: list[dict], num_phrases: int = 2000, num_c
         phrases = [phrase for sentence in row["sentences"] for phrase in sentence["phrases"]]
         box = row["objects"][draw.choice(phrases)["objects"][0]]["box"]
         boxes.append(np.array(box) / [row["width"], row["height"], row["width"], row["height"]])
-    boxes = torch.from_numpy(np.stack(boxes))
-    candidates = torch.cat((boxes[:num_candidates], boxes.mean(dim=0, keepdim=True)))
-    hits = (box_iou(candidates, boxes) > THRESHOLDS[0]).sum(dim=1)
+    boxes = np.stack(boxes)
+    candidates = np.concatenate((boxes[:num_candidates], boxes.mean(axis=0, keepdims=True)))
+    hits = (box_ious(candidates[:, None], boxes) > THRESHOLDS[0]).sum(axis=1)
     best = candidates[hits.argmax()]
-    sizes = torch.tensor([record["image_size"][::-1] * 2 for record in records], dtype=torch.float64)
-    true_boxes = torch.tensor([record["box"] for record in records], dtype=torch.float64)
-    ious = box_iou(best[None], true_boxes / sizes)[0].nan_to_num(0.0)
+    sizes = np.array([record["image_size"][::-1] * 2 for record in records])
+    ious = box_ious(best, np.array([record["box"] for record in records]) / sizes)
     return {**grounding_metrics(ious.tolist()), "box_xyxy": [round(value, 4) for value in best.tolist()]}

@@ -5,8 +5,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import psutil
-
 
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "torch.distributed.launch")
 
@@ -54,8 +52,8 @@ def command_before(argv: list[str]) -> list[str]:
     if command[len(command) - len(argv) :] != list(argv) or "-c" in command[:2]:
         return ["python", "train_reftr.py"]
     try:
-        parent = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+    except (OSError, UnicodeDecodeError):  # only Linux tells, and not of other users' processes
         parent = []
     # a launcher's command ends with the script and the settings that it was given
     script = command[-len(argv) - 1 :] if argv else command[-1:]

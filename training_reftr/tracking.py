@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 
@@ -150,7 +149,11 @@ def keep_until(path: Path, step: int):
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Gigabytes: the most that was allocated on the GPU, or what the process holds now."""
+    """Gigabytes: the most that was allocated on the GPU, or what the process holds now (0 where that is not Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30

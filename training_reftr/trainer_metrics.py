@@ -5,11 +5,11 @@ cut the outputs and labels of the last batch. Each batch is therefore scored bef
 
 import numpy as np
 import torch
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert
 from transformers import EvalPrediction
 
 from modeling_reftr.image_processing_reftr import resize_logits_in_two_steps
-from training_reftr.metrics import BoxMetrics, MaskMetrics
+from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious
 
 
 NO_MASK = -1  # in place of counted pixels; what `Trainer` pads with is negative too
@@ -41,7 +41,8 @@ def score_phrases(outputs: tuple[torch.Tensor, ...], labels: list[dict[str, torc
         pair = [
             box_convert(boxes, "cxcywh", "xyxy") for boxes in (pred_boxes[index, :num_phrases].double(), true_boxes)
         ]
-        ious = box_iou(*pair).diagonal().nan_to_num(0.0).where(is_answered, 0.0)
+        ious = torch.from_numpy(box_ious(*(boxes.cpu() for boxes in pair)))
+        ious = ious.to(is_answered.device).where(is_answered, 0.0)
         pixels = ious.new_full((num_phrases, 2), NO_MASK)
         if pred_masks and "masks" in label:
             height, width = label["size"].tolist()
