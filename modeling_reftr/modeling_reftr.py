@@ -687,7 +687,10 @@ class RefTRPreTrainedModel(PreTrainedModel):
 class RefTREncoder(RefTRPreTrainedModel):
     """The visual-language encoder, over text tokens and image tokens together."""
 
-    _can_record_outputs = {"hidden_states": RefTREncoderLayer, "attentions": RefTRAttention}
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(RefTREncoderLayer, num_hidden_layers_key="encoder_layers"),
+        "attentions": OutputRecorder(RefTRAttention, index=1),
+    }
 
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
@@ -720,7 +723,7 @@ class RefTRDecoder(RefTRPreTrainedModel):
     """The query decoder, one query a phrase."""
 
     _can_record_outputs = {
-        "hidden_states": RefTRDecoderLayer,
+        "hidden_states": OutputRecorder(RefTRDecoderLayer, num_hidden_layers_key="decoder_layers"),
         "attentions": OutputRecorder(RefTRAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(RefTRAttention, index=1, layer_name="cross_attn"),
     }
@@ -817,8 +820,9 @@ class RefTRModel(RefTRPreTrainedModel):
         return self.text_backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        """Replace the text backbone's word embeddings."""
+        """Replace the text backbone's word embeddings; `config.text_config.vocab_size` follows."""
         self.text_backbone.set_input_embeddings(value)
+        self.config.text_config.vocab_size = value.num_embeddings
 
     def freeze_parameters(self):
         """
@@ -893,13 +897,16 @@ class RefTRModel(RefTRPreTrainedModel):
         is_timm = hasattr(self.backbone, "_backbone")
         outputs = self.backbone(
             pixel_values.to(self.dtype),
-            output_hidden_states=wants_states and not is_timm,
-            output_attentions=wants_attentions and not is_timm,
+            output_hidden_states=False if is_timm else wants_states,
+            output_attentions=False if is_timm else wants_attentions,
+            return_dict=True,
         )
-        feature_maps, hidden_states, attentions = outputs.feature_maps, outputs.hidden_states, outputs.attentions
+        feature_maps = outputs[0]  # by position: timm's wrapper gives a tuple where its own configuration says so
         if is_timm:
             hidden_states = feature_maps if wants_states else None
             attentions = () if wants_attentions else None
+        else:
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
         projected = self.image_projection(feature_maps[-1])
         mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=projected.shape[-2:], mode="nearest")
         mask = mask[:, 0].bool()
@@ -934,7 +941,7 @@ class RefTRModel(RefTRPreTrainedModel):
             # such a backbone takes a mask that is ready, and would wait for the device to make its own
             embeds = torch.empty((), dtype=self.dtype, device=input_ids.device).expand(*input_ids.shape, 1)
             attention_mask = expand_attention_mask(self.text_backbone.config, embeds, attention_mask)
-        return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask)
+        return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
 
     def cache_text(self, max_tokens: int = 100_000):
         """
@@ -960,7 +967,8 @@ class RefTRModel(RefTRPreTrainedModel):
 
     def known_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (..., L) that can be looked up, and which texts (...) hold no real token outside the vocabulary."""
-        is_known = (input_ids >= 0) & (input_ids < self.get_input_embeddings().num_embeddings)
+        # not the embedding's own size: adapters wrap the embedding in modules without one
+        is_known = (input_ids >= 0) & (input_ids < self.config.text_config.vocab_size)
         return input_ids.where(is_known, 0), (is_known | ~attention_mask.bool()).all(dim=-1)
 
     def encode_phrases(
@@ -1021,6 +1029,8 @@ class RefTRModel(RefTRPreTrainedModel):
             ValueError: if shapes or counts do not fit together.
         """
         kwargs.pop("token_type_ids", None)  # tokenizers make them; a sentence of RefTR is one segment
+        if kwargs.pop("inputs_embeds", None) is not None:  # adapters of other tasks give None
+            raise ValueError("`inputs_embeds` is not supported: give `input_ids` of shape (sentences, tokens).")
         if input_ids is None:
             raise ValueError("RefTR answers words: give input_ids of shape (sentences, tokens).")
         if attention_mask is None:
@@ -1080,6 +1090,7 @@ class RefTRModel(RefTRPreTrainedModel):
             inputs_embeds=torch.cat((text_features, image_features), dim=1),
             position_embeddings=position_embeddings,
             attention_mask=memory_mask,
+            return_dict=True,
             **kwargs,
         )
         memory = encoder_outputs.last_hidden_state
@@ -1117,6 +1128,7 @@ class RefTRModel(RefTRPreTrainedModel):
             encoder_hidden_states=memory,
             encoder_position_embeddings=position_embeddings,
             encoder_attention_mask=memory_mask,
+            return_dict=True,
             **kwargs,
         )
         return RefTRModelOutput(
@@ -1334,6 +1346,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             phrase_spans=phrase_spans,
             phrase_index=phrase_index,
             image_features=image_features,
+            return_dict=True,
             **kwargs,
         )
         device = outputs.phrase_mask.device
