@@ -1,6 +1,5 @@
-"""The lists of mutations fit the code, and their table is that of the lists."""
+"""The lists of mutations fit the code and its tests, and a survivor without a reason is reported."""
 
-import re
 import sys
 from collections import Counter
 
@@ -21,17 +20,8 @@ def mutations():
 def test_lists_cover_all_packages(mutations):
     packages = Counter(entry["file"].partition("/")[0] for entry in mutations)
     assert len(mutations) >= 150
-    assert {"modeling_reftr", "training_reftr", "data_scripts", "metrics", "demo", "train_reftr.py"} <= set(packages)
-
-
-def test_table_is_of_the_lists_and_all_are_killed_or_explained(mutations):
-    text = mutation.TABLE.read_text()
-    rows = re.findall(r"^\| `([^`]+)` \| (.+?) \| (\w+) \| (.+) \|$", text, re.MULTILINE)
-    outcomes = {(file, breaks.replace("\\|", "|")): outcome for file, breaks, outcome, _ in rows}
-    expected = {
-        (entry["file"], entry["breaks"]): "survived" if "survives" in entry else "killed" for entry in mutations
-    }
-    assert outcomes == expected
+    assert {"modeling_reftr", "training_reftr", "data_scripts", "demo", "train_reftr.py"} <= set(packages)
+    assert any("/metrics/" in entry["file"] for entry in mutations)
 
 
 def test_survivor_without_a_reason_is_reported(tmp_path, capsys, monkeypatch):
