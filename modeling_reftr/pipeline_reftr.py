@@ -150,7 +150,7 @@ class VisualGroundingPipeline(Pipeline):
         return [self._forward_part(part, threshold) for part in batch]
 
     def _forward_part(self, part: dict, threshold: float) -> dict:
-        outputs = self.model(**part.pop("inputs"))
+        outputs = self.model(**part.pop("inputs"), return_dict=True)
         if outputs.pred_masks is None:
             return {**part, "results": self.processor.post_process_grounding(outputs, part["sizes"])}
         results = self.processor.post_process_referring_segmentation(outputs, part["sizes"], threshold)

@@ -9,8 +9,7 @@ The suite skips what does not apply, and says why in its report:
   weights that are renamed while they are loaded, positions that can be resized;
 - "does not support SDPA" and "does not have both a non-text modality tower and a language sub-model": of the three
   tests of SDPA dispatch one is for models without sub-configurations and one for generators; the third is run;
-- hidden states by layer: RefTR names them by encoder and decoder, the test asks for one `hidden_states`;
-- `get_image_features` as what a language model reads: RefTR's gives what its own forward takes back.
+- hidden states by layer: RefTR names them by encoder and decoder, the test asks for one `hidden_states`.
 """
 
 import copy
