@@ -757,6 +757,8 @@ class RefTRImageProcessor(TorchvisionBackend):
         for name in ("image_mean", "image_std", "rescale_factor"):
             if kwargs.get(name) is not None:
                 check_numbers(kwargs[name], name, num_channels, is_positive=name == "image_std")
+        if kwargs.get("rescale_factor") == 0:
+            raise ValueError("rescale_factor=0 must not be 0: every image would be black.")
         if kwargs.get("device") is not None:
             try:
                 torch.device(kwargs["device"])
