@@ -1,9 +1,5 @@
 """RefTR's image processor: resize, normalise, pad; boxes back to the picture."""
 
-from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
-
-
-# isort: split
 import base64
 import contextlib
 import io
@@ -758,7 +754,7 @@ class RefTRImageProcessor(TorchvisionBackend):
             if kwargs.get(name) is not None:
                 check_numbers(kwargs[name], name, num_channels, is_positive=name == "image_std")
         if kwargs.get("rescale_factor") == 0:
-            raise ValueError("rescale_factor=0 must not be 0: every image would be black.")
+            raise ValueError("rescale_factor=0 makes every image black: give another number, or do_rescale=False.")
         if kwargs.get("device") is not None:
             try:
                 torch.device(kwargs["device"])

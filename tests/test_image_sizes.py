@@ -400,7 +400,7 @@ SETTINGS = [
     *(("size_divisor", value) for value in [10**9, 10**400, *HUGE[1:8]]),
     *(("image_mean", value) for value in ["a", [float("nan")] * 3, [0.5] * 2, [1e400] * 3, 10**400]),
     *(("image_std", value) for value in [0, [0.0] * 3, [-1] * 3, "a", [float("nan")] * 3]),
-    *(("rescale_factor", value) for value in [0, float("nan"), float("inf"), "a"]),
+    *(("rescale_factor", value) for value in [0, 0.0, float("nan"), float("inf"), "a"]),
     *(("do_resize", value) for value in ["no", 2, [], {}]),
     *(("device", value) for value in ["nowhere", {}, [1]]),
     *((name, 1) for name in ("preprocess", "fetch_images", "backend", "__class__", "__dict__", "valid_kwargs")),
