@@ -289,6 +289,14 @@ def test_what_a_file_begins_with_is_named(content, found):
         open_image(content)
 
 
+def test_predict_takes_the_images_of_a_folder_by_the_accepted_names(folder):
+    for name in ("drawing.eps", "text.pdf", "scan.TIFF"):
+        (folder / name).write_bytes(b"")
+    questions = predict.read_questions(folder, ["the star"])
+    found = {question["image"].rpartition("/")[2] for question in questions}
+    assert found == {"picture.png", "scan.TIFF", *(f"{name}.jpg" for name in REFUSED)}
+
+
 def test_both_packages_accept_the_same_formats():
     """data_scripts does without modeling_reftr, which travels to the Hub without data_scripts."""
     assert decoding_reftr.IMAGE_FORMATS == reading.IMAGE_FORMATS
