@@ -129,15 +129,15 @@ def blocks_of(module: nn.Module, undivided: set[str], prefix: str = "") -> list[
 @pytest.mark.parametrize(
     ("position_embedding_type", "seed"),
     [
-        ("learned", 0),
-        *(pytest.param(kind, seed, marks=pytest.mark.slow) for kind in ("sine", "learned") for seed in range(1, 9)),
+        ("learned", None),  # all away from the inputs
+        *(pytest.param(kind, seed, marks=pytest.mark.slow) for kind in ("sine", "learned") for seed in range(8)),
     ],
 )
 def test_parts_may_lie_on_two_devices(make_model, processor, shapes, position_embedding_type, seed):
     """On two GPUs that are made up: tensors have sizes and devices there, and no values; mixed devices are errors."""
     batch = GroundingCollator(processor, with_targets=False, with_masks=True)([shapes["test"][0]])
     question = dict(processor(shapes["test"][0]["image"], ["the star", "the red circle"]))
-    draw = random.Random(seed)
+    rng = random.Random(seed)
 
     def pretend(value):
         return torch.zeros(value.shape, dtype=value.dtype, device="cuda:0") if torch.is_tensor(value) else value
@@ -146,7 +146,8 @@ def test_parts_may_lie_on_two_devices(make_model, processor, shapes, position_em
         model = make_model(predict_masks=True, position_embedding_type=position_embedding_type)
         blocks = blocks_of(model, model._no_split_modules)
         assert len(blocks) > 20
-        devices = {block: f"cuda:{draw.randrange(2)}" for block in blocks}
+        devices = {block: "cuda:1" if seed is None else f"cuda:{rng.randrange(2)}" for block in blocks}
+        assert "model.backbone" in blocks  # its own forwards add what several blocks give
         model.model.level_embedding = nn.Parameter(model.model.level_embedding.to("cuda:0"))
         for block, device in devices.items():
             move_parameters(model.get_submodule(block), device)
