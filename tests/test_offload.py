@@ -156,6 +156,9 @@ def test_parts_may_lie_on_two_devices(make_model, processor, shapes, position_em
         )
         outputs = model(**tree_map(pretend, batch))
         assert outputs.pred_boxes.device == outputs.pred_masks.device == outputs.loss.device == torch.device("cuda:0")
+        phrases = [pretend(batch[name]) for name in ("phrase_input_ids", "phrase_attention_mask")]
+        states, indices = model.model.encode_phrases(*phrases, outputs.phrase_mask, pretend(batch["phrase_index"]))
+        assert states.device == indices.device  # made-up tensors do not check where they are indexed
         pictures = {name: pretend(question.pop(name)) for name in ("pixel_values", "pixel_mask")}
         for encoder in (model, model.model):
             model(image_features=encoder.get_image_features(**pictures), **tree_map(pretend, question))
