@@ -293,7 +293,7 @@ def test_predict_takes_the_images_of_a_folder_by_the_accepted_names(folder):
     for name in ("drawing.eps", "text.pdf", "scan.TIFF"):
         (folder / name).write_bytes(b"")
     questions = predict.read_questions(folder, ["the star"])
-    found = {question["image"].rpartition("/")[2] for question in questions}
+    found = {question["image"].rpartition("/")[2] for _, question in questions}
     assert found == {"picture.png", "scan.TIFF", *(f"{name}.jpg" for name in REFUSED)}
 
 
