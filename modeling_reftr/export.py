@@ -129,14 +129,9 @@ def name_inputs_and_axes(program):
         value.name = value.name.removeprefix("input.")
         axes |= {str(value.shape[axis]): name for axis, name in AXES[value.name].items()}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
-        if value.shape is not None:
-            value.shape = type(value.shape)(
-                # an int stays, and so does what is not known
-                re.sub(r"\w+", lambda word: axes.get(word[0], word[0]), str(dim))
-                if getattr(dim, "value", None)
-                else dim
-                for dim in value.shape
-            )
+        for axis, dim in enumerate(value.shape or ()):
+            if getattr(dim, "value", None):  # symbols; neither a number nor unknown
+                value.shape[axis] = re.sub(r"\w+", lambda word: axes.get(word[0], word[0]), dim.value)
 
 
 def describe(program, text: str):
