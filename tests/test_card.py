@@ -6,6 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
 from training_reftr.arguments import TrainingArguments, to_recipe
 from training_reftr.card import write_card
 from training_reftr.run import describe_best
@@ -59,6 +60,10 @@ def test_figures_are_those_of_the_report_beside_the_published_ones(folder):
         "value": 0.81235,
         "notes": "boxes: accuracy at IoU 0.5",
     }
+
+
+def test_card_names_the_oldest_transformers_that_works(folder):
+    assert f"transformers {MINIMUM_TRANSFORMERS} or newer" in card_of(folder).text
 
 
 def test_without_a_hub_id_of_the_set_there_are_no_leaderboard_entries(folder):
