@@ -1,9 +1,5 @@
 """RefTR's processor: pictures, words and phrases -> tensors; boxes back to pixels and phrases."""
 
-from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
-
-
-# isort: split
 import bisect
 import math
 import operator

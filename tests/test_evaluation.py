@@ -217,6 +217,15 @@ def test_the_best_constant_box_is_the_one_that_hits_most():
     assert answer["precision@0.9"] == pytest.approx(4 / 6)
 
 
+def test_mean_box_is_the_constant_one_where_it_hits_more_than_any():
+    boxes = [[0.0, 0.0, 60.0, 100.0], [30.0, 0.0, 90.0, 100.0]]  # of which neither hits the other
+    sentence = {"phrases": [{"objects": [0]}]}
+    rows = [{"width": 100, "height": 100, "objects": [{"box": box}], "sentences": [sentence]} for box in boxes]
+    answer = constant_box(Dataset.from_list(rows), [{"image_size": (100, 100), "box": box} for box in boxes])
+    assert answer["box_xyxy"] == [0.15, 0.0, 0.75, 1.0]
+    assert answer["accuracy@0.5"] == 1
+
+
 def test_expressions_are_swapped_between_objects_alone():
     box, other = [0, 0, 10, 10], [10, 0, 20, 10]
     records = [
