@@ -1,5 +1,9 @@
 """RefTR's image processor: resize, normalise, pad; boxes back to the picture."""
 
+from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
+
+
+# isort: split
 import base64
 import contextlib
 import io
