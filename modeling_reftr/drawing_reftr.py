@@ -11,6 +11,9 @@ from .decoding_reftr import check_format
 COLORS = ("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab")
 TRUTH_COLOR = "white"
 MASK_OPACITY = 80  # of 255: the thing itself is to be seen
+# a text of 100,000 characters would make an image of a gigabyte: characters of one that are drawn, and lines of all
+MAX_LABEL = 1000
+MAX_LINES = 200
 
 
 def draw_answers(
@@ -28,7 +31,8 @@ def draw_answers(
     Args:
         image (`PIL.Image.Image`): the picture.
         boxes_xyxy (`(phrases, 4)`): predicted boxes in pixels of the picture; None where there is no answer.
-        phrases (`list[str]`): the words of each box, written in the colour of its box.
+        phrases (`list[str]`): the words of each box, written in the colour of its box; of very long ones, and of very
+            many, the first.
         true_boxes_xyxy (`(phrases, 4)`, *optional*): boxes to compare with, drawn in white.
         masks (list of bool `(height, width)` arrays at the picture's size, *optional*):
             Predicted masks, laid over the picture and outlined in the colour of their box; None: no answer.
@@ -62,9 +66,11 @@ def draw_answers(
 
     font = ImageFont.load_default(size=max(12, width // 22))
     letters = max(8, int(width / font.getlength("n") * 1.05))
-    lines = [(words, "black") for words in textwrap.wrap(title, letters)]
+    lines = [(words, "black") for words in wrap(title, letters)]
     for index, phrase in enumerate(phrases):
-        lines += [(words, COLORS[index % len(COLORS)]) for words in textwrap.wrap(phrase, letters)]
+        lines += [(words, COLORS[index % len(COLORS)]) for words in wrap(phrase, letters)]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:MAX_LINES], ("...", "black")]
     height = int(font.size * 1.35)
     sheet = Image.new("RGB", (width, canvas.height + height * len(lines) + 8), "white")
     sheet.paste(canvas, (0, 0))
@@ -72,6 +78,22 @@ def draw_answers(
     for number, (words, color) in enumerate(lines):
         draw.text((4, canvas.height + 2 + number * height), words, fill=color, font=font)
     return sheet
+
+
+def wrap(text: str, letters: int) -> list[str]:
+    """
+    Return the beginning of a text, at most `MAX_LABEL` characters, in lines of so many letters.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.drawing_reftr import wrap
+
+    >>> wrap("the red cup", 8), len(wrap("the red cup " * 1000, 8))
+    (['the red', 'cup'], 126)
+
+    ```"""
+    return textwrap.wrap(text if len(text) <= MAX_LABEL else f"{text[:MAX_LABEL]}...", letters)
 
 
 def corners(box_xyxy, scale: float) -> list[float]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Set
 
 from transformers.utils import logging
 
+from .text_reftr import quote
+
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +60,7 @@ def to_list(values, name: str) -> list:
 
     ```"""
     if not is_sequence(values):
-        raise ValueError(f"{name}={str(values)[:80]!r} must be a list, got {type(values).__name__}.")
+        raise ValueError(f"{name}={quote(values)} must be a list, got {type(values).__name__}.")
     if hasattr(values, "to_pylist"):  # an array of pyarrow, whose entries are not Python's
         return values.to_pylist()
     if hasattr(values, "__iter__"):  # a Series iterates in order, and its [0] is the row of the label 0
@@ -98,7 +100,7 @@ def to_threshold(value) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"threshold={str(value)[:80]} must be one number from 0 to 1.") from error
+        raise ValueError(f"threshold={quote(value)} must be one number from 0 to 1.") from error
 
 
 def to_sizes(sizes, num_images: int, name: str, are_optional: bool = False) -> list[tuple[float, float] | None]:
@@ -130,7 +132,8 @@ def to_sizes(sizes, num_images: int, name: str, are_optional: bool = False) -> l
             height, width = (float(side) for side in to_list(size, name))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{name} must hold one (height, width) for each of {num_images} images, got {size!r} for one of them."
+                f"{name} must hold one (height, width) for each of {num_images} images, got {quote(size)} for one of "
+                "them."
             ) from error
         if not (0 < height < math.inf and 0 < width < math.inf):
             raise ValueError(f"{name} must hold positive numbers of pixels, got {(height, width)} (height, width).")

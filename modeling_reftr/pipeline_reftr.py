@@ -15,6 +15,7 @@ from .drawing_reftr import draw_answers
 from .image_processing_reftr import is_one_image, picture_size, to_pil_image
 from .inputs_reftr import is_sequence, to_list
 from .processing_reftr import to_span
+from .text_reftr import quote
 
 
 BRING_TEXTS = "Questions bring their texts and phrases: give none beside them."
@@ -292,7 +293,7 @@ def make_question(image, text, phrases) -> dict:
     elif text is not None:
         text = to_list(text, "text")
     if not text or not all(isinstance(sentence, str) for sentence in text):
-        raise ValueError(f"text={text!r} is neither an expression nor a list of them: name what to look for.")
+        raise ValueError(f"text={quote(text)} is neither an expression nor a list of them: name what to look for.")
     phrases = None if phrases is None else to_list(phrases, "phrases")
     if phrases is not None and len(phrases) != len(text):
         raise ValueError(f"{len(phrases)} lists of phrases for {len(text)} texts: give a list of phrases for each.")

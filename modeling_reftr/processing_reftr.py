@@ -4,6 +4,7 @@ import bisect
 import math
 import operator
 import unicodedata
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from .configuration_reftr import AUTO_MAP
 from .decoding_reftr import is_undecoded, without_decoding
 from .image_processing_reftr import check_picture, open_undecoded
 from .inputs_reftr import is_sequence, nesting_depth, to_list, warn_about_joined_expressions
-from .text_reftr import check_text, is_blank
+from .text_reftr import MAX_CHARACTERS, check_text, is_blank, quote
 
 
 logger = logging.get_logger(__name__)
+
+# halves of characters, which no text has: see `check_text`
+WORD_START, WORD_END = "\ud800", "\udfff"
 
 
 class RefTRProcessor(ProcessorMixin):
@@ -206,10 +210,10 @@ class RefTRProcessor(ProcessorMixin):
                     continue
                 if spans[index] is None and is_one_target(value, name):
                     value = [value]
-                value = to_list(value, f"{name} of {sentence!r}")
+                value = to_list(value, f"{name} of {quote(sentence)}")
                 if len(value) != num_phrases:
                     raise ValueError(
-                        f"{len(value)} {name} for the {num_phrases} phrases of {sentence!r}: give one a phrase."
+                        f"{len(value)} {name} for the {num_phrases} phrases of {quote(sentence)}: give one a phrase."
                     )
                 if name == "boxes":
                     data["labels"][index]["boxes"] = to_label_boxes(value, *sizes[image], sentence)
@@ -248,7 +252,7 @@ class RefTRProcessor(ProcessorMixin):
         encoded, cuts = self.tokenize(texts, limits)
         for sentence, (ids, _) in zip(sentences, encoded, strict=True):
             if len(ids) <= 2:
-                raise ValueError(f"The text {sentence!r} has no words: there is nothing to look for.")
+                raise ValueError(f"The text {quote(sentence)} has no words: there is nothing to look for.")
         if cuts:
             logger.warning(
                 f"{len(cuts)} of {len(sentences)} texts are longer than {' or '.join(map(str, sorted(set(cuts))))} "
@@ -565,7 +569,7 @@ def arrange_sentences(text, num_images: int | None) -> tuple[list[str], list[int
     for index, sentence in enumerate(sentences):
         check_text(sentence, "text" if depth == 0 else f"text {index}")
         if is_blank(sentence):
-            raise ValueError(f"The text {sentence!r} is blank, it has no words: there is nothing to look for.")
+            raise ValueError(f"The text {quote(sentence)} is blank, it has no words: there is nothing to look for.")
     return [str(sentence) for sentence in sentences], image_index, depth
 
 
@@ -601,7 +605,8 @@ def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
     Find phrases (strings, or pairs of `int`, which are checked) in their sentence, as (start, end) characters.
 
     Raises:
-        ValueError: if a phrase is blank or not in the sentence, or a span is empty or leaves it.
+        ValueError: if a phrase is blank or not in the sentence, a span is empty or leaves it, or phrases together have
+            more than `MAX_CHARACTERS` characters.
 
     Example:
 
@@ -613,31 +618,39 @@ def find_phrases(sentence: str, phrases) -> list[tuple[int, int]]:
 
     ```"""
     if isinstance(phrases, str):
-        raise ValueError(f"phrases={phrases!r}: give a list of phrases for each sentence.")
-    folded, starts = fold_case(sentence)
-    word_starts = [place for place in starts if place == 0 or not is_word(folded[place - 1])]
+        raise ValueError(f"phrases={quote(phrases)}: give a list of phrases for each sentence.")
+    folded = None
     # folded phrase -> where its next search begins, and whether whole words may still be found there
-    spans, searches = [], {}
-    for phrase in to_list(phrases, f"phrases of {sentence!r}"):
+    spans, searches, length = [], {}, 0
+    for phrase in to_list(phrases, f"phrases of {quote(sentence)}"):
         if isinstance(phrase, str):
+            if folded is None:  # spans do without
+                folded, starts = fold_case(sentence)
+                marked, places = mark_words(folded)
             wanted, _ = fold_case(check_text(phrase, "A phrase").strip())
             if is_blank(wanted):
-                raise ValueError(f"A phrase of {sentence!r} is blank.")
+                raise ValueError(f"A phrase of {quote(sentence)} is blank.")
             begin, may_be_words = searches.get(wanted, (0, True))
-            place = find_words(folded, wanted, starts, word_starts, begin) if may_be_words else None
+            place = find_words(marked, places, wanted, begin) if may_be_words else None
             may_be_words = place is not None
             place = find_letters(folded, wanted, starts, begin) if place is None else place
             if place is None:
                 times = "" if begin == 0 else " once more"
-                raise ValueError(f"The phrase {phrase!r} is not{times} in its sentence {sentence!r}.")
+                raise ValueError(f"The phrase {quote(phrase)} is not{times} in its sentence {quote(sentence)}.")
             searches[wanted] = place + len(wanted), may_be_words
             start, end = starts[place], starts[place + len(wanted)]
         else:
             start, end = to_span(phrase, sentence)
             if not 0 <= start < end <= len(sentence) or is_blank(sentence[start:end]):
                 raise ValueError(
-                    f"The span ({start}, {end}) is no part of {sentence!r}, which has {len(sentence)} characters."
+                    f"The span ({start}, {end}) is no part of {quote(sentence)}, which has {len(sentence)} characters."
                 )
+        length += end - start
+        if length > MAX_CHARACTERS:
+            raise ValueError(
+                f"The phrases of {quote(sentence)} have more than {MAX_CHARACTERS:,} characters together: ask for "
+                "fewer of them at once."
+            )
         spans.append((start, end))
     return spans
 
@@ -648,8 +661,8 @@ def to_span(phrase, sentence: str) -> tuple[int, int]:
         start, end = (operator.index(place) for place in to_list(phrase, "phrase"))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"The phrase {phrase!r} of {sentence!r} must be a str or a pair of int, (start, end) characters; phrases "
-            "of one sentence are a list of them."
+            f"The phrase {quote(phrase)} of {quote(sentence)} must be a str or a pair of int, (start, end) "
+            "characters; phrases of one sentence are a list of them."
         ) from error
     return start, end
 
@@ -677,32 +690,73 @@ def fold_case(text: str) -> tuple[str, dict[int, int]]:
     return "".join(pieces), starts
 
 
-def find_words(text: str, wanted: str, starts, word_starts: list[int], begin: int) -> int | None:
+def mark_words(text: str) -> tuple[str, list[int]]:
     """
-    Return the first index from `begin` on where `wanted` stands in `text` as whole words, None where it does not. It
-    begins at one of `word_starts`, which are sorted, and ends at one of `starts`.
+    Return a text with `WORD_START` wherever the character before is not part of a word, and `WORD_END` wherever the
+    one behind is not; and for each of its indices, its end included, where that is in the marked text, marks included.
+    A search for marked words finds whole words alone, in one step however often they are there as parts of others.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.processing_reftr import WORD_END, WORD_START, mark_words
+
+    >>> marked, places = mark_words("up, a")
+    >>> marked.replace(WORD_START, "[").replace(WORD_END, "]"), places
+    ('[up],][ [a]', [0, 2, 3, 5, 8, 10])
+
+    ```"""
+    pieces, places, length, is_inside = [], [], 0, False
+    for index, character in enumerate(text):
+        was_inside, is_inside = is_inside, is_word(character)
+        end = WORD_END if index > 0 and not is_inside else ""
+        pieces += end, "" if was_inside else WORD_START, character
+        places.append(length)
+        length += len(end) + (not was_inside) + 1
+    return "".join([*pieces, WORD_END]), [*places, length]
+
+
+def find_words(marked: str, places: list[int], wanted: str, begin: int) -> int | None:
     """
-    place = text.find(wanted, begin)
-    while place >= 0:
-        number = bisect.bisect_left(word_starts, place)
-        if number == len(word_starts):
-            return None
-        if word_starts[number] == place:
-            end = place + len(wanted)
-            if end in starts and not is_word(text[end : end + 1] or " "):
-                return place
-            number += 1
-        # nothing between is the start of a word
-        place = text.find(wanted, word_starts[number]) if number < len(word_starts) else -1
-    return None
+    Return the first index from `begin` on where `wanted` stands in a text as whole words, None where it does not. The
+    text is given by what `mark_words` returns for it.
+    """
+    place = marked.find(mark_words(wanted)[0], places[begin])
+    return None if place < 0 else bisect.bisect_right(places, place) - 1
 
 
 def find_letters(text: str, wanted: str, starts, begin: int) -> int | None:
     """Return the first index from `begin` on where `wanted` stands in `text`, from one of `starts` to another."""
-    place = text.find(wanted, begin)
-    while place >= 0 and not (place in starts and place + len(wanted) in starts):
-        place = text.find(wanted, place + 1)
-    return None if place < 0 else place
+    found = (place for place in find_all(text, wanted, begin) if place in starts and place + len(wanted) in starts)
+    return next(found, None)
+
+
+def find_all(text: str, wanted: str, begin: int) -> Iterator[int]:
+    """
+    Yield all indices from `begin` on where `wanted` stands in `text`, in time linear in the text. Where it stands
+    twice at a distance of at most half its length, it repeats itself at that distance, and so only the characters of
+    one more repetition are compared to find it there again.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.processing_reftr import find_all
+
+    >>> list(find_all("banananas", "ana", 0))
+    [1, 3, 5]
+
+    ```"""
+    place, distance = text.find(wanted, begin), 0
+    while place >= 0:
+        yield place
+        end = place + len(wanted)
+        if distance and text[end : end + distance] == text[end - distance : end]:
+            place += distance
+            continue
+        following = text.find(wanted, place + 1)
+        if 0 < following - place <= len(wanted) // 2:
+            distance = following - place
+        place = following
 
 
 def is_word(character: str) -> bool:
@@ -734,9 +788,12 @@ def to_mask_array(mask, sentence: str) -> np.ndarray:
     if isinstance(mask, torch.Tensor):
         return mask.detach().cpu().numpy()
     if is_sequence(mask) and not (isinstance(mask, np.ndarray) and mask.dtype != object):
-        mask = [to_list(row, f"a row of a mask of {sentence!r}") for row in to_list(mask, f"a mask of {sentence!r}")]
+        mask = [
+            to_list(row, f"a row of a mask of {quote(sentence)}")
+            for row in to_list(mask, f"a mask of {quote(sentence)}")
+        ]
         if len({len(row) for row in mask}) > 1:
-            raise ValueError(f"The rows of a mask of {sentence!r} are not of one length.")
+            raise ValueError(f"The rows of a mask of {quote(sentence)} are not of one length.")
     return np.asarray(mask)
 
 
@@ -751,12 +808,12 @@ def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
     for index, mask in enumerate(masks):
         mask = open_undecoded(mask) if is_undecoded(mask) else mask
         if isinstance(mask, Image.Image):
-            check_picture(mask, f"A mask of {sentence!r}")  # before NumPy decodes it
+            check_picture(mask, f"A mask of {quote(sentence)}")  # before NumPy decodes it
         mask = mask if isinstance(mask, dict) else to_mask_array(mask, sentence)
         size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
         if size != (height, width):
             raise ValueError(
-                f"A mask of {sentence!r} has the size {size}, its picture has {(height, width)} (height, width)."
+                f"A mask of {quote(sentence)} has the size {size}, its picture has {(height, width)} (height, width)."
             )
         arrays[index] = from_coco_rle(mask) if isinstance(mask, dict) else mask != 0
     return arrays
@@ -786,11 +843,11 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
             x0, y0, x1, y1 = box
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The box {box!r} of {sentence!r} must be four numbers, (x0, y0, x1, y1) in pixels; give one box for "
-                "each phrase."
+                f"The box {quote(box)} of {quote(sentence)} must be four numbers, (x0, y0, x1, y1) in pixels; give "
+                "one box for each phrase."
             ) from error
         if not (x0 < x1 and y0 < y1 and math.isfinite(sum(box))):
-            raise ValueError(f"The box {box} of {sentence!r} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1.")
+            raise ValueError(f"The box {box} of {quote(sentence)} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1.")
         left, top, right, bottom = (
             max(x0, 0) / width,
             max(y0, 0) / height,
@@ -799,7 +856,7 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
         )
         passes = min(x0, y0) < -1 or x1 > width + 1 or y1 > height + 1
         if passes or left >= right or top >= bottom:
-            raise ValueError(f"The box {box} of {sentence!r} leaves its picture of {width} x {height} pixels.")
+            raise ValueError(f"The box {box} of {quote(sentence)} leaves its picture of {width} x {height} pixels.")
         labels.append([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
     return torch.tensor(labels, dtype=torch.float32).reshape(-1, 4)
 

@@ -1,18 +1,34 @@
 """Texts that cannot be answered are refused in a sentence, and no function over text takes more than linear time."""
 
+import random
 import time
 
 import pytest
 from PIL import Image
 
+from data_scripts.flickr30k_entities import parse_caption
 from modeling_reftr import VisualGroundingPipeline
+from modeling_reftr.drawing_reftr import draw_answers
+from modeling_reftr.escaping import for_code, for_markdown, for_terminal
 from modeling_reftr.inputs_reftr import is_joined, split_expressions
-from modeling_reftr.processing_reftr import find_phrases
+from modeling_reftr.processing_reftr import find_all, find_phrases
+from modeling_reftr.text_reftr import quote
 from training_reftr.augmentation import mirror_sentence, mirrored_words
 
 
 def mirror_phrases(text: str):
     return mirror_sentence({"text": text, "phrases": [{"start": 0, "end": 4}] * text.count("left")})
+
+
+def find_half_a_word(text: str):
+    """Ask for half of a text that repeats itself, which begins with a word everywhere and ends with none."""
+    return find_phrases(text, [text[: len(text) // 6 * 3] + "a"])
+
+
+def find_half_a_letter(text: str):
+    """Ask for what begins with a letter everywhere and ends with none, as each sharp s is two letters when folded."""
+    with pytest.raises(ValueError, match="is not in its sentence"):
+        find_phrases(text, ["s" * (len(text) + 1)])
 
 
 FUNCTIONS = {
@@ -21,6 +37,28 @@ FUNCTIONS = {
     "split_expressions": (split_expressions, "the st. bernard dog. the cat . "),
     "is_joined": (is_joined, "the st. bernard dog. the cat . "),
     "find_phrases": (lambda text: find_phrases(text, ["the dog"] * text.count("dog")), "the dog, the cat "),
+    "find_phrases, half a word": (find_half_a_word, "ab "),
+    "find_phrases, half a letter": (find_half_a_letter, "ß"),
+    "find_phrases, parts of words": (
+        lambda text: find_phrases(text, ["a " + "xa " * number for number in range(1, 50)]),
+        "xa ",
+    ),
+    "find_phrases, spans": (
+        lambda text: find_phrases(text, [(3 * i, 3 * i + 2) for i in range(len(text) // 3)]),
+        "ab ",
+    ),
+    "parse_caption": (parse_caption, "[/EN#7/people/other A man] washes "),
+    "parse_caption, unfinished": (parse_caption, "[/EN#7/people/other A man washes "),
+    "parse_caption, types": (lambda text: parse_caption(f"[/EN#7{text}"), "/a"),
+    "for_terminal": (for_terminal, "the \x1b[31mred\u202e cup"),
+    "for_markdown": (for_markdown, "a | [b](c) <script> _d_ ``` "),
+    "for_code": (for_code, "a ` b `` "),
+    "quote": (quote, "the \x1b[31mred\u202e cup"),
+    "draw_answers": (
+        lambda text: draw_answers(Image.new("RGB", (64, 48)), [None], [text], title=text),
+        "the-dog e\u0301 ",
+    ),
+    "draw_answers, one word": (lambda text: draw_answers(Image.new("RGB", (64, 48)), [None], [text]), "dog"),
 }
 
 
@@ -39,6 +77,38 @@ def test_eight_times_the_text_takes_about_eight_times_the_time(function, piece):
     number = 500
     short, long = (seconds_of(function, piece * count) for count in (number, 8 * number))
     assert long < 24 * short, "64 times where the time grows with the square"
+
+
+def test_all_places_of_a_text_are_found():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 30)))
+        wanted = rng.choice(["ab", "a", "b"]) * rng.randint(1, 6)
+        begin = rng.randint(0, 5)
+        expected = [place for place in range(begin, len(text)) if text.startswith(wanted, place)]
+        assert list(find_all(text, wanted, begin)) == expected, (text, wanted, begin)
+
+
+def test_phrases_are_limited_together():
+    """They may overlap: a few numbers could ask for any number of characters to be tokenized."""
+    text = "the cup " * 1000
+    assert len(find_phrases(text, [(0, 8000)] * 12)) == 12
+    with pytest.raises(ValueError, match="more than 100,000 characters together") as refused:
+        find_phrases(text, [(0, 8000)] * 13)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_long_label_makes_no_long_image():
+    image, text = Image.new("RGB", (64, 48)), "the cup " * 12_500
+    assert draw_answers(image, [None], [text], width=960).height < 5_000
+    assert draw_answers(image, [None] * 300, [text] * 300, width=960).height < 15_000
+
+
+@pytest.mark.parametrize("phrase", ["the cat", "the dog " * 10_000, (7, 90_000), (0, 1, 2), ["the"] * 10_000, b"the"])
+def test_what_is_refused_is_quoted_in_part(processor, phrase):
+    with pytest.raises(ValueError, match="the cup the cup") as refused:
+        processor(Image.new("RGB", (64, 48)), "the cup " * 10_000, phrases=[phrase])
+    assert len(str(refused.value)) < 500
 
 
 TEXTS = {

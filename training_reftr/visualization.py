@@ -95,7 +95,8 @@ def draw_samples(model, processor, rows, records: list[dict], num: int, folder: 
         row = {**row, "image": read_picture(row)}
         maps = attend(model, processor, row, record, accelerator)
         if accelerator.is_main_process:
-            name = re.sub(r"[^\w.+-]+", "_", f"{number:04d}_{record['sentence_id']}_{record['phrase']}")
+            # a name has up to 255 bytes
+            name = re.sub(r"[^\w.+-]+", "_", f"{number:04d}_{record['sentence_id'][:60]}_{record['phrase']}")
             draw_sample(row, record, maps).save(folder / f"{name}.png")
 
 
