@@ -28,6 +28,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from data_scripts.quoting import explain, quote
+
+from .checkpoint_claims import NOT_READ, check_claims
 from .configuration_reftr import RefTRConfig
 from .escaping import for_terminal
 from .image_processing_reftr import RefTRImageProcessor
@@ -194,8 +197,9 @@ def place_weights(
     missing = sorted(wanted - {name for names in places.values() for name in names})
     if unknown or missing:
         raise ValueError(
-            f"These weights do not fit the model. Keys without a place in it: {unknown or 'none'}. "
-            f"Weights of it that the checkpoint does not have: {missing or 'none'}."
+            "These weights do not fit the model. Keys without a place in it: "
+            f"{quote(unknown, 5000) if unknown else 'none'}. Weights of it that the checkpoint does not have: "
+            f"{quote(missing, 5000) if missing else 'none'}."
         )
     placed = {}
     for key, names in places.items():
@@ -230,10 +234,12 @@ def to_published_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, to
         name for name in weights if published_key(name) == name or name not in our_names(published_key(name))
     )
     if strangers:
-        raise ValueError(f"The published model has no place for these weights: {strangers}.")
+        raise ValueError(f"The published model has no place for these weights: {quote(strangers, 5000)}.")
     missing = sorted({part for name in weights for part in our_names(published_key(name))} - weights.keys())
     if missing:
-        raise ValueError(f"Query, key and value are published in one, but these of them are missing: {missing}.")
+        raise ValueError(
+            f"Query, key and value are published in one, but these of them are missing: {quote(missing, 5000)}."
+        )
     published = {}
     for name in weights:
         parts = our_names(published_key(name))
@@ -241,35 +247,6 @@ def to_published_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, to
             values = [weights[part] for part in parts]
             published[published_key(name)] = torch.cat(values) if len(values) > 1 else values[0]
     return published
-
-
-class NotRead:
-    """What stands for objects of a checkpoint that are no tensors: it takes anything and keeps nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __new__(cls, *args, **kwargs):
-        """Takes any arguments."""
-        return super().__new__(cls)
-
-    def __setstate__(self, state):
-        pass
-
-
-# what `args` and numbers of a published checkpoint are made of; their own classes are never called
-NOT_READ = [
-    (NotRead, name)
-    for name in (
-        "argparse.Namespace",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
-        "numpy.ndarray",
-    )
-]
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -287,38 +264,31 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if it is no such file, is damaged, or asks for anything but tensors, numbers, text, and the
-            settings (`argparse.Namespace`) and NumPy values of a published checkpoint.
+        ValueError: if it is no such file, is damaged, claims more than its size can hold, or asks for anything but
+            tensors, numbers, text, and the settings (`argparse.Namespace`) and NumPy values of a published checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; give the path of a checkpoint (.pth or .safetensors).")
+    is_safetensors = path.suffix == ".safetensors"
+    if not is_safetensors:
+        check_claims(path)
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors:
             content = load_file(path)
         else:
             with torch.serialization.safe_globals(NOT_READ):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile file can fail in any place of its reader
-        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path} is refused: it asks for {asked[1]}, which no checkpoint of weights needs. Nothing of it was "
-                "run."
-            ) from error
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = explain(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
     weights = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not weights:
         raise ValueError(f"{path} holds no weights: expected a state dict, or a dict with a state dict in 'model'.")
     weights = {str(key): value for key, value in weights.items() if not IGNORED.fullmatch(str(key))}
     for key, value in weights.items():
-        if not (
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.layout == torch.strided
-            and value.device.type == "cpu"
-        ):
-            raise ValueError(f"{key!r} in {path} is not a dense floating-point tensor, as weights are.")
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            raise ValueError(f"{quote(key)} in {path} is not a dense floating-point tensor, as weights are.")
     if sum(value.nbytes for value in weights.values()) > path.stat().st_size:
         raise ValueError(f"The tensors of {path} are larger than the file: they lie over each other, weights do not.")
     return weights
@@ -335,7 +305,7 @@ def read_published_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor
     if not any(key.startswith("vl_transformer.") for key in published):
         raise ValueError(
             f"{path} holds no published RefTR checkpoint: no key starts with 'vl_transformer.', the first is "
-            f"{next(iter(published), None)!r}."
+            f"{quote(next(iter(published), None))}."
         )
     return published
 
@@ -438,7 +408,9 @@ def check_config(config: RefTRConfig, published: Mapping[str, torch.Tensor]):
                 given = str(given).split(".")[0]  # timm writes its weights' name behind a dot
             if given != value:
                 full_name = name if inner is None else f"{name}.{inner}"
-                differences.append(f"{full_name} is {given!r} in the configuration, {value!r} in the checkpoint")
+                differences.append(
+                    f"{full_name} is {quote(given)} in the configuration, {quote(value)} in the checkpoint"
+                )
     if differences:
         raise ValueError(f"The configuration is not that of the checkpoint: {'; '.join(differences)}.")
 
