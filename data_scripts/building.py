@@ -145,16 +145,19 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         self._take_parts()  # of a build that was killed
         super()._download_and_prepare(dl_manager, verification_mode, **settings)
         self.reported += self._take_parts()
-        order = {split: number for number, split in enumerate(self.info.splits)}
+        self._write_json(BUILD_REPORT, self.make_report())
+
+    def make_report(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Return what was reported until now, as `reports.read_build_report` does for what was built."""
+        order = {split: number for number, split in enumerate(self.info.splits or ())}
         report = {}
         for split, kind, counts in sorted(self.reported, key=lambda entry: order.get(entry[0], -1)):
             kinds = report.setdefault(split, {LEFT_OUT: Counter(), CHANGED: Counter()})
             kinds.setdefault(kind, Counter()).update(counts)
-        report = {
+        return {
             split: {kind: dict(sorted(counts.items())) for kind, counts in kinds.items()}
             for split, kinds in report.items()
         }
-        self._write_json(BUILD_REPORT, report)
 
     def _prepare_split_single(self, *args, **settings):
         """Write shards as the library does, perhaps in a process of its own, which leaves its reports as a file."""

@@ -37,7 +37,7 @@ def coco_id(image_id: str, picture: str | None = None) -> int | None:
     42
 
     ```"""
-    told = re.search(r"(?:^|_)coco_(\d+)$", image_id)
+    told = re.search(r"(?:^|_)coco_(\d{1,18})$", image_id)
     told = told or re.match(r"COCO_(?:train|val)2014_(\d{12})", PurePath(picture or "").name)
     return int(told[1]) if told else None
 

@@ -70,8 +70,8 @@ class Flickr30kEntities(GroundingBuilder):
         return [data_dir / name for name in names]
 
     def files_of(self, split: str) -> list[Path]:
-        """Return the list of a split's images."""
-        return [Path(self.config.data_dir) / f"{split}.txt"]
+        """Return the list of a split's images, and the folders of their captions and boxes."""
+        return [Path(self.config.data_dir) / name for name in (f"{split}.txt", "Sentences", "Annotations")]
 
     def _split_generators(self, dl_manager):
         data_dir = Path(self.config.data_dir or "")
@@ -246,6 +246,7 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
             for name in item.iterfind("name"):
                 chain = (name.text or "0").strip()
                 if chain != "0":
+                    check_text(chain, "the name of an object")
                     boxes.setdefault(chain, []).append(box_xyxy)
     except (ElementTree.ParseError, ValueError, OverflowError) as error:
         raise ValueError(f"{str(path)!r} is no annotation of Flickr30k Entities: {explain(error)}.") from error

@@ -46,6 +46,7 @@ from .masks import box_of, encode_array, encode_counts, to_segmentation
 from .quoting import explain, quote
 from .reading import (
     MAX_NAME,
+    check_spans,
     check_text,
     check_texts,
     has_words,
@@ -368,6 +369,7 @@ def read_expression(expression, field: str) -> tuple[str, list]:
         need(isinstance(phrase, dict), where, phrase, '{"text": ..., "box": ...}')
         known(phrase, ("start", "end", "text", *TARGET_FIELDS), where)
         spans.append((*find_span(phrase, text, where), phrase, where))
+    check_spans([(start, end) for start, end, *_ in spans], f"{field}.phrases")
     return text, spans
 
 

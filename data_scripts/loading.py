@@ -65,6 +65,10 @@ def load(
     builder = _make_builder(name, data_dir, cache_dir, config)
     if streaming:
         rows = builder.as_streaming_dataset(split=split)
+        parts = rows if split is None else {split: rows}
+        undecoded = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in parts.items()}
+        empty = [name for name, part in undecoded.items() if next(iter(part), None) is None]
+        _refuse_empty(builder, empty, builder.make_report())
         if split is None:
             return datasets.IterableDatasetDict({key: _stream_as_stored(part, decode) for key, part in rows.items()})
         return _stream_as_stored(rows, decode)
@@ -131,11 +135,18 @@ def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | 
         raise reason_of(error) from error
     # the library loads no split without rows
     empty = [name for name, info in builder.info.splits.items() if split in (None, name) and not info.num_examples]
+    _refuse_empty(builder, empty, read_build_report(builder.cache_dir))
+
+
+def _refuse_empty(builder: datasets.DatasetBuilder, empty: list[str], report: dict | None):
+    """Raise a ValueError if there are splits without rows, with the files that they are read from."""
     if empty:
-        report = format_build_report(read_build_report(builder.cache_dir))
         files = dict.fromkeys(str(file) for name in empty for file in builder.files_of(name))
-        read_from = f", read from {', '.join(map(repr, files))}" if files else ""
-        raise ValueError(f"Nothing is left in {', '.join(empty)} of {builder.config.name!r}{read_from}. {report}")
+        read_from = ", ".join(map(repr, files)) or "no file"
+        raise ValueError(
+            f"Nothing is left in {', '.join(empty)} of {builder.config.name!r}, read from {read_from}. "
+            f"{format_build_report(report)}"
+        )
 
 
 def _stream_as_stored(rows: datasets.IterableDataset, decode: bool) -> datasets.IterableDataset:

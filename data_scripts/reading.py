@@ -72,7 +72,7 @@ def is_inside(name: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
-def check_text(text: str, name: str) -> str:
+def check_text(text, name: str) -> str:
     """
     Return a text as it is, if it can be encoded, written to a file and read again, and tokenized in a second. The
     processor has the same rule.
@@ -82,8 +82,8 @@ def check_text(text: str, name: str) -> str:
         name (`str`): what it is, to begin the message with.
 
     Raises:
-        ValueError: if it has more than `MAX_CHARACTERS` characters, a NUL, or half of a surrogate pair, as JSON and
-            pickles can spell one, and as stands in the name of a file for a byte that is not UTF-8.
+        ValueError: if it is not a `str`, has more than `MAX_CHARACTERS` characters, a NUL, or half of a surrogate
+            pair, as JSON and pickles can spell one, and as stands in the name of a file for a byte that is not UTF-8.
 
     Example:
 
@@ -95,6 +95,8 @@ def check_text(text: str, name: str) -> str:
     ValueError: text has '\\ud83d' at character 4, half of a surrogate pair, in 'the \\ud83d cup'
 
     ```"""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str, got {type(text).__name__}")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
             f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}; it begins with {text[:40]!r}"
@@ -104,6 +106,19 @@ def check_text(text: str, name: str) -> str:
         excerpt = text[max(0, found.start() - 40) : found.end() + 40]
         raise ValueError(f"{name} has {found[0]!r} at character {found.start()}, {what}, in {excerpt!r}")
     return text
+
+
+def check_spans(spans: list[tuple[int, int]], name: str):
+    """
+    Check that the phrases of a text, as (start, end), are no more together than the processor takes: they may overlap,
+    and each is tokenized.
+
+    Raises:
+        ValueError: if they have more than `MAX_CHARACTERS` characters.
+    """
+    length = sum(end - start for start, end in spans)
+    if length > MAX_CHARACTERS:
+        raise ValueError(f"{name} have {length:,} characters together, more than {MAX_CHARACTERS:,}")
 
 
 def check_texts(value, name: str):

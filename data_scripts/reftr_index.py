@@ -36,7 +36,7 @@ from .building import (
 from .masks import encode_array, is_empty, to_segmentation
 from .pickles import read_pickle
 from .quoting import explain, quote
-from .reading import MAX_PIXELS, check_text, check_texts, has_words, image_of, is_file_name, read_frame
+from .reading import MAX_PIXELS, check_spans, check_text, check_texts, has_words, image_of, is_file_name, read_frame
 from .schema import FEATURES
 
 
@@ -329,6 +329,7 @@ def read_record(file: str, number: int, record: tuple, layout: tuple[str | None,
         if not all(isinstance(words, str) for words in phrases):
             raise TypeError("a phrase of it is no text")
         check_texts(phrases, "phrases")
+        check_spans([(0, len(words)) for words in phrases], "phrases")
         starts, boxes = [int(start) for start in starts], [[float(value) for value in box] for box in boxes]
     except (TypeError, ValueError, OverflowError) as error:
         expected = ", ".join(name or "_" for name in layout)

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from .decoding_reftr import check_format
+from .text_reftr import check_text
 
 
 COLORS = ("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab")
@@ -43,9 +44,13 @@ def draw_answers(
         `PIL.Image.Image`: `width` wide, as high as picture and words need.
 
     Raises:
-        ValueError: if the image was opened from a file of another format than `IMAGE_FORMATS`.
+        ValueError: if the image was opened from a file of another format than `IMAGE_FORMATS`, or a text is not one
+            that `check_text` takes.
     """
     check_format(image)
+    check_text(title, "title")
+    for index, phrase in enumerate(phrases):
+        check_text(phrase, f"phrase {index}")
     scale = width / image.width
     canvas = image.convert("RGB").resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
     line = max(2, width // 120)

@@ -43,8 +43,8 @@ def check_text(text, name: str) -> str:
         raise ValueError(f"{name} must be a str, got {type(text).__name__}.")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
-            f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}: give one expression or one caption. "
-            f"It begins with {text[:40]!r}."
+            f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}; it begins with {text[:40]!r}: give "
+            "one expression or one caption."
         )
     if found := REFUSED.search(text):
         what = "NUL" if found[0] == "\0" else "half of a surrogate pair"

@@ -23,6 +23,7 @@ from data_scripts.building import is_degenerate
 from data_scripts.masks import is_empty
 from modeling_reftr.image_processing_reftr import picture_size
 from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from modeling_reftr.text_reftr import check_text
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.pictures import PictureReader, check_frame, read_picture
@@ -170,6 +171,7 @@ class GroundingCollator:
             boxes.append([])
             masks.append([])
             for sentence in row["sentences"]:
+                check_text(sentence["text"], f"The text of sentence {sentence['sentence_id']!r}")
                 spans = [(phrase["start"], phrase["end"]) for phrase in sentence["phrases"]]
                 whole = whole and spans == [(0, len(sentence["text"]))]
                 objects = [row["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]

@@ -10,6 +10,8 @@ import datasets
 
 import data_scripts
 from data_scripts.checking import judge_rows
+from data_scripts.quoting import explain, quote
+from data_scripts.reading import check_text, has_words
 from data_scripts.schema import OPTIONAL
 from training_reftr.arguments import check_names
 
@@ -38,6 +40,7 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
         rows = stream_rows(args)
     elif is_folder(args.dataset):
         rows = load_folder(args)
+        refuse_other_texts(rows, args.dataset)
         refuse_other_boxes(rows, args.dataset)
     elif "," in args.dataset:
         rows = join_sets(args)
@@ -64,13 +67,45 @@ def load_folder(args) -> dict[str, datasets.Dataset]:
     """
     builder = datasets.load_dataset_builder(args.dataset, cache_dir=args.data_cache_dir)
     builder.download_and_prepare()
-    for name, info in builder.info.splits.items():
-        if not info.num_examples:
-            files = ", ".join(repr(str(file)) for file in builder.config.data_files[name])
-            raise ValueError(
-                f"The split {name!r} of {args.dataset!r} has no rows: {files} is empty. Fill or remove it."
-            )
+    refuse_empty(builder, args.dataset, [name for name, info in builder.info.splits.items() if not info.num_examples])
     return dict(builder.as_dataset())
+
+
+def stream_folder(args) -> dict[str, datasets.IterableDataset]:
+    """
+    Stream the splits of a folder of Parquet files, images not decoded. All texts are read through once.
+
+    Raises:
+        ValueError: if a split has no rows, naming its files.
+    """
+    builder = datasets.load_dataset_builder(args.dataset, cache_dir=args.data_cache_dir)
+    rows = builder.as_streaming_dataset()
+    rows = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in rows.items()}
+    refuse_empty(builder, args.dataset, [name for name, part in rows.items() if next(iter(part), None) is None])
+    return rows
+
+
+def refuse_empty(builder: datasets.DatasetBuilder, dataset: str, empty: list[str]):
+    """Raise a ValueError if a split of a folder has no rows, naming its files."""
+    for name in empty:
+        files = ", ".join(repr(str(file)) for file in builder.config.data_files[name])
+        raise ValueError(f"The split {name!r} of {dataset!r} has no rows: {files} is empty. Fill or remove it.")
+
+
+def refuse_other_texts(rows: dict, dataset: str):
+    """Raise a ValueError if a text of somebody's files is blank or refused by `check_text`, naming its image."""
+    for name, part in rows.items():
+        if not {"image_id", "sentences"} <= set(part.column_names or ()):
+            continue  # named by the caller
+        image_id = None
+        try:
+            for row in part.select_columns(["image_id", "sentences"]):
+                image_id = row["image_id"]
+                for sentence in row["sentences"]:
+                    if not has_words(check_text(sentence["text"], "a text")):
+                        raise ValueError("a text is blank")
+        except ValueError as error:  # one of Arrow's where bytes are not UTF-8
+            raise ValueError(f"{dataset!r} {name}, image {quote(image_id)} or after it: {explain(error)}.") from error
 
 
 def refuse_other_boxes(rows: dict, dataset: str):
@@ -140,8 +175,8 @@ def join_sets(args) -> dict[str, datasets.Dataset]:
 def stream_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """The training splits as streams, the others in memory."""
     if is_folder(args.dataset):
-        rows = datasets.load_dataset(args.dataset, streaming=True)
-        rows = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in rows.items()}
+        rows = stream_folder(args)
+        refuse_other_texts(rows, args.dataset)
     elif "," in args.dataset:
         raise ValueError(
             f"streaming takes one set, and dataset={args.dataset!r} is several: joining them needs to look through "
