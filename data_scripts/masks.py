@@ -118,11 +118,12 @@ def decode_segmentation(segmentation: dict | None) -> np.ndarray | None:
     Raises:
         ValueError: see `check_counts`.
     """
-    return (
-        None
-        if segmentation is None
-        else coco_mask.decode(encode_counts(segmentation["counts"], *segmentation["size"]))
-    )
+    if segmentation is None:
+        return None
+    size = segmentation.get("size")
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(f"its size is {quote(size)}; expected [height, width]")
+    return coco_mask.decode(encode_counts(segmentation.get("counts"), *size))
 
 
 def is_empty(segmentation: dict) -> bool:

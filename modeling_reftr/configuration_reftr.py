@@ -14,9 +14,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
+from .inputs_reftr import check_setting
+from .quoting_reftr import quote
+
 
 logger = logging.get_logger(__name__)
 
+SUB_CONFIGS = {"backbone_config", "text_config"}
 VERSION = "0.1.0"
 # where a saved folder keeps our classes; written by every save, whatever a loaded file said
 AUTO_MAP = {
@@ -46,7 +50,7 @@ def without_foreign_code(values: dict) -> dict:
     for name, value in values.items():
         if name in ("attn_implementation", "_attn_implementation") and "/" in str(value):
             raise ValueError(
-                f"{name}={value!r} in the configuration names code to fetch; if you want it, give it to "
+                f"{name}={quote(value)} in the configuration names code to fetch; if you want it, give it to "
                 "from_pretrained yourself."
             )
         if name not in ("auto_map", "custom_pipelines"):
@@ -60,6 +64,8 @@ def raise_value_errors(config_class):
 
     @functools.wraps(strict_init)
     def __init__(self, *args, **kwargs):
+        for name in config_class.__annotations__.keys() & kwargs.keys() - SUB_CONFIGS:
+            check_setting(kwargs[name], name)
         try:
             strict_init(self, *args, **kwargs)
         except StrictDataclassError as error:
@@ -217,7 +223,7 @@ class RefTRConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if "backbone" in kwargs:
             raise ValueError(
-                f"backbone={kwargs['backbone']!r} is not taken, because a name alone can reach the network; give "
+                f"backbone={quote(kwargs['backbone'])} is not taken, because a name alone can reach the network; give "
                 "backbone_config, for example {'model_type': 'timm_backbone', 'backbone': 'resnet50', "
                 "'out_indices': [1, 2, 3, 4]}."
             )
@@ -230,8 +236,8 @@ class RefTRConfig(PreTrainedConfig):
                 inside = {"backbone", "backbone_config", "architecture"} & set(values)
                 if inside := sorted(inside - {"backbone"} if is_timm else inside):
                     raise ValueError(
-                        f"{part} of model_type={values.get('model_type')!r} has {', '.join(inside)} inside: models of "
-                        "models can reach the network while they are built; give a plain encoder."
+                        f"{part} of model_type={quote(values.get('model_type'))} has {', '.join(inside)} inside: "
+                        "models of models can reach the network while they are built; give a plain encoder."
                     )
         kwargs.pop("auto_map", None)
         kwargs.pop("custom_pipelines", None)
@@ -280,7 +286,7 @@ class RefTRConfig(PreTrainedConfig):
         )
         for name in at_least_one:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+                raise ValueError(f"{name}={quote(getattr(self, name))} must be at least 1.")
         if self.num_frozen_backbone_stages < 0:
             raise ValueError(
                 f"num_frozen_backbone_stages={self.num_frozen_backbone_stages} must be 0 (train the whole backbone) "
@@ -303,21 +309,23 @@ class RefTRConfig(PreTrainedConfig):
         """Refuse probabilities, weights and choices out of their range."""
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
+                raise ValueError(f"{name}={quote(getattr(self, name))} must be at least 0 and less than 1.")
         not_negative = ("bbox_loss_coefficient", "giou_loss_coefficient", "box_head_init_std")
         for name in (*not_negative, "mask_loss_coefficient", "dice_loss_coefficient"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
+                raise ValueError(f"{name}={quote(getattr(self, name))} must be a finite number of at least 0.")
         for name in ("layer_norm_eps", "position_embedding_temperature", "init_xavier_std"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number greater than 0.")
+                raise ValueError(f"{name}={quote(getattr(self, name))} must be a finite number greater than 0.")
         if self.position_embedding_type not in ("sine", "learned"):
-            raise ValueError(f"position_embedding_type={self.position_embedding_type!r} must be 'sine' or 'learned'.")
+            raise ValueError(
+                f"position_embedding_type={quote(self.position_embedding_type)} must be 'sine' or 'learned'."
+            )
         from transformers.activations import ACT2FN  # here, because it imports torch
 
         if self.activation_function not in ACT2FN:
             raise ValueError(
-                f"activation_function={self.activation_function!r} is not one of {', '.join(sorted(ACT2FN))}."
+                f"activation_function={quote(self.activation_function)} is not one of {', '.join(sorted(ACT2FN))}."
             )
 
     def validate_backbone(self):
@@ -327,7 +335,7 @@ class RefTRConfig(PreTrainedConfig):
                 name = getattr(getattr(self, part), field, None)
                 if name is not None and ":" in str(name):
                     raise ValueError(
-                        f"{part}.{field}={name!r} names a place to load from; give the plain name of a timm "
+                        f"{part}.{field}={quote(name)} names a place to load from; give the plain name of a timm "
                         "architecture, for example 'resnet50'."
                     )
 

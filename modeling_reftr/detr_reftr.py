@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .convert_reftr_checkpoint import our_names, place_weights, read_weights
 from .modeling_reftr import RefTRPreTrainedModel
+from .quoting_reftr import quote
 
 
 logger = logging.get_logger(__name__)
@@ -131,7 +132,7 @@ def init_from_detr(model: RefTRPreTrainedModel, source: str | os.PathLike) -> DE
     for pattern, part in ((DETR_BACKBONE, "image backbone"), (DETR_ENCODER, "encoder")):
         if not any(pattern.fullmatch(key) for key in taken):
             raise ValueError(
-                f"{source} is no DETR: no key is of an {part}, the first key is {next(iter(weights), None)!r}."
+                f"{source} is no DETR: no key is of an {part}, the first key is {quote(next(iter(weights), None))}."
             )
     expected, own_names = {}, {}
     for name, value in base.state_dict().items():

@@ -36,10 +36,12 @@ from transformers.processing_utils import ImagesKwargs
 from .configuration_reftr import AUTO_MAP
 from .decoding_reftr import check_format, is_undecoded, open_file, without_decoding
 from .fetching_reftr import MAX_BYTES, fetch
-from .inputs_reftr import is_sequence, to_list, to_sizes, to_threshold, warn_about_joined_expressions
+from .inputs_reftr import check_setting, is_sequence, to_list, to_sizes, to_threshold, warn_about_joined_expressions
+from .quoting_reftr import explain, quote
 
 
 # a picture of this size takes half a gigabyte as float tensor; a file of a few kilobytes can claim to be larger
+MAX_IMAGE_DEPTH = 3  # of lists of images
 MAX_PIXELS = 50_000_000
 
 
@@ -431,7 +433,7 @@ def reading(name: str):
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: make it smaller first.") from error
     except Exception as error:
-        raise OSError(f"{name} cannot be read as a picture: {error}") from error
+        raise OSError(f"{name} cannot be read as a picture: {explain(error)}") from error
 
 
 def open_image(source: str | os.PathLike | bytes | BinaryIO, allow_private: bool = False) -> Image.Image:
@@ -567,7 +569,7 @@ def check_size(size: SizeDict, name: str):
     is_whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides.values())
     if not is_whole or min(sides.values(), default=1) < 1 or math.prod(map(int, sides.values())) > MAX_PIXELS:
         raise ValueError(
-            f"{name}={str(sides)[:200]} must have whole numbers of pixels from 1 on, whose product is at most "
+            f"{name}={quote(sides)} must have whole numbers of pixels from 1 on, whose product is at most "
             f"{MAX_PIXELS:,}."
         )
 
@@ -589,11 +591,11 @@ def check_numbers(values, name: str, num_channels: tuple[int, ...] = (3,), is_po
     is_real = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
     if not is_real or len(numbers) not in (1, *num_channels) or not all(abs(number) < 1e30 for number in numbers):
         raise ValueError(
-            f"{name}={str(values)[:200]!r} must be a finite number, or one for each of "
+            f"{name}={quote(values)} must be a finite number, or one for each of "
             f"{' or '.join(map(str, num_channels))} channels."
         )
     if is_positive and min(numbers) <= 0:
-        raise ValueError(f"{name}={str(values)[:200]} must be positive.")
+        raise ValueError(f"{name}={quote(values)} must be positive.")
 
 
 def resize_to_nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -726,10 +728,12 @@ class RefTRImageProcessor(TorchvisionBackend):
     model_input_names = ["pixel_values", "pixel_mask"]
 
     def __init__(self, **kwargs):
+        for name, value in kwargs.items():
+            check_setting(value, name)
         for name in kwargs.keys() - self.valid_kwargs.__annotations__.keys():
             own = getattr(type(self), name, None)
             if callable(own) or isinstance(own, property) or name.startswith("__"):
-                raise ValueError(f"{name[:200]!r} is not a setting of an image processor, but part of its code.")
+                raise ValueError(f"{quote(name)} is not a setting of an image processor, but part of its code.")
         super().__init__(**kwargs)
         # saving a processor writes both here: with them from the start, saving does not change the object
         self.auto_map = {name: AUTO_MAP[name] for name in ("AutoImageProcessor", "AutoProcessor")}
@@ -745,13 +749,13 @@ class RefTRImageProcessor(TorchvisionBackend):
             kwargs = super()._standardize_kwargs(**kwargs)
         except (TypeError, IndexError, ValueError) as error:
             sizes = {name: kwargs.get(name) for name in ("size", "crop_size", "pad_size")}
-            raise ValueError(f"One of {str(sizes)[:400]} is not a size: {error}") from error
+            raise ValueError(f"One of {quote(sizes, 300)} is not a size: {explain(error)}") from error
         for name in ("size", "pad_size"):
             if kwargs[name] is not None:
                 check_size(kwargs[name], name)
         divisor = kwargs.get("size_divisor")
         if divisor is not None and (not isinstance(divisor, Integral) or isinstance(divisor, bool) or divisor < 1):
-            raise ValueError(f"size_divisor={str(divisor)[:200]} must be at least 1, a whole number of pixels.")
+            raise ValueError(f"size_divisor={quote(divisor)} must be at least 1, a whole number of pixels.")
         # without the conversion to RGB an image may keep its opacity
         num_channels = (3, 4) if kwargs.get("do_convert_rgb") is False else (3,)
         for name in ("image_mean", "image_std", "rescale_factor"):
@@ -763,24 +767,32 @@ class RefTRImageProcessor(TorchvisionBackend):
             try:
                 torch.device(kwargs["device"])
             except (RuntimeError, TypeError) as error:
-                raise ValueError(f"device={str(kwargs['device'])[:200]!r} is not a device: {error}") from error
+                raise ValueError(f"device={quote(kwargs['device'])} is not a device: {explain(error)}") from error
         for name, value in kwargs.items():
             if name.startswith("do_") and not isinstance(value, (bool, type(None))):
-                raise ValueError(f"{name}={str(value)[:200]!r} must be true or false.")
+                raise ValueError(f"{name}={quote(value)} must be true or false.")
         return kwargs
 
-    def fetch_images(self, image_url_or_urls):
+    def fetch_images(self, image_url_or_urls, depth: int = 0):
         """
         Open what is given by name: a path, a URL, or the content itself in base64 ("data:image/png;base64,..."); and
         what `datasets.Image(decode=False)` gives, a dict of "bytes" and "path".
 
+        Args:
+            image_url_or_urls: an image, or a list of images, or of lists.
+            depth (`int`, *optional*, defaults to 0): of lists around it.
+
         Raises:
-            ValueError: if a picture has more than `MAX_PIXELS` pixels.
+            ValueError: if a picture has more than `MAX_PIXELS` pixels, or lists are nested too deeply.
             OSError: if a file is missing or is no picture.
         """
         images = without_decoding(image_url_or_urls)
         if is_sequence(images) and not is_one_image(images):
-            return [self.fetch_images(image) for image in to_list(images, "images")]
+            if depth == MAX_IMAGE_DEPTH:
+                raise ValueError(
+                    f"images are nested more than {depth} deep, in {quote(images)}: give a list of images."
+                )
+            return [self.fetch_images(image, depth + 1) for image in to_list(images, "images")]
         if is_undecoded(images):
             return open_undecoded(images)
         return open_image(images) if isinstance(images, (str, os.PathLike)) else images
@@ -850,6 +862,8 @@ class RefTRImageProcessor(TorchvisionBackend):
         Raises:
             ValueError, OSError: see `preprocess`.
         """
+        for name, value in kwargs.items():
+            check_setting(value, name)
         input_data_format = kwargs.get("input_data_format")
         images = self.open_images(images, annotated_sizes, input_data_format)
         sizes = [picture_size(image, input_data_format) for image in images]

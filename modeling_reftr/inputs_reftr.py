@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Set
 
 from transformers.utils import logging
 
-from .text_reftr import quote
+from .quoting_reftr import quote
 
 
 logger = logging.get_logger(__name__)
 
+MAX_DEPTH = 10  # of nested arguments
+MAX_SETTING = 1000  # characters of a setting as it is written: of lists and dicts of numbers and names
 # a word after which a dot ends no sentence
 ABBREVIATION = re.compile(
     r"\w|st|mrs?|ms|dr|prof|sr|jr|nos?|nr|vs|etc|approx|ca|cf|figs?|inc|ltd|corp|dept|ave|blvd|rd|hwy|mt|ft|rev|sgt|capt"
@@ -68,9 +70,27 @@ def to_list(values, name: str) -> list:
     return [values[index] for index in range(len(values))]  # a dataset of torch
 
 
+def check_setting(value, name: str):
+    """
+    Refuse a setting that is too long to be one, before the library writes all of it into a message: lists that hold
+    each other can be written in any number of characters.
+
+    Raises:
+        ValueError: if it takes more than `MAX_SETTING` characters, is a whole number of more than 64 bits, or an array
+            of objects.
+    """
+    try:
+        is_short = not quote(value, MAX_SETTING).endswith("...")
+    except RecursionError:
+        is_short = False
+    is_number = isinstance(value, int) and value.bit_length() > 63
+    if not is_short or is_number or getattr(getattr(value, "dtype", None), "kind", None) == "O":
+        raise ValueError(f"{name}={quote(value)} is too large for a setting; give numbers, names or short lists.")
+
+
 def nesting_depth(values) -> int:
     """
-    Return how deep a value nests, by its first entries.
+    Return how deep a value nests, by its first entries; at most `MAX_DEPTH`, for a list may hold itself.
 
     Example:
 
@@ -82,7 +102,7 @@ def nesting_depth(values) -> int:
 
     ```"""
     depth = 0
-    while is_sequence(values):
+    while is_sequence(values) and depth < MAX_DEPTH:
         depth += 1
         values = next(iter(values)) if len(values) else None
     return depth
@@ -99,7 +119,7 @@ def to_threshold(value) -> float:
         if is_sequence(value):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"threshold={quote(value)} must be one number from 0 to 1.") from error
 
 
@@ -130,7 +150,7 @@ def to_sizes(sizes, num_images: int, name: str, are_optional: bool = False) -> l
             continue
         try:
             height, width = (float(side) for side in to_list(size, name))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{name} must hold one (height, width) for each of {num_images} images, got {quote(size)} for one of "
                 "them."

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_reftr import RefTRConfig
 from .fusing_reftr import fused_copy
 from .loss_reftr import grounding_loss
+from .quoting_reftr import quote
 from .saving_reftr import apply_default_permissions
 from .text_cache_reftr import TextCache, active_text_cache
 
@@ -660,8 +661,11 @@ class RefTRPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """See `PreTrainedModel.from_pretrained`, which thaws every parameter; frozen stages are frozen again."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """
+        See `PreTrainedModel.from_pretrained`, which thaws every parameter; frozen stages are frozen again. Weights are
+        read from safetensors alone: a pickle, which others would have written, can claim any size.
+        """
+        loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_parameters()
         return loaded
@@ -800,8 +804,8 @@ class RefTRModel(RefTRPreTrainedModel):
         self.text_backbone = AutoModel.from_config(config.text_config, trust_remote_code=False)
         if getattr(self.text_backbone, "pooler", None) is None:
             raise ValueError(
-                f"text_config.model_type={config.text_config.model_type!r} has no pooled output, which RefTR reads "
-                "the phrases from; use an encoder that has one, for example bert or roberta."
+                f"text_config.model_type={quote(config.text_config.model_type)} has no pooled output, which "
+                "RefTR reads the phrases from; use an encoder that has one, for example bert or roberta."
             )
         self.text_projection = RefTRProjection(config, config.text_config.hidden_size)
         self.phrase_projection = RefTRProjection(config, config.text_config.hidden_size)

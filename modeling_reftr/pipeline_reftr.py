@@ -15,7 +15,7 @@ from .drawing_reftr import draw_answers
 from .image_processing_reftr import is_one_image, picture_size, to_pil_image
 from .inputs_reftr import is_sequence, to_list
 from .processing_reftr import to_span
-from .text_reftr import quote
+from .quoting_reftr import quote
 
 
 BRING_TEXTS = "Questions bring their texts and phrases: give none beside them."

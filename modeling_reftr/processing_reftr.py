@@ -4,7 +4,8 @@ import bisect
 import math
 import operator
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from transformers.utils import logging
 
 from .configuration_reftr import AUTO_MAP
 from .decoding_reftr import is_undecoded, without_decoding
-from .image_processing_reftr import check_picture, open_undecoded
-from .inputs_reftr import is_sequence, nesting_depth, to_list, warn_about_joined_expressions
-from .text_reftr import MAX_CHARACTERS, check_text, is_blank, quote
+from .image_processing_reftr import MAX_PIXELS, check_picture, open_undecoded
+from .inputs_reftr import check_setting, is_sequence, nesting_depth, to_list, warn_about_joined_expressions
+from .quoting_reftr import explain, quote
+from .text_reftr import MAX_CHARACTERS, check_text, is_blank
 
 
 logger = logging.get_logger(__name__)
@@ -151,13 +153,15 @@ class RefTRProcessor(ProcessorMixin):
                 is not in its sentence, or a box is empty, inverted, not a number or outside its image.
             OSError: if a file is missing or is not an image.
         """
+        for name, value in kwargs.items():
+            check_setting(value, name)
         kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_kwargs, text_kwargs = kwargs["images_kwargs"], kwargs["text_kwargs"]
         return_tensors = image_kwargs.pop("return_tensors", "pt")
         max_length = text_kwargs.pop("max_length", None)
         padding = text_kwargs.pop("padding", None) or "longest"
         if padding not in ("longest", "max_length", True):
-            raise ValueError(f"padding={padding!r} must be 'longest' or 'max_length'.")
+            raise ValueError(f"padding={quote(padding)} must be 'longest' or 'max_length'.")
         if text is None:
             raise ValueError("There is no text: name what to look for.")
         if images is None:
@@ -462,23 +466,75 @@ def from_coco_rle(segmentation: dict) -> np.ndarray:
     ```
 
     Raises:
-        ValueError: if the run lengths are no mask of that size.
+        ValueError: see `to_run_lengths`.
     """
-    from pycocotools import mask as coco_mask
+    lengths, size = to_run_lengths(segmentation)
+    return fill_mask(lengths, *size)
 
-    size, counts = list(segmentation["size"]), segmentation["counts"]
+
+def fill_mask(lengths: list[int], height: int, width: int) -> np.ndarray:
+    """Return the mask (height, width) of run lengths that fill it, column by column, background first."""
+    is_object = np.arange(len(lengths)) % 2 == 1
+    return np.repeat(is_object, lengths).reshape(width, height).T
+
+
+def to_run_lengths(segmentation: dict) -> tuple[list[int], tuple[int, int]]:
+    """
+    Return the run lengths, background first, and the (height, width) of COCO's run-length encoding. Nothing of that
+    size is allocated.
+
+    Raises:
+        ValueError: if its size is not [height, width] of at most `MAX_PIXELS` pixels, or its run lengths do not fill
+            it.
+    """
+    if not isinstance(segmentation, Mapping) or not {"size", "counts"} <= segmentation.keys():
+        raise ValueError(
+            f'A run-length encoding has "size" [height, width] and "counts", and this one is {quote(segmentation)}.'
+        )
+    size, counts = segmentation["size"], segmentation["counts"]
+    sides = to_list(size, "size") if is_sequence(size) else []
+    is_size = len(sides) == 2 and all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
+    if not is_size or min(sides) < 1 or int(sides[0]) * int(sides[1]) > MAX_PIXELS:
+        raise ValueError(
+            f"A run-length encoding has size={quote(size)}; expected [height, width] of whole numbers from 1 on, with "
+            f"at most {MAX_PIXELS:,} pixels."
+        )
+    height, width = map(int, sides)
     try:
-        if is_sequence(counts):
-            encoded = coco_mask.frPyObjects({"size": size, "counts": to_list(counts, "counts")}, *size)
-        else:
-            encoded = {"size": size, "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
-        mask = coco_mask.decode(encoded).astype(bool)
-    except (ValueError, OverflowError, TypeError) as error:
-        raise ValueError(f"The run lengths {str(counts)[:80]!r} are no mask of {size} [height, width].") from error
-    # where run lengths end early, the library leaves the rest of the mask to chance
-    if mask.sum() != coco_mask.area(encoded):
-        raise ValueError(f"The run lengths {str(counts)[:80]!r} do not fill a mask of {size} [height, width].")
-    return mask
+        lengths = uncompress_counts(counts) if isinstance(counts, (str, bytes)) else to_list(counts, "counts")
+        lengths = [operator.index(length) for length in lengths]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The run lengths {quote(counts)} are no mask of {[height, width]} [height, width]: {explain(error)}"
+        ) from error
+    if min(lengths, default=0) < 0 or sum(lengths) != height * width:
+        raise ValueError(f"The run lengths {quote(counts)} do not fill a mask of {[height, width]} [height, width].")
+    return lengths, (height, width)
+
+
+def uncompress_counts(counts: str | bytes) -> list[int]:
+    """
+    Return the run lengths of COCO's compressed text: five bits per character, lowest first, from the fourth length on
+    as differences to the one before the last.
+
+    Raises:
+        ValueError: if the text ends within a number or has other characters.
+    """
+    lengths, value, shift = [], 0, 0
+    for code in counts.encode("utf-8") if isinstance(counts, str) else counts:
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError(f"{chr(code)!r} cannot stand there.")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last character of a number
+            if bits & 16:
+                value -= 1 << shift
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise ValueError("The text ends within a number.")
+    return lengths
 
 
 def leave_text_whole(tokenizer):
@@ -794,6 +850,8 @@ def to_mask_array(mask, sentence: str) -> np.ndarray:
         ]
         if len({len(row) for row in mask}) > 1:
             raise ValueError(f"The rows of a mask of {quote(sentence)} are not of one length.")
+        if any(is_sequence(value) for row in mask for value in row):  # NumPy would unfold it
+            raise ValueError(f"A row of a mask of {quote(sentence)} holds lists; give numbers or booleans.")
     return np.asarray(mask)
 
 
@@ -810,12 +868,16 @@ def to_masks(masks, height: int, width: int, sentence: str) -> np.ndarray:
         if isinstance(mask, Image.Image):
             check_picture(mask, f"A mask of {quote(sentence)}")  # before NumPy decodes it
         mask = mask if isinstance(mask, dict) else to_mask_array(mask, sentence)
-        size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
+        if isinstance(mask, dict):
+            lengths, size = to_run_lengths(mask)
+        else:
+            size = mask.shape
         if size != (height, width):
             raise ValueError(
-                f"A mask of {quote(sentence)} has the size {size}, its picture has {(height, width)} (height, width)."
+                f"A mask of {quote(sentence)} has the size {quote(size)}, its picture has "
+                f"{(height, width)} (height, width)."
             )
-        arrays[index] = from_coco_rle(mask) if isinstance(mask, dict) else mask != 0
+        arrays[index] = fill_mask(lengths, *size) if isinstance(mask, dict) else mask != 0
     return arrays
 
 
@@ -841,7 +903,7 @@ def to_label_boxes(boxes, height: int, width: int, sentence: str) -> torch.Tenso
         try:
             box = [float(side) for side in to_list(box, "box")]
             x0, y0, x1, y1 = box
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"The box {quote(box)} of {quote(sentence)} must be four numbers, (x0, y0, x1, y1) in pixels; give "
                 "one box for each phrase."

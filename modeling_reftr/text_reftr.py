@@ -1,7 +1,6 @@
 """The texts that are taken, checked before anything reads them."""
 
 import re
-import reprlib
 import unicodedata
 
 
@@ -9,7 +8,6 @@ import unicodedata
 # first, which takes a second for every half a million characters.
 MAX_CHARACTERS = 100_000
 REFUSED = re.compile("[\0\ud800-\udfff]")
-MAX_QUOTED = 80  # characters of a text in a message
 
 
 def check_text(text, name: str) -> str:
@@ -73,22 +71,3 @@ def is_blank(text: str) -> bool:
         character.isspace() or character == "\ufffd" or unicodedata.category(character).startswith("C")
         for character in text
     )
-
-
-def quote(value) -> str:
-    """
-    Return a value as `repr` writes it, as far as it fits in a message: the beginning of a long text, and a few entries
-    of anything else.
-
-    Example:
-
-    ```python
-    >>> from modeling_reftr.text_reftr import quote
-
-    >>> quote("the red cup"), len(quote("the red cup " * 1000))
-    ("'the red cup'", 85)
-
-    ```"""
-    if not isinstance(value, str):
-        return reprlib.repr(value)
-    return repr(value) if len(value) <= MAX_QUOTED else f"{value[:MAX_QUOTED]!r}..."

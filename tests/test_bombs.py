@@ -4,6 +4,7 @@ says a sentence, soon, and takes little memory.
 """
 
 import codecs
+import functools
 import io
 import json
 import os
@@ -11,16 +12,32 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data_scripts.masks import decode_segmentation
+from metrics.referring_expression_comprehension.referring_expression_comprehension import to_box
+from metrics.referring_segmentation.referring_segmentation import ReferringSegmentation, count_pixels
+from metrics.referring_segmentation.referring_segmentation import to_run_lengths as to_metric_mask
+from modeling_reftr import RefTRConfig
+from modeling_reftr.convert_reftr_checkpoint import read_weights
+from modeling_reftr.inputs_reftr import to_list, to_sizes, to_threshold
+from modeling_reftr.pipeline_reftr import make_question
+from modeling_reftr.processing_reftr import from_coco_rle
 from processes import ENVIRONMENT
+from training_reftr.arguments import TrainingArguments, to_type
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PICTURE = Image.new("RGB", (64, 48))
 MAGIC = 0x1950A86A20F9469CFC6C
 # a tuple of itself twice, forty times over: 2 ** 40 entries in 160 bytes
 UNFOLDING = b"N" + b"q\x00h\x00\x86" * 40
@@ -205,3 +222,228 @@ def test_checkpoints_that_claim_or_unfold_to_more_than_they_have(row, tmp_path, 
     }
     record_property("counted", (len(names) - len(faults), len(names)))
     assert not faults
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("asked", [{}, {"use_safetensors": False}])
+def test_pickles_of_a_folder_are_not_read(make_model, name, asked, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict(), path)
+    if name != path.name:
+        path = path.rename(tmp_path / "part.bin")
+        (tmp_path / name).write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), path.name)})
+        )
+    with pytest.raises(OSError, match="safetensors"):
+        type(model).from_pretrained(tmp_path, **asked)
+
+
+def safetensors_of(header, size=16) -> bytes:
+    """A file of safetensors with this header, or a claim of its length, and so many bytes of weights."""
+    if isinstance(header, int):
+        return struct.pack("<Q", header) + b"{}" + bytes(size)
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(size)
+
+
+def entry(shape, start, end, dtype="F32"):
+    return {"vl_transformer.level_embed": {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}}
+
+
+SAFETENSORS = {
+    "a header of 2 ** 63 bytes": 2**63,
+    "a header of a terabyte": 10**12,
+    "a header that is a little longer": 99,
+    "a tensor of a terabyte": entry([10**12], 0, 4 * 10**12),
+    "a shape larger than its bytes": entry([10**6, 10**6], 0, 16),
+    "a shape that wraps around": entry([2**62, 2**62], 0, 16),
+    "a negative shape": entry([-1, -4], 0, 16),
+    "bytes past the end": entry([4], 10**12, 10**12 + 16),
+    "bytes that end before they begin": entry([4], 16, 0),
+    "tensors over each other": {"a": entry([4], 0, 16)["vl_transformer.level_embed"], **entry([4], 0, 16)},
+    "nesting without end": b"[" * 10**5,
+}
+
+
+@pytest.mark.row("S13")
+def test_safetensors_that_claim_more_than_they_have(tmp_path, record_property):
+    path, passed = tmp_path / "weights.safetensors", {}
+    path.write_bytes(safetensors_of(entry([4], 0, 16)))
+    assert list(read_weights(path)) == ["vl_transformer.level_embed"]
+    for name, header in SAFETENSORS.items():
+        path.write_bytes(safetensors_of(header))
+        sentence, peak = refusal_of(lambda: read_weights(path))
+        passed[name] = "cannot be read as a checkpoint of weights" in sentence and peak < 10_000_000
+    record_property("counted", (sum(passed.values()), len(passed)))
+    assert all(passed.values()), passed
+
+
+# run lengths, through every door that takes masks
+
+
+def refusal_of(call) -> tuple[str, int]:
+    """The sentence of a ValueError or OSError, which comes soon, and the peak of the memory of Python and NumPy."""
+    tracemalloc.start()
+    started = time.perf_counter()
+    try:
+        with pytest.raises((ValueError, OSError)) as caught:
+            call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    sentence = str(caught.value)
+    assert len(sentence) < 2000, sentence[:2000]
+    assert time.perf_counter() - started < 5
+    return sentence, peak
+
+
+WHOLE_MASK = {"size": [48, 64], "counts": [100, 48 * 64 - 100]}
+RUN_LENGTHS = {
+    "a size of 100,000 x 100,000": {"size": [100_000, 100_000], "counts": [10**10]},
+    "the same, compressed": {"size": [100_000, 100_000], "counts": "P2"},
+    "a size that wraps around": {"size": [2**32, 2**32], "counts": [0]},
+    "a side of 10 ** 5000": {"size": [10**5000, 1], "counts": [10**5000]},
+    "no size": {"counts": [48 * 64]},
+    "no counts": {"size": [48, 64]},
+    "one side": {"size": [48 * 64], "counts": [48 * 64]},
+    "three sides": {"size": [48, 64, 1], "counts": [48 * 64]},
+    "a size in text": {"size": "48", "counts": [48 * 64]},
+    "sides in text": {"size": ["48", "64x"], "counts": [48 * 64]},
+    "sides that are not whole": {"size": [float("inf"), 64], "counts": [48 * 64]},
+    "sides of nothing": {"size": [0, 64], "counts": []},
+    "negative sides": {"size": [-48, -64], "counts": [48 * 64]},
+    "sides that are None": {"size": [None, None], "counts": [48 * 64]},
+    "counts that overrun": {"size": [48, 64], "counts": [0, 10**9]},
+    "counts that overrun, compressed": {"size": [48, 64], "counts": "0PPPPo0"},
+    "counts that end early": {"size": [48, 64], "counts": [5, 5]},
+    "counts below nothing": {"size": [48, 64], "counts": [-5, 48 * 64 + 5]},
+    "a count of 10 ** 5000": {"size": [48, 64], "counts": [10**5000]},
+    "counts in text that are none": {"size": [48, 64], "counts": "no counts at all" * 10**5},
+    "counts that unfold": {"size": [48, 64], "counts": "UNFOLDING"},
+    "a size that unfolds": {"size": "UNFOLDING", "counts": [48 * 64]},
+}
+
+
+def unfolding(depth=40):
+    """A list whose 2 ** 40 entries are one, or that holds itself."""
+    value = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+def holding_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+def filled(value):
+    if value == "UNFOLDING":
+        return unfolding()
+    return {name: filled(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+MASK_DOORS = {
+    "from_coco_rle": lambda mask, tools: from_coco_rle(mask),
+    "processor": lambda mask, tools: tools.processor(PICTURE, "the star", masks=mask),
+    "metric": lambda mask, tools: tools.metric.compute(predictions=[mask], references=[WHOLE_MASK]),
+    "metric's truth": lambda mask, tools: tools.metric.compute(predictions=[WHOLE_MASK], references=[mask]),
+    "count_pixels": lambda mask, tools: count_pixels(mask, WHOLE_MASK),
+    "a dataset": lambda mask, tools: decode_segmentation(mask),
+}
+
+
+@pytest.mark.row("S13")
+def test_run_lengths_that_claim_a_size(processor, tmp_path, record_property):
+    """Also where a mask of such a size would be a legal thing to count, nothing of it is allocated."""
+    tools = SimpleNamespace(processor=processor, metric=ReferringSegmentation(cache_dir=str(tmp_path)))
+    for door in MASK_DOORS.values():
+        door(WHOLE_MASK, tools)
+    passed = {}
+    for name, mask in RUN_LENGTHS.items():
+        for door in MASK_DOORS if name not in HUGE_BUT_COUNTED else ("from_coco_rle", "processor", "a dataset"):
+            _, peak = refusal_of(lambda door=door, mask=mask: MASK_DOORS[door](filled(mask), tools))
+            passed[name, door] = peak < 20_000_000
+    record_property("counted", (sum(passed.values()), len(passed)))
+    assert all(passed.values()), [trial for trial, is_good in passed.items() if not is_good]
+
+
+HUGE_BUT_COUNTED = ("a size of 100,000 x 100,000", "the same, compressed")
+
+
+# values in messages
+
+
+def nested_in_dicts():
+    value = {}
+    for _ in range(40):
+        value = {"a": value, "b": value}
+    return value
+
+
+def array_of_lists():
+    array = np.empty(2, dtype=object)
+    array[0] = unfolding()
+    return array
+
+
+BOMBS = {
+    "lists that are there twice": unfolding,
+    "dicts that are there twice": nested_in_dicts,
+    "a list that holds itself": holding_itself,
+    "10 MB of text": lambda: "x" * 10**7,
+    "a whole number of 5,000 digits": lambda: 10**5000,
+    "a tuple nested 10,000 times": lambda: functools.reduce(lambda inner, _: (inner,), range(10_000), ()),
+    "a NumPy array of such lists": array_of_lists,
+}
+VALUE_DOORS = {
+    "text": lambda value, tools: tools.processor(PICTURE, value),
+    "texts": lambda value, tools: tools.processor(PICTURE, [value]),
+    "phrases": lambda value, tools: tools.processor(PICTURE, "the star", phrases=value),
+    "a phrase": lambda value, tools: tools.processor(PICTURE, "the star", phrases=[value]),
+    "boxes": lambda value, tools: tools.processor(PICTURE, "the star", boxes=value),
+    "a side of a box": lambda value, tools: tools.processor(PICTURE, "the star", boxes=[value, 1, 2, 3]),
+    "masks": lambda value, tools: tools.processor(PICTURE, "the star", masks=value),
+    "images": lambda value, tools: tools.processor(value, "the star"),
+    "annotated_sizes": lambda value, tools: tools.processor(PICTURE, "the star", annotated_sizes=value),
+    "padding": lambda value, tools: tools.processor(PICTURE, "the star", padding=value),
+    "size": lambda value, tools: tools.processor.image_processor(PICTURE, size=value),
+    "image_mean": lambda value, tools: tools.processor.image_processor(PICTURE, image_mean=value),
+    "device": lambda value, tools: tools.processor.image_processor(PICTURE, device=value),
+    "do_pad": lambda value, tools: tools.processor.image_processor(PICTURE, do_pad=value),
+    "to_list": lambda value, tools: to_list(value if isinstance(value, (dict, str, int)) else {1: value}, "text"),
+    "to_threshold": lambda value, tools: to_threshold(value),
+    "to_sizes": lambda value, tools: to_sizes([value], 1, "target_sizes"),
+    "activation_function": lambda value, tools: RefTRConfig(activation_function=value),
+    "d_model": lambda value, tools: RefTRConfig(d_model=value),
+    "backbone": lambda value, tools: RefTRConfig(backbone=value),
+    "question": lambda value, tools: make_question(
+        PICTURE, value if isinstance(value, (int, dict)) else {1: value}, None
+    ),
+    "metric of boxes": lambda value, tools: to_box(value, "predictions[0]"),
+    "metric of masks": lambda value, tools: to_metric_mask(value, "predictions[0]"),
+    "a recipe's number": lambda value, tools: to_type("batch_size", value),
+    "a recipe's flag": lambda value, tools: to_type("eval_only", value),
+    "a recipe's list": lambda value, tools: to_type("lr_drop_epochs", value if value != 10**5000 else [None, value]),
+    "a setting": lambda value, tools: TrainingArguments(evaluation_batching=value),
+}
+
+
+@pytest.mark.row("S12")
+def test_arguments_that_unfold_without_end(processor, record_property):
+    """Every message quotes what it refuses as far as it fits."""
+    tools, failed = SimpleNamespace(processor=processor), []
+    for door, call in VALUE_DOORS.items():
+        for name, make in BOMBS.items():
+            value = make()
+            try:
+                refusal_of(lambda call=call, value=value: call(value, tools))
+            except BaseException as error:
+                failed.append((door, name, f"{type(error).__name__}: {str(error)[:200]}"))
+    count = len(VALUE_DOORS) * len(BOMBS)
+    record_property("counted", (count - len(failed), count))
+    assert not failed, "\n".join(map(str, failed))

@@ -12,7 +12,7 @@ from modeling_reftr.drawing_reftr import draw_answers
 from modeling_reftr.escaping import for_code, for_markdown, for_terminal
 from modeling_reftr.inputs_reftr import is_joined, split_expressions
 from modeling_reftr.processing_reftr import find_all, find_phrases
-from modeling_reftr.text_reftr import quote
+from modeling_reftr.quoting_reftr import quote
 from training_reftr.augmentation import mirror_sentence, mirrored_words
 
 

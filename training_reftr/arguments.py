@@ -14,6 +14,7 @@ from typing import get_args, get_type_hints
 
 import yaml
 
+from data_scripts.quoting import quote
 from data_scripts.reading import check_text, read_text
 from data_scripts.yaml_values import MAX_YAML_CHARACTERS, read_yaml
 from modeling_reftr import RefTRConfig
@@ -195,14 +196,14 @@ class TrainingArguments:
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+                raise ValueError(f"{name}={quote(value)} must be at least 1.")
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
+                raise ValueError(f"{name}={quote(getattr(self, name))} must be a finite number of at least 0.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 known = ", ".join(repr(choice) for choice in choices if choice is not None)
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}.")
+                raise ValueError(f"{name}={quote(getattr(self, name))} must be one of {known}.")
         if self.evaluation_batch_size is None:
             self.evaluation_batch_size = 8 if self.evaluation_batching == "published" else 16
         if self.evaluation_batching != "grouped" and self.size_divisor is not None:
@@ -222,19 +223,21 @@ class TrainingArguments:
         if not 0 < self.watchdog_minutes < float("inf"):
             raise ValueError(f"watchdog_minutes={self.watchdog_minutes} must be greater than 0 and finite.")
         if self.lr_drop_epochs != sorted(set(self.lr_drop_epochs)) or min(self.lr_drop_epochs, default=1) < 1:
-            raise ValueError(f"lr_drop_epochs={self.lr_drop_epochs} must be numbers of epochs from 1 on, growing.")
+            raise ValueError(
+                f"lr_drop_epochs={quote(self.lr_drop_epochs)} must be numbers of epochs from 1 on, growing."
+            )
         if self.dry_run and self.eval_only:
             raise ValueError("dry_run rehearses a training, and eval_only trains nothing: leave one of them out.")
         if self.push_to_hub and self.eval_only and self.init_from:
             raise ValueError(
-                f"push_to_hub={self.push_to_hub!r} pushes output_dir, and with eval_only and init_from="
-                f"{self.init_from!r} there is no model in it: evaluate the model in its own folder, --output_dir, "
-                "without init_from."
+                f"push_to_hub={quote(self.push_to_hub)} pushes output_dir, and with eval_only and init_from="
+                f"{quote(self.init_from)} there is no model in it: evaluate the model in its own folder, "
+                "--output_dir, without init_from."
             )
         for name in ("push_to_hub", "hub_dataset"):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-                raise ValueError(f"{name}={value!r} is no id of the Hub: user/name.")
+                raise ValueError(f"{name}={quote(value)} is no id of the Hub: user/name.")
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs:g} and warmup_steps={self.warmup_steps} say the same twice: leave "
@@ -244,8 +247,8 @@ class TrainingArguments:
             for other in others:
                 if getattr(self, name) and getattr(self, other):
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} and {other}={getattr(self, other)!r} contradict each other: "
-                        f"{WHY_EXCLUDED[name]}. Leave one of them out."
+                        f"{name}={quote(getattr(self, name))} and {other}={quote(getattr(self, other))} contradict "
+                        f"each other: {WHY_EXCLUDED[name]}. Leave one of them out."
                     )
 
 
@@ -329,7 +332,7 @@ def read_recipe(path: Path, heirs: tuple[Path, ...] = ()) -> dict[Path, dict]:
     parents = values.pop("inherit", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ValueError(f"inherit={parents!r} in the recipe {str(path)!r} must be a path or a list of paths.")
+        raise ValueError(f"inherit={quote(parents)} in the recipe {str(path)!r} must be a path or a list of paths.")
     check_names(values, {*TYPES, "inherit"}, f"The recipe {str(path)!r}")
     layers = {}
     for parent in parents:
@@ -354,7 +357,7 @@ def read_words(words: list[str]) -> dict:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"{word!r} is no setting. The order is: recipes first, then --field value ...")
+            raise ValueError(f"{quote(word)} is no setting. The order is: recipes first, then --field value ...")
         name, given, value = word[2:].partition("=")
         name, *keys = name.split(".")
         name = name.replace("-", "_")
@@ -372,7 +375,7 @@ def read_words(words: list[str]) -> dict:
         if value == "null":
             value = None
         elif TYPES[name] in (dict, list[int]):
-            value = read_yaml(value, f"{word.split('=')[0]} {value!r}")
+            value = read_yaml(value, f"{word.split('=')[0]} {quote(value)}")
         for key in reversed(keys):
             value = {key: value}
         settings[name] = merge(settings.get(name), value)
@@ -409,7 +412,7 @@ def lay_over(below: dict, above: dict) -> dict:
 
 def is_true(value) -> bool:
     """Return whether a setting's value, or its text, is true."""
-    return str(value).lower() == "true"
+    return value is True or (isinstance(value, str) and value.lower() == "true")
 
 
 def to_type(name: str, value):
@@ -422,7 +425,7 @@ def to_type(name: str, value):
     kind = TYPES[name]
     if kind == list[int] and type(value) is int:
         return [value]
-    if kind is bool and str(value).lower() in ("true", "false"):
+    if kind is bool and (isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))):
         return is_true(value)
     if kind is dict and isinstance(value, dict):
         return value
@@ -433,7 +436,7 @@ def to_type(name: str, value):
             return kind(str(value))
         except ValueError:
             pass  # the sentence below says it
-    raise ValueError(f"{name}={value!r} must be {TYPE_NAMES[kind]}.")
+    raise ValueError(f"{name}={quote(value)} must be {TYPE_NAMES[kind]}.")
 
 
 def parse_arguments(argv: list[str]) -> TrainingArguments:
@@ -477,13 +480,13 @@ def refuse_start(args: TrainingArguments, given: dict):
     for name in ("init_detr", "init_backbone", "init_text", "resume"):
         if given.get(name) not in (None, "auto"):  # a script may ask for --resume auto whatever it starts
             raise ValueError(
-                f"{name}={given[name]!r} says where a training starts from, and eval_only trains nothing: name the "
-                "model to evaluate in init_from, or leave both out to evaluate the one in output_dir."
+                f"{name}={quote(given[name])} says where a training starts from, and eval_only trains nothing: name "
+                "the model to evaluate in init_from, or leave both out to evaluate the one in output_dir."
             )
     if given.get("tokenizer") is not None and args.init_from is None:
         raise ValueError(
-            f"tokenizer={given['tokenizer']!r} cannot be given beside output_dir={args.output_dir!r}, whose model "
-            "brings the tokenizer that it was trained with: leave tokenizer out."
+            f"tokenizer={quote(given['tokenizer'])} cannot be given beside output_dir={args.output_dir!r}, whose "
+            "model brings the tokenizer that it was trained with: leave tokenizer out."
         )
 
 

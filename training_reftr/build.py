@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
 from modeling_reftr.convert_reftr_checkpoint import (
     IGNORED,
@@ -80,8 +81,8 @@ def refuse_tokenizer(args):
     """Raise a ValueError where a tokenizer is named beside a RefTR in `init_from` that brings its own."""
     if args.tokenizer is not None and not is_weights_file(args.init_from):
         raise ValueError(
-            f"tokenizer={args.tokenizer!r} cannot be given beside init_from={args.init_from!r}, which brings the "
-            "tokenizer that its text backbone was trained with."
+            f"tokenizer={quote(args.tokenizer)} cannot be given beside init_from={quote(args.init_from)}, which "
+            "brings the tokenizer that its text backbone was trained with."
         )
 
 
@@ -223,7 +224,8 @@ def text_config_of(source: str, changes: dict) -> dict:
     wanted = changes.get("model_type", config.model_type)
     if wanted != config.model_type:
         raise ValueError(
-            f"model.text_config.model_type={wanted!r}, but init_text={source!r} is of type {config.model_type!r}."
+            f"model.text_config.model_type={quote(wanted)}, but init_text={quote(source)} is of type "
+            f"{config.model_type!r}."
         )
     values = {name: value for name, value in config.to_diff_dict().items() if name not in LEFT_FROM_TEXT}
     return merge({"model_type": config.model_type, **values}, changes)
@@ -336,7 +338,8 @@ def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
     for name, known, wanted in differences(config, changes):
         if "." in name:
             raise ValueError(
-                f"model.{name}={wanted!r}, but init_from has {known!r} there: leave it out, or train a new model."
+                f"model.{name}={quote(wanted)}, but init_from has {quote(known)} there: leave it out, or train a new "
+                "model."
             )
     changed = {name: value for name, value in changes.items() if not isinstance(value, dict)}
     return RefTRConfig.from_dict({**config.to_dict(), **changed})
@@ -370,6 +373,6 @@ def refuse_model_changes(config: RefTRConfig, args, source: str):
     other = "" if args.init_from is None else ", or evaluate the model of output_dir by --init_from null"
     for name, known, wanted in differences(config, args.model):
         raise ValueError(
-            f"model.{name}={wanted!r}, but the model of {source} has {known!r} there, and an evaluation takes a model "
-            f"as it was saved: leave it out{other}."
+            f"model.{name}={quote(wanted)}, but the model of {source} has {quote(known)} there, and an evaluation "
+            f"takes a model as it was saved: leave it out{other}."
         )

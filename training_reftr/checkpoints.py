@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from data_scripts.quoting import quote
 from modeling_reftr.saving_reftr import save_tensors
 from training_reftr.guards import explain
 from training_reftr.json_files import read_json
@@ -225,7 +226,7 @@ def load_state(path: Path) -> TrainingState:
     unknown = [name for name in values if name not in known]
     if unknown:
         raise ValueError(
-            f"{str(file)!r} was written by a later version of this code, which adds the field {unknown[0]!r}: "
+            f"{str(file)!r} was written by a later version of this code, which adds the field {quote(unknown[0])}: "
             "continue it with that version"
         )
     missing = [name for name in known if name not in values and name not in ADDED_FIELDS]
@@ -234,15 +235,15 @@ def load_state(path: Path) -> TrainingState:
     for name, value in values.items():
         expected, is_valid = STATE_FIELDS[name]
         if not is_valid(value):
-            raise ValueError(f"{str(file)!r} has {name}={value!r}, expected {expected}")
+            raise ValueError(f"{str(file)!r} has {name}={quote(value)}, expected {expected}")
     state = TrainingState(**values)
     folder = NAME.fullmatch(path.name)
     if folder and state.step != int(folder[1]):
         raise ValueError(f"{str(file)!r} is of step {state.step}, but its folder is {path.name!r}")
     if (state.best is None) != (state.best_step is None) or (state.best_step or 0) > state.step:
         raise ValueError(
-            f"{str(file)!r} has best={state.best!r} and best_step={state.best_step!r}, expected both or neither, of "
-            f"step {state.step} or earlier"
+            f"{str(file)!r} has best={quote(state.best)} and best_step={quote(state.best_step)}, expected both or "
+            f"neither, of step {state.step} or earlier"
         )
     return state
 
@@ -385,7 +386,7 @@ def check_manifest(path: Path, manifest: dict):
     for name, entry in manifest.items():
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
-            raise ValueError(f"{where} lists {name!r}, which is not a file in its folder")
+            raise ValueError(f"{where} lists {quote(name)}, which is not a file in its folder")
         if not (
             isinstance(entry, list)
             and len(entry) == 2
@@ -393,7 +394,7 @@ def check_manifest(path: Path, manifest: dict):
             and isinstance(entry[1], str)
             and re.fullmatch("[0-9a-f]{64}", entry[1])
         ):
-            raise ValueError(f"{where} has {entry!r} for {name!r}, expected [size in bytes, SHA-256]")
+            raise ValueError(f"{where} has {quote(entry)} for {quote(name)}, expected [size in bytes, SHA-256]")
     missing = [pattern for pattern in REQUIRED if not any(fnmatchcase(name, pattern) for name in manifest)]
     if missing:
         raise ValueError(f"{str(path)!r} is not a complete checkpoint: {MANIFEST} does not list {', '.join(missing)}")
@@ -411,10 +412,10 @@ def check_optimizer(path: Path):
     for key, shape in shapes_in(path / OPTIMIZER).items():
         name, _, moment = key.rpartition("/")
         if name not in weights:
-            raise ValueError(f"{str(path / OPTIMIZER)!r} does not fit the model, which has no weight {name!r}")
+            raise ValueError(f"{str(path / OPTIMIZER)!r} does not fit the model, which has no weight {quote(name)}")
         if moment != "step" and shape != weights[name]:
             raise ValueError(
-                f"{str(path / OPTIMIZER)!r} does not fit the model: {key!r} has shape {shape}, the weight has "
+                f"{str(path / OPTIMIZER)!r} does not fit the model: {quote(key)} has shape {shape}, the weight has "
                 f"{weights[name]}"
             )
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from data_scripts.building import LEFT_OUT, describe_reported, is_degenerate
 from data_scripts.masks import is_empty
+from data_scripts.quoting import quote
 from data_scripts.reports import read_build_report
 from modeling_reftr.escaping import for_code, for_markdown
 from training_reftr.data import EvaluationData
@@ -64,10 +65,10 @@ def select_splits(rows: dict, args) -> dict[str, datasets.Dataset]:
     """
     names = list(dict.fromkeys(name.strip() for name in args.test_splits.split(",") if name.strip()))
     if not names:
-        raise ValueError(f"test_splits={args.test_splits!r} names no split; there are: {', '.join(rows)}.")
+        raise ValueError(f"test_splits={quote(args.test_splits)} names no split; there are: {', '.join(rows)}.")
     for name in names:
         if name not in rows:
-            raise ValueError(f"test_splits names {name!r}, but {args.dataset} has the splits {', '.join(rows)}.")
+            raise ValueError(f"test_splits names {quote(name)}, but {args.dataset} has the splits {', '.join(rows)}.")
         if len(rows[name]) == 0:
             raise ValueError(f"The split {name!r} of {args.dataset} has no rows, so there is nothing to evaluate.")
     return {name: rows[name] for name in names}

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRProcessor
 from training_reftr.arguments import LEARNING, MODEL, TrainingArguments, merge, settings_of_kind
 from training_reftr.build import differences
@@ -55,7 +56,9 @@ def with_model_of(
     changed = [(name, known[name], value) for name, value in given.items() if value != known[name]]
     changed += [(f"model.{name}", value, wanted) for name, value, wanted in differences(config, args.model)]
     if changed:
-        listed = ", ".join(f"{name}={wanted!r} (the checkpoint has {value!r})" for name, value, wanted in changed)
+        listed = ", ".join(
+            f"{name}={quote(wanted)} (the checkpoint has {quote(value)})" for name, value, wanted in changed
+        )
         raise ValueError(
             f"A run that resumes keeps its model, and {str(checkpoint)!r} fixes {listed}. To resume, leave these "
             "settings as they were; to change them, start a new run from the model: --init_from and another "
@@ -85,7 +88,7 @@ def find_changes(state, args: TrainingArguments, global_batch_size: int) -> list
     """
     names = [name for name in settings_of_kind(LEARNING) if name in state.settings]
     changed = [
-        f"{name}={getattr(args, name)!r} (was {state.settings[name]!r})"
+        f"{name}={quote(getattr(args, name))} (was {quote(state.settings[name])})"
         for name in names
         if getattr(args, name) != state.settings[name]
     ]

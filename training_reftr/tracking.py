@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from data_scripts.quoting import quote
 from training_reftr.json_files import read_json_lines
 from training_reftr.visualization import validation_pictures
 
@@ -133,7 +134,7 @@ def keep_until(path: Path, step: int):
         if not isinstance(record, dict):
             reason = record
         elif not isinstance(record.get("step"), int):
-            reason = f"step={record.get('step')!r} is not a whole number"
+            reason = f"step={quote(record.get('step'))} is not a whole number"
         else:
             kept += [line] if record["step"] <= step else []
             continue

@@ -1,5 +1,6 @@
 """The evaluation within a training, which keeps the best model. `validate` is a collective: all processes call it."""
 
+from data_scripts.quoting import quote
 from training_reftr.checkpoints import save_best
 from training_reftr.evaluation import evaluate, summarize
 from training_reftr.publishing import Publisher
@@ -24,7 +25,7 @@ def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, sho
     metrics = summarize(records)
     name = args.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
     if name not in metrics:
-        raise ValueError(f"best_metric={name!r} is not one of {', '.join(sorted(metrics))}.")
+        raise ValueError(f"best_metric={quote(name)} is not one of {', '.join(sorted(metrics))}.")
     tracking.log_evaluation(state, args.validation_split, metrics, records, split)
     if state.best is None or metrics[name] > state.best:
         state.best, state.best_step = metrics[name], state.step

@@ -42,6 +42,20 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # a hit is strictly more
 NO_ANSWER = [0.0, 0.0, 0.0, 0.0]  # the IoU of a box without extent is 0 with every box
 MAX_COORDINATE = 1e100  # areas of larger boxes are not finite
 
+QUOTED = reprlib.Repr()  # in messages, which lists that hold each other would fill without end
+QUOTED.maxlevel = 2
+QUOTED.repr_instance = lambda value, level: (
+    repr(value) if value is None or isinstance(value, (bool, float)) else f"<{type(value).__name__}>"
+)
+
+
+def quote(value) -> str:
+    """Return a value as `repr` writes it, shortened: a few entries of lists in lists, and arrays by their type."""
+    try:
+        return QUOTED.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f"<{type(value).__name__}>"
+
 
 def mean(values: Iterable[float]) -> float:
     """Return the mean, 0 of nothing. Sums are exactly rounded, so that no order of the values changes a bit."""
@@ -110,6 +124,11 @@ class BoxMetrics:
         }
 
 
+def has_lists(value) -> bool:
+    """Return whether a list holds lists: NumPy would unfold them, however often they are there."""
+    return isinstance(value, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in value)
+
+
 def to_box(value, name: str) -> list[float]:
     """
     Return a box as four floats.
@@ -120,13 +139,12 @@ def to_box(value, name: str) -> list[float]:
     if hasattr(value, "detach"):  # a tensor, of any device and dtype
         value = value.detach().cpu().double()
     try:
-        box = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+        box = np.empty(0) if has_lists(value) else np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
         box = np.empty(0)
     if box.shape != (4,) or not (np.abs(box) < MAX_COORDINATE).all() or (box[:2] > box[2:]).any():
         raise ValueError(
-            f"{name} must be a box (x0, y0, x1, y1) of finite numbers with x0 <= x1 and y0 <= y1, "
-            f"got {reprlib.repr(value)}."
+            f"{name} must be a box (x0, y0, x1, y1) of finite numbers with x0 <= x1 and y0 <= y1, got {quote(value)}."
         )
     return box.tolist()
 
@@ -141,7 +159,7 @@ def to_boxes(values, name: str) -> list[list[float]]:
     try:
         values = list(values)
     except TypeError as error:
-        raise ValueError(f"{name} must be a sequence of boxes, got {reprlib.repr(values)}.") from error
+        raise ValueError(f"{name} must be a sequence of boxes, got {quote(values)}.") from error
     return [
         NO_ANSWER if value is None and name == "predictions" else to_box(value, f"{name}[{index}]")
         for index, value in enumerate(values)

@@ -44,6 +44,20 @@ CITATION = """
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # a hit is strictly more
 MAX_PIXELS = 2**40  # of a mask: sums stay exact in 64 bits
 
+QUOTED = reprlib.Repr()  # in messages, which lists that hold each other would fill without end
+QUOTED.maxlevel = 2
+QUOTED.repr_instance = lambda value, level: (
+    repr(value) if value is None or isinstance(value, (bool, float)) else f"<{type(value).__name__}>"
+)
+
+
+def quote(value) -> str:
+    """Return a value as `repr` writes it, shortened: a few entries of lists in lists, and arrays by their type."""
+    try:
+        return QUOTED.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f"<{type(value).__name__}>"
+
 
 def mean(values: Iterable[float]) -> float:
     """Return the mean, 0 of nothing. Sums are exactly rounded, so that no order of the values changes a bit."""
@@ -133,6 +147,11 @@ def array_to_counts(mask: np.ndarray) -> list[int]:
     return [0, *lengths] if pixels.size and pixels[0] else lengths
 
 
+def has_lists(value) -> bool:
+    """Return whether a list holds lists: NumPy would unfold them, however often they are there."""
+    return isinstance(value, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in value)
+
+
 def to_run_lengths(value, name: str) -> dict:
     """
     Return a mask as `size` [height, width] and `counts`, a list of run lengths, background first.
@@ -145,28 +164,29 @@ def to_run_lengths(value, name: str) -> dict:
             height, width = (int(side) for side in value["size"])
             counts = value["counts"]
             lengths = uncompress_counts(counts) if isinstance(counts, (str, bytes)) else [int(run) for run in counts]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f'{name} must be a run-length encoding {{"size": [height, width], "counts": ...}}, '
-                f"got {reprlib.repr(value)} ({error})."
+                f"got {quote(value)} ({error})."
             ) from error
         is_size = min(height, width) > 0 and height * width <= MAX_PIXELS
         if not is_size or min(lengths, default=0) < 0 or sum(lengths) != height * width:
             raise ValueError(
                 f"{name} must have a size [height, width] of 1 to {MAX_PIXELS} pixels that its run lengths fill, they "
-                f"cover {sum(lengths)}: got {reprlib.repr(value)}."
+                f"cover {quote(sum(lengths))}: got {quote(value)}."
             )
         return {"size": [height, width], "counts": lengths}
     if hasattr(value, "detach"):  # a tensor, of any device
         value = value.detach().cpu()
     try:
-        mask = np.asarray(value)
+        is_deep = isinstance(value, (list, tuple)) and any(map(has_lists, value))
+        mask = np.empty(0) if is_deep else np.asarray(value)
     except (TypeError, ValueError):
         mask = np.empty(0)
     if mask.ndim != 2 or mask.dtype.kind not in "biuf" or not mask.size or not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
             f"{name} must be a mask: a run-length encoding or an array (height, width) of booleans or zeros and ones, "
-            f"got {reprlib.repr(value)}."
+            f"got {quote(value)}."
         )
     return {"size": list(mask.shape), "counts": array_to_counts(mask)}
 
@@ -181,7 +201,7 @@ def to_masks(values, name: str) -> list[dict | None]:
     try:
         values = list(values)
     except TypeError as error:
-        raise ValueError(f"{name} must be a sequence of masks, got {reprlib.repr(values)}.") from error
+        raise ValueError(f"{name} must be a sequence of masks, got {quote(values)}.") from error
     return [
         None if value is None and name == "predictions" else to_run_lengths(value, f"{name}[{index}]")
         for index, value in enumerate(values)

@@ -1,0 +1,111 @@
+"""
+Quote values in messages. What is refused may be a text of gigabytes, or a small file's list that unfolds to 10 ** 30
+entries: `repr` would write all of it before it is cut.
+"""
+
+from collections.abc import Iterator
+from os import PathLike
+
+
+MAX_LENGTH = 100  # characters of a quoted value
+
+
+def quote(value, max_length: int = MAX_LENGTH) -> str:
+    """
+    Return a value as `repr` writes it, as far as it fits; time and memory depend on `max_length` alone.
+
+    Args:
+        value: anything. Objects that are not data are named by their type, and none of their code runs.
+        max_length (`int`, *optional*, defaults to 100): characters; of longer ones the end is replaced by "...".
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.quoting_reftr import quote
+
+    >>> quote({"box": [1, 2.5, None, "x"]})
+    "{'box': [1, 2.5, None, 'x']}"
+    >>> quote("word " * 1000, max_length=20)
+    "'word word word w..."
+    >>> nested = []
+    >>> for _ in range(30):
+    ...     nested = [nested] * 10
+    >>> quote(nested, max_length=40)
+    '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[], [],...'
+
+    ```"""
+    text = ""
+    for part in _parts(value, max_length):
+        text += part
+        if len(text) > max_length:
+            return f"{text[: max_length - 3]}..."
+    return text
+
+
+def explain(error: BaseException, max_length: int = 300) -> str:
+    """
+    Return what an exception says, as far as it fits. Libraries quote all of a value that they refuse, and a KeyError
+    writes out its key only when it is read.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.quoting_reftr import explain
+
+    >>> explain(ValueError("no number"))
+    'no number'
+    >>> explain(KeyError("split"))
+    "KeyError: 'split'"
+
+    ```"""
+    is_text = all(isinstance(value, str) for value in error.args) or isinstance(error, OSError | UnicodeError)
+    if is_text and error.args and not isinstance(error, KeyError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {', '.join(quote(value, max_length) for value in error.args[:3])}"
+    text = text.strip().removesuffix(":")
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
+
+
+def _parts(value, max_length: int) -> Iterator[str]:
+    """Yield the parts of `repr`, none of them empty, so that no more is written than is asked for."""
+    kind = type(value)
+    if isinstance(value, str | bytes | bytearray):
+        yield repr(kind(value[: max_length + 1]) if kind in (str, bytes, bytearray) else str(value[: max_length + 1]))
+    elif kind is int and value.bit_length() > 4 * max_length:
+        yield f"<int of {value.bit_length()} bits>"
+    elif value is None or kind in (bool, int, float, complex):
+        yield repr(value)
+    elif isinstance(value, dict):
+        yield "{"
+        for index, (key, item) in enumerate(dict.items(value)):
+            yield from (", ",) if index else ()
+            yield from _parts(key, max_length)
+            yield ": "
+            yield from _parts(item, max_length)
+        yield "}"
+    elif isinstance(value, list | tuple | set | frozenset):
+        opening, closing = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+        yield opening
+        for index, item in enumerate(value):
+            yield from (", ",) if index else ()
+            yield from _parts(item, max_length)
+        yield f",{closing}" if closing == ")" and len(value) == 1 else closing
+    elif isinstance(value, PathLike):
+        yield repr(str(value))
+    elif kind.__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
+        yield from _array_parts(value, max_length)
+    else:
+        yield f"<{kind.__module__}.{kind.__qualname__}>"
+
+
+def _array_parts(value, max_length: int) -> Iterator[str]:
+    """Yield a small array or tensor as its numbers, and a large one as its shape."""
+    size, dtype = 1, str(value.dtype).removeprefix("torch.")
+    for side in value.shape:
+        size *= max(int(side), 1)  # a million empty rows are as long as a million numbers
+    is_dense = getattr(value, "is_cpu", True) and not getattr(value, "is_sparse", False)
+    if size <= max_length and is_dense and not getattr(value.dtype, "hasobject", False):
+        yield from _parts(value.tolist(), max_length)
+    else:
+        yield f"<{type(value).__name__} of {dtype} and shape {quote(tuple(value.shape), max_length)}>"
