@@ -21,9 +21,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from layout_refcoco import make_refcoco
 from PIL import Image
 
+import data_scripts
+from conftest import trials
 from data_scripts.masks import decode_segmentation
+from layout_reftr_index import make_reftr_index
 from metrics.referring_expression_comprehension.referring_expression_comprehension import to_box
 from metrics.referring_segmentation.referring_segmentation import ReferringSegmentation, count_pixels
 from metrics.referring_segmentation.referring_segmentation import to_run_lengths as to_metric_mask
@@ -33,7 +37,7 @@ from modeling_reftr.inputs_reftr import to_list, to_sizes, to_threshold
 from modeling_reftr.pipeline_reftr import make_question
 from modeling_reftr.processing_reftr import from_coco_rle
 from processes import ENVIRONMENT
-from training_reftr.arguments import TrainingArguments, to_type
+from training_reftr.arguments import TrainingArguments, parse_arguments, to_type
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +115,7 @@ def overlap(archive):
 GOOD = weights(tensor(4, 0, (2, 2), (2, 1)))
 # name -> (row of the scorecard, content of the file)
 CHECKPOINTS = {
-    "a storage that unpacks": ("S12", lambda: zipped(dump(GOOD), 2**28, zipfile.ZIP_DEFLATED)),
+    "a storage that unpacks": ("S12", lambda: zipped(dump(GOOD), 2**27, zipfile.ZIP_DEFLATED)),
     "a storage that unpacks by LZMA": ("S12", lambda: zipped(dump(GOOD), 10**7, zipfile.ZIP_LZMA)),
     "a pickle that unpacks": ("S12", lambda: zipped(dump(GOOD) + bytes(10**8), 16, zipfile.ZIP_DEFLATED)),
     "entries over each other": ("S12", lambda: zipped(dump(GOOD), 10**5, change=overlap)),
@@ -196,23 +200,32 @@ def read_in_a_process(paths) -> list[dict]:
     return answers
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What is said of each checkpoint, and of two that are read."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    contents = {
+        **{name: make() for name, (_, make) in CHECKPOINTS.items()},
+        "zip": zipped(dump(GOOD)),
+        "legacy": legacy(dump(GOOD, (None,)), rest=struct.pack("<q", 4) + bytes(16)),
+    }
+    paths = []
+    for number, content in enumerate(contents.values()):
+        assert len(content) < 1_200_000
+        paths.append(folder / f"{number}.pth")
+        paths[-1].write_bytes(content)
+    return dict(zip(contents, read_in_a_process(paths), strict=True))
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which Linux has")
 @pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.row(row)) for row in ("S12", "S13")])
-def test_checkpoints_that_claim_or_unfold_to_more_than_they_have(row, tmp_path, record_property):
+def test_checkpoints_that_claim_or_unfold_to_more_than_they_have(row, answers, record_property):
     names = [name for name, (its_row, _) in CHECKPOINTS.items() if its_row == row]
-    paths = [tmp_path / f"{number}.pth" for number in range(len(names))]
-    for name, path in zip(names, paths, strict=True):
-        path.write_bytes(CHECKPOINTS[name][1]())
-        assert path.stat().st_size < 1_200_000
-    whole = [tmp_path / "whole.pth", tmp_path / "legacy.pth"]
-    whole[0].write_bytes(zipped(dump(GOOD)))
-    whole[1].write_bytes(legacy(dump(GOOD, (None,)), rest=struct.pack("<q", 4) + bytes(16)))
-    *answers, first, second = read_in_a_process([*paths, *whole])
-    assert first["weights"] == second["weights"] == ["vl_transformer.level_embed"]
+    assert answers["zip"]["weights"] == answers["legacy"]["weights"] == ["vl_transformer.level_embed"]
     said = (" is refused: ", " cannot be read ", " holds no weights", " is not a dense")
     faults = {
         name: answer
-        for name, answer in zip(names, answers, strict=True)
+        for name, answer in ((name, answers[name]) for name in names)
         if answer.get("error") != "ValueError"
         or not any(words in answer["said"] for words in said)
         or "emory" in answer["said"]
@@ -284,14 +297,15 @@ def test_safetensors_that_claim_more_than_they_have(tmp_path, record_property):
 # run lengths, through every door that takes masks
 
 
-def refusal_of(call) -> tuple[str, int]:
+def refusal_of(call, is_measured=True) -> tuple[str, int]:
     """The sentence of a ValueError or OSError, which comes soon, and the peak of the memory of Python and NumPy."""
-    tracemalloc.start()
+    if is_measured:  # which takes time
+        tracemalloc.start()
     started = time.perf_counter()
     try:
         with pytest.raises((ValueError, OSError)) as caught:
             call()
-        peak = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1] if is_measured else 0
     finally:
         tracemalloc.stop()
     sentence = str(caught.value)
@@ -447,3 +461,113 @@ def test_arguments_that_unfold_without_end(processor, record_property):
     count = len(VALUE_DOORS) * len(BOMBS)
     record_property("counted", (count - len(failed), count))
     assert not failed, "\n".join(map(str, failed))
+
+
+def test_both_packages_quote_the_same():
+    """data_scripts does without modeling_reftr, which travels to the Hub without data_scripts."""
+    copies = (ROOT / "data_scripts/quoting.py", ROOT / "modeling_reftr/quoting_reftr.py")
+    first, second = (path.read_text(encoding="utf-8") for path in copies)
+    assert first == second.replace("modeling_reftr.quoting_reftr", "data_scripts.quoting")
+
+
+# files of datasets, recipes and the command that converts
+
+
+def record_with(opcodes: bytes) -> bytes:
+    """A pickle of one reference whose every field is a value in opcodes, of which none uses the memo above 200."""
+    names = ("ref_id", "image_id", "split", "sentences", "file_name", "category_id", "ann_id", "sent_ids")
+    fields = b"".join(b"X" + struct.pack("<I", len(name)) + name.encode() + b"h\xc8" for name in names)
+    return b"\x80\x02" + opcodes + b"q\xc80](}(" + fields + b"ue."
+
+
+PICKLES = {
+    "fields of lists that are there twice": record_with(LIST_OF_LISTS),
+    "fields of tuples that are there twice": record_with(UNFOLDING),
+    "a field that holds itself": record_with(b"]q\x00h\x00a"),
+    "lists that are there twice": b"\x80\x02" + LIST_OF_LISTS + b".",
+    "a key that unfolds": b"\x80\x02}" + UNFOLDING + b"Ns.",
+    "a set that unfolds": b"\x80\x02c__builtin__\nset\n](" + UNFOLDING + b"e\x85R.",
+    "nesting without end": b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
+    "text of 4 GB": b"\x80\x02X\xff\xff\xff\xff.",
+    "a memo of 2 ** 32 places": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "a whole number of 5,000 digits": record_with(b"\x8b" + struct.pack("<I", 2100) + b"\x7f" * 2100),
+    "a zip that unpacks": zipped(dump([{"ref_id": 1}]) + bytes(10**7), 16, zipfile.ZIP_DEFLATED),
+    "a tensor of a terabyte": zipped(dump([tensor(10**12, 0, (10**12,), (1,))])),
+}
+
+
+@pytest.mark.row("S12")
+def test_pickles_of_datasets_that_unfold(tmp_path, record_property):
+    """Through the reader of references, that of the published index, and `combine`."""
+    make_refcoco(tmp_path / "refs", "refcoco_unc")
+    make_reftr_index(tmp_path / "index")
+    paths = {
+        "refs": tmp_path / "refs" / "refcoco" / "refs(unc).p",
+        "index": tmp_path / "index" / "annotations_resc" / "unc" / "unc_train.pth",
+    }
+    settings = {"cache_dir": str(tmp_path / "cache")}
+    doors = {
+        "refs": lambda: data_scripts.load("refcoco_unc", data_dir=tmp_path / "refs", **settings),
+        "index": lambda: data_scripts.load("resc_unc", data_dir=tmp_path / "index", **settings),
+        "combine": lambda: data_scripts.combine(["refcoco_unc"], data_dir=tmp_path / "refs", **settings),
+    }
+    failed = []
+    for name, content in list(PICKLES.items())[: len(trials(99, short=4))]:
+        for path in paths.values():
+            path.write_bytes(content)
+        for door, call in doors.items():
+            sentence, peak = refusal_of(call)
+            if paths.get(door, paths["refs"]).name not in sentence or peak > 100_000_000:
+                failed.append((name, door, sentence, peak))
+    count = 3 * len(list(PICKLES)[: len(trials(99, short=4))])
+    record_property("counted", (count - len(failed), count))
+    assert not failed
+
+
+RECIPES = {
+    "brackets": "model: " + "[" * 20_000 + "]" * 20_000,
+    "braces": "{model: " * 10_000,
+    "dashes": "- " * 20_000,
+    "aliases": "a: &a [x, x]\nb: &b [*a, *a]\nmodel: [*b, *b]\n",
+    "an alias of itself": "model: &a {b: *a}\n",
+    "merged mappings": "a: &a {x: 1}\nmodel: {<<: [*a, *a]}\n",
+    "a number of 5,000 digits": f"batch_size: {'9' * 5000}\n",
+    "a number of 5,000 digits, hexadecimal": f"batch_size: 0x{'f' * 5000}\n",
+    "a flag of 5,000 digits, hexadecimal": f"eval_only: 0x{'f' * 5000}\n",
+    "text of 900 kB": f"evaluation_batching: {'x' * 900_000}\n",
+    "a name of 900 kB": f"? {'x' * 900_000}\n: 1\n",
+    "lists in place of a number": f"batch_size: [{'1, ' * 1000}1]\n",
+    "a list of 900 kB to inherit": f"inherit: [{'1, ' * 9000}1]\n",
+}
+
+
+@pytest.mark.row("S12")
+def test_recipes_that_unfold(tmp_path, record_property):
+    path, failed = tmp_path / "recipe.yaml", []
+    for name, text in RECIPES.items():
+        path.write_text(text)
+        try:
+            refusal_of(lambda: parse_arguments([str(path), "--output_dir", str(tmp_path / "run")]), is_measured=False)
+        except BaseException as error:
+            failed.append((name, f"{type(error).__name__}: {str(error)[:200]}"))
+    record_property("counted", (len(RECIPES) - len(failed), len(RECIPES)))
+    assert not failed
+
+
+@pytest.mark.row("S12")
+def test_the_command_that_converts_ends_with_a_sentence(tmp_path, run, record_property):
+    names = [name for name, (row, _) in CHECKPOINTS.items() if row == "S12"][: len(trials(5, short=1))]
+    for name in names:
+        path = tmp_path / "bomb.pth"
+        path.write_bytes(CHECKPOINTS[name][1]())
+        result = run(
+            *("-m", "modeling_reftr.convert_reftr_checkpoint", "--checkpoint", path, "--no_processor"),
+            *("--output_dir", tmp_path / "out"),
+            check=False,
+        )
+        assert result.returncode == 1, name
+        assert result.stderr.startswith(f"error: {str(path)!r} is refused: ") or f"{path} " in result.stderr, name
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr) < 1000
+        assert not (tmp_path / "out").exists()
+    record_property("counted", (len(names), len(names)))
