@@ -28,9 +28,6 @@ import data_scripts
 from conftest import trials
 from data_scripts.masks import decode_segmentation
 from layout_reftr_index import make_reftr_index
-from metrics.referring_expression_comprehension.referring_expression_comprehension import to_box
-from metrics.referring_segmentation.referring_segmentation import ReferringSegmentation, count_pixels
-from metrics.referring_segmentation.referring_segmentation import to_run_lengths as to_metric_mask
 from modeling_reftr import RefTRConfig
 from modeling_reftr.convert_reftr_checkpoint import read_weights
 from modeling_reftr.inputs_reftr import to_list, to_sizes, to_threshold
@@ -38,6 +35,9 @@ from modeling_reftr.pipeline_reftr import make_question
 from modeling_reftr.processing_reftr import from_coco_rle
 from processes import ENVIRONMENT
 from training_reftr.arguments import TrainingArguments, parse_arguments, to_type
+from training_reftr.metrics.referring_expression_comprehension.referring_expression_comprehension import to_box
+from training_reftr.metrics.referring_segmentation.referring_segmentation import ReferringSegmentation, count_pixels
+from training_reftr.metrics.referring_segmentation.referring_segmentation import to_run_lengths as to_metric_mask
 
 
 ROOT = Path(__file__).resolve().parents[1]
