@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -301,12 +302,15 @@ def refusal_of(call, is_measured=True) -> tuple[str, int]:
     """The sentence of a ValueError or OSError, which comes soon, and the peak of the memory of Python and NumPy."""
     if is_measured:  # which takes time
         tracemalloc.start()
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it has no end"))
+    signal.alarm(6)
     started = time.perf_counter()
     try:
         with pytest.raises((ValueError, OSError)) as caught:
             call()
         peak = tracemalloc.get_traced_memory()[1] if is_measured else 0
     finally:
+        signal.alarm(0)
         tracemalloc.stop()
     sentence = str(caught.value)
     assert len(sentence) < 2000, sentence[:2000]
