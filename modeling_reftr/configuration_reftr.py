@@ -6,6 +6,7 @@ from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: old
 # isort: split
 import copy
 import functools
+import math
 import sys
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +16,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
 from .inputs_reftr import check_setting
+from .loading_reftr import CONFIG_FILES, DamagedFilesError, describe_error, naming_files
 from .quoting_reftr import quote
 
 
@@ -37,6 +39,64 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+
+
+# the largest whole number under a name with such a word in it: layers, labels and positions are made one by one, or as
+# a table, before a weight is read, and a file of a hundred bytes can ask for a billion of them
+MAX_COUNTS = {"label": 10_000, "layer": 1_000, "position": 1_000_000, "": 10**9}
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def check_values(values: dict, prefix: str):
+    """
+    Refuse values that no model has, in nested ones too: the configurations of backbones take them, and fail with one
+    sentence of a library or another when the model is built or asked.
+
+    Args:
+        values (`dict`): of a configuration.
+        prefix (`str`): what the names of the values begin with in the message.
+
+    Raises:
+        ValueError: if a number is not finite, is over its limit of `MAX_COUNTS`, or counts heads and is less than 1,
+            or if a switch for outputs is not one, or is on in the image backbone.
+    """
+    for name, value in values.items():
+        limit = next(limit for word, limit in MAX_COUNTS.items() if word in str(name))
+        place = f"{prefix}{name}"
+        if name in ("output_attentions", "output_hidden_states"):
+            if not isinstance(value, (bool, type(None))) or (value and prefix == "backbone_config."):
+                expected = "false: ask for outputs in the call" if prefix else "true or false"
+                raise ValueError(f"{place}={quote(value, 40)} must be {expected}.")
+        elif isinstance(value, dict):
+            check_values(value, f"{place}.")
+        elif isinstance(value, int) and abs(value) > limit:
+            raise ValueError(f"{place} is over {limit:,}, more than any model has.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{place}={value} must be a finite number.")
+        elif "heads" in str(name) and isinstance(value, int) and value < 1:
+            raise ValueError(f"{place}={value} must be at least 1.")
+
+
+def check_config_file(source, arguments: dict | None = None):
+    """
+    Refuse a `config.json` with values that no model has, see `check_values`, whatever model it is of. `AutoTokenizer`
+    reads it with a configuration of its own, which makes a table of any number of labels. Where there is no such file
+    there is nothing to refuse.
+
+    Args:
+        source (`str` or `os.PathLike`): folder or Hub id.
+        arguments (`dict`, *optional*): those of `from_pretrained`, of which the ones that say where to look are used.
+
+    Raises:
+        ValueError: if it is damaged, naming it.
+    """
+    arguments = {name: value for name, value in (arguments or {}).items() if name in HUB_ARGUMENTS}
+    try:
+        with naming_files(source, CONFIG_FILES, arguments):
+            check_values(PreTrainedConfig.get_config_dict(source, **arguments)[0], "")
+    except OSError as error:  # of a folder with a tokenizer or a processor alone
+        logger.debug(f"There is no config.json in {source}: {error}")
 
 
 def without_foreign_code(values: dict) -> dict:
@@ -229,10 +289,11 @@ class RefTRConfig(PreTrainedConfig):
             )
         if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
             self.backbone_config = {"model_type": "timm_backbone", **self.backbone_config}
+        check_values({**vars(self), **kwargs}, "")
         for part in ("backbone_config", "text_config"):
             values = getattr(self, part)
             if isinstance(values, dict):
-                is_timm = part == "backbone_config" and values["model_type"] == "timm_backbone"
+                is_timm = part == "backbone_config" and values.get("model_type") == "timm_backbone"
                 inside = {"backbone", "backbone_config", "architecture"} & set(values)
                 if inside := sorted(inside - {"backbone"} if is_timm else inside):
                     raise ValueError(
@@ -265,9 +326,33 @@ class RefTRConfig(PreTrainedConfig):
         return {**super().to_dict(), **code}
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        See `PreTrainedConfig.from_pretrained`.
+
+        Raises:
+            ValueError: if the file is damaged, naming it.
+            OSError: if there is none.
+        """
+        with naming_files(pretrained_model_name_or_path, CONFIG_FILES, kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """See `PreTrainedConfig.from_dict`. A file cannot make us run code of others: see `without_foreign_code`."""
-        return super().from_dict(without_foreign_code(config_dict), **kwargs)
+        """
+        See `PreTrainedConfig.from_dict`. A file cannot make us run code of others: see `without_foreign_code`.
+
+        Raises:
+            ValueError: if a value is of another kind or out of its range.
+        """
+        try:
+            if not isinstance(config_dict, dict):
+                raise ValueError(f"it must be a JSON object, and it is {type(config_dict).__name__}")
+            return super().from_dict(without_foreign_code(config_dict), **kwargs)
+        except MemoryError:
+            raise
+        except Exception as error:  # the library's configurations raise anything of a value of another kind
+            raise DamagedFilesError("config.json", describe_error(error)) from error
 
     def validate_sizes(self):
         """Refuse widths and counts that no model can be built from."""

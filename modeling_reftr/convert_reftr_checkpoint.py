@@ -31,9 +31,10 @@ from transformers.utils import logging
 from data_scripts.quoting import explain, quote
 
 from .checkpoint_claims import NOT_READ, check_claims
-from .configuration_reftr import RefTRConfig
+from .configuration_reftr import RefTRConfig, check_config_file
 from .escaping import for_terminal
 from .image_processing_reftr import RefTRImageProcessor
+from .loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedFilesError, naming_files
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
 from .saving_reftr import save_tensors
@@ -426,7 +427,7 @@ def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig):
 
     Raises:
         OSError: if it is not found.
-        ValueError: if it has more tokens than the text backbone.
+        ValueError: if a file of it is damaged, or it has more tokens than the text backbone.
     """
     source = tokenizer
     if source is None:
@@ -440,7 +441,11 @@ def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig):
                 "--tokenizer FOLDER, or --no_processor to write the model alone."
             )
     try:
-        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        check_config_file(source)
+        with naming_files(source, TOKENIZER_FILES + CONFIG_FILES, {}):
+            loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except DamagedFilesError:
+        raise
     except (OSError, ValueError) as error:
         raise OSError(f"There is no tokenizer {str(source)!r} to be loaded, as a folder or from the Hub.") from error
     if len(loaded) > config.text_config.vocab_size:

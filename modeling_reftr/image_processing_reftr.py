@@ -37,6 +37,7 @@ from .configuration_reftr import AUTO_MAP
 from .decoding_reftr import check_format, is_undecoded, open_file, without_decoding
 from .fetching_reftr import MAX_BYTES, fetch
 from .inputs_reftr import check_setting, is_sequence, to_list, to_sizes, to_threshold, warn_about_joined_expressions
+from .loading_reftr import IMAGE_PROCESSOR_FILES, naming_files
 from .quoting_reftr import explain, quote
 
 
@@ -737,6 +738,18 @@ class RefTRImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
         # saving a processor writes both here: with them from the start, saving does not change the object
         self.auto_map = {name: AUTO_MAP[name] for name in ("AutoImageProcessor", "AutoProcessor")}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        See `ImageProcessingMixin.from_pretrained`.
+
+        Raises:
+            ValueError: if a file is damaged, naming it.
+            OSError: if there is no image processor.
+        """
+        with naming_files(pretrained_model_name_or_path, IMAGE_PROCESSOR_FILES, kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         """

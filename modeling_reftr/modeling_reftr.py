@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_reftr import RefTRConfig
 from .fusing_reftr import fused_copy
+from .loading_reftr import CONFIG_FILES, WEIGHT_FILES, check_index, naming_files
 from .loss_reftr import grounding_loss
 from .quoting_reftr import quote
 from .saving_reftr import apply_default_permissions
@@ -660,12 +661,20 @@ class RefTRPreTrainedModel(PreTrainedModel):
             self.base_model.freeze_parameters()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """
         See `PreTrainedModel.from_pretrained`, which thaws every parameter; frozen stages are frozen again. Weights are
         read from safetensors alone: a pickle, which others would have written, can claim any size.
+
+        Raises:
+            ValueError: if a file is damaged, naming it.
+            OSError: if there is no model.
         """
-        loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+        source = pretrained_model_name_or_path
+        with naming_files(source, CONFIG_FILES + WEIGHT_FILES, kwargs):
+            if source is not None:
+                check_index(source, kwargs.get("subfolder"))
+            loaded = super().from_pretrained(source, *model_args, **{**kwargs, "use_safetensors": True})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_parameters()
         return loaded

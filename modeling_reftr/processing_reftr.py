@@ -14,10 +14,11 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .configuration_reftr import AUTO_MAP
+from .configuration_reftr import AUTO_MAP, check_config_file
 from .decoding_reftr import is_undecoded, without_decoding
 from .image_processing_reftr import MAX_PIXELS, check_picture, open_undecoded
 from .inputs_reftr import check_setting, is_sequence, nesting_depth, to_list, warn_about_joined_expressions
+from .loading_reftr import CONFIG_FILES, IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, naming_files
 from .quoting_reftr import explain, quote
 from .text_reftr import MAX_CHARACTERS, check_text, is_blank
 
@@ -26,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 # halves of characters, which no text has: see `check_text`
 WORD_START, WORD_END = "\ud800", "\udfff"
+LENGTHS = ("max_expression_length", "max_caption_length", "max_phrase_length", "max_phrases")
 
 
 class RefTRProcessor(ProcessorMixin):
@@ -83,6 +85,10 @@ class RefTRProcessor(ProcessorMixin):
         max_phrase_length: int = 22,
         max_phrases: int = 16,
     ):
+        lengths = (max_expression_length, max_caption_length, max_phrase_length, max_phrases)
+        for name, length in zip(LENGTHS, lengths, strict=True):
+            if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < 2**31:
+                raise ValueError(f"{name}={quote(length, 40)} must be a whole number of at least 1.")
         self.max_expression_length = max_expression_length
         self.max_caption_length = max_caption_length
         self.max_phrase_length = max_phrase_length
@@ -93,6 +99,36 @@ class RefTRProcessor(ProcessorMixin):
         leave_text_whole(tokenizer)
         super().__init__(image_processor, tokenizer)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        See `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            ValueError: if a file is damaged, naming it.
+            OSError: if there is no processor.
+        """
+        check_config_file(pretrained_model_name_or_path, kwargs)
+        names = TOKENIZER_FILES + IMAGE_PROCESSOR_FILES + CONFIG_FILES
+        with naming_files(pretrained_model_name_or_path, names, kwargs):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded).check_parts()
+        return loaded
+
+    def check_parts(self):
+        """
+        Prepare an image and a text, so that what a file says, and no library looked at, fails now.
+
+        Raises:
+            Exception: any of a library, if a part cannot be used; [`RefTRProcessor.from_pretrained`] names its files.
+        """
+        if self.tokenizer.num_special_tokens_to_add() < 2:
+            raise ValueError("the tokenizer must put a token before and one behind each text, as [CLS] and [SEP] are")
+        encoded, _ = self.tokenize(["a"], [min(self.max_expression_length, self.max_phrase_length)])
+        self.pad_tokens([ids for ids, _ in encoded], self.max_expression_length)
+        self.tokenizer.batch_decode([ids for ids, _ in encoded])
+        self.image_processor(Image.new("RGB", (8, 8)))
 
     def __call__(
         self,
@@ -278,7 +314,11 @@ class RefTRProcessor(ProcessorMixin):
         Raises:
             ValueError: if a limit has no room for a token beside the special ones.
         """
-        encodings = self.tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+        # a tokenizer.json can lack the very token that a text needs
+        with naming_files(self.tokenizer.name_or_path, ["tokenizer.json", "tokenizer_config.json"], {}):
+            encodings = self.tokenizer(
+                texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+            )
         encoded, cuts = [], []
         for ids, offsets, is_special, limit in zip(
             encodings["input_ids"],

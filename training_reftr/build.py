@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
+from modeling_reftr.configuration_reftr import check_config_file
 from modeling_reftr.convert_reftr_checkpoint import (
     IGNORED,
     config_from_shapes,
@@ -23,6 +24,8 @@ from modeling_reftr.convert_reftr_checkpoint import (
     read_weights,
 )
 from modeling_reftr.detr_reftr import init_from_detr, resnet_name
+from modeling_reftr.loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedFilesError, check_index, naming_files
+from modeling_reftr.loading_reftr import WEIGHT_FILES as SAVED_WEIGHTS
 from training_reftr.arguments import check_names, merge
 from training_reftr.data import all_sentences, train_tokenizer
 from training_reftr.preflight import part_of, refuse_untrained_parts
@@ -204,7 +207,11 @@ def read_tokenizer(source: str):
     """
     place = local_or_hub(source, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        check_config_file(place)
+        with naming_files(place, TOKENIZER_FILES + CONFIG_FILES, {}):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except DamagedFilesError:
+        raise
     except (OSError, ValueError) as error:
         raise OSError(f"There is no tokenizer {source!r} to be loaded, as a folder or from the Hub.") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -220,7 +227,10 @@ def text_config_of(source: str, changes: dict) -> dict:
         OSError: if there is none.
         ValueError: if the changes are of another type of model.
     """
-    config = AutoConfig.from_pretrained(local_or_hub(source, "text model"), trust_remote_code=False)
+    place = local_or_hub(source, "text model")
+    check_config_file(place)
+    with naming_files(place, CONFIG_FILES, {}):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     wanted = changes.get("model_type", config.model_type)
     if wanted != config.model_type:
         raise ValueError(
@@ -242,19 +252,21 @@ def load_text_backbone(model: RefTRForVisualGrounding, source: str):
     backbone = model.model.text_backbone
     place = local_or_hub(source, "text model")
     weights = {"pretrained_model_name_or_path": place, "use_safetensors": True}
+    check_index(place)
     if isinstance(place, Path) and not any(place.glob("*.safetensors")):  # read here, for a pickle can run code
         files = sorted(place.glob("pytorch_model*.bin"))
         if not files:
             raise FileNotFoundError(f"init_text={source!r} has no model.safetensors and no pytorch_model.bin.")
         state_dict = {key: value for file in files for key, value in read_weights(file).items()}
         weights = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
-    text, info = type(backbone).from_pretrained(
-        **weights,
-        config=backbone.config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # named below
-        output_loading_info=True,
-    )
+    with naming_files(place, SAVED_WEIGHTS, {}):
+        text, info = type(backbone).from_pretrained(
+            **weights,
+            config=backbone.config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
     wrong = sorted(
         [name for name in info["missing_keys"] if not name.startswith("pooler.")]
         + [name for name, *_ in info["mismatched_keys"]]

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from data_scripts.reading import read_text
 from data_scripts.uploading import write_contents
 from data_scripts.yaml_values import read_yaml
+from modeling_reftr.configuration_reftr import RefTRConfig
 from modeling_reftr.escaping import for_code, for_markdown
+from modeling_reftr.loading_reftr import naming_files
 from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
@@ -139,6 +141,7 @@ def card_files(folder: str | Path, repository: str | None = None) -> dict[str, b
 
     Raises:
         OSError: if there is no model in the folder.
+        ValueError: if one of its files is damaged, naming it.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -146,9 +149,10 @@ def card_files(folder: str | Path, repository: str | None = None) -> dict[str, b
     path = folder / README
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return {}
-    facts = read_facts(folder)
-    files = {README: make_card(facts, repository)}
-    entries = make_eval_results(facts)
+    with naming_files(folder, ("metrics.json", "metrics.jsonl", "recipe.yaml", "origin.json"), {}):
+        facts = read_facts(folder)
+        files = {README: make_card(facts, repository)}
+        entries = make_eval_results(facts)
     if entries:
         name = f"{facts['recipe']['hub_dataset'].replace('/', '_')}.yaml"
         files[f".eval_results/{name}"] = yaml.safe_dump(to_entries(entries), sort_keys=False)
@@ -156,7 +160,7 @@ def card_files(folder: str | Path, repository: str | None = None) -> dict[str, b
 
 
 def read_facts(folder: Path) -> dict:
-    """What the files of a folder say, by what they are: "config", "recipe", "origin", "metrics" and so on."""
+    """Return what the files of a folder say, by what they are: "config", "recipe", "origin", "metrics" and so on."""
 
     def read(name: str) -> dict:
         path = folder / name
@@ -171,14 +175,14 @@ def read_facts(folder: Path) -> dict:
 
     num_parameters = 0
     for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as weights:
+        with naming_files(folder, [file.name], {}), safe_open(file, "pt") as weights:
             names = list(weights.keys())
             num_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     recipe = read("recipe.yaml")
     comments = read_text(folder / "recipe.yaml").splitlines() if recipe else []
     metrics = read("metrics.json")
     return {
-        "config": read("config.json"),
+        "config": RefTRConfig.from_pretrained(folder).to_dict(),
         "recipe": recipe,
         # what was changed where the run was resumed
         "changes": [line.removeprefix("# ") for line in comments if line.startswith("# from step ")],
