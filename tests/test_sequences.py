@@ -12,6 +12,10 @@ from torch.utils.data import Dataset
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_reftr import VisualGroundingPipeline
+from training_reftr.metrics.referring_expression_comprehension.referring_expression_comprehension import (
+    ReferringExpressionComprehension,
+)
+from training_reftr.metrics.referring_segmentation.referring_segmentation import ReferringSegmentation
 
 
 class Rows(Dataset):
@@ -196,6 +200,34 @@ def test_arrays_are_batches_of_images_and_lists_of_texts(pipe, processor):
     phrases = pa.array(PHRASES)
     assert same(dict(processor(IMAGES, TEXTS, phrases=phrases)), dict(processor(IMAGES, TEXTS, phrases=PHRASES)))
     assert same(pipe(IMAGES, text=TEXTS, phrases=phrases), pipe(IMAGES, text=TEXTS, phrases=PHRASES))
+
+
+METRICS = {
+    ReferringExpressionComprehension: ([[0, 0, 8, 10], [2, 2, 4, 4]], [[0, 0, 10, 10], [2, 2, 3, 3]]),
+    ReferringSegmentation: ([MASKS[1][0], MASKS[1][1]], [MASKS[1][1], MASKS[1][0]]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("module", METRICS)
+def test_metrics_take_any_sequence(module, kind, tmp_path):
+    metric, (predictions, references) = module(cache_dir=str(tmp_path)), METRICS[module]
+    expected = metric.compute(predictions=predictions, references=references)
+    assert 0 < expected["mean_iou"] < 1
+    convert = KINDS[kind]
+    changes = [convert] if convert is Rows else [convert, lambda values: nested(values, convert)]
+    for change in changes:
+        assert metric.compute(predictions=change(predictions), references=change(references)) == expected
+    for value in (np.array(1.0), {"a": 1}, pd.DataFrame({"a": [1]}), "a box", iter(predictions)):
+        with pytest.raises(ValueError, match=r"^references must be a sequence of (boxes|masks), got "):
+            metric.compute(predictions=predictions, references=value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_lengths_take_any_sequence(kind, tmp_path):
+    metric, runs = ReferringSegmentation(cache_dir=str(tmp_path)), {"size": [2, 2], "counts": [1, 3]}
+    mask = {name: KINDS[kind](values) for name, values in runs.items()}
+    assert metric.compute(predictions=[mask, None], references=[runs, mask])["mean_iou"] == 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

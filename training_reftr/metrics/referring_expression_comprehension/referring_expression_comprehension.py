@@ -5,7 +5,7 @@ Referring expression comprehension, one box per phrase, as a module of `evaluate
 
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import datasets
 import evaluate
@@ -61,6 +61,26 @@ def mean(values: Iterable[float]) -> float:
     """Return the mean, 0 of nothing. Sums are exactly rounded, so that no order of the values changes a bit."""
     values = list(values)
     return math.fsum(values) / len(values) if values else 0.0
+
+
+def entries(values, expectation: str) -> list:
+    """
+    Return a sequence as a list: a list, tuple, array, Series, column of a dataset or a dataset of torch.
+
+    Raises:
+        ValueError: if it is a text, a mapping, a table or has no length.
+    """
+    is_other = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "columns")
+    if (
+        is_other
+        or not hasattr(values, "__len__")
+        or not hasattr(values, "__getitem__")
+        or getattr(values, "ndim", 1) < 1
+    ):
+        raise ValueError(f"{expectation}, got {quote(values)}.")
+    if hasattr(values, "__iter__"):
+        return list(values)
+    return [values[index] for index in range(len(values))]  # a dataset of torch
 
 
 def precisions(ious: list[float]) -> dict[str, float]:
@@ -156,10 +176,7 @@ def to_boxes(values, name: str) -> list[list[float]]:
     Raises:
         ValueError: if they are not a sequence of boxes.
     """
-    try:
-        values = list(values)
-    except TypeError as error:
-        raise ValueError(f"{name} must be a sequence of boxes, got {quote(values)}.") from error
+    values = entries(values, f"{name} must be a sequence of boxes")
     return [
         NO_ANSWER if value is None and name == "predictions" else to_box(value, f"{name}[{index}]")
         for index, value in enumerate(values)

@@ -5,7 +5,7 @@ Referring expression segmentation, one mask per phrase, as a module of `evaluate
 
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import datasets
 import evaluate
@@ -63,6 +63,26 @@ def mean(values: Iterable[float]) -> float:
     """Return the mean, 0 of nothing. Sums are exactly rounded, so that no order of the values changes a bit."""
     values = list(values)
     return math.fsum(values) / len(values) if values else 0.0
+
+
+def entries(values, expectation: str) -> list:
+    """
+    Return a sequence as a list: a list, tuple, array, Series, column of a dataset or a dataset of torch.
+
+    Raises:
+        ValueError: if it is a text, a mapping, a table or has no length.
+    """
+    is_other = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "columns")
+    if (
+        is_other
+        or not hasattr(values, "__len__")
+        or not hasattr(values, "__getitem__")
+        or getattr(values, "ndim", 1) < 1
+    ):
+        raise ValueError(f"{expectation}, got {quote(values)}.")
+    if hasattr(values, "__iter__"):
+        return list(values)
+    return [values[index] for index in range(len(values))]  # a dataset of torch
 
 
 def precisions(ious: list[float]) -> dict[str, float]:
@@ -161,9 +181,12 @@ def to_run_lengths(value, name: str) -> dict:
     """
     if isinstance(value, dict):
         try:
-            height, width = (int(side) for side in value["size"])
+            height, width = map(int, entries(value["size"], "size must be a sequence"))
             counts = value["counts"]
-            lengths = uncompress_counts(counts) if isinstance(counts, (str, bytes)) else [int(run) for run in counts]
+            is_text = isinstance(counts, (str, bytes))
+            lengths = (
+                uncompress_counts(counts) if is_text else list(map(int, entries(counts, "counts must be a sequence")))
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f'{name} must be a run-length encoding {{"size": [height, width], "counts": ...}}, '
@@ -181,6 +204,8 @@ def to_run_lengths(value, name: str) -> dict:
     try:
         is_deep = isinstance(value, (list, tuple)) and any(map(has_lists, value))
         mask = np.empty(0) if is_deep else np.asarray(value)
+        if mask.dtype == object and mask.ndim == 1 and not any(map(has_lists, mask)):  # a Series or array of rows
+            mask = np.asarray([np.asarray(row).tolist() for row in mask])
     except (TypeError, ValueError):
         mask = np.empty(0)
     if mask.ndim != 2 or mask.dtype.kind not in "biuf" or not mask.size or not ((mask == 0) | (mask == 1)).all():
@@ -198,10 +223,7 @@ def to_masks(values, name: str) -> list[dict | None]:
     Raises:
         ValueError: if they are not a sequence of masks.
     """
-    try:
-        values = list(values)
-    except TypeError as error:
-        raise ValueError(f"{name} must be a sequence of masks, got {quote(values)}.") from error
+    values = entries(values, f"{name} must be a sequence of masks")
     return [
         None if value is None and name == "predictions" else to_run_lengths(value, f"{name}[{index}]")
         for index, value in enumerate(values)
