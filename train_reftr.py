@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             if is_main_rank():
                 is_training = not (args.eval_only or args.dry_run)
                 hint = f" Continue with:\n  {resume_command(argv)}" if is_training else ""
-                sys.stderr.write(f"{stopped}{hint}\n")
+                sys.stderr.write(for_terminal(f"{stopped}{hint}\n"))
             return stopped.exit_code
         except RuntimeError as error:
             explained = explain(error)

@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from modeling_reftr.escaping import for_terminal
+from modeling_reftr.escaping import TerminalFormatter, for_terminal
 
 from . import SOURCES
 from .building import flags_of, listing
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         ValueError, OSError: a sentence for whoever typed the command.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
     logging.getLogger(__package__).addHandler(handler)  # not to the root: datasets shows its own messages
     args, rest = make_parser().parse_known_args(argv)
     if args.name is None and rest:

@@ -156,7 +156,8 @@ def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None) -> 
     if report is None:
         return "What the build left out or changed is not recorded. A build with an empty cache records it."
     lines = [
-        f"- {split}: {describe_reported(kind, kinds[kind])}"
+        # a reason may quote a file's name, which may have line ends
+        f"- {split}: {' '.join(describe_reported(kind, kinds[kind]).split())}"
         for split, kinds in report.items()
         for kind in REPORTED
         if kinds.get(kind)

@@ -626,7 +626,7 @@ def main(argv: list[str] | None = None):
     refuse_ignored_options(args)
     if args.to_published:
         written = convert_to_published(args.checkpoint, args.output_dir, overwrite=args.overwrite)
-        sys.stdout.write(f"Written: {written}\n")
+        sys.stdout.write(for_terminal(f"Written: {written}\n"))
         return
     config = convert_checkpoint(
         args.checkpoint,
@@ -641,7 +641,7 @@ def main(argv: list[str] | None = None):
             f"Taken as published, because shapes do not tell: {describe_assumptions(config)}. --config decides "
             "otherwise.\n"
         )
-    sys.stdout.write(f"Written: {args.output_dir}\n")
+    sys.stdout.write(for_terminal(f"Written: {args.output_dir}\n"))
 
 
 if __name__ == "__main__":

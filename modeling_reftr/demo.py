@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from .escaping import for_terminal
+
 
 FOLDER = Path(__file__).resolve().parents[1] / "demo"
 
@@ -44,7 +46,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

@@ -1,6 +1,7 @@
 """Texts of others in what people look at: one function for each language that they are written into."""
 
 import json
+import logging
 import re
 import sys
 
@@ -27,6 +28,14 @@ def for_terminal(text: str) -> str:
     )
 
 
+class TerminalFormatter(logging.Formatter):
+    """Format log records, which quote names and words of data, for a terminal, see `for_terminal`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return for_terminal(super().format(record))
+
+
 def for_markdown(text: str) -> str:
     """
     Return a text that Markdown and HTML show as it is, on one line, in a sentence, a heading or the cell of a table.
@@ -48,7 +57,8 @@ def for_markdown(text: str) -> str:
 
 def for_code(text: str) -> str:
     """
-    Return a text as Markdown's code in a line, between as many backticks as it takes.
+    Return a text as Markdown's code in a line, between as many backticks as it takes. In the cell of a table a bar
+    ends the cell even in code: take `for_markdown` there.
 
     Example:
 
@@ -61,8 +71,6 @@ def for_code(text: str) -> str:
     ```"""
     text = for_terminal(" ".join(text.split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    # a bar would end the cell of a table even in code
-    text = text.replace("|", "\\|")
     return f"{fence}{text}{fence}" if len(fence) == 1 and text else f"{fence} {text} {fence}"
 
 

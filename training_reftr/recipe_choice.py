@@ -10,6 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from modeling_reftr.escaping import for_terminal
+
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 DEMO = FOLDER / "demo.yaml"
@@ -39,7 +41,7 @@ def with_recipe(argv: list[str]) -> list[str]:
             sys.stdout.flush()
         return [str(DEMO), *argv]
     if is_main_process:
-        sys.stderr.write(explain(argv, values))
+        sys.stderr.write(for_terminal(explain(argv, values)))
     sys.exit(EXIT_CODE)
 
 

@@ -18,6 +18,7 @@ import data_scripts
 from data_scripts.building import flags_of
 from data_scripts.loading import SOURCES
 from modeling_reftr.convert_reftr_checkpoint import convert_checkpoint, describe_assumptions
+from modeling_reftr.escaping import for_terminal
 
 
 def published_settings(dataset: str) -> dict[str, str]:
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if exit_code:  # it was interrupted, and says so
         return exit_code
-    sys.stdout.write(f"Beside the published figures: {output_dir / 'report.md'}\n")
+    sys.stdout.write(for_terminal(f"Beside the published figures: {output_dir / 'report.md'}\n"))
     return 0
 
 
@@ -82,7 +83,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.escaping import TerminalFormatter
 from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
 from training_reftr.banner import announce
 from training_reftr.batch_norm import synchronize_batch_norm
@@ -114,8 +115,10 @@ def build_accelerator(args) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=args.watchdog_minutes))],
     )
     disable_progress_bar()  # of every file that the library reads or writes
+    handler = logging.StreamHandler()
+    handler.setFormatter(TerminalFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
+        handlers=[handler],
         level=logging.INFO if accelerator.is_main_process else logging.WARNING,
     )
     return accelerator
