@@ -3,8 +3,8 @@ Apply each listed one-line fault to a scratch copy of the checkout and run the t
 
 The lists are the YAML files beside this script. Each entry gives the `file`, the text `old` that occurs once in it,
 the text `new` in its place, what it `breaks`, the `tests` (pytest node ids) of which one must fail, and, for a fault
-that no behaviour can show, the reason why it `survives`. Results are written after every trial: a run that was ended
-goes on where it was, and trials whose file and tests did not change are not repeated.
+that no behaviour can show, the reason why it `survives`. Results are written after every trial and are part of the
+repository: a run that was ended goes on where it was, and trials whose file and tests did not change are not repeated.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from tqdm import tqdm
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 TABLE = FOLDER / "table.md"
+RESULTS = FOLDER / "results.json"
 FIELDS = {"file", "old", "new", "breaks", "tests"}
 # every trial is forked from a process that has imported these, which takes longer than many tests
 LIBRARIES = [
@@ -154,10 +155,10 @@ def try_mutation(checkout: Path, mutation: dict) -> dict:
 
 
 def save(results: dict[str, dict], path: Path):
-    """Write the results aside and rename them, so that an end in between leaves the ones before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write one line per result aside and rename the file: an end in between leaves the results before."""
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results))
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(results, indent=1) + "\n")
+    aside.write_text(f"{{\n{lines}\n}}\n")
     aside.replace(path)
 
 
@@ -185,6 +186,11 @@ def try_all(mutations: list[dict], results: dict[str, dict], path: Path, num_wor
                     tqdm.write(f"{result['outcome']}: {mutation['file']}: {mutation['breaks']}")
 
 
+def to_cell(text: str) -> str:
+    """Return a text as the cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def table(mutations: list[dict], results: dict[str, dict]) -> str:
     """Return the outcomes as Markdown."""
     rows = [(mutation, results[identity(mutation)]) for mutation in mutations]
@@ -203,7 +209,7 @@ def table(mutations: list[dict], results: dict[str, dict]) -> str:
     for mutation, result in rows:
         by = mutation.get("survives", "no reason") if result["outcome"] == "survived" else result["by"]
         cells = (f"`{mutation['file']}`", mutation["breaks"], result["outcome"], by)
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(to_cell, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -213,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", nargs="+", metavar="NAME", help="only these lists; the table is not written")
     parser.add_argument("--match", metavar="WORD", help="only entries whose file or `breaks` contains this; no table")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "mutation.json")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
     options = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -245,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(mutations)} mutations: {dict(outcomes)}")
     print("\n".join(["unexplained:", *unexplained] if unexplained else ["none unexplained"]))
     if not (options.list or options.match):
+        save({identity(mutation): results[identity(mutation)] for mutation in mutations}, options.results)
         TABLE.write_text(table(mutations, results))
     return 1 if unexplained else 0
 
