@@ -272,5 +272,16 @@ def test_split_without_a_line_is_named_with_its_file(tmp_path):
     file.write_text("")
     settings = {"data_dir": tmp_path / "files", "cache_dir": str(tmp_path / "cache")}
     for split in (None, "validation"):
-        with pytest.raises(ValueError, match=f"Nothing is left in validation of 'jsonl', read from '{file}'"):
-            data_scripts.load("jsonl", split, **settings)
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=f"Nothing is left in validation of 'jsonl', read from '{file}'"):
+                data_scripts.load("jsonl", split, streaming=streaming, **settings)
+    assert len(list(data_scripts.load("jsonl", "train", streaming=True, **settings))) == 8
+    with pytest.raises(ValueError, match="Nothing is left in validation of 'jsonl', read from no file"):
+        data_scripts.load("jsonl", path={"train": "train.jsonl", "validation": []}, **settings)
+
+
+def test_stream_of_which_nothing_is_left_says_why(tmp_path):
+    make_bad_jsonl(tmp_path / "files")
+    (tmp_path / "files" / "test.jsonl").write_text('{"image": 7}\n')
+    with pytest.raises(ValueError, match=r"(?s)Nothing is left in test of 'jsonl'.*- test: left out 1 bad lines"):
+        data_scripts.load("jsonl", data_dir=tmp_path / "files", streaming=True, drop_bad_lines=True)

@@ -114,12 +114,14 @@ def test_data_without_labels_are_refused(recipe, folders, tmp_path, name, messag
 
 
 def test_splits_without_rows_are_refused(recipe, folders, shapes, tmp_path):
-    message = "validation_split='validation' of .* has no rows: there is nothing to choose the best model by"
-    words = ("--streaming", "true", "--data_cache_dir", str(tmp_path / "cache"))
-    assert_refused(recipe, tmp_path, message, *of_folder(folders["no validation"]), *words)
-    cache = ("--data_cache_dir", str(tmp_path / "cache"))
+    words = (*of_folder(folders["no validation"]), "--data_cache_dir", str(tmp_path / "cache"), "--streaming")
     message = r"The split 'validation' of '.*' has no rows: '.*validation\.parquet' is empty\. Fill or remove it\."
-    assert_refused(recipe, tmp_path, message, *of_folder(folders["no validation"]), *cache)
+    for streaming in ("true", "false"):
+        assert_refused(recipe, tmp_path, message, *words, streaming)
+    empty = {**shapes, "validation": shapes["validation"].select([])}
+    message = "validation_split='validation' of shapes has no rows: there is nothing to choose the best model by"
+    with pytest.raises(ValueError, match=message):
+        refuse_empty_splits(empty, TrainingArguments())
     empty = {**shapes, "train": shapes["train"].select([])}
     with pytest.raises(ValueError, match="train_split='train' of shapes has no rows: there is nothing to learn from"):
         refuse_empty_splits(empty, TrainingArguments())
