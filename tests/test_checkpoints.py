@@ -211,7 +211,8 @@ def test_a_cut_last_line_of_the_log_needs_no_copy(tmp_path):
 def test_card_names_a_damaged_file(make_model, tmp_path, name, content):
     make_model().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}('(, line 1)? is (damaged|not UTF-8|not YAML)| of .* cannot be used: )"):
+    message = rf"{name}('(, line 1)? is (damaged|not UTF-8|not YAML)| of .* cannot be used: )"
+    with pytest.raises(ValueError, match=message):
         write_card(tmp_path)
 
 
