@@ -18,6 +18,7 @@ from .checking import MASK_TOLERANCE, check, find_broken_pictures, format_findin
 from .exporting import check_output, export, push
 from .loading import load_with_report
 from .preview import check_name, draw_preview
+from .quoting import quote
 from .reading import check_text
 from .reports import (
     count_split,
@@ -44,10 +45,12 @@ def parse_flags(source, words: list[str]) -> dict:
         name, is_joined, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name not in known:
             has = ", ".join(f"--{name}" for name in known) or "none"
-            raise ValueError(f"{word!r} is neither an option of the command nor a flag of {source.name!r} ({has}).")
+            raise ValueError(
+                f"{quote(word)} is neither an option of the command nor a flag of {source.name!r} ({has})."
+            )
         if not is_joined:
             value, words = (words[0], words[1:]) if words and not words[0].startswith("--") else ("true", words)
-        where = f"--{name} {value!r}"
+        where = f"--{name} {quote(value)}"
         is_text = known[name].type in (str, "str")
         flags[name] = check_text(value, where) if is_text else read_yaml(value, where)
     return flags

@@ -132,7 +132,7 @@ def read_build_report(folder: str | Path) -> dict[str, dict[str, dict[str, int]]
             for kind in REPORTED
             for count in kinds.get(kind, {}).values()
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
         raise OSError(f"{str(path)!r} is damaged. Remove its folder, and the dataset is built again.")

@@ -359,23 +359,27 @@ def read_words(words: list[str]) -> dict:
         if not word.startswith("--"):
             raise ValueError(f"{quote(word)} is no setting. The order is: recipes first, then --field value ...")
         name, given, value = word[2:].partition("=")
+        if name.count(".") > MAX_DEPTH:
+            raise ValueError(
+                f"{quote(word)} names a key inside more than {MAX_DEPTH} mappings; no setting is so deep."
+            )
         name, *keys = name.split(".")
         name = name.replace("-", "_")
         check_names([name], TYPES, "The command line")
         if keys and TYPES[name] is not dict:
-            raise ValueError(f"{word}: {name!r} has no keys inside; only {', '.join(MAPPINGS)} have.")
+            raise ValueError(f"{word[:100]}: {name!r} has no keys inside; only {', '.join(MAPPINGS)} have.")
         if not given:
             if words and not words[0].startswith("--"):
                 value = words.pop(0)
             elif TYPES[name] is bool:
                 value = "true"
             else:
-                raise ValueError(f"{word} needs a value.")
+                raise ValueError(f"{word[:100]} needs a value.")
         check_text(value, f"--{name}")
         if value == "null":
             value = None
         elif TYPES[name] in (dict, list[int]):
-            value = read_yaml(value, f"{word.split('=')[0]} {quote(value)}")
+            value = read_yaml(value, f"{word.split('=')[0][:100]} {quote(value)}")
         for key in reversed(keys):
             value = {key: value}
         settings[name] = merge(settings.get(name), value)
@@ -548,4 +552,5 @@ TYPE_NAMES = {
     dict: "a mapping of names to values",
     list[int]: "a list of whole numbers",
 }
+MAX_DEPTH = 10  # of mappings that the name of a setting goes into
 MAPPINGS = [name for name, kind in TYPES.items() if kind is dict]
