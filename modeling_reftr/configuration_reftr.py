@@ -43,7 +43,7 @@ CUSTOM_PIPELINES = {
 
 # the largest whole number under a name with such a word in it: layers, labels and positions are made one by one, or as
 # a table, before a weight is read, and a file of a hundred bytes can ask for a billion of them
-MAX_COUNTS = {"label": 10_000, "layer": 1_000, "position": 1_000_000, "": 10**9}
+MAX_COUNTS = {"label": 100_000, "layer": 1_000, "position": 1_000_000, "": 10**9}
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -68,7 +68,7 @@ def check_values(values: dict, prefix: str):
             if not isinstance(value, (bool, type(None))) or (value and prefix == "backbone_config."):
                 expected = "false: ask for outputs in the call" if prefix else "true or false"
                 raise ValueError(f"{place}={quote(value, 40)} must be {expected}.")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and name not in ("id2label", "label2id"):  # whose keys are anybody's words
             check_values(value, f"{place}.")
         elif isinstance(value, int) and abs(value) > limit:
             raise ValueError(f"{place} is over {limit:,}, more than any model has.")

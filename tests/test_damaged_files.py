@@ -22,6 +22,7 @@ from modeling_reftr import (
     RefTRProcessor,
     predict,
 )
+from modeling_reftr.configuration_reftr import check_values
 from modeling_reftr.loading_reftr import CONFIG_FILES, DamagedFilesError, naming_files
 from training_reftr.arguments import TrainingArguments
 from training_reftr.build import load_reftr
@@ -302,8 +303,8 @@ def test_damaged_files_are_named_at_every_door(saved, tmp_path, capsys, record_p
     [
         ("config.json: closed brackets", "model", "config.json of .*: its values are nested too deeply"),
         ("config.json: a list", "configuration", "it must be a JSON object, and it is list"),
-        ("config.json: num_labels=1000000000", "processor", "num_labels is over 10,000"),
-        ("config.json: text_config.num_labels=1000000000", "processor", "text_config.num_labels is over 10,000"),
+        ("config.json: num_labels=1000000000", "processor", "num_labels is over 100,000"),
+        ("config.json: text_config.num_labels=1000000000", "processor", "text_config.num_labels is over 100,000"),
         ("config.json: weights outside", "model", "transformers_weights"),
         ("processor_config.json: null", "image processor", "processor_config.json of .* it is NoneType"),
         ("preprocessor_config.json: cut", "image processor", "preprocessor_config.json"),
@@ -332,7 +333,7 @@ def test_sentences(saved, tmp_path, case, door, words):
     [
         ({"encoder_layers": 2_000}, "encoder_layers is over 1,000"),
         ({"text_config": {"model_type": "bert", "num_hidden_layers": 2_000}}, "text_config.num_hidden_layers is over"),
-        ({"backbone_config": {"num_labels": 20_000}}, "backbone_config.num_labels is over 10,000"),
+        ({"backbone_config": {"num_labels": 200_000}}, "backbone_config.num_labels is over 100,000"),
         (
             {"text_config": {"model_type": "bert", "num_attention_heads": -1}},
             "num_attention_heads=-1 must be at least",
@@ -397,3 +398,9 @@ def test_errors_pass_from_process_to_process():
     error = pickle.loads(pickle.dumps(DamagedFilesError("config.json", "d_model=0", "runs/demo")))
     assert str(error) == "config.json of 'runs/demo' cannot be used: d_model=0."
     assert isinstance(error, RuntimeError)
+
+
+def test_labels_of_a_backbone_may_have_any_name():
+    """ImageNet has 21,841, "CD player" among them, and a name is not that of a setting."""
+    labels = {"label2id": {"CD player": 21_000, "dust": 0}, "id2label": {"0": "dust", "21000": "CD player"}}
+    check_values({"backbone_config": {"num_labels": 21_841, **labels}}, "")

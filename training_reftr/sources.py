@@ -17,6 +17,7 @@ from training_reftr.arguments import check_names
 
 
 logger = logging.getLogger(__name__)
+TEXT_COLUMNS = {"image_id", "sentences"}
 
 
 def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
@@ -73,15 +74,20 @@ def load_folder(args) -> dict[str, datasets.Dataset]:
 
 def stream_folder(args) -> dict[str, datasets.IterableDataset]:
     """
-    Stream the splits of a folder of Parquet files, images not decoded. All texts are read through once.
+    Stream the splits of a folder of Parquet files, images not decoded. All texts are read once, without the images.
 
     Raises:
-        ValueError: if a split has no rows, naming its files.
+        ValueError: if a split has no rows, naming its files, or a text is refused.
     """
     builder = datasets.load_dataset_builder(args.dataset, cache_dir=args.data_cache_dir)
     rows = builder.as_streaming_dataset()
     rows = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in rows.items()}
     refuse_empty(builder, args.dataset, [name for name, part in rows.items() if next(iter(part), None) is None])
+    # the reader of Parquet leaves out the images, which would be read once more
+    columns = {"columns": list(TEXT_COLUMNS)} if hasattr(builder.config, "columns") else {}
+    has_texts = all(set(part.column_names or ()) >= TEXT_COLUMNS for part in rows.values())
+    if has_texts:
+        refuse_other_texts(datasets.load_dataset(args.dataset, streaming=True, **columns), args.dataset)
     return rows
 
 
@@ -95,11 +101,11 @@ def refuse_empty(builder: datasets.DatasetBuilder, dataset: str, empty: list[str
 def refuse_other_texts(rows: dict, dataset: str):
     """Raise a ValueError if a text of somebody's files is blank or refused by `check_text`, naming its image."""
     for name, part in rows.items():
-        if not {"image_id", "sentences"} <= set(part.column_names or ()):
+        if not set(part.column_names or ()) >= TEXT_COLUMNS:
             continue  # named by the caller
         image_id = None
         try:
-            for row in part.select_columns(["image_id", "sentences"]):
+            for row in part.select_columns(list(TEXT_COLUMNS)):
                 image_id = row["image_id"]
                 for sentence in row["sentences"]:
                     if not has_words(check_text(sentence["text"], "a text")):
@@ -176,7 +182,6 @@ def stream_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """The training splits as streams, the others in memory."""
     if is_folder(args.dataset):
         rows = stream_folder(args)
-        refuse_other_texts(rows, args.dataset)
     elif "," in args.dataset:
         raise ValueError(
             f"streaming takes one set, and dataset={args.dataset!r} is several: joining them needs to look through "
