@@ -53,6 +53,10 @@ def test_phrase_padding(batch, make_model):
     outputs = model(**padded)
     assert outputs.phrase_mask[:, -3:].any().item() is False
     assert_same_boxes(outputs, model(**inputs))
+    padded.pop("phrase_index")  # which names the real ones
+    outputs = model(**padded)
+    assert outputs.phrase_mask[:, -3:].any().item() is False
+    assert_same_boxes(outputs, model(**inputs))
 
 
 def test_grouping_by_image(batch, make_model):
@@ -357,6 +361,9 @@ def test_initialisation_is_the_published_one():
     assert not attention.q_proj.bias.any()
     assert model.model.level_embedding.std().item() == pytest.approx(1, rel=0.4)
     assert model.model.query_encoder.query_embedding.weight.std().item() == pytest.approx(1, rel=0.4)
+    projection = model.model.image_projection[0].weight  # a convolution of 1 x 1
+    fans = projection.shape[0] + projection.shape[1]
+    assert projection.abs().max().item() == pytest.approx((6 / fans) ** 0.5, rel=0.02)
     linear = model.model.text_projection.linear1
     assert linear.weight.abs().max().item() == pytest.approx(linear.in_features**-0.5, rel=0.02)
     assert linear.bias.any()
@@ -382,9 +389,10 @@ def test_gain_of_the_first_weights_is_as_asked(make_model):
         torch.testing.assert_close(other.weight, 3 * narrow.weight)
 
 
-def test_box_head_starts_as_wide_as_asked(make_model):
-    last = make_model(box_head_init_std=0.5, d_model=64).box_head.layers[-1]
-    assert last.weight.std().item() == pytest.approx(0.5, rel=0.2)
+def test_box_head_starts_as_wide_as_asked():
+    config = RefTRConfig(**{**TINY_MODEL, "d_model": 64, "text_config": TINY_TEXT, "box_head_init_std": 0.3})
+    last = RefTRForVisualGrounding(config).box_head.layers[-1]  # make_model gives it other weights
+    assert last.weight.std().item() == pytest.approx(0.3, rel=0.2)
     assert not last.bias.any()
 
 
