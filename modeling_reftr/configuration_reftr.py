@@ -41,8 +41,8 @@ CUSTOM_PIPELINES = {
 }
 
 
-# the largest whole number under a name with such a word in it: layers, labels and positions are made one by one, or as
-# a table, before a weight is read, and a file of a hundred bytes can ask for a billion of them
+# the largest integer under a name with such a word in it: layers, labels and positions are created one by one, or as
+# a table, before any weight is read, and a file of a hundred bytes can ask for a billion of them
 MAX_COUNTS = {"label": 100_000, "layer": 1_000, "position": 1_000_000, "": 10**9}
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

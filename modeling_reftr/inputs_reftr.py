@@ -76,7 +76,7 @@ def check_setting(value, name: str):
     each other can be written in any number of characters.
 
     Raises:
-        ValueError: if it takes more than `MAX_SETTING` characters, is a whole number of more than 64 bits, or an array
+        ValueError: if it takes more than `MAX_SETTING` characters, is an integer of more than 64 bits, or an array
             of objects.
     """
     try:

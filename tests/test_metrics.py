@@ -18,6 +18,7 @@ from torchvision.ops import box_iou
 from conftest import ROOT
 from data_scripts import masks as data_masks
 from modeling_reftr.processing_reftr import from_coco_rle
+from modeling_reftr.processing_reftr import uncompress_counts as model_uncompress_counts
 from training_reftr import metrics as training_metrics
 from training_reftr.evaluation import compare_boxes, compare_masks, mask_metrics, summarize
 from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, count_pixels
@@ -312,6 +313,7 @@ def test_run_lengths_are_read_as_the_datasets_are():
     for mask in random_masks(50, 4):
         text = mask["counts"].decode()
         assert masks_alone.uncompress_counts(text) == data_masks.uncompress_counts(text)
+        assert model_uncompress_counts(text) == data_masks.uncompress_counts(text)
         assert masks_alone.array_to_counts(from_coco_rle(mask)) == masks_alone.uncompress_counts(text)
 
 
