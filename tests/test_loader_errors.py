@@ -1,5 +1,6 @@
 """An image or a row that cannot be read is said in the same sentence with any number of loader processes."""
 
+import contextlib
 import pickle
 import re
 import subprocess
@@ -96,6 +97,16 @@ def test_faults_of_the_code_keep_their_traceback():
     loader = SampleLoader(Reading(), collate, batch_sampler=[[KeyError("text")]], num_workers=1)
     with pytest.raises(KeyError, match=r"Original Traceback"):
         next(iter(loader))
+
+
+def test_loader_ends_its_processes_at_once_after_an_error():
+    """Where the garbage collector ends a loader, each of its processes waits for five seconds."""
+    loader = SampleLoader(Reading(), collate, batch_sampler=[[ValueError("x")]], num_workers=1)
+    with contextlib.suppress(ValueError):
+        next(iter(loader))
+    (process,) = loader._iterator._workers
+    del loader
+    assert process.exitcode is not None
 
 
 @pytest.mark.slow

@@ -309,7 +309,12 @@ class SampleLoader(DataLoader):
         # an iterator that an error's traceback keeps would be inherited by loader processes of later iterators
         del batches
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                # the traceback would hold itself through this frame, and with it the loader, which is slow to end its
+                # processes when the garbage collector finds it
+                del batch, error
 
 
 class TrainingData:
