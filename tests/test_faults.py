@@ -31,14 +31,23 @@ def recipe(tmp_path_factory, data_cache):
     return write_recipe(tmp_path_factory.mktemp("faults") / "faults.yaml", data_cache)
 
 
+class UndisturbedRuns(dict):
+    """Number of processes -> folder of a run that nothing happened to, with the same global batch; made when asked."""
+
+    def __init__(self, recipe: Path, tmp_path_factory):
+        super().__init__()
+        self.recipe, self.tmp_path_factory = recipe, tmp_path_factory
+
+    def __missing__(self, ranks: int) -> Path:
+        folder = self.tmp_path_factory.mktemp(f"whole{ranks}")
+        finish(run(self.recipe, folder, ranks))
+        self[ranks] = folder
+        return folder
+
+
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
-    """Number of processes -> folder of a run that nothing happened to, with the same global batch."""
-    folders = {}
-    for ranks in (1, 2):
-        folders[ranks] = tmp_path_factory.mktemp(f"whole{ranks}")
-        finish(run(recipe, folders[ranks], ranks))
-    return folders
+    return UndisturbedRuns(recipe, tmp_path_factory)
 
 
 def run(recipe, output_dir, ranks=1, *words, **settings):
