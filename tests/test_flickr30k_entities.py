@@ -229,6 +229,13 @@ def test_hostile_and_broken_annotations_are_refused(load, folder, content):
     assert time.perf_counter() - start < 20
 
 
+def test_builder_refuses_valid_annotation_with_document_type(load, folder):
+    path = folder / "Annotations" / "1004.xml"
+    path.write_text(f"<!DOCTYPE annotation>\n{path.read_text()}")
+    with pytest.raises(ValueError, match=r"1004\.xml' is no annotation .*: it has a document type"):
+        load()
+
+
 def test_a_list_that_leaves_the_folder_is_refused(load, folder):
     (folder / "test.txt").write_text("../../outside\n")
     with pytest.raises(ValueError, match=r"test\.txt': '\.\./\.\./outside' is no image id"):

@@ -138,6 +138,15 @@ def peak_of(action) -> tuple[str, int]:
         tracemalloc.stop()
 
 
+def test_image_size_just_over_limit_is_refused_and_at_limit_is_read(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(png_of(10_000, 5_000))
+    assert picture_size(path) == (10_000, 5_000)
+    path.write_bytes(png_of(10_000, 5_001))
+    with pytest.raises(ValueError, match=r"image\.png' has 10000 x 5001 pixels, more than 50,000,000"):
+        picture_size(path)
+
+
 MEMORY = """
 import resource, sys
 from modeling_reftr import open_image

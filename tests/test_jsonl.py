@@ -208,6 +208,7 @@ BAD = {
     "text in box": (line(box(box=["1", 2, 3, 4])), "expressions[0].box is ['1', 2, 3, 4]"),
     "true in box": (line(box(box=[True, 2, 3, 4])), "expressions[0].box is [True, 2, 3, 4]"),
     "endless": ('{"image": "pictures/a.png", "expressions": [{"text": "a", "box": [1e999, 1, 2, 3]}]}', "box is [inf"),
+    "astronomical": (line(box(box=[1, 2, 1e30, 12])), "box is [1, 2, 1e+30, 12]; expected [left, top, right, bottom]"),
     "inverted": (line(box(box=[11, 2, 1, 12])), "of some extent (box_format is 'xyxy')"),
     "no extent": (line(box(box=[1, 2, 1, 12])), "expressions[0].box is [1, 2, 1, 12]"),
     "outside": (line(box(box=[100, 2, 111, 12])), "expected boxes in the picture of 40 x 30"),

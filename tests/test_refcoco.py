@@ -364,6 +364,17 @@ def test_wrong_flags_are_refused(refcoco):
         refcoco[1](whole_boxes=True)
 
 
+def test_builder_leaves_out_box_upside_down_in_whole_pixels(refcoco):
+    facts, load = refcoco
+    instances = json.loads(facts["instances_file"].read_text())
+    (annotation,) = [annotation for annotation in instances["annotations"] if annotation["id"] == 710]
+    annotation["bbox"] = [4.0, 13.0, 9.0, -9.0]
+    facts["instances_file"].write_text(json.dumps(instances))
+    (row,) = [row for row in load("train", integer_boxes=True) if row["image_id"] == "coco_71"]
+    assert expressions(row) == ["another"]
+    assert [item["box"] for item in row["objects"]] == [[20, 4, 29, 13]]
+
+
 @pytest.mark.row("R6")
 def test_ten_thousand_bad_boxes_and_masks():
     """What is kept lies in the picture and has an extent; nothing raises."""

@@ -197,6 +197,20 @@ def test_hostile_indexes_are_refused(load, folder, tmp_path, legacy):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(getattr, "builtins.getattr"), (np.fromfile, "numpy.fromfile"), (torch.hub.load, "torch.hub.load")],
+)
+def test_builder_refuses_index_naming_function_of_allowed_package(load, folder, function, name):
+    path = folder / "annotations_resc/unc/unc_train.pth"
+    path.write_bytes(pickle.dumps([(COCO, "", [1, 2, 3, 4], "words", function)], protocol=4))
+    message = rf"unc_train\.pth' is refused: it asks for {re.escape(name)}, "
+    with pytest.raises(ValueError, match=message):
+        read_pickle(path)
+    with pytest.raises(ValueError, match=message):
+        load("resc_unc")
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_tensors_of_an_index_become_arrays(tmp_path, legacy):
     whole = torch.arange(12.0)
@@ -289,6 +303,16 @@ def test_boxes_and_masks_that_the_published_evaluation_counts_are_kept_with_its_
         assert (item["segmentation"] is not None) == bool(flags)
         assert ("1 masks without a pixel are kept, to be counted as misses" in caplog.text) == bool(flags)
     assert not decode_segmentation(item["segmentation"]).any()
+
+
+def test_trainval_leaves_out_box_without_extent_that_val_keeps(load, folder):
+    records = [(COCO, "", box, text, "") for box, text in (([9, 9, 0, 4], "a line"), ([1, 2, 3, 4], "a box"))]
+    save(records, folder / "annotations_resc/unc/unc_val.pth")
+    rows = load("resc_unc", integer_boxes=True)
+    assert texts(rows["val"]) == [["a line", "a box"]]
+    (row,) = [row for row in rows["trainval"] if "a box" in texts([row])[0]]
+    assert "a line" not in texts([row])[0]
+    assert all(item["box"][0] < item["box"][2] for item in row["objects"])
 
 
 @pytest.mark.row("R6")
