@@ -99,6 +99,22 @@ def test_what_is_trained_on_is_not_held_out_by_its_name(two_builders, caplog):
     assert "left out" not in [record.message for record in caplog.records if record.name == "data_scripts.combine"]
 
 
+def test_miss_in_val_does_not_hold_out_what_trainval_has(two_builders):
+    """An object without extent is kept in val, to be counted, and left out of trainval, where it cannot be learned."""
+    splits = data_scripts.load("resc_referit", **two_builders)
+    splits["test"] = splits["test"].select([])
+
+    def add_miss(row):
+        (first, *_) = row["objects"]
+        row["objects"].append({**first, "object_id": "miss", "box": [5, 5, 5, 9], "boxes": [[5, 5, 5, 9]]})
+        phrase = {"start": 0, "end": 4, "objects": [len(row["objects"]) - 1], "types": []}
+        row["sentences"].append({"sentence_id": "miss", "text": "miss", "phrases": [phrase]})
+        return row
+
+    splits["val"] = splits["val"].map(add_miss)
+    assert keys_of(combine([splits], split="trainval")) == keys_of(splits["trainval"])
+
+
 def test_trainval_and_train_with_val_are_the_same_rows(two_builders):
     refer = data_scripts.load("refcoco_unc", **two_builders)
     index = {

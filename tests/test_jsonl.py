@@ -358,6 +358,13 @@ def test_several_processes_and_streaming_give_the_same_rows(load, folder, tmp_pa
     assert [row["sentences"] for row in builder.as_streaming_dataset(split="train")] == rows["sentences"][:]
 
 
+def test_boxes_of_a_stream_are_those_of_the_cache(load, folder):
+    rows = load(line({"text": "it", "box": [0.1, 2.3, 20.7, 12.9]}))
+    streamed = next(iter(data_scripts.load("jsonl", "train", data_dir=str(folder), streaming=True)))
+    assert rows[0]["objects"][0]["box"] != [0.1, 2.3, 20.7, 12.9]  # in single precision
+    assert streamed["objects"] == rows[0]["objects"]
+
+
 MODES = {"RGB": "jpg", "L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "LA": "png", "I;16": "png", "I": "tif"}
 SEEN = (8, 4, 32, 20)  # xyxy of the bright part of a picture of 60 x 40
 

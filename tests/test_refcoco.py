@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 import data_scripts
 from data_scripts.building import clip_box
+from data_scripts.masks import check_counts
 from data_scripts.refcoco import IMAGE_PLACES, encode_segmentation, read_refs, to_xyxy
 
 
@@ -395,6 +396,26 @@ def test_ten_thousand_bad_boxes_and_masks():
         if segmentation:
             assert decode(segmentation).any()
     assert 500 < kept < 9000
+
+
+def test_box_is_scaled_by_the_horizontal_and_the_vertical_factor():
+    assert to_xyxy([100, 200, 20, 10], scale=(0.5, 2.0)) == [50, 400, 60, 420]
+
+
+def test_polygon_that_reaches_far_beyond_the_image_is_encoded(run):
+    """In a process of its own: pycocotools would write past its memory."""
+    code = (
+        "import sys\nfrom data_scripts.refcoco import encode_segmentation\n"
+        "encoded = encode_segmentation([[0.0, 0.0, 1e30, 0.0, 0.0, 1e30]], (40, 30), (40, 30))\n"
+        "sys.stdout.write(str(encoded['size']))"
+    )
+    assert run("-c", code).stdout == "[30, 40]"
+
+
+@pytest.mark.parametrize("counts", [[3], [5], [1, 2, 2]])
+def test_run_lengths_must_cover_the_mask(counts):
+    with pytest.raises(ValueError, match=rf"its runs cover {sum(counts)} pixels of 4"):
+        check_counts(counts, 2, 2)
 
 
 def test_importing_the_sets_imports_no_torch(run):
