@@ -230,13 +230,13 @@ def test_hostile_and_broken_annotations_are_refused(load, folder, content):
     assert time.perf_counter() - start < 20
 
 
-<<<<<<< Updated upstream
 def test_builder_refuses_valid_annotation_with_document_type(load, folder):
     path = folder / "Annotations" / "1004.xml"
     path.write_text(f"<!DOCTYPE annotation>\n{path.read_text()}")
     with pytest.raises(ValueError, match=r"1004\.xml' is no annotation .*: it has a document type"):
         load()
-=======
+
+
 def test_caption_has_one_blank_where_a_phrase_without_words_was():
     text, phrases = parse_caption("A [/EN#1/people ] [/EN#2/animals dog] runs .")
     assert text == "A dog runs ."
@@ -248,7 +248,6 @@ def test_category_of_an_object_is_the_first_type_that_a_phrase_gives():
     phrases = [(0, 3, "1", []), (4, 7, "1", ["people"]), (8, 11, "1", ["other"])]
     boxed_sentences([("1_0", "the man she", phrases)], objects, set(), Counter())
     assert objects[0]["category"] == "people"
->>>>>>> Stashed changes
 
 
 def test_a_list_that_leaves_the_folder_is_refused(load, folder):
