@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -20,6 +21,8 @@ from pycocotools import mask as coco_mask
 
 from conftest import ROOT
 from data_scripts import FEATURES, SOURCES, exporting, load
+from data_scripts.checking import is_box_within
+from data_scripts.uploading import check_uploaded
 
 
 WITH_TOY = ROOT / "tests" / "toy_command.py"
@@ -227,6 +230,13 @@ def test_check_finds_every_kind_of_fault(command, toy):
     assert one_process.stdout == result.stdout
 
 
+@pytest.mark.parametrize(
+    ("box_xyxy", "expected"), [([0, 0, 40, 30], True), ([0, 0, 10, 31], False), ([0, 0, 41, 30], False)]
+)
+def test_box_within_an_image_ends_at_its_edges(box_xyxy, expected):
+    assert is_box_within(box_xyxy, 40, 30) is expected
+
+
 def test_check_passes_what_is_right(command, toy, run, tmp_path):
     rows = {"train": [make_row("train", index) for index in range(6)], "testA": [make_row("testA", 0)]}
     rows["train"][0]["objects"][0]["segmentation"] = None
@@ -295,6 +305,21 @@ def test_export_cuts_large_splits(toy, tmp_path, monkeypatch):
     assert len(files) > 3
     loaded = datasets.load_dataset(str(tmp_path / "export"), cache_dir=str(tmp_path / "other"))
     assert loaded["train"]["image_id"][:] == [f"train_{index}" for index in range(6)]
+
+
+def test_export_appears_by_one_rename(toy, tmp_path, monkeypatch):
+    """The folder that it is written into becomes the export: a copy would be seen half written."""
+    make_toy(toy)
+    rows = load("toy", data_dir=toy, cache_dir=str(tmp_path / "cache"))
+    folders = []
+
+    def note_folder(path, *args):
+        folders.append(path.parent.stat().st_ino)
+        path.write_text("")
+
+    monkeypatch.setattr(exporting, "write_card", note_folder)
+    exporting.export(SOURCES["toy"], rows, tmp_path / "export")
+    assert folders == [(tmp_path / "export").stat().st_ino]
 
 
 def test_export_replaces_nothing_unasked(command, toy, tmp_path):
@@ -480,6 +505,22 @@ def test_files_that_do_not_arrive_whole_are_not_called_pushed(exported, hub, kin
     assert on_the_hub(hub) == {}
     hub.faults.clear()
     exporting.push(exported, "someone/toy")
+    assert on_the_hub(hub) == on_disk(exported)
+
+
+def test_files_that_the_commit_does_not_hold_are_named(exported, hub):
+    exporting.push(exported, "someone/toy")
+    commit = SimpleNamespace(oid=hub.head("someone/toy", "dataset"))
+    files = {"README.md": exported / "README.md", "data/other": b"", "data/train-00000-of-00001.parquet": b"longer"}
+    with pytest.raises(OSError, match=r"does not hold data/other, data/train-00000-of-00001\.parquet as they were"):
+        check_uploaded(files, "someone/toy", "dataset", commit)
+
+
+@pytest.mark.parametrize("status", [500, 429])
+def test_push_is_repeated_where_the_hub_is_busy(exported, hub, status):
+    fault = hub.fault("status", "POST .*/commit/", value=status)
+    exporting.push(exported, "someone/toy")
+    assert fault.happened == 1
     assert on_the_hub(hub) == on_disk(exported)
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from local_hub import Hub, HubProcess
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
@@ -253,6 +253,15 @@ def test_a_push_that_was_broken_off_goes_on(hub, folder, monkeypatch):
     assert not [request for request in hub.requests if request.method == "PUT"]
     # once more changes nothing
     assert push_model(folder, REPOSITORY) == second
+
+
+def test_push_keeps_files_that_are_not_of_a_model(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    write_card(folder, REPOSITORY)
+    push_model(folder, REPOSITORY)
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes/mine.txt", repo_id=REPOSITORY)
+    push_model(folder, REPOSITORY)
+    assert hub.files(REPOSITORY)["notes/mine.txt"] == b"mine"
 
 
 def test_files_that_are_gone_from_the_folder_go(hub, folder, monkeypatch):
