@@ -1,5 +1,6 @@
 """The lists of mutations fit the code and its tests, and a survivor without a reason is reported."""
 
+import re
 import sys
 from collections import Counter
 
@@ -31,3 +32,16 @@ def test_survivor_without_a_reason_is_reported(tmp_path, capsys, monkeypatch):
     mutation.save({mutation.identity(entry): {"outcome": "survived", "by": "", "seconds": 1.0}}, path)
     assert mutation.main(["--list", "all", "--results", str(path)]) == 1
     assert "unexplained:\nLICENSE: y" in capsys.readouterr().out
+
+
+def test_table_is_of_the_lists_and_explains_every_survivor(mutations):
+    lines = mutation.TABLE.read_text().splitlines()
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines if line.startswith("| `")]
+    assert all(outcome in ("killed", "survived") for _, _, outcome, _ in rows)
+    assert Counter((file, breaks) for file, breaks, _, _ in rows) == Counter(
+        (f"`{entry['file']}`", mutation.to_cell(entry["breaks"])) for entry in mutations
+    )
+    survived = {(file, breaks) for file, breaks, outcome, _ in rows if outcome == "survived"}
+    assert survived == {
+        (f"`{entry['file']}`", mutation.to_cell(entry["breaks"])) for entry in mutations if "survives" in entry
+    }
