@@ -1,5 +1,6 @@
 """`python -m data_scripts` as it is typed, on drawn shapes and on a small source of files."""
 
+import base64
 import copy
 import io
 import json
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -22,7 +22,6 @@ from pycocotools import mask as coco_mask
 from conftest import ROOT
 from data_scripts import FEATURES, SOURCES, exporting, load
 from data_scripts.checking import is_box_within
-from data_scripts.uploading import check_uploaded
 
 
 WITH_TOY = ROOT / "tests" / "toy_command.py"
@@ -508,12 +507,22 @@ def test_files_that_do_not_arrive_whole_are_not_called_pushed(exported, hub, kin
     assert on_the_hub(hub) == on_disk(exported)
 
 
-def test_files_that_the_commit_does_not_hold_are_named(exported, hub):
-    exporting.push(exported, "someone/toy")
-    commit = SimpleNamespace(oid=hub.head("someone/toy", "dataset"))
-    files = {"README.md": exported / "README.md", "data/other": b"", "data/train-00000-of-00001.parquet": b"longer"}
-    with pytest.raises(OSError, match=r"does not hold data/other, data/train-00000-of-00001\.parquet as they were"):
-        check_uploaded(files, "someone/toy", "dataset", commit)
+@pytest.mark.parametrize("content", [None, b"---\n---\n# t"], ids=["missing", "short"])
+def test_push_refuses_a_commit_that_holds_other_files_than_were_sent(exported, hub, monkeypatch, content):
+    """The Hub says that all is well, and its commit lacks the card or holds half of it."""
+    commit = hub.commit
+
+    def commit_less(repository, items, *words):
+        kept = [item for item in items if item["value"].get("path") != "README.md"]
+        if content is not None and len(kept) < len(items):
+            value = {"path": "README.md", "content": base64.b64encode(content).decode()}
+            kept.append({"key": "file", "value": value})
+        return commit(repository, kept, *words)
+
+    monkeypatch.setattr(hub, "commit", commit_less)
+    words = r"not pushed to 'someone/toy': the commit \w+ does not hold README\.md as they were sent"
+    with pytest.raises(OSError, match=words):
+        exporting.push(exported, "someone/toy")
 
 
 @pytest.mark.parametrize("status", [500, 429])

@@ -3,13 +3,12 @@
 import logging
 import os
 import time
-from collections import Counter
 
 import pytest
 from PIL import Image
 
 import data_scripts
-from data_scripts.flickr30k_entities import Flickr30kEntities, boxed_sentences, parse_caption
+from data_scripts.flickr30k_entities import Flickr30kEntities
 from data_scripts.schema import FEATURES
 from layout_flickr30k import boxes_xml, make_flickr30k
 
@@ -237,17 +236,18 @@ def test_builder_refuses_valid_annotation_with_document_type(load, folder):
         load()
 
 
-def test_caption_has_one_blank_where_a_phrase_without_words_was():
-    text, phrases = parse_caption("A [/EN#1/people ] [/EN#2/animals dog] runs .")
-    assert text == "A dog runs ."
-    assert text[slice(*phrases[1][:2])] == "dog"
+def test_caption_has_one_blank_where_a_phrase_without_words_was(load, folder):
+    (folder / "Sentences" / "36979.txt").write_text("A [/EN#12/other ] [/EN#11/people man] runs .\n")
+    row = load("train")[0]
+    assert row["sentences"][0]["text"] == "A man runs ."
+    assert said(row) == [[("man", "11", ["people"])]]
 
 
-def test_category_of_an_object_is_the_first_type_that_a_phrase_gives():
-    objects = [{"object_id": "1", "category": None}]
-    phrases = [(0, 3, "1", []), (4, 7, "1", ["people"]), (8, 11, "1", ["other"])]
-    boxed_sentences([("1_0", "the man she", phrases)], objects, set(), Counter())
-    assert objects[0]["category"] == "people"
+def test_category_of_an_object_is_the_first_type_that_a_phrase_gives(load, folder):
+    caption = "[/EN#11/people A man] , [/EN#11/other who] runs ."
+    (folder / "Sentences" / "36979.txt").write_text(f"{caption}\n")
+    (item,) = [item for item in load("train")[0]["objects"] if item["object_id"] == "11"]
+    assert item["category"] == "people"
 
 
 def test_a_list_that_leaves_the_folder_is_refused(load, folder):
