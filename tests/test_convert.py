@@ -295,7 +295,7 @@ def test_learned_positions_are_seen(published, case):
         check_config(golden_config(case), published)
 
 
-def test_a_configuration_that_differs_is_refused(published, case):
+def test_a_configuration_that_differs_is_refused(published, case, tmp_path):
     config = golden_config(case, encoder_layers=5, predict_masks=True, backbone_config={"backbone": "resnet101"})
     config.text_config.hidden_size = 44
     with pytest.raises(ValueError, match="encoder_layers is 5 in the configuration, 2 in the checkpoint") as error:
@@ -304,6 +304,9 @@ def test_a_configuration_that_differs_is_refused(published, case):
     assert "text_config.hidden_size is 44 in the configuration, 48" in str(error.value)
     assert "predict_masks is True" in str(error.value)
     check_config(golden_config(case, backbone_config={"backbone": "resnet50.tv_in1k"}), published)
+    torch.save(published, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match="encoder_layers is 5 in the configuration, 2 in the checkpoint"):
+        convert_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "out", config=config, with_processor=False)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def test_image_size_just_over_limit_is_refused_and_at_limit_is_read(tmp_path):
     path.write_bytes(png_of(10_000, 5_001))
     with pytest.raises(ValueError, match=r"image\.png' has 10000 x 5001 pixels, more than 50,000,000"):
         picture_size(path)
+    with pytest.raises(ValueError, match=r"image\.png' has 10000 x 5001 pixels; between 1 and 50,000,000"):
+        open_image(path)
 
 
 MEMORY = """

@@ -459,6 +459,14 @@ def test_boxes_of_the_stored_image_on_a_turned_one_are_refused(undecoded, folder
         GroundingCollator(own_processor)([rows[place]])
 
 
+def test_reader_refuses_image_of_another_frame_than_its_row(own_processor):
+    content = io.BytesIO()
+    Image.new("RGB", (80, 64)).save(content, "PNG")
+    row = {"image_id": "one", "image": {"bytes": content.getvalue(), "path": None}, "height": 80, "width": 64}
+    with pytest.raises(ValueError, match=r"'one' has .* \(64, 80\) and its boxes are in \(80, 64\)"):
+        PictureReader(own_processor.image_processor)(row)
+
+
 def test_labels_of_rows_that_tell_another_size_are_scaled(rows, own_processor):
     row = rows[0]
     doubled = [value * 2 for value in UPRIGHT_BOX]

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import subprocess
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -211,6 +212,23 @@ def test_builder_refuses_index_naming_function_of_allowed_package(load, folder, 
         read_pickle(path)
     with pytest.raises(ValueError, match=message):
         load("resc_unc")
+
+
+class OrderedDictOf:
+    """Pickled as an `OrderedDict` that is made of pairs."""
+
+    def __init__(self, *pairs):
+        self.pairs = pairs
+
+    def __reduce__(self):
+        return OrderedDict, (list(self.pairs),)
+
+
+def test_index_with_keys_that_share_a_hash_is_refused(folder):
+    path = folder / "annotations_resc/unc/unc_train.pth"
+    path.write_bytes(pickle.dumps(OrderedDictOf((2**61, 1)), protocol=4))
+    with pytest.raises(ValueError, match=f"has the key {2**61}; expected text or a number"):
+        read_pickle(path)
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForPreTraining, BertModel, DetrConfig, DetrForObjectDetection
 
 from conftest import TINY_MODEL, TINY_TEXT
 from golden import load_case, published_state_dict
-from modeling_reftr import RefTRForVisualGrounding
-from modeling_reftr.convert_reftr_checkpoint import convert_checkpoint
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+from modeling_reftr.convert_reftr_checkpoint import convert_checkpoint, load_tokenizer
 from training_reftr.arguments import TrainingArguments
-from training_reftr.build import build_model, load_reftr
+from training_reftr.build import build_model, load_reftr, load_text_backbone, read_tokenizer, text_config_of
 
 
 RESNET = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}  # timm's smallest
@@ -131,6 +131,35 @@ def test_text_backbone_of_an_old_file(build, text_folder, tmp_path):
     torch.save({"encoder.weight": print}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is refused: it asks for print"):
         build(init_text=str(tmp_path), model=TINY_MODEL)
+
+
+@pytest.mark.parametrize("read", ["tokenizer", "configuration", "conversion"])
+def test_text_model_that_claims_many_labels_is_refused(text_folder, tmp_path, read):
+    """The library makes a name for each label."""
+    shutil.copytree(text_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_labels": 200_000}))
+    readers = {
+        "tokenizer": read_tokenizer,
+        "configuration": lambda folder: text_config_of(folder, {}),
+        "conversion": lambda folder: load_tokenizer(folder, RefTRConfig()),
+    }
+    with pytest.raises(ValueError, match="num_labels is over 100,000"):
+        readers[read](str(tmp_path))
+
+
+def test_text_backbone_whose_index_names_files_elsewhere_is_refused(build, text_folder, tmp_path):
+    shutil.copytree(text_folder, tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    names = dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), "../elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": names}
+    (tmp_path / "bert" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"weight_map names '\.\./elsewhere\.safetensors', which is not a safetensors"
+    ):
+        load_text_backbone(
+            RefTRForVisualGrounding(RefTRConfig(**TINY_MODEL, text_config=TINY_TEXT)), str(tmp_path / "bert")
+        )
 
 
 def test_text_backbones_that_do_not_fit_are_refused(build, text_folder, tmp_path):

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import timm
@@ -359,13 +358,9 @@ def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
 
 def differences(config: RefTRConfig, changes: dict) -> list[tuple]:
     """
-    Return (field, the configuration's value, the changed one) for each field in which `changes` differ from it; fields
-    of a backbone are "text_config.hidden_size".
-
-    Raises:
-        ValueError: if a field does not exist.
+    Return (field, the configuration's value, the changed one) for each field in which `changes`, `args.model` of a
+    run, differ from it; fields of a backbone are "text_config.hidden_size".
     """
-    check_names(changes, {item.name for item in fields(RefTRConfig)}, "model")
     values, pairs = config.to_dict(), []
     for name, value in changes.items():
         if isinstance(value, dict):
