@@ -12,40 +12,10 @@ import yaml
 
 import data_scripts
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
-from processes import ENVIRONMENT, run_process
+from tests.helpers.processes import ENVIRONMENT, run_process
+from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
 from training_reftr.data import all_sentences, train_tokenizer
 
-
-ROOT = Path(__file__).resolve().parents[1]
-
-TINY_TEXT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-TINY_MODEL = {
-    "backbone_config": {"backbone": "test_efficientnet_gn", "out_indices": [1, 2, 3, 4], "output_stride": 8},
-    "freeze_backbone_batch_norm": False,
-    "num_frozen_backbone_stages": 0,
-    "max_text_positions": 64,
-    "d_model": 32,
-    "projection_group_norm_groups": 8,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "activation_dropout": 0.0,
-}
-TINY_SET = {"image_size": 64, "num_train": 48, "num_validation": 9, "num_test": 10}
 
 # "passed of so many" for each row of the scorecard, from tests that are marked with it
 ROWS = {}
@@ -60,11 +30,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--scorecard"):
         os.environ["SCORECARD"] = config.getoption("--scorecard")  # for the workers, which collect by themselves
-
-
-def trials(count: int, short: int) -> range:
-    """The trials of a test: all of them for the scorecard, a few in the everyday suite."""
-    return range(count if "SCORECARD" in os.environ else short)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -200,7 +165,7 @@ def trained(recipe, shapes, tmp_path_factory):
         capture_output=True,
         text=True,
         timeout=300,
-        umask=0o027,  # not the usual one, see test_permissions.py
+        umask=0o027,  # not the usual one, see tests/training_reftr/test_permissions.py
     )
     assert result.returncode == 0, result.stderr
     return output, result

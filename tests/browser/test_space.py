@@ -15,9 +15,9 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from space_app import EXPRESSIONS, copy_with_masks, import_app
 
 from modeling_reftr.processing_reftr import from_coco_rle
+from tests.helpers.space_app import EXPRESSIONS, copy_with_masks, import_app
 
 
 GRAY = 128

@@ -24,9 +24,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))  # not the checkout: the product is the installed one
 
-from local_hub import HubProcess  # noqa: E402
-
 from golden import golden_config, load_case, published_state_dict  # noqa: E402 -- found by the line above
+from local_hub import HubProcess  # noqa: E402
 
 
 REFTR = Path(sys.executable).parent / "reftr"

@@ -1,0 +1,401 @@
+"""Models and Spaces on a Hub of this machine: pushed whole or not at all, and back in a clean process bit by bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+from safetensors.torch import load, load_file, save_file
+
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.push import main, push_model
+from tests.helpers.local_hub import Hub, HubProcess
+from tests.helpers.tiny import ROOT, trials
+from training_reftr.arguments import TrainingArguments
+from training_reftr.card import write_card
+from training_reftr.publishing import Publisher
+
+
+REPOSITORY = "someone/toy"
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """What a run leaves, with things beside it that are nobody's business."""
+    folder = tmp_path / "model"
+    shutil.copytree(trained[0], folder)
+    (folder / ".env").write_text("HF_TOKEN=hf_write")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def push(run, hub, folder, home, *words, token="hf_write", **settings):
+    command = ("-m", "modeling_reftr", "push", "--model", folder, "--repo", REPOSITORY, *words)
+    return run(*command, **hub.environment(token, home), **settings)
+
+
+def change_weights(folder):
+    weights = {name: value + 1 for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+ASK = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, pipeline
+repository, revision, picture, out = sys.argv[1:]
+settings = {"revision": revision, "trust_remote_code": True}
+model = AutoModelForZeroShotObjectDetection.from_pretrained(repository, **settings)
+processor = AutoProcessor.from_pretrained(repository, **settings)
+ground = pipeline("visual-grounding", model=repository, **settings)
+texts = ["the red circle", "the star"]
+with torch.no_grad():
+    boxes = model(**processor(Image.open(picture), texts)).pred_boxes
+weights = {"boxes": boxes, **model.state_dict()}
+torch.save(weights, out)
+json.dump([answer["box"] for answer in ground(picture, text=texts)], sys.stdout)
+assert not any(name.startswith("modeling_reftr") for name in sys.modules), "our package was imported"
+"""
+
+
+def test_what_was_pushed_comes_back_in_a_clean_process(run, hub, folder, shapes, tmp_path):
+    pushed = json.loads(push(run, hub, folder, tmp_path / "home", "--private").stdout)
+    revision = hub.head(REPOSITORY)
+    assert pushed == {"repo": REPOSITORY, "revision": revision}
+    assert hub.repositories["model", REPOSITORY].private
+    assert len(hub.repositories["model", REPOSITORY].commits) == 2  # the Hub's own, and one
+    files = hub.files(REPOSITORY)
+    assert {"config.json", "model.safetensors", "modeling_reftr.py", "pipeline_reftr.py", "README.md"} <= files.keys()
+    assert {"recipe.yaml", "metrics.json", "predictions.png", "processor_config.json"} <= files.keys()
+    assert not {".env", "notes.txt"} & files.keys()
+    assert not any(name.startswith("checkpoints") for name in files)
+    for name, content in files.items():
+        if name != ".gitattributes":
+            assert (folder / name).read_bytes() == content
+    # the next push changes the main branch, and not what was asked for
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dropout": 0.25}))
+    push(run, hub, folder, tmp_path / "home")
+    assert hub.head(REPOSITORY) != revision
+
+    picture = tmp_path / "picture.png"
+    shapes["test"][0]["image"].save(picture)
+    home = hub.environment("hf_write", tmp_path / "other_home")
+    out = tmp_path / "weights.pt"
+    result = run("-I", "-c", ASK, REPOSITORY, revision, picture, out, cwd=tmp_path, **home)
+    loaded = torch.load(out, weights_only=True)
+    model, processor = RefTRForVisualGrounding.from_pretrained(folder), RefTRProcessor.from_pretrained(folder)
+    texts = ["the red circle", "the star"]
+    with torch.no_grad():
+        boxes = model(**processor(Image.open(picture), texts)).pred_boxes
+    assert torch.equal(loaded.pop("boxes"), boxes)
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    assert len(json.loads(result.stdout)) == 2
+
+
+def test_the_card_says_how_to_ask_and_its_snippet_runs(run, hub, folder, shapes, tmp_path):
+    push(run, hub, folder, tmp_path / "home")
+    card = ModelCard(hub.files(REPOSITORY)["README.md"].decode())
+    assert card.data.pipeline_tag == "zero-shot-object-detection"
+    assert card.data.library_name == "transformers"
+    assert {"visual-grounding", "referring-expression-comprehension"} <= set(card.data.tags)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["accuracy@0.5"] == pytest.approx(metrics["splits"]["test"]["accuracy@0.5"], abs=1e-5)
+    (widget,) = card.data.to_dict()["widget"]
+    assert widget["src"].endswith(f"{REPOSITORY}/resolve/main/example.png")
+    assert "example.png" in hub.files(REPOSITORY)
+    snippet = card.text.split("```python\n")[1].split("```")[0]
+    assert REPOSITORY in snippet
+    shapes["test"][0]["image"].save(tmp_path / "photo.jpg")
+    result = run("-I", "-c", snippet, cwd=tmp_path, **hub.environment("hf_read", tmp_path / "reader"))
+    assert len(result.stdout.splitlines()) == len(metrics["example"]["texts"])
+    assert all("'xmin'" in line for line in result.stdout.splitlines())
+    with Image.open(tmp_path / "answers.png") as drawn:
+        assert drawn.width >= 320
+
+
+def test_a_run_pushes_its_best_and_its_end(run, hub, recipe, tmp_path):
+    words = ("--push_to_hub", REPOSITORY, "--hub_private", "--output_dir", tmp_path / "run")
+    result = run("train_reftr.py", recipe, *words, **hub.environment("hf_write", tmp_path / "home"))
+    repository = hub.repositories["model", REPOSITORY]
+    assert repository.private
+    assert f"Pushed to {REPOSITORY}, revision {hub.head(REPOSITORY)}" in result.stdout
+    messages = [commit.message for commit in repository.commits[1:]]
+    assert messages[-1] == "Upload model"
+    assert messages[:-1]
+    assert all(message.startswith("Best model, step ") for message in messages[:-1])
+    # the best was a whole model with a card of its own
+    files = hub.files(REPOSITORY, revision=repository.commits[1].oid)
+    assert b"The run is not over" in files["README.md"]
+    assert "metrics.json" not in files
+    assert load(files["model.safetensors"])
+    card = hub.files(REPOSITORY)["README.md"].decode()
+    assert "The run is not over" not in card
+    assert "It started from random weights" in card
+    # another of the same settings starts from the recipe that lies there
+    recipe_there = yaml.safe_load(hub.files(REPOSITORY)["recipe.yaml"])
+    assert recipe_there["dataset"] == "shapes"
+    assert not {"output_dir", "data_cache_dir", "push_to_hub"} & recipe_there.keys()
+
+
+def test_dry_run_pushes_nothing(run, hub, recipe, tmp_path):
+    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--dry_run")
+    result = run("train_reftr.py", recipe, *words, **hub.environment("hf_write", tmp_path / "home"))
+    assert "The run goes through." in result.stdout
+    assert hub.repositories == {}
+
+
+def test_last_push_comes_after_the_best_that_is_on_its_way(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    settings = TrainingArguments(output_dir=str(folder), push_to_hub=REPOSITORY)
+    publisher = Publisher(settings, SimpleNamespace(is_main_process=True))
+    messages = []
+
+    def push_best():
+        time.sleep(2)
+        messages.extend(commit.message for commit in hub.repositories["model", REPOSITORY].commits)
+
+    publisher.thread = threading.Thread(target=push_best)
+    publisher.thread.start()
+    publisher.finish()
+    publisher.thread.join()
+    assert len(messages) == 1
+    assert [commit.message for commit in hub.repositories["model", REPOSITORY].commits] == [*messages, "Upload model"]
+
+
+@pytest.mark.row("S10")
+def test_the_token_is_in_no_file(run, hub, recipe, tmp_path):
+    """Neither in what is pushed nor in what a run, the client and the Hub leave."""
+    token = "hf_write"
+    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--trackers", "tensorboard")
+    result = run("train_reftr.py", recipe, *words, **hub.environment(token, tmp_path / "home"))
+    push(run, hub, tmp_path / "run", tmp_path / "home", "--space", "someone/page")
+    assert any(request.token == token for request in hub.requests)
+    written = [path for folder in (tmp_path, hub.state) for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 30
+    assert [path for path in written if token.encode() in path.read_bytes()] == []
+    assert token not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [("hf_wrong", "Invalid credentials"), ("hf_read", "write token"), ("hf_other", "rights"), ("", "401")],
+)
+def test_who_may_not_push_is_told(hub, monkeypatch, token, reason):
+    hub.use(monkeypatch, token)
+    main_process = SimpleNamespace(is_main_process=True)
+    with pytest.raises(OSError, match=rf"cannot be pushed to, so nothing was begun: .*{reason}.*hf auth login"):
+        Publisher(TrainingArguments(push_to_hub=REPOSITORY), main_process)
+    assert hub.repositories == {}
+
+
+def test_it_is_told_before_training(run, hub, recipe, tmp_path):
+    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
+    result = run("train_reftr.py", recipe, *words, check=False, **hub.environment("hf_read", tmp_path / "home"))
+    assert result.returncode == 1
+    assert "nothing was begun" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path, monkeypatch):
+    """Nor does it keep anything from being written; the end says what was not pushed."""
+    hub.fault("status", "POST .*/commit/", times=10_000)
+    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
+    result = run("train_reftr.py", recipe, *words, check=False, **hub.environment("hf_write", tmp_path / "home"))
+    assert result.returncode == 1
+    assert "The training goes on." in result.stderr
+    assert f"was not pushed to '{REPOSITORY}'" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]
+    assert REPOSITORY not in (tmp_path / "run" / "README.md").read_text()
+    assert len(hub.repositories["model", REPOSITORY].commits) == 1
+    hub.faults.clear()
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(tmp_path / "run"), "--repo", REPOSITORY])
+    assert "model.safetensors" in hub.files(REPOSITORY)
+
+
+def test_a_push_that_was_broken_off_goes_on(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    write_card(folder, REPOSITORY)
+    first = push_model(folder, REPOSITORY)
+    change_weights(folder)
+    monkeypatch.setattr("data_scripts.uploading.WAITS", ())
+    fault = hub.fault("status", "POST .*/commit/", times=10_000)
+    with pytest.raises(OSError, match="is complete, but was not pushed"):
+        push_model(folder, REPOSITORY)
+    assert fault.happened
+    assert hub.head(REPOSITORY) == first
+    hub.faults.clear()
+    hub.requests.clear()
+    second = push_model(folder, REPOSITORY)
+    assert second == hub.head(REPOSITORY) != first
+    assert hub.files(REPOSITORY)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    # the weights were there already
+    assert not [request for request in hub.requests if request.method == "PUT"]
+    # once more changes nothing
+    assert push_model(folder, REPOSITORY) == second
+
+
+def test_push_keeps_files_that_are_not_of_a_model(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    write_card(folder, REPOSITORY)
+    push_model(folder, REPOSITORY)
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes/mine.txt", repo_id=REPOSITORY)
+    push_model(folder, REPOSITORY)
+    assert hub.files(REPOSITORY)["notes/mine.txt"] == b"mine"
+
+
+def test_files_that_are_gone_from_the_folder_go(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    write_card(folder, REPOSITORY)
+    push_model(folder, REPOSITORY)
+    assert "predictions.png" in hub.files(REPOSITORY)
+    (folder / "predictions.png").unlink()
+    push_model(folder, REPOSITORY)
+    assert "predictions.png" not in hub.files(REPOSITORY)
+    assert ".gitattributes" in hub.files(REPOSITORY)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "processor_config.json", "modeling_reftr.py"])
+def test_half_a_folder_is_not_pushed(hub, folder, monkeypatch, missing):
+    hub.use(monkeypatch, "hf_write")
+    write_card(folder)
+    (folder / missing).unlink()
+    with pytest.raises(OSError, match=rf"is no whole RefTR folder, it has no {missing.split('.')[0]}"):
+        push_model(folder, REPOSITORY)
+    assert hub.repositories == {}
+
+
+def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_path):
+    """Killed at one moment or another of an upload, and started again."""
+    state = tmp_path / "hub"
+    moments = ["POST .*/preupload/", "/objects/batch", "PUT", "WRITE .*/large/", "POST .*/commit/", "WRITE .*/small/"]
+    moments += ["WRITE .*repository.json", "POST .*/repos/create", "PUT", "POST .*/commit/"]
+    write_card(folder, REPOSITORY)
+    command = (
+        "import sys, types; import data_scripts.uploading as u; u.WAITS = (); "
+        "import huggingface_hub.utils._http as http; http.time = types.SimpleNamespace(sleep=lambda seconds: None); "
+        "from modeling_reftr.push import push_model; sys.stdout.write(push_model(sys.argv[1], sys.argv[2]))"
+    )
+
+    def push_to(hub):
+        environment = hub.environment("hf_write", tmp_path / "home")
+        words = [sys.executable, "-c", command, str(folder), REPOSITORY]
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    with HubProcess(state) as hub:
+        assert push_to(hub).returncode == 0
+    for trial in trials(10, 1):
+        change_weights(folder)
+        (folder / "report.md").write_text(f"# trial {trial}\n")
+        with Hub(state) as before:
+            served, head = before.files(REPOSITORY), before.head(REPOSITORY)
+        with HubProcess(state, faults=[("die", moments[trial % len(moments)])]) as hub:
+            result = push_to(hub)
+            died = hub.process.poll() is not None or hub.process.wait(10) is not None
+        assert died
+        assert result.returncode == 1
+        with Hub(state) as after:
+            assert after.head(REPOSITORY) == head
+            assert after.files(REPOSITORY) == served
+        with HubProcess(state) as hub:
+            assert push_to(hub).returncode == 0
+        with Hub(state) as after:
+            assert after.files(REPOSITORY)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_space_that_asks_the_model(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(folder), "--repo", REPOSITORY, "--space", "someone/page", "--private"])
+    space = hub.repositories["space", "someone/page"]
+    assert (space.sdk, space.private) == ("gradio", True)
+    assert space.variables == {"REFTR_MODEL": REPOSITORY}
+    files = hub.files("someone/page", "space")
+    for path in (ROOT / "demo").iterdir():
+        if path.is_file() and path.name != "README.md":
+            assert files[path.name] == path.read_bytes()
+    card = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert card["models"] == [REPOSITORY]
+    assert card["app_file"] in files
+
+
+@pytest.mark.parametrize("door", ["command", "end_of_training"])
+@pytest.mark.parametrize("card", [None, "# Mine\n", "earlier"])
+def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door, card):
+    """Refused for want of rights, then taken: only then the card in the folder names the repository."""
+    monkeypatch.setattr("data_scripts.uploading.WAITS", ())
+    (folder / "README.md").unlink()
+    if card == "earlier":
+        write_card(folder)
+    elif card is not None:
+        (folder / "README.md").write_text(card)
+    before = content_of(folder)
+
+    def push_through_the_door():
+        if door == "command":
+            main(["--model", str(folder), "--repo", REPOSITORY])
+        else:
+            settings = TrainingArguments(output_dir=str(folder), push_to_hub=REPOSITORY)
+            publisher = Publisher(settings, SimpleNamespace(is_main_process=True))
+            hub.fault("status", "POST .*/commit/", times=10_000)
+            publisher.finish()
+
+    hub.use(monkeypatch, "hf_read" if door == "command" else "hf_write")
+    with pytest.raises(OSError, match="was not pushed"):
+        push_through_the_door()
+    assert content_of(folder) == before
+    hub.faults.clear()
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(folder), "--repo", REPOSITORY])
+    after, pushed = content_of(folder), hub.files(REPOSITORY)
+    assert pushed["README.md"] == after["README.md"]
+    assert (REPOSITORY.encode() in pushed["README.md"]) == (card != "# Mine\n")
+    assert {name for name in after if after[name] != before.get(name)} <= {"README.md"}
+
+
+def content_of(folder):
+    """Path -> content of the files in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("model", ["folder", "someone/nothing"])
+def test_space_of_a_model_that_is_not_on_the_hub_is_refused(hub, folder, monkeypatch, model):
+    hub.use(monkeypatch, "hf_write")
+    model = str(folder) if model == "folder" else model
+    with pytest.raises(OSError, match=r"'someone/page' was not pushed: its model .* is not on the Hub"):
+        main(["--model", model, "--space", "someone/page"])
+    assert hub.repositories == {}
+
+
+def test_nowhere_to_push_to(folder):
+    with pytest.raises(ValueError, match="Name where to push"):
+        main(["--model", str(folder)])
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, folder, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    main(["--model", str(folder), "--repo", REPOSITORY])
+    head = hub.head(REPOSITORY)
+    (folder / "report.md").write_text("secret")
+    with pytest.raises(OSError, match="is there and public"):
+        main(["--model", str(folder), "--repo", REPOSITORY, "--private"])
+    assert hub.head(REPOSITORY) == head

@@ -1,0 +1,677 @@
+"""Rows on their way to training: order, batches, workers, sources, and pictures that are kept."""
+
+import gc
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import time
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import data_scripts
+from benchmarks.data_flow import cache_seconds, make_rows, padded_shares
+from data_scripts.exporting import export
+from modeling_reftr import RefTRImageProcessor
+from modeling_reftr.processing_reftr import to_coco_rle
+from tests.helpers.layout_refcoco import make_refcoco
+from tests.helpers.layout_toy import make_toy
+from tests.helpers.processes import free_port
+from tests.helpers.tiny import ROOT, TINY_SET
+from training_reftr.arguments import TrainingArguments
+from training_reftr.data import (
+    EvaluationData,
+    GroundingCollator,
+    Preparation,
+    TrainingData,
+    fit_to_picture,
+    take_sentences,
+    train_tokenizer,
+)
+from training_reftr.pictures import PictureReader, decode_array, encode_array
+from training_reftr.sampling import CELL, STREAM_WINDOW, BuiltOrder, EpochSampler, StreamedOrder, Visit
+from training_reftr.sources import load_rows, split_of
+
+
+@pytest.fixture(scope="module")
+def sized_rows():
+    """Rows without pictures, of many sizes and with 1 to some 17 sentences."""
+    return make_rows(1000)
+
+
+@pytest.fixture
+def arguments(data_cache):
+    """Settings of a tiny run on the shapes; overrides are fields."""
+
+    def make(**overrides):
+        settings = {"dataset_config": TINY_SET, "data_cache_dir": data_cache, "image_size": 64}
+        return TrainingArguments(
+            **{**settings, "num_workers": 0, "batch_size": 4, "augmentation": "none", **overrides}
+        )
+
+    return make
+
+
+def sentences_of(visits):
+    return [(visit.index, place) for visit in visits for place in visit.sentences]
+
+
+def global_batches(order, batch_size, world_size, epoch=0, progress=()):
+    """The visits of each global batch, whichever process takes them."""
+    parts = []
+    for rank in range(world_size):
+        sampler = EpochSampler(order, batch_size, rank, world_size)
+        sampler.begin(epoch, progress)
+        parts.append(list(sampler))
+        assert len(parts[-1]) == len(sampler) == sampler.num_batches(progress)
+        assert all(len(batch) == batch_size for batch in parts[-1])
+    return [[visit for batch in batches for visit in batch] for batches in zip(*parts, strict=True)]
+
+
+# the order of an epoch
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8, 100])
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_an_epoch_sees_every_sentence_once(sized_rows, limit, by_shape):
+    order = BuiltOrder(sized_rows, limit, 0, by_shape)
+    visits = list(order.visits(3))
+    assert len(visits) == order.num_visits
+    expected = [(row, place) for row, items in enumerate(sized_rows["sentences"]) for place in range(len(items))]
+    assert sorted(sentences_of(visits)) == expected
+    assert visits == list(order.visits(3)) == list(BuiltOrder(sized_rows, limit, 0, by_shape).visits(3))
+    assert visits[200:] == list(order.visits(3, 200))
+    for other in (order.visits(4), BuiltOrder(sized_rows, limit, 1, by_shape).visits(3)):
+        assert [visit[1:] for visit in other] != [visit[1:] for visit in visits]
+
+
+def test_sentences_of_an_image_are_shared_out_evenly(sized_rows):
+    counts = [len(items) for items in sized_rows["sentences"]]
+    assert max(counts) > 8
+    for limit in (4, 8):
+        sizes = {}
+        for visit in BuiltOrder(sized_rows, limit, 0, True).visits(0):
+            sizes.setdefault(visit.index, []).append(len(visit.sentences))
+        for row, count in enumerate(counts):
+            assert len(sizes[row]) == -(-count // limit)
+            assert sum(sizes[row]) == count
+            assert max(sizes[row]) - min(sizes[row]) <= 1
+    nine = make_rows(1).map(lambda row: {"sentences": [{"text": str(number)} for number in range(9)]})
+    visits = [list(BuiltOrder(nine, 8, seed, False).visits(0)) for seed in range(8)]
+    assert {tuple(sorted(len(visit.sentences) for visit in pair)) for pair in visits} == {(4, 5)}
+    # drawn anew, not cut in the row's order
+    assert len({frozenset(visit.sentences) for pair in visits for visit in pair}) > 8
+
+
+def test_rows_that_are_chosen_or_have_nothing_said(sized_rows):
+    chosen = sized_rows.select([5, 700, 2])
+    counts = [len(items) for items in chosen["sentences"]]
+    assert Counter(index for index, _ in sentences_of(BuiltOrder(chosen, 8, 0, True).visits(0))) == dict(
+        enumerate(counts)
+    )
+    silent = sized_rows.select(range(6)).map(lambda row, index: {"sentences": row["sentences"] if index % 2 else []},
+                                             with_indices=True)  # fmt: skip
+    assert {visit.index for visit in BuiltOrder(silent, 8, 0, True).visits(0)} == {1, 3, 5}
+
+
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_processes_share_the_batches_of_one(sized_rows, by_shape):
+    order = BuiltOrder(sized_rows, 8, 0, by_shape)
+    alone = global_batches(order, 12, 1)
+    assert len(alone) == order.num_visits // 12
+    for world_size in (2, 3, 4):
+        shared = global_batches(order, 12 // world_size, world_size)
+        assert [sorted(batch) for batch in shared] == [sorted(batch) for batch in alone]
+    # accumulated: half the batch, twice as often, is the same
+    halves = global_batches(order, 6, 1)
+    assert [sorted(a + b) for a, b in zip(halves[::2], halves[1::2], strict=False)] == [sorted(b) for b in alone]
+    with pytest.raises(ValueError, match=r"\d+ training samples do not fill one global batch of 4000 \(2 processes"):
+        EpochSampler(order, 2000, 0, 2)
+
+
+def test_processes_hold_about_as_many_sentences(sized_rows):
+    order = BuiltOrder(sized_rows, 8, 0, False)
+    samplers = [list(EpochSampler(order, 8, rank, 4)) for rank in range(4)]
+    dealt, cut = [], []
+    for batches, batch in zip(zip(*samplers, strict=True), global_batches(order, 32, 1), strict=True):
+        counts = [sum(len(visit.sentences) for visit in part) for part in batches]
+        dealt.append(max(counts) / np.mean(counts))
+        counts = [sum(len(visit.sentences) for visit in batch[start : start + 8]) for start in range(0, 32, 8)]
+        cut.append(max(counts) / np.mean(counts))
+    print(f"the fullest process holds {np.mean(dealt):.3f} of the mean, cut in pieces {np.mean(cut):.3f}")
+    assert np.mean(dealt) - 1 < 0.4 * (np.mean(cut) - 1)
+
+
+def test_a_run_that_goes_on_sees_what_was_left(sized_rows):
+    order = BuiltOrder(sized_rows, 8, 0, True)
+    whole = global_batches(order, 4, 2, epoch=1)
+    assert global_batches(order, 4, 2, epoch=1, progress=[(8, 5)]) == whole[5:]
+    assert global_batches(order, 4, 2, epoch=1, progress=[(8, 5), (8, 2)]) == whole[7:]
+    assert global_batches(order, 4, 2, epoch=1, progress=[(8, len(whole))]) == []
+    # another number of processes, and yet another
+    seen = whole[:5]
+    seen += global_batches(order, 4, 3, epoch=1, progress=[(8, 5)])[:7]
+    rest = global_batches(order, 5, 1, epoch=1, progress=[(8, 5), (12, 7)])
+    sentences = [item for batch in seen + rest for item in sentences_of(batch)]
+    assert len(set(sentences)) == len(sentences)
+    assert order.num_visits - sum(map(len, seen + rest)) < 5
+
+
+def test_like_pictures_and_texts_come_together():
+    """RefCOCO's sizes: from a quarter of all pixels being padding to next to nothing."""
+    rows = make_rows(3000)
+    for batch_size, world_size in ((8, 1), (8, 4)):
+        pixels, tokens = padded_shares(rows, batch_size, world_size, by_shape=False)
+        fewer_pixels, fewer_tokens = padded_shares(rows, batch_size, world_size, by_shape=True)
+        print(f"{world_size} x {batch_size}: pixels {pixels:.3f} -> {fewer_pixels:.3f}, tokens {tokens:.3f} -> "
+              f"{fewer_tokens:.3f}")  # fmt: skip
+        assert pixels > 0.2
+        assert fewer_pixels < 0.05
+        assert fewer_tokens < tokens - 0.05
+    # an epoch does not go from tall to wide pictures
+    order = BuiltOrder(rows, 8, 0, True)
+    shapes = np.array([order.shapes[visit.index] for visit in order.visits(0)])
+    cells = shapes[: len(shapes) // CELL * CELL].reshape(-1, CELL).mean(axis=1)
+    assert abs(np.corrcoef(cells, np.arange(len(cells)))[0, 1]) < 0.5
+    # what is left over is of any kind
+    assert shapes[len(cells) * CELL :].std() > shapes.std() / 2
+
+
+def test_a_large_set_is_ordered_in_seconds():
+    """A tenth of Visual Genome; benchmarks/data_flow.py does all of it."""
+    rows = make_rows(10_800, 50)
+    start = time.perf_counter()
+    order = BuiltOrder(rows, 8, 0, True)
+    next(order.visits(0))
+    duration = time.perf_counter() - start
+    print(f"{len(order.lengths)} sentences in {duration:.2f} s")
+    assert len(order.lengths) > 500_000
+    assert duration < 3
+
+
+# batches
+
+
+def contents(batch):
+    """All of a batch as one comparable thing."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    for number, label in enumerate(batch["labels"]):
+        tensors |= {f"{number} {name}": value for name, value in label.items()}
+    return tensors, batch["targets"]
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        (tensors, targets), (other_tensors, other_targets) = contents(batch), contents(other)
+        assert targets == other_targets
+        assert tensors.keys() == other_tensors.keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, other_tensors[name]), name
+
+
+def sentence_ids(batches):
+    return [target[0]["sentence_id"] for batch in batches for target in batch["targets"]]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "published", "strong"])
+def test_workers_change_nothing_and_stay(shapes, processor, arguments, augmentation):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
+    settings = {"augmentation": augmentation, "expressions_per_image": 3}
+    alone = TrainingData(shapes["train"], processor, arguments(**settings), 0, 1, with_masks=True)
+    data = TrainingData(shapes["train"], processor, arguments(**settings, num_workers=2), 0, 1, with_masks=True)
+    workers = set()
+    for epoch in (0, 1):
+        batches = list(data.batches(epoch))
+        assert_same(batches, alone.batches(epoch))
+        assert data.num_batches(epoch) == len(batches)
+        workers.add(frozenset(process.pid for process in multiprocessing.active_children()))
+    assert_same(data.batches(1, [(4, 3)]), batches[3:])
+    next(data.batches(0))  # left in the middle of an epoch
+    assert_same(data.batches(1), batches)
+    assert len(workers) == 1
+    assert len(workers.pop()) >= 2
+    before = len(multiprocessing.active_children())
+    del data
+    gc.collect()
+    assert before - len(multiprocessing.active_children()) == 2
+    # the generators of weights and dropout are untouched
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python_state
+    assert np.random.get_state()[1].tolist() == numpy_state
+
+
+def test_asking_for_the_number_of_batches_does_not_touch_the_running_epoch(shapes, processor, arguments):
+    data = TrainingData(shapes["train"], processor, arguments(), 0, 1)
+    expected = sentence_ids(data.batches(1))
+    batches = data.batches(1)
+    assert data.num_batches(0, [(4, 2)]) == data.num_batches(0) - 2
+    assert sentence_ids(batches) == expected
+
+
+def test_batches_are_what_the_collator_gives(shapes, processor, arguments):
+    """Grouped, unchanged: the same pixels, boxes and masks as rows that a user gives to the processor."""
+    data = TrainingData(shapes["train"], processor, arguments(), 0, 1, with_masks=True)
+    rows = {row["image_id"]: row for row in shapes["train"]}
+    collator = GroundingCollator(processor, with_masks=True)
+    for batch in data.batches(0):
+        images = list(dict.fromkeys(target[0]["image_id"] for target in batch["targets"]))
+        named = {target[0]["sentence_id"]: place for place, target in enumerate(batch["targets"])}
+        expected = collator([rows[name] for name in images])
+        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+        places = [place for place, target in enumerate(expected["targets"]) if target[0]["sentence_id"] in named]
+        assert len(places) == len(named)
+        for place in places:
+            mine = named[expected["targets"][place][0]["sentence_id"]]
+            assert batch["targets"][mine] == expected["targets"][place]
+            for name in ("boxes", "masks"):
+                assert torch.equal(batch["labels"][mine][name], expected["labels"][place][name])
+
+
+def test_every_epoch_has_an_order_of_its_own(shapes, processor, arguments):
+    data = TrainingData(shapes["train"], processor, arguments(), 0, 1)
+    epochs = [sentence_ids(data.batches(epoch)) for epoch in (0, 1, 0)]
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_augmentation_differs_between_epochs_images_and_seeds(shapes, processor):
+    def brightness(seed, epoch, index):
+        prepare = Preparation(processor.image_processor, "brightness", seed, with_masks=False)
+        row = shapes["train"][index]
+        changed = prepare(row, Visit(epoch, index, (0,)))
+        return np.asarray(changed["image"]).mean() / np.asarray(row["image"]).mean()
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    gains = [brightness(*place) for place in places]
+    assert gains == [brightness(*place) for place in places]
+    assert len({round(gain, 3) for gain in gains}) == 4
+
+
+def test_each_split_of_an_evaluation_has_its_own_rows(shapes, processor, arguments):
+    splits = {name: shapes[name].select(range(2)) for name in ("test", "validation")}
+    data = EvaluationData(splits, processor, arguments(), 0, 1)
+    for name in ("validation", "test", "validation"):
+        seen = {
+            target["image_id"] for batch in data.batches(name) for targets in batch["targets"] for target in targets
+        }
+        assert seen == set(splits[name]["image_id"])
+
+
+def test_a_visit_has_the_objects_that_its_sentences_name():
+    objects = [{"object_id": str(number)} for number in range(4)]
+    named = [[0], [3, 1], [3]]
+    sentences = [{"text": str(indices), "phrases": [{"objects": indices}]} for indices in named]
+    taken = take_sentences({"objects": objects, "sentences": sentences}, (2, 1))
+    assert [item["object_id"] for item in taken["objects"]] == ["1", "3"]
+    assert [sentence["text"] for sentence in taken["sentences"]] == ["[3]", "[3, 1]"]
+    assert [sentence["phrases"][0]["objects"] for sentence in taken["sentences"]] == [[1], [1, 0]]
+
+
+def test_empty_masks_are_no_labels(shapes, processor):
+    row = shapes["train"][0]
+    whole = GroundingCollator(processor, with_masks=True)([row])["labels"]
+    assert all("masks" in label for label in whole)
+    empty = to_coco_rle(torch.zeros(row["height"], row["width"], dtype=torch.bool))
+    row = {**row, "objects": [{**item, "segmentation": empty} for item in row["objects"]]}
+    labels = GroundingCollator(processor, with_masks=True)([row])["labels"]
+    assert [set(label) for label in labels] == [{"boxes"}] * len(whole)
+
+
+def test_boxes_follow_an_image_that_is_resized(processor):
+    item = {"box": [10.0, 5, 50, 30], "boxes": [[10.0, 5, 20, 10], [40.0, 20, 50, 30]], "segmentation": None}
+    row = {"width": 100, "height": 40, "objects": [item], "image": Image.new("RGB", (50, 80))}
+    fitted = fit_to_picture(row, processor.image_processor)
+    assert (fitted["width"], fitted["height"]) == (50, 80)
+    assert fitted["objects"][0]["box"] == [5, 10, 25, 60]
+    assert fitted["objects"][0]["boxes"] == [[5, 10, 10, 20], [20, 40, 25, 60]]
+
+
+def test_the_published_order_takes_sentences_one_by_one(shapes, processor, arguments):
+    args = arguments(group_by_image=False, bucket_by_shape=False)
+    batches = list(TrainingData(shapes["train"], processor, args, 0, 1).batches(0))
+    assert {len(batch["labels"]) for batch in batches} == {4}
+    assert {len(batch["pixel_values"]) for batch in batches} == {4}
+    ids = sentence_ids(batches)
+    assert len(set(ids)) == len(ids)
+    total = sum(map(len, shapes["train"]["sentences"]))
+    assert total - 4 < len(ids) <= total
+    images = [name.rsplit("_", 1)[0] for name in ids]
+    assert sum(a == b for a, b in itertools.pairwise(images)) < len(ids) / 10
+
+
+def test_ranks_together_have_the_batches_of_one(shapes, processor, arguments):
+    def ids(batch_size, rank, world_size):
+        args = arguments(batch_size=batch_size)
+        data = TrainingData(shapes["train"], processor, args, rank, world_size)
+        return [sentence_ids([batch]) for batch in data.batches(2)]
+
+    pairs = zip(ids(2, 0, 2), ids(2, 1, 2), strict=True)
+    assert [sorted(first + second) for first, second in pairs] == [sorted(batch) for batch in ids(4, 0, 1)]
+
+
+# pictures that are kept
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Files of another size than the model's."""
+    (tmp_path / "toy").mkdir()
+    make_toy(tmp_path / "toy")
+    return {"data_dir": str(tmp_path / "toy"), "cache_dir": str(tmp_path / "built")}
+
+
+def test_kept_pictures_are_the_same(toy, processor, arguments, tmp_path, caplog):
+    rows = data_scripts.load("toy", **toy)
+    assert rows["train"][0]["width"] != 64
+    for augmentation in ("none", "strong"):
+        settings = {"batch_size": 2, "augmentation": augmentation}
+        cached = {**settings, "image_cache": str(tmp_path / "kept")}
+        plain = [
+            list(TrainingData(rows["train"], processor, arguments(**settings), 0, 1, with_masks=True).batches(epoch))
+            for epoch in (0, 1)
+        ]
+        data = TrainingData(rows["train"], processor, arguments(**cached), 0, 1, with_masks=True)
+        for epoch in (0, 1):
+            assert_same(data.batches(epoch), plain[epoch])
+    # straight from the rows, as a user of the processor has them
+    collator = GroundingCollator(processor, with_masks=True)
+    by_id = {row["image_id"]: row for row in rows["train"]}
+    data = TrainingData(rows["train"], processor, arguments(batch_size=2), 0, 1, with_masks=True)
+    for batch in data.batches(0):
+        images = list(dict.fromkeys(target[0]["image_id"] for target in batch["targets"]))
+        expected = collator([by_id[name] for name in images])
+        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+        for label, other in zip(batch["labels"], expected["labels"], strict=True):
+            assert torch.allclose(label["boxes"], other["boxes"], atol=1e-6)
+            assert torch.equal(label["masks"], other["masks"])
+    # and in evaluation, whose targets keep their own size
+    evaluated = [
+        list(EvaluationData(rows, processor, arguments(image_cache=folder), 0, 1).batches("testA"))
+        for folder in (None, str(tmp_path / "kept"))
+    ]
+    loader = EvaluationData(rows, processor, arguments(num_workers=2), 0, 1).batches("testA")
+    assert loader.num_workers == 2
+    for batch, other in zip(loader, evaluated[0], strict=True):
+        assert batch["targets"] == other["targets"]
+    for batch, other in zip(*evaluated, strict=True):
+        assert batch["targets"] == other["targets"]
+        assert torch.equal(batch["pixel_values"], other["pixel_values"])
+        for label, other_label in zip(batch["labels"], other["labels"], strict=True):
+            assert torch.allclose(label["boxes"], other_label["boxes"], atol=1e-6)
+    kept = list((tmp_path / "kept").rglob("*.npy"))
+    assert len(kept) == len(rows["train"]) + len(rows["testA"])
+    assert not [path for path in (tmp_path / "kept").rglob("*") if path.is_file() and path not in kept]
+    assert not caplog.records
+
+
+def make_picture_row(path, size=(90, 60), color=(10, 200, 30)):
+    Image.new("RGB", size, color).save(path)
+    return {"image_id": "a", "image": {"path": str(path), "bytes": None}, "width": size[0], "height": size[1]}
+
+
+def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
+    row = make_picture_row(tmp_path / "a.png")
+    reader = PictureReader(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), str(tmp_path / "kept"))
+    picture = np.asarray(reader(row))
+    assert picture.shape == (43, 64, 3)
+    (path,) = (tmp_path / "kept").rglob("*.npy")
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+        caplog.clear()
+        path.write_bytes(damaged)
+        assert (np.asarray(reader(row)) == picture).all()
+        assert "is damaged (its checksum differs) and is made again" in caplog.text
+        assert path.read_bytes() == whole
+    # what is kept is read, not the picture
+    path.write_bytes(encode_array(np.zeros((43, 64, 3), np.uint8)))
+    assert not np.asarray(reader(row)).any()
+    # another picture, another size
+    row = make_picture_row(tmp_path / "a.png", color=(200, 0, 0))
+    assert np.asarray(reader(row))[0, 0].tolist() == [200, 0, 0]
+    larger = PictureReader(RefTRImageProcessor(size={"shortest_edge": 80, "longest_edge": 80}), str(tmp_path / "kept"))
+    assert larger(row).size == (79, 53)
+    assert len(list((tmp_path / "kept").rglob("*.npy"))) == 3
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(OSError, match=r"There is no picture at .*a\.png"):
+        reader(row)
+    with pytest.raises(ValueError, match="checksum"):
+        decode_array(b"")
+
+
+def test_processes_share_a_folder_of_kept_pictures(tmp_path, run):
+    row = make_picture_row(tmp_path / "a.jpg", size=(800, 600))
+    program = (
+        "import sys, json; from modeling_reftr import RefTRImageProcessor\n"
+        "from training_reftr.pictures import PictureReader\n"
+        f"reader = PictureReader(RefTRImageProcessor(), {str(tmp_path / 'kept')!r})\n"
+        f"row = json.loads({json.dumps(json.dumps(row))})\n"
+        "import shutil, multiprocessing\n"
+        "def work(number):\n"
+        "    for _ in range(20):\n"
+        "        path = reader.path_of(row); path.unlink(missing_ok=True) if number == 0 else None\n"
+        "        assert reader(row).size == (640, 480)\n"
+        "with multiprocessing.Pool(3) as pool: pool.map(work, range(3))\n"
+    )
+    result = run("-c", program)
+    assert "damaged" not in result.stderr
+    assert len([path for path in (tmp_path / "kept").rglob("*") if path.is_file()]) == 1
+
+
+def test_a_kept_picture_is_read_many_times_faster(tmp_path):
+    plain, cached, png = cache_seconds(tmp_path)
+    print(f"4000 x 3000 read in {plain * 1000:.1f} ms, kept {cached * 1000:.2f} ms, as PNG {png * 1000:.1f} ms")
+    assert plain / cached > 20
+    assert png > 2 * cached
+
+
+# sources
+
+
+def test_sets_flags_and_splits(arguments):
+    rows = load_rows(arguments())
+    assert set(rows) == {"train", "validation", "test"}
+    assert len(split_of(rows, "train+validation")) == TINY_SET["num_train"] + TINY_SET["num_validation"]
+    for name in ("val", "train+val"):
+        with pytest.raises(ValueError, match=r"no split 'val'; there are: train, validation, test\."):
+            split_of(rows, name)
+        with pytest.raises(ValueError, match=r"no split 'val'"):
+            load_rows(arguments(train_split=name))
+    assert load_rows(arguments(train_split="val", eval_only=True))
+    with pytest.raises(ValueError, match="no data set 'shape'"):
+        load_rows(arguments(dataset="shape"))
+    with pytest.raises(ValueError, match="has no flag colour"):
+        load_rows(arguments(dataset_config={"colour": 1}))
+
+
+def test_joined_sets(tmp_path):
+    for name in ("refcoco_unc", "refcocog_google"):
+        make_refcoco(tmp_path, name)
+    args = TrainingArguments(
+        dataset="refcoco_unc,refcocog_google", dataset_config={"refcoco_unc": {"integer_boxes": True}},
+        data_dir=str(tmp_path), data_cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    rows = load_rows(args)
+    others = ["refcoco_unc/val", "refcoco_unc/testA", "refcoco_unc/testB", "refcocog_google/val"]
+    assert list(rows) == ["train", *others]
+    assert "coco_100" in rows["refcocog_google/val"]["image_id"]
+    held_out = {image_id for name in others for image_id in rows[name]["image_id"]}
+    assert not held_out & set(rows["train"]["image_id"])
+    assert len(rows["train"]) == 20
+    boxes = [rows["train"][index]["objects"][0]["box"] for index in (9, 19)]
+    assert boxes[0] == [103, 299, 238, 477] != boxes[1]
+    # validation pictures are trained on as well, test pictures are not
+    args.train_split = "train+val"
+    joined = load_rows(args)
+    assert list(joined) == ["train", "val", "refcoco_unc/testA", "refcoco_unc/testB"]
+    tested = {image_id for name in list(joined)[2:] for image_id in joined[name]["image_id"]}
+    trained = set(split_of(joined, "train+val")["image_id"])
+    assert "coco_100" in trained
+    assert not tested & trained
+    # trainval of a dataset that has none is train and val: the same pictures
+    args.train_split = "trainval"
+    whole = load_rows(args)
+    assert next(iter(whole)) == "trainval"
+    assert set(whole["trainval"]["image_id"]) == trained
+    assert len(whole["trainval"]) == len(split_of(joined, "train+val"))
+    args.dataset_config = {"refcoco": {}}
+    with pytest.raises(ValueError, match=r"dataset_config has no field 'refcoco'. Did you mean 'refcoco_unc'"):
+        load_rows(args)
+    args.streaming = True
+    with pytest.raises(ValueError, match="streaming takes one set"):
+        load_rows(args)
+
+
+@pytest.fixture(scope="module")
+def exported(shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "shapes"
+    return str(export(data_scripts.SOURCES["shapes"], shapes, folder))
+
+
+def test_a_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_path):
+    args = arguments(dataset=exported, data_cache_dir=str(tmp_path))
+    rows = load_rows(args)
+    assert {name: len(part) for name, part in rows.items()} == {name: len(part) for name, part in shapes.items()}
+    batches = [
+        list(TrainingData(part["train"], processor, args, 0, 1, with_masks=True).batches(0)) for part in (rows, shapes)
+    ]
+    assert_same(*batches)
+    with pytest.raises(OSError, match="no folder '/nowhere' of Parquet files"):
+        load_rows(arguments(dataset="/nowhere"))
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other" / "train.parquet")
+    with pytest.raises(ValueError, match="has no columns height, image, image_id, objects, sentences, width"):
+        load_rows(arguments(dataset=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "builder"])
+def test_streams(exported, shapes, arguments, processor, kind):
+    source = {"dataset": exported, "dataset_config": "{}"} if kind == "parquet" else {}
+    args = arguments(**source, streaming=True, expressions_per_image=3)
+    rows = load_rows(args)
+    assert isinstance(rows["train"], datasets.IterableDataset)
+    assert [len(rows[name]) for name in ("validation", "test")] == [
+        len(shapes[name]) for name in ("validation", "test")
+    ]
+    assert np.array_equal(rows["test"][3]["image"], shapes["test"][3]["image"])
+    data = TrainingData(rows["train"], processor, args, 0, 1, with_masks=True)
+    built = TrainingData(shapes["train"], processor, args, 0, 1, with_masks=True)
+    assert data.num_batches(0) == built.num_batches(0)
+    epochs = [list(data.batches(epoch)) for epoch in (0, 1)]
+    ids = sentence_ids(epochs[0])
+    assert len(set(ids)) == len(ids)
+    total = sum(map(len, shapes["train"]["sentences"]))
+    assert len(epochs[0]) == built.num_batches(0)
+    assert total - 4 * 3 < len(ids) <= total
+    assert sentence_ids(epochs[1]) != ids
+    assert_same(data.batches(0), epochs[0])
+    assert_same(data.batches(0, [(4, 3)]), epochs[0][3:])
+    with_workers = arguments(**source, streaming=True, expressions_per_image=3, num_workers=2)
+    assert_same(TrainingData(rows["train"], processor, with_workers, 0, 1, with_masks=True).batches(0), epochs[0])
+    # three processes: as many batches each, no sentence twice
+    thirds = arguments(**source, streaming=True, expressions_per_image=3, batch_size=2)
+    ranks = [list(TrainingData(rows["train"], processor, thirds, rank, 3).batches(0)) for rank in range(3)]
+    assert len({len(batches) for batches in ranks}) == 1
+    ids = [name for batches in ranks for name in sentence_ids(batches)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_files_and_rows_of_a_stream_are_shuffled_anew_in_each_epoch():
+    """Of more visits than a window holds, the first ones are of other files in another epoch."""
+    sentences = [{"text": "the star", "phrases": []}] * 5
+    row = {"image": None, "width": 64, "height": 48, "objects": [], "sentences": sentences}
+    rows = datasets.Dataset.from_list([{**row, "image_id": str(number)} for number in range(1000)])
+    order = StreamedOrder(rows.to_iterable_dataset(num_shards=10), 1, 0, False)
+    window = STREAM_WINDOW // 2
+    first, again, second = (
+        [(visit.row["image_id"], visit.sentences) for visit in itertools.islice(order.visits(epoch), window)]
+        for epoch in (0, 0, 1)
+    )
+    assert 2 * STREAM_WINDOW < 1000 * 5
+    assert first == again
+    images = [{image_id for image_id, _ in visits} for visits in (first, second)]
+    assert len(images[0] & images[1]) < 0.8 * min(map(len, images))
+    neighbors = sum(one[0] == other[0] for one, other in itertools.pairwise(first))
+    assert neighbors < 0.05 * window
+
+
+def test_a_stream_decodes_no_picture_that_is_not_asked_for(toy, processor, arguments, tmp_path):
+    rows = data_scripts.load("toy", streaming=True, decode=False, **toy)["train"]
+    for path in (tmp_path / "toy" / "pictures").glob("train_*"):
+        path.write_bytes(b"no picture")
+    order = StreamedOrder(rows, 8, 0, True)
+    assert order.num_visits == 6
+    assert len(list(order.visits(0))) == 6
+    args = arguments(batch_size=2)
+    with pytest.raises(OSError, match=r"train_\d\.jpg' cannot be read as a picture"):
+        list(TrainingData(rows, processor, args, 0, 1).batches(0))
+
+
+def test_a_stream_that_got_shorter_is_refused(shapes, processor, arguments):
+    rows = shapes["train"].to_iterable_dataset()
+    data = TrainingData(rows, processor, arguments(), 0, 1)
+    data.sampler.order.rows = data.sampler.order.rows.take(10)
+    with pytest.raises(ValueError, match="the training files have changed since they were counted"):
+        list(data.batches(0))
+
+
+def test_what_cannot_be_streamed_is_refused(arguments):
+    with pytest.raises(ValueError, match="'validation' is streamed for training and evaluated too"):
+        load_rows(arguments(streaming=True, train_split="train+validation"))
+
+
+# the script
+
+
+def test_the_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_path):
+    """All of it at the door: a folder of Parquet files, streamed, workers, strong augmentation, kept pictures."""
+    settings = yaml.safe_load(recipe.read_text())
+    settings |= {
+        "dataset": exported, "dataset_config": {}, "train_split": "train", "streaming": True, "num_workers": 2,
+        "augmentation": "strong", "image_cache": str(tmp_path / "kept"), "max_steps": 8,
+    }  # fmt: skip
+    path = tmp_path / "streamed.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    logs = []
+    for ranks in (1, 2):
+        launch = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
+        result = run(
+            *(launch if ranks == 2 else ()), "train_reftr.py", path, "--batch_size", 8 // ranks,
+            "--output_dir", tmp_path / str(ranks),
+        )  # fmt: skip
+        assert "Traceback" not in result.stderr
+        logs.append([float(value) for value in re.findall(r"step \d+ epoch \d+ loss=([\d.]+)", result.stderr)])
+    assert len(logs[0]) == 8
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+    assert list((tmp_path / "kept").rglob("*.npy"))
+
+
+def test_every_process_learns_the_same_words(run, data_cache, tokenizer):
+    code = (
+        "import hashlib, data_scripts; from tests.helpers.tiny import TINY_SET; "
+        "from training_reftr.data import all_sentences, train_tokenizer; "
+        f"rows = data_scripts.load('shapes', 'train', cache_dir={data_cache!r}, **TINY_SET); "
+        "print(hashlib.md5(train_tokenizer(all_sentences(rows), 64).backend_tokenizer.to_str().encode()).hexdigest())"
+    )
+    path = str(ROOT)
+    here = hashlib.md5(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"  # strings have another order in sets
+    assert run("-c", code, PYTHONPATH=path, PYTHONHASHSEED=seed).stdout.split() == [here]
+
+
+def test_a_learned_tokenizer_knows_frequent_words_and_spells_the_others():
+    tokenizer = train_tokenizer(["the star", "The star left of the bus", "überall"], max_length=8, vocab_size=28)
+    assert tokenizer.tokenize("The STAR") == ["the", "star"]
+    assert tokenizer.tokenize("tease") == ["t", "##e", "##a", "##s", "##e"]
+    assert tokenizer.tokenize("left") == ["l", "##e", "##f", "##t"]
+    assert tokenizer.tokenize("zebra") == ["[UNK]"]
+    assert tokenizer("the star")["input_ids"][0] == tokenizer.cls_token_id
+    assert len(tokenizer) == 28

@@ -1,0 +1,9 @@
+"""The command `python -m data_scripts` where the toy source of layout_toy.py is known."""
+
+import runpy
+
+from tests.helpers import layout_toy  # noqa: F401
+
+
+if __name__ == "__main__":
+    runpy.run_module("data_scripts", run_name="__main__")

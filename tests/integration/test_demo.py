@@ -1,0 +1,48 @@
+"""The demo's figures. Minutes; run by make test-all."""
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from tests.helpers.tiny import ROOT
+
+
+@pytest.mark.slow
+def test_the_demo_learns_to_find_what_the_words_say(run, tmp_path):
+    start = time.monotonic()
+    result = run("train_reftr.py", "recipes/demo.yaml", "--output_dir", tmp_path, timeout=1500, OMP_NUM_THREADS="2")
+    minutes = (time.monotonic() - start) / 60
+    (metrics,) = json.loads((tmp_path / "metrics.json").read_text())["splits"].values()
+    print(f"{minutes:.1f} minutes\n{result.stdout}")
+    assert metrics["num_phrases"] >= 1000
+    assert metrics["accuracy@0.5"] >= 0.75
+    assert min(kind["accuracy@0.5"] for kind in metrics["per_kind"].values()) >= 0.5
+    assert metrics["mask_num_phrases"] == metrics["num_phrases"]
+    assert metrics["mask_mean_iou"] >= 0.60
+    assert metrics["swapped_expressions"]["accuracy@0.5"] < 0.3
+    assert metrics["constant_box"]["accuracy@0.5"] < 0.3
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert picture.width > 1000
+
+    # one's own picture: the answer to words about another object is another box
+    picture = tmp_path / "photo.png"
+    canvas = Image.new("RGB", (64, 64), (110, 110, 110))
+    canvas.paste((215, 45, 40), (6, 8, 26, 28))
+    canvas.paste((45, 85, 215), (38, 36, 58, 56))
+    canvas.save(picture)
+    answers = json.loads(
+        run(
+            "-m", "modeling_reftr.predict", "--model", tmp_path, "--image", picture, "--text", "the red square",
+            "the blue square",
+        ).stdout
+    )  # fmt: skip
+    assert answers[0]["box"][0] < answers[1]["box"][0]
+
+
+def test_the_demo_is_small_enough_for_everybody():
+    """No download, no pretrained part: the recipe names none."""
+    recipe = (ROOT / "recipes" / "demo.yaml").read_text()
+    assert "init_" not in recipe.replace("init_std", "")
+    assert "tokenizer" not in recipe

@@ -1,0 +1,411 @@
+"""What the documents say is what there is: every command and snippet runs, figures are the committed ones."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from nbclient import NotebookClient
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import data_scripts
+import modeling_reftr
+from benchmarks.quote_results import DOCUMENTS, quote, results_in
+from data_scripts.building import flags_of
+from tests.helpers.documents import FENCE, blocks_of, commands_of
+from tests.helpers.layout_documents import environment_of, make_published_sizes, make_user_folder
+from tests.helpers.local_hub import Hub
+from tests.helpers.tiny import ROOT
+from training_reftr.arguments import parse_arguments
+
+
+# what a document's run prints, and the files it leaves
+EXPECTED = {
+    "README.md": (["'phrase': 'the green star'"], ["out.png", "runs/demo/predictions.png"]),
+    "docs/train_refcoco.md": (
+        ["120,624", "of val [1.0, 2.0, 31.0, 22.0]", "The run goes through. An epoch of"],
+        ["samples.png", "runs/refcoco_r50_masks_pretrained/report.md", "held_out.json", "exported/README.md"],
+    ),
+    "docs/your_own_pictures.md": (
+        ['"phrase": "the blue car"', '"image": "mine/3.jpg"'],
+        ["samples.png", "runs/mine/report.md", "out.png", "answered/00002_2.png", "answers.jsonl"],
+    ),
+    "docs/published_checkpoints.md": (
+        [
+            "337 weights taken, left: ['query_embed.weight']",
+            "Beside the published figures: runs/reproduce/refcoco_unc/report.md",
+        ],
+        ["back.pth", "runs/reproduce/refcoco_unc/report.md", "runs/report/report.md"],
+    ),
+    "docs/recipes.md": (
+        ["decoder_layers: 3", "integer_boxes: true"],
+        ["runs/small/report.md", "runs/masks/model.safetensors", "runs/mine/metrics.jsonl"],
+    ),
+    "docs/trainer.md": (["eval_mask_mean_iou_resized"], ["runs/trainer/model.safetensors"]),
+    "docs/many_gpus.md": ([], ["runs/two/model.safetensors", "runs/two_report/report.md"]),
+    "docs/serve.md": (
+        ["torch.Size([1, 100, 200])", "'score': 1.0, 'label': 'the red circle'", '"phrase": "the star"'],
+        ["answers.png", "runs/demo-onnx", "runs/demo-onnx-captions"],
+    ),
+    "docs/evaluate.md": (["\n0.8\n"], ["runs/report/predictions.jsonl", "runs/report/visualizations/test"]),
+    "docs/hub.md": ([], ["exported/README.md", "runs/mine/README.md"]),
+    "docs/how_it_works.md": (["pred_masks (1, 1, 120, 160)"], []),
+}
+PUSHED = {
+    ("model", "someone/reftr-shapes"),
+    ("model", "someone/reftr-mine"),
+    ("dataset", "someone/pictures"),
+    ("space", "someone/reftr-shapes-demo"),
+}
+TRAINING = ("train_reftr.py", "recipes/slurm.sbatch")
+COMMANDS = re.compile(r"`((?:reftr|make|python|accelerate|torchrun|sbatch) [^`]+)`")
+by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@pytest.fixture(scope="module")
+def user_folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    make_user_folder(folder, tokenizer)
+    return folder
+
+
+@pytest.mark.slow
+@by_name
+def test_every_block_runs(document, user_folder, tmp_path):
+    name = str(document.relative_to(ROOT))
+    if not any(block.is_run for block in blocks_of(document)):
+        assert name not in EXPECTED
+        return
+    printed, files = EXPECTED[name]
+    folder = tmp_path / "user"
+    shutil.copytree(user_folder, folder, symlinks=True)
+    if name == "docs/published_checkpoints.md":
+        make_published_sizes(folder)
+    with Hub() as hub:
+        # only what is about the Hub has one
+        environment = hub.environment("hf_write", tmp_path / "home") if name == "docs/hub.md" else {}
+        result = subprocess.run(
+            [sys.executable, ROOT / "tests" / "helpers" / "documents.py", document],
+            cwd=folder,
+            env=environment_of(folder) | environment,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+        )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert set(hub.repositories) == (PUSHED if environment else set())
+    for text in printed:
+        assert text in result.stdout
+    for file in files:
+        assert (folder / file).exists(), file
+    if name == "docs/how_it_works.md":
+        for name, shape in re.findall(r"^(\S.*?) (\([\d, ]+\))$", result.stdout, flags=re.MULTILINE):
+            assert f"| {name} | {shape} |" in document.read_text()
+
+
+def test_a_block_that_fails_is_named(tmp_path):
+    for code, line, error in (
+        ("```bash\ntrue\nfalse | true\n```", 2, "failed"),
+        ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```", 6, "assert x == 2"),
+    ):
+        (tmp_path / "page.md").write_text(code)
+        command = [sys.executable, ROOT / "tests" / "helpers" / "documents.py", "page.md"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert result.returncode != 0
+        assert f"line {line}" in result.stderr
+        assert error in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\nreftr --help\n```",
+        "```sh\nreftr --help\n```",
+        "```console\n$ reftr --help\n```",
+        '```json\n{"a": 1}\n```',
+        "  ```bash\n  reftr --help\n  ```",
+        "~~~bash\nreftr --help\n~~~",
+        "<!-- skip: no time -->\n```bash\nreftr --help\n```",
+    ],
+)
+def test_a_block_that_nothing_runs_is_refused(text, tmp_path):
+    (tmp_path / "page.md").write_text(f"# Page\n\n{text}\n")
+    with pytest.raises(ValueError, match=r"page\.md"):
+        blocks_of(tmp_path / "page.md")
+
+
+def test_marks_are_read(tmp_path):
+    text = "<!-- file: a/b.yaml -->\n```yaml\na: 1\n```\n\n<!-- not run: a cluster -->\n```bash\nsbatch x\n```\n"
+    (tmp_path / "page.md").write_text(text)
+    first, second = blocks_of(tmp_path / "page.md")
+    assert (first.mark, first.note, first.line, first.code) == ("file", "a/b.yaml", 3, "a: 1\n")
+    assert (second.mark, second.note, second.is_run) == ("not run", "a cluster", False)
+
+
+# the notebook
+
+
+NOTEBOOK = ROOT / "docs" / "quick_start.ipynb"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(user_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "user"
+    shutil.copytree(user_folder, folder, symlinks=True)
+    (folder / "docs").mkdir()
+    for name, value in environment_of(folder).items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder / "docs"}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    assert (folder / "runs" / "quick_start" / "report.md").exists()
+
+
+def test_the_notebook_is_without_outputs():
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+# a newcomer
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_an_answer(user_folder, tmp_path, run):
+    """The pieces of the script that times it, in an environment that is there and with a training of two updates."""
+    words = ("--environment", user_folder / ".venv", "--max_steps", 2, "--output", tmp_path / "result.json")
+    run("benchmarks/newcomer.py", *words, timeout=900)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["seconds"].keys() == {"clone", "install", "demo", "answer", "all"}
+    assert [answer["phrase"] for answer in result["answers"]] == ["the red square", "the green star"]
+    assert all(0 <= answer["iou"] <= 1 for answer in result["answers"])
+
+
+# versions
+
+
+def test_the_version_is_the_same_everywhere():
+    version = modeling_reftr.__version__
+    # what is not released yet stands above the latest version
+    assert re.search(r"^## (\d\S*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+
+
+def test_the_citation_is_that_of_the_readme():
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    (entry,) = [block.code for block in blocks_of(ROOT / "README.md") if block.language == "bibtex"]
+    assert f"title={{{paper['title']}}}" in entry
+    assert f"year={{{paper['year']}}}" in entry
+
+
+def test_the_workflow_runs_what_must_pass():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert (ROOT / ".ci" / "run").exists()
+    assert ".ci/run" in commands
+    for command in commands:
+        if command.startswith("make "):
+            check_make(command.split()[1:])
+    assert workflow[True].keys() == {"push", "pull_request"}  # "on" is a truth in YAML 1.1
+
+
+# without running them
+
+
+@functools.cache
+def help_of(*words) -> str:
+    """What a command of `reftr` says of itself."""
+    output, before = io.StringIO(), sys.argv
+    sys.argv = ["reftr", *words, "--help"]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+            runpy.run_module("modeling_reftr", run_name="__main__")
+    finally:
+        sys.argv = before
+    return output.getvalue()
+
+
+def names_of_options(words) -> list[str]:
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
+
+
+def check_settings(words):
+    """Settings of the training script, by its own reader."""
+    parse_arguments([word for word in words if word not in ("--print_config", "--help")])
+
+
+def check_reftr(words):
+    if not words or words[0] == "--help":
+        assert "usage" in help_of()
+    elif words[0] == "train":
+        check_settings(words[1:])
+    else:
+        depth = 2 if words[0] == "data" else 1
+        text = help_of(*words[:depth])
+        assert "usage" in text, words
+        known = set(re.findall(r"--\w+", text))
+        if words[0] == "data" and len(words) > 2 and words[2] in data_scripts.SOURCES:
+            known |= {f"--{flag}" for flag in flags_of(data_scripts.SOURCES[words[2]])}
+        assert known >= set(names_of_options(words)), words
+
+
+def check_launch(program, words):
+    """A launcher's words, by its own reader; the script's, by ours. Returns accelerate's file of settings."""
+    if program == "sbatch":
+        check_settings(words[words.index("recipes/slurm.sbatch") + 1 :])
+        return None
+    if program == "accelerate":
+        assert words.pop(0) == "launch"
+    settings = words[words.index("train_reftr.py") + 1 :]
+    launch = (launch_command_parser() if program == "accelerate" else torchrun_parser()).parse_args(words)
+    assert (launch.training_script, launch.training_script_args) == ("train_reftr.py", settings)
+    check_settings(settings)
+    return getattr(launch, "config_file", None)
+
+
+def check_make(words):
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        name, is_variable, _ = word.partition("=")
+        assert f"$({name})" in makefile if is_variable else re.search(rf"^{name}:", makefile, flags=re.MULTILINE), word
+
+
+def check_python(words):
+    if words[0] == "-c":
+        compile(words[1], "-c", "exec")
+    elif words[0] in TRAINING:
+        check_settings(words[1:])
+    elif words[0] == "-m":
+        assert importlib.util.find_spec(words[1])
+    else:
+        text = (ROOT / words[0]).read_text()
+        for option in names_of_options(words):
+            assert f'"{option}"' in text, option
+
+
+def check(command: str) -> Counter:
+    """See that a command's program is there and knows its words; returns what was met."""
+    words = shlex.split(command, comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    program, *words = words
+    program = program.removeprefix(".venv/bin/")
+    met = Counter([program])
+    match program:
+        case "reftr":
+            check_reftr(words)
+        case "make":
+            check_make(words)
+        case "python":
+            check_python(words)
+        case "accelerate" | "torchrun" | "sbatch":
+            met[check_launch(program, words)] += 1
+        case "pip" | "curl":
+            assert shutil.which(program)
+        case _:
+            raise AssertionError(f"Nothing here can tell whether {program!r} is right: {command}")
+    return met
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with the recipes as they are, and the files that the documents write."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    for document in DOCUMENTS:
+        for block in blocks_of(document):
+            if block.mark == "file":
+                Path(block.note).parent.mkdir(parents=True, exist_ok=True)
+                Path(block.note).write_text(block.code)
+
+
+@by_name
+def test_every_command_knows_its_words(document, checkout):
+    for block in blocks_of(document):
+        if block.language == "python":
+            compile(block.code, str(block), "exec")
+        elif block.language == "bash":
+            for command in commands_of(block):
+                check(command)
+    for command in COMMANDS.findall(FENCE.sub("", document.read_text())):
+        check(command)
+
+
+def test_a_command_that_is_wrong_is_found(checkout):
+    for command, error in (
+        ("reftr train recipes/demo.yaml --num_epoch 3", ValueError),
+        ("reftr train recipes/none.yaml", OSError),
+        ("make dmeo", AssertionError),
+        ("make reproduce CHECK=a.pth", AssertionError),
+        ("torchrun --nproc_per_nodes 4 train_reftr.py recipes/demo.yaml", SystemExit),
+        ("python benchmarks/speed.py --devise cuda", AssertionError),
+        ("python train.py", OSError),
+        ("wget this", AssertionError),
+    ):
+        with pytest.raises(error):
+            check(command)
+
+
+def test_every_way_to_launch_is_shown(checkout):
+    commands = [command for block in blocks_of(ROOT / "docs" / "many_gpus.md") for command in all_commands(block)]
+    met = sum(map(check, commands), Counter())
+    files = {f"recipes/accelerate/{path.name}" for path in (ROOT / "recipes" / "accelerate").iterdir()}
+    assert {name for name in met if name and "/" in name} == files
+    assert met["sbatch"] == 2
+    assert met["torchrun"] >= 3
+
+
+def all_commands(block):
+    return commands_of(block) if block.language == "bash" else []
+
+
+def slug(title: str) -> str:
+    """The address of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@by_name
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_every_document_is_in_the_index_and_in_the_readme():
+    pages = {path.name for path in (ROOT / "docs").iterdir()} - {"README.md"}
+    assert pages == set(re.findall(r"\]\((\w+\.\w+)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert pages <= set(re.findall(r"\]\(docs/([\w.]+)\)", (ROOT / "README.md").read_text()))
+
+
+def test_figures_are_the_committed_results():
+    texts = [document.read_text() for document in DOCUMENTS]
+    assert sorted(name for text in texts for name in results_in(text)) == [
+        "demo",
+        "newcomer",
+        "precision",
+        "shapes_small",
+        "space",
+        "speed_cpu",
+    ]
+    assert [quote(text) for text in texts] == texts

@@ -1,0 +1,154 @@
+"""What installing the project puts where, and that it declares what it imports."""
+
+import ast
+import configparser
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
+from tests.helpers.tiny import ROOT
+
+
+PACKAGES = ("modeling_reftr", "data_scripts", "training_reftr")
+SITES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+# names of distributions that are imported by another one
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+# imported, but brought by a package that is declared
+BROUGHT = {"starlette": "gradio", "gradio_client": "gradio", "fsspec": "datasets"}
+# declared, but imported by transformers: to export, and for weights of eight bits
+OTHERS_IMPORT = {"onnx", "onnxruntime", "onnxscript", "torchao"}
+
+
+def run_alone(code, folder, *arguments, **environment):
+    """Run code in a process that finds the installed packages, but no checkout that is installed as editable."""
+    command = [sys.executable, "-I", "-S", "-c", code, *map(str, arguments)]  # -S: no .pth files
+    environment = {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    for name in (*PACKAGES, "train_reftr.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / "source")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, folder / "source"]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_a_wheel_holds_all_modules_and_no_vague_top_level_names(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in names} == {*PACKAGES, "train_reftr.py"}
+    assert {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")} <= names
+    assert "training_reftr/metrics/referring_segmentation/README.md" in names
+
+
+def test_training_computes_with_its_metrics_where_a_wheel_is_installed(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = f"""
+import sys; sys.path += [sys.argv[1], *{SITES!r}]
+import json, evaluate, training_reftr.evaluation as evaluation, training_reftr.metrics as metrics
+from pathlib import Path
+module = evaluate.load(str(Path(metrics.__file__).parent / "referring_expression_comprehension"))
+found = module.compute(predictions=[[0, 0, 6, 10]], references=[[0, 0, 10, 10]])
+print(json.dumps([metrics.__file__, found == evaluation.grounding_metrics([0.6])]))
+"""
+    result = run_alone(code, tmp_path, tmp_path / "installed", HF_EVALUATE_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    file, is_equal = json.loads(result.stdout)
+    assert Path(file).is_relative_to(tmp_path)
+    assert is_equal
+
+
+def test_metrics_have_a_short_path():
+    assert (ROOT / "metrics").resolve() == ROOT / "training_reftr" / "metrics"
+
+
+def declared(*extras: str) -> set[str]:
+    """Modules of the requirements of setup.cfg, or of some of its extras."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    options = [settings["options.extras_require"][extra] for extra in extras] or [
+        settings["options"]["install_requires"]
+    ]
+    names = {Requirement(line).name for option in options for line in option.split("\n") if line}
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
+def imports_of(paths) -> set[str]:
+    """Top-level modules that files import anywhere, but the standard library's and the project's."""
+    found = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - {*PACKAGES, "train_reftr"} - sys.stdlib_module_names
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    product = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + [ROOT / "train_reftr.py"]
+    required, extras = declared(), declared("export", "demo", "quantization")
+    imported, by_demo = imports_of(product), imports_of((ROOT / "demo").glob("*.py"))
+    assert imported - set(BROUGHT) == required
+    assert by_demo - set(BROUGHT) <= required | {"gradio"}
+    assert {BROUGHT[name] for name in (imported | by_demo) & set(BROUGHT)} <= required | {"gradio"}
+    assert extras == OTHERS_IMPORT | {"gradio", "torch", "torchvision"}
+    assert declared("export", "demo") <= declared("test")
+
+
+def test_version_of_transformers_is_the_same_everywhere():
+    """What the code asks for is what setup.cfg and the Space install."""
+    line = f"transformers>={MINIMUM_TRANSFORMERS},<6"
+    assert f"    {line}\n" in (ROOT / "setup.cfg").read_text()
+    assert line in (ROOT / "demo" / "requirements.txt").read_text().splitlines()
+
+
+OLDER = """
+import importlib
+import transformers.configuration_utils, transformers.image_processing_backends
+from pathlib import Path
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoProcessor, pipeline
+del transformers.configuration_utils.SubConfigSpec  # as in older releases
+del transformers.image_processing_backends.TorchvisionBackend
+folder = Path(sys.argv[1])
+sys.path.append(str(folder.parent))
+doors = [AutoConfig, AutoProcessor, AutoImageProcessor, AutoModelForZeroShotObjectDetection]
+calls = [lambda door=door: door.from_pretrained(folder, trust_remote_code=True) for door in doors]
+calls.append(lambda: pipeline("visual-grounding", model=str(folder), trust_remote_code=True))
+for name in ("configuration", "image_processing", "processing"):  # what a door may import first
+    calls.append(lambda name=name: importlib.import_module(f"{folder.name}.{name}_reftr"))
+for call in calls:
+    try:
+        call()
+    except ImportError as error:
+        print(str(error).replace("\\n", " "))
+"""
+
+
+def test_an_older_transformers_is_told_what_it_lacks(trained, tmp_path):
+    """The code beside a model, by every door of the library, where its distribution says that it is older."""
+    metadata = tmp_path / "older" / "transformers-5.22.2.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.22.2\n")
+    code = f"import sys; sys.path += [{str(tmp_path / 'older')!r}, *{SITES!r}]" + OLDER
+    result = run_alone(code, tmp_path, trained[0], HF_HUB_OFFLINE="1")
+    expected = (
+        f"transformers>={MINIMUM_TRANSFORMERS} is required for a normal functioning of this module, but found "
+        "transformers==5.22.2. RefTR does not run on older releases: pip install --upgrade "
+        f"'transformers>={MINIMUM_TRANSFORMERS},<6'"
+    )
+    assert result.stdout.splitlines() == [expected] * 8, result.stderr

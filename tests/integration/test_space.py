@@ -1,0 +1,498 @@
+"""The page of the Space, served for real: what it answers, and what it does not take."""
+
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import pipeline
+
+from modeling_reftr.predict import to_json
+from modeling_reftr.processing_reftr import from_coco_rle
+from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
+from tests.helpers.space_app import DEMO, EXPRESSIONS, copy_with_masks, import_app
+from tests.helpers.tiny import ROOT, trials
+
+
+pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
+gradio_client = pytest.importorskip("gradio_client")  # which gradio brings
+pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting", "ignore:The copy keyword is deprecated")
+
+
+NOT_UPLOADED = "Only uploaded pictures are taken, no addresses and no paths."
+
+
+@pytest.fixture(scope="module")
+def space():
+    return import_app()
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """A tiny model with masks, its processor and their code."""
+    return copy_with_masks(trained[0], tmp_path_factory.mktemp("space") / "model")
+
+
+@pytest.fixture(scope="module")
+def page(space, folder, tmp_path_factory):
+    """The page on a port of this machine, as the command serves it: the app with its address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        patch.setitem(sys.modules, "uvloop", None)  # its connections would be hidden from the watch below
+        app = space.build_app(str(folder))
+        app.address = space.launch(app, wait=False).rstrip("/")
+        yield app
+        app.close()
+
+
+@pytest.fixture(scope="module")
+def client(page, tmp_path_factory):
+    downloads = tmp_path_factory.mktemp("downloads")
+    return gradio_client.Client(page.address, verbose=False, analytics_enabled=False, download_files=str(downloads))
+
+
+@pytest.fixture
+def picture(tmp_path, shapes):
+    shapes["test"][0]["image"].save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def ask(client, path, text="\n".join(EXPRESSIONS)):
+    return client.predict(gradio_client.handle_file(str(path)), text, api_name="/ask")
+
+
+def refusal(client, path, text="\n".join(EXPRESSIONS)) -> str:
+    with pytest.raises(gradio_client.exceptions.AppError) as error:
+        ask(client, path, text)
+    return str(error.value)
+
+
+def test_answers_are_those_of_the_pipeline(client, folder, shapes, tmp_path):
+    picture = tmp_path / "wide.png"
+    shapes["test"][0]["image"].resize((64, 40)).save(picture)
+    shown, answers = ask(client, picture)
+    ground = pipeline("visual-grounding", model=str(folder))
+    expected = [to_json(answer) for answer in ground(picture, text=EXPRESSIONS)]
+    assert [answer["phrase"] for answer in answers] == EXPRESSIONS
+    for answer, right in zip(answers, expected, strict=True):
+        assert answer["box"] == pytest.approx(right["box"], abs=0.02)
+        masks = [from_coco_rle(value["segmentation"]) for value in (answer, right)]
+        assert masks[0].shape == (40, 64)
+        assert (masks[0] != masks[1]).mean() < 0.01
+    assert json.loads(json.dumps(answers)) == answers
+    assert [layer["label"] for layer in shown["value"]["annotations"]] == EXPRESSIONS
+
+
+def test_box_and_mask_of_an_expression_have_its_color(client, space, folder, picture):
+    shown, answers = ask(client, picture)
+    colors = [tuple(bytes.fromhex(color[1:])) for color in space.COLORS[:2]]
+    assert list(shown["color_map"].items()) == list(zip(EXPRESSIONS, space.COLORS, strict=False))
+    scale = space.DISPLAY_SIDE / 64
+    for layer, answer, color in zip(shown["value"]["annotations"], answers, colors, strict=True):
+        pixels = np.array(Image.open(layer["image"]))
+        assert pixels.shape == (space.DISPLAY_SIDE, space.DISPLAY_SIDE, 4)
+        covered = pixels[..., 3] > 0
+        assert {tuple(value) for value in np.unique(pixels[covered][:, :3], axis=0)} == {color}
+        rows, columns = np.nonzero(pixels[..., 3] == 255)
+        frame = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert frame == pytest.approx(np.clip(np.array(answer["box"]) * scale, 0, space.DISPLAY_SIDE), abs=1)
+        film = (pixels[..., 3] > 0) & (pixels[..., 3] < 255)
+        mask = np.kron(from_coco_rle(answer["segmentation"]), np.ones((13, 13)))[: len(film), : len(film)]
+        assert film.sum() > 0.7 * mask.sum()  # but for what the frame covers
+
+
+def test_a_box_without_a_mask_is_a_frame_within_the_picture(space):
+    opacity = space.draw(torch.tensor([-9.0, 10.0, 50.0, 400.0]), None, 100, 80)
+    assert opacity.shape == (100, 80)
+    assert opacity[10:, 0].min() == opacity[99, :50].min() == 1
+    assert opacity[16:94, 6:44].max() == opacity[:10].max() == opacity[:, 50:].max() == 0
+
+
+def test_a_model_without_masks_gives_boxes(space, trained, picture):
+    _, opacities, answers = space.Answerer(str(trained[0])).answer(str(picture), EXPRESSIONS)
+    assert [set(answer) for answer in answers] == [{"phrase", "box"}] * 2
+    assert set(np.unique(np.stack(opacities))) <= {0, 1}
+
+
+def test_a_picture_is_encoded_once_and_few_are_kept(client, page, space, picture, tmp_path, monkeypatch):
+    looks, answerer = [], page.answerer
+    monkeypatch.setattr(answerer, "pictures", type(answerer.pictures)())
+    look = answerer.model.model.backbone.register_forward_hook(lambda *_: looks.append(1))
+    first = ask(client, picture, "the star")[1]
+    shutil.copy(picture, tmp_path / "another name.png")
+    assert ask(client, tmp_path / "another name.png", "the star")[1] == first
+    ask(client, picture, "the circle")
+    assert len(looks) == 1
+    shades = [tmp_path / f"{shade}.png" for shade in range(space.MAX_PICTURES)]
+    for shade, path in enumerate(shades):
+        Image.new("RGB", (40, 30), (shade, 0, 0)).save(path)
+    for path in (*shades[:-1], picture, shades[-1], picture):  # the first shade goes, not the one asked for since
+        ask(client, path, "the star")
+    assert len(answerer.pictures) == space.MAX_PICTURES
+    assert len(looks) == space.MAX_PICTURES + 1
+    ask(client, shades[0], "the star")
+    assert len(looks) == space.MAX_PICTURES + 2
+    look.remove()
+
+
+def test_sideways_pictures_are_turned_and_modes_taken(client, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "sideways.jpg", exif=exif)
+    answer = ask(client, tmp_path / "sideways.jpg")[1][0]
+    assert answer["segmentation"]["size"] == [40, 20]
+    for mode in ("L", "P", "RGBA", "1"):
+        Image.new(mode, (40, 20)).save(tmp_path / "mode.png")
+        assert len(ask(client, tmp_path / "mode.png")[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "There is no expression: say what to look for, one expression a line."),
+        (" \n\t\n", "There is no expression: say what to look for, one expression a line."),
+        ("the star\n" * 17, "There are 17 expressions: up to 16 are answered at once."),
+    ],
+)
+def test_texts_that_ask_nothing_or_too_much_get_a_sentence(client, picture, text, sentence):
+    assert refusal(client, picture, text) == sentence
+
+
+def test_a_question_without_a_picture_gets_a_sentence(client):
+    with pytest.raises(gradio_client.exceptions.AppError, match="There is no picture: upload one"):
+        client.predict(None, "the star", api_name="/ask")
+
+
+def test_files_that_are_no_pictures_get_a_sentence(client, tmp_path):
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "JPEG")
+    for name, content in {"text.png": b"no picture", "cut.jpg": whole.getvalue()[:700], "empty.png": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        sentence = refusal(client, tmp_path / name)
+        assert re.match(f"The file '{name}' cannot be read as a picture: ", sentence), sentence
+        assert "/" not in sentence  # no folder of the server's
+        assert "Traceback" not in sentence
+
+
+@pytest.mark.row("S11")
+def test_uploads_of_other_formats_are_refused_and_start_nothing(
+    client, tmp_path_factory, monkeypatch, record_property
+):
+    folder = tmp_path_factory.mktemp("formats")
+    mark, passed = stand_in_for_ghostscript(folder, monkeypatch), 0
+    names = [list(REFUSED)[index] for index in trials(len(REFUSED), short=2)]
+    for name in names:
+        (folder / "photo.jpg").write_bytes(REFUSED[name])
+        sentence = refusal(client, folder / "photo.jpg")
+        passed += is_refusal(sentence, name) and sentence.startswith("The file 'photo.jpg' cannot be read")
+    record_property("counted", (passed, len(names)))
+    assert passed == len(names)
+    assert not mark.exists()
+
+
+def test_what_a_message_quotes_is_no_markup(page):
+    """Gradio's client and its upload change such names, and a request of one's own does not."""
+    file = {"path": f"{os.environ['GRADIO_TEMP_DIR']}/<b>.png", "meta": {"_type": "gradio.FileData"}}
+    text = outcome(page, [file, "the star"])
+    assert "There is no picture '&lt;b&gt;.png' here" in text
+    assert "<b>" not in text
+
+
+# limits
+
+
+@pytest.mark.row("S9")
+def test_uploads_over_5_mb_are_refused_with_a_sentence(client, page, space, tmp_path):
+    """By gradio as they arrive, and by the page should they have come some other way."""
+    noise = Image.effect_noise((2600, 2600), 100)
+    noise.save(tmp_path / "large.png")
+    size = (tmp_path / "large.png").stat().st_size
+    assert size > space.MAX_FILE_BYTES == 5 * 1024**2
+    with open(tmp_path / "large.png", "rb") as file:
+        answer = httpx.post(f"{page.address}/gradio_api/upload", files={"files": file})
+    assert (answer.status_code, answer.text) == (413, "File size exceeded maximum allowed size of 5242880 bytes.")
+    with pytest.raises(ValueError, match=r"^The file 'large.png' has more than 5 MB: make it smaller first\.$"):
+        page.answerer.look(str(tmp_path / "large.png"))
+    # as large as can be
+    content = io.BytesIO()
+    noise.crop((0, 0, 600, 600)).save(content, "PNG")
+    (tmp_path / "just.png").write_bytes(content.getvalue().ljust(space.MAX_FILE_BYTES, b"\0"))
+    assert len(ask(client, tmp_path / "just.png")[1]) == 2
+
+
+@pytest.mark.parametrize("size", [(7072, 7072), (30_000, 30_000)])
+@pytest.mark.row("S9")
+def test_pictures_of_too_many_pixels_are_refused_with_the_processors_sentence(client, tmp_path, size):
+    Image.new("1", size).save(tmp_path / "bomb.png")
+    begin = time.monotonic()
+    sentence = refusal(client, tmp_path / "bomb.png")
+    assert time.monotonic() - begin < 2
+    assert "50,000,000" in sentence
+    assert sentence.endswith("make it smaller first.")
+
+
+@pytest.mark.row("S9")
+def test_expressions_are_cut_at_512_characters(client, space, picture):
+    long = "the star " * 100
+    answers = ask(client, picture, f"the circle\n{long}")[1]
+    assert [answer["phrase"] for answer in answers] == ["the circle", long[:512]]
+    assert "512 characters" in space.ABOUT
+
+
+@pytest.mark.row("S9")
+def test_the_queue_takes_20(page, client, picture):
+    """While one question is answered, 20 wait, and the next is told so; none goes round the queue."""
+    free, begun = threading.Event(), threading.Event()
+    answer = page.answerer.answer
+
+    def slow(*arguments):
+        begun.set()
+        free.wait(60)
+        return answer(*arguments)
+
+    file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
+    data = [{"path": file, "meta": {"_type": "gradio.FileData"}}, "the star"]
+    call = f"{page.address}/gradio_api/call/ask"
+    page.answerer.answer = slow
+    try:
+        first = httpx.post(call, json={"data": data})
+        assert begun.wait(30)
+        waiting = [httpx.post(call, json={"data": data}) for _ in range(25)]
+    finally:
+        free.set()
+        page.answerer.answer = answer
+    assert first.status_code == 200
+    assert [one.status_code for one in waiting] == [200] * 20 + [503] * 5
+    assert "queue is full" in waiting[-1].json()["detail"].lower()
+    direct = httpx.post(f"{page.address}/gradio_api/run/ask", json={"data": data})
+    assert direct.status_code == 404
+    for one in (first, *waiting[:20]):  # all that waited are answered
+        event = httpx.get(f"{call}/{one.json()['event_id']}", timeout=60).text
+        assert "event: complete" in event
+
+
+# what a caller names
+
+
+class Watch:
+    """Places that are connected to or looked up, and files that are opened, by whatever thread of this process."""
+
+    def __init__(self):
+        self.is_on = False
+        sys.addaudithook(self.note)  # there for good
+
+    def note(self, event, arguments):
+        if self.is_on and event == "open":
+            self.opened.append(str(arguments[0]))
+        elif self.is_on and event in ("socket.connect", "socket.getaddrinfo"):
+            host, port = arguments[1][:2] if event == "socket.connect" else arguments[:2]
+            self.places.add(f"{host}:{port}")
+
+    def __enter__(self):
+        self.opened, self.places, self.is_on = [], set(), True
+        return self
+
+    def __exit__(self, *_):
+        self.is_on = False
+
+
+@pytest.fixture(scope="module")
+def watch():
+    return Watch()
+
+
+@pytest.fixture
+def listener():
+    """A port that notes who comes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.3)
+        yield server
+
+
+def came(listener) -> bool:
+    try:
+        listener.accept()
+    except TimeoutError:
+        return False
+    return True
+
+
+def outcome(page, data) -> str:
+    """What the HTTP API tells who posts `data` to it."""
+    call = f"{page.address}/gradio_api/call/ask"
+    answer = httpx.post(call, json={"data": data})
+    assert answer.status_code == 200, answer.text
+    return httpx.get(f"{call}/{answer.json()['event_id']}", timeout=60).text
+
+
+@pytest.mark.row("S6")
+def test_an_upload_is_answered_through_the_http_api(page, picture, watch):
+    """The same way as what is refused below, so that it is not refused for its form; and the watch does see."""
+    with watch:
+        file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
+        text = outcome(page, [{"path": file, "meta": {"_type": "gradio.FileData"}}, "the star"])
+    assert "event: complete" in text
+    assert '"phrase": "the star"' in text
+    assert file in watch.opened
+    assert watch.places == {page.address.removeprefix("http://")}
+
+
+@pytest.mark.parametrize("place", ["picture", "text", "within"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "http://127.0.0.1:{port}/x.png",
+        "http://localhost:{port}/x.png",
+        "https://pictures.example.com/x.png",
+        "https://huggingface.co/x.png",
+        "http://127.0.0.1:{port}/{up}{upload}",
+        "HTTP://127.0.0.1:{port}/x.png",
+        "ftp://127.0.0.1:{port}/x.png",
+        "file:///etc/passwd",
+        "//127.0.0.1:{port}/x.png",
+        "/etc/passwd",
+        "{demo}/shapes.jpg",
+        "demo/shapes.jpg",
+        "{uploads}/../secret.png",
+    ],
+)
+@pytest.mark.row("S6")
+def test_addresses_and_paths_are_refused_unopened(page, picture, listener, watch, place, path):
+    upload = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
+    uploads = os.environ["GRADIO_TEMP_DIR"]
+    shutil.copy(picture, f"{uploads}/../secret.png")  # beside what may be read
+    names = {"demo": DEMO, "uploads": uploads, "upload": upload[1:], "up": "../" * 20}
+    path = path.format(port=listener.getsockname()[1], **names)
+    address = path if "://" in path else f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
+    file = {"path": path, "url": address, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+    data = {"picture": [file, "the star"], "text": [None, file], "within": [{"files": [file]}, "the star"]}
+    with watch:
+        text = outcome(page, data[place])
+    assert "event: error" in text
+    assert NOT_UPLOADED in text
+    assert watch.places == {page.address.removeprefix("http://")}
+    assert not [name for name in watch.opened if name.endswith(("passwd", "shapes.jpg", "secret.png", "x.png"))]
+    assert not came(listener)
+
+
+@pytest.mark.row("S6")
+def test_a_picture_by_its_content_is_no_way_round_the_limit(page):
+    file = {"path": "x.png", "url": "data:image/png;base64,AAAA", "meta": {"_type": "gradio.FileData"}}
+    assert NOT_UPLOADED in outcome(page, [file, "the star"])
+    text = outcome(page, [{**file, "path": None}, "the star"])
+    assert "event: error" in text
+
+
+@pytest.mark.parametrize("scheme", ["http://", "http%3A%2F%2F", "https://"])
+@pytest.mark.parametrize("route", ["file=", "file/", "proxy="])
+@pytest.mark.row("S6")
+def test_the_server_fetches_nothing_for_others(page, listener, watch, route, scheme):
+    for host in (f"127.0.0.1:{listener.getsockname()[1]}", "pictures.example.com", "huggingface.co"):
+        with watch:
+            answer = httpx.get(f"{page.address}/gradio_api/{route}{scheme}{host}/x.png", timeout=30)
+        assert answer.status_code == 403
+        assert answer.text == "Only this page's own files are served, no addresses."
+        assert watch.places == {page.address.removeprefix("http://")}
+    assert not came(listener)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", f"{DEMO}/app.py", "demo/app.py", "app.py", f"{ROOT}/setup.cfg"])
+@pytest.mark.row("S6")
+def test_no_file_but_the_pages_own_is_served(page, path):
+    for route in ("file=", "file/"):
+        answer = httpx.get(f"{page.address}/gradio_api/{route}{path}")
+        assert answer.status_code in (403, 404)
+
+
+# as a Space
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_it_runs_as_a_space_does_without_this_package(folder, picture, tmp_path):
+    """A copy of the folder, Python without this project's package, the model by its variable, its code beside it."""
+    shutil.copytree(DEMO, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    port = free_port()
+    code = (
+        "import runpy, sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in str(finder)];"
+        f"sys.path.remove({str(ROOT)!r}) if {str(ROOT)!r} in sys.path else None;"
+        "sys.argv = ['app.py']; runpy.run_path('app.py', run_name='__main__')"
+    )
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
+        "GRADIO_SERVER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "REFTR_MODEL": str(folder),
+    }
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.3)
+        assert process.poll() is None, process.stdout.read()
+        client = gradio_client.Client(
+            f"http://127.0.0.1:{port}", verbose=False, analytics_enabled=False, download_files=str(tmp_path / "got")
+        )
+        answers = ask(client, picture)[1]
+        assert [answer["phrase"] for answer in answers] == EXPRESSIONS
+        assert list((tmp_path / "modules").rglob("modeling_reftr.py"))  # the folder's own code ran
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_without_a_model_a_sentence_says_what_to_set(run, tmp_path):
+    result = run("demo/app.py", check=False, REFTR_MODEL="")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: There is no model: give --model, or set the variable REFTR_MODEL")
+    with pytest.raises(OSError, match="nothing"):
+        import_app().main(["--model", str(tmp_path / "nothing")])
+
+
+def test_the_snippet_for_clients_runs(page, picture, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (DEMO / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    Image.open(picture).save("photo.jpg")
+    exec(code.replace("you/your-space", page.address), {})
+    assert "'phrase': 'the red cup', 'box': [" in capsys.readouterr().out
+
+
+def test_the_space_names_what_there_is():
+    """Front matter of the page of a Space, the example, and what has to be installed for the model's code."""
+    _, front, text = (DEMO / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert (DEMO / card["app_file"]).is_file()
+    assert card["sdk"] == "gradio"
+    assert len(card["short_description"]) <= 60
+    assert (DEMO / "shapes.jpg").stat().st_size < 50_000
+    assert "REFTR_MODEL" in text
+    setup = (ROOT / "setup.cfg").read_text().splitlines()
+    needed = (DEMO / "requirements.txt").read_text().splitlines()
+    assert not [line for line in needed if f"    {line}" not in setup]
+    assert not [line for line in needed if line.startswith("gradio")]  # the Space's own, see sdk_version

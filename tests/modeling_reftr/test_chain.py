@@ -1,0 +1,71 @@
+"""The published way to masks, in miniature: Visual Genome, then boxes, then masks, each from the one before it."""
+
+import itertools
+import json
+
+import yaml
+from safetensors.torch import load_file
+
+import data_scripts
+from data_scripts.visual_genome import held_out_coco_ids
+from tests.helpers.layout_refcoco import make_refcoco
+from tests.helpers.layout_visual_genome import make_visual_genome
+from tests.helpers.tiny import TINY_MODEL, TINY_TEXT
+
+
+def test_visual_genome_then_boxes_then_masks(run, tmp_path):
+    """With the published recipes, on files in their authors' layouts; a second recipe makes everything small."""
+    make_visual_genome(tmp_path / "visual_genome", (581857, 100, 20, 101, 102))
+    for name in ("refcoco_unc", "refcoco+_unc", "refcocog_umd"):
+        make_refcoco(tmp_path / "refer", name)
+    small = {
+        "model": {**TINY_MODEL, "text_config": TINY_TEXT},
+        "init_detr": None,
+        "init_text": None,
+        "data_cache_dir": str(tmp_path / "cache"),
+        "image_size": 64,
+        "batch_size": 2,
+        "num_epochs": 2,
+        "lr_drop_epochs": [1],
+        "num_workers": 0,
+        "num_pictures": 1,
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+
+    def train(name, *words):
+        output_dir = tmp_path / name
+        recipe = f"recipes/{name}.yaml"
+        run("train_reftr.py", recipe, tmp_path / "small.yaml", "--output_dir", output_dir, *words)
+        return output_dir, json.loads((output_dir / "metrics.json").read_text())["splits"]
+
+    pretrained, _ = train(
+        "visual_genome_r50",
+        *("--data_dir", tmp_path / "visual_genome", "--dataset_config.exclude_data_dir", tmp_path / "refer"),
+        *("--dataset_config.validation_images", 1, "--warmup_epochs", 1),
+    )
+    places = ("--data_dir", tmp_path / "refer")
+    boxes, figures = train("refcoco_r50_boxes_pretrained", "--init_from", pretrained, *places)
+    assert set(figures) == {"val", "testA", "testB"}
+    assert "mask_mean_iou" not in figures["testA"]
+    masks, figures = train("refcoco_r50_masks_pretrained", "--init_from", boxes, *places)
+    assert 0 <= figures["testB"]["mask_mean_iou_resized"] <= 1
+    # each run began with the weights of the one before
+    chain = [load_file(folder / "model.safetensors") for folder in (pretrained, boxes, masks)]
+    names = [name for name in chain[0] if "encoder" in name and name.endswith("proj.weight")]
+    assert names
+    for before, after in itertools.pairwise(chain):
+        assert before.keys() <= after.keys()
+        assert all((before[name] - after[name]).abs().max() < 0.01 for name in names)
+    # and no held-out picture was seen on the way
+    rows = data_scripts.load(
+        "visual_genome",
+        data_dir=tmp_path / "visual_genome",
+        cache_dir=str(tmp_path / "cache"),
+        exclude=["refcoco_unc", "refcoco+_unc", "refcocog_umd"],
+        exclude_data_dir=str(tmp_path / "refer"),
+        validation_images=1,
+    )
+    held_out = held_out_coco_ids(["refcoco_unc", "refcoco+_unc", "refcocog_umd"], tmp_path / "refer")
+    seen = {data_scripts.coco_id(image_id) for split in rows.values() for image_id in split["image_id"]}
+    assert held_out
+    assert not seen & held_out

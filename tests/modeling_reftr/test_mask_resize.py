@@ -1,0 +1,116 @@
+"""Masks go through the resize as in the published loader, pixel by pixel, wherever a mask is resized."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_scripts.masks import resize_to_nearest
+from data_scripts.refcoco import encode_segmentation
+from modeling_reftr import RefTRImageProcessor, RefTRProcessor
+from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from tests.helpers.golden import GOLDEN
+from training_reftr.augmentation import crop_and_scale
+from training_reftr.data import GroundingCollator, fit_to_picture
+from training_reftr.evaluation import compare_masks
+
+
+@pytest.fixture(scope="module")
+def published():
+    """(masks, what the published loader makes of them), (3, height, width) each."""
+    golden = np.load(GOLDEN / "mask_resize.npz")
+    pairs = []
+    for number in range(len(golden) // 3):
+        pair = []
+        for name, shape in zip(("masks", "resized"), golden[f"shapes_{number}"], strict=True):
+            bits = np.unpackbits(golden[f"{name}_{number}"])[: shape.prod()]
+            pair.append(bits.reshape(shape).astype(bool))
+        pairs.append(tuple(pair))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def full_size_processor(tokenizer):
+    return RefTRProcessor(RefTRImageProcessor(), tokenizer)
+
+
+def test_label_masks_are_the_published_ones(published, full_size_processor):
+    assert len(published) == 12
+    for masks, resized in published:
+        image = Image.new("RGB", masks.shape[:0:-1])
+        texts = ["the ellipse", "the square", "the stripes"]
+        labels = full_size_processor(image, texts, masks=list(masks))["labels"]
+        found = torch.cat([label["masks"] for label in labels]).numpy()
+        assert found.shape == resized.shape
+        assert [(a != b).sum() for a, b in zip(found, resized, strict=True)] == [0, 0, 0], masks.shape
+
+
+def test_masks_of_the_loader_are_the_published_ones(published, full_size_processor):
+    """Through rows, whose masks are run-length encoded before and after the resize."""
+    masks, resized = published[0]
+    height, width = masks.shape[1:]
+    box = {"box": [0, 0, 9, 9], "boxes": [[0, 0, 9, 9]], "category": None}
+    row = {
+        "image_id": "1",
+        "image": Image.new("RGB", (width, height)),
+        "width": width,
+        "height": height,
+        "objects": [{**box, "object_id": str(n), "segmentation": to_coco_rle(torch.from_numpy(mask))}
+                    for n, mask in enumerate(masks)],
+        "sentences": [
+            {"sentence_id": str(n), "text": "it", "phrases": [{"start": 0, "end": 2, "objects": [n], "types": []}]}
+            for n in range(len(masks))
+        ],
+    }  # fmt: skip
+    small = {**row, "image": Image.new("RGB", resized.shape[:0:-1])}
+    fitted = fit_to_picture(small, full_size_processor.image_processor)
+    assert all(
+        (from_coco_rle(item["segmentation"]) == mask).all()
+        for item, mask in zip(fitted["objects"], resized, strict=True)
+    )
+    for are_resized in (True, False):
+        collate = GroundingCollator(full_size_processor, with_masks=True, are_resized=are_resized)
+        labels = collate([small if are_resized else row])["labels"]
+        assert (torch.cat([label["masks"] for label in labels]).numpy() == resized).all()
+
+
+def test_the_resized_truth_of_the_evaluation_is_the_published_one(published, full_size_processor):
+    for masks, resized in published:
+        for mask, answer in zip(masks, torch.from_numpy(resized), strict=True):
+            target = {"segmentation": to_coco_rle(torch.from_numpy(mask))}
+            answers = torch.from_numpy(mask)[None], answer[None]
+            record = compare_masks(*answers, 0, target, full_size_processor)
+            assert record["resized_mask_pixels"] == (answer.sum(), answer.sum())
+
+
+def test_the_datasets_have_the_same_rule(published):
+    """A mask that was annotated at another size than the image's, without torch."""
+    for masks, resized in published:
+        height, width = resized.shape[1:]
+        for mask, expected in zip(masks, resized, strict=True):
+            assert (resize_to_nearest(mask, height, width) == expected).all()
+            runs = to_coco_rle(torch.from_numpy(mask))
+            found = encode_segmentation(runs, mask.shape[::-1], (width, height))
+            assert found is None if not expected.any() else (from_coco_rle(found) == expected).all()
+
+
+def test_the_rule_without_torch_is_that_of_torch():
+    rng = np.random.default_rng(0)
+    for old, new in [(1, 1), (1, 9), (9, 1), (7, 14), *rng.integers(1, 1300, (300, 2)).tolist()]:
+        line = np.arange(old)[None]
+        expected = torch.nn.functional.interpolate(torch.from_numpy(line)[None].float(), size=new, mode="nearest")
+        assert (resize_to_nearest(line, 1, new) == expected[0].numpy()).all(), (old, new)
+
+
+def test_augmented_masks_follow_the_rule():
+    mask = np.random.default_rng(0).random((53, 71)) < 0.5
+    box = [0, 0, 71, 53]  # nothing of it may be cut off, so the image is scaled alone
+    item = {"box": box, "boxes": [box], "segmentation": to_coco_rle(torch.from_numpy(mask))}
+    row = {"image": Image.new("RGB", (71, 53)), "width": 71, "height": 53, "objects": [item]}
+    for seed in range(5):  # of five scales
+        new = crop_and_scale(row, random.Random(seed))
+        found = from_coco_rle(new["objects"][0]["segmentation"])
+        assert found.shape == (new["height"], new["width"])
+        assert (found == resize_to_nearest(mask, *found.shape)).all()

@@ -1,0 +1,428 @@
+"""RefTRModel and RefTRForVisualGrounding: what may change an answer and what may not, freezing, counts, learning."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRModel
+from tests.helpers.tiny import TINY_MODEL, TINY_TEXT
+from training_reftr.data import GroundingCollator
+
+
+@pytest.fixture
+def batch(shapes, processor):
+    """Three images with their sentences, one phrase or several."""
+    return GroundingCollator(processor)([shapes["test"][index] for index in range(3)])
+
+
+def model_inputs(batch):
+    return {name: value for name, value in batch.items() if name not in ("targets", "labels")}
+
+
+def single_inputs(processor, shapes):
+    rows = [shapes["test"][index] for index in range(3)]
+    texts = [[sentence["text"] for sentence in row["sentences"][:3]] for row in rows]
+    return dict(processor([row["image"] for row in rows], texts))
+
+
+def assert_same_boxes(outputs, expected, where=None):
+    ours, theirs = outputs.pred_boxes, expected.pred_boxes
+    where = expected.phrase_mask if where is None else where
+    torch.testing.assert_close(ours[:, : theirs.shape[1]][where], theirs[where], atol=1e-5, rtol=0)
+
+
+# what never changes an answer
+
+
+def test_text_padding(processor, shapes, make_model):
+    model, inputs = make_model(), single_inputs(processor, shapes)
+    padded = {**inputs}
+    for name in ("input_ids", "attention_mask"):
+        padded[name] = nn.functional.pad(inputs[name], (0, 7))
+    assert_same_boxes(model(**padded), model(**inputs))
+
+
+def test_phrase_padding(batch, make_model):
+    model, inputs = make_model(), model_inputs(batch)
+    padded = {**inputs}
+    padded["phrase_input_ids"] = nn.functional.pad(inputs["phrase_input_ids"], (0, 2, 0, 3))
+    padded["phrase_attention_mask"] = nn.functional.pad(inputs["phrase_attention_mask"], (0, 2, 0, 3))
+    padded["phrase_attention_mask"][:, -3:, :2] = 1  # [CLS] [SEP]
+    padded["phrase_spans"] = nn.functional.pad(inputs["phrase_spans"], (0, 0, 0, 3))
+    padded["phrase_spans"][:, -3:, 1] = 1
+    outputs = model(**padded)
+    assert outputs.phrase_mask[:, -3:].any().item() is False
+    assert_same_boxes(outputs, model(**inputs))
+    padded.pop("phrase_index")  # which names the real ones
+    outputs = model(**padded)
+    assert outputs.phrase_mask[:, -3:].any().item() is False
+    assert_same_boxes(outputs, model(**inputs))
+
+
+def test_grouping_by_image(batch, make_model):
+    model, inputs = make_model(), model_inputs(batch)
+    repeated = {**inputs}
+    image_index = repeated.pop("image_index")
+    for name in ("pixel_values", "pixel_mask"):
+        repeated[name] = inputs[name][image_index]
+    assert_same_boxes(model(**repeated), model(**inputs))
+
+
+def test_sentences_of_a_batch_do_not_see_each_other(batch, make_model):
+    model, inputs = make_model(), model_inputs(batch)
+    expected = model(**inputs)
+    for index in range(len(inputs["input_ids"])):
+        alone = {name: value[index : index + 1] for name, value in inputs.items() if not name.startswith("pixel")}
+        alone["image_index"] = torch.zeros(1, dtype=torch.long)
+        alone.pop("phrase_index", None)  # it numbers the phrases of the whole batch
+        image = inputs["image_index"][index]
+        alone |= {name: inputs[name][image : image + 1] for name in ("pixel_values", "pixel_mask")}
+        torch.testing.assert_close(
+            model(**alone).pred_boxes[0], expected.pred_boxes[index], atol=1e-5, rtol=0, msg=str(index)
+        )
+
+
+def test_a_single_expression_is_a_sentence_with_one_phrase(processor, shapes, make_model):
+    model, row = make_model(), shapes["test"][0]
+    texts = [sentence["text"] for sentence in row["sentences"]]
+    single = processor(row["image"], texts)
+    phrases = processor(row["image"], texts, phrases=[[text] for text in texts])
+    assert_same_boxes(model(**phrases), model(**single))
+
+
+# what does
+
+
+def test_words_and_pictures_do_change_the_answer(processor, shapes, make_model):
+    model = make_model()
+    answers = [
+        model(**processor(shapes["test"][index]["image"], text)).pred_boxes
+        for index, text in ((0, "the red star"), (0, "the leftmost circle"), (1, "the red star"))
+    ]
+    assert (answers[0] - answers[1]).abs().max() > 1e-4
+    assert (answers[0] - answers[2]).abs().max() > 1e-4
+
+
+# freezing
+
+
+def frozen_names(model):
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize("stages", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("backbone_config", "boundaries"),
+    [
+        ({"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}, ("_backbone.layer1.", "_backbone.layer2.")),
+        ({"backbone": "test_convnext", "out_indices": [0, 1, 2, 3]}, ("_backbone.stages_0.", "_backbone.stages_1.")),
+        (
+            {
+                "model_type": "resnet",
+                "embedding_size": 8,
+                "hidden_sizes": [8, 16, 24, 32],
+                "depths": [1, 1, 1, 1],
+                "layer_type": "basic",
+                "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            },
+            ("encoder.stages.0.", "encoder.stages.1."),
+        ),
+    ],
+)
+def test_stem_and_stages_are_frozen_also_after_loading(make_model, tmp_path, backbone_config, boundaries, stages):
+    model = make_model(
+        backbone_config=backbone_config, num_frozen_backbone_stages=stages, freeze_backbone_batch_norm=True
+    )
+    frozen = frozen_names(model)
+    backbone = [name for name, _ in model.named_parameters() if name.startswith("model.backbone.")]
+    later = boundaries[stages:]
+    assert frozen <= set(backbone)
+    assert not any(name.startswith(f"model.backbone.{place}") for place in later for name in frozen)
+    if stages == 0:
+        assert not frozen
+    else:
+        assert backbone[0] in frozen  # the stem
+        inside = [name for name in backbone if name.startswith(f"model.backbone.{boundaries[stages - 1]}")]
+        assert inside
+        assert set(inside) <= frozen
+    model.save_pretrained(tmp_path)
+    assert frozen_names(RefTRForVisualGrounding.from_pretrained(tmp_path)) == frozen
+    loaded, info = RefTRForVisualGrounding.from_pretrained(tmp_path, output_loading_info=True)
+    assert frozen_names(loaded) == frozen
+    assert not info["missing_keys"]
+    assert {f"model.{name}" for name in frozen_names(RefTRModel.from_pretrained(tmp_path))} == frozen
+
+
+def test_too_many_frozen_stages_are_refused(make_model):
+    with pytest.raises(ValueError, match="num_frozen_backbone_stages=7, but 4 stages"):
+        make_model(num_frozen_backbone_stages=7)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_batch_norm_never_trains(processor, shapes, make_model, frozen):
+    backbone = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4], "output_stride": 8}
+    model = make_model(backbone_config=backbone, freeze_backbone_batch_norm=frozen)
+    inputs = single_inputs(processor, shapes)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name or ".bn" in name}
+    evaluated = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    model.train()
+    model.model.backbone.train()
+    trained = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    boxes = torch.rand(len(inputs["input_ids"]), 1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**inputs, labels=[{"boxes": box} for box in boxes]).loss.backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert before
+    same = all(torch.equal(value, after[name]) for name, value in before.items())
+    assert same is frozen
+    assert torch.allclose(evaluated, trained) is frozen
+
+
+# counts, as published
+
+
+@pytest.mark.parametrize(
+    ("backbone", "text", "total", "trainable"),
+    [
+        ("resnet50", {"model_type": "bert"}, 151_981_508, 151_759_108),
+        ("resnet101", {"model_type": "bert"}, 170_921_412, None),
+        (
+            "resnet50",
+            {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
+            167_144_900,
+            None,
+        ),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(backbone, text, total, trainable):
+    config = RefTRConfig(backbone_config={"backbone": backbone, "out_indices": [1, 2, 3, 4]}, text_config=text)
+    with torch.device("meta"):
+        model = RefTRForVisualGrounding(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == total
+    if trainable is not None:
+        assert model.num_parameters(only_trainable=True) == trainable
+
+
+# edges
+
+
+def test_nothing_to_read_gives_finite_masked_answers(processor, make_model):
+    model = make_model().train()
+    tokenizer = processor.tokenizer
+    empty = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    pixel_values = torch.randn(1, 3, 1, 1)
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        single = model(
+            pixel_values=pixel_values, input_ids=torch.tensor([empty]), labels=[{"boxes": torch.rand(1, 4)}]
+        )
+        several = model(
+            pixel_values=pixel_values,
+            input_ids=torch.tensor([empty]),
+            phrase_input_ids=torch.tensor([[empty, empty]]),
+            phrase_spans=torch.tensor([[[0, 1], [0, 0]]]),
+            labels=[{"boxes": torch.rand(2, 4)}],
+        )
+        for outputs in (single, several):
+            assert outputs.pred_boxes.isfinite().all()
+            assert not outputs.phrase_mask.any()
+            assert outputs.loss == 0
+            outputs.loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_backends_agree(batch, make_model, attention):
+    model, inputs = make_model(), model_inputs(batch)
+    expected = model(**inputs)
+    model.set_attn_implementation(attention)
+    assert_same_boxes(model(**inputs), expected)
+
+
+def test_learned_positions(processor, shapes, make_model):
+    model = make_model(position_embedding_type="learned", max_image_positions=8)
+    assert model(**single_inputs(processor, shapes)).pred_boxes.isfinite().all()
+    mask = torch.ones(2, 3, 5, dtype=torch.bool)
+    embedding = model.model.image_position_embedding
+    cells = embedding(mask)[0].unflatten(0, (3, 5))
+    assert torch.equal(
+        cells[2, 4], torch.cat((embedding.column_embeddings.weight[4], embedding.row_embeddings.weight[2]))
+    )
+    for size in ((80, 64), (64, 80)):
+        with pytest.raises(ValueError, match="max_image_positions=8"):
+            model(pixel_values=torch.zeros(1, 3, *size), input_ids=torch.tensor([[2, 5, 3]]))
+
+
+def test_hidden_states_and_attentions_on_request(batch, make_model):
+    model = make_model()
+    model.set_attn_implementation("eager")
+    outputs = model(**model_inputs(batch), output_hidden_states=True, output_attentions=True)
+    sentences, slots = outputs.phrase_mask.shape
+    tokens = outputs.encoder_last_hidden_state.shape[1]
+    assert [len(outputs.encoder_hidden_states), len(outputs.decoder_hidden_states)] == [2, 3]
+    assert outputs.encoder_attentions[0].shape == (sentences, 2, tokens, tokens)
+    assert outputs.decoder_attentions[1].shape == (sentences, 2, slots, slots)
+    assert outputs.cross_attentions[1].shape == (sentences, 2, slots, tokens)
+    plain = model(**model_inputs(batch))
+    assert plain.encoder_attentions is None
+    assert len(plain.to_tuple()) > 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": None}, "give input_ids"),
+        ({"image_index": None}, "without image_index they must be as many"),
+        ({"image_index": torch.zeros(2, dtype=torch.long)}, "must name one image for each"),
+        ({"attention_mask": torch.ones(1, 1)}, "must both be"),
+        ({"pixel_mask": torch.ones(1, 2, 2)}, "does not fit pixel_values"),
+        ({"pixel_values": torch.ones(3, 64, 64)}, "must be \\(images, channels, height, width\\)"),
+        ({"phrase_spans": None}, "belong together"),
+        ({"phrase_spans": torch.zeros(1, 1, 2)}, "must be \\(sentences, phrases, 2\\)"),
+        ({"phrase_attention_mask": torch.ones(1, 1, 1)}, "does not fit phrase_input_ids"),
+        ({"labels": [{"boxes": torch.rand(1, 4)}]}, "1 labels for"),
+    ],
+)
+def test_what_does_not_fit_is_refused(batch, make_model, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_model()(**{**model_inputs(batch), **change})
+
+
+def test_too_many_boxes_and_tokens_are_refused(batch, make_model):
+    model, inputs = make_model(), model_inputs(batch)
+    labels = [{"boxes": torch.rand(9, 4)} for _ in inputs["input_ids"]]
+    with pytest.raises(ValueError, match="at most 3 phrases"):
+        model(**inputs, labels=labels)
+    tokens = torch.ones(1, 65, dtype=torch.long)
+    with pytest.raises(ValueError, match="65 tokens a sentence, more than max_text_positions=64"):
+        model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=tokens)
+    assert model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=tokens[:, :64]).phrase_mask.all()
+
+
+def test_images_without_a_mask_have_no_padding(batch, make_model):
+    model, inputs = make_model(), model_inputs(batch)
+    inputs["pixel_mask"] = torch.ones_like(inputs["pixel_mask"])
+    expected = model(**inputs)
+    del inputs["pixel_mask"]
+    assert torch.equal(model(**inputs).pred_boxes, expected.pred_boxes)
+
+
+def test_a_text_encoder_without_pooled_output_is_refused():
+    with pytest.raises(ValueError, match="no pooled output"):
+        RefTRForVisualGrounding(
+            RefTRConfig(**{**TINY_MODEL, "text_config": {"model_type": "distilbert", "n_layers": 1}})
+        )
+
+
+# losses
+
+
+def test_loss_counts_real_phrases_and_divides_by_sentences(batch, make_model):
+    model, inputs, labels = make_model(), model_inputs(batch), batch["labels"]
+    outputs = model(**inputs, labels=labels)
+    expected = sum(
+        (outputs.pred_boxes[index, slot] - box).abs().sum()
+        for index, label in enumerate(labels)
+        for slot, box in enumerate(label["boxes"])
+    )
+    torch.testing.assert_close(outputs.loss_dict["loss_bbox"], expected / len(labels))
+    assert set(outputs.loss_dict) == {"loss_bbox", "loss_giou", "loss_bbox_0", "loss_giou_0"}
+    torch.testing.assert_close(outputs.loss, sum(outputs.loss_dict.values()))
+    halved = model(**inputs, labels=labels, num_items_in_batch=2 * len(labels))
+    torch.testing.assert_close(halved.loss, outputs.loss / 2)
+    without_last = [{"boxes": label["boxes"][:-1]} for label in labels]
+    assert model(**inputs, labels=without_last).loss < outputs.loss
+
+
+def test_saved_model_gives_the_same_answer(batch, make_model, tmp_path):
+    model, inputs = make_model(), model_inputs(batch)
+    model.save_pretrained(tmp_path)
+    loaded = RefTRForVisualGrounding.from_pretrained(tmp_path).eval()
+    saved, read = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == read.keys()
+    assert all(torch.equal(value, read[name]) for name, value in saved.items())
+    assert_same_boxes(loaded(**inputs), model(**inputs))
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    model = RefTRForVisualGrounding(RefTRConfig(**{**TINY_MODEL, "d_model": 64, "text_config": TINY_TEXT}))
+    last = model.box_head.layers[-1]
+    assert not last.weight.any()
+    assert not last.bias.any()
+    attention = model.model.encoder.layers[0].self_attn
+    # bounds of a xavier-uniform (192, 64), which query, key and value are published as, and of a (64, 64)
+    assert attention.q_proj.weight.abs().max().item() == pytest.approx((6 / 256) ** 0.5, rel=0.02)
+    assert attention.o_proj.weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.02)
+    assert not attention.q_proj.bias.any()
+    assert model.model.level_embedding.std().item() == pytest.approx(1, rel=0.4)
+    assert model.model.query_encoder.query_embedding.weight.std().item() == pytest.approx(1, rel=0.4)
+    projection = model.model.image_projection[0].weight  # a convolution of 1 x 1
+    fans = projection.shape[0] + projection.shape[1]
+    assert projection.abs().max().item() == pytest.approx((6 / fans) ** 0.5, rel=0.02)
+    linear = model.model.text_projection.linear1
+    assert linear.weight.abs().max().item() == pytest.approx(linear.in_features**-0.5, rel=0.02)
+    assert linear.bias.any()
+
+
+def test_gain_of_the_first_weights_is_as_asked(make_model):
+    model, wide = (make_model(init_xavier_std=gain).model for gain in (1.0, 3.0))
+    (layer, wide_layer), (decoder, wide_decoder) = (
+        [(part.layers[0]) for part in parts]
+        for parts in ((model.encoder, wide.encoder), (model.decoder, wide.decoder))
+    )
+    pairs = [
+        (layer.self_attn.q_proj, wide_layer.self_attn.q_proj),
+        (layer.self_attn.o_proj, wide_layer.self_attn.o_proj),
+        (decoder.cross_attn.v_proj, wide_decoder.cross_attn.v_proj),
+        (layer.mlp.fc1, wide_layer.mlp.fc1),
+        (decoder.mlp.fc2, wide_decoder.mlp.fc2),
+        (model.image_projection[0], wide.image_projection[0]),
+        (model.text_position_embeddings, wide.text_position_embeddings),
+        (model.token_type_embeddings, wide.token_type_embeddings),
+    ]
+    for narrow, other in pairs:
+        torch.testing.assert_close(other.weight, 3 * narrow.weight)
+
+
+def test_box_head_starts_as_wide_as_asked():
+    config = RefTRConfig(**{**TINY_MODEL, "d_model": 64, "text_config": TINY_TEXT, "box_head_init_std": 0.3})
+    last = RefTRForVisualGrounding(config).box_head.layers[-1]  # make_model gives it other weights
+    assert last.weight.std().item() == pytest.approx(0.3, rel=0.2)
+    assert not last.bias.any()
+
+
+# learning
+
+
+@pytest.mark.parametrize(
+    "several", [pytest.param(False, marks=pytest.mark.slow, id="single"), pytest.param(True, id="several_phrases")]
+)
+def test_sixteen_samples_are_learned_by_heart(processor, shapes, make_model, several):
+    """16 sentences, under a fifth of the first loss in 150 steps."""
+    rows = []
+    for row in shapes["train"]:
+        fitting = [sentence for sentence in row["sentences"] if (len(sentence["phrases"]) > 1) == several]
+        rows.append({**row, "sentences": fitting[:1]})
+    rows = [row for row in rows if row["sentences"]][:16]
+    assert len(rows) == 16
+    batch = GroundingCollator(processor)(rows)
+    assert ("phrase_input_ids" in batch) == several
+    model = make_model().train()
+    inputs = {name: value for name, value in batch.items() if name != "targets"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=150)
+    losses = []
+    for _ in range(150):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0], (losses[0], losses[-1])

@@ -1,0 +1,221 @@
+"""Objects that threads share are not changed by a call: what 16 threads are answered is what one is, to the bit."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from modeling_reftr import RefTRProcessor, VisualGroundingPipeline
+from modeling_reftr.modeling_reftr import RefTRModel
+from tests.helpers.tiny import trials
+from tests.modeling_reftr.test_inference import TIMM, shake
+from training_reftr.arguments import TrainingArguments
+from training_reftr.evaluation import evaluate
+from training_reftr.visualization import draw_samples
+
+
+NUM_THREADS = 16
+SHORT = ["the star", "the red circle", "a square left of the star"]
+# over 40 tokens and under 64, and over 64
+LONG = ["the red star is left of the large blue circle and " * 5 + "it", "the large blue square above the star " * 12]
+CAPTION = "the red circle and the green star are left of the large blue square that is above the small square"
+PHRASES = ["the red circle", "the green star", "the large blue square", "the small square"]
+
+
+@pytest.fixture
+def model(make_model):
+    return shake(make_model(backbone_config=TIMM, predict_masks=True))
+
+
+@pytest.fixture
+def images():
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2))]
+
+
+def same(found, expected) -> bool:
+    """Whether two results are the same to the bit, whatever they are made of."""
+    if type(found) is not type(expected):
+        return False
+    if isinstance(found, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(found, Image.Image):
+        return found.size == expected.size and found.tobytes() == expected.tobytes()
+    if hasattr(found, "items"):
+        return list(found) == list(expected) and all(same(found[name], expected[name]) for name in found)
+    if isinstance(found, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
+def make_questions(model, processor, ground, images) -> list:
+    """Calls of processor, model and pipeline, with texts of every length, some with phrases."""
+    first, second = images
+
+    def forward(**asked):
+        with torch.no_grad():
+            outputs = model(**processor(first, **asked))
+        return dict(outputs), processor.post_process_referring_segmentation(outputs, [first.size[::-1]])
+
+    questions = [lambda text=text: processor(text=text) for text in (*SHORT, *LONG)]
+    questions += [lambda text=text: processor(second, [text, *SHORT], padding="max_length") for text in LONG]
+    questions += [lambda text=text: processor(first, [text, CAPTION], phrases=[None, PHRASES]) for text in LONG]
+    questions += [lambda: processor(first, LONG[1], phrases=["the large blue square", "above the star"])]
+    questions += [lambda text=text: forward(text=text) for text in (SHORT[0], LONG[0], [*SHORT, LONG[1]])]
+    questions += [lambda: forward(text=CAPTION, phrases=PHRASES)]
+    questions += [lambda text=text: ground(first, text=text) for text in (SHORT[0], [*SHORT, LONG[1]])]
+    questions += [lambda: ground(first, text=[CAPTION] * 2, phrases=[PHRASES, PHRASES[:2]])]
+    questions += [lambda: ground([first, second], text=[SHORT[0], LONG[0]], batch_size=2)]
+    return questions
+
+
+@pytest.mark.row("T1")
+def test_threads_are_answered_as_one_is(model, tokenizer, processor, images, record_property):
+    # with a limit of its own in its file, as some have
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=7)
+    processor = RefTRProcessor(processor.image_processor, tokenizer)
+    model = model.fused_copy()
+    ground = VisualGroundingPipeline(model, processor=processor, device="cpu")
+    questions = make_questions(model, processor, ground, images)
+    expected = [ask() for ask in questions]
+    assert all(same(ask(), answer) for ask, answer in zip(questions, expected, strict=True))
+    assert not same(expected[0], expected[1])  # the comparison can fail
+    calls = trials(20_000, short=320)
+
+    def run(number: int) -> bool:
+        index = number * 7 % len(questions)
+        return same(questions[index](), expected[index])
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        results = list(threads.map(run, calls))
+    record_property("counted", (sum(results), len(results)))
+    assert sum(results) == len(results) == len(calls)
+    assert tokenizer.backend_tokenizer.truncation is None
+
+
+def beside(work, answer, times: int = 30):
+    """What `answer` gives again and again, while `work` is done over and over in another thread."""
+    is_over, failures = threading.Event(), []
+
+    def run():
+        while not is_over.is_set():
+            try:
+                work()
+            except Exception as error:
+                failures.append(error)
+                return
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        return [answer() for _ in range(times)]
+    finally:
+        is_over.set()
+        thread.join()
+        assert not failures, failures
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "save", "copy", "fused_copy"])
+def test_a_model_answers_alike_while_it_is_saved_or_copied(model, processor, images, tmp_path, kind):
+    inputs = processor(images[0], SHORT)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    work = {
+        "state_dict": model.state_dict,
+        "save": lambda: model.save_pretrained(tmp_path),
+        "copy": lambda: copy.deepcopy(model),
+        "fused_copy": model.fused_copy,
+    }[kind]
+    with torch.no_grad():
+        expected = dict(model(**inputs))
+        answers = beside(work, lambda: dict(model(**inputs)))
+    assert all(same(answer, expected) for answer in answers)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_cache_of_texts_holds_for_its_thread(model, processor, images):
+    inputs = processor(images[0], SHORT)
+    with torch.no_grad():
+        expected = dict(model(**inputs))
+
+        def with_cache():
+            with torch.no_grad(), model.cache_text(max_tokens=9):
+                for texts in (SHORT, SHORT[::-1], LONG):
+                    model(**processor(images[0], texts))
+
+        answers = beside(with_cache, lambda: dict(model(**inputs)))
+        assert all(same(answer, expected) for answer in answers)  # to the bit: not by the other thread's cache
+        with model.cache_text() as cache:
+            model(**inputs)
+            assert model.model._text_cache is cache
+            with ThreadPoolExecutor(1) as thread:
+                assert thread.submit(lambda: model.model._text_cache).result() is None
+                assert copy.deepcopy(model).model._text_cache is None  # another model
+            with model.cache_text() as inner:
+                assert model.model._text_cache is inner
+            assert model.model._text_cache is cache
+        assert model.model._text_cache is None
+
+
+def test_one_cache_for_many_threads(model, processor):
+    """Small, so that what one thread has found another makes it forget."""
+    texts = [processor(text=text) for text in (*SHORT, *LONG, SHORT)]
+    texts = [(inputs["input_ids"], inputs["attention_mask"]) for inputs in texts]
+    with torch.no_grad(), model.cache_text(max_tokens=12) as cache:
+        expected = [cache.encode(*inputs) for inputs in texts]
+
+        @torch.no_grad()
+        def ask(number):
+            found = cache(*texts[number % len(texts)])
+            torch.testing.assert_close(
+                found.pooler_output, expected[number % len(texts)].pooler_output, rtol=0, atol=1e-5
+            )
+
+        with ThreadPoolExecutor(NUM_THREADS) as threads:
+            list(threads.map(ask, range(300)))
+    assert cache.num_tokens == sum(map(len, cache.texts)) <= 12
+
+
+@pytest.fixture(params=["no", "bf16"])
+def accelerator(request):
+    """It puts a wrapper around the forward of a model, in mixed precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test in this process
+    yield Accelerator(cpu=True, mixed_precision=request.param)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_evaluation_leaves_the_model_that_trains(make_model, processor, shapes, tmp_path, accelerator):
+    """It runs a copy, attention pictures too: the model is never called, and stays as it is meanwhile."""
+    model = accelerator.prepare(shake(make_model(backbone_config=TIMM)).train())
+    own = {id(module) for module in model.modules()}
+    calls = []
+    model.model.text_backbone.register_forward_pre_hook(lambda module, inputs: calls.append(id(module) in own))
+    before = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
+    seen = []
+
+    def look() -> bool:
+        seen.append((model.training, model.model.backbone.training, model.config._attn_implementation))
+        return False
+
+    rows = shapes["test"].select(range(3))
+    args = TrainingArguments(num_workers=0, evaluation_batch_size=1, output_dir=str(tmp_path))
+    attention = model.config._attn_implementation
+    assert attention != "eager"
+    records = evaluate(model, processor, rows, args, accelerator, "test", look)
+    draw_samples(model, processor, rows, records, 1, tmp_path, accelerator)
+    assert calls
+    assert not any(calls)
+    assert not look()
+    assert set(seen) == {(True, True, attention)}
+    assert len(seen) == 4
+    assert all(
+        (id(value), True) == (before[name][0], torch.equal(value, before[name][1]))
+        for name, value in model.named_parameters()
+    )
+    assert isinstance(model.model, RefTRModel)

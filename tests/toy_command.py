@@ -1,9 +1,0 @@
-"""The command `python -m data_scripts` where the toy source of layout_toy.py is known."""
-
-import runpy
-
-import layout_toy  # noqa: F401
-
-
-if __name__ == "__main__":
-    runpy.run_module("data_scripts", run_name="__main__")

@@ -1,0 +1,295 @@
+"""What a checkpoint must hold to be continued: all else is refused in a sentence, and the one before is taken."""
+
+import json
+import os
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+import train_reftr
+from tests.helpers.faults import change_state, write_manifest
+from training_reftr.card import write_card
+from training_reftr.checkpoints import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    TrainingState,
+    checkpoints_of,
+    find_fault,
+    load_optimizer,
+    load_state,
+    newest_whole,
+    save_checkpoint,
+)
+from training_reftr.tracking import keep_until
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of a run with two checkpoints."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    assert len(checkpoints_of(tmp_path / "run")) == 2
+    return tmp_path / "run"
+
+
+def change_optimizer(path, change):
+    tensors = load_file(path / OPTIMIZER)
+    change(tensors)
+    save_file(tensors, path / OPTIMIZER)
+    write_manifest(path)
+
+
+STATES = {
+    "later": ({"ema_step": 3}, "was written by a later version of this code, which adds the field 'ema_step'"),
+    "step negative": ({"step": -5}, "has step=-5, expected a whole number of at least 0"),
+    "step of another folder": ({"step": 7}, "is of step 7, but its folder is 'step_00000012'"),
+    "step of an earlier folder": ({"step": 13}, "is of step 13, but its folder is 'step_00000012'"),
+    "step text": ({"step": "12"}, "has step='12', expected a whole number"),
+    "step true": ({"step": True}, "has step=True, expected a whole number"),
+    "step fraction": ({"step": 12.0}, "has step=12.0, expected a whole number"),
+    "step huge": ({"step": 10**30}, "expected a whole number"),
+    "epoch negative": ({"epoch": -1}, "has epoch=-1"),
+    "seen of numbers": ({"seen": [8, 2]}, "expected a list of \\[global batch size, number of batches\\]"),
+    "seen of three": ({"seen": [[8, 2, 1]]}, "expected a list of \\[global batch size, number of batches\\]"),
+    "seen of nothing": ({"seen": [[0, 2]]}, "expected a list of \\[global batch size, number of batches\\]"),
+    "seen null": ({"seen": None}, "has seen=None"),
+    "flag as number": ({"is_evaluation_due": 1}, "has is_evaluation_due=1, expected true or false"),
+    "best text": ({"best": "0.5"}, "has best='0.5', expected a finite number or null"),
+    "best not a number": ({"best": float("nan"), "best_step": 6}, "has best=nan, expected a finite number or null"),
+    "best infinite": ({"best": float("inf"), "best_step": 6}, "has best=inf"),
+    "best without its step": ({"best": 0.5, "best_step": None}, "expected both or neither"),
+    "best of later": ({"best": 0.5, "best_step": 13}, "of step 12 or earlier"),
+    "schedule negative": ({"schedule_step": -1}, "has schedule_step=-1"),
+    "epoch's steps": ({"steps_per_epoch": 2.5}, "has steps_per_epoch=2.5"),
+    "scaler": ({"scaler": {"scale": "big"}}, "expected the numbers of a gradient scaler or null"),
+    "run id": ({"run_id": 5}, "has run_id=5, expected text"),
+    "settings": ({"settings": []}, "has settings=\\[\\], expected a mapping"),
+    "missing": ({"epoch": ...}, "has no field 'epoch'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), STATES.values(), ids=STATES)
+def test_state_is_validated(run_folder, changes, sentence):
+    latest, before = checkpoints_of(run_folder)
+    change_state(latest, **changes)
+    assert re.search(sentence, find_fault(latest))
+    assert find_fault(before) is None
+
+
+FILES = {
+    "state is a list": (STATE, b"[1]", "state.json' is damaged: expected a JSON object, found list"),
+    "state is not UTF-8": (STATE, b'{"step": "\xff"}', "state.json' is damaged: 'utf-8' codec can't decode"),
+    "state is nested": (STATE, b"[" * 100_000, "state.json' is damaged: its values are nested too deeply"),
+    "state is empty": (STATE, b"", "state.json' is damaged: Expecting value"),
+    "optimizer is text": (OPTIMIZER, b"no tensors", "is damaged: .*header"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), FILES.values(), ids=FILES)
+def test_files_are_validated(run_folder, name, content, sentence):
+    latest = checkpoints_of(run_folder)[0]
+    (latest / name).write_bytes(content)
+    write_manifest(latest)
+    assert re.search(sentence, find_fault(latest))
+
+
+ENTRY = [1, "0" * 64]
+MANIFESTS = {
+    "empty": (
+        lambda manifest: manifest.clear(),
+        r"is not a complete checkpoint: manifest.json does not list config.json",
+    ),
+    **{
+        f"without {name}": (
+            lambda manifest, name=name: manifest.pop(name),
+            rf"is not a complete checkpoint: manifest.json does not list {name.replace('model.', 'model.?')}",
+        )
+        for name in ("config.json", OPTIMIZER, STATE, "processor_config.json", "tokenizer_config.json")
+    },
+    "without weights": (lambda manifest: manifest.pop("model.safetensors"), "does not list model.*safetensors"),
+    "outside": (lambda manifest: manifest.update({"../../x": ENTRY}), "lists '../../x', which is not a file in its"),
+    "absolute": (lambda manifest: manifest.update({"/etc/passwd": ENTRY}), "lists '/etc/passwd', which is not a file"),
+    "windows": (lambda manifest: manifest.update({"..\\x": ENTRY}), "which is not a file in its folder"),
+    "number": (lambda manifest: manifest.update({STATE: 3}), r"has 3 for 'state.json', expected \[size in bytes, SHA"),
+    "null": (lambda manifest: manifest.update({STATE: [1, None]}), "expected .size in bytes, SHA-256"),
+    "not a number": (lambda manifest: manifest.update({STATE: [float("nan"), "0" * 64]}), "expected .size in bytes"),
+    "negative": (lambda manifest: manifest.update({STATE: [-1, "0" * 64]}), "expected .size in bytes"),
+    "missing file": (
+        lambda manifest: manifest.update({"more.json": ENTRY}),
+        "is not a complete checkpoint: .*more.json",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), MANIFESTS.values(), ids=MANIFESTS)
+def test_manifest_is_validated(run_folder, change, sentence):
+    latest = checkpoints_of(run_folder)[0]
+    manifest = json.loads((latest / MANIFEST).read_text())
+    change(manifest)
+    (latest / MANIFEST).write_text(json.dumps(manifest))
+    assert re.search(sentence, find_fault(latest))
+    for content in ("[]", "null", "{", '{"a": }'):
+        (latest / MANIFEST).write_text(content)
+        assert "manifest.json' is damaged" in find_fault(latest)
+
+
+def test_optimizer_must_fit_the_weights(run_folder):
+    latest, before = checkpoints_of(run_folder)
+    change_optimizer(latest, lambda tensors: tensors.update({"model.unknown/exp_avg": torch.zeros(2)}))
+    assert "does not fit the model, which has no weight 'model.unknown'" in find_fault(latest)
+    key = next(key for key, value in load_file(before / OPTIMIZER).items() if value.dim() > 1)
+    change_optimizer(before, lambda tensors: tensors.update({key: tensors[key][:1].clone()}))
+    assert f"{key!r} has shape [1, " in find_fault(before)
+
+
+def test_latest_valid_checkpoint_skips_damaged_ones_and_loses_none(run_folder, caplog):
+    latest, before = checkpoints_of(run_folder)
+    for changes in ({"step": -5}, {"later": 1}):  # twice, as after a run that wrote the step again
+        if not latest.exists():
+            shutil.copytree(latest.with_name(f"{latest.name}.damaged"), latest)
+        change_state(latest, **changes)
+        assert newest_whole(run_folder) == before
+    assert "which adds the field 'later'" in caplog.text
+    names = {path.name for path in before.parent.iterdir()}
+    assert names == {before.name, f"{latest.name}.damaged", f"{latest.name}.damaged1"}
+    change_state(before, epoch=-1)
+    with pytest.raises(OSError, match=r"All 1 checkpoints .* are damaged, the latest because .*has epoch=-1"):
+        newest_whole(run_folder)
+
+
+def test_resume_takes_the_checkpoint_before_and_keeps_the_log(trained, recipe, run_folder, caplog):
+    latest = checkpoints_of(run_folder)[0]
+    change_state(latest, of_later=True)
+    log = run_folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:2], b'{"step": 2, "note": "\xe9"}\n', *lines[2:], b'{"step": 99, "tr']))
+    content = log.read_bytes()
+
+    with pytest.raises(OSError, match=r"--resume .* was written by a later version .* 'of_later'"):
+        train_reftr.main([str(recipe), "--output_dir", str(run_folder), "--resume", str(latest)])
+    assert log.read_bytes() == content
+
+    train_reftr.main([str(recipe), "--output_dir", str(run_folder), "--resume", "auto"])
+    assert "The training data changed" not in caplog.text
+    assert "metrics.jsonl', line 3 is left out" in caplog.text
+    assert f"metrics.jsonl', line {len(lines) + 2} is left out" in caplog.text
+    assert (run_folder / "metrics.jsonl.damaged").read_bytes() == content
+    steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "train/loss" in record]
+    assert steps == list(range(1, 13))
+    one, two = (
+        load_file(folder / "checkpoints" / latest.name / "model.safetensors") for folder in (trained[0], run_folder)
+    )
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_resume_says_that_the_training_data_changed(recipe, run_folder, caplog):
+    before = load_state(checkpoints_of(run_folder)[0])
+    words = ["--output_dir", str(run_folder), "--resume", "auto", "--dataset_config.num_train", "47", "--test_splits"]
+    train_reftr.main([str(recipe), *words, "validation"])
+    (warning,) = re.findall("The training data changed .*", caplog.text)
+    now, then = re.findall(r"(\d+) rows with fingerprint (\w{16})", warning)
+    assert then == (str(before.num_rows), before.fingerprint)
+    assert now[0] == "47"
+    assert now[1] != then[1]
+
+
+def test_a_cut_last_line_of_the_log_needs_no_copy(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1, "text": "\xe2\x80\xa8"}\n{"step": 2}\n{"st')
+    keep_until(log, 1)
+    assert log.read_bytes() == b'{"step": 1, "text": "\xe2\x80\xa8"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b"{", b'"text"'])
+@pytest.mark.parametrize("name", ["metrics.json", "origin.json", "recipe.yaml"])
+def test_card_names_a_damaged_file(make_model, tmp_path, name, content):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    message = rf"{name}('(, line 1)? is (damaged|not UTF-8|not YAML)| of .* cannot be used: )"
+    with pytest.raises(ValueError, match=message):
+        write_card(tmp_path)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is brought to the disk and renamed, in order; a loss of power cannot be had in a test."""
+    events = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def record_fsync(descriptor):
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_rename(source, target, call):
+        events.append(("rename", os.path.abspath(source), os.path.abspath(target)))
+        call(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", lambda source, target: record_rename(source, target, rename))
+    monkeypatch.setattr(os, "replace", lambda source, target: record_rename(source, target, replace))
+    return events
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(recipe, tmp_path, disk):
+    assert train_reftr.main([str(recipe), "--output_dir", str(tmp_path), "--max_steps", "1"]) == 0
+
+    aside, path = (str(tmp_path / "checkpoints" / name) for name in (".step_00000001.incomplete", "step_00000001"))
+    named = disk.index(("rename", aside, path))
+    synced = {event[1] for event in disk[:named] if event[0] == "fsync"}
+    assert {aside, *(f"{aside}/{name}" for name in os.listdir(path))} <= synced
+    assert ("fsync", str(tmp_path / "checkpoints")) in disk[named:]
+
+    best = [number for number, event in enumerate(disk) if event[1].startswith(f"{tmp_path}/.best/")]
+    renames = [number for number in best if disk[number][0] == "rename"]
+    before = {event[1] for event in disk[: renames[0]]}
+    assert {disk[number][1] for number in renames} <= before, "all of them first"
+    assert [disk[number][2] for number in renames].index(str(tmp_path / "model.safetensors")) == len(renames) - 1
+    assert ("fsync", str(tmp_path)) in disk[renames[-1] :]
+
+
+def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    args = SimpleNamespace(output_dir=tmp_path, keep_checkpoints=1)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)  # accelerate: on GPUs alone
+    save_checkpoint(model, optimizer, processor, TrainingState(step=3), args, accelerator)
+    path = newest_whole(tmp_path)
+    accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
+    load_optimizer(path, model, optimizer, load_state(path), accelerator)
+    assert accelerator.scaler.get_scale() == 1024.0
+    assert accelerator.scaler.get_growth_interval() == 7
+
+
+def test_new_run_is_refused_where_another_has_its_checkpoints(recipe, run_folder):
+    with pytest.raises(OSError, match=r"has checkpoints of another run.*step_00000012.*choose another --output_dir"):
+        train_reftr.main([str(recipe), "--output_dir", str(run_folder)])
+    assert len(checkpoints_of(run_folder)) == 2
+
+
+def test_schedule_is_rescaled_to_the_steps_of_todays_epochs():
+    state = TrainingState(schedule_step=12, steps_per_epoch=6)
+    state.rescale_schedule(3)
+    assert (state.schedule_step, state.steps_per_epoch) == (6, 3)
+    state.rescale_schedule(9)
+    assert (state.schedule_step, state.steps_per_epoch) == (18, 9)
+
+
+def test_checkpoint_that_lacks_a_weight_is_refused(recipe, run_folder):
+    path = newest_whole(run_folder)
+    name = "model.encoder.layers.0.mlp.fc1.weight"
+    tensors = load_file(path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    change_optimizer(path, lambda moments: [moments.pop(key) for key in list(moments) if key.startswith(f"{name}/")])
+    with pytest.raises(OSError, match=rf"lacks 1 weights of its model, the first is '{re.escape(name)}'"):
+        train_reftr.main([str(recipe), "--output_dir", str(run_folder), "--resume", "auto"])

@@ -1,0 +1,653 @@
+"""Evaluation and its report: every phrase once, figures by hand, files that say what was measured, pictures."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from torchvision.ops import box_iou
+
+import data_scripts
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.drawing_reftr import draw_answers
+from modeling_reftr.processing_reftr import from_coco_rle
+from tests.helpers.layout_flickr30k import make_flickr30k
+from tests.helpers.layout_refcoco import make_refcoco
+from tests.helpers.ranks_evaluation import run_grid
+from tests.helpers.tiny import ROOT
+from training_reftr.arguments import TrainingArguments
+from training_reftr.data import GroundingCollator, move
+from training_reftr.evaluation import (
+    answer_batch,
+    compare_boxes,
+    constant_box,
+    evaluate,
+    phrase_keys,
+    put_in_order,
+    summarize,
+    swapped_expressions,
+)
+from training_reftr.published_results import NAMES_OF_SETS, RESULTS, comparable_results
+from training_reftr.report import (
+    controls,
+    find_training_rows,
+    format_report,
+    format_table,
+    has_integer_boxes,
+    report,
+    select_splits,
+)
+from training_reftr.visualization import attend, draw_sample, heat, validation_pictures
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def evaluated(make_model, processor, shapes, accelerator):
+    """A model with masks, and its records of the test split."""
+    model = make_model(predict_masks=True)
+    args = TrainingArguments(num_workers=0, evaluation_batch_size=4)
+    return model, evaluate(model, processor, shapes["test"], args, accelerator, "test")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tables_of(text):
+    """Markdown tables by their head, each row a list of cells by the first one."""
+    tables, head = {}, None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            head = None
+        elif head is None:
+            head = tuple(cells[1:])
+            tables.setdefault(head, [])
+        elif not line.startswith("|---"):
+            tables[head].append(cells)
+    return tables
+
+
+# every phrase once
+
+
+def test_every_phrase_counts_once_on_any_number_of_processes():
+    """In short; `run_grid()` is all of it: 1 to 41 images, 1 to 4 processes, batches of 1 to 8."""
+    result = run_grid(counts=(1, 2, 7), ranks=(1, 2, 3, 4), batch_sizes=(1, 3), timeout=200)
+    assert (result["failed"], result["passed"], result["of"]) == ([], 28, 28)
+
+
+def test_a_hang_is_a_failure():
+    result = run_grid(counts=(1,), ranks=(1,), batch_sizes=(1,), timeout=0.5)
+    assert result == {"passed": 0, "of": 2, "failed": ["no end after 0.5 s"]}
+
+
+@pytest.mark.slow
+@pytest.mark.row("R9")
+def test_every_phrase_counts_once_in_full(record_property):
+    result = run_grid(timeout=2400)
+    record_property("counted", (result["passed"], result["of"]))
+    assert (result["failed"], result["passed"]) == ([], 4 * (41 * 8 + 1))
+
+
+def test_records_come_in_the_order_of_the_split(shapes):
+    keys = phrase_keys(shapes["test"])
+    records = [dict(zip(("image_id", "sentence_id", "phrase"), key, strict=True)) for key in keys]
+    shuffled = [{**record, "copy": 0} for record in records[::-1]] + [{**record, "copy": 1} for record in records[:9]]
+    in_order = put_in_order(shuffled, keys)
+    assert [(record["image_id"], record["sentence_id"], record["phrase"]) for record in in_order] == keys
+    assert {record["copy"] for record in in_order} == {0}
+    with pytest.raises(ValueError, match=rf"1 of {len(keys)} phrases were not evaluated, the first of them \('shapes"):
+        put_in_order(records[1:], keys)
+
+
+def test_a_phrase_that_is_there_twice_is_refused(shapes):
+    rows = shapes["test"].select([0, 1, 0])
+    with pytest.raises(ValueError, match=r"phrases twice, the first in the sentence 'shapes_test_\w+' of the image"):
+        phrase_keys(rows)
+
+
+# figures by hand
+
+
+def record_of(**fields):
+    box = fields.get("box", [0, 0, 10, 10])
+    return {"image_id": "a", "image_size": (10, 20), "types": [], "boxes": [box], "box": box, "iou": 1.0, **fields}
+
+
+def test_metrics_by_hand():
+    box, other = [0, 0, 10, 10], [10, 0, 20, 10]
+    records = [
+        record_of(object_id="x", pred_box=box, types=["place"]),
+        record_of(object_id="y", box=other, pred_box=box, iou=0.0, types=["place"]),
+        record_of(object_id="x", pred_box=None, iou=0.0),
+    ]
+    summary = summarize(records)
+    assert summary["num_phrases"] == 3
+    (place,) = summary["per_kind"].values()
+    assert (place["accuracy@0.5"], place["mean_iou"], place["num_phrases"]) == (0.5, 0.5, 2)
+    assert not any(name.startswith("mask") or "recall" in name for name in summary)
+    # x is held against y's answer (a hit), y against x's (a miss), and x again against y's
+    assert swapped_expressions(records)["accuracy@0.5"] == pytest.approx(2 / 3)
+    assert swapped_expressions(records[::2]) is None
+
+
+def test_merged_and_any_box_recall_by_hand():
+    """Two buses, merged one box: an answer on one of them is a hit for the other protocol alone."""
+    bus, merged = [0.0, 0, 10, 10], [0.0, 0, 40, 10]
+    target = {"words": "two buses", "sentence_id": "s", "box": merged, "boxes": [bus, [30.0, 0, 40, 10]]}
+    on_one = compare_boxes(torch.tensor(bus), target)
+    assert (on_one["iou"], on_one["any_box_iou"]) == (0.25, 1.0)
+    on_all = compare_boxes(torch.tensor(merged), target)
+    assert (on_all["iou"], on_all["any_box_iou"]) == (1.0, 0.25)
+    half = compare_boxes(torch.tensor([0.0, 0, 10, 5]), target)  # exactly a half is no hit
+    assert half["any_box_iou"] == 0.5
+    answers = [
+        {**on_one, "types": ["vehicles", "scene"]},
+        {**on_one, "types": ["vehicles"]},
+        {**on_all, "types": ["people"]},
+        {**half, "types": ["people"]},
+    ]
+    summary = summarize([record_of(**target, **answer) for answer in answers])
+    assert (summary["merged_box_recall@1"], summary["any_box_recall@1"]) == (0.25, 0.5)
+    assert summary["accuracy@0.5"] == summary["merged_box_recall@1"]
+    by_kind = {
+        kind: (values["merged_box_recall@1"], values["any_box_recall@1"], values["num_phrases"])
+        for kind, values in summary["per_kind"].items()
+    }
+    # a phrase of two types counts in both
+    assert by_kind == {"people": (0.5, 0.0, 2), "scene": (0.0, 1.0, 1), "vehicles": (0.0, 1.0, 2)}
+
+
+def test_phrases_without_answer_or_truth_in_the_mask_figures():
+    records = [
+        record_of(mask_pixels=(50, 100), resized_mask_pixels=(3, 4)),
+        record_of(mask_pixels=(0, 100), resized_mask_pixels=(0, 4)),
+        record_of(),  # no truth: its box counts, its mask does not
+    ]
+    summary = summarize(records)
+    assert (summary["num_phrases"], summary["mask_num_phrases"]) == (3, 2)
+    assert (summary["mask_mean_iou"], summary["mask_mean_iou_resized"]) == (0.25, 0.375)
+    assert summary["mask_overall_iou"] == 0.25
+
+
+def test_a_box_that_is_no_number_is_not_counted_as_a_miss():
+    target = {"words": "the star", "sentence_id": "s_1", "box": [0, 0, 1, 1], "boxes": [[0, 0, 1, 1]]}
+    with pytest.raises(ValueError, match=r"box for 'the star' \(s_1\) is \[nan"):
+        compare_boxes(torch.tensor([float("nan"), 0, 1, 1]), target)
+
+
+def test_the_best_constant_box_is_the_commonest(shapes):
+    rows = shapes["train"]
+    records = [
+        {"image_size": (row["height"], row["width"]), "box": item["box"]} for row in rows for item in row["objects"]
+    ]
+    answer = constant_box(rows, records)
+    assert 0 < answer["accuracy@0.5"] < 0.5
+    x0, y0, x1, y1 = answer["box_xyxy"]
+    assert 0 <= x0 < x1 <= 1
+    assert 0 <= y0 < y1 <= 1
+
+
+def test_the_best_constant_box_is_the_one_that_hits_most():
+    """Most boxes are in the same part of images that are not square."""
+    parts = [[0.1, 0.2, 0.4, 0.9]] * 4 + [[0.6, 0.1, 0.9, 0.3], [0.0, 0.0, 1.0, 0.1]]
+    rows, records = [], []
+    for number, part in enumerate(parts):
+        width, height = 100 + 40 * number, 50
+        box = (np.array(part) * [width, height, width, height]).tolist()
+        sentence = {"phrases": [{"objects": [0]}]}
+        rows.append({"width": width, "height": height, "objects": [{"box": box}], "sentences": [sentence]})
+        records.append({"image_size": (height, width), "box": box})
+    answer = constant_box(Dataset.from_list(rows), records)
+    assert answer["box_xyxy"] == parts[0]
+    assert answer["accuracy@0.5"] == pytest.approx(4 / 6)
+    assert answer["precision@0.9"] == pytest.approx(4 / 6)
+
+
+def test_mean_box_is_the_constant_one_where_it_hits_more_than_any():
+    boxes = [[0.0, 0.0, 60.0, 100.0], [30.0, 0.0, 90.0, 100.0]]  # of which neither hits the other
+    sentence = {"phrases": [{"objects": [0]}]}
+    rows = [{"width": 100, "height": 100, "objects": [{"box": box}], "sentences": [sentence]} for box in boxes]
+    answer = constant_box(Dataset.from_list(rows), [{"image_size": (100, 100), "box": box} for box in boxes])
+    assert answer["box_xyxy"] == [0.15, 0.0, 0.75, 1.0]
+    assert answer["accuracy@0.5"] == 1
+
+
+def test_expressions_are_swapped_between_objects_alone():
+    box, other = [0, 0, 10, 10], [10, 0, 20, 10]
+    records = [
+        record_of(object_id="x", pred_box=box),
+        record_of(object_id="x", pred_box=box),
+        record_of(object_id="y", box=other, pred_box=other),
+        record_of(object_id="x", image_id="b", pred_box=box),  # nothing else is asked for in its image
+    ]
+    swapped = swapped_expressions(records)
+    assert (swapped["num_phrases"], swapped["mean_iou"]) == (3, 0.0)
+
+
+def test_a_box_without_extent_is_a_miss():
+    target = {"words": "a", "sentence_id": "s", "box": [5.0, 5, 5, 5], "boxes": [[5.0, 5, 5, 5]]}
+    found = compare_boxes(torch.tensor([5.0, 5, 5, 5]), target)
+    assert (found["iou"], found["any_box_iou"]) == (0.0, 0.0)
+
+
+def test_answers_are_compared_with_their_own_phrases(make_model, processor, shapes, accelerator):
+    """Where the first phrase is cut away, the only answer is that of the second."""
+    row = shapes["test"][0]
+    text = "a star " * 20 + "a circle"
+    phrases = [
+        {"start": start, "end": end, "objects": [number], "types": []}
+        for number, (start, end) in enumerate([(len(text) - 8, len(text)), (0, 6)])
+    ]
+    row = {**row, "sentences": [{"sentence_id": "s", "text": text, "phrases": phrases}]}
+    processor.max_caption_length = 20
+    model = make_model()
+    batch = GroundingCollator(processor)([row])
+    with torch.no_grad():
+        outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "targets")})
+        found = answer_batch(model, processor, batch, TrainingArguments(), accelerator)
+    size = (row["height"], row["width"])
+    expected = processor.image_processor.post_process_boxes(outputs, [size])[0, 1]
+    assert (found[0]["pred_box"], found[0]["iou"], found[0]["any_box_iou"]) == (None, 0.0, 0.0)
+    assert found[1]["pred_box"] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert [record["object_id"] for record in found] == [item["object_id"] for item in row["objects"][:2]]
+
+
+def test_evaluation_asks_without_dropout_and_leaves_the_model_training(make_model, processor, shapes, accelerator):
+    model = make_model(dropout=0.5, attention_dropout=0.5).train()
+    args = TrainingArguments(num_workers=0)
+    first, again = (evaluate(model, processor, shapes["test"], args, accelerator, "test") for _ in range(2))
+    assert first == again
+    assert all(module.training for module in (model, model.model.encoder, model.model.text_backbone))
+
+
+def test_mask_pixels_are_intersection_and_union(evaluated):
+    for record in evaluated[1][:5]:
+        answer, truth = (from_coco_rle(record[name]) for name in ("pred_segmentation", "segmentation"))
+        assert record["mask_pixels"] == ((answer & truth).sum(), (answer | truth).sum())
+
+
+def test_masks_are_resized_in_two_steps_where_that_is_asked(make_model, processor, shapes, accelerator):
+    processor.image_processor.size = {"shortest_edge": 24, "longest_edge": 24}
+    model, rows = make_model(predict_masks=True), shapes["test"].select([0])
+    with torch.no_grad():
+        inputs = processor(rows[0]["image"], [sentence["text"] for sentence in rows[0]["sentences"][:1]])
+        outputs = model(**inputs)
+    masks = []
+    for two_step in (False, True):
+        args = TrainingArguments(num_workers=0, two_step_masks=two_step)
+        record = evaluate(model, processor, rows, args, accelerator, "test")[0]
+        masks.append(from_coco_rle(record["pred_segmentation"]))
+        (expected,) = processor.image_processor.post_process_masks(outputs, [(64, 64)], two_step=two_step)
+        assert (masks[-1] != expected[0].numpy()).mean() < 0.02
+    assert (masks[0] != masks[1]).mean() > 0.02
+
+
+def test_controls_that_cannot_be_had_are_left_out_and_said(shapes, caplog):
+    args = TrainingArguments(train_split="train+none")
+    assert find_training_rows(shapes, args) is None
+    assert controls([record_of(object_id="x", pred_box=[0, 0, 1, 1])], None, "testA", args) == {}
+    assert "testA: no constant box, which is chosen on the split 'train+none'" in caplog.text
+    assert "testA: no swapped expressions" in caplog.text
+    both = find_training_rows(shapes, TrainingArguments(train_split="train+validation"))
+    assert len(both) == len(shapes["train"]) + len(shapes["validation"])
+    streamed = {"train": shapes["train"].to_iterable_dataset()}
+    assert find_training_rows(streamed, TrainingArguments()) is None
+
+
+# the script's report
+
+
+@pytest.fixture(scope="module")
+def two_splits(trained, recipe, tmp_path_factory):
+    """What the script leaves of two splits, masks and pictures included."""
+    output = tmp_path_factory.mktemp("two_splits")
+    torch.manual_seed(0)
+    RefTRForVisualGrounding.from_pretrained(trained[0], predict_masks=True).save_pretrained(output / "model")
+    RefTRProcessor.from_pretrained(trained[0]).save_pretrained(output / "model")
+    words = ["--eval_only", "--test_splits", "validation,test", "--visualize", "3"]
+    command = [sys.executable, "train_reftr.py", recipe, "--init_from", output / "model", "--output_dir", output]
+    result = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def test_constant_box_is_chosen_on_all_training_rows(shapes, make_model, processor, accelerator):
+    records = evaluate(make_model(), processor, shapes["test"], TrainingArguments(num_workers=0), accelerator, "test")
+    found = controls(records, shapes["train"], "test", TrainingArguments())["constant_box"]
+    assert found == constant_box(shapes["train"], records)
+    assert found != constant_box(shapes["train"].select(range(1)), records)
+
+
+def test_eval_only_gives_the_same_figures(trained, recipe, run, tmp_path):
+    output, _ = trained
+    run("train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--eval_only")
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+    for metrics in (first, second):
+        assert metrics.pop("model") == str(output)
+    assert first == second
+    assert (output / "predictions.jsonl").read_text() == (tmp_path / "predictions.jsonl").read_text()
+    assert not (tmp_path / "visualizations").exists()
+
+
+def test_several_splits_in_one_report(two_splits, shapes):
+    output, result = two_splits
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["model"] == str(output / "model")
+    assert (metrics["dataset"], metrics["two_step_masks"]) == ("shapes", False)
+    assert list(metrics["splits"]) == ["validation", "test"]
+    for name, values in metrics["splits"].items():
+        assert values["num_phrases"] == values["mask_num_phrases"] == len(phrase_keys(shapes[name]))
+        assert values["integer_boxes"] is False
+        assert values["constant_box"]["num_phrases"] == values["num_phrases"]
+        assert {"swapped_expressions", "mask_overall_iou", "mask_mean_iou_resized"} <= values.keys()
+        assert set(values["per_kind"]) == {"attribute", "place", "relation", "caption"}
+    assert result.stdout.startswith(format_table(metrics))
+
+    tables = tables_of((output / "report.md").read_text())
+    (boxes,) = (rows for head, rows in tables.items() if head[:2] == ("accuracy@0.5", "mean IoU"))
+    (masks,) = (rows for head, rows in tables.items() if head[:2] == ("mIoU", "oIoU"))
+    wanted = [values["mean_iou"] for values in metrics["splits"].values()]
+    assert [row[2] for row in boxes if row[0] == "all phrases"] == [f"{value:.3f}" for value in wanted]
+    wanted = [values["mask_overall_iou"] for values in metrics["splits"].values()]
+    assert [row[2] for row in masks if row[0] == "all phrases"] == [f"{value:.3f}" for value in wanted]
+    assert sum(row[0] == "expressions swapped" for row in boxes) == 2
+    assert len(tables) == 2  # nothing published, no object with several boxes
+
+
+def test_predictions_are_keyed_by_sentence_and_phrase(two_splits, shapes):
+    lines = lines_of(two_splits[0] / "predictions.jsonl")
+    metrics = json.loads((two_splits[0] / "metrics.json").read_text())
+    keys = [(name, *key) for name in ("validation", "test") for key in phrase_keys(shapes[name])]
+    assert [(line["split"], line["image_id"], line["sentence_id"], line["phrase"]) for line in lines] == keys
+    rows = {row["image_id"]: row for name in ("validation", "test") for row in shapes[name]}
+    for line in lines:
+        row = rows[line["image_id"]]
+        (sentence,) = (item for item in row["sentences"] if item["sentence_id"] == line["sentence_id"])
+        phrase = sentence["phrases"][line["phrase"]]
+        assert line["words"] == sentence["text"][phrase["start"] : phrase["end"]]
+        truth = torch.tensor([row["objects"][phrase["objects"][0]]["box"]], dtype=torch.float64)
+        answer = torch.tensor([line["pred_box_xyxy"]], dtype=torch.float64)
+        assert line["iou"] == line["any_box_iou"] == box_iou(answer, truth).item()
+        assert from_coco_rle(line["segmentation"]).shape == (row["height"], row["width"])
+    for name, values in metrics["splits"].items():
+        ious = [line["iou"] for line in lines if line["split"] == name]
+        assert values["accuracy@0.5"] == sum(iou > 0.5 for iou in ious) / len(ious)
+
+
+def test_pictures_of_samples(two_splits, shapes):
+    for name in ("validation", "test"):
+        files = sorted((two_splits[0] / "visualizations" / name).iterdir())
+        assert len(files) == 3
+        images = [re.search(rf"shapes_{name}_\d+", file.name)[0] for file in files]
+        first, *_, last = shapes[name]["image_id"]
+        assert images[0] == first
+        assert last > images[2] > images[1] > images[0]  # spread over the split
+        for file in files:
+            with Image.open(file) as picture:
+                assert picture.width > 960
+                assert picture.height > picture.width * 0.7
+
+
+def test_flickr_figures_of_real_files(trained, recipe, run, tmp_path):
+    """The authors' layout, objects with several boxes: two recalls, named apart, and by phrase type."""
+    make_flickr30k(tmp_path / "data")
+    (tmp_path / "data" / "test.txt").write_text("1004\n")  # one picture of one object of one box
+    run(
+        "train_reftr.py", recipe, "--eval_only", "--init_from", trained[0], "--output_dir", tmp_path / "out",
+        "--dataset", "flickr30k_entities", "--dataset_config", "{}", "--data_dir", tmp_path / "data",
+        "--data_cache_dir", tmp_path / "cache", "--test_splits", "train,test",
+    )  # fmt: skip
+    splits = json.loads((tmp_path / "out" / "metrics.json").read_text())["splits"]
+    lines = [line for line in lines_of(tmp_path / "out" / "predictions.jsonl") if line["split"] == "train"]
+    assert splits["train"]["any_box_recall@1"] == sum(line["any_box_iou"] > 0.5 for line in lines) / len(lines)
+    assert splits["train"]["merged_box_recall@1"] == sum(line["iou"] > 0.5 for line in lines) / len(lines)
+    assert any(line["any_box_iou"] != line["iou"] for line in lines)
+    assert {"people", "vehicles", "animals"} <= splits["train"]["per_kind"].keys()
+    assert "any_box_recall@1" in splits["train"]["per_kind"]["vehicles"]
+    assert "any_box_recall@1" not in splits["test"]
+    assert "swapped_expressions" not in splits["test"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert len(tables_of(text)[("merged-box recall@1", "any-box recall@1", "phrases")]) == 1 + len(
+        splits["train"]["per_kind"]
+    )
+    assert "Not there, because there was nothing to make it of: expressions swapped." in text
+    # the published figures of test are of merged boxes
+    rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
+    assert [(row[0], row[1], row[3]) for row in rows] == [
+        ("test", "boxes, accuracy@0.5", "78.66"),
+        ("test", "boxes, accuracy@0.5", "81.18"),
+    ]
+    assert all("(not confirmed)" in row[-1] for row in rows)
+    assert "train2014" not in text
+
+
+def test_a_run_that_fails_before_its_first_best_leaves_what_describes_the_model_that_is_there(
+    trained, recipe, run, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder, ignore=shutil.ignore_patterns("checkpoints"))
+    names = ("metrics.json", "report.md", "predictions.png", "recipe.yaml", "model.safetensors")
+    before = {name: (folder / name).read_bytes() for name in names}
+    words = ("--output_dir", folder, "--best_metric", "beauty", "--learning_rate", "0.5", "--max_steps", "1")
+    result = run("train_reftr.py", recipe, *words, check=False)
+    assert "best_metric='beauty'" in result.stderr
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_a_split_that_is_not_there_is_named(recipe, run, tmp_path):
+    words = ("train_reftr.py", recipe, "--output_dir", tmp_path, "--test_splits", "test,testC")
+    result = run(*words, check=False)
+    assert result.returncode != 0
+    assert "test_splits names 'testC', but shapes has the splits train, validation, test." in result.stderr
+    assert not list(tmp_path.iterdir())  # known before training
+
+
+def test_splits_that_cannot_be_evaluated(shapes):
+    with pytest.raises(ValueError, match=r"test_splits=' ,' names no split; there are: train, validation, test"):
+        select_splits(shapes, TrainingArguments(test_splits=" ,"))
+    empty = DatasetDict(test=shapes["test"].select([]))
+    with pytest.raises(ValueError, match="'test' of shapes has no rows"):
+        select_splits(empty, TrainingArguments())
+    assert list(select_splits(shapes, TrainingArguments(test_splits="test, validation,test"))) == [
+        "test",
+        "validation",
+    ]
+
+
+def test_a_report_that_fails_leaves_no_earlier_one(make_model, processor, shapes, accelerator, tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    model = make_model()
+    torch.nn.init.constant_(model.box_head.layers[-1].bias, float("nan"))
+    with pytest.raises(ValueError, match="The model's box for"):
+        report(model, processor, shapes, TrainingArguments(output_dir=str(tmp_path), num_workers=0), accelerator)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+# published figures
+
+
+def metrics_of(dataset, split, integer_boxes=True, **figures):
+    figures = {"accuracy@0.5": 0.5, "mean_iou": 0.5, "num_phrases": 2, "per_kind": {}, **figures}
+    figures |= {f"precision@{threshold}": 0.5 for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    figures["integer_boxes"] = integer_boxes
+    return {"model": "m", "dataset": dataset, "two_step_masks": True, "splits": {split: figures}}
+
+
+def test_published_figures_stand_beside_the_same_set_split_and_metric():
+    text = format_report(metrics_of("refcoco+_unc", "testB", mask_mean_iou=0.9, mask_mean_iou_resized=0.61234))
+    rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
+    confirmed = [row for row in rows if "not confirmed" not in row[-1]]
+    assert [row[:4] for row in confirmed] == [
+        ["testB", "boxes, accuracy@0.5", "50.00", "68.99"],
+        ["testB", "masks, mIoU at the resized size", "61.23", "59.40"],
+    ]
+    assert all(row[4] == "RefTR, ResNet-101, pre-training: Visual Genome" for row in confirmed)
+    assert [row[3] for row in rows if row not in confirmed] == ["62.16"]
+    assert "cut to whole pixels, as published" in text
+    assert "in two steps, as published" in text
+    assert "it has seen the held-out pictures" in text
+
+
+def test_boxes_alone_are_not_held_against_masks():
+    text = format_report(metrics_of("refcocog_umd", "test", integer_boxes=False))
+    rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
+    assert {row[1] for row in rows} == {"boxes, accuracy@0.5"}
+    assert "against the true ones as annotated" in text
+    assert "Published figures are of true boxes cut to whole pixels" in text
+
+
+def test_boxes_are_cut_where_the_flags_of_their_set_say_so():
+    args = TrainingArguments(dataset="refcoco_unc", dataset_config={"integer_boxes": True})
+    assert has_integer_boxes("val", args)
+    flags = {"refcoco_unc": {"integer_boxes": True}, "refcocog_umd": {}}
+    args = TrainingArguments(dataset="refcoco_unc,refcocog_umd,shapes", dataset_config=flags)
+    assert [has_integer_boxes(f"{name}/val", args) for name in args.dataset.split(",")] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split"),
+    [
+        ("refcoco_google", "val"),
+        ("refcocog_google", "val"),
+        ("refcoco_unc", "train"),
+        ("resc_flickr", "test"),
+        ("shapes", "test"),
+    ],
+)
+def test_nothing_stands_beside_what_is_not_comparable(dataset, split):
+    assert "published figures" not in format_report(metrics_of(dataset, split))
+
+
+def test_a_split_of_joined_sets_is_that_sets():
+    joined, alone = (
+        comparable_results("refcoco_unc,shapes", "refcoco_unc/val"),
+        comparable_results("refcoco_unc", "val"),
+    )
+    assert joined == alone != []
+    assert comparable_results("refcoco_unc,shapes", "shapes/val") == []
+
+
+def test_published_figures_are_percent_and_of_known_sets():
+    import data_scripts
+
+    for names in NAMES_OF_SETS.values():
+        assert set(names) <= set(data_scripts.SOURCES)
+    for result in RESULTS:
+        assert all(1 < value < 100 for value in result.figures.values())
+        for name in NAMES_OF_SETS[result.dataset]:
+            assert set(result.figures) <= set(data_scripts.SOURCES[name].splits)
+    # a split has one figure of a backbone, pre-training and metric
+    keys = [(r.dataset, r.metric, r.backbone, r.pre_training) for r in RESULTS]
+    assert len(set(keys)) == len(keys)
+
+
+# pictures
+
+
+def test_attention_is_that_of_the_last_decoder_layer(evaluated, processor, shapes, accelerator):
+    model, records = evaluated
+    model.eval()
+    record = next(record for record in records if record["phrase"] == 1)
+    row = shapes["test"][shapes["test"]["image_id"].index(record["image_id"])]
+    (sentence,) = (item for item in row["sentences"] if item["sentence_id"] == record["sentence_id"])
+    inputs = move(GroundingCollator(processor)([{**row, "sentences": [sentence]}]), "cpu")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = attend(model, processor, row, record, accelerator)
+        outputs = model(**inputs, output_attentions=True)
+    length = inputs["input_ids"].shape[1]
+    expected = outputs.cross_attentions[-1][0, :, 1, length:]
+    assert maps.shape == (2, 8, 8)
+    np.testing.assert_allclose(maps.reshape(2, -1), expected.numpy(), atol=1e-6)
+
+
+def test_padding_is_not_drawn(evaluated, processor, shapes, accelerator):
+    model, records = evaluated
+    model.set_attn_implementation("eager")
+    processor.image_processor.pad_size = {"height": 96, "width": 80}
+    with torch.no_grad():
+        maps = attend(model.eval(), processor, shapes["test"][0], records[0], accelerator)
+    assert maps.shape[1:] == (8, 8)  # of 12 x 10
+
+
+def test_report_leaves_the_attention_implementation(make_model, processor, shapes, accelerator, tmp_path):
+    model = make_model()
+    model.set_attn_implementation("sdpa")
+    args = TrainingArguments(output_dir=str(tmp_path), num_workers=0, visualize=1, num_pictures=0)
+    (tmp_path / "visualizations" / "test").mkdir(parents=True)
+    (tmp_path / "visualizations" / "test" / "0007_old.png").write_text("")
+    metrics = report(model, processor, shapes, args, accelerator)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.model.text_backbone.config._attn_implementation == "sdpa"
+    (file,) = (tmp_path / "visualizations" / "test").iterdir()
+    assert file.name.startswith("0000_shapes_test_000000")
+    assert not (tmp_path / "predictions.png").exists()
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["model"] == str(tmp_path)
+
+
+def test_heat_is_where_the_weights_are():
+    weights = np.zeros((4, 4), np.float32)
+    weights[3, 0] = 0.02  # however small, the largest
+    picture = np.asarray(heat(Image.new("RGB", (80, 40), "gray"), weights)).astype(int)
+    left_bottom, right_top = picture[36, 4], picture[4, 70]
+    assert left_bottom[0] - left_bottom[2] > 150
+    assert len(set(right_top.tolist())) == 1
+    assert heat(Image.new("RGB", (8, 8)), np.zeros((2, 2))).size == (8, 8)
+
+
+def test_a_sample_without_an_answer_is_drawn(shapes):
+    row = shapes["test"][0]
+    sentence = row["sentences"][0]
+    words = {"sentence_id": sentence["sentence_id"], "phrase": 0, "words": sentence["text"]}
+    item = row["objects"][0]
+    record = {**words, "pred_box": None, "iou": 0.0, "box": item["box"], "segmentation": None}
+    assert draw_sample(row, record, np.ones((3, 4, 4))).width > 960
+
+
+def test_masks_are_seen_on_things_of_any_colour():
+    """The tint of the first colour on its opposite is as good as grey: the outline is not."""
+    mask = np.zeros((40, 40), bool)
+    mask[10:30, 10:30] = True
+    picture = np.asarray(draw_answers(Image.new("RGB", (40, 40), (39, 228, 66)), [None], [""], masks=[mask]))
+    is_color = (picture[:320] == (216, 27, 189)).all(axis=-1)
+    assert is_color[76:84, 90:230].any(axis=0).all()
+    assert not is_color[90:230, 90:230].any()
+
+
+def test_validation_pictures(evaluated, shapes):
+    _, records = evaluated
+    picture = validation_pictures(records, shapes["test"], 5)
+    assert picture.width == 8 + 4 * 328
+    assert picture.height > 2 * 320
+    assert validation_pictures(records, shapes["test"], 1).width == 336
+    assert validation_pictures([], Dataset.from_dict({"image_id": []}), 5) is None
+
+
+def test_a_picture_annotated_as_stored_is_drawn_as_stored(tmp_path):
+    """Its EXIF orientation would turn it, and the boxes away from what they are about."""
+    make_refcoco(tmp_path)
+    rows = data_scripts.load("refcoco_unc", "train", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
+    (index,) = [index for index, image_id in enumerate(rows["image_id"]) if image_id == "coco_50"]
+    row = rows.cast_column("image", datasets.Image(decode=False))[index]
+    (sentence,), (item,) = row["sentences"], row["objects"]
+    record = {"image_id": "coco_50", "sentence_id": sentence["sentence_id"], "phrase": 0, "types": []}
+    record |= {"words": sentence["text"], "box": item["box"], "pred_box": item["box"], "iou": 1.0}
+    picture = validation_pictures([record], rows, 1)
+    assert (row["width"], row["height"]) == (40, 30)
+    assert picture.height < picture.width

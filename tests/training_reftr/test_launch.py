@@ -1,0 +1,63 @@
+"""The command that continues a run, and who speaks for all ranks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.helpers.tiny import ROOT
+from training_reftr.launch import is_main_rank, resume_command, without_resume
+from training_reftr.tracking import memory_in_use
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["a.yaml", "--resume", "auto", "--seed", "1"], ["a.yaml", "--seed", "1"]),
+        (["--resume=auto", "a.yaml"], ["a.yaml"]),
+        (["a.yaml", "--resume", "--seed", "1"], ["a.yaml", "--seed", "1"]),
+        (["a.yaml", "--resume"], ["a.yaml"]),
+        (["a.yaml", "--resume", "one", "--resume", "two", "b.yaml"], ["a.yaml", "b.yaml"]),
+        (["--resume_what", "x"], ["--resume_what", "x"]),
+    ],
+)
+def test_a_run_that_resumes_is_continued_by_its_newest_checkpoint(words, kept):
+    assert without_resume(words) == kept
+    assert resume_command(words).endswith(" ".join(["train_reftr.py", *kept, "--resume auto"]))
+
+
+def test_rank_0_of_all_machines_speaks_for_all(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_main_rank()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "2")
+    assert not is_main_rank()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert is_main_rank()
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="only Linux tells the parent's command")
+@pytest.mark.parametrize("name", ["torchrun", "another"])
+def test_command_of_a_launcher_is_repeated(tmp_path, name):
+    """With words that hold spaces; another parent is no launcher."""
+    launcher, script = tmp_path / name, tmp_path / "train.py"
+    launcher.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[3:]], check=True)")
+    script.write_text(
+        f"import sys; sys.path.append({str(ROOT)!r}); from training_reftr.launch import resume_command;"
+        "print(resume_command(sys.argv[1:]))"
+    )
+    words = ["--nproc_per_node", "2", str(script), "my recipe.yaml", "--seed", "1"]
+    command = [sys.executable, str(launcher), *words]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+    start = f"torchrun --nproc_per_node 2 {script}" if name == "torchrun" else f"{sys.executable} {script}"
+    assert printed == f"{start} 'my recipe.yaml' --seed 1 --resume auto"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells the memory of a process")
+def test_memory_of_a_run_is_what_its_process_holds():
+    expected = psutil.Process().memory_info().rss / 2**30
+    assert memory_in_use(torch.device("cpu")) == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,206 @@
+"""
+Every setting that describes the model, on every path that a model comes from: it applies, or it is refused with a
+sentence. What is not given is what the model brings.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+import train_reftr
+from modeling_reftr import RefTRProcessor
+from tests.helpers.golden import load_case, published_state_dict
+from training_reftr.arguments import (
+    LEARNING,
+    MACHINE,
+    MODEL,
+    NEITHER,
+    TrainingArguments,
+    parse_arguments,
+    settings_of_kind,
+)
+from training_reftr.build import build_model
+from training_reftr.checkpoints import checkpoints_of
+from training_reftr.data import train_tokenizer
+from training_reftr.resuming import refuse_changes
+from training_reftr.run import load_for_report
+from training_reftr.sizes import image_size_of
+
+
+PATHS = ("new", "folder", "published", "evaluated folder", "evaluated published", "evaluated run", "resumed")
+APPLIES, REFUSED, IS_THE_PATH, TESTED_ELSEWHERE = (
+    "applies",
+    "refused",
+    "is the path",
+    "test_starting_weights.py",
+)
+SIZES = {**dict.fromkeys(PATHS, APPLIES), "resumed": REFUSED}
+STARTS = {**dict.fromkeys(PATHS, REFUSED), "new": TESTED_ELSEWHERE}
+TABLE = {
+    "image_size": SIZES,
+    "max_text_length": SIZES,
+    "size_divisor": SIZES,
+    "attn_implementation": dict.fromkeys(PATHS, APPLIES),
+    "model": {
+        **dict.fromkeys(PATHS, REFUSED),
+        **dict.fromkeys(("new", "folder", "published"), APPLIES),
+    },
+    "tokenizer": {
+        **dict.fromkeys(PATHS, REFUSED),
+        **dict.fromkeys(("new", "published", "evaluated published"), APPLIES),
+    },
+    "init_detr": STARTS,
+    "init_backbone": STARTS,
+    "init_text": STARTS,
+    "init_from": {**dict.fromkeys(PATHS, IS_THE_PATH), "resumed": REFUSED},
+}
+# setting -> (words that give it another value, what it is then)
+VALUES = {
+    "image_size": (["--image_size", "32"], lambda model, processor: image_size_of(processor.image_processor) == 32),
+    "max_text_length": (
+        ["--max_text_length", "12"],
+        lambda model, processor: processor.max_expression_length == processor.max_caption_length == 12,
+    ),
+    "size_divisor": (["--size_divisor", "48"], lambda model, processor: processor.image_processor.size_divisor == 48),
+    "attn_implementation": (
+        ["--attn_implementation", "eager"],
+        lambda model, processor: model.config._attn_implementation == "eager",
+    ),
+    "model": (["--model.dropout", "0.25"], lambda model, processor: model.config.dropout == 0.25),
+    "tokenizer": (["--tokenizer", "{tokenizer}"], lambda model, processor: "zebra" in processor.tokenizer.get_vocab()),
+    "init_detr": (["--init_detr", "detr.pth"], None),
+    "init_backbone": (["--init_backbone", "timm"], None),
+    "init_text": (["--init_text", "./bert"], None),
+    "init_from": (["--init_from", "./elsewhere"], None),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tokenizer, trained, tmp_path_factory):
+    """A published checkpoint and the tokenizer for it, another tokenizer, and a run with its checkpoints."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.save({"model": published_state_dict(load_case("rec_bert")[0]), "epoch": 3}, folder / "refcoco.pth")
+    tokenizer.save_pretrained(folder / "own_tokenizer")
+    train_tokenizer(["the zebra", "a red star"], max_length=64).save_pretrained(folder / "tokenizer")
+    return SimpleNamespace(published=folder / "refcoco.pth", folder=folder, run=trained[0])
+
+
+@pytest.fixture
+def load(files, recipe, shapes):
+    """Takes the path that a model comes from with further words of the command line; gives model and processor."""
+
+    def load_path(path, *words):
+        words = [word.format(tokenizer=files.folder / "tokenizer") for word in words]
+        recipes = [] if path in ("folder", "published") else [str(recipe)]
+        source = {
+            "folder": ["--init_from", str(files.run)],
+            "published": ["--init_from", str(files.published)],
+            "evaluated folder": ["--eval_only", "--init_from", str(files.run)],
+            "evaluated published": ["--eval_only", "--init_from", str(files.published)],
+            "evaluated run": ["--eval_only", "--output_dir", str(files.run)],
+            "resumed": ["--resume", "auto", "--output_dir", str(files.run)],
+        }.get(path, [])
+        if "published" in path and "--tokenizer" not in words:
+            source += ["--tokenizer", str(files.folder / "own_tokenizer")]
+        args = parse_arguments([*recipes, *source, *words])
+        if path == "resumed":
+            refuse_changes(args, checkpoints_of(files.run)[0])
+            return train_reftr.prepare_run, None
+        return load_for_report(args) if args.eval_only else build_model(args, shapes["train"])
+
+    return load_path
+
+
+def test_every_setting_has_a_kind_and_every_one_of_the_model_a_row():
+    kinds = {name: item.metadata.get("kind") for name, item in TrainingArguments.__dataclass_fields__.items()}
+    assert set(kinds.values()) == {MODEL, LEARNING, MACHINE, NEITHER}
+    assert TABLE.keys() == {*settings_of_kind(MODEL), "attn_implementation"}
+    assert VALUES.keys() == TABLE.keys()
+    assert all(row.keys() == set(PATHS) for row in TABLE.values())
+    # a default would win over what a loaded model brings
+    assert all(getattr(TrainingArguments(), name) in (None, {}) for name in settings_of_kind(MODEL))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_setting_applies_or_is_refused(load, path):
+    before = load(path)  # as the recipe has it, everything is taken
+    applied = []
+    for setting, row in TABLE.items():
+        words, _ = VALUES[setting]
+        if row[path] == REFUSED:
+            with pytest.raises(ValueError, match=rf"\b{setting}\b.*="):
+                load(path, *words)
+        elif row[path] == APPLIES:
+            applied.append(setting)
+    if path != "resumed":
+        after = load(path, *(word for setting in applied for word in VALUES[setting][0]))
+        for setting in applied:
+            assert VALUES[setting][1](*after), (setting, path)
+            assert not VALUES[setting][1](*before), (setting, path)
+
+
+def test_what_is_not_given_is_what_the_model_brings(files, tmp_path, shapes):
+    processor = RefTRProcessor.from_pretrained(files.run)
+    processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 48}
+    processor.image_processor.size_divisor = 16
+    processor.max_expression_length = processor.max_caption_length = 9
+    for file in files.run.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    processor.save_pretrained(tmp_path)
+    for words in ([], ["--eval_only"]):
+        args = parse_arguments(["--init_from", str(tmp_path), *words])
+        _, loaded = load_for_report(args) if words else build_model(args, shapes["train"])
+        assert image_size_of(loaded.image_processor) == 48
+        assert (loaded.image_processor.size_divisor, loaded.max_caption_length) == (16, 9)
+
+
+def test_a_recipe_s_model_is_not_that_of_another_model_that_is_evaluated(files, recipe):
+    """Named on the command line, the evaluated model replaces the recipe's; a recipe that names both must agree."""
+    args = parse_arguments([str(recipe), "--eval_only", "--init_from", str(files.run)])
+    assert args.model == {}
+    model, _ = load_for_report(parse_arguments([str(recipe), "--eval_only", "--output_dir", str(files.run)]))
+    assert model.config.d_model == args.model.get("d_model", 32)
+    other = parse_arguments([str(recipe), "--eval_only", "--output_dir", str(files.run), "--model.decoder_layers=6"])
+    with pytest.raises(ValueError, match=r"model\.decoder_layers=6, but the model of .* has 2 there"):
+        load_for_report(other)
+
+
+def test_weights_that_are_missing_are_not_evaluated_as_random_ones(files, tmp_path):
+    for file in files.run.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "predict_masks": True}))
+    with pytest.raises(ValueError, match=r"lacks \d+ of the weights .* the first is 'mask_head\."):
+        load_for_report(parse_arguments(["--eval_only", "--init_from", str(tmp_path)]))
+
+
+def test_a_checkpoint_of_an_evaluation_is_refused_where_it_would_be_ignored(recipe):
+    with pytest.raises(ValueError, match=r"resume='refcoco.pth' says where a training starts from, and eval_only"):
+        parse_arguments([str(recipe), "--eval_only", "--resume", "refcoco.pth"])
+    assert parse_arguments([str(recipe), "--eval_only", "--resume", "auto"]).eval_only
+
+
+def test_recipe_card_and_report_say_the_size_that_ran(files, recipe, tmp_path):
+    """At the door: fine-tuned at 32 px over a model of 64 px, with and without saying so, then evaluated at 48."""
+    words = [str(recipe), "--init_from", str(files.run), "--max_steps", "1", "--num_pictures", "0", "--output_dir"]
+    train_reftr.main([*words, str(tmp_path / "said"), "--image_size", "32"])
+    train_reftr.main([*words, str(tmp_path / "brought"), "--image_size", "null"])
+    for name, size in (("said", 32), ("brought", 64)):
+        folder = tmp_path / name
+        assert image_size_of(RefTRProcessor.from_pretrained(folder).image_processor) == size
+        assert yaml.safe_load((folder / "recipe.yaml").read_text())["image_size"] == size
+        assert f"pictures of {size} pixels" in (folder / "README.md").read_text()
+        assert json.loads((folder / "metrics.json").read_text())["image_size"] == size
+    evaluation = ["--eval_only", "--dataset", "shapes", "--dataset_config", "{num_train: 48, image_size: 64}"]
+    evaluation += ["--dataset_config.num_test", "2", "--dataset_config.num_validation", "9", "--num_workers", "0"]
+    evaluation += ["--num_pictures", "0", "--data_cache_dir", str(tmp_path / "cache")]
+    train_reftr.main([*evaluation, "--output_dir", str(tmp_path / "said"), "--image_size", "48"])
+    assert json.loads((tmp_path / "said" / "metrics.json").read_text())["image_size"] == 48
+    card = (tmp_path / "said" / "README.md").read_text()
+    assert "pictures of 32 pixels" in card
+    assert "On shapes, images of 48 pixels:" in card

@@ -1,0 +1,345 @@
+"""The published evaluation: its batches, composed here from the raw index, and what it counts as a miss."""
+
+import json
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_convert, box_iou
+
+import data_scripts
+import train_reftr
+from data_scripts.__main__ import main as data_main
+from data_scripts.checking import find_box_faults
+from data_scripts.exporting import export
+from data_scripts.preview import draw_preview
+from data_scripts.reports import format_statistics
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.image_processing_reftr import resized_size
+from tests.helpers.layout_reftr_index import rectangle, save
+from tests.helpers.processes import run_ranks
+from training_reftr.arguments import TrainingArguments
+from training_reftr.data import EvaluationData, TrainingData
+from training_reftr.sampling import published_batches, source_order
+from training_reftr.sources import load_rows
+
+
+# width and height, wide ones first; batches of the index are padded to the shapes of these groups of them
+SIZES = ((64, 20), (48, 36), (128, 30), (64, 48), (24, 64), (50, 64), (30, 96), (64, 64))
+GROUPS = ((0, 1, 2), (4, 6), (0, 3, 4, 5), (1, 2, 3, 7))
+WORDS = ("the red circle", "a small blue square", "the green star on the left", "triangle")
+BATCH_SIZE = 8
+
+
+def make_index(folder):
+    """Write an index of 29 expressions in which images take turns, two of them misses; returns its val records."""
+    draw = np.random.default_rng(0)
+    images = folder / "refcoco" / "images" / "train2014"
+    masks = folder / "refcoco" / "masks" / "refcoco"
+    images.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for number, (width, height) in enumerate(SIZES):
+        pixels = draw.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"COCO_train2014_{number:012d}.jpg", quality=95)
+    records = []
+    for number in range(29):
+        image = int(draw.choice(GROUPS[number // BATCH_SIZE]))
+        width, height = SIZES[image]
+        x, y = draw.uniform(0, width / 2), draw.uniform(0, height / 2)
+        box = [x, y, x + draw.uniform(2, width / 2), y + draw.uniform(2, height / 2)]
+        if number == 11:  # without extent in whole pixels
+            box = [5.2, 6.1, 5.9, 9.5]
+        mask = rectangle(height, width, [int(value) for value in box]) * (number != 12)
+        np.save(masks / f"{number}.npy", mask)
+        records.append((f"COCO_train2014_{image:012d}.jpg", f"{number}.npy", box, f"{WORDS[number % 4]} {number}"))
+    for split in ("train", "val", "testA", "testB"):
+        # the loader of the other splits has the first image alone
+        # one that no evaluation can ask about, at the end
+        blank = (*records[0][:3], " ")
+        save(
+            [*records, blank] if split == "val" else records[:1],
+            folder / f"refcoco/anns/refcoco/refcoco_unc_{split}.pth",
+        )
+    return records
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index")
+    return folder, make_index(folder)
+
+
+@pytest.fixture(scope="module")
+def model_folder(trained, tmp_path_factory):
+    """A model of large box weights, so that what padding changes is seen in boxes and hits."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    model = RefTRForVisualGrounding.from_pretrained(trained[0], predict_masks=True)
+    for layer in model.box_head.layers:
+        torch.nn.init.normal_(layer.weight, std=0.35)
+    model.save_pretrained(folder)
+    RefTRProcessor.from_pretrained(trained[0]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluate_as(recipe, model_folder, index, tmp_path_factory):
+    """Evaluates as a user does, in this process or on ranks: (metrics, prediction lines by text, report.md)."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(*words, ranks=1, dataset_config="integer_boxes: true"):
+        output = tmp_path_factory.mktemp("out")
+        argv = [
+            recipe, "--eval_only", "--init_from", model_folder, "--dataset", "reftr_refcoco_unc",
+            "--data_dir", index[0], "--data_cache_dir", cache, "--dataset_config", f"{{{dataset_config}}}",
+            "--test_splits", "val", "--output_dir", output, "--two_step_masks", "--num_pictures", "0", *words,
+        ]  # fmt: skip
+        if ranks > 1:
+            run_ranks(["train_reftr.py", *argv], ranks)
+        else:
+            train_reftr.main([str(word) for word in argv])
+        metrics = json.loads((output / "metrics.json").read_text())
+        lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+        return metrics, {line["words"]: line for line in lines}, (output / "report.md").read_text()
+
+    return run
+
+
+def published_boxes(folder, records, model_folder, batch_size):
+    """
+    Boxes xyxy in pixels of the original image, by text: consecutive expressions, each with its image, padded together,
+    texts padded to the fixed length; nothing of the project's loaders.
+    """
+    model = RefTRForVisualGrounding.from_pretrained(model_folder).eval()
+    processor = RefTRProcessor.from_pretrained(model_folder)
+    boxes = {}
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        images = [Image.open(folder / "refcoco/images/train2014" / name).convert("RGB") for name, *_ in batch]
+        texts = [[text] for *_, text in batch]
+        with torch.no_grad():
+            outputs = model(**processor(images=images, text=texts, padding="max_length"))
+        for image, (*_, text), box in zip(images, batch, outputs.pred_boxes.reshape(-1, 4), strict=True):
+            boxes[text] = (box_convert(box, "cxcywh", "xyxy") * torch.tensor(image.size * 2)).tolist()
+    return boxes
+
+
+def furthest(lines, boxes):
+    """Pixels by which predictions differ at most from boxes."""
+    return max(np.abs(np.subtract(lines[text]["pred_box_xyxy"], box)).max() for text, box in boxes.items())
+
+
+def test_published_batches_are_composed_as_published(index, model_folder, evaluate_as):
+    folder, records = index
+    expected = published_boxes(folder, records, model_folder, BATCH_SIZE)
+    found = {name: evaluate_as("--evaluation_batching", name) for name in ("published", "grouped", "unpadded")}
+    assert furthest(found["published"][1], expected) < 1e-3
+    assert furthest(found["grouped"][1], expected) > 0.1  # else the fixture could not tell them apart
+    # without padding answers are those of one expression at a time
+    alone = published_boxes(folder, records, model_folder, 1)
+    assert furthest(found["unpadded"][1], alone) < 1e-3
+    assert furthest(found["unpadded"][1], expected) > 0.1
+
+    # accuracy as published: boxes of the index in whole pixels; one without extent is a miss, and counts
+    targets = torch.tensor([[int(value) for value in box] for _, _, box, _ in records]).float()
+    ious = box_iou(torch.tensor([expected[text] for *_, text in records]), targets).diag()
+    values = {name: metrics["splits"]["val"] for name, (metrics, *_) in found.items()}
+    assert values["published"]["num_phrases"] == len(records) == 29
+    assert values["published"]["accuracy@0.5"] == pytest.approx((ious > 0.5).sum().item() / 29)
+    assert values["published"]["mean_iou"] == pytest.approx(ious.mean().item(), abs=1e-5)
+    assert found["published"][1][records[11][-1]]["iou"] == 0
+    # an empty mask counts with 0
+    assert values["published"]["mask_num_phrases"] == 29
+    assert (values["published"]["num_without_extent"], values["published"]["num_empty_masks"]) == (1, 2)
+    accuracies = {name: value["mean_iou"] for name, value in values.items()}
+    assert len(set(accuracies.values())) == 3
+
+    for name, words in (
+        ("published", "in the published batches, of 8 expressions that follow each other in the annotations"),
+        ("grouped", "in batches of 16 images, each with all its expressions"),
+        ("unpadded", "in batches of at most 16 images of one resized size: no image is padded"),
+    ):
+        metrics, _, report = found[name]
+        assert (metrics["evaluation_batching"], metrics["evaluation_batch_size"]) == (
+            name,
+            8 if name == "published" else 16,
+        )
+        assert words in report
+        assert ("padding changes answers" in report) == (name != "published")
+        assert "1 phrases whose box has no extent count as misses, as published" in report
+        assert "2 phrases whose mask has no pixel count with a mask IoU of 0, as published" in report
+
+
+def test_ranks_take_the_published_batches_as_they_are(index, model_folder, evaluate_as):
+    folder, records = index
+    _, lines, _ = evaluate_as("--evaluation_batching", "published", "--evaluation_batch_size", "5", ranks=2)
+    assert furthest(lines, published_boxes(folder, records, model_folder, 5)) < 1e-3
+    assert list(lines) == [text for row in rows_of(index) for text in (item["text"] for item in row["sentences"])]
+
+
+def rows_of(index, **flags):
+    return data_scripts.load(
+        "reftr_refcoco_unc", "val", data_dir=index[0], cache_dir=str(index[0] / "cache"), integer_boxes=True, **flags
+    )
+
+
+def test_what_is_left_out_without_the_published_boxes_is_said(evaluate_as, index):
+    """Boxes as annotated: each has an extent, and the empty masks do not count."""
+    metrics, _, report = evaluate_as(dataset_config="")
+    values = metrics["splits"]["val"]
+    assert (values["num_phrases"], values["mask_num_phrases"], values["num_without_mask"]) == (29, 27, 2)
+    assert (values["num_left_out"], values["num_without_extent"]) == (0, 0)
+    assert "2 phrases have no mask and are left out of the mask metrics" in report
+    assert values["left_out"] == {"expressions without words": 1, "masks without a pixel": 2}
+    assert "the dataset left out 1 expressions without words, 2 masks without a pixel" in report
+    assert "counts boxes without extent as misses" in report
+
+
+# the order
+
+
+def test_the_order_is_that_of_the_index_whatever_the_rows(index):
+    rows = rows_of(index)
+    texts = [text for *_, text in index[1]]
+    for mixed in (rows, rows.shuffle(seed=1)):
+        order = source_order(mixed)
+        assert [mixed[row]["sentences"][place]["text"] for _, row, place in order] == texts
+    # rows that are left out leave gaps, and the other batches as they are
+    fewer = rows.select(range(1, len(rows)))
+    whole, part = (published_batches(source_order(part), 8) for part in (rows, fewer))
+
+    def texts_of(batches, part):
+        return [
+            [part[v.index]["sentences"][place]["text"] for v in batch for place in v.sentences] for batch in batches
+        ]
+
+    left_out = {item["text"] for item in rows[0]["sentences"]}
+    assert left_out
+    expected = [[text for text in batch if text not in left_out] for batch in texts_of(whole, rows)]
+    assert texts_of(part, fewer) == [batch for batch in expected if batch]
+
+
+def test_the_order_survives_export_and_streaming(index, tmp_path):
+    rows = rows_of(index)
+    export(data_scripts.SOURCES["reftr_refcoco_unc"], {"val": rows}, tmp_path / "export")
+    args = TrainingArguments(
+        dataset=str(tmp_path / "export"), data_cache_dir=str(tmp_path / "cache"), eval_only=True, test_splits="val"
+    )
+    assert source_order(load_rows(args)["val"]) == source_order(rows)
+    args = TrainingArguments(
+        dataset="reftr_refcoco_unc", dataset_config={"integer_boxes": True}, data_dir=str(index[0]), streaming=True,
+        validation_split="val", test_splits="val",
+    )  # fmt: skip
+    assert source_order(load_rows(args)["val"]) == source_order(rows)
+
+
+def test_rows_in_their_own_order_need_no_positions(shapes):
+    order = source_order(shapes["test"])
+    assert [position for position, *_ in order] == list(range(len(order)))
+    assert [row for _, row, _ in order] == sorted(row for _, row, _ in order)
+
+
+def test_an_order_that_is_not_known_is_refused(index, processor):
+    rows = rows_of(index)
+    args = TrainingArguments(evaluation_batching="published", num_workers=0)
+    earlier = rows.remove_columns("positions")
+    with pytest.raises(ValueError, match=r"no column 'positions'.*export the dataset again"):
+        EvaluationData({"test": earlier}, processor, args, 0, 1)
+    data = EvaluationData({"test": earlier}, processor, TrainingArguments(num_workers=0), 0, 1)
+    assert len(data.batches("test"))
+    with pytest.raises(ValueError, match="no common order of annotations"):
+        source_order(datasets.concatenate_datasets([rows, rows]))
+
+
+@pytest.mark.parametrize("batching", ["published", "unpadded"])
+def test_padding_that_the_batches_do_not_mean_is_refused(index, processor, batching):
+    with pytest.raises(ValueError, match=r"size_divisor=32 pads them further: leave one of them out"):
+        TrainingArguments(evaluation_batching=batching, size_divisor=32)
+    processor.image_processor.size_divisor = 32
+    with pytest.raises(ValueError, match=r"image processor pads further \(size_divisor=32"):
+        EvaluationData({"test": rows_of(index)}, processor, TrainingArguments(evaluation_batching=batching), 0, 1)
+
+
+def resized(row):
+    return resized_size(row["height"], row["width"], shortest_edge=64, longest_edge=64)
+
+
+def batches_of(rows, processor, args, rank, ranks):
+    """The visits of each batch of a process."""
+    return EvaluationData({"test": rows}, processor, args, rank, ranks).sampler.batches["test"]
+
+
+@pytest.mark.parametrize("batching", ["grouped", "published", "unpadded"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batching, ranks):
+    rows = rows_of(index)
+    args = TrainingArguments(evaluation_batching=batching, evaluation_batch_size=4, num_workers=0)
+    batches = [batches_of(rows, processor, args, rank, ranks) for rank in range(ranks)]
+    assert len({len(mine) for mine in batches}) == 1
+    seen = {
+        (visit.index, place)
+        for mine in batches
+        for batch in mine
+        for visit in batch
+        for place in visit.sentences or range(len(rows[visit.index]["sentences"]))
+    }
+    assert len(seen) == 29
+    if batching == "unpadded":
+        for mine in batches:
+            for batch in mine:
+                assert len({resized(rows[visit.index]) for visit in batch}) == 1
+
+
+def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor):
+    rows = shapes["test"]
+    assert len(rows) == 10
+    args = TrainingArguments(evaluation_batch_size=2, num_workers=0)
+    batches = [batches_of(rows, processor, args, rank, 4) for rank in range(4)]
+    seen = Counter(visit.index for mine in batches for batch in mine for visit in batch)
+    assert seen == {index: 2 if index < 2 else 1 for index in range(10)}
+
+
+def test_check_says_why_a_miss_is_there(index, capsys, tmp_path):
+    words = ["check", "reftr_refcoco_unc", "--data_dir", str(index[0]), "--cache_dir", str(tmp_path / "cache")]
+    assert data_main([*words, "--integer_boxes"]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: miss: 2\n" in printed
+    for why in ("[5.0, 6.0, 5.0, 9.0] has no extent", "no pixel belongs to it"):
+        assert f"{why}: it cannot be learned, and counts as a miss in an evaluation, as published" in printed
+    # where nothing asks for it, it is an error
+    (row,) = [row for row in rows_of(index) if any(item["box"] == [5, 6, 5, 9] for item in row["objects"])]
+    assert [kind for kind, message in find_box_faults(row) if "no extent" in message] == ["box"]
+
+
+def test_misses_are_drawn_counted_and_exported(index, tmp_path):
+    """What else reads the rows takes them as they are: statistics, previews."""
+    rows = rows_of(index)
+    assert "val" in format_statistics({"val": rows})
+    assert draw_preview(rows, 12, 0).width > 64
+
+
+# training
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_drops_what_only_an_evaluation_counts(index, processor, streaming):
+    """Trained on with its published boxes, val gives 28 of 29 expressions, and empty masks give no labels."""
+    rows = rows_of(index)
+    if streaming:
+        rows = rows.to_iterable_dataset()
+    args = TrainingArguments(batch_size=1, num_workers=0, group_by_image=False, augmentation="none")
+    data = TrainingData(rows, processor, args, 0, 1, with_masks=True)
+    batches = list(data.batches(0))
+    assert len(batches) == data.num_batches(0) == 28
+    labels = {batch["targets"][0][0]["words"]: batch["labels"][0] for batch in batches}
+    assert index[1][11][-1] not in labels
+    assert all("boxes" in label for label in labels.values())
+    assert [text for text, label in labels.items() if "masks" not in label] == [index[1][12][-1]]
+
+
+def test_labels_refuse_a_box_without_extent(index, processor):
+    with pytest.raises(ValueError, match=r"is not \(x0, y0, x1, y1\) with x0 < x1"):
+        processor(images=Image.new("RGB", (64, 48)), text="a dot", boxes=[[5, 6, 5, 9]])

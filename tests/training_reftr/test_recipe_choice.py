@@ -1,0 +1,148 @@
+"""A training needs a recipe: which command lines run, what runs without one, and how early the others end."""
+
+import os
+import re
+import subprocess
+import sys
+
+import psutil
+import pytest
+import yaml
+
+from modeling_reftr.__main__ import main as reftr
+from tests.helpers.tiny import ROOT
+from training_reftr.recipe_choice import with_recipe
+
+
+DEMO = str(ROOT / "recipes" / "demo.yaml")
+
+
+SCRIPT = [str(ROOT / "train_reftr.py")]
+PROGRAMS = pytest.mark.parametrize("program", [SCRIPT, ["-m", "modeling_reftr", "train"]], ids=["script", "reftr"])
+
+
+def start(*command, cwd):
+    """Start Python with these arguments; its output and its errors come in one stream."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@PROGRAMS
+def test_without_arguments_the_demo_runs_and_the_first_line_says_so(tmp_path, program):
+    process = start(*program, cwd=tmp_path)
+    line = process.stdout.readline()
+    process.kill()
+    process.communicate()
+    assert line == f"# No recipe is named: this is the embedded demo, {DEMO}.\n"
+
+
+def test_without_arguments_what_is_printed_is_the_demo(capsys):
+    with pytest.raises(SystemExit) as end:
+        reftr(["train", "--print_config"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    assert text.startswith("# No recipe is named: this is the embedded demo, ")
+    demo = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    assert yaml.safe_load(text)["model"]["d_model"] == demo["model"]["d_model"] == 64
+
+
+SETTINGS_ALONE = [
+    ["--num_epochs", "3"],
+    ["--num-epochs=3"],
+    ["--init_from", "runs/demo"],
+    ["--dataset", "shapes", "--output_dir", "runs/x"],
+    ["--resume", "auto"],
+    ["--resume", "auto", "--output_dir", "runs/x"],
+    ["--dry_run"],
+    ["--num_epochs", "3", "recipes/demo.yaml"],
+    ["--print_config", "--num_epochs", "3"],
+    ["--eval_only"],
+    ["--eval_only", "--init_from", "runs/demo"],
+    ["--eval_only", "--dataset", "shapes"],
+    ["--eval_only", "false", "--dataset", "shapes", "--init_from", "x"],
+    ["--eval_only=false", "--dataset", "shapes", "--init_from", "x"],
+    ["--eval_only", "--dataset", "shapes", "--init_from", "null"],
+]
+
+
+@pytest.mark.parametrize("words", SETTINGS_ALONE, ids=" ".join)
+def test_settings_without_a_recipe_end_with_code_2(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        with_recipe(words)
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: No recipe is named")
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert path.name in text
+    assert f"  reftr train recipes/demo.yaml {words[0]}" in text
+
+
+def test_the_example_of_a_resume_is_the_run_s_own_recipe(capsys, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset: shapes\n")
+    with pytest.raises(SystemExit):
+        with_recipe(["--resume", "auto", "--output_dir", str(tmp_path)])
+    assert f"reftr train {tmp_path / 'recipe.yaml'} --resume auto --output_dir {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [DEMO],
+        [DEMO, "--num_epochs", "3"],
+        ["--help"],
+        ["--help", "all"],
+        ["-h"],
+        ["--num_epochs", "3", "--help"],
+        ["--eval_only", "--dataset", "shapes", "--init_from", "runs/demo"],
+        ["--eval_only", "true", "--dataset=shapes", "--output_dir=runs/demo"],
+    ],
+    ids=" ".join,
+)
+def test_recipes_help_and_evaluations_that_say_all_are_left_alone(words):
+    assert with_recipe(words) == words
+
+
+@PROGRAMS
+def test_the_process_ends_with_code_2_before_torch_is_imported(tmp_path, program):
+    process = start("-X", "importtime", *program, "--num_epochs", "3", cwd=tmp_path)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, text
+    assert f"reftr train {DEMO} --num_epochs 3" in text
+    imported = set(re.findall(r"\| +([\w.]+)$", text, flags=re.MULTILINE))
+    assert "shlex" in imported
+    assert not imported & {"torch", "transformers", "numpy"}
+
+
+def test_one_process_of_several_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        with_recipe(["--num_epochs", "3"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+    assert with_recipe([]) == [DEMO]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_accelerate_launch_without_arguments_runs_the_demo(tmp_path):
+    """The command of the project's first lines, word by word; ended once it has made its first steps."""
+    process = start("-m", "accelerate.commands.launch", "--cpu", *SCRIPT, cwd=tmp_path)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if " step 50 " in line or len(lines) > 1000:
+            break
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.communicate()
+    spoken = [line for line in lines if "No recipe is named" in line]
+    assert len(spoken) == 1
+    assert " step 50 " in lines[-1]
+    assert (tmp_path / "runs" / "reftr" / "metrics.jsonl").exists()

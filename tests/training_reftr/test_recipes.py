@@ -1,0 +1,583 @@
+"""Recipes: what each published run sets, how files and the command line lie over each other, what is refused."""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
+from tests.helpers.tiny import ROOT, TINY_SET
+from training_reftr.arguments import TrainingArguments, parse_arguments
+from training_reftr.optimization import build_optimizer, build_scheduler
+
+
+RECIPES = ROOT / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+DETR = {"r50": "facebook/detr-resnet-50", "r101": "facebook/detr-resnet-101"}
+MASKS = {"num_epochs": 40, "lr_drop_epochs": [30], "learning_rate": 1e-5, "mask_head_learning_rate": 1e-4}
+REFCOCO = {
+    "refcoco": ("refcoco_unc", "val,testA,testB"),
+    "refcoco+": ("refcoco+_unc", "val,testA,testB"),
+    "refcocog": ("refcocog_umd", "val,test"),
+}
+
+# what the published runs set, by hand
+COMMON = {
+    "learning_rate": 1e-4,
+    "backbone_learning_rate": 1e-5,
+    "text_learning_rate": 1e-5,
+    "weight_decay": 1e-4,
+    "adam_beta2": 0.999,
+    "max_grad_norm": 0.1,
+    "batch_size": 8,
+    "image_size": 640,
+    "seed": 42,
+    "lr_schedule": "step",
+    "warmup_epochs": 0,
+    "warmup_steps": 0,
+    "num_epochs": 90,
+    "lr_drop_epochs": [60],
+    "max_text_length": 40,
+    "augmentation": "published",
+}
+FLICKR = {"dataset": "flickr30k_entities", "test_splits": "test", "max_text_length": 90}
+REFERIT = {"dataset": "refclef_berkeley", "test_splits": "test", "num_epochs": 90, "lr_drop_epochs": [60]}
+VISUAL_GENOME = {
+    "dataset": "visual_genome",
+    "batch_size": 32,
+    "num_epochs": 15,
+    "lr_drop_epochs": [6],
+    "warmup_epochs": 3,
+}
+PUBLISHED = {
+    "flickr30k_r50": FLICKR
+    | {"init_detr": DETR["r50"], "batch_size": 16, "num_epochs": 60, "lr_schedule": "cosine", "warmup_epochs": 5},
+    "flickr30k_r50_roberta": FLICKR
+    | {
+        "init_detr": DETR["r50"],
+        "init_text": "FacebookAI/roberta-base",
+        "batch_size": 16,
+        "num_epochs": 60,
+        "lr_drop_epochs": [40],
+    },
+    "flickr30k_refcoco_r50": {
+        "dataset": "flickr30k_entities,refcoco_unc",
+        "validation_split": "flickr30k_entities/val",
+        "test_splits": "flickr30k_entities/test",
+        "init_detr": DETR["r50"],
+        "max_text_length": 90,
+        "num_epochs": 60,  # the published script's defaults: nothing else was published
+        "lr_drop_epochs": [40],
+    },
+}
+for backbone in ("r50", "r101"):
+    start = {"init_from": f"./runs/visual_genome_{backbone}", "init_detr": None, "init_text": None}
+    detr = {"init_detr": DETR[backbone], "init_text": "google-bert/bert-base-uncased", "init_from": None}
+    PUBLISHED |= {
+        f"flickr30k_{backbone}_pretrained": FLICKR | start | {"num_epochs": 40, "lr_drop_epochs": [30]},
+        f"referit_{backbone}": REFERIT | detr,
+        f"referit_{backbone}_pretrained": REFERIT | start,
+        f"visual_genome_{backbone}": VISUAL_GENOME | detr,
+    }
+    for name, (dataset, test_splits) in REFCOCO.items():
+        splits = {
+            "dataset": dataset,
+            "train_split": "train",
+            "validation_split": "val",
+            "test_splits": test_splits,
+        }
+        PUBLISHED |= {
+            f"{name}_{backbone}_boxes": splits | detr,
+            f"{name}_{backbone}_masks": splits | MASKS | {"init_from": f"./runs/{name}_{backbone}_boxes"},
+            f"{name}_{backbone}_boxes_pretrained": splits | start,
+            f"{name}_{backbone}_masks_pretrained": splits
+            | MASKS
+            | {"init_from": f"./runs/{name}_{backbone}_boxes_pretrained"},
+        }
+
+# counted on the published model, by backbones and masks
+PARAMETERS = {
+    ("resnet50", "bert", False): 151_981_508,
+    ("resnet101", "bert", False): 170_921_412,
+    ("resnet50", "roberta", False): 167_144_900,
+    ("resnet50", "bert", True): 155_417_181,
+    ("resnet101", "bert", True): 174_357_085,
+}
+DECODER_LAYER = 1_578_752  # two attentions of 4 x (256 x 256 + 256), 256 -> 2048 -> 256, three norms
+
+
+def recipe_of(name):
+    return parse_arguments([str(RECIPES / f"{name}.yaml")])
+
+
+def test_there_is_a_recipe_for_every_published_run():
+    assert set(NAMES) == PUBLISHED.keys() | {"demo", "shapes_small"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_sets_what_was_published(name):
+    args = recipe_of(name)
+    for field, value in (COMMON | PUBLISHED[name]).items():
+        assert getattr(args, field) == value, field
+    assert args.output_dir == f"runs/{name}"
+    assert args.group_by_image  # published_order.yaml takes it back
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_is_of_the_published_size(name):
+    with torch.device("meta"):
+        model = RefTRForVisualGrounding(RefTRConfig(**recipe_of(name).model))
+    config = model.config
+    with_masks = "_masks" in name
+    assert (config.predict_masks, config.auxiliary_loss) == (with_masks, not with_masks)
+    backbone = "resnet101" if "r101" in name else "resnet50"
+    text = "roberta" if "roberta" in name else "bert"
+    fewer = 3 if name in ("referit_r50", "referit_r101") else 0
+    assert config.decoder_layers == 6 - fewer
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == PARAMETERS[backbone, text, with_masks] - fewer * DECODER_LAYER
+
+
+def test_runs_that_start_from_runs_name_what_those_write():
+    """A start that another recipe writes, by a path that is never taken for a Hub id."""
+    for name in PUBLISHED:
+        start = recipe_of(name).init_from
+        if start is not None:
+            assert start.startswith("./")
+            assert recipe_of(start.split("/")[-1]).output_dir == start.removeprefix("./")
+
+
+def test_published_ways_are_switched_by_name():
+    switches = [str(RECIPES / "common" / name) for name in ("trainval.yaml", "published_order.yaml")]
+    args = parse_arguments([str(RECIPES / "flickr30k_r50.yaml"), *switches])
+    assert (args.train_split, args.validation_split, args.test_splits) == ("train+val", "test", "test")
+    assert (args.group_by_image, args.bucket_by_shape) == (False, False)
+    assert (args.best_metric, args.two_step_masks) == ("accuracy@0.5", True)
+    assert (args.evaluation_batching, args.evaluation_batch_size) == ("published", 8)
+    ours = recipe_of("flickr30k_r50")
+    assert (ours.train_split, ours.validation_split, ours.group_by_image) == ("train", "val", True)
+    other = parse_arguments([str(RECIPES / "refcoco_r50_boxes.yaml"), "--dataset", "reftr_refcoco_unc"])
+    assert (other.dataset, other.test_splits) == ("reftr_refcoco_unc", "val,testA,testB")
+    other = parse_arguments([str(RECIPES / "visual_genome_r50.yaml"), "--dataset", "resc_vg"])
+    assert other.dataset_config == {}  # they are flags of Visual Genome's builder
+    same = parse_arguments([str(RECIPES / "visual_genome_r50.yaml"), "--dataset_config.validation_images", "9"])
+    assert same.dataset_config == {**recipe_of("visual_genome_r50").dataset_config, "validation_images": 9}
+    held_out = recipe_of("visual_genome_r50").dataset_config["exclude"]
+    assert held_out == ["refcoco_unc", "refcoco+_unc", "refcocog_umd"]
+
+
+# the published loaders, by hand: tokens of the longest text, and the splits whose images become brighter or darker
+LOADERS = {
+    "captions": (90, ("train",)),  # Flickr30k's captions with their phrases
+    "expressions": (40, ("train", "train+val", "trainval")),  # ReSC's indexes
+    "masks": (40, ("train",)),
+    "regions": (40, ("train", "train+val", "trainval")),  # Visual Genome: all there is
+}
+
+
+def loader_of(name):
+    if name.startswith("visual_genome"):
+        return "regions"
+    if "_masks" in name:
+        return "masks"
+    # joined with RefCOCO, the published loader reads Flickr30k's phrases one by one, and here captions are read
+    return "captions" if name.startswith("flickr30k") and "refcoco" not in name else "expressions"
+
+
+@pytest.mark.parametrize("split", ["train", "train+val", "trainval", "val"])
+def test_a_recipe_follows_its_published_loader(split):
+    """Brightness changes where it does there: not for Flickr30k's trainval, nor for masks of any trainval."""
+    overlay = [str(RECIPES / "common" / "trainval.yaml")] if split == "train+val" else ["--train_split", split]
+    for name in PUBLISHED:
+        length, augmented = LOADERS[loader_of(name)]
+        args = parse_arguments([str(RECIPES / f"{name}.yaml"), *overlay])
+        assert args.train_split == split
+        is_augmented = split in augmented or loader_of(name) == "regions"
+        assert args.augmentation == ("published" if is_augmented else "none"), name
+        assert args.max_text_length == (90 if name == "flickr30k_refcoco_r50" else length), name
+        assert args.image_size == 640
+        chosen = parse_arguments([str(RECIPES / f"{name}.yaml"), *overlay, "--augmentation", "brightness"])
+        assert chosen.augmentation == "brightness"
+
+
+def test_datasets_of_ones_own_keep_the_published_augmentation():
+    for dataset in ("shapes", "jsonl", "exports/flickr30k_entities", "./refcoco_unc"):
+        args = TrainingArguments(dataset=dataset, train_split="train+validation", model={"predict_masks": True})
+        assert args.augmentation == "published"
+    for dataset in ("reftr_flickr", "flickr30k_entities"):
+        assert TrainingArguments(dataset=dataset, train_split="trainval").augmentation == "none"
+    assert TrainingArguments(dataset="resc_flickr,resc_unc", train_split="trainval").augmentation == "published"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_printed_is_a_recipe_again(name, tmp_path, capsys):
+    words = [str(RECIPES / f"{name}.yaml"), "--model.dropout", "0.2", "--run_name", "3"]
+    with pytest.raises(SystemExit) as end:
+        parse_arguments([*words, "--print_config"])
+    assert not end.value.code
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    args = parse_arguments(words)
+    assert parse_arguments([str(tmp_path / "printed.yaml")]) == args
+    assert (args.model["dropout"], args.run_name) == (0.2, "3")
+
+
+def test_print_config_at_the_door(run):
+    """YAML alone on stdout, and nothing is built."""
+    result = run("train_reftr.py", RECIPES / "referit_r50.yaml", "--print_config", "--model.decoder_layers", "4")
+    settings = yaml.safe_load(result.stdout)
+    assert settings["model"] == {"decoder_layers": 4}
+    assert settings["dataset"] == "refclef_berkeley"
+    assert settings.keys() == TrainingArguments.__dataclass_fields__.keys()
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    for name in TrainingArguments.__dataclass_fields__:
+        assert name in re.findall(r"\w+", text)
+
+
+# inheritance
+
+
+def write(folder, **recipes):
+    for name, text in recipes.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_recipes_lie_over_what_they_inherit(tmp_path):
+    (tmp_path / "below").mkdir()
+    write(tmp_path / "below", a="batch_size: 2\nseed: 1\nmodel: {d_model: 32, text_config: {hidden_size: 8}}")
+    write(
+        tmp_path,
+        b="inherit: below/a.yaml\nbatch_size: 3\nmodel: {decoder_layers: 2, text_config: {num_hidden_layers: 1}}",
+        c="inherit: [below/a.yaml]\nseed: 7",
+        d="inherit: [c.yaml, b.yaml]\nnum_workers: 1",
+    )
+    args = parse_arguments([str(tmp_path / "d.yaml"), "--model.text_config.hidden_size", "16"])
+    assert (args.batch_size, args.num_workers) == (3, 1)
+    assert args.seed == 7  # b inherits a again, which does not put it over c
+    text_config = {"hidden_size": 16, "num_hidden_layers": 1}
+    assert args.model == {"d_model": 32, "text_config": text_config, "decoder_layers": 2}
+
+
+def test_several_recipes_on_the_command_line(tmp_path):
+    write(tmp_path, a="batch_size: 2\nseed: 1", b="batch_size: 3")
+    args = parse_arguments([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+    assert (args.batch_size, args.seed) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "error", "message"),
+    [
+        ({"a": "inherit: a.yaml"}, ValueError, r"inherits itself: \S+a\.yaml -> \S+a\.yaml\."),
+        (
+            {"a": "inherit: b.yaml", "b": "inherit: [c.yaml]", "c": "inherit: a.yaml"},
+            ValueError,
+            r"inherits itself: \S+a\.yaml -> \S+b\.yaml -> \S+c\.yaml -> \S+a\.yaml\.",
+        ),
+        ({"a": "inherit: none.yaml"}, OSError, r"no recipe '\S+none\.yaml', which \S+a\.yaml inherits\."),
+        ({"a": "inherit: 3"}, ValueError, r"inherit=3 in the recipe '\S+a\.yaml' must be a path or a list of paths"),
+        ({"a": "inherit: [1]"}, ValueError, r"inherit=\[1\] in the recipe"),
+        ({"a": "inherits: b.yaml"}, ValueError, r"a\.yaml' has no field 'inherits'\. Did you mean 'inherit'\?"),
+        (
+            {"a": "inherit: b.yaml", "b": "bach_size: 3"},
+            ValueError,
+            r"b\.yaml' has no field 'bach_size'\. Did you mean 'batch_size'\?",
+        ),
+        ({"a": "model: {d_modl: 3}"}, ValueError, r"model has no field 'd_modl'\. Did you mean 'd_model'\?"),
+        ({"a": "- 1"}, ValueError, "must be a mapping"),
+        ({"a": "batch_size: 0"}, ValueError, "batch_size=0 must be at least 1"),
+        ({"a": "batch_size: two"}, ValueError, "batch_size='two' must be a whole number"),
+        ({"a": "batch_size: 1.5"}, ValueError, "batch_size=1.5 must be a whole number"),
+        ({"a": "batch_size: true"}, ValueError, "batch_size=True must be a whole number"),
+        ({"a": "dry_run: 1"}, ValueError, "dry_run=1 must be true or false"),
+        ({"a": "dataset: [a, b]"}, ValueError, r"dataset=\['a', 'b'\] must be text"),
+        ({"a": "model: 3"}, ValueError, "model=3 must be a mapping of names to values"),
+        ({"a": "lr_drop_epochs: [1.5]"}, ValueError, r"lr_drop_epochs=\[1.5\] must be a list of whole numbers"),
+        ({"a": "lr_drop_epochs: [6, 3]"}, ValueError, r"lr_drop_epochs=\[6, 3\] must be .* growing"),
+        ({"a": "warmup_epochs: 1\nwarmup_steps: 5"}, ValueError, "warmup_epochs=1 and warmup_steps=5 say the same"),
+        ({"a": "max_text_length: 0"}, ValueError, "max_text_length=0 must be at least 1"),
+        ({"a": "a: ["}, ValueError, r"The recipe '\S+a\.yaml' is not YAML"),
+    ],
+)
+def test_wrong_recipes_are_refused(tmp_path, recipes, error, message):
+    write(tmp_path, **recipes)
+    with pytest.raises(error, match=message):
+        parse_arguments([str(tmp_path / "a.yaml")])
+
+
+# the command line
+
+
+def test_recipe_and_command_line(recipe):
+    args = parse_arguments([str(recipe), "--batch_size", "3", "--learning_rate=5e-4", "--eval_only"])
+    assert (args.batch_size, args.learning_rate, args.eval_only) == (3, 5e-4, True)
+    assert args.dataset_config == TINY_SET
+    assert args.model["d_model"] == 32
+    assert parse_arguments([]) == TrainingArguments()
+    assert parse_arguments(["--model", '{"d_model": 64}']).model == {"d_model": 64}
+    assert parse_arguments([str(recipe), "--model", '{"d_model": 64}']).model == {**args.model, "d_model": 64}
+
+
+def test_values_have_their_yaml_type():
+    words = ["--dataset_config.exclude", '["refcoco_unc"]', "--dataset_config.refcocog_umd.integer_boxes", "true"]
+    words += ["--model.decoder_layers=3", "--model.dropout", "1e-1", "--model.backbone_config.backbone", "resnet101"]
+    args = parse_arguments([*words, "--lr_drop_epochs", "[6, 12]", "--max_grad_norm", "inf", "--seed", "7"])
+    assert args.dataset_config == {"exclude": ["refcoco_unc"], "refcocog_umd": {"integer_boxes": True}}
+    assert args.model == {"decoder_layers": 3, "dropout": 0.1, "backbone_config": {"backbone": "resnet101"}}
+    assert (args.lr_drop_epochs, args.max_grad_norm, args.seed) == ([6, 12], float("inf"), 7)
+    assert parse_arguments(["--lr_drop_epochs", "6"]).lr_drop_epochs == [6]
+    boxes = str(RECIPES / "refcoco_r50_boxes.yaml")
+    assert parse_arguments([boxes, "--init_detr", "null"]).init_detr is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bach_size", "3"], "The command line has no field 'bach_size'. Did you mean 'batch_size'?"),
+        (["--model.d_modl", "3"], "model has no field 'd_modl'. Did you mean 'd_model'?"),
+        (["--seed.x", "3"], "'seed' has no keys inside; only dataset_config, model have."),
+        (["--output_dir"], "--output_dir needs a value."),
+        (["--seed", "1", "2"], "'2' is no setting. The order is: recipes first"),
+        (["--lr_schedule", "linear"], "lr_schedule='linear' must be one of 'step', 'cosine', 'constant'"),
+        (["--learning_rate", "nan"], "learning_rate=nan"),
+        (["--max_grad_norm", "0"], "max_grad_norm=0.0 must be greater than 0"),
+        (["--adam_beta2", "1"], "adam_beta2=1.0 must be at least 0 and less than 1"),
+        (["--model", "{"], "--model '{' is not YAML"),
+        (["--model", "[1]"], "model=[1] must be a mapping"),
+    ],
+)
+def test_wrong_words_are_refused(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_arguments(words)
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(OSError, match=r"no recipe '\S*nowhere\.yaml'"):
+        parse_arguments(["nowhere.yaml"])
+
+
+def test_unknown_fields_of_the_backbones_are_refused(recipe, run, tmp_path):
+    command = ("train_reftr.py", recipe, "--output_dir", tmp_path, "--model.text_config.hidden_sise", "8")
+    result = run(*command, check=False)
+    assert result.returncode != 0
+    assert "model.text_config has no field 'hidden_sise'. Did you mean 'hidden_size'?" in result.stderr
+
+
+# starts that contradict each other
+
+
+def test_a_start_that_is_named_replaces_the_inherited_one(tmp_path):
+    boxes, masks = (str(RECIPES / f"refcoco_r50_{stage}.yaml") for stage in ("boxes", "masks"))
+    args = parse_arguments([boxes, "--init_from", "published.pth", "--eval_only"])
+    assert (args.init_from, args.init_detr, args.init_text) == ("published.pth", None, None)
+    args = parse_arguments([masks, "--init_detr", "detr.pth"])
+    assert (args.init_from, args.init_detr) == (None, "detr.pth")
+    args = parse_arguments([boxes, "--init_backbone", "timm"])
+    assert (args.init_detr, args.init_backbone) == (None, "timm")
+    assert args.init_text == "google-bert/bert-base-uncased"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--init_from", "a", "--init_detr", "b"], "init_from='a' and init_detr='b' contradict each other: a RefTR"),
+        (["--init_from", "a", "--init_text", "b"], "init_from='a' and init_text='b' contradict each other: a RefTR"),
+        (["--init_detr", "a", "--init_backbone", "b"], "contradict each other: a DETR brings the image backbone"),
+    ],
+)
+def test_starts_that_contradict_each_other_are_refused(words, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse_arguments(words)
+
+
+# schedules
+
+
+def factors(num_steps=100, **settings):
+    args = TrainingArguments(learning_rate=1.0, **settings)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = build_scheduler(optimizer, args, steps_per_epoch=10, num_steps=num_steps)
+    values = []
+    for _ in range(num_steps):
+        values.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_schedules():
+    step = factors(lr_drop_epochs=[6])
+    assert (step[0], step[59], step[60], step[99]) == (1, 1, pytest.approx(0.1), pytest.approx(0.1))
+    cosine = factors(lr_schedule="cosine", warmup_steps=20)
+    assert cosine[:2] == [pytest.approx(1 / 20), pytest.approx(2 / 20)]
+    assert cosine[60] == pytest.approx(0.5)
+    assert min(cosine[20:]) == pytest.approx(0.01)
+    assert factors(lr_schedule="cosine", warmup_epochs=2) == cosine
+    assert set(factors(lr_schedule="constant")) == {1}
+
+
+def test_several_drops_after_a_warmup():
+    """Visual Genome's schedule: 3 epochs of warm-up, a drop at 6; and no drop goes under a hundredth."""
+    rates = factors(150, lr_drop_epochs=[6], warmup_epochs=3)
+    assert rates[:30] == pytest.approx([(step + 1) / 30 for step in range(30)])
+    assert set(rates[30:60]) == {1}
+    assert rates[60:] == pytest.approx([0.1] * 90)
+    assert factors(lr_drop_epochs=[2, 4, 6])[60:] == pytest.approx([0.01] * 40)
+
+
+def test_each_part_has_its_rate(make_model):
+    args = recipe_of("refcoco_r50_masks")
+    model = make_model(predict_masks=True)
+    rates = {}
+    for group in build_optimizer(model, args).param_groups:
+        rates |= {id(parameter): group["lr"] for parameter in group["params"]}
+    parts = {name.split(".")[0 if name.startswith("mask_head") else 1]: name for name, _ in model.named_parameters()}
+    expected = {"mask_head": 1e-4, "backbone": 1e-5, "text_backbone": 1e-5, "decoder": 1e-5}
+    for part, rate in expected.items():
+        assert rates[id(model.get_parameter(parts[part]))] == rate, part
+    assert len(rates) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+# documents
+
+
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+PUBLISHED_FILES = [
+    "flickr30k/RefTR_flickr.sh",
+    "flickr30k/RefTR_flickr_roberta.sh",
+    "flickr30k/Ref_flickr_pt.sh",
+    "flickr30k/Ref_flickr_pt_101.sh",
+    "refcoco/RefTR_refcoco.sh",
+    "refcoco/RefTR_refcoco_101.sh",
+    "refcoco+/RefTR_SEG_refcoco+.sh",
+    "refcoco+/RefTR_SEG_refcoco+_101.sh",
+    "refcoco+/RefTR_refcoco+.sh",
+    "refcoco+/RefTR_refcoco+_101.sh",
+    "refcocog/RefTR_SEG_refcocog.sh",
+    "refcocog/RefTR_SEG_refcocog_101.sh",
+    "refcocog/RefTR_refcocog.sh",
+    "refcocog/RefTR_refcocog_101.sh",
+    "referit/RefTR_referit.sh",
+    "referit/RefTR_referit_101.sh",
+    "referit/RefTR_referit_101_PT.sh",
+    "referit/RefTR_referit_PT.sh",
+]
+
+
+def test_every_published_file_has_its_recipes_in_the_table():
+    table = PAGE.split("| published | here, in `recipes/` |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    for file in PUBLISHED_FILES:
+        folder, name = file.split("/")
+        ((published, ours),) = [row for row in rows if f"`{folder}/" in row[0] and f"{name}`" in row[0]]
+        recipes = re.findall(r"`(\S+)\.yaml`", ours)
+        names = re.findall(r"([\w+]+)\.sh`", published)
+        recipes = recipes if len(names) == 1 else [recipes[names.index(name.removesuffix(".sh"))]]
+        for recipe in recipes:
+            assert recipe in PUBLISHED
+            assert recipe.split("_")[0] == folder
+            assert ("_r101" in recipe) == ("_101" in name)
+            assert ("pretrained" in recipe) == bool(re.search("_pt|_PT|SEG", name))
+            assert ("masks" in recipe) == ("SEG" in name) or len(recipes) == 2
+    mentioned = set(re.findall(r"([\w+]+)\.yaml`", table))
+    assert mentioned <= PUBLISHED.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("multi_gpu_bf16", {"distributed_type": "MULTI_GPU"}),
+        ("fsdp2", {"distributed_type": "FSDP"}),
+        ("deepspeed", {"distributed_type": "DEEPSPEED"}),
+    ],
+)
+def test_accelerate_reads_its_files(name, expected):
+    path = str(RECIPES / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(path)  # refuses unknown keys
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (config.mixed_precision, config.num_processes) == ("bf16", 4)
+    words = ["--config_file", path, "--num_processes", "8", "train_reftr.py"]
+    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert launch.num_processes == 8
+    assert launch.mixed_precision == "bf16"
+    if name == "fsdp2":
+        environment = prepare_multi_gpu_env(launch)
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+        # a key that accelerate does not know would be taken and never read
+        known = vars(launch_command_parser().parse_args(["train_reftr.py"]))
+        assert config.fsdp_config.keys() <= known.keys()
+    if name == "deepspeed":
+        assert config.deepspeed_config["gradient_clipping"] == recipe_of("refcoco_r50_boxes").max_grad_norm
+        assert config.deepspeed_config.keys() <= vars(launch).keys()
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Runs slurm.sbatch as SLURM does on its first node, with launchers that write down their words."""
+
+    def run_batch(*words, **environment):
+        tools = {
+            "scontrol": 'printf "node7\\nnode8\\n"',
+            "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',  # this node's task
+            # the launcher is hit by the signal before the time limit
+            **dict.fromkeys(("torchrun", "accelerate"), 'kill -USR1 $$; printf "%s\\n" "${0##*/}" "$@"'),
+        }
+        for name, text in tools.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        slurm = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_GPUS_ON_NODE": "4"}
+        slurm |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "16"}
+        result = subprocess.run(
+            ["bash", str(RECIPES / "slurm.sbatch"), *words],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **slurm, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    return run_batch
+
+
+def test_slurm_starts_a_process_for_each_gpu(submit):
+    words = [str(RECIPES / "referit_r50.yaml"), "--data_dir", "two words"]
+    launcher, *launched = submit(*words, MASTER_PORT="29501")
+    launch = torchrun_parser().parse_args(launched)
+    assert launcher == "torchrun"
+    assert (launch.nnodes, launch.nproc_per_node, launch.node_rank) == ("2", "4", 1)
+    assert (launch.master_addr, launch.master_port) == ("node7", 29501)
+    assert launch.training_script_args == [*words, "--resume", "auto"]
+    assert parse_arguments(launch.training_script_args).data_dir == "two words"
+    launch = torchrun_parser().parse_args(submit(*words, "--resume=runs/x", GPUS_PER_NODE="2")[1:])
+    assert (launch.nproc_per_node, launch.master_port) == ("2", 22345)
+    assert launch.training_script_args == [*words, "--resume=runs/x"]
+
+
+def test_slurm_takes_a_file_of_accelerate(submit):
+    path = str(RECIPES / "accelerate" / "fsdp2.yaml")
+    launcher, command, *launched = submit(str(RECIPES / "referit_r50.yaml"), ACCELERATE_CONFIG=path)
+    launch = launch_command_parser().parse_args(launched)
+    assert (launcher, command) == ("accelerate", "launch")
+    assert (launch.config_file, launch.num_machines, launch.num_processes) == (path, 2, 8)
+    assert (launch.machine_rank, launch.main_process_ip, launch.main_process_port) == (1, "node7", 22345)
+    assert launch.training_script_args == [str(RECIPES / "referit_r50.yaml"), "--resume", "auto"]
+
+
+def test_slurm_says_what_it_needs():
+    settings = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", (RECIPES / "slurm.sbatch").read_text()))
+    assert settings["signal"] == "USR1@300"
+    assert settings["ntasks-per-node"] == "1"

@@ -1,0 +1,189 @@
+"""A run that resumes with one thing changed: refused with the old run untouched, or applied and written as it ran."""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+import train_reftr
+from modeling_reftr import RefTRConfig, RefTRProcessor
+from tests.helpers.tiny import trials
+from training_reftr.arguments import LEARNING, MACHINE, MODEL, TrainingArguments, parse_arguments, settings_of_kind
+from training_reftr.checkpoints import TrainingState, checkpoints_of, load_state
+from training_reftr.resuming import find_changes, with_model_of
+
+
+# (setting, value on the command line); of every kind, and of the model every setting
+CHANGES = [
+    ("image_size", "32"),
+    ("learning_rate", "0.01"),
+    ("num_workers", "1"),
+    ("model.dropout", "0.3"),
+    ("num_epochs", "3"),
+    ("max_text_length", "12"),
+    ("batch_size", "4"),
+    ("image_size", "640"),
+    ("max_text_length", "40"),
+    ("size_divisor", "32"),
+    ("tokenizer", "./tokenizer"),
+    ("init_from", "./elsewhere"),
+    ("init_detr", "detr.pth"),
+    ("init_backbone", "timm"),
+    ("init_text", "./bert"),
+    ("model.decoder_layers", "1"),
+    ("model.d_model", "64"),
+    ("model.predict_masks", "true"),
+    ("model.auxiliary_loss", "false"),
+    ("model.box_head_init_std", "0.5"),
+    ("model.num_frozen_backbone_stages", "1"),
+    ("model.text_config.hidden_size", "16"),
+    ("model.backbone_config.backbone", "test_resnet"),
+    ("backbone_learning_rate", "0"),
+    ("text_learning_rate", "1e-5"),
+    ("weight_decay", "0.1"),
+    ("adam_beta2", "0.9"),
+    ("max_grad_norm", "inf"),
+    ("lr_schedule", "cosine"),
+    ("lr_drop_epochs", "[1]"),
+    ("warmup_steps", "3"),
+    ("max_steps", "9"),
+    ("seed", "1"),
+    ("gradient_accumulation_steps", "2"),
+    ("augmentation", "none"),
+    ("expressions_per_image", "2"),
+    ("bucket_by_shape", "false"),
+    ("best_metric", "mean_iou"),
+    ("log_every", "2"),
+    ("attn_implementation", "eager"),
+]
+
+
+@pytest.fixture
+def stopped(trained, tmp_path):
+    """The trained run as if it had been stopped after its first epoch, and had no best model yet."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    shutil.rmtree(checkpoints_of(folder)[0])
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def digests(folder):
+    """Path -> hash of every file of a run."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def resume(recipe, folder, *words):
+    return train_reftr.main([str(recipe), "--output_dir", str(folder), "--resume", "auto", *words])
+
+
+@pytest.mark.row("R22")
+@pytest.mark.parametrize("trial", trials(len(CHANGES), short=3))
+def test_one_thing_changed_is_refused_or_written_as_it_ran(recipe, stopped, trial, caplog):
+    setting, value = CHANGES[trial]
+    name = setting.split(".")[0]
+    before, old = digests(stopped), load_state(checkpoints_of(stopped)[0])
+    words = ("--num_pictures", "0", f"--{setting}", value)
+    if name in settings_of_kind(MODEL):
+        with pytest.raises(
+            ValueError, match=rf"keeps its model, and '.*step_00000006' fixes {setting}=.*checkpoint has"
+        ):
+            resume(recipe, stopped, *words)
+        assert digests(stopped) == before
+        return
+    with caplog.at_level(logging.WARNING):
+        assert resume(recipe, stopped, *words) == 0
+    wanted = getattr(parse_arguments([str(recipe), f"--{setting}", value]), name)
+    said = f"{name}={wanted!r} (was {old.settings[name]!r})"
+    warned = [record.message for record in caplog.records if "not quite the one of the checkpoint" in record.message]
+    state = load_state(checkpoints_of(stopped)[0])
+    assert state.step > old.step
+    assert state.settings[name] == wanted != old.settings[name]
+    text = (stopped / "recipe.yaml").read_text()
+    written = yaml.safe_load(text)
+    assert name in settings_of_kind(MACHINE) or written[name] == wanted
+    # everything else is as it was in the run before, the model above all
+    apart = {name, *settings_of_kind(MACHINE), "num_pictures"}
+    assert {key: value for key, value in written.items() if key not in apart} == {
+        key: value for key, value in old.settings.items() if key not in apart
+    }
+    card = (stopped / "README.md").read_text()
+    if name in settings_of_kind(LEARNING):
+        assert len(warned) == 1
+        assert said in warned[0]
+        assert f"# from step 6 on: {said}" in text
+        assert f"Settings were changed while it ran: from step 6 on: {said}" in card
+    else:
+        assert not warned
+        assert not text.startswith("#")
+        assert "Settings were changed" not in card
+
+
+def test_every_setting_of_the_model_is_tried():
+    assert set(settings_of_kind(MODEL)) <= {setting.split(".")[0] for setting, _ in CHANGES}
+    assert len(CHANGES) == 40
+
+
+def kept(folder, settings=None, **given):
+    """The settings that a run resumes with from a folder's latest checkpoint."""
+    checkpoint = checkpoints_of(folder)[0]
+    settings = load_state(checkpoint).settings if settings is None else settings
+    processor = RefTRProcessor.from_pretrained(checkpoint)
+    return with_model_of(
+        TrainingArguments(**given), RefTRConfig.from_pretrained(checkpoint), processor, settings, checkpoint
+    )
+
+
+def test_another_global_batch_is_said():
+    args = TrainingArguments()
+    state = TrainingState(settings=vars(args), seen=[[16, 2], [8, 3]])
+    assert find_changes(state, args, 8) == []
+    assert find_changes(state, args, 16) == ["16 samples of all processes in a batch (was 8)"]
+
+
+def test_what_is_not_given_is_the_checkpoint_s(trained):
+    """Without the recipe's model and sizes, and with the same ones given again."""
+    settings = load_state(checkpoints_of(trained[0])[0]).settings
+    for given in ({}, {"image_size": 64, "model": settings["model"]}):
+        args = kept(trained[0], **given)
+        assert (args.image_size, args.model) == (64, settings["model"])
+        assert args.max_text_length is None  # 40, and 90 for captions
+    assert kept(trained[0], learning_rate=3.0).learning_rate == 3.0
+
+
+def test_an_older_checkpoint_is_not_refused_for_what_it_does_not_say(trained):
+    """A setting that its version did not have, and a default that was another one, are no change."""
+    settings = load_state(checkpoints_of(trained[0])[0]).settings
+    older = {name: value for name, value in settings.items() if name not in ("tokenizer", "size_divisor", "init_text")}
+    older["image_size"] = 640  # a default then, which a loaded model of 64 pixels did not heed
+    args = kept(trained[0], settings=older, image_size=64)
+    assert (args.image_size, args.size_divisor, args.tokenizer) == (64, None, None)
+    assert kept(trained[0], settings={}).model == {}
+    with pytest.raises(ValueError, match=r"fixes image_size=640 \(the checkpoint has 64\)"):
+        kept(trained[0], settings=older, image_size=640)
+
+
+def test_all_that_differs_is_named_at_once(trained):
+    with pytest.raises(ValueError, match=r"size_divisor=32 \(the checkpoint has None\), model\.dropout=0\.5 \(the"):
+        kept(trained[0], size_divisor=32, model={"dropout": 0.5})
+
+
+def test_a_dry_run_refuses_what_the_resume_would(recipe, stopped):
+    before = digests(stopped)
+    with pytest.raises(ValueError, match="fixes image_size=32"):
+        resume(recipe, stopped, "--dry_run", "--image_size", "32")
+    assert digests(stopped) == before
+
+
+def test_settings_in_a_checkpoint_are_those_that_ran(trained):
+    """Sizes that nobody gave are written as the processor has them, in the checkpoint and in recipe.yaml."""
+    settings = load_state(checkpoints_of(trained[0])[0]).settings
+    assert settings.keys() == asdict(TrainingArguments()).keys()
+    written = yaml.safe_load((trained[0] / "recipe.yaml").read_text())
+    assert written == {name: value for name, value in settings.items() if name not in settings_of_kind(MACHINE)}
+    assert json.loads((trained[0] / "metrics.json").read_text())["image_size"] == settings["image_size"]

@@ -1,0 +1,188 @@
+"""`transformers.Trainer`: metrics as our own evaluation gives them, predictions, resuming, the Hub."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from modeling_reftr.modeling_reftr import RefTRVisualGroundingOutput
+from tests.helpers.local_hub import Hub
+from tests.helpers.tiny import ROOT
+from training_reftr.arguments import TrainingArguments as OurArguments
+from training_reftr.data import GroundingCollator, fit_to_picture
+from training_reftr.evaluation import answer_batch, evaluate, summarize
+from training_reftr.trainer_metrics import compute_metrics, score_phrases
+
+
+SCORED = {"compute_metrics": compute_metrics, "preprocess_logits_for_metrics": score_phrases}
+SIZES = [(64, 64), (96, 48), (40, 70), (64, 32), (33, 64), (64, 64), (90, 60)]
+
+
+@pytest.fixture
+def rows(shapes, processor) -> Dataset:
+    """Images of several sizes, with boxes that answers near the middle hit, or not."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index, size in enumerate(SIZES):
+        row = shapes["validation"][index]
+        width, height = row["width"], row["height"]
+        for item in row["objects"]:
+            edges = rng.uniform([0.1, 0.1, 0.6, 0.6], [0.4, 0.4, 0.9, 0.9]) * [width, height, width, height]
+            item["box"], item["boxes"] = edges.tolist(), [edges.tolist()]
+        if index % 3 == 0:  # single expressions alone
+            row["sentences"] = [item for item in row["sentences"] if len(item["phrases"]) == 1][: index // 3 + 1]
+        rows.append(fit_to_picture({**row, "image": row["image"].resize(size)}, processor.image_processor))
+    return Dataset.from_list(rows, features=shapes["validation"].features)
+
+
+def make_trainer(model, processor, folder, rows, **settings) -> Trainer:
+    names = (*SCORED, "train_dataset", "processing_class")
+    parts = {name: settings.pop(name) for name in names if name in settings}
+    arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False, **settings}
+    collator = GroundingCollator(processor, with_targets=False, with_masks=model.config.predict_masks)
+    arguments = TrainingArguments(output_dir=str(folder), **arguments)
+    return Trainer(model=model, args=arguments, eval_dataset=rows, data_collator=collator, **parts)
+
+
+def own_metrics(model, processor, rows, batch_size: int) -> dict:
+    """The metrics of our own evaluation, for the same batches: padding changes answers."""
+    collator, accelerator = GroundingCollator(processor), Accelerator(cpu=True)
+    records = []
+    with torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+            records += answer_batch(model, processor, batch, OurArguments(), accelerator)
+    return summarize(records)
+
+
+def assert_same_metrics(found: dict, expected: dict, prefix: str, tolerance: float = 1e-6):
+    names = [name for name in expected if name != "per_kind" and (name.endswith("_resized") or "mask" not in name)]
+    assert len(names) > 7
+    for name in names:
+        assert found[f"{prefix}_{name}"] == pytest.approx(expected[name], abs=tolerance), name
+
+
+@pytest.mark.parametrize(("predict_masks", "concatenated"), [(False, True), (False, False), (True, False)])
+def test_metrics_are_those_of_our_own_evaluation(make_model, processor, rows, tmp_path, predict_masks, concatenated):
+    """Where the last batch is smaller, too, and batches have other numbers of sentences and phrases."""
+    model = make_model(predict_masks=predict_masks)
+    torch.nn.init.normal_(model.box_head.layers[-1].weight, std=0.1)
+    settings = {**SCORED, "eval_do_concat_batches": concatenated}
+    for batch_size in (1, 3, 5, 8):
+        trainer = make_trainer(model, processor, tmp_path, rows, per_device_eval_batch_size=batch_size, **settings)
+        expected = own_metrics(model, processor, rows, batch_size)
+        assert 0 < expected["accuracy@0.5"] < 1
+        assert ("mask_mean_iou_resized" in expected) is predict_masks
+        found = trainer.evaluate()
+        assert np.isfinite(found["eval_loss"])
+        assert_same_metrics(found, expected, "eval")
+        if predict_masks:
+            assert found["eval_mask_num_phrases_resized"] == expected["num_phrases"]
+            assert 0 < found["eval_mask_overall_iou_resized"] < 1
+        assert_same_metrics(trainer.predict(rows).metrics, expected, "test")
+        if batch_size == 1:  # unpadded, the whole evaluation too, which groups the images and asks a fused copy
+            arguments = OurArguments(evaluation_batch_size=1, num_workers=0, output_dir=str(tmp_path))
+            records = evaluate(model, processor, rows, arguments, Accelerator(cpu=True), "test")
+            assert_same_metrics(found, summarize(records), "eval", tolerance=1e-5)
+
+
+def test_predictions_are_boxes_phrases_and_masks(make_model, processor, rows, shapes, tmp_path):
+    fields = set(RefTRVisualGroundingOutput.__dataclass_fields__)
+    model = make_model(predict_masks=True)
+    ignored = model.config.keys_to_ignore_at_inference
+    assert sorted(fields - {"loss", *ignored}) == ["phrase_mask", "pred_boxes", "pred_masks"]
+    assert set(ignored) < fields
+    assert "keys_to_ignore_at_inference" not in json.loads(model.config.to_json_string())
+    trainer = make_trainer(model, processor, tmp_path, rows, per_device_eval_batch_size=5)
+    boxes, phrase_mask, masks = trainer.predict(shapes["test"]).predictions  # images of one size, in batches alike
+    num_sentences = sum(map(len, shapes["test"]["sentences"]))
+    assert boxes.shape == (num_sentences, *phrase_mask.shape[1:], 4)
+    assert masks.shape[:2] == phrase_mask.shape
+    for settings in ({}, {"prediction_loss_only": True}, {"include_for_metrics": ["loss", "inputs"]}):
+        trainer = make_trainer(make_model(), processor, tmp_path, shapes["test"], **SCORED, **settings)
+        found = trainer.evaluate()
+        assert np.isfinite(found["eval_loss"])
+        assert ("eval_accuracy@0.5" in found) is ("prediction_loss_only" not in settings)
+    trainer = make_trainer(make_model(), processor, tmp_path, rows, per_device_eval_batch_size=1)
+    boxes, phrase_mask = trainer.predict(rows).predictions  # of several sizes, in batches of one
+    assert boxes.shape[:2] == phrase_mask.shape == (sum(map(len, rows["sentences"])), 3)
+
+
+def test_predictions_that_are_not_scores_are_refused(make_model, processor, rows, tmp_path):
+    trainer = make_trainer(make_model(), processor, tmp_path, rows, compute_metrics=compute_metrics)
+    with pytest.raises(ValueError, match="preprocess_logits_for_metrics=score_phrases"):
+        trainer.evaluate()
+
+
+def test_a_phrase_without_an_answer_counts_as_missed():
+    boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 1.0, 1.0]]])
+    labels = [{"boxes": boxes[0], "masks": torch.ones(2, 8, 8, dtype=torch.bool), "size": torch.tensor([8, 6])}]
+    scores = score_phrases((boxes, torch.tensor([[True, False]]), torch.ones(1, 2, 4, 4)), labels)
+    assert scores.tolist() == [[[1, 48, 48], [0, 0, 48]]]
+    del labels[0]["masks"]
+    scores = score_phrases((boxes, torch.tensor([[True, False]]), torch.ones(1, 2, 4, 4)), labels)
+    assert scores.tolist() == [[[1, -1, -1], [0, -1, -1]]]
+
+
+def moments_of(checkpoint: Path) -> torch.Tensor:
+    """The first moments of the optimizer in a checkpoint, one after the other."""
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return torch.cat([moments["exp_avg"].flatten() for moments in state.values()])
+
+
+def test_a_run_of_trainer_goes_on(make_model, processor, shapes, tmp_path):
+    """Six steps at once are four and two more, and the best by our metrics is loaded."""
+    settings = {
+        "train_dataset": shapes["train"],
+        "processing_class": processor,
+        **SCORED,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "eval_strategy": "steps",
+    }
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy@0.5"}
+    rows = shapes["validation"].select(range(3))
+    whole = make_trainer(make_model(), processor, tmp_path / "whole", rows, **settings)
+    whole.train()
+    make_trainer(make_model(), processor, tmp_path / "parts", rows, **settings | best).train()
+    parts = make_trainer(make_model(), processor, tmp_path / "parts", rows, **settings | best)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
+    parts.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    assert parts.state.best_model_checkpoint
+    checkpoints = ("whole/checkpoint-6", "parts/checkpoint-6", "whole/checkpoint-4")
+    whole, parts, earlier = (moments_of(tmp_path / name) for name in checkpoints)
+    assert (whole - parts).norm() < 1e-3 * whole.norm()  # where weights lie in memory, sums are rounded otherwise
+    assert (whole - earlier).norm() > 0.1 * whole.norm()
+
+
+PUSH = """
+import sys
+from tests.training_reftr.test_trainer import make_trainer
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+model, processor = (kind.from_pretrained(sys.argv[1]) for kind in (RefTRForVisualGrounding, RefTRProcessor))
+settings = {"push_to_hub": True, "hub_model_id": "someone/toy", "processing_class": processor}
+trainer = make_trainer(model, processor, sys.argv[2], None, **settings)
+trainer.save_model()
+trainer.push_to_hub()
+loaded = RefTRForVisualGrounding.from_pretrained("someone/toy")
+assert all((value == model.state_dict()[name]).all() for name, value in loaded.state_dict().items())
+"""
+
+
+@pytest.mark.slow
+def test_trainer_pushes_what_loads_again(trained, tmp_path, run):
+    with Hub() as hub:
+        paths = {"PYTHONPATH": str(ROOT)}
+        run("-c", PUSH, trained[0], tmp_path / "out", **hub.environment("hf_write", tmp_path / "home"), **paths)
+        assert {"config.json", "model.safetensors", "processor_config.json", "modeling_reftr.py"} <= {
+            *hub.files("someone/toy")
+        }

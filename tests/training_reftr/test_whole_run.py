@@ -1,0 +1,129 @@
+"""What a run keeps, logs and goes on from, where every setting differs from its neighbours."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_reftr
+from tests.helpers.faults import change_state, write_recipe
+from training_reftr.arguments import MACHINE, settings_of_kind
+from training_reftr.checkpoints import checkpoints_of, load_state
+from training_reftr.tracking import LOG
+
+
+LAST = 18  # optimizer steps: 3 epochs of 6
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, data_cache):
+    settings = {
+        "num_epochs": 3,
+        "learning_rate": 2e-3,
+        "backbone_learning_rate": 3e-4,
+        "text_learning_rate": 5e-4,
+        "warmup_steps": 3,
+        "lr_drop_epochs": [2],
+        "log_every": 4,
+        "checkpoint_every": 4,
+        "keep_checkpoints": 3,
+        "evaluate_every": 2,
+        "best_metric": "mean_iou",
+        "trackers": "tensorboard",
+        "seed": 3,
+    }
+    return write_recipe(tmp_path_factory.mktemp("whole") / "whole.yaml", data_cache, **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert train_reftr.main([str(recipe), "--output_dir", str(output_dir)]) == 0
+    return output_dir
+
+
+def records(output_dir, name: str) -> dict[int, float]:
+    """Step -> value of a metric in a run's log."""
+    lines = map(json.loads, (output_dir / LOG).read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_best_model_is_that_of_the_highest_validation(finished):
+    validations = records(finished, "validation/mean_iou")
+    assert list(validations) == [12, LAST], "every second epoch, and the last one"
+    best = max(validations, key=validations.get)
+    assert validations[12] != validations[LAST]
+    newest = checkpoints_of(finished)[0]
+    if best != LAST:  # a checkpoint is written before its evaluation
+        assert load_state(newest).best_step == best
+        assert load_state(newest).best == validations[best]
+    assert_equal(weights(finished), weights(finished / "checkpoints" / f"step_{best:08d}"))
+
+
+def test_best_model_has_its_recipe_beside_it(finished, recipe):
+    written, given = (yaml.safe_load(path.read_text()) for path in (finished / "recipe.yaml", recipe))
+    machine = settings_of_kind(MACHINE)
+    assert {name: written[name] for name in given if name not in machine} == {
+        name: value for name, value in given.items() if name not in machine
+    }
+
+
+def test_checkpoints_are_the_newest_at_the_steps_asked_for(finished):
+    assert [load_state(path).step for path in checkpoints_of(finished)] == [LAST, 16, 12]
+    state = load_state(finished / "checkpoints" / "step_00000016")
+    assert not state.is_evaluation_due
+    assert (state.best, state.best_step) == (records(finished, "validation/mean_iou")[12], 12)
+
+
+def test_log_has_the_last_step_and_learning_rates_of_the_schedule(finished):
+    rates = records(finished, "train/learning_rate")
+    assert list(rates) == [4, 8, 12, 16, LAST]
+    assert rates[8] == pytest.approx(2e-3)
+    assert rates[16] == rates[LAST] == pytest.approx(2e-4)
+
+
+def test_resumed_run_ends_in_the_same_bits_and_in_one_tensorboard_run(finished, recipe, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(checkpoints_of(folder)[0])
+    assert train_reftr.main([str(recipe), "--output_dir", str(folder), "--resume", "auto"]) == 0
+    (last, *_), (expected, *_) = checkpoints_of(folder), checkpoints_of(finished)
+    assert_equal(weights(last), weights(expected))
+    assert_equal(load_file(last / "optimizer.safetensors"), load_file(expected / "optimizer.safetensors"))
+    assert records(folder, "train/learning_rate") == records(finished, "train/learning_rate")
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 12, 16, LAST]
+
+
+def test_run_that_goes_on_in_a_new_folder_keeps_a_best_model_of_its_own(finished, recipe, tmp_path):
+    checkpoint = tmp_path / "step_00000016"
+    shutil.copytree(finished / "checkpoints" / checkpoint.name, checkpoint)
+    change_state(checkpoint, best=0.99)
+    words = ["--resume", str(checkpoint), "--output_dir", str(tmp_path / "new"), "--trackers", "none"]
+    assert train_reftr.main([str(recipe), *words]) == 0
+    assert_equal(weights(tmp_path / "new"), weights(checkpoints_of(finished)[0]))
+
+
+def test_seed_decides_the_first_weights(recipe, tmp_path):
+    still = [f"--{name}_rate=1e-12" for name in ("learning", "backbone_learning", "text_learning")]
+    words = [str(recipe), *still, "--max_steps", "1", "--trackers", "none"]
+    found = []
+    for number, seed in enumerate((3, 3, 4)):
+        assert train_reftr.main([*words, "--seed", str(seed), "--output_dir", str(tmp_path / str(number))]) == 0
+        found.append(weights(tmp_path / str(number))["model.encoder.layers.0.mlp.fc1.weight"])
+    first, again, other = found
+    assert torch.allclose(first, again, atol=1e-9)
+    assert (first - other).abs().max() > 0.01
