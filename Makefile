@@ -16,14 +16,14 @@ demo: $(VENV)/.installed
 SET ?= refcoco_unc
 reproduce: $(VENV)/.installed
 	$(if $(and $(DATA),$(CHECKPOINT)),,$(error make reproduce needs DATA=folder CHECKPOINT=file.pth, and takes SET=$(SET) TOKENIZER=folder or Hub id OUTPUT=folder))
-	$(RUN)/python -m training_reftr.reproduce --data_dir "$(DATA)" --checkpoint "$(CHECKPOINT)" --dataset "$(SET)" \
+	$(RUN)/python -m reftr_cli reproduce --data_dir "$(DATA)" --checkpoint "$(CHECKPOINT)" --dataset "$(SET)" \
 		$(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(OUTPUT),--output_dir "$(OUTPUT)")
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow" tests modeling_reftr data_scripts training_reftr
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow" tests modeling_reftr data_scripts training_reftr reftr_cli
 
 test-all: $(VENV)/.installed
-	$(RUN)/python -m pytest tests modeling_reftr data_scripts training_reftr
+	$(RUN)/python -m pytest tests modeling_reftr data_scripts training_reftr reftr_cli
 
 # every trial of what must not break, counted: kills, full disks, damaged files, hostile input
 scorecard: $(VENV)/.installed

@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 
+from data_scripts.escaping import for_terminal
+from training_reftr.arguments import parse_arguments
 from training_reftr.recipe_choice import with_recipe
 
 
@@ -20,12 +22,14 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, lambda number, _: os._exit(128 + number))
     ARGV = with_recipe(sys.argv[1:])
+    try:
+        parse_arguments(ARGV)  # an invalid command line fails at once
+    except (ValueError, OSError) as error:
+        sys.exit(for_terminal(f"error: {error}"))
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from modeling_reftr.escaping import for_terminal
-from training_reftr.arguments import parse_arguments
 from training_reftr.banner import announce, describe_results
 from training_reftr.card import write_card
 from training_reftr.checkpoints import save_checkpoint

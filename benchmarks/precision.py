@@ -3,7 +3,7 @@ What coarser numbers cost: a trained model's figures on its test split, and how 
 float32, in float32, in bfloat16, with weights and activations of eight bits in its linear layers, and with pictures
 padded to a multiple of 96 pixels.
 
-    python benchmarks/precision.py --model runs/shapes_small --recipe recipes/shapes_small.yaml \
+    python benchmarks/precision.py --model runs/shapes_small --recipe recipes/shapes/small.yaml \
         --output benchmarks/results/precision.json
 """
 

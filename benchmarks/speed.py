@@ -39,8 +39,8 @@ from torchvision.ops import box_iou
 from transformers.image_transforms import center_to_corners_format
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
-from modeling_reftr.export import export
 from modeling_reftr.image_processing_reftr import pad_batch
+from reftr_cli.graph_export import export
 
 
 SIDES = ("ours", "published")

@@ -1,8 +1,27 @@
-"""Data sets for visual grounding, one module a source and one schema for all."""
+"""Datasets for visual grounding, one module per source and one schema for all."""
 
-from .combine import coco_id, combine
-from .loading import SOURCES, load
-from .schema import FEATURES
+import importlib
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from .combining import coco_id, combine
+    from .loading import SOURCES, load
+    from .schema import FEATURES
 
 __all__ = ["FEATURES", "SOURCES", "coco_id", "combine", "load"]
+
+_MODULES = {
+    "FEATURES": "schema",
+    "SOURCES": "loading",
+    "coco_id": "combining",
+    "combine": "combining",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # the datasets library takes most of a second to import, and the commands' help does not need it
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -14,12 +13,10 @@ import yaml
 from datasets.table import embed_table_storage
 from tqdm import tqdm
 
-from modeling_reftr.escaping import for_code, for_markdown
-
 from .building import Source
+from .escaping import for_code, for_markdown
 from .reading import check_text, is_as_stored
 from .reports import COUNTS, count_split, format_build_report
-from .uploading import upload, write_contents
 
 
 # of pictures, in a file; what the datasets library itself cuts at
@@ -221,28 +218,3 @@ def export(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return output
-
-
-def push(folder: str | Path, repository: str, private: bool | None = None) -> str:
-    """
-    Upload an exported folder to the Hub.
-
-    Args:
-        folder (`str` or `Path`): what `export` wrote, with its pictures embedded.
-        repository (`str`): "user/name"; made where it is not there.
-        private (`bool`, *optional*): whether a new repository is private.
-
-    Returns:
-        `str`: the commit's address.
-
-    Raises:
-        OSError: if the Hub is out of reach or refuses it; the folder stays as it was.
-    """
-    message, patterns = "Upload Parquet files and card", [README, f"{DATA}/*"]
-    card = (Path(folder) / README).read_text(encoding="utf-8")
-    if MARK in card:
-        card = re.sub(r'(?m)^(rows = load_dataset\().*(, split="\w+"\))$', rf'\1"{repository}"\2', card, count=1)
-    contents = {README: card.encode("utf-8")}
-    commit = upload(folder, repository, "dataset", private, patterns, message, contents)
-    write_contents(folder, contents)  # what the card says of the repository is true now
-    return str(commit.commit_url)

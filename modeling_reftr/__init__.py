@@ -1,51 +1,35 @@
-"""RefTR ("Referring Transformer", NeurIPS 2021) for transformers. Nothing is imported before it is asked for."""
+"""
+RefTR ("Referring Transformer", NeurIPS 2021) for transformers.
 
-import importlib
-from typing import TYPE_CHECKING
+Importing this package registers RefTR with the Auto classes and with `pipeline`.
+"""
 
-from .auto_classes import register_when_imported
-
-
-if TYPE_CHECKING:
-    from .configuration_reftr import RefTRConfig
-    from .image_processing_reftr import RefTRImageProcessor, open_image
-    from .modeling_reftr import RefTRForVisualGrounding, RefTRModel, RefTRPreTrainedModel
-    from .pipeline_reftr import VisualGroundingPipeline
-    from .processing_reftr import RefTRProcessor
-
-_MODULES = {
-    "RefTRConfig": "configuration_reftr",
-    "RefTRForVisualGrounding": "modeling_reftr",
-    "RefTRImageProcessor": "image_processing_reftr",
-    "RefTRModel": "modeling_reftr",
-    "RefTRPreTrainedModel": "modeling_reftr",
-    "RefTRProcessor": "processing_reftr",
-    "VisualGroundingPipeline": "pipeline_reftr",
-    "open_image": "image_processing_reftr",
-}
-
-__all__ = [
-    "RefTRConfig",
-    "RefTRForVisualGrounding",
-    "RefTRImageProcessor",
-    "RefTRModel",
-    "RefTRPreTrainedModel",
-    "RefTRProcessor",
-    "VisualGroundingPipeline",
-    "open_image",
-]
+from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
 
 
-def __getattr__(name: str):
-    if name == "__version__":
-        return importlib.import_module(".configuration_reftr", __name__).VERSION
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+# isort: split
+import transformers
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_reftr import RefTRConfig as RefTRConfig
+from .image_processing_reftr import RefTRImageProcessor as RefTRImageProcessor
+from .image_processing_reftr import open_image as open_image
+from .modeling_reftr import RefTRForVisualGrounding as RefTRForVisualGrounding
+from .modeling_reftr import RefTRModel as RefTRModel
+from .modeling_reftr import RefTRPreTrainedModel as RefTRPreTrainedModel
+from .pipeline_reftr import VisualGroundingPipeline as VisualGroundingPipeline
+from .processing_reftr import RefTRProcessor as RefTRProcessor
+from .version_reftr import VERSION as __version__  # noqa: F401
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-register_when_imported()
+transformers.AutoConfig.register(RefTRConfig.model_type, RefTRConfig)
+transformers.AutoModel.register(RefTRConfig, RefTRModel)
+transformers.AutoModelForZeroShotObjectDetection.register(RefTRConfig, RefTRForVisualGrounding)
+transformers.AutoImageProcessor.register(RefTRConfig, image_processor_classes={"torchvision": RefTRImageProcessor})
+transformers.AutoProcessor.register(RefTRConfig, RefTRProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "visual-grounding",
+    VisualGroundingPipeline,
+    pt_model=transformers.AutoModelForZeroShotObjectDetection,
+    type="multimodal",
+)

@@ -18,12 +18,12 @@ from transformers.utils import logging
 from .inputs_reftr import check_setting
 from .loading_reftr import CONFIG_FILES, DamagedFilesError, describe_error, naming_files
 from .quoting_reftr import quote
+from .version_reftr import VERSION
 
 
 logger = logging.get_logger(__name__)
 
 SUB_CONFIGS = {"backbone_config", "text_config"}
-VERSION = "0.1.0"
 # where a saved folder keeps our classes; written by every save, whatever a loaded file said
 AUTO_MAP = {
     "AutoConfig": "configuration_reftr.RefTRConfig",

@@ -1,21 +1,14 @@
 """
-Published RefTR checkpoints -> folders that `RefTRForVisualGrounding.from_pretrained` reads, and back:
+Convert published RefTR checkpoints to folders for `RefTRForVisualGrounding.from_pretrained`, and back.
 
-    python -m modeling_reftr.convert_reftr_checkpoint --checkpoint refcoco.pth --output_dir reftr-refcoco
-    python -m modeling_reftr.convert_reftr_checkpoint --checkpoint reftr-refcoco --output_dir back.safetensors \
-        --to_published
-
-Nothing that a file holds is run: pickles are read for their tensors alone. The published code reads what comes back
-after `torch.save({"model": safetensors.torch.load_file("back.safetensors")}, "back.pth")`.
+Nothing in a file is executed: pickles are only read for their tensors.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -32,7 +25,6 @@ from data_scripts.quoting import explain, quote
 
 from .checkpoint_claims import NOT_READ, check_claims
 from .configuration_reftr import RefTRConfig, check_config_file
-from .escaping import for_terminal
 from .image_processing_reftr import RefTRImageProcessor
 from .loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedFilesError, naming_files
 from .modeling_reftr import RefTRForVisualGrounding
@@ -588,67 +580,3 @@ def describe_assumptions(config: RefTRConfig) -> str:
         inner = value.items() if isinstance(value, dict) else ()
         parts += [f"{name}.{inner_name}={inner_value}" for inner_name, inner_value in inner] or [f"{name}={value}"]
     return ", ".join(parts)
-
-
-def refuse_ignored_options(args):
-    """Raise a ValueError for an option that the asked way of conversion would not look at."""
-    ignored = {"--config": args.config, "--tokenizer": args.tokenizer, "--no_processor": args.no_processor}
-    if not args.to_published:
-        ignored = {"--tokenizer": args.tokenizer} if args.no_processor else {}
-    other = "--to_published" if args.to_published else "--no_processor"
-    for option, value in ignored.items():
-        if value:
-            raise ValueError(f"{option} has no effect beside {other}: leave one of them out.")
-
-
-def main(argv: list[str] | None = None):
-    """The command: what it took and wrote on stdout."""
-    parser = argparse.ArgumentParser(
-        prog="reftr convert",
-        description="Published RefTR checkpoints to folders for from_pretrained, and back.",
-    )
-    parser.add_argument("--checkpoint", required=True, help="published file; with --to_published a RefTR folder")
-    parser.add_argument(
-        "--output_dir", required=True, help="folder to write; with --to_published also a .safetensors file"
-    )
-    parser.add_argument("--config", help="config.json or its folder; by default it is read off the shapes")
-    parser.add_argument("--tokenizer", help="folder or Hub id; by default the published one if it is on this machine")
-    parser.add_argument("--no_processor", action="store_true", help="write the model without its processor")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument(
-        "--to_published",
-        action="store_true",
-        help="the way back, to published names in safetensors; the published code reads them after "
-        'torch.save({"model": safetensors.torch.load_file(FILE)}, "checkpoint.pth")',
-    )
-    args = parser.parse_args(argv)
-
-    refuse_ignored_options(args)
-    if args.to_published:
-        written = convert_to_published(args.checkpoint, args.output_dir, overwrite=args.overwrite)
-        sys.stdout.write(for_terminal(f"Written: {written}\n"))
-        return
-    config = convert_checkpoint(
-        args.checkpoint,
-        args.output_dir,
-        config=args.config,
-        tokenizer=args.tokenizer,
-        with_processor=not args.no_processor,
-        overwrite=args.overwrite,
-    )
-    if args.config is None:
-        sys.stdout.write(
-            f"Taken as published, because shapes do not tell: {describe_assumptions(config)}. --config decides "
-            "otherwise.\n"
-        )
-    sys.stdout.write(for_terminal(f"Written: {args.output_dir}\n"))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(for_terminal(f"error: {error}"))
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
-        sys.exit(130)

@@ -14,12 +14,12 @@ from typing import get_args, get_type_hints
 
 import yaml
 
+from data_scripts.escaping import for_terminal
 from data_scripts.quoting import quote
 from data_scripts.reading import check_text, read_text
 from data_scripts.yaml_values import MAX_YAML_CHARACTERS, read_yaml
-from modeling_reftr import RefTRConfig
-from modeling_reftr.escaping import for_terminal
 from training_reftr.published_results import is_augmented_as_published
+from training_reftr.recipe_choice import find_recipe
 
 
 # What a setting is about, which decides what a run that resumes may change and what its recipe.yaml says.
@@ -192,7 +192,10 @@ class TrainingArguments:
     hub_dataset: str | None = setting(NEITHER, None, "Hub id of the data set, for the results in the card.")
 
     def __post_init__(self):
-        check_names(self.model, {item.name for item in fields(RefTRConfig)}, "model")
+        if self.model:
+            from modeling_reftr import RefTRConfig  # imports torch, which takes seconds
+
+            check_names(self.model, {item.name for item in fields(RefTRConfig)}, "model")
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -460,7 +463,7 @@ def parse_arguments(argv: list[str]) -> TrainingArguments:
     words = [word for word in argv if word != "--print_config"]
     settings = {}
     while words and not words[0].startswith("-"):
-        for layer in read_recipe(Path(words.pop(0))).values():
+        for layer in read_recipe(find_recipe(words.pop(0))).values():
             settings = lay_over(settings, layer)
     given = read_words(words)
     settings = lay_over(settings, given)

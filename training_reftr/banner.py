@@ -117,4 +117,4 @@ def reftr_command() -> list[str]:
     """Return the words that start a command of the project in the environment that this process runs in."""
     script = shutil.which("reftr")
     is_own = script is not None and Path(script).parent == Path(sys.executable).parent
-    return ["reftr"] if is_own else [sys.executable, "-m", "modeling_reftr"]
+    return ["reftr"] if is_own else [sys.executable, "-m", "reftr_cli"]

@@ -13,13 +13,13 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub import eval_result_entries_to_yaml as to_entries
 from safetensors import safe_open
 
+from data_scripts.escaping import for_code, for_markdown
 from data_scripts.reading import read_text
-from data_scripts.uploading import write_contents
 from data_scripts.yaml_values import read_yaml
 from modeling_reftr.configuration_reftr import RefTRConfig
-from modeling_reftr.escaping import for_code, for_markdown
 from modeling_reftr.loading_reftr import naming_files
 from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
+from training_reftr.hub import write_contents
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
 from training_reftr.report import format_results

@@ -8,12 +8,82 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from data_scripts.uploading import make_repository, reason_of, select_files
-from modeling_reftr.push import PATTERNS, push_model
 from training_reftr.card import card_files
+from training_reftr.hub import make_repository, reason_of, select_files, upload, write_contents
 
 
 logger = logging.getLogger(__name__)
+
+
+# files of a model's folder that are pushed: no checkpoints, and no files of the user's
+PATTERNS = [
+    "README.md",
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "processor_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*_reftr.py",
+    "recipe.yaml",
+    "origin.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "report.md",
+    "predictions.jsonl",
+    "predictions.png",
+    "example.png",
+    "visualizations/*/*",
+    ".eval_results/*.yaml",
+]
+# files without which the model cannot be loaded
+REQUIRED = [
+    "README.md",
+    "config.json",
+    "model*.safetensors",
+    "processor_config.json",
+    "tokenizer*",
+    "modeling_reftr.py",
+]
+
+
+def push_model(
+    folder: str | Path,
+    repository: str,
+    private: bool | None = None,
+    message: str = "Upload model",
+    card: dict[str, bytes] | None = None,
+) -> str:
+    """
+    Push a saved model.
+
+    Args:
+        folder (`str` or `Path`): with the model and its processor; `PATTERNS` are taken.
+        repository (`str`): "user/name"; made where it is not there.
+        private (`bool`, *optional*): whether a new repository is private.
+        message (`str`, *optional*): of the commit.
+        card (`dict[str, bytes]`, *optional*): the card's files, see `training_reftr.card.card_files`. They are part of
+            the commit, and written into the folder once it is made. Absent: the card in the folder.
+
+    Returns:
+        `str`: the commit's id, for `from_pretrained(..., revision=...)`.
+
+    Raises:
+        OSError: if the folder lacks something, or the Hub does not take it; the folder stays as it was, and so does
+            what the Hub had before.
+    """
+    card = card or {}
+    files = {*select_files(Path(folder), PATTERNS), *card}
+    missing = [pattern for pattern in REQUIRED if not any(Path(name).match(pattern) for name in files)]
+    if missing:
+        raise OSError(
+            f"{str(folder)!r} is not a complete RefTR folder and was not pushed: it lacks {', '.join(missing)}."
+        )
+    revision = upload(folder, repository, "model", private, PATTERNS, message, card).oid
+    write_contents(folder, card)
+    return revision
 
 
 class Publisher:

@@ -1,45 +1,87 @@
 """
-Whether a command line of the training script names a recipe, decided before torch is imported, which takes seconds.
-Nothing here holds a collective.
+Find the recipe of a command line, before torch is imported, which takes seconds. Nothing here is a collective.
 """
 
+import difflib
 import itertools
 import os
+import re
 import shlex
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
-from modeling_reftr.escaping import for_terminal
+from data_scripts.escaping import for_terminal
+from data_scripts.quoting import quote
+from training_reftr.resources import resource_folder
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes"
-DEMO = FOLDER / "demo.yaml"
-EXIT_CODE = 2  # of a wrong command line, as argparse has it
+DEMO = "demo"  # the recipe that runs without arguments
+# a folder of recipes was part of their names before
+FORMER_NAME = re.compile(r"(flickr30k|refcoco\+|refcocog|refcoco|referit|shapes|visual_genome)_(.+)")
+EXIT_CODE = 2  # of an invalid command line, as in argparse
+
+
+def find_recipe(name: str) -> Path:
+    """
+    Return the file of a recipe.
+
+    Args:
+        name (`str`): a path, or the name of an installed recipe, such as "refcoco/r50_boxes".
+
+    Raises:
+        OSError: if there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = resource_folder("recipes")
+    installed = name.removeprefix("recipes/").removesuffix(".yaml")
+    former = FORMER_NAME.fullmatch(installed)
+    for candidate in (installed, former and f"{former[1]}/{former[2]}"):
+        if candidate in list_recipes():
+            if candidate != installed:
+                warnings.warn(
+                    f"The recipe {name!r} is now called {candidate!r}; the former name will be removed.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+            return folder / f"{candidate}.yaml"
+    nearest = difflib.get_close_matches(installed[:80], list_recipes(), n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise OSError(f"{quote(name)} is neither a file nor one of the recipes {', '.join(list_recipes())}.{hint}")
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the installed recipes, without those that are only inherited."""
+    folder = resource_folder("recipes")
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+    return [name for name in names if not name.startswith(("common/", "accelerate/"))]
 
 
 def with_recipe(argv: list[str]) -> list[str]:
     """
-    Return the arguments of a run, which name a recipe: those given, or the demo's recipe where there are none.
+    Return the arguments of a run, with the demo's recipe if there are none.
 
-    Without a recipe, settings alone would train the default model, of 152 million parameters, on the shapes that the
-    demo draws. So they end the process with exit code 2, the list of recipes and an example on stderr. `--help` needs
-    no recipe, and neither does an evaluation that says what it evaluates: `--eval_only` with `--dataset`, and
-    `--init_from` or `--output_dir`. To resume needs the recipe that the run was started with.
+    Settings without a recipe would train the default model of 152 million parameters on the demo's dataset. They end
+    the process with exit code 2, a list of recipes and an example. `--help` needs no recipe, and neither does an
+    evaluation that names its model and dataset: `--eval_only` with `--dataset`, and `--init_from` or `--output_dir`.
+    Resuming requires the recipe that the run was started with.
 
     Raises:
-        SystemExit: with code 2, where settings are given and no recipe.
+        SystemExit: with code 2, if settings are given without a recipe.
     """
     values = values_of(argv)
     if "-h" in argv or "help" in values or (argv and not argv[0].startswith("-")) or is_evaluation(values):
         return argv
     is_main_process = os.environ.get("RANK", "0") == "0"
-    if values.keys() <= {"print_config"} and DEMO.is_file():
+    if values.keys() <= {"print_config"}:
         if is_main_process:
-            # a comment in YAML, which --print_config writes
-            sys.stdout.write(f"# No recipe is named: this is the embedded demo, {shorten(DEMO)}.\n")
+            # a YAML comment, as --print_config writes YAML
+            sys.stdout.write(f"# No recipe is given, so the demo runs: {shorten(find_recipe(DEMO))}.\n")
             sys.stdout.flush()
-        return [str(DEMO), *argv]
+        return [DEMO, *argv]
     if is_main_process:
         sys.stderr.write(for_terminal(explain(argv, values)))
     sys.exit(EXIT_CODE)
@@ -62,15 +104,14 @@ def is_evaluation(values: dict[str, str]) -> bool:
 
 
 def explain(argv: list[str], values: dict[str, str]) -> str:
-    """Return what is wrong, the recipes that there are, and an example that keeps the settings given."""
-    names = ", ".join(path.name for path in sorted(FOLDER.glob("*.yaml")))
+    """Return the error, the list of recipes, and an example that keeps the given settings."""
+    names = ", ".join(list_recipes())
     recipes = textwrap.fill(names, width=100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     of_the_run = Path(values.get("output_dir", ""), "recipe.yaml")
-    example = next((shorten(path) for path in (of_the_run, DEMO) if path.is_file()), "RECIPE.yaml")
+    example = shorten(of_the_run) if of_the_run.is_file() else DEMO
     return (
-        "error: No recipe is named, which says what to train on which dataset. Recipes come first, settings change "
-        f"them.\n\nin {shorten(FOLDER)}:\n{recipes or '  none: they are part of the checkout of the project'}\n\n"
-        f"example:\n  reftr train {shlex.join([example, *argv])}\n"
+        "error: A recipe is required, which says what to train on which dataset. Recipes come first, settings change "
+        f"them.\n\nrecipes:\n{recipes}\n\nexample:\n  reftr train {shlex.join([example, *argv])}\n"
     )
 
 

@@ -11,10 +11,10 @@ import datasets
 from accelerate import Accelerator
 
 from data_scripts.building import LEFT_OUT, describe_reported, is_degenerate
+from data_scripts.escaping import for_code, for_markdown
 from data_scripts.masks import is_empty
 from data_scripts.quoting import quote
 from data_scripts.reports import read_build_report
-from modeling_reftr.escaping import for_code, for_markdown
 from training_reftr.data import EvaluationData
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from data_scripts.escaping import TerminalFormatter
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from modeling_reftr.escaping import TerminalFormatter
 from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
 from training_reftr.banner import announce
 from training_reftr.batch_norm import synchronize_batch_norm

@@ -26,7 +26,7 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
 
     - A name of `data_scripts.SOURCES`, with `args.dataset_config` as its flags.
     - Several, "a,b", with `args.dataset_config` as {name: flags}: the splits of `args.train_split` are joined without
-      the pictures that any of the sets holds out (`data_scripts.combine`); all other splits are named "a/val".
+      the pictures that any of the sets holds out (`data_scripts.combining`); all other splits are named "a/val".
     - A folder of Parquet files as `python -m data_scripts export` writes them.
 
     With `args.streaming` the splits of `args.train_split` are streams of rows whose pictures are not decoded, and the
@@ -170,7 +170,7 @@ def join_sets(args) -> dict[str, datasets.Dataset]:
     splits = {name: data_scripts.load(name, **flags) for name, flags in sets.items()}
     training = args.train_split.split("+")
     rows = {
-        split: data_scripts.combine(list(sets.items()), split=split, trained=tuple(training)) for split in training
+        split: data_scripts.combining(list(sets.items()), split=split, trained=tuple(training)) for split in training
     }
     others = {
         f"{name}/{split}": part[split] for name, part in splits.items() for split in part if split not in training

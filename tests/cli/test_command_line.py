@@ -6,21 +6,21 @@ import pytest
 from PIL import Image
 
 import modeling_reftr
-from modeling_reftr.__main__ import COMMANDS, main
+from reftr_cli.__main__ import COMMANDS, main
 
 
 LINES, COLUMNS = 40, 120  # of a screen
 
 
 def test_the_commands(run):
-    text = run("-m", "modeling_reftr").stdout
-    assert text == run("-m", "modeling_reftr", "--help").stdout
+    text = run("-m", "reftr_cli").stdout
+    assert text == run("-m", "reftr_cli", "--help").stdout
     for name in COMMANDS:
         assert f"\n  {name} " in text
-    assert run("-m", "modeling_reftr", "--version").stdout.strip() == modeling_reftr.__version__
-    result = run("-m", "modeling_reftr", "predicted", check=False)
+    assert run("-m", "reftr_cli", "--version").stdout.strip() == modeling_reftr.__version__
+    result = run("-m", "reftr_cli", "predicted", check=False)
     assert result.returncode == 1
-    assert "There is no command 'predicted'" in result.stderr
+    assert "'predicted' is not a command" in result.stderr
 
 
 def screen_of(capsys, *words):
@@ -71,7 +71,7 @@ def test_errors_are_sentences(run, tmp_path):
         ("push", "--model", tmp_path),
     ):
         error_of(*words)
-    result = run("-m", "modeling_reftr", "push", "--model", tmp_path, check=False)
+    result = run("-m", "reftr_cli", "push", "--model", tmp_path, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in result.stderr
@@ -120,7 +120,7 @@ def test_a_file_of_questions(capsys, trained, pictures, tmp_path):
     path = pictures / "questions.jsonl"
     path.write_text("\n".join(json.dumps(question) for question in questions) + "\n\n")
     error = error_of(*predict(trained, path, "--output", tmp_path / "answers"))
-    assert "2 of 5 questions have no answer" in error
+    assert "2 of 5 questions failed" in error
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [[answer["phrase"] for answer in line.get("answers", [])] for line in lines] == [
         ["the star"],
@@ -135,7 +135,7 @@ def test_a_file_of_questions(capsys, trained, pictures, tmp_path):
     path.write_text('{"image": "a.png", "text": "the star"}\n{"picture": 1}\n')
     assert "line 2: 'image'" in error_of(*predict(trained, path))
     assert capsys.readouterr().out == ""
-    assert "bring their texts" in error_of(*predict(trained, path, "--text", "the star"))
+    assert "have their own texts" in error_of(*predict(trained, path, "--text", "the star"))
 
 
 def test_a_caption_with_phrases(capsys, trained, pictures):
@@ -144,5 +144,5 @@ def test_a_caption_with_phrases(capsys, trained, pictures):
     answers = json.loads(capsys.readouterr().out)
     assert [answer["phrase"] for answer in answers] == ["the star", "the red circle"]
     picture = pictures / "a.png"
-    assert "--phrases are of one caption" in error_of(*predict(trained, picture, "--text", "a", "b", "--phrases", "a"))
-    assert "Name what to look for" in error_of(*predict(trained, picture))
+    assert "--phrases requires one image" in error_of(*predict(trained, picture, "--text", "a", "b", "--phrases", "a"))
+    assert "An expression to locate is required" in error_of(*predict(trained, picture))

@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 
 from data_scripts import FEATURES, SOURCES, exporting, load
 from data_scripts.checking import is_box_within
+from reftr_cli.data_commands import push_export
 from tests.helpers.layout_toy import make_row, make_toy, save_picture
 from tests.helpers.local_hub import Hub
 from tests.helpers.tiny import ROOT
@@ -58,20 +59,20 @@ def refused(result, *words):
 
 @pytest.mark.parametrize("name", [None, "list", "build", "check", "export", "preview", "stats", "held_out"])
 def test_help_fits_a_screen(run, name):
-    result = run("-m", "data_scripts", *([name] if name else []), "--help", COLUMNS="80")
+    result = run("-m", "reftr_cli", "data", *([name] if name else []), "--help", COLUMNS="80")
     assert len(result.stdout.splitlines()) <= 40
     assert "usage: reftr data" in result.stdout
 
 
 def test_list(run, command, toy):
-    lines = run("-m", "data_scripts", "list", COLUMNS="80").stdout.splitlines()
+    lines = run("-m", "reftr_cli", "data", "list", COLUMNS="80").stdout.splitlines()
     assert lines[0].split()[:4] == ["name", "images", "expressions", "splits"]
     assert any(line.startswith("shapes ") for line in lines)
     assert max(map(len, lines)) <= 80
-    details = run("-m", "data_scripts", "list", "shapes").stdout
+    details = run("-m", "reftr_cli", "data", "list", "shapes").stdout
     assert "--image_size (96)" in details
     assert "at least 32" in details
-    refused(run("-m", "data_scripts", "list", "shape", check=False), "no data set 'shape'", "shapes")
+    refused(run("-m", "reftr_cli", "data", "list", "shape", check=False), "'shape' is not a dataset", "shapes")
 
 
 def test_list_tells_where_files_come_from(run):
@@ -139,7 +140,7 @@ def test_broken_pictures_are_found_and_good_ones_are_not(command, toy, record_pr
         Image.open(toy / row["image"]).convert("CMYK").save(toy / row["image"])
     for row in rows["train"][420:440]:
         Image.open(toy / row["image"]).convert("L").save(toy / row["image"])
-    assert "All pictures decode." in command("build", "--verify", "--num_proc", "2").stdout
+    assert "All images decode." in command("build", "--verify", "--num_proc", "2").stdout
     broken = break_pictures(toy, random.Random(0).sample(rows["train"], 20))
     sentence = refused(command("build", check=False))  # headers alone
     assert all(name in sentence for name in (*broken[0::5], *broken[4::5]))
@@ -247,7 +248,7 @@ def test_check_passes_what_is_right(command, toy, run, tmp_path):
     result = command("check")
     assert "toy: 0 errors, 1 warnings." in result.stdout
     assert "warning: count: 1" in result.stdout
-    result = run("-m", "data_scripts", "check", "shapes", *SMALL, "--cache_dir", tmp_path / "cache")
+    result = run("-m", "reftr_cli", "data", "check", "shapes", *SMALL, "--cache_dir", tmp_path / "cache")
     assert result.stdout.endswith("shapes: 0 errors, 0 warnings.\n")
 
 
@@ -287,7 +288,7 @@ def test_export_by_path(command, toy, tmp_path, run):
     }
     assert loaded[0]["image"].size == (48, 32)
     drawn = run(
-        *("-m", "data_scripts", "export", "shapes", *SMALL, "--cache_dir", tmp_path / "cache", "--by_path"),
+        *("-m", "reftr_cli", "data", "export", "shapes", *SMALL, "--cache_dir", tmp_path / "cache", "--by_path"),
         *("--output", tmp_path / "shapes"),
         check=False,
     )
@@ -405,7 +406,7 @@ def test_export_to_the_hub(command, toy, tmp_path, hub, run):
 def exported(tmp_path, hub, monkeypatch):
     """A folder like an export's, and the client of this process on its way to the Hub."""
     hub.use(monkeypatch, "hf_write")
-    monkeypatch.setattr("data_scripts.uploading.WAITS", (0, 0))
+    monkeypatch.setattr("training_reftr.hub.WAITS", (0, 0))
     (tmp_path / "exported" / "data").mkdir(parents=True)
     for split in ("train", "testA"):
         (tmp_path / "exported" / "data" / f"{split}-00000-of-00001.parquet").write_bytes(split.encode() * 1000)
@@ -435,7 +436,7 @@ def on_disk(folder):
 def test_a_push_that_is_not_allowed(exported, hub, monkeypatch, token, repository, words):
     hub.use(monkeypatch, token)
     with pytest.raises(OSError, match=words) as refused:
-        exporting.push(exported, repository)
+        push_export(exported, repository)
     assert f"not pushed to {repository!r}" in str(refused.value)
     assert not token or token not in str(refused.value)
     assert not hub.repositories
@@ -446,10 +447,10 @@ def test_a_push_that_is_not_allowed(exported, hub, monkeypatch, token, repositor
 def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
     hub.fault(fault, pattern, times=100)
     with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
-        exporting.push(exported, "someone/toy")
+        push_export(exported, "someone/toy")
     assert not hub.repositories or on_the_hub(hub) == {}
     hub.faults.clear()
-    assert exporting.push(exported, "someone/toy").endswith(hub.head("someone/toy", "dataset"))
+    assert push_export(exported, "someone/toy").endswith(hub.head("someone/toy", "dataset"))
     assert on_the_hub(hub) == on_disk(exported)
     # nor when there is a former one, which stays
     former = on_disk(exported)
@@ -457,7 +458,7 @@ def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
         path.write_bytes(b"new content of " + path.name.encode())
     hub.fault(fault, pattern, times=100)
     with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
-        exporting.push(exported, "someone/toy")
+        push_export(exported, "someone/toy")
     assert on_the_hub(hub) == former
 
 
@@ -465,11 +466,11 @@ def test_card_names_the_repository_that_it_is_pushed_to(exported, hub):
     """The card of an export does, and one that somebody has written stays as it is."""
     card = f'---\npretty_name: toy\n---\n\nrows = load_dataset("{exported}", split="train")\n'
     (exported / "README.md").write_text(card)
-    exporting.push(exported, "someone/toy")
+    push_export(exported, "someone/toy")
     assert hub.files("someone/toy", "dataset")["README.md"].decode() == card
     (exported / "README.md").write_text(card + exporting.MARK)
     for repository in ("someone/toy", "someone/other"):
-        exporting.push(exported, repository)
+        push_export(exported, repository)
         pushed = hub.files(repository, "dataset")["README.md"]
         assert f'\nrows = load_dataset("{repository}", split="train")\n' in pushed.decode()
         assert str(exported) not in pushed.decode()
@@ -481,29 +482,29 @@ def test_files_of_a_former_set_go(exported, hub):
     for number in range(2):
         (exported / "data" / f"train-0000{number}-of-00002.parquet").write_bytes(b"half")
     (exported / "data" / "train-00000-of-00001.parquet").rename(exported / "whole")
-    exporting.push(exported, "someone/toy")
+    push_export(exported, "someone/toy")
     assert sum(path.startswith("data/train") for path in on_the_hub(hub)) == 2
     for path in (exported / "data").glob("train-*-of-00002.parquet"):
         path.unlink()
     (exported / "whole").rename(exported / "data" / "train-00000-of-00001.parquet")
-    exporting.push(exported, "someone/toy")
+    push_export(exported, "someone/toy")
     assert on_the_hub(hub) == on_disk(exported)
 
 
 def test_a_public_set_is_not_taken_for_a_private_one(exported, hub):
-    exporting.push(exported, "someone/toy")
+    push_export(exported, "someone/toy")
     with pytest.raises(OSError, match="'someone/toy' is there and public"):
-        exporting.push(exported, "someone/toy", private=True)
+        push_export(exported, "someone/toy", private=True)
 
 
 @pytest.mark.parametrize("kind", ["corrupt", "lose"])
 def test_files_that_do_not_arrive_whole_are_not_called_pushed(exported, hub, kind):
     hub.fault(kind, "PUT", times=100)
     with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
-        exporting.push(exported, "someone/toy")
+        push_export(exported, "someone/toy")
     assert on_the_hub(hub) == {}
     hub.faults.clear()
-    exporting.push(exported, "someone/toy")
+    push_export(exported, "someone/toy")
     assert on_the_hub(hub) == on_disk(exported)
 
 
@@ -522,20 +523,20 @@ def test_push_refuses_a_commit_that_holds_other_files_than_were_sent(exported, h
     monkeypatch.setattr(hub, "commit", commit_less)
     words = r"not pushed to 'someone/toy': the commit \w+ does not hold README\.md as they were sent"
     with pytest.raises(OSError, match=words):
-        exporting.push(exported, "someone/toy")
+        push_export(exported, "someone/toy")
 
 
 @pytest.mark.parametrize("status", [500, 429])
 def test_push_is_repeated_where_the_hub_is_busy(exported, hub, status):
     fault = hub.fault("status", "POST .*/commit/", value=status)
-    exporting.push(exported, "someone/toy")
+    push_export(exported, "someone/toy")
     assert fault.happened == 1
     assert on_the_hub(hub) == on_disk(exported)
 
 
 def test_a_push_outlives_a_hub_that_stumbles(exported, hub):
     faults = [hub.fault("status", pattern, times=2) for pattern in ("/preupload/", "/objects/batch", "PUT")]
-    exporting.push(exported, "someone/toy")
+    push_export(exported, "someone/toy")
     assert [fault.happened for fault in faults] == [2, 2, 2]
     assert on_the_hub(hub) == on_disk(exported)
 
@@ -555,16 +556,26 @@ def test_without_network_the_export_stays(command, toy, tmp_path):
 
 def test_rows_keep_pictures_of_bytes(run, tmp_path):
     """Pictures that are no files are embedded as well."""
-    run("-m", "data_scripts", "export", "shapes", *SMALL, "--cache_dir", tmp_path / "c", "--output", tmp_path / "out")
+    run(
+        "-m",
+        "reftr_cli",
+        "data",
+        "export",
+        "shapes",
+        *SMALL,
+        "--cache_dir",
+        tmp_path / "c",
+        "--output",
+        tmp_path / "out",
+    )
     rows = datasets.load_dataset(str(tmp_path / "out"), split="test", cache_dir=str(tmp_path / "other"))
     content = rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
     assert Image.open(io.BytesIO(content)).size == (64, 64)
 
 
-@pytest.mark.parametrize("command", ["data_scripts", pytest.param("modeling_reftr", marks=pytest.mark.slow)])
-def test_interrupted_build_ends_in_a_line(tmp_path, command):
+def test_interrupted_build_ends_in_a_line(tmp_path):
     """Ctrl-C in a terminal reaches the processes that build as well."""
-    words = [sys.executable, "-m", command, *(["data"] if command == "modeling_reftr" else [])]
+    words = [sys.executable, "-m", "reftr_cli", "data"]
     words += ["build", "shapes", "--num_train", "200000", "--num_proc", "2", "--cache_dir", str(tmp_path)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **streams)

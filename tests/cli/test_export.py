@@ -12,8 +12,8 @@ from PIL import Image
 from transformers.exporters.base import ExportedModel
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from modeling_reftr.export import differences, export, make_inputs
 from modeling_reftr.modeling_reftr import RefTRVisualGroundingOutput
+from reftr_cli.graph_export import differences, export, make_inputs
 from tests.helpers.documents import blocks_of
 from tests.helpers.tiny import ROOT
 from tests.modeling_reftr.test_inference import TIMM
@@ -32,7 +32,7 @@ def checkpoint(make_model, processor, tmp_path):
 def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run):
     """Written by the command, asked about pictures and words of other numbers and sizes."""
     folder = tmp_path / "runs" / "demo-onnx"
-    printed = run("-m", "modeling_reftr.export", "--model", checkpoint, "--output", folder).stdout
+    printed = run("-m", "reftr_cli", "export", "--model", checkpoint, "--output", folder).stdout
     assert json.loads(printed)["largest_differences"].keys() == {"pred_boxes", "pred_masks"}
 
     assert_names_are_the_processors(folder)
@@ -110,7 +110,7 @@ def test_what_torch_cannot_save_is_said(make_model, processor, tmp_path, run):
     make_model(backbone_config=TIMM).save_pretrained(tmp_path / "model")  # its pooling rounds sizes up
     processor.save_pretrained(tmp_path / "model")
     words = ("--model", tmp_path / "model", "--output", tmp_path / "program", "--format", "dynamo")
-    error = run("-m", "modeling_reftr.export", *words, check=False).stderr
+    error = run("-m", "reftr_cli", "export", *words, check=False).stderr
     assert "use --format onnx" in error
 
 

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from modeling_reftr.push import main, push_model
+from reftr_cli.push import main
 from tests.helpers.local_hub import Hub, HubProcess
 from tests.helpers.tiny import ROOT, trials
 from training_reftr.arguments import TrainingArguments
 from training_reftr.card import write_card
-from training_reftr.publishing import Publisher
+from training_reftr.publishing import Publisher, push_model
 
 
 REPOSITORY = "someone/toy"
@@ -44,7 +44,7 @@ def folder(trained, tmp_path):
 
 
 def push(run, hub, folder, home, *words, token="hf_write", **settings):
-    command = ("-m", "modeling_reftr", "push", "--model", folder, "--repo", REPOSITORY, *words)
+    command = ("-m", "reftr_cli", "push", "--model", folder, "--repo", REPOSITORY, *words)
     return run(*command, **hub.environment(token, home), **settings)
 
 
@@ -238,7 +238,7 @@ def test_a_push_that_was_broken_off_goes_on(hub, folder, monkeypatch):
     write_card(folder, REPOSITORY)
     first = push_model(folder, REPOSITORY)
     change_weights(folder)
-    monkeypatch.setattr("data_scripts.uploading.WAITS", ())
+    monkeypatch.setattr("training_reftr.hub.WAITS", ())
     fault = hub.fault("status", "POST .*/commit/", times=10_000)
     with pytest.raises(OSError, match="is complete, but was not pushed"):
         push_model(folder, REPOSITORY)
@@ -280,7 +280,7 @@ def test_half_a_folder_is_not_pushed(hub, folder, monkeypatch, missing):
     hub.use(monkeypatch, "hf_write")
     write_card(folder)
     (folder / missing).unlink()
-    with pytest.raises(OSError, match=rf"is no whole RefTR folder, it has no {missing.split('.')[0]}"):
+    with pytest.raises(OSError, match=rf"not a complete RefTR folder .*: it lacks {missing.split('.')[0]}"):
         push_model(folder, REPOSITORY)
     assert hub.repositories == {}
 
@@ -292,9 +292,9 @@ def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_pa
     moments += ["WRITE .*repository.json", "POST .*/repos/create", "PUT", "POST .*/commit/"]
     write_card(folder, REPOSITORY)
     command = (
-        "import sys, types; import data_scripts.uploading as u; u.WAITS = (); "
+        "import sys, types; import training_reftr.hub as u; u.WAITS = (); "
         "import huggingface_hub.utils._http as http; http.time = types.SimpleNamespace(sleep=lambda seconds: None); "
-        "from modeling_reftr.push import push_model; sys.stdout.write(push_model(sys.argv[1], sys.argv[2]))"
+        "from training_reftr.publishing import push_model; sys.stdout.write(push_model(sys.argv[1], sys.argv[2]))"
     )
 
     def push_to(hub):
@@ -342,7 +342,7 @@ def test_a_space_that_asks_the_model(hub, folder, monkeypatch):
 @pytest.mark.parametrize("card", [None, "# Mine\n", "earlier"])
 def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door, card):
     """Refused for want of rights, then taken: only then the card in the folder names the repository."""
-    monkeypatch.setattr("data_scripts.uploading.WAITS", ())
+    monkeypatch.setattr("training_reftr.hub.WAITS", ())
     (folder / "README.md").unlink()
     if card == "earlier":
         write_card(folder)
@@ -381,13 +381,13 @@ def content_of(folder):
 def test_space_of_a_model_that_is_not_on_the_hub_is_refused(hub, folder, monkeypatch, model):
     hub.use(monkeypatch, "hf_write")
     model = str(folder) if model == "folder" else model
-    with pytest.raises(OSError, match=r"'someone/page' was not pushed: its model .* is not on the Hub"):
+    with pytest.raises(OSError, match=r"'someone/page' was not pushed because its model .* was not found on the Hub"):
         main(["--model", model, "--space", "someone/page"])
     assert hub.repositories == {}
 
 
 def test_nowhere_to_push_to(folder):
-    with pytest.raises(ValueError, match="Name where to push"):
+    with pytest.raises(ValueError, match="A repository is required"):
         main(["--model", str(folder)])
 
 

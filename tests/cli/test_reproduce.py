@@ -11,11 +11,11 @@ import torch
 from torchvision.ops import box_iou
 
 from modeling_reftr.processing_reftr import from_coco_rle
+from reftr_cli.reproduce import main, published_settings
 from tests.helpers.golden import load_case, published_state_dict
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.tiny import ROOT
 from training_reftr.arguments import parse_arguments
-from training_reftr.reproduce import main, published_settings
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_one_command_converts_evaluates_and_compares(files, tmp_path):
         f"TOKENIZER={files / 'tokenizer'}", HF_DATASETS_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "Taken as published, because shapes do not tell" in result.stdout
+    assert "Assumed as published" in result.stdout
     assert f"Beside the published figures: {output / 'report.md'}" in result.stdout
     metrics = json.loads((output / "metrics.json").read_text())
     assert (metrics["dataset"], metrics["model"]) == ("refcoco_unc", str(output / "model"))
@@ -111,7 +111,7 @@ def test_published_settings_of_sets():
     # its annotations are whole pixels, and it has no such flag
     assert published_settings("flickr30k_entities")["dataset_config"] == "{}"
     assert published_settings("reftr_refcoco_unc")["test_splits"] == "val,testA,testB"
-    with pytest.raises(ValueError, match="There is no data set 'refcoco'; there are: shapes"):
+    with pytest.raises(ValueError, match="'refcoco' is not a dataset; use one of shapes"):
         published_settings("refcoco")
     with pytest.raises(ValueError, match="'resc_vg' has the splits train alone"):
         main(["--data_dir", "d", "--checkpoint", "c", "--dataset", "resc_vg"])

@@ -9,10 +9,10 @@ import pytest
 
 import data_scripts
 from data_scripts import visual_genome
-from data_scripts.__main__ import main
 from data_scripts.building import BUILD_REPORT
 from data_scripts.loading import load_with_report
 from data_scripts.reports import format_build_report, read_build_report
+from reftr_cli.data import main
 from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_jsonl import make_jsonl
 from tests.helpers.layout_refcoco import make_refcoco

@@ -96,7 +96,7 @@ def test_what_is_trained_on_is_not_held_out_by_its_name(two_builders, caplog):
             splits["test"] = splits["test"].select([])  # of the images of train, in this fixture
             expected = keys_of(splits["trainval"])
         assert keys_of(combine([splits], split="trainval")) == expected
-    assert "left out" not in [record.message for record in caplog.records if record.name == "data_scripts.combine"]
+    assert "left out" not in [record.message for record in caplog.records if record.name == "data_scripts.combining"]
 
 
 def test_miss_in_val_does_not_hold_out_what_trainval_has(two_builders):

@@ -96,7 +96,7 @@ def test_refclef_references_of_several_test_splits_count_in_each(tmp_path, run):
         "testC": [("testBC of 110", 1), ("testAC of 110", 2)],
     }
     printed = run(
-        "-m", "data_scripts", "build", "refclef_unc", "--data_dir", tmp_path, "--cache_dir", tmp_path / "cache"
+        "-m", "reftr_cli", "data", "build", "refclef_unc", "--data_dir", tmp_path, "--cache_dir", tmp_path / "cache"
     ).stdout
     counts = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith("test")}
     assert {split: numbers[2] for split, numbers in counts.items()} == {"testA": "4", "testB": "3", "testC": "3"}

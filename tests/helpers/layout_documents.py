@@ -51,7 +51,7 @@ def make_checkout(folder: Path) -> dict:
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
     make_program(folder / ".venv" / "bin" / "python", sys.executable)
-    make_program(folder / ".venv" / "bin" / "reftr", sys.executable, "-m", "modeling_reftr")
+    make_program(folder / ".venv" / "bin" / "reftr", sys.executable, "-m", "reftr_cli")
     (folder / ".venv" / ".installed").touch()  # now, so make has nothing to install
 
     recipes = folder / "recipes"

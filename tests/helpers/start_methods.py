@@ -17,7 +17,7 @@ from PIL import Image
 
 import train_reftr
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
-from modeling_reftr.predict import to_json
+from reftr_cli.predict import to_json
 from training_reftr.tracking import LOG
 
 

@@ -512,7 +512,7 @@ def test_pickles_of_datasets_that_unfold(tmp_path, record_property):
     doors = {
         "refs": lambda: data_scripts.load("refcoco_unc", data_dir=tmp_path / "refs", **settings),
         "index": lambda: data_scripts.load("resc_unc", data_dir=tmp_path / "index", **settings),
-        "combine": lambda: data_scripts.combine(["refcoco_unc"], data_dir=tmp_path / "refs", **settings),
+        "combine": lambda: data_scripts.combining(["refcoco_unc"], data_dir=tmp_path / "refs", **settings),
     }
     failed = []
     for name, content in list(PICKLES.items())[: len(trials(99, short=4))]:
@@ -564,7 +564,7 @@ def test_the_command_that_converts_ends_with_a_sentence(tmp_path, run, record_pr
         path = tmp_path / "bomb.pth"
         path.write_bytes(CHECKPOINTS[name][1]())
         result = run(
-            *("-m", "modeling_reftr.convert_reftr_checkpoint", "--checkpoint", path, "--no_processor"),
+            *("-m", "reftr_cli", "convert", "--checkpoint", path, "--no_processor"),
             *("--output_dir", tmp_path / "out"),
             check=False,
         )

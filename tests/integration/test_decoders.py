@@ -13,12 +13,12 @@ from PIL import Image
 from transformers.pipelines.pt_utils import KeyDataset
 
 import data_scripts
-import data_scripts.__main__ as data_command
+import reftr_cli.data as data_command
 from data_scripts import reading
 from data_scripts.checking import find_picture_faults
-from data_scripts.preview import draw_preview
 from modeling_reftr import VisualGroundingPipeline, decoding_reftr, open_image, predict
 from modeling_reftr.drawing_reftr import draw_answers
+from reftr_cli.preview import draw_preview
 from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
 from tests.helpers.tiny import ROOT, trials
 from training_reftr.data import GroundingCollator, GroundingDataset

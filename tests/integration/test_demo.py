@@ -34,7 +34,7 @@ def test_the_demo_learns_to_find_what_the_words_say(run, tmp_path):
     canvas.save(picture)
     answers = json.loads(
         run(
-            "-m", "modeling_reftr.predict", "--model", tmp_path, "--image", picture, "--text", "the red square",
+            "-m", "reftr_cli", "predict", "--model", tmp_path, "--image", picture, "--text", "the red square",
             "the blue square",
         ).stdout
     )  # fmt: skip

@@ -12,11 +12,11 @@ from huggingface_hub import DatasetCard, ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
-import data_scripts.__main__ as data_command
+import reftr_cli.data as data_command
+from data_scripts.escaping import TerminalFormatter, for_code, for_markdown, for_terminal
 from data_scripts.exporting import write_card as write_dataset_card
 from data_scripts.loading import SOURCES
 from modeling_reftr import RefTRConfig, predict
-from modeling_reftr.escaping import TerminalFormatter, for_code, for_markdown, for_terminal
 from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_TEXT
 from training_reftr.arguments import TrainingArguments, to_recipe
 from training_reftr.card import MARK, write_card
@@ -217,7 +217,7 @@ def test_log_lines_and_tables(name):
 def test_both_commands_log_through_the_formatter(run, tmp_path):
     """A file whose name is hostile, in a warning on the terminal."""
     name = "a\x1b[31m\u202e"
-    for command in (("-m", "modeling_reftr", "data", "stats", name), ("train_reftr.py", "--dataset", name)):
+    for command in (("-m", "reftr_cli", "data", "stats", name), ("train_reftr.py", "--dataset", name)):
         result = run(*command, cwd=ROOT, check=False)
         assert result.returncode != 0
         assert "\\x1b[31m" in result.stderr

@@ -17,11 +17,11 @@ import data_scripts
 from data_scripts import reading
 from data_scripts.checking import check
 from data_scripts.exporting import export
-from data_scripts.preview import draw_preview
 from data_scripts.reading import Frame, drop_orientation, image_of, is_as_stored, read_frame
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor, image_processing_reftr
 from modeling_reftr.drawing_reftr import COLORS
 from modeling_reftr.image_processing_reftr import open_image, turn_upright
+from reftr_cli.preview import draw_preview
 from tests.helpers.layout_orientation import (
     CASES,
     TEXT,

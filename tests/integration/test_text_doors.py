@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import data_scripts
-import data_scripts.__main__ as data_command
+import reftr_cli.data as data_command
 from data_scripts import reading
 from modeling_reftr import VisualGroundingPipeline, predict, text_reftr
 from modeling_reftr.drawing_reftr import draw_answers
@@ -219,7 +219,7 @@ def build(folder, name):
         lambda: list(data_scripts.load(name, streaming=True, decode=False, **settings)["train"]),
         lambda: run_data_command("build", name, "--data_dir", folder, "--cache_dir", folder / "cache"),
         lambda: run_data_command("stats", name, "--data_dir", folder, "--cache_dir", folder / "cache"),
-        lambda: data_scripts.combine([name], **settings),
+        lambda: data_scripts.combining([name], **settings),
     ):
         try:
             read()

@@ -7,7 +7,6 @@ import operator
 import os
 import pickle
 import re
-import runpy
 import shutil
 import socket
 import subprocess
@@ -28,7 +27,6 @@ from modeling_reftr.convert_reftr_checkpoint import (
     convert_state_dict,
     convert_to_published,
     describe_assumptions,
-    main,
     our_names,
     published_key,
     read_published_checkpoint,
@@ -36,6 +34,8 @@ from modeling_reftr.convert_reftr_checkpoint import (
     settings_from_shapes,
     to_published_state_dict,
 )
+from reftr_cli.__main__ import main as run_command
+from reftr_cli.convert import main
 from tests.helpers.golden import (
     GOLDEN,
     golden_config,
@@ -82,11 +82,9 @@ def meta_model(config):
         return RefTRForVisualGrounding(config)
 
 
-def run_main(monkeypatch, *arguments):
+def run_main(*arguments):
     """The command as a user starts it, within this process."""
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-    monkeypatch.delitem(sys.modules, "modeling_reftr.convert_reftr_checkpoint", raising=False)
-    runpy.run_module("modeling_reftr.convert_reftr_checkpoint", run_name="__main__")
+    assert run_command(["convert", *map(str, arguments)]) == 0
 
 
 def saved(tokenizer, folder):
@@ -332,14 +330,14 @@ def test_settings_that_cannot_be_read_are_named(published, drop, message):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_converted_files_give_the_published_numbers(name, golden_folders, tokenizer, tmp_path, monkeypatch, capsys):
+def test_converted_files_give_the_published_numbers(name, golden_folders, tokenizer, tmp_path, capsys):
     case, arrays = load_case(name)
     content = published_content(published_state_dict(case))
     torch.save(content, tmp_path / "checkpoint.pth")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     output = tmp_path / "made" / "here"
     command = ["--checkpoint", tmp_path / "checkpoint.pth", "--output_dir", output]
-    run_main(monkeypatch, *command, "--config", golden_folders[name], "--tokenizer", tmp_path / "tokenizer")
+    run_main(*command, "--config", golden_folders[name], "--tokenizer", tmp_path / "tokenizer")
     assert capsys.readouterr().out == f"Written: {output}\n"
     assert os.listdir(output.parent) == ["here"]
     assert {"config.json", "model.safetensors", "modeling_reftr.py", "processing_reftr.py", "tokenizer.json"} <= set(
@@ -359,10 +357,10 @@ def test_converted_files_give_the_published_numbers(name, golden_folders, tokeni
     assert words["input_ids"] == tokenizer("the red circle")["input_ids"]
 
 
-def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path, monkeypatch, capsys):
+def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path, capsys):
     settings = ["--config", golden_folders["rec_bert"], "--no_processor"]
-    run_main(monkeypatch, "--checkpoint", checkpoint, "--output_dir", tmp_path / "ours", *settings)
-    run_main(monkeypatch, "--checkpoint", tmp_path / "ours", "--output_dir", tmp_path / "back", "--to_published")
+    run_main("--checkpoint", checkpoint, "--output_dir", tmp_path / "ours", *settings)
+    run_main("--checkpoint", tmp_path / "ours", "--output_dir", tmp_path / "back", "--to_published")
     back = tmp_path / "back" / "published.safetensors"
     assert back.stat().st_mode == (tmp_path / "ours" / "config.json").stat().st_mode
     assert capsys.readouterr().out.endswith(f"Written: {back}\n")
@@ -372,7 +370,7 @@ def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path
         assert torch.equal(weights[key], value), key
 
     # what was written is read again, and by the published code's own way
-    run_main(monkeypatch, "--checkpoint", back, "--output_dir", tmp_path / "again", *settings)
+    run_main("--checkpoint", back, "--output_dir", tmp_path / "again", *settings)
     ours, again = (tmp_path / name / "model.safetensors" for name in ("ours", "again"))
     assert ours.read_bytes() == again.read_bytes()
     torch.save({"model": load_file(back)}, tmp_path / "back.pth")
@@ -581,7 +579,7 @@ def test_malicious_files_are_refused_and_leave_no_trace(name, is_checked, tmp_pa
         path.write_bytes(pickle.dumps(content, protocol=writing))
     assert not target.exists()
     with pytest.raises(SystemExit) as stop:
-        run_main(monkeypatch, "--checkpoint", path, "--output_dir", tmp_path / "out", "--no_processor")
+        run_main("--checkpoint", path, "--output_dir", tmp_path / "out", "--no_processor")
     assert stop.value.code.startswith(f"error: {path} ")
     assert ("is refused: it asks for " if is_checked else "cannot be read as a checkpoint") in stop.value.code
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth"]
@@ -619,7 +617,7 @@ def test_attacks_of_these_tests_are_real(tmp_path):
 
 def test_command_refuses_with_a_sentence(run, tmp_path):
     torch.save({"model": Attack(os.system, f"touch {tmp_path / 'run'}")}, tmp_path / "checkpoint.pth")
-    command = ["-m", "modeling_reftr.convert_reftr_checkpoint", "--checkpoint", tmp_path / "checkpoint.pth"]
+    command = ["-m", "reftr_cli", "convert", "--checkpoint", tmp_path / "checkpoint.pth"]
     result = run(*command, "--output_dir", tmp_path / "out", "--no_processor", check=False)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -632,7 +630,8 @@ def test_command_refuses_with_a_sentence(run, tmp_path):
 MEASURED_RUN = """
 import re, sys
 from pathlib import Path
-from modeling_reftr.convert_reftr_checkpoint import main
+from reftr_cli.__main__ import main as run_command
+from reftr_cli.convert import main
 def memory(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = memory("VmRSS")

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from modeling_reftr import RefTRProcessor, VisualGroundingPipeline
 from modeling_reftr.inputs_reftr import is_joined
-from modeling_reftr.predict import main as predict
 from modeling_reftr.processing_reftr import find_phrases
+from reftr_cli.predict import main as predict
 from tests.helpers.tiny import TINY_TEXT
 from training_reftr.data import GroundingCollator
 

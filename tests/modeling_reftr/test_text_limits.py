@@ -6,10 +6,10 @@ import time
 import pytest
 from PIL import Image
 
+from data_scripts.escaping import for_code, for_markdown, for_terminal
 from data_scripts.flickr30k_entities import parse_caption
 from modeling_reftr import VisualGroundingPipeline
 from modeling_reftr.drawing_reftr import draw_answers
-from modeling_reftr.escaping import for_code, for_markdown, for_terminal
 from modeling_reftr.inputs_reftr import is_joined, split_expressions
 from modeling_reftr.processing_reftr import find_all, find_phrases
 from modeling_reftr.quoting_reftr import quote

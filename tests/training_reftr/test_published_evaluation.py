@@ -12,13 +12,13 @@ from torchvision.ops import box_convert, box_iou
 
 import data_scripts
 import train_reftr
-from data_scripts.__main__ import main as data_main
 from data_scripts.checking import find_box_faults
 from data_scripts.exporting import export
-from data_scripts.preview import draw_preview
 from data_scripts.reports import format_statistics
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.image_processing_reftr import resized_size
+from reftr_cli.data import main as data_main
+from reftr_cli.preview import draw_preview
 from tests.helpers.layout_reftr_index import rectangle, save
 from tests.helpers.processes import run_ranks
 from training_reftr.arguments import TrainingArguments

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import yaml
 
-from modeling_reftr.__main__ import main as reftr
+from reftr_cli.__main__ import main as reftr
 from tests.helpers.tiny import ROOT
 from training_reftr.recipe_choice import with_recipe
 
@@ -18,7 +18,7 @@ DEMO = str(ROOT / "recipes" / "demo.yaml")
 
 
 SCRIPT = [str(ROOT / "train_reftr.py")]
-PROGRAMS = pytest.mark.parametrize("program", [SCRIPT, ["-m", "modeling_reftr", "train"]], ids=["script", "reftr"])
+PROGRAMS = pytest.mark.parametrize("program", [SCRIPT, ["-m", "reftr_cli", "train"]], ids=["script", "reftr"])
 
 
 def start(*command, cwd):

@@ -156,18 +156,18 @@ def test_runs_that_start_from_runs_name_what_those_write():
 
 def test_published_ways_are_switched_by_name():
     switches = [str(RECIPES / "common" / name) for name in ("trainval.yaml", "published_order.yaml")]
-    args = parse_arguments([str(RECIPES / "flickr30k_r50.yaml"), *switches])
+    args = parse_arguments([str(RECIPES / "flickr30k/r50.yaml"), *switches])
     assert (args.train_split, args.validation_split, args.test_splits) == ("train+val", "test", "test")
     assert (args.group_by_image, args.bucket_by_shape) == (False, False)
     assert (args.best_metric, args.two_step_masks) == ("accuracy@0.5", True)
     assert (args.evaluation_batching, args.evaluation_batch_size) == ("published", 8)
     ours = recipe_of("flickr30k_r50")
     assert (ours.train_split, ours.validation_split, ours.group_by_image) == ("train", "val", True)
-    other = parse_arguments([str(RECIPES / "refcoco_r50_boxes.yaml"), "--dataset", "reftr_refcoco_unc"])
+    other = parse_arguments([str(RECIPES / "refcoco/r50_boxes.yaml"), "--dataset", "reftr_refcoco_unc"])
     assert (other.dataset, other.test_splits) == ("reftr_refcoco_unc", "val,testA,testB")
-    other = parse_arguments([str(RECIPES / "visual_genome_r50.yaml"), "--dataset", "resc_vg"])
+    other = parse_arguments([str(RECIPES / "visual_genome/r50.yaml"), "--dataset", "resc_vg"])
     assert other.dataset_config == {}  # they are flags of Visual Genome's builder
-    same = parse_arguments([str(RECIPES / "visual_genome_r50.yaml"), "--dataset_config.validation_images", "9"])
+    same = parse_arguments([str(RECIPES / "visual_genome/r50.yaml"), "--dataset_config.validation_images", "9"])
     assert same.dataset_config == {**recipe_of("visual_genome_r50").dataset_config, "validation_images": 9}
     held_out = recipe_of("visual_genome_r50").dataset_config["exclude"]
     assert held_out == ["refcoco_unc", "refcoco+_unc", "refcocog_umd"]
@@ -230,7 +230,7 @@ def test_what_is_printed_is_a_recipe_again(name, tmp_path, capsys):
 
 def test_print_config_at_the_door(run):
     """YAML alone on stdout, and nothing is built."""
-    result = run("train_reftr.py", RECIPES / "referit_r50.yaml", "--print_config", "--model.decoder_layers", "4")
+    result = run("train_reftr.py", RECIPES / "referit/r50.yaml", "--print_config", "--model.decoder_layers", "4")
     settings = yaml.safe_load(result.stdout)
     assert settings["model"] == {"decoder_layers": 4}
     assert settings["dataset"] == "refclef_berkeley"
@@ -338,7 +338,7 @@ def test_values_have_their_yaml_type():
     assert args.model == {"decoder_layers": 3, "dropout": 0.1, "backbone_config": {"backbone": "resnet101"}}
     assert (args.lr_drop_epochs, args.max_grad_norm, args.seed) == ([6, 12], float("inf"), 7)
     assert parse_arguments(["--lr_drop_epochs", "6"]).lr_drop_epochs == [6]
-    boxes = str(RECIPES / "refcoco_r50_boxes.yaml")
+    boxes = str(RECIPES / "refcoco/r50_boxes.yaml")
     assert parse_arguments([boxes, "--init_detr", "null"]).init_detr is None
 
 
@@ -554,7 +554,7 @@ def submit(tmp_path):
 
 
 def test_slurm_starts_a_process_for_each_gpu(submit):
-    words = [str(RECIPES / "referit_r50.yaml"), "--data_dir", "two words"]
+    words = [str(RECIPES / "referit/r50.yaml"), "--data_dir", "two words"]
     launcher, *launched = submit(*words, MASTER_PORT="29501")
     launch = torchrun_parser().parse_args(launched)
     assert launcher == "torchrun"
@@ -569,12 +569,12 @@ def test_slurm_starts_a_process_for_each_gpu(submit):
 
 def test_slurm_takes_a_file_of_accelerate(submit):
     path = str(RECIPES / "accelerate" / "fsdp2.yaml")
-    launcher, command, *launched = submit(str(RECIPES / "referit_r50.yaml"), ACCELERATE_CONFIG=path)
+    launcher, command, *launched = submit(str(RECIPES / "referit/r50.yaml"), ACCELERATE_CONFIG=path)
     launch = launch_command_parser().parse_args(launched)
     assert (launcher, command) == ("accelerate", "launch")
     assert (launch.config_file, launch.num_machines, launch.num_processes) == (path, 2, 8)
     assert (launch.machine_rank, launch.main_process_ip, launch.main_process_port) == (1, "node7", 22345)
-    assert launch.training_script_args == [str(RECIPES / "referit_r50.yaml"), "--resume", "auto"]
+    assert launch.training_script_args == [str(RECIPES / "referit/r50.yaml"), "--resume", "auto"]
 
 
 def test_slurm_says_what_it_needs():

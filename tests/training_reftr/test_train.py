@@ -55,7 +55,7 @@ def test_prediction_on_ones_own_picture(trained, run, tmp_path):
     output, _ = trained
     Image.fromarray(np.full((90, 150, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
     result = run(
-        "-m", "modeling_reftr.predict", "--model", output, "--image", tmp_path / "photo.jpg",
+        "-m", "reftr_cli", "predict", "--model", output, "--image", tmp_path / "photo.jpg",
         "--text", "the red circle", "the star", "--output", tmp_path / "out.png",
     )  # fmt: skip
     answers = json.loads(result.stdout)
@@ -70,7 +70,7 @@ def test_prediction_on_ones_own_picture(trained, run, tmp_path):
 
 
 def test_prediction_says_what_is_missing(trained, run, tmp_path):
-    command = ("-m", "modeling_reftr.predict", "--model", trained[0], "--text", "the star", "--image")
+    command = ("-m", "reftr_cli", "predict", "--model", trained[0], "--text", "the star", "--image")
     result = run(*command, tmp_path / "none.jpg", check=False)
     assert result.returncode != 0
     assert "error: There is no picture at" in result.stderr
@@ -151,7 +151,7 @@ def test_boxes_then_masks(trained, recipe, run, tmp_path):
     assert "mask mIoU" in result.stdout
 
     answers = run(
-        "-m", "modeling_reftr.predict", "--model", tmp_path, "--image", tmp_path / "predictions.png",
+        "-m", "reftr_cli", "predict", "--model", tmp_path, "--image", tmp_path / "predictions.png",
         "--text", "the star", "--output", tmp_path / "out.png",
     )  # fmt: skip
     (answer,) = json.loads(answers.stdout)

@@ -1,0 +1,1 @@
+"""The commands of `reftr`. Each module parses its arguments first and imports torch only to run."""

@@ -1,0 +1,29 @@
+"""
+Export a model as one graph that runs without this code:
+
+    reftr export --model runs/demo --output runs/demo-onnx
+
+writes `model.onnx` for ONNX Runtime (`--format dynamo`: a program of `torch.export`), with the processor beside it.
+`--phrases` exports for captions with several phrases.
+"""
+
+import argparse
+import json
+import sys
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the output folder, and how far the graph's outputs are from the model's, as JSON."""
+    parser = argparse.ArgumentParser(prog="reftr export", description="Export a model as one graph.")
+    parser.add_argument("--model", required=True, help="RefTR folder or Hub id")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--format", default="onnx", choices=("onnx", "dynamo"), help="onnx (default), or dynamo: torch.export"
+    )
+    parser.add_argument("--phrases", action="store_true", help="export for captions with several phrases")
+    args = parser.parse_args(argv)
+
+    from reftr_cli.graph_export import write_graph
+
+    found = write_graph(args.model, args.output, args.format, args.phrases)
+    sys.stdout.write(json.dumps({"output": args.output, "largest_differences": found}) + "\n")

@@ -1,0 +1,164 @@
+"""One way to the Hub for all that goes there: data sets, models, Spaces."""
+
+import fnmatch
+import logging
+import os
+import time
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+
+logger = logging.getLogger(__name__)
+
+WAITS = (1, 4)  # seconds between tries, behind those of the client itself
+
+
+def upload(
+    folder: str | Path,
+    repository: str,
+    kind: str,
+    private: bool | None = None,
+    patterns: list[str] | None = None,
+    message: str = "Upload",
+    contents: dict[str, bytes] | None = None,
+    **settings,
+) -> CommitInfo:
+    """
+    Upload a folder in one commit: all of it is there afterwards, or nothing. Large files that are there already, as
+    after an upload that was broken off, are not sent again; files of the repository that match `patterns` and are not
+    in the folder go.
+
+    Args:
+        folder (`str` or `Path`): what to upload.
+        repository (`str`): "user/name"; made where it is not there.
+        kind (`str`): "model", "dataset" or "space".
+        private (`bool`, *optional*): whether a new repository is private. True refuses one that is public.
+        patterns (`list[str]`, *optional*): which files of the folder; absent: all.
+        message (`str`, *optional*): of the commit.
+        contents (`dict[str, bytes]`, *optional*): more files by name, uploaded in place of those in the folder that
+            have the same name; the folder is not changed.
+        settings: others of `HfApi.create_repo`.
+
+    Returns:
+        `CommitInfo`: the commit, `oid` and `commit_url`.
+
+    Raises:
+        OSError: if the Hub is out of reach, refuses it, or holds other files than were sent; the folder stays, and so
+            does what the repository held.
+    """
+    folder = Path(folder)
+    for wait in (*WAITS, None):
+        try:
+            make_repository(repository, kind, private, **settings)
+            files = {name: folder / name for name in select_files(folder, patterns)} | (contents or {})
+            commit = commit_files(files, repository, kind, patterns, message)
+            check_uploaded(files, repository, kind, commit)
+            return commit
+        except Exception as error:  # the network, the server and the token each have exceptions of their own
+            if wait is None or not is_passing(error):
+                raise OSError(
+                    f"{str(folder)!r} is complete, but was not pushed to {repository!r}: {reason_of(error)}"
+                ) from error
+            logger.warning(f"The push to {repository!r} failed ({reason_of(error)}); once more in {wait} seconds.")
+            time.sleep(wait)
+
+
+def write_contents(folder: str | Path, contents: dict[str, bytes]):
+    """
+    Write files into a folder, each as a whole or not at all: half a card would be taken for one that somebody edited.
+
+    Args:
+        folder (`str` or `Path`): the folder.
+        contents (`dict[str, bytes]`): the files by their names in the folder.
+    """
+    for name, content in contents.items():
+        path = Path(folder) / name
+        path.parent.mkdir(exist_ok=True)
+        aside = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+        aside.write_bytes(content)
+        aside.replace(path)
+
+
+def make_repository(repository: str, kind: str, private: bool | None = None, **settings):
+    """
+    Make a repository where it is not there; `settings` are others of `HfApi.create_repo`.
+
+    Raises:
+        OSError: if it is there and public, and was to be private.
+        Exception: whatever the client raises, see `reason_of`.
+    """
+    api = HfApi()
+    api.create_repo(repository, repo_type=kind, private=private, exist_ok=True, **settings)
+    if private and not api.repo_info(repository, repo_type=kind).private:
+        raise OSError(f"{repository!r} is there and public. Make it private in its settings first, or push without.")
+
+
+def commit_files(files: dict[str, Path | bytes], repository: str, kind: str, patterns, message: str) -> CommitInfo:
+    """Make one commit that adds these files, by path or content, and removes what else matches the patterns."""
+    api = HfApi()
+    there = api.list_repo_files(repository, repo_type=kind)
+    stale = [path for path in there if is_selected(path, patterns) and path not in {*files, ".gitattributes"}]
+    operations = [CommitOperationAdd(path, source) for path, source in files.items()]
+    operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
+    return api.create_commit(repository, operations, repo_type=kind, commit_message=message)
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong and what to do, in sentences."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status in (401, 403):
+        return f"{reason} Log in with a token that may write there (`hf auth login`), then push again."
+    if status is None and not isinstance(error, OSError):
+        return f"{reason} See that the network is there, then push again."
+    return f"{reason} Push again: what has arrived is not sent twice."
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same call may succeed later: the server or the connection failed, and did not refuse."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and (error.response.status_code >= 500 or error.response.status_code == 429)
+    return not isinstance(error, (OSError, ValueError, TypeError))
+
+
+def check_uploaded(files: dict[str, Path | bytes], repository: str, kind: str, commit: CommitInfo):
+    """
+    Ask the Hub what the commit holds.
+
+    Raises:
+        OSError: naming the files that are not there, or of another size.
+    """
+    found = HfApi().get_paths_info(repository, list(files), revision=commit.oid, repo_type=kind)
+    there = {item.path: item.size for item in found}
+    sizes = {
+        path: len(source) if isinstance(source, bytes) else source.stat().st_size for path, source in files.items()
+    }
+    missing = [path for path, size in sizes.items() if there.get(path) != size]
+    if missing:
+        raise OSError(f"the commit {commit.oid} does not hold {', '.join(missing)} as they were sent.")
+
+
+def select_files(folder: Path, patterns: list[str] | None) -> list[str]:
+    """The files of a folder that an upload takes, relative to it."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [path for path in paths if is_selected(path, patterns)]
+
+
+def is_selected(path: str, patterns: list[str] | None) -> bool:
+    """
+    Whether one of the patterns is of this path; in them a star stays within its folder.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.hub import is_selected
+
+    >>> is_selected("model.safetensors", ["*.safetensors"]), is_selected("old/model.safetensors", ["*.safetensors"])
+    (True, False)
+
+    ```"""
+    if patterns is None:
+        return True
+    return any(fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
