@@ -10,13 +10,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
 from tests.helpers.tiny import ROOT
 
 
-PACKAGES = ("modeling_reftr", "data_scripts", "training_reftr")
+PACKAGES = ("modeling_reftr", "data_scripts", "training_reftr", "reftr_cli")
+DATA = ("recipes", "demo")  # carried as package data
 SITES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 # names of distributions that are imported by another one
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
@@ -37,7 +39,7 @@ def run_alone(code, folder, *arguments, **environment):
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
-    for name in (*PACKAGES, "train_reftr.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in (*PACKAGES, *DATA, "train_reftr.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -48,11 +50,71 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_a_wheel_holds_all_modules_and_no_vague_top_level_names(wheel):
+def test_wheel_holds_modules_and_package_data(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {*PACKAGES, "train_reftr.py"}
     assert {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")} <= names
     assert "training_reftr/metrics/referring_segmentation/README.md" in names
+    recipes = {
+        f"training_reftr/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.*") if path.is_file()
+    }
+    page = {f"training_reftr/{path.relative_to(ROOT)}" for path in (ROOT / "demo").glob("*.*") if path.is_file()}
+    assert recipes | page <= names
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The commands of an environment with the wheel, in which only the dependencies are shared with this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, timeout=300)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    # the .pth files of these folders, with it the checkout's, are not read
+    (site_packages / "dependencies.pth").write_text("\n".join(SITES) + "\n")
+    return folder / "bin"
+
+
+def run_installed(installed, folder, *arguments, check=True):
+    """Run `reftr` of the installed wheel in a folder."""
+    environment = {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [installed / "reftr", *map(str, arguments)]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def test_installed_command_finds_recipes_by_name(installed, tmp_path):
+    printed = run_installed(installed, tmp_path, "train", "refcoco/r50_boxes", "--print_config").stdout
+    assert yaml.safe_load(printed)["dataset"] == "refcoco_unc"
+    listed = run_installed(installed, tmp_path, "train", "--batch_size", "2", check=False)
+    assert listed.returncode == 2
+    assert "flickr30k/r50_roberta" in listed.stderr
+    unknown = run_installed(installed, tmp_path, "train", "refcoco/r50_boxs", check=False)
+    assert unknown.returncode == 1
+    assert "Did you mean 'refcoco/r50_boxes'?" in unknown.stderr
+
+
+def test_former_recipe_name_works_with_a_warning(installed, tmp_path):
+    result = run_installed(installed, tmp_path, "train", "recipes/refcoco+_r50_masks.yaml", "--print_config")
+    assert yaml.safe_load(result.stdout)["dataset"] == "refcoco+_unc"
+    assert "is now called 'refcoco+/r50_masks'" in result.stderr
+
+
+def test_installed_commands_train_and_predict(installed, recipe, shapes, tmp_path):
+    run_installed(installed, tmp_path, "train", recipe, "--max_steps", "1", "--output_dir", tmp_path / "run")
+    shapes["test"][0]["image"].save(tmp_path / "image.png")
+    question = ("--image", "image.png", "--text", "the star")
+    answers = json.loads(run_installed(installed, tmp_path, "predict", "--model", "run", *question).stdout)
+    assert len(answers) == 1
+    assert "usage: reftr demo" in run_installed(installed, tmp_path, "demo", "--help").stdout
+    assert "shapes" in run_installed(installed, tmp_path, "data", "list").stdout
+
+
+def test_installed_package_carries_the_page_of_the_space(installed, tmp_path):
+    code = "from reftr_cli.demo import space_files; print(*space_files('someone/toy'))"
+    result = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert {"app.py", "README.md", "requirements.txt"} <= set(result.stdout.split()), result.stderr
 
 
 def test_training_computes_with_its_metrics_where_a_wheel_is_installed(wheel, tmp_path):

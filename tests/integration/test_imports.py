@@ -1,0 +1,97 @@
+"""The floors of the project: no module imports from a floor above its own, and commands start without torch."""
+
+import ast
+import subprocess
+import sys
+import time
+
+import pytest
+
+from reftr_cli.__main__ import COMMANDS
+from tests.helpers.tiny import ROOT
+
+
+# from the lowest floor to the highest; the modules of the Hub folder, *_reftr.py, import siblings alone
+FLOORS = ["data_scripts", "modeling_reftr", "metrics", "training_reftr", "train_reftr", "reftr_cli"]
+PRODUCT = [
+    path
+    for floor in FLOORS
+    for path in ([ROOT / f"{floor}.py"] if floor == "train_reftr" else sorted((ROOT / floor).rglob("*.py")))
+]
+# conversion reads pickles with the restricted reader of data_scripts, and does not travel
+STAY_AT_HOME = {"convert_reftr_checkpoint", "checkpoint_claims", "__init__", "__main__", "export", "predict"}
+
+
+def floor_of(module: str) -> str:
+    return "metrics" if module.startswith("training_reftr.metrics") else module.partition(".")[0]
+
+
+def imports_of(source: str) -> set[str]:
+    """Absolute names of the modules that a source imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def upward_imports(module: str, source: str) -> set[str]:
+    """Modules of higher floors that a module imports."""
+    own = FLOORS.index(floor_of(module))
+    return {name for name in imports_of(source) if floor_of(name) in FLOORS[own + 1 :]}
+
+
+def module_of(path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=module_of)
+def test_module_imports_nothing_from_a_higher_floor(path):
+    assert upward_imports(module_of(path), path.read_text()) == set()
+
+
+def test_upward_import_is_found_inside_functions():
+    source = "def load():\n    from modeling_reftr import RefTRConfig\n    import training_reftr.run\n"
+    expected = {"modeling_reftr", "modeling_reftr.RefTRConfig", "training_reftr.run"}
+    assert upward_imports("data_scripts.loading", source) == expected
+    assert upward_imports("training_reftr.metrics.a.a", "import training_reftr.run") == {"training_reftr.run"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "modeling_reftr").glob("*.py")), ids=module_of)
+def test_module_that_travels_imports_siblings_alone(path):
+    if path.stem not in STAY_AT_HOME:
+        assert {name for name in imports_of(path.read_text()) if floor_of(name) in FLOORS} == set()
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ""])
+def test_help_comes_before_torch(command):
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from reftr_cli.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'gradio'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy} {time.process_time() - start}')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *([command] if command else []), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    heavy, seconds = result.stderr.splitlines()[-1].rsplit(" ", 1)
+    assert heavy == "set()"
+    assert float(seconds) < 0.5
+    assert "usage: reftr" in result.stdout
+
+
+def test_wrong_arguments_are_refused_before_torch():
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, "train_reftr.py", "none"], cwd=ROOT, capture_output=True, text=True)
+    light = time.monotonic() - start
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch, transformers.models.auto"], cwd=ROOT, check=True)
+    assert light < time.monotonic() - start
+    assert result.stderr.startswith("error: 'none' is neither a file nor one of the recipes")
