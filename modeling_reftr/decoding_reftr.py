@@ -17,6 +17,8 @@ IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVI
 ACCEPTED = f"{', '.join(IMAGE_FORMATS[:-1])} and {IMAGE_FORMATS[-1]}"
 # MPO is a JPEG until it is opened; AVIF is last because Pillow before 11.3 does not know it
 _DECODERS = tuple(name for name in IMAGE_FORMATS if name != "MPO")
+# An image of this size takes half a gigabyte as a float tensor, and a file of a few kilobytes can claim to be larger.
+MAX_PIXELS = 50_000_000
 
 
 def open_file(source: str | os.PathLike | BinaryIO) -> Image.Image:

@@ -34,16 +34,14 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_reftr import AUTO_MAP
-from .decoding_reftr import check_format, is_undecoded, open_file, without_decoding
+from .decoding_reftr import MAX_PIXELS, check_format, is_undecoded, open_file, without_decoding
 from .fetching_reftr import MAX_BYTES, fetch
 from .inputs_reftr import check_setting, is_sequence, to_list, to_sizes, to_threshold, warn_about_joined_expressions
 from .loading_reftr import IMAGE_PROCESSOR_FILES, naming_files
 from .quoting_reftr import explain, quote
 
 
-# a picture of this size takes half a gigabyte as float tensor; a file of a few kilobytes can claim to be larger
-MAX_IMAGE_DEPTH = 3  # of lists of images
-MAX_PIXELS = 50_000_000
+MAX_IMAGE_DEPTH = 3  # of nested lists of images
 
 
 def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:

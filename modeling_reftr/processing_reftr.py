@@ -4,8 +4,7 @@ import bisect
 import math
 import operator
 import unicodedata
-from collections.abc import Iterator, Mapping
-from numbers import Integral
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,10 +15,11 @@ from transformers.utils import logging
 
 from .configuration_reftr import AUTO_MAP, check_config_file
 from .decoding_reftr import is_undecoded, without_decoding
-from .image_processing_reftr import MAX_PIXELS, check_picture, open_undecoded
+from .image_processing_reftr import check_picture, open_undecoded
 from .inputs_reftr import check_setting, is_sequence, nesting_depth, to_list, warn_about_joined_expressions
 from .loading_reftr import CONFIG_FILES, IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, naming_files
-from .quoting_reftr import explain, quote
+from .quoting_reftr import quote
+from .rle_reftr import fill_mask, to_coco_rle, to_run_lengths
 from .text_reftr import MAX_CHARACTERS, check_text, is_blank
 
 
@@ -479,102 +479,6 @@ class RefTRProcessor(ProcessorMixin):
             else:
                 result["masks"] = masks
         return results
-
-
-def to_coco_rle(mask: torch.Tensor) -> dict:
-    """A bool mask (height, width) -> COCO's run-length encoding: `size` [height, width] and `counts` (`str`)."""
-    from pycocotools import mask as coco_mask  # here, because only who asks for it needs it
-
-    encoded = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
-
-
-def from_coco_rle(segmentation: dict) -> np.ndarray:
-    """
-    COCO's run-length encoding (`size` [height, width], `counts` as `str`, `bytes` or a list of lengths) -> bool mask
-    (height, width).
-
-    Example:
-
-    ```python
-    >>> from modeling_reftr.processing_reftr import from_coco_rle
-
-    >>> from_coco_rle({"size": [2, 3], "counts": [2, 2, 2]}).astype(int)
-    array([[0, 1, 0],
-           [0, 1, 0]])
-
-    ```
-
-    Raises:
-        ValueError: see `to_run_lengths`.
-    """
-    lengths, size = to_run_lengths(segmentation)
-    return fill_mask(lengths, *size)
-
-
-def fill_mask(lengths: list[int], height: int, width: int) -> np.ndarray:
-    """Return the mask (height, width) of run lengths that fill it, column by column, background first."""
-    is_object = np.arange(len(lengths)) % 2 == 1
-    return np.repeat(is_object, lengths).reshape(width, height).T
-
-
-def to_run_lengths(segmentation: dict) -> tuple[list[int], tuple[int, int]]:
-    """
-    Return the run lengths, background first, and the (height, width) of COCO's run-length encoding. Nothing of that
-    size is allocated.
-
-    Raises:
-        ValueError: if its size is not [height, width] of at most `MAX_PIXELS` pixels, or its run lengths do not fill
-            it.
-    """
-    if not isinstance(segmentation, Mapping) or not {"size", "counts"} <= segmentation.keys():
-        raise ValueError(
-            f'A run-length encoding has "size" [height, width] and "counts", and this one is {quote(segmentation)}.'
-        )
-    size, counts = segmentation["size"], segmentation["counts"]
-    sides = to_list(size, "size") if is_sequence(size) else []
-    is_size = len(sides) == 2 and all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
-    if not is_size or min(sides) < 1 or int(sides[0]) * int(sides[1]) > MAX_PIXELS:
-        raise ValueError(
-            f"A run-length encoding has size={quote(size)}; expected [height, width] of whole numbers from 1 on, with "
-            f"at most {MAX_PIXELS:,} pixels."
-        )
-    height, width = map(int, sides)
-    try:
-        lengths = uncompress_counts(counts) if isinstance(counts, (str, bytes)) else to_list(counts, "counts")
-        lengths = [operator.index(length) for length in lengths]
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The run lengths {quote(counts)} are no mask of {[height, width]} [height, width]: {explain(error)}"
-        ) from error
-    if min(lengths, default=0) < 0 or sum(lengths) != height * width:
-        raise ValueError(f"The run lengths {quote(counts)} do not fill a mask of {[height, width]} [height, width].")
-    return lengths, (height, width)
-
-
-def uncompress_counts(counts: str | bytes) -> list[int]:
-    """
-    Return the run lengths of COCO's compressed text: five bits per character, lowest first, from the fourth length on
-    as differences to the one before the last.
-
-    Raises:
-        ValueError: if the text ends within a number or has other characters.
-    """
-    lengths, value, shift = [], 0, 0
-    for code in counts.encode("utf-8") if isinstance(counts, str) else counts:
-        bits = code - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise ValueError(f"{chr(code)!r} cannot stand there.")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the last character of a number
-            if bits & 16:
-                value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value, shift = 0, 0
-    if shift:
-        raise ValueError("The text ends within a number.")
-    return lengths
 
 
 def leave_text_whole(tokenizer):

@@ -36,7 +36,7 @@ def to_json(answer: dict) -> dict:
     import numpy as np
     import torch
 
-    from modeling_reftr.processing_reftr import to_coco_rle
+    from modeling_reftr.rle_reftr import to_coco_rle
 
     written = {
         "phrase": answer["phrase"],

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from modeling_reftr.image_processing_reftr import resize_to_nearest
-from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 
 
 FACTORS = (0.5, 1.5)  # of brightness and saturation

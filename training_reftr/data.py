@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from data_scripts.building import is_degenerate
 from data_scripts.masks import is_empty
 from modeling_reftr.image_processing_reftr import picture_size
-from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from modeling_reftr.text_reftr import check_text
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint

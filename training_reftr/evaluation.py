@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import IterableDataset
 from tqdm.auto import tqdm
 
-from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import EvaluationData, move
 from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, box_ious, recalls
 

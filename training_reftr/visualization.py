@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
-from modeling_reftr.processing_reftr import from_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle
 from training_reftr.data import GroundingCollator, move
 from training_reftr.pictures import read_picture
 

@@ -16,7 +16,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from modeling_reftr.processing_reftr import from_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle
 from tests.helpers.space_app import EXPRESSIONS, copy_with_masks, import_app
 
 

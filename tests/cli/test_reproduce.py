@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from modeling_reftr.processing_reftr import from_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle
 from reftr_cli.reproduce import main, published_settings
 from tests.helpers.golden import load_case, published_state_dict
 from tests.helpers.layout_refcoco import make_refcoco

@@ -22,7 +22,7 @@ import data_scripts
 from benchmarks.data_flow import cache_seconds, make_rows, padded_shares
 from data_scripts.exporting import export
 from modeling_reftr import RefTRImageProcessor
-from modeling_reftr.processing_reftr import to_coco_rle
+from modeling_reftr.rle_reftr import to_coco_rle
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_toy import make_toy
 from tests.helpers.processes import free_port

@@ -30,7 +30,7 @@ from modeling_reftr import RefTRConfig
 from modeling_reftr.convert_reftr_checkpoint import read_weights
 from modeling_reftr.inputs_reftr import to_list, to_sizes, to_threshold
 from modeling_reftr.pipeline_reftr import make_question
-from modeling_reftr.processing_reftr import from_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_reftr_index import make_reftr_index
 from tests.helpers.processes import ENVIRONMENT

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
-from modeling_reftr.processing_reftr import from_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle
 from reftr_cli.predict import to_json
 from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
 from tests.helpers.space_app import DEMO, EXPRESSIONS, copy_with_masks, import_app

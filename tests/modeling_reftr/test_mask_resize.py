@@ -10,7 +10,7 @@ from PIL import Image
 from data_scripts.masks import resize_to_nearest
 from data_scripts.refcoco import encode_segmentation
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor
-from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from tests.helpers.golden import GOLDEN
 from training_reftr.augmentation import crop_and_scale
 from training_reftr.data import GroundingCollator, fit_to_picture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_reftr.processing_reftr import from_coco_rle, to_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.augmentation import (
     augment,
     change_brightness,

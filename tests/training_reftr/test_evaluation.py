@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 import data_scripts
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.drawing_reftr import draw_answers
-from modeling_reftr.processing_reftr import from_coco_rle
+from modeling_reftr.rle_reftr import from_coco_rle
 from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.ranks_evaluation import run_grid

@@ -16,8 +16,8 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import box_iou
 
 from data_scripts import masks as data_masks
-from modeling_reftr.processing_reftr import from_coco_rle
-from modeling_reftr.processing_reftr import uncompress_counts as model_uncompress_counts
+from modeling_reftr.rle_reftr import from_coco_rle
+from modeling_reftr.rle_reftr import uncompress_counts as model_uncompress_counts
 from tests.helpers.tiny import ROOT
 from training_reftr import metrics as training_metrics
 from training_reftr.evaluation import compare_boxes, compare_masks, mask_metrics, summarize
