@@ -1,12 +1,15 @@
-"""A copy of a model for inference, its batch norms folded into the convolutions before them."""
+"""Fold the batch norms of an image backbone into its convolutions, in a copy of a model for inference."""
 
 import copy
 from collections import Counter
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def fused_copy(model: nn.Module) -> nn.Module:
@@ -22,105 +25,105 @@ def fused_copy(model: nn.Module) -> nn.Module:
     num_offloaded = sum(parameter.is_meta for parameter in model.parameters())
     if num_offloaded:
         raise ValueError(
-            f"{num_offloaded} of the model's parameters are offloaded, and a fused copy is made of weights in memory: "
-            "load the model without device_map, call fused_copy(), and offload the copy."
+            f"{num_offloaded} parameters of the model are offloaded, but `fused_copy` requires weights in memory: "
+            "load the model without `device_map`, call fused_copy(), and offload the copy."
         )
     copied = copy.deepcopy(model).eval().requires_grad_(False)
-    channels = copied.config.backbone_config.num_channels
-    fold_batch_norms(
-        copied.base_model.backbone, torch.zeros(1, channels, 64, 64, device=copied.device, dtype=copied.dtype)
-    )
+    fold_batch_norms(copied.base_model.backbone)
     copied.base_model.is_fused = copied.is_fused = True
     return copied
 
 
 @torch.no_grad()
-def fold_batch_norms(module: nn.Module, example: torch.Tensor):
+def fold_batch_norms(module: nn.Module) -> None:
     """
-    Fold each batch norm that reads nothing but a convolution's output into that convolution, in place. What follows
-    within a norm of timm, its activation, stays in its place.
+    Fold each batch norm that is the only reader of a convolution's output into that convolution, in place. The
+    activation inside a batch norm of timm stays where the norm was. Batch norms in a part that torch.fx cannot trace
+    are left as they are.
 
     Args:
-        module (`nn.Module`): in evaluation mode.
-        example (`torch.Tensor` of shape `(1, channels, height, width)`):
-            An input, which is sent through to see what reads what.
+        module (`nn.Module`): a module in evaluation mode.
     """
-    norms = {
-        child: (parent, name)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if getattr(child, "running_mean", None) is not None and getattr(child, "weight", None) is not None
-    }
-    with UseOfOutputs(module, norms) as use:
-        module(example)
-    for hook in use.hooks:
-        hook.remove()
-    for convolution, norm in use.pairs().items():
-        weight, bias = folded_parameters(convolution, norm)
-        convolution.weight = nn.Parameter(weight, requires_grad=False)
-        convolution.bias = nn.Parameter(bias, requires_grad=False)
-        after = [getattr(norm, step) for step in ("drop", "act") if hasattr(norm, step)]
-        after = nn.Sequential(*(step for step in after if not isinstance(step, nn.Identity)))
-        parent, name = norms[norm]
-        setattr(parent, name, after.eval())
+    pairs = find_foldable_pairs(module)
+    for parent in list(module.modules()):
+        for name, norm in list(parent.named_children()):
+            if norm in pairs:
+                fold_batch_norm(pairs[norm], norm)
+                setattr(parent, name, steps_after_normalization(norm))
+    num_left = sum(is_batch_norm(child) for child in module.modules())
+    if num_left:
+        logger.warning_once(
+            f"{num_left} batch norms of {type(module).__name__} were not folded: torch.fx found no convolution whose "
+            "output they alone read. The answers are the same; inference is slower than it could be."
+        )
 
 
-class UseOfOutputs(TorchFunctionMode):
+class ConvolutionTracer(fx.Tracer):
     """
-    Sees what reads the outputs of a module's convolutions.
-
-    Args:
-        module (`nn.Module`): with convolutions and norms in it, which get hooks, see `hooks`.
-        norms: those that may read a convolution's output.
+    Trace how convolutions and batch norms are connected. Modules without any of them inside are single nodes, so that
+    control flow that depends on shapes, as in paddings and poolings of timm, does not stop the tracing.
     """
 
-    def __init__(self, module: nn.Module, norms):
-        super().__init__()
-        self.outputs = {}  # id -> convolution and its output, which is kept so that no other tensor gets its id
-        self.norms, self.has_others, self.runs, self.running = {}, set(), Counter(), None
-        self.hooks = []
-        for child in module.modules():
-            if isinstance(child, nn.Conv2d):
-                self.hooks.append(child.register_forward_hook(self._after_convolution))
-            elif child in norms:
-                self.hooks.append(child.register_forward_pre_hook(self._before_norm))
-                self.hooks.append(child.register_forward_hook(self._after_norm))
-
-    def _after_convolution(self, convolution, inputs, output):
-        self.runs[convolution] += 1
-        self.outputs[id(output)] = (convolution, output)
-
-    def _before_norm(self, norm, inputs):
-        self.runs[norm] += 1
-        self.running = norm
-
-    def _after_norm(self, norm, inputs, output):
-        self.running = None
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        for value in tree_leaves((args, kwargs)):
-            convolution, _ = self.outputs.get(id(value), (None, None))
-            if convolution is None:
-                continue
-            if self.running is None or self.norms.setdefault(convolution, self.running) is not self.running:
-                self.has_others.add(convolution)
-        return function(*args, **(kwargs or {}))
-
-    def pairs(self) -> dict[nn.Conv2d, nn.Module]:
-        """The norm of each convolution whose output that norm alone reads; both ran once."""
-        return {
-            convolution: norm
-            for convolution, norm in self.norms.items()
-            if convolution not in self.has_others and self.runs[convolution] == self.runs[norm] == 1
-        }
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module is one node of the graph."""
+        is_traced = any(isinstance(child, nn.Conv2d) or is_batch_norm(child) for child in module.modules())
+        return isinstance(module, nn.Conv2d) or is_batch_norm(module) or not is_traced
 
 
-@torch.no_grad()
-def folded_parameters(convolution: nn.Conv2d, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight, laid out channels last, and bias of a convolution that does a norm's work as well, made in float32."""
-    scale = norm.weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
-    weight = convolution.weight.float() * scale[:, None, None, None]
-    bias = -norm.running_mean.float() if convolution.bias is None else convolution.bias.float() - norm.running_mean
-    bias = bias * scale + norm.bias.float()
-    weight = weight.to(convolution.weight.dtype, memory_format=torch.channels_last)
-    return weight, bias.to(convolution.weight.dtype)
+def find_foldable_pairs(module: nn.Module) -> dict[nn.Module, nn.Conv2d]:
+    """Return the convolution of each batch norm that can be folded. A module that torch.fx cannot trace is searched
+    child by child."""
+    if not any(is_batch_norm(child) for child in module.modules()):
+        return {}
+    try:
+        graph = ConvolutionTracer().trace(module)
+    except Exception as error:  # a module that is not traceable can fail in any way
+        logger.debug(f"torch.fx cannot trace {type(module).__name__}: {error}")
+        return {norm: conv for child in module.children() for norm, conv in find_foldable_pairs(child).items()}
+    calls = [(node, module.get_submodule(node.target)) for node in graph.nodes if node.op == "call_module"]
+    num_calls = Counter(child for _, child in calls)
+    called = dict(calls)
+    pairs = {}
+    for node, norm in calls:
+        reads = node.all_input_nodes
+        convolution = called.get(reads[0]) if len(reads) == 1 else None
+        if not is_batch_norm(norm) or not isinstance(convolution, nn.Conv2d):
+            continue
+        is_only_reader = len(reads[0].users) == 1 and num_calls[convolution] == num_calls[norm] == 1
+        if is_only_reader and not has_hooks(convolution) and not has_hooks(norm):
+            pairs[norm] = convolution
+    return pairs
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module normalizes by running statistics and has affine parameters, frozen or not."""
+    return getattr(module, "running_mean", None) is not None and getattr(module, "weight", None) is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether forward hooks read the inputs or outputs of a module, which the graph does not show."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def fold_batch_norm(convolution: nn.Conv2d, norm: nn.Module) -> None:
+    """Give a convolution the weight (channels last) and bias that do the work of the batch norm behind it as well."""
+    dtype, bias = convolution.weight.dtype, convolution.bias
+    # float32 whatever the dtype of the model, so that half precision rounds once
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight.float(),
+        None if bias is None else bias.float(),
+        norm.running_mean.float(),
+        norm.running_var.float(),
+        norm.eps,
+        norm.weight.float(),
+        norm.bias.float(),
+    )
+    weight = weight.detach().to(dtype, memory_format=torch.channels_last)
+    convolution.weight = nn.Parameter(weight, requires_grad=False)
+    convolution.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+
+
+def steps_after_normalization(norm: nn.Module) -> nn.Sequential:
+    """Return what a batch norm of timm does after it normalizes: its dropout and activation; nothing for others."""
+    steps = [getattr(norm, step) for step in ("drop", "act") if hasattr(norm, step)]
+    return nn.Sequential(*(step for step in steps if not isinstance(step, nn.Identity))).eval()

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from transformers.image_transforms import center_to_corners_format
 
 from benchmarks import speed
-from modeling_reftr import modeling_reftr
+from modeling_reftr import fusing_reftr, modeling_reftr
 from modeling_reftr.fusing_reftr import fold_batch_norms
 from tests.helpers.golden import golden_inputs, golden_model, load_case
 from tests.helpers.tiny import TINY_TEXT
@@ -165,28 +165,54 @@ def test_no_method_of_a_torch_module_is_overridden():
 
 
 class Branches(torch.nn.Module):
-    """A norm that alone reads a convolution; one whose convolution is also read by a sum; one that runs twice."""
+    """Convolutions read by a norm alone, by a norm and a sum, by a norm that runs twice, and by a hook."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.third = (torch.nn.Conv2d(3, 3, 1) for _ in range(3))
-        self.alone, self.beside, self.twice = (torch.nn.BatchNorm2d(3) for _ in range(3))
+        self.first, self.second, self.third, self.fourth = (torch.nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.alone, self.beside, self.twice, self.hooked = (torch.nn.BatchNorm2d(3) for _ in range(4))
+        self.fourth.register_forward_hook(lambda module, args, output: None)
 
     def forward(self, pixels):
         states = self.second(self.alone(self.first(pixels)))
-        states = states + self.beside(states)
+        states = self.hooked(self.fourth(states + self.beside(states)))
         return self.twice(self.third(states)) + self.twice(states)
+
+
+class Untraceable(torch.nn.Module):
+    """A condition on values, which torch.fx cannot trace, around a part that it can trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3))
+        self.convolution, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+
+    def forward(self, pixels):
+        pixels = self.part(pixels)
+        return self.norm(self.convolution(pixels)) if pixels.sum() != 0 else pixels
 
 
 def test_norms_are_folded_only_where_nothing_else_reads_the_convolution():
     module = shake(Branches().eval())
     pixels = torch.randn(2, 3, 5, 5)
     expected = module(pixels)
-    fold_batch_norms(module, pixels[:1])
+    fold_batch_norms(module)
     kinds = {name: type(child) for name, child in module.named_children() if type(child) is not torch.nn.Conv2d}
     norm = torch.nn.BatchNorm2d
-    assert kinds == {"alone": torch.nn.Sequential, "beside": norm, "twice": norm}
+    assert kinds == {"alone": torch.nn.Sequential, "beside": norm, "twice": norm, "hooked": norm}
     torch.testing.assert_close(module(pixels), expected)
+
+
+def test_norms_that_cannot_be_traced_are_left(monkeypatch):
+    module, logged = shake(Untraceable().eval()), []
+    monkeypatch.setattr(fusing_reftr.logger, "warning_once", logged.append)
+    pixels = torch.randn(2, 3, 5, 5)
+    expected = module(pixels)
+    fold_batch_norms(module)
+    assert type(module.norm) is torch.nn.BatchNorm2d
+    assert type(module.part[1]) is torch.nn.Sequential
+    torch.testing.assert_close(module(pixels), expected)
+    assert [text.partition(":")[0] for text in logged] == ["1 batch norms of Untraceable were not folded"]
 
 
 @pytest.mark.parametrize("name", ["rec_bert", "multiphrase_bert", "res_bert"])
