@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 
 import datasets
@@ -13,6 +12,7 @@ import yaml
 from datasets.table import embed_table_storage
 from tqdm import tqdm
 
+from .atomic_files import atomic_folder
 from .building import Source
 from .escaping import for_code, for_markdown
 from .reading import check_text, is_as_stored
@@ -190,9 +190,8 @@ def export(
     """
     output = Path(output).absolute()
     check_output(output, overwrite)
-    aside = output.with_name(f".{output.name}.incomplete-{os.getpid()}")
-    (aside / DATA).mkdir(parents=True)
-    try:
+    with atomic_folder(output, overwrite) as folder:
+        (folder / DATA).mkdir()
         tasks = []
         for split, rows in splits.items():
             num_shards = max(1, min(len(rows), math.ceil(picture_bytes(rows) / MAX_SHARD_BYTES))) if embed else 1
@@ -201,7 +200,7 @@ def export(
                 rows = rows.map(with_absolute_path, features=rows.features, desc=f"paths of {split}")
             rows = rows.cast_column("image", datasets.Image())
             for index in range(num_shards):
-                path = aside / DATA / f"{split}-{index:05d}-of-{num_shards:05d}.parquet"
+                path = folder / DATA / f"{split}-{index:05d}-of-{num_shards:05d}.parquet"
                 tasks.append((rows.shard(num_shards, index, contiguous=True), path, embed))
         with tqdm(total=sum(map(len, splits.values())), desc="exporting", unit="image") as progress:
             if num_proc is None or num_proc == 1:
@@ -211,10 +210,5 @@ def export(
                 with multiprocessing.Pool(num_proc) as pool:
                     for count in pool.imap_unordered(write_shard, tasks):
                         progress.update(count)
-        write_card(aside / README, output, source, splits, embed, flags or {}, build_report)
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        write_card(folder / README, output, source, splits, embed, flags or {}, build_report)
     return output

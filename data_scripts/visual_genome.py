@@ -25,6 +25,7 @@ from pathlib import Path
 import datasets
 from datasets.utils import tqdm
 
+from .atomic_files import write_file
 from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprint
 from .kinds import DIGITS_OR_NONE, LIST, WHOLE, check_fields, check_list
 from .masks import box_of
@@ -343,7 +344,7 @@ def write_held_out(path: str | Path, names: list[str], data_dir: str | Path) -> 
         `int`: the number of pictures.
     """
     ids = sorted(held_out_coco_ids(names, data_dir))
-    Path(path).write_text(json.dumps({"sets": list(names), "coco_ids": ids}) + "\n")
+    write_file(path, json.dumps({"sets": list(names), "coco_ids": ids}) + "\n")
     return len(ids)
 
 

@@ -16,14 +16,12 @@ in it: what is drawn in a step is a function of the seed, the step and the proce
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
 import math
-import os
 import re
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -40,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from data_scripts.atomic_files import atomic_folder, remove_folder, remove_leftovers, replaced_files, sha256_of
 from data_scripts.quoting import quote
 from modeling_reftr.saving_reftr import save_tensors
 from training_reftr.guards import explain
@@ -134,9 +133,9 @@ def save_checkpoint(model, optimizer, processor, state: TrainingState, args, acc
 
     with on_main_process(accelerator, f"The checkpoint of step {state.step} was not written"):
         if accelerator.is_main_process and not path.exists():
-            write_aside(path, write)
+            write_checkpoint(path, write)
             for old in checkpoints_of(args.output_dir)[args.keep_checkpoints :]:
-                delete(old)
+                remove_folder(old)
 
 
 def save_best(model, processor, args, accelerator: Accelerator):
@@ -153,19 +152,10 @@ def save_best(model, processor, args, accelerator: Accelerator):
     with on_main_process(accelerator, "The best model was not written"):
         if accelerator.is_main_process:
             output_dir = Path(args.output_dir)
-            aside = output_dir / ".best"
-            shutil.rmtree(aside, ignore_errors=True)
-            try:
-                aside.mkdir(parents=True)
-                accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)
-                processor.save_pretrained(aside)
-                sync(aside)
-                files = sorted(aside.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))
-                for file in files:
-                    os.replace(file, output_dir / file.name)
-                sync_folder(output_dir)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            remove_leftovers(output_dir)  # of a run that was killed while it wrote
+            with replaced_files(output_dir, last="*.safetensors") as folder:
+                accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+                processor.save_pretrained(folder)
 
 
 def weights_of(model, accelerator: Accelerator) -> dict[str, torch.Tensor]:
@@ -364,7 +354,7 @@ def find_fault(path: Path) -> str | None:
         check_manifest(path, manifest)
         for name, (size, digest) in manifest.items():
             file = path / name
-            if file.stat().st_size != size or digest_of(file) != digest:
+            if file.stat().st_size != size or sha256_of(file) != digest:
                 return f"{str(file)!r} is not as it was written"
         load_state(path)
         check_optimizer(path)
@@ -426,58 +416,19 @@ def shapes_in(file: Path) -> dict[str, list[int]]:
         return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
 
 
-def write_aside(path: Path, write):
+def write_checkpoint(path: Path, write: Callable[[Path], None]):
     """
-    Make a folder that is whole from the moment on that it is there: `write(folder)` fills it under another name.
+    Write a checkpoint's folder atomically: `write(folder)` fills it, the manifest is added.
 
     Raises:
         OSError: if it cannot be written; nothing is left of it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(".*.incomplete"):  # of a run that was killed while it wrote
-        shutil.rmtree(leftover)
-    aside = path.parent / f".{path.name}.incomplete"
-    try:
-        aside.mkdir()
-        write(aside)
-        files = sorted(file for file in aside.rglob("*") if file.is_file())
-        manifest = {str(file.relative_to(aside)): [file.stat().st_size, digest_of(file)] for file in files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        sync(aside)
-        aside.rename(path)
-        sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def delete(path: Path):
-    """Delete a checkpoint; a crash meanwhile leaves nothing that looks like one."""
-    aside = path.parent / f".{path.name}.incomplete"
-    path.rename(aside)
-    shutil.rmtree(aside)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(folder: Path):
-    """Bring a folder and all that is in it to the disk."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync_folder(path)
-    sync_folder(folder)
-
-
-def sync_folder(path: Path):
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    remove_leftovers(path.parent)  # of a run that was killed while it wrote
+    with atomic_folder(path) as folder:
+        write(folder)
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        manifest = {str(file.relative_to(folder)): [file.stat().st_size, sha256_of(file)] for file in files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 import fnmatch
 import logging
-import os
 import time
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+
+from data_scripts.atomic_files import write_file
 
 
 logger = logging.getLogger(__name__)
@@ -67,18 +68,14 @@ def upload(
 
 def write_contents(folder: str | Path, contents: dict[str, bytes]):
     """
-    Write files into a folder, each as a whole or not at all: half a card would be taken for one that somebody edited.
+    Write files into a folder atomically: half a card would be taken for one that somebody edited.
 
     Args:
         folder (`str` or `Path`): the folder.
         contents (`dict[str, bytes]`): the files by their names in the folder.
     """
     for name, content in contents.items():
-        path = Path(folder) / name
-        path.parent.mkdir(exist_ok=True)
-        aside = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
-        aside.write_bytes(content)
-        aside.replace(path)
+        write_file(Path(folder) / name, content)
 
 
 def make_repository(repository: str, kind: str, private: bool | None = None, **settings):

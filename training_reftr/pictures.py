@@ -8,13 +8,13 @@ import io
 import logging
 import math
 import os
-import uuid
 import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_scripts.atomic_files import write_file
 from data_scripts.checking import picture_of
 from modeling_reftr.image_processing_reftr import open_image, picture_size, resized_size, turn_upright
 
@@ -91,7 +91,7 @@ class PictureReader:
         except ValueError as error:
             logger.warning(f"{str(path)!r} is damaged ({error}) and is made again.")
         picture = self.resize(read_picture(row))
-        write_aside(path, encode_array(np.asarray(picture)))
+        write_file(path, encode_array(np.asarray(picture)), durable=False)  # a damaged one is made again
         return picture
 
     def path_of(self, row: dict) -> Path:
@@ -152,14 +152,3 @@ def decode_array(content: bytes) -> np.ndarray:
     if dtype != np.uint8 or shape[2:] != (3,) or math.prod(shape) != len(content) - file.tell():
         raise ValueError(f"its header claims {dtype} of {shape}")
     return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-def write_aside(path: Path, content: bytes):
-    """Write a file under another name and rename it, so that nobody finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

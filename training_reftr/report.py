@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 
+from data_scripts.atomic_files import write_file
 from data_scripts.building import LEFT_OUT, describe_reported, is_degenerate
 from data_scripts.escaping import for_code, for_markdown
 from data_scripts.masks import is_empty
@@ -127,8 +128,8 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
                 undecoded = split.cast_column("image", datasets.Image(decode=False))
                 metrics["example"] = save_example(undecoded[0], output_dir)
     if accelerator.is_main_process:
-        (output_dir / "report.md").write_text(format_report(metrics), encoding="utf-8")
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_file(output_dir / "report.md", format_report(metrics))
+        write_file(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     accelerator.wait_for_everyone()
     return metrics
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from data_scripts.atomic_files import write_file
 from data_scripts.escaping import TerminalFormatter
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
@@ -238,7 +239,7 @@ def describe_best(args, changes: list[str] = ()):
     remove_report(folder)
     (folder / "origin.json").unlink(missing_ok=True)
     recipe = to_recipe(with_local_paths(args), without=settings_of_kind(MACHINE), comments=changes)
-    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    write_file(folder / "recipe.yaml", recipe)
 
 
 def with_local_paths(args):

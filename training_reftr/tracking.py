@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from data_scripts.atomic_files import write_file
 from data_scripts.quoting import quote
 from training_reftr.json_files import read_json_lines
 from training_reftr.visualization import validation_pictures
@@ -144,9 +145,7 @@ def keep_until(path: Path, step: int):
         copy = path.with_name(f"{path.name}.damaged")
         shutil.copyfile(path, copy)
         logger.warning(f"The log as it was is kept as {str(copy)!r}.")
-    aside = path.with_name(f".{path.name}")
-    aside.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(aside, path)
+    write_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def memory_in_use(device: torch.device) -> float:

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import yaml
 
+from data_scripts.atomic_files import sha256_of
 from tests.helpers.processes import ENVIRONMENT, ScriptProcess, free_port
 from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
-from training_reftr.checkpoints import MANIFEST, STATE, digest_of
+from training_reftr.checkpoints import MANIFEST, STATE
 
 
 def write_recipe(path: Path, data_cache: str, **settings) -> Path:
@@ -114,7 +115,7 @@ def losses_of(output_dir: Path) -> dict[int, dict]:
 def write_manifest(path: Path):
     """List the files of a checkpoint as they are now."""
     files = [file for file in sorted(path.iterdir()) if file.name != MANIFEST]
-    (path / MANIFEST).write_text(json.dumps({file.name: [file.stat().st_size, digest_of(file)] for file in files}))
+    (path / MANIFEST).write_text(json.dumps({file.name: [file.stat().st_size, sha256_of(file)] for file in files}))
 
 
 def change_state(path: Path, **changes):

@@ -239,13 +239,14 @@ def disk(monkeypatch):
 def test_files_are_on_the_disk_before_they_have_their_names(recipe, tmp_path, disk):
     assert train_reftr.main([str(recipe), "--output_dir", str(tmp_path), "--max_steps", "1"]) == 0
 
-    aside, path = (str(tmp_path / "checkpoints" / name) for name in (".step_00000001.incomplete", "step_00000001"))
-    named = disk.index(("rename", aside, path))
+    path = str(tmp_path / "checkpoints" / "step_00000001")
+    (named,) = [number for number, event in enumerate(disk) if event[0] == "rename" and event[2] == path]
+    temporary = disk[named][1]
     synced = {event[1] for event in disk[:named] if event[0] == "fsync"}
-    assert {aside, *(f"{aside}/{name}" for name in os.listdir(path))} <= synced
+    assert {temporary, *(f"{temporary}/{name}" for name in os.listdir(path))} <= synced
     assert ("fsync", str(tmp_path / "checkpoints")) in disk[named:]
 
-    best = [number for number, event in enumerate(disk) if event[1].startswith(f"{tmp_path}/.best/")]
+    best = [number for number, event in enumerate(disk) if event[1].startswith(f"{tmp_path}/.files.")]
     renames = [number for number in best if disk[number][0] == "rename"]
     before = {event[1] for event in disk[: renames[0]]}
     assert {disk[number][1] for number in renames} <= before, "all of them first"

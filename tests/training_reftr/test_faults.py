@@ -82,9 +82,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe, whole, tmp_path, ra
 @pytest.mark.parametrize("trial", trials(20, short=1))
 def test_a_run_killed_while_it_saves_goes_on(recipe, whole, tmp_path, trial):
     step = 1 + trial % (LAST_STEP - 4)
-    aside = tmp_path / "checkpoints" / f".step_{step:08d}.incomplete"
+    incomplete = f"checkpoints/.step_{step:08d}.*.incomplete"
     process = run(recipe, tmp_path)
-    wait_for(lambda: aside.exists() or step in steps_of(tmp_path), process)
+    wait_for(lambda: any(tmp_path.glob(incomplete)) or step in steps_of(tmp_path), process)
     time.sleep(0.001 * trial)
     kill(process)
     complete = steps_of(tmp_path)
@@ -104,12 +104,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(recipe, whole, tmp_path, trial
     limit = [size // 2, size - 1, 100, size // 10, size // 3][trial]
     before = (
         "import resource, training_reftr.checkpoints as checkpoints\n"
-        "write_aside = checkpoints.write_aside\n"
+        "write_checkpoint = checkpoints.write_checkpoint\n"
         "def limited(path, write):\n"
         "    if path.name == 'step_00000003':\n"
         f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
-        "    write_aside(path, write)\n"
-        "checkpoints.write_aside = limited"
+        "    write_checkpoint(path, write)\n"
+        "checkpoints.write_checkpoint = limited"
     )
     # with a variable of its own it is a process that writes to a pipe: a file of its output would be limited as well
     output = finish(run(recipe, tmp_path, before=before, PYTHONUNBUFFERED="1"), expected=1)
@@ -157,7 +157,7 @@ def test_the_newest_and_the_best_are_kept(recipe, tmp_path, keep):
     assert steps_of(tmp_path) == list(range(LAST_STEP, LAST_STEP - keep, -1))
     assert all(find_fault(path) is None for path in checkpoints_of(tmp_path))
     assert not list((tmp_path / "checkpoints").glob(".*"))
-    assert not (tmp_path / ".best").exists()
+    assert not list(tmp_path.glob(".*.incomplete"))
     state = load_state(checkpoints_of(tmp_path)[0])
     figures = {
         step: values["validation/accuracy@0.5"]
@@ -208,7 +208,7 @@ def test_a_run_that_is_asked_to_end_saves_itself(recipe, whole, tmp_path, trial)
 MOMENTS = {
     "training": ("training_reftr.step", "check_finite"),
     "evaluation": ("training_reftr.evaluation", "answer_batch"),
-    "saving": ("training_reftr.checkpoints", "sync"),
+    "saving": ("data_scripts.atomic_files", "sync_tree"),
     "building": ("train_reftr", "load_rows"),
     "reporting": ("training_reftr.report", "format_report"),
 }
