@@ -14,7 +14,7 @@ import threading
 
 from data_scripts.escaping import for_terminal
 from training_reftr.arguments import parse_arguments
-from training_reftr.recipe_choice import with_recipe
+from training_reftr.recipes import with_recipe
 
 
 if __name__ == "__main__":
@@ -40,6 +40,7 @@ from training_reftr.lock import exclusive
 from training_reftr.publishing import Publisher
 from training_reftr.report import format_table, report, select_splits
 from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
+from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows, split_of
 from training_reftr.step import update
 from training_reftr.tracking import Tracking
@@ -49,13 +50,13 @@ from training_reftr.validation import validate
 def main(argv: list[str] | None = None) -> int:
     """Run with the settings of a command line; returns the exit code."""
     argv = with_recipe(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(argv)
+    settings = parse_arguments(argv)
     with Signals() as signals:
         try:
-            run_all(args, signals)
+            run_all(settings, signals)
         except Stopped as stopped:
             if is_main_rank():
-                is_training = not (args.eval_only or args.dry_run)
+                is_training = not (settings.evaluation.eval_only or settings.checkpoints.dry_run)
                 hint = f" Continue with:\n  {resume_command(argv)}" if is_training else ""
                 sys.stderr.write(for_terminal(f"{stopped}{hint}\n"))
             return stopped.exit_code
@@ -69,41 +70,41 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run_all(args, signals: Signals):
+def run_all(settings: TrainingSettings, signals: Signals) -> None:
     """
     Build, train or evaluate, report.
 
     Raises:
         Stopped: where a signal ended it.
     """
-    accelerator = build_accelerator(args)
-    folder = contextlib.nullcontext() if args.dry_run else exclusive(args.output_dir, accelerator)
-    with folder:
+    accelerator = build_accelerator(settings)
+    output_dir, eval_only = settings.checkpoints.output_dir, settings.evaluation.eval_only
+    with contextlib.nullcontext() if settings.checkpoints.dry_run else exclusive(output_dir, accelerator):
         # the main process builds the set, the others take it from the cache
         with accelerator.main_process_first():
-            rows = load_rows(args)
-        select_splits(rows, args)  # refused now, and not after hours
-        if not args.eval_only:
-            split_of(rows, args.validation_split)
-        with limited(args, rows, accelerator) as (args, rows):
+            rows = load_rows(settings.data, eval_only)
+        select_splits(rows, settings.data)  # refused now, and not after hours
+        if not eval_only:
+            split_of(rows, settings.data.validation_split)
+        with limited(settings, rows, accelerator) as (settings, rows):
             # a run that can learn nothing is refused before anything is written or pushed
-            run = None if args.eval_only else prepare_run(rows, args, accelerator)
-            publisher = Publisher(args, accelerator)
+            run = None if eval_only else prepare_run(rows, settings, accelerator)
+            publisher = Publisher(settings, accelerator)
             if run is not None and not train(run, rows, publisher, signals, accelerator):
                 accelerator.end_training()
                 raise Stopped(signals.stop, is_saved=True)
             del run  # its memory is the report's
-            model, processor = load_for_report(args)
-            if args.eval_only:
-                announce(rows, model, args, accelerator)
-            metrics = report(model.to(accelerator.device), processor, rows, args, accelerator)
+            model, processor = load_for_report(settings)
+            if eval_only:
+                announce(rows, model, settings, accelerator)
+            metrics = report(model.to(accelerator.device), processor, rows, settings, accelerator)
             if accelerator.is_main_process:
-                if not (args.eval_only and args.init_from):  # else the folder has no model
-                    write_card(args.output_dir)
-                results = f"{format_table(metrics)}\n\n{describe_results(args, metrics)}"
-                sys.stdout.write(for_terminal(f"{estimate(args) if args.dry_run else results}\n"))
+                if not (eval_only and settings.initialization.init_from):  # otherwise the folder has no model
+                    write_card(settings.checkpoints.output_dir)
+                results = f"{format_table(metrics)}\n\n{describe_results(settings.checkpoints.output_dir, metrics)}"
+                sys.stdout.write(for_terminal(f"{estimate(settings) if settings.checkpoints.dry_run else results}\n"))
                 if revision := publisher.finish():
-                    sys.stdout.write(f"Pushed to {args.push_to_hub}, revision {revision}\n")
+                    sys.stdout.write(f"Pushed to {settings.hub.push_to_hub}, revision {revision}\n")
     accelerator.end_training()
 
 
@@ -114,15 +115,21 @@ def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelera
     Returns:
         `bool`: whether the run came to its end; False where it was asked to stop, and saved itself.
     """
-    args = run.args
-    tracking = Tracking(args, accelerator, run.state)
-    settings = {"total": run.num_steps, "initial": run.state.schedule_step, "unit": "step"}
-    bar = tqdm(desc="training", disable=not accelerator.is_main_process, **settings)
+    settings = run.settings
+    checkpoint_every = settings.checkpoints.checkpoint_every
+    tracking = Tracking(settings, accelerator, run.state)
+    bar = tqdm(
+        desc="training",
+        total=run.num_steps,
+        initial=run.state.schedule_step,
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
     deferred = signals.deferred(is_announced=accelerator.is_main_process)
-    with bar, logging_redirect_tqdm(), deferred, Watchdog(args.watchdog_minutes) as watchdog:
+    with bar, logging_redirect_tqdm(), deferred, Watchdog(settings.checkpoints.watchdog_minutes) as watchdog:
 
         def save():
-            save_checkpoint(run.model, run.optimizer, run.processor, run.state, args, accelerator)
+            save_checkpoint(run.model, run.optimizer, run.processor, run.state, settings.checkpoints, accelerator)
 
         def should_stop() -> bool:
             """Between two steps, of training or of evaluation: heed the signals that came. A collective."""
@@ -143,9 +150,9 @@ def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelera
                 tracking.log_update(run, losses, num_expressions)
                 if should_stop():
                     return False
-                if args.checkpoint_every and run.state.step % args.checkpoint_every == 0:
+                if checkpoint_every and run.state.step % checkpoint_every == 0:
                     save()
-            run.state.is_evaluation_due = run.state.epoch % args.evaluate_every == 0 or run.is_done
+            run.state.is_evaluation_due = run.state.epoch % settings.evaluation.evaluate_every == 0 or run.is_done
             save()
             if run.state.is_evaluation_due and not validate(run, rows, tracking, publisher, should_stop, accelerator):
                 return False

@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--output", help="where to write the rows as JSON")
     options = parser.parse_args()
     args = parse_arguments([options.recipe, "--eval_only", "true"])
-    split, accelerator = split_of(load_rows(args), args.test_splits), Accelerator(cpu=True)
+    split, accelerator = split_of(load_rows(args.data), args.data.test_splits), Accelerator(cpu=True)
     rows, exact = [], None
     for name, (settings, size_divisor) in PRECISIONS.items():
         model = RefTRForVisualGrounding.from_pretrained(options.model, **settings).eval()

@@ -72,7 +72,7 @@ def combine(
     >>> import data_scripts
 
     >>> rows = data_scripts.load("shapes", num_train=3, num_validation=1, num_test=1)
-    >>> len(data_scripts.combining([rows, {"train": rows["train"], "test": rows["train"].select([0])}]))
+    >>> len(data_scripts.combine([rows, {"train": rows["train"], "test": rows["train"].select([0])}]))
     4
 
     ```"""

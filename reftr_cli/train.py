@@ -1,7 +1,7 @@
 """Train or evaluate with a recipe, in one process; `accelerate launch train_reftr.py` runs several."""
 
 from training_reftr.arguments import parse_arguments
-from training_reftr.recipe_choice import with_recipe
+from training_reftr.recipes import with_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

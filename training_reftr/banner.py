@@ -9,13 +9,15 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from modeling_reftr import RefTRForVisualGrounding
 from training_reftr.build import is_weights_file
+from training_reftr.settings import TrainingSettings
 
 
 logger = logging.getLogger(__name__)
 
 
-def announce(rows: dict, model, args, accelerator: Accelerator):
+def announce(rows: dict, model: RefTRForVisualGrounding, settings: TrainingSettings, accelerator: Accelerator) -> None:
     """
     Log what runs: the size of each split that is read, processes, batches, device, precision and parameters. The main
     process does.
@@ -23,29 +25,30 @@ def announce(rows: dict, model, args, accelerator: Accelerator):
     Args:
         rows (`dict[str, datasets.Dataset]`): the splits.
         model ([`RefTRForVisualGrounding`]): before it is divided between processes.
-        args ([`TrainingArguments`]): of the run.
+        settings ([`TrainingSettings`]): of the run.
         accelerator (`Accelerator`): the processes.
     """
     if not accelerator.is_main_process:
         return
-    trained = [] if args.eval_only else [*args.train_split.split("+"), *args.validation_split.split("+")]
-    names = dict.fromkeys([*trained, *(name.strip() for name in args.test_splits.split(","))])
+    data, optimization, eval_only = settings.data, settings.optimization, settings.evaluation.eval_only
+    trained = [] if eval_only else [*data.train_split.split("+"), *data.validation_split.split("+")]
+    names = dict.fromkeys([*trained, *(name.strip() for name in data.test_splits.split(","))])
     splits = ", ".join(f"{name} {describe_size(rows[name])}" for name in names if name in rows)
     processes = f"{accelerator.num_processes} process{'' if accelerator.num_processes == 1 else 'es'}"
-    if args.eval_only:
-        batch = f"evaluation_batch_size {args.evaluation_batch_size}"
+    if eval_only:
+        batch = f"evaluation_batch_size {settings.evaluation.evaluation_batch_size}"
     else:
-        size = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        size = optimization.batch_size * optimization.gradient_accumulation_steps * accelerator.num_processes
         batch = (
-            f"global batch {size} = batch_size {args.batch_size} x gradient_accumulation_steps "
-            f"{args.gradient_accumulation_steps} x {processes}"
+            f"global batch {size} = batch_size {optimization.batch_size} x gradient_accumulation_steps "
+            f"{optimization.gradient_accumulation_steps} x {processes}"
         )
     parameters = list(model.parameters())
     count = f"{sum(value.numel() for value in parameters):,} parameters"
-    if not args.eval_only:
+    if not eval_only:
         count += f", {sum(value.numel() for value in parameters if value.requires_grad):,} of them trained"
     lines = [
-        f"Dataset {args.dataset}: {splits}.",
+        f"Dataset {data.dataset}: {splits}.",
         f"{processes} on {accelerator.device}; {batch}; {str(parameters[0].dtype).removeprefix('torch.')}, "
         f"mixed_precision {accelerator.mixed_precision}; {count}.",
     ]
@@ -91,16 +94,16 @@ def is_alone_by_mistake(num_processes: int, environment) -> bool:
     return is_lost or environment.get("WORLD_SIZE", "1") not in ("", "1")
 
 
-def describe_results(args, metrics: dict) -> str:
+def describe_results(output_dir: str | Path, metrics: dict) -> str:
     """
     Return lines that say where the model, the report and the images of a run are, as far as they exist, and the
     command that asks the model.
 
     Args:
-        args ([`TrainingArguments`]): of the run.
+        output_dir (`str` or `Path`): the folder of the run.
         metrics (`dict`): what metrics.json holds.
     """
-    folder, model = Path(args.output_dir), metrics["model"]
+    folder, model = Path(output_dir), metrics["model"]
     places = [("Model", model)]
     places += [(name, str(folder / file)) for name, file in (("Report", "report.md"), ("Images", "predictions.png"))]
     lines = [f"{name}: {place}" for name, place in places if name == "Model" or Path(place).exists()]

@@ -4,6 +4,7 @@ import logging
 import re
 from pathlib import Path
 
+import datasets
 import timm
 import torch
 from huggingface_hub import hf_hub_download
@@ -25,9 +26,10 @@ from modeling_reftr.convert_reftr_checkpoint import (
 from modeling_reftr.detr_reftr import init_from_detr, resnet_name
 from modeling_reftr.loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedFilesError, check_index, naming_files
 from modeling_reftr.loading_reftr import WEIGHT_FILES as SAVED_WEIGHTS
-from training_reftr.arguments import check_names, merge
+from training_reftr.arguments import merge
 from training_reftr.data import all_sentences, train_tokenizer
 from training_reftr.preflight import part_of, refuse_untrained_parts
+from training_reftr.settings import InitializationSettings, TrainingSettings, check_names
 from training_reftr.sizes import set_sizes
 
 
@@ -38,53 +40,58 @@ HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 LEFT_FROM_TEXT = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 
 
-def build_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+def build_model(
+    settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset
+) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
     The model and its processor as a run starts, the same on all processes with the same seed. What was loaded, and
     what is new, is logged.
 
     Raises:
         OSError: if what a setting names is not there.
-        ValueError: if it does not fit, `args.model` has an unknown field or changes a backbone that is loaded, the
+        ValueError: if it does not fit, `model` has an unknown field or changes a backbone that is loaded, the
             vocabulary is smaller than the tokenizer's, or a part that is random would stay so.
     """
     # Where weights come from. A line wins over those below it.
     # 1. resume: the run's own checkpoint. It is laid over what this function gives.
-    # 2. init_from: a RefTR, all of it; what args.model adds to it (masks) is random.
+    # 2. init_from: a RefTR, all of it; what `model` adds to it (masks) is random.
     # 3. init_detr: image backbone and encoder; with init_text, the published start.
     # 4. init_backbone and init_text: the image backbone alone, and the text backbone with its tokenizer.
     # 5. nothing: random weights, and a tokenizer trained on the set.
-    if args.init_from is not None:
-        refuse_tokenizer(args)
-        model, processor, random_weights = load_weights(args.init_from, args, args.model)
-        refuse_untrained_parts(model, random_weights, args)
+    initialization = settings.initialization
+    if initialization.init_from is not None:
+        refuse_tokenizer(initialization)
+        model, processor, random_weights = load_weights(initialization.init_from, settings, initialization.model)
+        refuse_untrained_parts(model, random_weights, settings.optimization)
         return model, processor
-    model, processor = new_model(args, train_rows)
+    model, processor = new_model(settings, train_rows)
     taken = ()
-    if args.init_detr is not None:
-        start = init_from_detr(model, args.init_detr)
-        logger.info(f"init_detr: {len(start.taken)} weights of image backbone and encoder from {args.init_detr}.")
+    if initialization.init_detr is not None:
+        start = init_from_detr(model, initialization.init_detr)
+        logger.info(
+            f"init_detr: {len(start.taken)} weights of image backbone and encoder from {initialization.init_detr}."
+        )
         taken += ("model.backbone.", "model.encoder.")
-    if args.init_backbone is not None:
-        load_image_backbone(model, args.init_backbone)
+    if initialization.init_backbone is not None:
+        load_image_backbone(model, initialization.init_backbone)
         taken += ("model.backbone.",)
-    if args.init_text is not None:
-        load_text_backbone(model, args.init_text)
+    if initialization.init_text is not None:
+        load_text_backbone(model, initialization.init_text)
         taken += ("model.text_backbone.",)
     random_weights = {name for name in model.state_dict() if not name.startswith(taken)}
     logger.info(
         f"Random weights, as nothing names others: {', '.join(sorted({part_of(name) for name in random_weights}))}."
     )
-    refuse_untrained_parts(model, random_weights, args)
+    refuse_untrained_parts(model, random_weights, settings.optimization)
     return model, processor
 
 
-def refuse_tokenizer(args):
+def refuse_tokenizer(initialization: InitializationSettings) -> None:
     """Raise a ValueError where a tokenizer is named beside a RefTR in `init_from` that brings its own."""
-    if args.tokenizer is not None and not is_weights_file(args.init_from):
+    if initialization.tokenizer is not None and not is_weights_file(initialization.init_from):
         raise ValueError(
-            f"tokenizer={quote(args.tokenizer)} cannot be given beside init_from={quote(args.init_from)}, which "
-            "brings the tokenizer that its text backbone was trained with."
+            f"tokenizer={quote(initialization.tokenizer)} has no effect on init_from="
+            f"{quote(initialization.init_from)}, which has its own: remove tokenizer."
         )
 
 
@@ -108,20 +115,20 @@ def local_or_hub(name: str | Path, what: str) -> Path | str:
     raise FileNotFoundError(f"There is no {what} at {str(name)!r}; give its path, or a Hub id (owner/name).")
 
 
-def load_reftr(source: str | Path, args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+def load_reftr(source: str | Path, settings: TrainingSettings) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
     Return a trained RefTR, as it was saved, with its processor.
 
     Args:
         source (`str` or `Path`): a folder, a Hub id, or a published file, which is converted in memory.
-        args ([`TrainingArguments`]): `tokenizer` for a published file; `image_size`, `max_text_length` and
+        settings ([`TrainingSettings`]): `tokenizer` for a published file; `image_size`, `max_text_length` and
             `size_divisor`, where they are given; `attn_implementation`.
 
     Raises:
         OSError: if there is nothing at `source`.
         ValueError: if it is refused or lacks weights, or a size does not fit.
     """
-    model, processor, random_weights = load_weights(source, args, {})
+    model, processor, random_weights = load_weights(source, settings, {})
     if random_weights:
         raise ValueError(
             f"{str(source)!r} lacks {len(random_weights)} of the weights that its config.json describes, the first is "
@@ -130,12 +137,12 @@ def load_reftr(source: str | Path, args) -> tuple[RefTRForVisualGrounding, RefTR
     return model, processor
 
 
-def load_weights(source: str | Path, args, changes: dict):
+def load_weights(source: str | Path, settings: TrainingSettings, changes: dict):
     """
     Return a trained RefTR, its processor, and the names of weights that `source` does not have and that are random.
 
     Args:
-        source, args: see `load_reftr`.
+        source, settings: see `load_reftr`.
         changes (`dict`): fields of its configuration to change, see `change_config`.
 
     Raises:
@@ -149,7 +156,7 @@ def load_weights(source: str | Path, args, changes: dict):
         with torch.device("meta"):
             expected = RefTRForVisualGrounding(config).state_dict()
         weights = {"pretrained_model_name_or_path": None, "state_dict": convert_state_dict(published, expected)}
-        processor = RefTRProcessor(RefTRImageProcessor(), load_tokenizer(args.tokenizer, config))
+        processor = RefTRProcessor(RefTRImageProcessor(), load_tokenizer(settings.initialization.tokenizer, config))
     else:
         config = RefTRConfig.from_pretrained(place)
         weights = {"pretrained_model_name_or_path": place, "use_safetensors": True}
@@ -158,7 +165,7 @@ def load_weights(source: str | Path, args, changes: dict):
         **weights,
         config=change_config(config, changes),
         dtype=torch.float32,
-        attn_implementation=args.attn_implementation,
+        attn_implementation=settings.initialization.attn_implementation,
         output_loading_info=True,
     )
     new = {part_of(name) for name in info["missing_keys"]}
@@ -167,34 +174,39 @@ def load_weights(source: str | Path, args, changes: dict):
         f"RefTR from {source}: {len(model.state_dict()) - len(info['missing_keys'])} weights. Random weights: "
         f"{', '.join(sorted(new)) or 'none'}. Left: {', '.join(sorted(left)) or 'none'}."
     )
-    set_sizes(processor, args, model.config)
+    set_sizes(processor, settings.data, model.config)
     return model, processor, set(info["missing_keys"])
 
 
-def new_model(args, train_rows) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
-    """A model as `args.model` and `args.init_text` say, with random weights, and its processor."""
-    settings = dict(args.model)
-    if args.init_text is not None:
-        settings["text_config"] = text_config_of(args.init_text, settings.get("text_config", {}))
-    tokenizer = args.tokenizer or args.init_text
+def new_model(
+    settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset
+) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+    """A model as `model` and `init_text` say, with random weights, and its processor."""
+    initialization = settings.initialization
+    fields = dict(initialization.model)
+    if initialization.init_text is not None:
+        fields["text_config"] = text_config_of(initialization.init_text, fields.get("text_config", {}))
+    tokenizer = initialization.tokenizer or initialization.init_text
     if tokenizer is not None:
         tokenizer = read_tokenizer(tokenizer)
     else:
-        max_length = settings.get("max_text_positions", RefTRConfig.max_text_positions)
+        max_length = fields.get("max_text_positions", RefTRConfig.max_text_positions)
         tokenizer = train_tokenizer(all_sentences(train_rows), max_length)
         text_config = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        settings["text_config"] = {**text_config, **settings.get("text_config", {})}
-    config = RefTRConfig(**settings)
+        fields["text_config"] = {**text_config, **fields.get("text_config", {})}
+    config = RefTRConfig(**fields)
     for part in ("backbone_config", "text_config"):
-        check_names(args.model.get(part, {}), type(getattr(config, part))().to_dict(), f"model.{part}")
+        check_names(initialization.model.get(part, {}), type(getattr(config, part))().to_dict(), f"model.{part}")
     if config.text_config.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.text_config.vocab_size={config.text_config.vocab_size} is smaller than the tokenizer's "
             f"{len(tokenizer)} tokens."
         )
     processor = RefTRProcessor(RefTRImageProcessor(), tokenizer)
-    set_sizes(processor, args, config)
-    return RefTRForVisualGrounding._from_config(config, attn_implementation=args.attn_implementation), processor
+    set_sizes(processor, settings.data, config)
+    return RefTRForVisualGrounding._from_config(
+        config, attn_implementation=initialization.attn_implementation
+    ), processor
 
 
 def read_tokenizer(source: str):
@@ -358,7 +370,7 @@ def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
 
 def differences(config: RefTRConfig, changes: dict) -> list[tuple]:
     """
-    Return (field, the configuration's value, the changed one) for each field in which `changes`, `args.model` of a
+    Return (field, the configuration's value, the changed one) for each field in which `changes`, `model` of a
     run, differ from it; fields of a backbone are "text_config.hidden_size".
     """
     values, pairs = config.to_dict(), []
@@ -375,10 +387,10 @@ def differences(config: RefTRConfig, changes: dict) -> list[tuple]:
     ]
 
 
-def refuse_model_changes(config: RefTRConfig, args, source: str):
-    """Raise a ValueError where `args.model` describes another model than the one that is evaluated."""
-    other = "" if args.init_from is None else ", or evaluate the model of output_dir by --init_from null"
-    for name, known, wanted in differences(config, args.model):
+def refuse_model_changes(config: RefTRConfig, initialization: InitializationSettings, source: str) -> None:
+    """Raise a ValueError where `model` describes another model than the one that is evaluated."""
+    other = "" if initialization.init_from is None else ", or evaluate the model of output_dir by --init_from null"
+    for name, known, wanted in differences(config, initialization.model):
         raise ValueError(
             f"model.{name}={quote(wanted)}, but the model of {source} has {quote(known)} there, and an evaluation "
             f"takes a model as it was saved: leave it out{other}."

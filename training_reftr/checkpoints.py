@@ -40,9 +40,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from data_scripts.atomic_files import atomic_folder, remove_folder, remove_leftovers, replaced_files, sha256_of
 from data_scripts.quoting import quote
+from modeling_reftr import RefTRProcessor
 from modeling_reftr.saving_reftr import save_tensors
 from training_reftr.guards import explain
 from training_reftr.json_files import read_json
+from training_reftr.settings import CheckpointSettings
 
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,14 @@ class TrainingState:
         self.steps_per_epoch = steps_per_epoch
 
 
-def save_checkpoint(model, optimizer, processor, state: TrainingState, args, accelerator: Accelerator):
+def save_checkpoint(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    processor: RefTRProcessor,
+    state: TrainingState,
+    checkpoints: CheckpointSettings,
+    accelerator: Accelerator,
+) -> None:
     """
     Write a checkpoint of this step, then delete those that are no longer to be kept. A collective.
 
@@ -121,7 +130,7 @@ def save_checkpoint(model, optimizer, processor, state: TrainingState, args, acc
     else:
         moments = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE).get("state", {})
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    path = Path(args.output_dir) / FOLDER / f"step_{state.step:08d}"
+    path = Path(checkpoints.output_dir) / FOLDER / f"step_{state.step:08d}"
 
     def write(folder: Path):
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
@@ -134,11 +143,13 @@ def save_checkpoint(model, optimizer, processor, state: TrainingState, args, acc
     with on_main_process(accelerator, f"The checkpoint of step {state.step} was not written"):
         if accelerator.is_main_process and not path.exists():
             write_checkpoint(path, write)
-            for old in checkpoints_of(args.output_dir)[args.keep_checkpoints :]:
+            for old in checkpoints_of(checkpoints.output_dir)[checkpoints.keep_checkpoints :]:
                 remove_folder(old)
 
 
-def save_best(model, processor, args, accelerator: Accelerator):
+def save_best(
+    model: torch.nn.Module, processor: RefTRProcessor, output_dir: str | Path, accelerator: Accelerator
+) -> None:
     """
     Make this model the one that lies in the run's folder. A collective.
 
@@ -151,7 +162,7 @@ def save_best(model, processor, args, accelerator: Accelerator):
     weights = weights_of(model, accelerator)
     with on_main_process(accelerator, "The best model was not written"):
         if accelerator.is_main_process:
-            output_dir = Path(args.output_dir)
+            output_dir = Path(output_dir)
             remove_leftovers(output_dir)  # of a run that was killed while it wrote
             with replaced_files(output_dir, last="*.safetensors") as folder:
                 accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
@@ -165,9 +176,9 @@ def weights_of(model, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=WHOLE)
 
 
-def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
+def find_checkpoint(checkpoints: CheckpointSettings, accelerator: Accelerator) -> Path | None:
     """
-    The checkpoint that `args.resume` means: a folder, or with "auto" the newest whole one of the run, if there is any;
+    The checkpoint that `resume` means: a folder, or with "auto" the newest whole one of the run, if there is any;
     None for a run that starts anew. A collective: all processes get the same.
 
     Raises:
@@ -177,14 +188,14 @@ def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
     found = [None]
     with on_main_process(accelerator):
         if accelerator.is_main_process:
-            if args.resume == "auto":
-                found = [newest_whole(args.output_dir)]
-            elif args.resume is not None:
-                found = [Path(args.resume)]
+            if checkpoints.resume == "auto":
+                found = [newest_whole(checkpoints.output_dir)]
+            elif checkpoints.resume is not None:
+                found = [Path(checkpoints.resume)]
                 fault = find_fault(found[0])
                 if fault:
-                    raise OSError(f"--resume {args.resume!r}: {fault}.")
-            refuse_others(args.output_dir, found[0])
+                    raise OSError(f"--resume {checkpoints.resume!r}: {fault}.")
+            refuse_others(checkpoints.output_dir, found[0])
     broadcast_object_list(found)
     return found[0]
 

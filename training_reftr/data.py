@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_scripts.building import is_degenerate
 from data_scripts.masks import is_empty
+from modeling_reftr import RefTRProcessor
 from modeling_reftr.image_processing_reftr import picture_size
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from modeling_reftr.text_reftr import check_text
@@ -28,6 +29,7 @@ from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.pictures import PictureReader, check_frame, read_picture
 from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit, evaluation_batches, is_learnable
+from training_reftr.settings import TrainingSettings
 
 
 class GroundingDataset(Dataset):
@@ -329,7 +331,7 @@ class TrainingData:
         rows (`datasets.Dataset` or `datasets.IterableDataset`): see `data_scripts.FEATURES`. A stream is read through
             once to count its samples, which takes no picture's decoding.
         processor ([`RefTRProcessor`]): makes the batches.
-        args ([`TrainingArguments`]): what is said under data, `batch_size` and `seed`.
+        settings ([`TrainingSettings`]): the components `data` and `optimization`.
         rank, world_size (`int`): this process, and how many there are.
         with_masks (`bool`, *optional*, defaults to `False`): whether labels have masks.
 
@@ -337,22 +339,33 @@ class TrainingData:
         ValueError: if the samples do not fill one global batch.
     """
 
-    def __init__(self, rows, processor, args, rank: int, world_size: int, with_masks: bool = False):
+    def __init__(
+        self,
+        rows: datasets.Dataset | datasets.IterableDataset,
+        processor: RefTRProcessor,
+        settings: TrainingSettings,
+        rank: int,
+        world_size: int,
+        with_masks: bool = False,
+    ):
         is_streamed = isinstance(rows, datasets.IterableDataset)
         order = (StreamedOrder if is_streamed else BuiltOrder)(
-            rows, args.expressions_per_image if args.group_by_image else 1, args.seed, args.bucket_by_shape
+            rows,
+            settings.data.expressions_per_image if settings.data.group_by_image else 1,
+            settings.optimization.seed,
+            settings.data.bucket_by_shape,
         )
-        self.sampler = EpochSampler(order, args.batch_size, rank, world_size)
+        self.sampler = EpochSampler(order, settings.optimization.batch_size, rank, world_size)
         image_processor = processor.image_processor
         self.loader = SampleLoader(
             GroundingDataset(
                 None if is_streamed else rows,
-                PictureReader(image_processor, args.image_cache),
-                Preparation(image_processor, args.augmentation, args.seed, with_masks),
+                PictureReader(image_processor, settings.data.image_cache),
+                Preparation(image_processor, settings.data.augmentation, settings.optimization.seed, with_masks),
             ),
             batch_sampler=self.sampler,
             collate_fn=GroundingCollator(processor, with_masks=with_masks, are_resized=True),
-            num_workers=args.num_workers,
+            num_workers=settings.data.num_workers,
         )
 
     @property
@@ -412,35 +425,54 @@ class SplitSampler:
 class EvaluationData:
     """
     Batches of evaluations, of several splits and any number of times, from one pool of workers. They are cut as
-    `args.evaluation_batching` says (see `sampling.evaluation_batches`). All processes have equally many: where they do
+    `evaluation_batching` says (see `sampling.evaluation_batches`). All processes have equally many: where they do
     not come out even, some at the start are on two of them.
 
     Args:
         splits (`dict[str, datasets.Dataset]`): by name, see `data_scripts.FEATURES`.
         processor ([`RefTRProcessor`]): makes the batches.
-        args ([`TrainingArguments`]): what is said under evaluation, `num_workers` and `image_cache`.
+        settings ([`TrainingSettings`]): the components `data` and `evaluation`.
         rank, world_size (`int`): this process, and how many there are.
 
     Raises:
         ValueError: if rows do not tell their order, or the image processor pads further than the batching means.
     """
 
-    def __init__(self, splits: dict, processor, args, rank: int, world_size: int):
+    def __init__(
+        self,
+        splits: dict[str, datasets.Dataset],
+        processor: RefTRProcessor,
+        settings: TrainingSettings,
+        rank: int,
+        world_size: int,
+    ):
         image_processor = processor.image_processor
-        if args.evaluation_batching != "grouped" and (image_processor.size_divisor or image_processor.pad_size):
+        if settings.evaluation.evaluation_batching != "grouped" and (
+            image_processor.size_divisor or image_processor.pad_size
+        ):
             raise ValueError(
-                f"evaluation_batching={args.evaluation_batching!r} pads images to the largest of their batch, and the "
-                f"model's image processor pads further (size_divisor={image_processor.size_divisor}, "
+                f"evaluation_batching={settings.evaluation.evaluation_batching!r} pads images to the largest of their "
+                f"batch, and the model's image processor pads further (size_divisor={image_processor.size_divisor}, "
                 f"pad_size={image_processor.pad_size}): evaluate as 'grouped', or save the processor without them."
             )
-        reader = read_picture if args.image_cache is None else PictureReader(image_processor, args.image_cache)
-        batching = args.evaluation_batching, args.evaluation_batch_size, image_processor, rank, world_size
+        reader = (
+            read_picture
+            if settings.data.image_cache is None
+            else PictureReader(image_processor, settings.data.image_cache)
+        )
+        batching = (
+            settings.evaluation.evaluation_batching,
+            settings.evaluation.evaluation_batch_size,
+            image_processor,
+            rank,
+            world_size,
+        )
         self.sampler = SplitSampler({name: evaluation_batches(rows, *batching) for name, rows in splits.items()})
         self.loader = SampleLoader(
             SplitsDataset({name: GroundingDataset(rows, reader, prepare_evaluated) for name, rows in splits.items()}),
             batch_sampler=self.sampler,
-            collate_fn=GroundingCollator(processor, are_resized=args.image_cache is not None),
-            num_workers=args.num_workers,
+            collate_fn=GroundingCollator(processor, are_resized=settings.data.image_cache is not None),
+            num_workers=settings.data.num_workers,
         )
 
     def batches(self, split: str) -> SampleLoader:

@@ -1,10 +1,10 @@
 """A rehearsal: a few updates through everything, in a folder that is gone afterwards. `limited` holds a collective."""
 
 import contextlib
-import dataclasses
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from training_reftr.checkpoints import checkpoints_of, find_checkpoint, load_state
 from training_reftr.resuming import refuse_changes
+from training_reftr.settings import TrainingSettings
 from training_reftr.tracking import LOG
 
 
@@ -19,23 +20,24 @@ NUM_UPDATES = 4  # the first ones are slower than the rest
 
 
 @contextlib.contextmanager
-def limited(args, rows: dict, accelerator: Accelerator):
+def limited(
+    settings: TrainingSettings, rows: dict, accelerator: Accelerator
+) -> Iterator[tuple[TrainingSettings, dict]]:
     """
-    The settings and rows of a run; with `args.dry_run` those of its rehearsal: a few updates, a batch of evaluation a
-    split, a folder that is deleted at the end. A rehearsal starts anew, and refuses what `args.resume` would refuse.
+    The settings and rows of a run; with `dry_run` those of its rehearsal: a few updates, a batch of evaluation a
+    split, a folder that is deleted at the end. A rehearsal starts anew, and refuses what `resume` would refuse.
 
     Raises:
         OSError, ValueError: see `find_checkpoint` and `with_model_of`.
     """
-    if not args.dry_run:
-        yield args, rows
+    if not settings.checkpoints.dry_run:
+        yield settings, rows
         return
-    if args.resume is not None:
-        refuse_changes(args, find_checkpoint(args, accelerator))
+    if settings.checkpoints.resume is not None:
+        refuse_changes(settings, find_checkpoint(settings.checkpoints, accelerator))
     folder = [tempfile.mkdtemp(prefix="dry_run_") if accelerator.is_main_process else None]
     broadcast_object_list(folder)
-    args = dataclasses.replace(
-        args,
+    settings = settings.replace(
         output_dir=folder[0],
         max_steps=NUM_UPDATES,
         log_every=1,
@@ -43,10 +45,10 @@ def limited(args, rows: dict, accelerator: Accelerator):
         trackers="none",
         push_to_hub=None,
     )
-    count = args.evaluation_batch_size * accelerator.num_processes
-    trained = args.train_split.split("+")
+    count = settings.evaluation.evaluation_batch_size * accelerator.num_processes
+    trained = settings.data.train_split.split("+")
     try:
-        yield args, {split: part if split in trained else _first(part, count) for split, part in rows.items()}
+        yield settings, {split: part if split in trained else _first(part, count) for split, part in rows.items()}
         accelerator.wait_for_everyone()
     finally:
         if accelerator.is_main_process:
@@ -57,16 +59,17 @@ def _first(rows, count: int):
     return rows.take(count) if not hasattr(rows, "select") else rows.select(range(min(count, len(rows))))
 
 
-def estimate(args) -> str:
+def estimate(settings: TrainingSettings) -> str:
     """What a rehearsal tells about the run."""
-    lines = [json.loads(line) for line in (Path(args.output_dir) / LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(settings.checkpoints.output_dir) / LOG).read_text().splitlines()]
     last = [line for line in lines if "train/seconds_per_update" in line][-1]
-    steps = load_state(checkpoints_of(args.output_dir)[0]).steps_per_epoch
+    steps = load_state(checkpoints_of(settings.checkpoints.output_dir)[0]).steps_per_epoch
     hours = steps * last["train/seconds_per_update"] / 3600
-    size = sum(path.stat().st_size for path in checkpoints_of(args.output_dir)[0].iterdir()) / 2**30
+    size = sum(path.stat().st_size for path in checkpoints_of(settings.checkpoints.output_dir)[0].iterdir()) / 2**30
+    num_epochs = settings.schedule.num_epochs
     return (
         f"The run goes through. An epoch of {steps:,} updates takes about {hours:.2f} hours "
-        f"({last['train/expressions_per_second']:.1f} expressions/s) without its evaluation, all {args.num_epochs} "
-        f"about {hours * args.num_epochs:.1f}; a process uses {last['train/memory_gb']:.2f} GB, a checkpoint "
+        f"({last['train/expressions_per_second']:.1f} expressions/s) without its evaluation, all {num_epochs} "
+        f"about {hours * num_epochs:.1f}; a process uses {last['train/memory_gb']:.2f} GB, a checkpoint "
         f"{size:.2f} GB."
     )

@@ -15,9 +15,11 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import IterableDataset
 from tqdm.auto import tqdm
 
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import EvaluationData, move
 from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, box_ious, recalls
+from training_reftr.settings import EvaluationSettings, TrainingSettings
 
 
 # where a process holds parts of weights
@@ -29,7 +31,7 @@ def evaluate(
     model,
     processor,
     rows,
-    args,
+    settings: TrainingSettings,
     accelerator: Accelerator,
     description: str,
     should_stop: Callable[[], bool] | None = None,
@@ -62,12 +64,16 @@ def evaluate(
     records, is_stopped = [], False
     if data is None:
         data = EvaluationData(
-            {description: rows}, processor, args, accelerator.process_index, accelerator.num_processes
+            {description: rows},
+            processor,
+            settings,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
     with for_inference(model, accelerator) as asked, asked.cache_text():
         batches = data.batches(description)
         for batch in tqdm(batches, desc=description, disable=not accelerator.is_main_process, leave=False):
-            records += answer_batch(asked, processor, batch, args, accelerator)
+            records += answer_batch(asked, processor, batch, settings.evaluation, accelerator)
             is_stopped = should_stop is not None and should_stop()
             if is_stopped:
                 break
@@ -132,7 +138,13 @@ def put_in_order(records: list[dict], keys: list[tuple[str, str, int]]) -> list[
     return [found[key] for key in keys]
 
 
-def answer_batch(model, processor, batch: dict, args, accelerator: Accelerator) -> list[dict]:
+def answer_batch(
+    model: RefTRForVisualGrounding,
+    processor: RefTRProcessor,
+    batch: dict,
+    evaluation: EvaluationSettings,
+    accelerator: Accelerator,
+) -> list[dict]:
     """The records of a batch, see `evaluate`."""
     inputs = move(batch, accelerator.device)
     inputs.pop("labels")
@@ -148,7 +160,7 @@ def answer_batch(model, processor, batch: dict, args, accelerator: Accelerator) 
         masks = [()] * len(answers)
     else:
         masks = zip(
-            processor.image_processor.post_process_masks(outputs, sizes, two_step=args.two_step_masks),
+            processor.image_processor.post_process_masks(outputs, sizes, two_step=evaluation.two_step_masks),
             processor.image_processor.post_process_masks(outputs, two_step=True),
             strict=True,
         )

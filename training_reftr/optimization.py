@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from training_reftr.settings import OptimizationSettings, ScheduleSettings
+
 
 LEARNING_RATES = {
     "model.backbone.": "backbone_learning_rate",
@@ -30,27 +32,31 @@ def learning_rate_setting(name: str) -> str:
     return next(setting for prefix, setting in LEARNING_RATES.items() if name.startswith(prefix))
 
 
-def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> torch.optim.Optimizer:
     """AdamW over what is trained, with a rate each for the backbones, the mask head and the rest."""
     groups = {setting: [] for setting in LEARNING_RATES.values()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[learning_rate_setting(name)].append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "lr": getattr(args, setting)} for setting, parameters in groups.items() if parameters],
-        betas=(0.9, args.adam_beta2),
-        weight_decay=args.weight_decay,
+        [
+            {"params": parameters, "lr": getattr(optimization, setting)}
+            for setting, parameters in groups.items()
+            if parameters
+        ],
+        betas=(0.9, optimization.adam_beta2),
+        weight_decay=optimization.weight_decay,
         fused=True,
     )
 
 
-def num_warmup_steps(args, steps_per_epoch: int) -> int:
+def num_warmup_steps(schedule: ScheduleSettings, steps_per_epoch: int) -> int:
     """Return the optimizer steps of the warm-up."""
-    return args.warmup_steps or round(args.warmup_epochs * steps_per_epoch)
+    return schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)
 
 
 def build_scheduler(
-    optimizer, args, steps_per_epoch: int, num_steps: int, done: int = 0
+    optimizer: torch.optim.Optimizer, schedule: ScheduleSettings, steps_per_epoch: int, num_steps: int, done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """
     One factor of all rates, a function of the updates done, as the published code has it: `(step + 1) / warmup` before
@@ -59,21 +65,21 @@ def build_scheduler(
 
     Args:
         optimizer (`torch.optim.Optimizer`): with the peak rates.
-        args ([`TrainingArguments`]): of the run.
+        schedule ([`ScheduleSettings`]): of the run.
         steps_per_epoch (`int`): updates an epoch.
         num_steps (`int`): updates of the whole run.
         done (`int`): updates that are over, where a run goes on.
     """
-    warmup = num_warmup_steps(args, steps_per_epoch)
+    warmup = num_warmup_steps(schedule, steps_per_epoch)
 
     def factor(step: int) -> float:
         if step < warmup:
             value = (step + 1) / warmup
-        elif args.lr_schedule == "cosine":
+        elif schedule.lr_schedule == "cosine":
             progress = (step - warmup) / max(1, num_steps - warmup)
             value = 0.5 * (math.cos(math.pi * min(1.0, progress)) + 1)
-        elif args.lr_schedule == "step":
-            value = 0.1 ** sum(step >= epochs * steps_per_epoch for epochs in args.lr_drop_epochs)
+        elif schedule.lr_schedule == "step":
+            value = 0.1 ** sum(step >= epochs * steps_per_epoch for epochs in schedule.lr_drop_epochs)
         else:
             value = 1.0
         return max(0.01, value)

@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow.compute as pc
 from torch import nn
 
+from modeling_reftr import RefTRConfig
 from training_reftr.optimization import learning_rate_setting
+from training_reftr.settings import DataSettings, OptimizationSettings
 
 
 logger = logging.getLogger(__name__)
@@ -32,21 +34,21 @@ def part_of(name: str) -> str:
     return name.removeprefix("model.").split(".")[0]
 
 
-def refuse_untrained_parts(model: nn.Module, random_weights: set[str], args):
+def refuse_untrained_parts(model: nn.Module, random_weights: set[str], optimization: OptimizationSettings):
     """
     Refuse a part with random weights that would keep them.
 
     Args:
         model ([`RefTRForVisualGrounding`]): as training starts.
         random_weights (`set[str]`): names of the weights that nothing was loaded for.
-        args ([`TrainingArguments`]): with the learning rates.
+        optimization ([`OptimizationSettings`]): with the learning rates.
 
     Raises:
         ValueError: naming the part and the setting that keeps it from learning.
     """
     parts = {}
     for name, parameter in model.named_parameters():
-        reason = reason_not_to_learn(name, parameter, model.config, args)
+        reason = reason_not_to_learn(name, parameter, model.config, optimization)
         parts.setdefault(part_of(name), []).append(reason if name in random_weights else None)
     stuck = {part: reasons[0] for part, reasons in parts.items() if all(reasons)}
     if stuck:
@@ -57,7 +59,7 @@ def refuse_untrained_parts(model: nn.Module, random_weights: set[str], args):
         )
 
 
-def refuse_idle_model(model: nn.Module, args):
+def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings):
     """
     Refuse a model of which nothing is trained, or a head without a loss.
 
@@ -65,7 +67,9 @@ def refuse_idle_model(model: nn.Module, args):
         ValueError: saying why.
     """
     config = model.config
-    reasons = [reason_not_to_learn(name, parameter, config, args) for name, parameter in model.named_parameters()]
+    reasons = [
+        reason_not_to_learn(name, parameter, config, optimization) for name, parameter in model.named_parameters()
+    ]
     if all(reasons):
         raise ValueError(f"Nothing would be learned: {', '.join(dict.fromkeys(reasons))}.")
     losses = {"boxes": ("bbox", "giou")} if not config.freeze_grounding else {}
@@ -76,63 +80,65 @@ def refuse_idle_model(model: nn.Module, args):
             raise ValueError(f"The {what} would learn nothing, because {zeros}: give one of them a weight.")
 
 
-def reason_not_to_learn(name: str, parameter: nn.Parameter, config, args) -> str | None:
+def reason_not_to_learn(
+    name: str, parameter: nn.Parameter, config: RefTRConfig, optimization: OptimizationSettings
+) -> str | None:
     """Return the setting that keeps a parameter as it is, None where it is trained."""
     if not parameter.requires_grad:
         is_grounding = config.freeze_grounding and part_of(name) != "mask_head"
         stages = f"model.num_frozen_backbone_stages={config.num_frozen_backbone_stages}"
         return "model.freeze_grounding=True" if is_grounding else stages
     setting = learning_rate_setting(name)
-    return None if getattr(args, setting) > 0 else f"{setting}=0"
+    return None if getattr(optimization, setting) > 0 else f"{setting}=0"
 
 
-def refuse_empty_splits(rows: dict, args):
+def refuse_empty_splits(rows: dict, data: DataSettings):
     """
     Refuse a training or validation split without rows.
 
     Args:
         rows (`dict`): split -> rows, see `load_rows`; streams are counted by `TrainingData`.
-        args ([`TrainingArguments`]): names the splits, "train+val" for two.
+        data ([`DataSettings`]): names the splits, "train+val" for two.
 
     Raises:
         ValueError: naming the setting and the split.
     """
     for setting in ("train_split", "validation_split"):
-        name = getattr(args, setting)
+        name = getattr(data, setting)
         parts = [rows[part] for part in name.split("+")]
         if all(isinstance(part, datasets.Dataset) for part in parts) and not sum(map(len, parts)):
             use = "learn from" if setting == "train_split" else "choose the best model by"
-            raise ValueError(f"{setting}={name!r} of {args.dataset} has no rows: there is nothing to {use}.")
+            raise ValueError(f"{setting}={name!r} of {data.dataset} has no rows: there is nothing to {use}.")
 
 
-def refuse_few_samples(num_batches: int, args, num_processes: int):
+def refuse_few_samples(num_batches: int, optimization: OptimizationSettings, num_processes: int):
     """
     Refuse an epoch that is shorter than one optimizer step.
 
     Args:
         num_batches (`int`): batches of a process and epoch.
-        args ([`TrainingArguments`]): with `batch_size` and `gradient_accumulation_steps`.
+        optimization ([`OptimizationSettings`]): with `batch_size` and `gradient_accumulation_steps`.
         num_processes (`int`): processes that train together.
 
     Raises:
         ValueError: saying how many batches there are.
     """
-    if num_batches < args.gradient_accumulation_steps:
+    if num_batches < optimization.gradient_accumulation_steps:
         raise ValueError(
-            f"An epoch has {num_batches} batches (batch_size={args.batch_size}, {num_processes} processes), fewer "
-            f"than gradient_accumulation_steps={args.gradient_accumulation_steps}: no optimizer step would be made. "
-            "Lower one of the two."
+            f"An epoch has {num_batches} batches (batch_size={optimization.batch_size}, {num_processes} processes), "
+            f"fewer than gradient_accumulation_steps={optimization.gradient_accumulation_steps}, so there would be no "
+            "optimizer step: lower one of the two."
         )
 
 
-def refuse_missing_labels(rows, args, with_masks: bool) -> str | None:
+def refuse_missing_labels(rows, data: DataSettings, with_masks: bool) -> str | None:
     """
     Refuse training rows without a label for a head that is trained.
 
     Args:
         rows (`datasets.Dataset` or `datasets.IterableDataset`): see `data_scripts.FEATURES`. A stream is read up to
             the first label, no image is decoded.
-        args ([`TrainingArguments`]): names the split, for the message.
+        data ([`DataSettings`]): names the split, for the message.
         with_masks (`bool`): whether masks are trained.
 
     Returns:
@@ -154,11 +160,11 @@ def refuse_missing_labels(rows, args, with_masks: bool) -> str | None:
         has_boxes, has_masks = num_boxes > 0, num_masks > 0
     if not has_boxes:
         raise ValueError(
-            f"No sentence of train_split={args.train_split!r} has a phrase that names an object: nothing to learn."
+            f"No sentence of train_split={data.train_split!r} has a phrase that names an object: nothing to learn."
         )
     if with_masks and not has_masks:
         raise ValueError(
-            f"model.predict_masks=True, but no sentence of train_split={args.train_split!r} has a mask for all of its "
+            f"model.predict_masks=True, but no sentence of train_split={data.train_split!r} has a mask for all of its "
             "phrases: the mask head would learn nothing. Train without masks (--model.predict_masks false), or on a "
             "dataset with segmentations."
         )

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from training_reftr.card import card_files
 from training_reftr.hub import make_repository, reason_of, select_files, upload, write_contents
+from training_reftr.settings import TrainingSettings
 
 
 logger = logging.getLogger(__name__)
@@ -88,23 +89,24 @@ def push_model(
 
 class Publisher:
     """
-    Pushes `args.output_dir` to `args.push_to_hub`: the best model so far, beside the training, which neither waits for
+    Pushes `output_dir` to `push_to_hub`: the best model so far, beside the training, which neither waits for
     the Hub nor ends with it, and the last word at the end. Does nothing where the setting is absent.
 
     Raises:
         OSError: at once, if the Hub does not let us have the repository, and not after hours.
     """
 
-    def __init__(self, args, accelerator: Accelerator):
-        self.args = args
-        self.is_active = bool(args.push_to_hub) and accelerator.is_main_process
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator):
+        self.settings = settings
+        self.is_active = bool(settings.hub.push_to_hub) and accelerator.is_main_process
         self.thread = None
         if self.is_active:
             try:
-                make_repository(args.push_to_hub, "model", args.hub_private or None)
+                make_repository(settings.hub.push_to_hub, "model", settings.hub.hub_private or None)
             except Exception as error:  # the network, the server and the token each have exceptions of their own
                 raise OSError(
-                    f"push_to_hub={args.push_to_hub!r} cannot be pushed to, so nothing was begun: {reason_of(error)}"
+                    f"push_to_hub={settings.hub.push_to_hub!r} cannot be pushed to, so the run did not start: "
+                    f"{reason_of(error)}"
                 ) from error
 
     def push_best(self, step: int):
@@ -114,7 +116,7 @@ class Publisher:
         if self.thread is not None and self.thread.is_alive():
             logger.warning(f"The best model of step {step} is not pushed: the one before it is still on its way.")
             return
-        folder = Path(self.args.output_dir)
+        folder = Path(self.settings.checkpoints.output_dir)
         copy = Path(tempfile.mkdtemp(prefix="push_"))
         for name in select_files(folder, PATTERNS):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -125,9 +127,9 @@ class Publisher:
 
     def _push(self, copy: Path, message: str):
         try:
-            repository = self.args.push_to_hub
+            repository = self.settings.hub.push_to_hub
             revision = push_model(copy, repository, message=message, card=card_files(copy, repository))
-            logger.info(f"{message}: pushed to {self.args.push_to_hub!r} as {revision}.")
+            logger.info(f"{message}: pushed to {self.settings.hub.push_to_hub!r} as {revision}.")
         except (OSError, ValueError) as error:
             logger.warning(f"{message}: {error} The training goes on.")
         finally:
@@ -147,5 +149,5 @@ class Publisher:
             return None
         if self.thread is not None:
             self.thread.join()
-        folder, repository = self.args.output_dir, self.args.push_to_hub
+        folder, repository = self.settings.checkpoints.output_dir, self.settings.hub.push_to_hub
         return push_model(folder, repository, card=card_files(folder, repository))

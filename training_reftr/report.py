@@ -16,12 +16,14 @@ from data_scripts.escaping import for_code, for_markdown
 from data_scripts.masks import is_empty
 from data_scripts.quoting import quote
 from data_scripts.reports import read_build_report
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from training_reftr.data import EvaluationData
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
 from training_reftr.pictures import read_picture
 from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
 from training_reftr.sampling import has_positions
+from training_reftr.settings import DataSettings, TrainingSettings
 from training_reftr.sizes import image_size_of
 from training_reftr.visualization import draw_samples, validation_pictures
 
@@ -57,34 +59,40 @@ EXAMPLE_SIDE = 640  # pixels
 CONTROLS = {"constant_box": "best constant box", "swapped_expressions": "expressions swapped"}
 
 
-def select_splits(rows: dict, args) -> dict[str, datasets.Dataset]:
+def select_splits(rows: dict, data: DataSettings) -> dict[str, datasets.Dataset]:
     """
-    The splits that `args.test_splits` names, "testA,testB".
+    The splits that `test_splits` names, "testA,testB".
 
     Raises:
         ValueError: if it names none, one that is not there, or one without rows.
     """
-    names = list(dict.fromkeys(name.strip() for name in args.test_splits.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in data.test_splits.split(",") if name.strip()))
     if not names:
-        raise ValueError(f"test_splits={quote(args.test_splits)} names no split; there are: {', '.join(rows)}.")
+        raise ValueError(f"test_splits={quote(data.test_splits)} names no split; there are: {', '.join(rows)}.")
     for name in names:
         if name not in rows:
-            raise ValueError(f"test_splits names {quote(name)}, but {args.dataset} has the splits {', '.join(rows)}.")
+            raise ValueError(f"test_splits names {quote(name)}, but {data.dataset} has the splits {', '.join(rows)}.")
         if len(rows[name]) == 0:
-            raise ValueError(f"The split {name!r} of {args.dataset} has no rows, so there is nothing to evaluate.")
+            raise ValueError(f"The split {name!r} of {data.dataset} has no rows, so there is nothing to evaluate.")
     return {name: rows[name] for name in names}
 
 
-def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerator: Accelerator) -> dict:
+def report(
+    model: RefTRForVisualGrounding,
+    processor: RefTRProcessor,
+    rows: dict[str, datasets.Dataset],
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+) -> dict:
     """
-    Evaluate the splits of `args.test_splits`, and leave in `args.output_dir`:
+    Evaluate the splits of `test_splits`, and leave in `output_dir`:
 
         metrics.json        figures by split; written last, so where it is the rest is complete
         predictions.jsonl   a line for each phrase
-        predictions.png     `args.num_pictures` pictures of the first split
+        predictions.png     `num_pictures` pictures of the first split
         report.md           tables, and published figures where they are comparable
         example.png         a picture of the first split, for the card to ask about
-        visualizations/     <split>/*.png, `args.visualize` phrases of each split one by one
+        visualizations/     <split>/*.png, `visualize` phrases of each split one by one
 
     All processes call it; the main one writes.
 
@@ -94,37 +102,38 @@ def report(model, processor, rows: dict[str, datasets.Dataset], args, accelerato
     Raises:
         ValueError: see `select_splits` and `evaluate`.
     """
-    splits = select_splits(rows, args)
-    output_dir = Path(args.output_dir)
-    source = args.init_from if args.eval_only and args.init_from else args.output_dir
+    evaluation, init_from = settings.evaluation, settings.initialization.init_from
+    splits = select_splits(rows, settings.data)
+    output_dir = Path(settings.checkpoints.output_dir)
+    source = init_from if evaluation.eval_only and init_from else settings.checkpoints.output_dir
     metrics = {
         "model": str(source),
-        "dataset": args.dataset,
+        "dataset": settings.data.dataset,
         "image_size": image_size_of(processor.image_processor),
-        "two_step_masks": args.two_step_masks,
-        "evaluation_batching": args.evaluation_batching,
-        "evaluation_batch_size": args.evaluation_batch_size,
+        "two_step_masks": evaluation.two_step_masks,
+        "evaluation_batching": evaluation.evaluation_batching,
+        "evaluation_batch_size": evaluation.evaluation_batch_size,
         "splits": {},
     }
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_report(output_dir)
-    training_rows = find_training_rows(rows, args)
-    data = EvaluationData(splits, processor, args, accelerator.process_index, accelerator.num_processes)
+    training_rows = find_training_rows(rows, settings.data)
+    data = EvaluationData(splits, processor, settings, accelerator.process_index, accelerator.num_processes)
     for name, split in splits.items():
-        records = evaluate(model, processor, split, args, accelerator, name, data=data)
-        boxes = {"integer_boxes": has_integer_boxes(name, args)} | count_targets(
-            split, records, set_and_split(args.dataset, name)[1]
+        records = evaluate(model, processor, split, settings, accelerator, name, data=data)
+        boxes = {"integer_boxes": has_integer_boxes(name, settings.data)} | count_targets(
+            split, records, set_and_split(settings.data.dataset, name)[1]
         )
-        metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, args)
-        if args.visualize:
+        metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, settings.data)
+        if evaluation.visualize:
             folder = output_dir / "visualizations" / name
-            draw_samples(model, processor, split, records, args.visualize, folder, accelerator)
+            draw_samples(model, processor, split, records, evaluation.visualize, folder, accelerator)
         if accelerator.is_main_process:
             with open(output_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(prediction(name, record), ensure_ascii=False) + "\n" for record in records)
-            if args.num_pictures and len(metrics["splits"]) == 1:
-                validation_pictures(records, split, args.num_pictures).save(output_dir / "predictions.png")
+            if evaluation.num_pictures and len(metrics["splits"]) == 1:
+                validation_pictures(records, split, evaluation.num_pictures).save(output_dir / "predictions.png")
                 undecoded = split.cast_column("image", datasets.Image(decode=False))
                 metrics["example"] = save_example(undecoded[0], output_dir)
     if accelerator.is_main_process:
@@ -149,11 +158,11 @@ def save_example(row: dict, output_dir: Path) -> dict:
     return {"image": "example.png", "texts": texts[:3]}
 
 
-def has_integer_boxes(split: str, args) -> bool:
+def has_integer_boxes(split: str, data: DataSettings) -> bool:
     """Whether the flags of the set that a split is of cut its boxes to whole pixels."""
-    flags = args.dataset_config
+    flags = data.dataset_config
     if "/" in split:  # of joined sets, which have flags each
-        flags = flags.get(set_and_split(args.dataset, split)[0], {})
+        flags = flags.get(set_and_split(data.dataset, split)[0], {})
     return bool(flags.get("integer_boxes", False))
 
 
@@ -191,20 +200,20 @@ def count_targets(rows: datasets.Dataset, records: list[dict], split: str) -> di
     return counts
 
 
-def find_training_rows(rows: dict, args) -> datasets.Dataset | None:
-    """The rows of `args.train_split` ("train+val" for two), or None where they are not there or streamed."""
-    parts = [rows.get(name) for name in args.train_split.split("+")]
+def find_training_rows(rows: dict, data: DataSettings) -> datasets.Dataset | None:
+    """The rows of `train_split` ("train+val" for two), or None where they are not there or streamed."""
+    parts = [rows.get(name) for name in data.train_split.split("+")]
     if not all(isinstance(part, datasets.Dataset) and len(part) for part in parts):
         return None
     return datasets.concatenate_datasets(parts)
 
 
-def controls(records: list[dict], training_rows, split: str, args) -> dict:
+def controls(records: list[dict], training_rows, split: str, data: DataSettings) -> dict:
     """Figures of answers that do not look, or do not read; one that cannot be had is left out, and the log says so."""
     found = {}
     if training_rows is None:
         logger.warning(
-            f"{split}: no constant box, which is chosen on the split {args.train_split!r}: it is not built."
+            f"{split}: no constant box, which is chosen on the split {data.train_split!r}: it is not built."
         )
     else:
         found["constant_box"] = constant_box(training_rows, records)

@@ -3,9 +3,9 @@ What a run of training is made of, put together. `build_accelerator` joins the p
 collectives: all processes call them.
 """
 
-import dataclasses
 import logging
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 from data_scripts.atomic_files import write_file
 from data_scripts.escaping import TerminalFormatter
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from training_reftr.arguments import MACHINE, settings_of_kind, to_recipe
 from training_reftr.banner import announce
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import HUB_ID, build_model, load_reftr, refuse_model_changes, refuse_tokenizer
@@ -33,10 +32,11 @@ from training_reftr.preflight import (
     refuse_idle_model,
     refuse_missing_labels,
 )
+from training_reftr.recipes import to_recipe
 from training_reftr.report import remove_report
 from training_reftr.resuming import find_changes, with_model_of, with_sizes_of
+from training_reftr.settings import Scope, TrainingSettings, names_in_scope
 from training_reftr.sources import split_of
-from training_reftr.tracking import tracker_names
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Run:
         data (`TrainingData`): batches of this process.
         state (`TrainingState`): where the run is.
         global_batch_size (`int`): samples of all processes in a batch.
-        args ([`TrainingArguments`]): as they apply.
+        settings ([`TrainingSettings`]): as they apply.
         evaluation (`EvaluationData`, *optional*): batches of the validation split.
     """
 
@@ -65,20 +65,20 @@ class Run:
     data: TrainingData
     state: TrainingState
     global_batch_size: int
-    args: object
+    settings: TrainingSettings
     evaluation: EvaluationData | None = None
 
     @property
     def num_steps(self) -> int:
         """Updates of the whole run, counted in epochs of today's length."""
-        num_steps = self.state.steps_per_epoch * self.args.num_epochs
-        return min(num_steps, self.args.max_steps) if self.args.max_steps else num_steps
+        num_steps = self.state.steps_per_epoch * self.settings.schedule.num_epochs
+        return min(num_steps, self.settings.schedule.max_steps) if self.settings.schedule.max_steps else num_steps
 
     @property
     def is_done(self) -> bool:
         """Whether the run has had all its epochs or updates."""
-        state, args = self.state, self.args
-        return state.epoch >= args.num_epochs or 0 < args.max_steps <= state.step
+        state, settings = self.state, self.settings
+        return state.epoch >= settings.schedule.num_epochs or 0 < settings.schedule.max_steps <= state.step
 
     @property
     def is_at_last_step(self) -> bool:
@@ -89,7 +89,7 @@ class Run:
         """The batches of each update that is still to come in this epoch; ends early where the run is done."""
         seen = [tuple(cut) for cut in self.state.seen]
         batches = self.data.batches(self.state.epoch, seen)
-        accumulated = self.args.gradient_accumulation_steps
+        accumulated = self.settings.optimization.gradient_accumulation_steps
         for _ in range(self.data.num_batches(self.state.epoch, seen) // accumulated):
             yield [next(batches) for _ in range(accumulated)]
             if self.is_done:
@@ -101,19 +101,19 @@ class Run:
         self.scheduler.step()
         self.state.step += 1
         self.state.schedule_step += 1
-        self.state.count(self.global_batch_size, self.args.gradient_accumulation_steps)
+        self.state.count(self.global_batch_size, self.settings.optimization.gradient_accumulation_steps)
 
 
-def build_accelerator(args) -> Accelerator:
+def build_accelerator(settings: TrainingSettings) -> Accelerator:
     """The processes, as accelerate was configured or launched, and the log of this one."""
     accelerator = Accelerator(
         # without it, processes that torchrun started on CPUs would each train alone
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        log_with=tracker_names(args) or None,
-        project_dir=args.output_dir,
+        mixed_precision=settings.optimization.mixed_precision,
+        log_with=settings.tracking.tracker_names or None,
+        project_dir=settings.checkpoints.output_dir,
         # a process that waits longer for another one ends with an error
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=args.watchdog_minutes))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=settings.checkpoints.watchdog_minutes))],
     )
     disable_progress_bar()  # of every file that the library reads or writes
     handler = logging.StreamHandler()
@@ -125,76 +125,86 @@ def build_accelerator(args) -> Accelerator:
     return accelerator
 
 
-def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
+def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator) -> Run:
     """
-    Build what is trained, or take it from the checkpoint that `args.resume` means. Nothing is written; the settings of
+    Build what is trained, or take it from the checkpoint that `resume` means. Nothing is written; the settings of
     the returned run say what runs, where a model or a checkpoint decides it.
 
     Raises:
         OSError, ValueError: see `find_checkpoint`, `build_model`, `with_model_of`, `TrainingData`, and `preflight` for
             runs that can learn nothing.
     """
-    refuse_empty_splits(rows, args)
-    train_rows = split_of(rows, args.train_split)
-    checkpoint = find_checkpoint(args, accelerator)
-    set_seed(args.seed)  # equal weights on all processes
+    refuse_empty_splits(rows, settings.data)
+    train_rows = split_of(rows, settings.data.train_split)
+    checkpoint = find_checkpoint(settings.checkpoints, accelerator)
+    set_seed(settings.optimization.seed)  # equal weights on all processes
     if checkpoint is None:
-        model, processor = build_model(args, train_rows)
+        model, processor = build_model(settings, train_rows)
         run_id = [uuid.uuid4().hex]
         broadcast_object_list(run_id)
         state = TrainingState(run_id=run_id[0])
-        args = with_sizes_of(args, processor)
-        if args.resume:
-            logger.info(f"There is no checkpoint in {args.output_dir!r} yet: a new run.")
+        settings = with_sizes_of(settings, processor)
+        if settings.checkpoints.resume:
+            logger.info(f"There is no checkpoint in {settings.checkpoints.output_dir!r} yet: a new run.")
     else:
-        model, processor = load_checkpoint(checkpoint, args)
+        model, processor = load_checkpoint(checkpoint, settings.initialization.attn_implementation)
         state = load_state(checkpoint)
-        args = with_model_of(args, model.config, processor, state.settings, checkpoint)
-        if not (Path(args.output_dir) / "model.safetensors").exists():
+        settings = with_model_of(settings, model.config, processor, state.settings, checkpoint)
+        if not (Path(settings.checkpoints.output_dir) / "model.safetensors").exists():
             state.best = state.best_step = None  # the best so far is of another folder
         logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
-    refuse_idle_model(model, args)
+    refuse_idle_model(model, settings.optimization)
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
         synchronize_batch_norm(model, accelerator.device)
     data = TrainingData(
         train_rows,
         processor,
-        args,
+        settings,
         accelerator.process_index,
         accelerator.num_processes,
         with_masks=model.config.predict_masks,
     )
     num_batches = data.num_batches(0)
-    refuse_few_samples(num_batches, args, accelerator.num_processes)
-    warnings = [refuse_missing_labels(train_rows, args, model.config.predict_masks)]
+    refuse_few_samples(num_batches, settings.optimization, accelerator.num_processes)
+    warnings = [refuse_missing_labels(train_rows, settings.data, model.config.predict_masks)]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # asks for what others see in a loader
         plugin = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": args.batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "gradient_clipping": args.max_grad_norm,
+            "train_micro_batch_size_per_gpu": settings.optimization.batch_size,
+            "gradient_accumulation_steps": settings.optimization.gradient_accumulation_steps,
+            "gradient_clipping": settings.optimization.max_grad_norm,
         }
-    announce(rows, model, args, accelerator)
-    if args.compile:
+    announce(rows, model, settings, accelerator)
+    if settings.optimization.compile:
         model.compile()
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
-    global_batch_size = args.batch_size * accelerator.num_processes
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, settings.optimization))
+    global_batch_size = settings.optimization.batch_size * accelerator.num_processes
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer, state, accelerator)
-        changes = ", ".join(find_changes(state, args, global_batch_size))
+        changes = ", ".join(find_changes(state, settings, global_batch_size))
         if changes:
             state.changes.append(f"from step {state.step} on: {changes}")
             warnings.append(f"This run is not quite the one of the checkpoint: {changes}.")
     if accelerator.is_main_process:  # which alone writes it into checkpoints
         note_data(state, data.fingerprint)
-    state.settings = vars(args)
-    state.rescale_schedule(num_batches // args.gradient_accumulation_steps)
-    validation = {args.validation_split: split_of(rows, args.validation_split)}
-    evaluation = EvaluationData(validation, processor, args, accelerator.process_index, accelerator.num_processes)
-    run = Run(model, optimizer, processor, None, data, state, global_batch_size, args, evaluation)
-    run.scheduler = build_scheduler(optimizer, args, state.steps_per_epoch, run.num_steps, done=state.schedule_step)
-    if not args.dry_run:
-        warnings.append(find_unfinished_warmup(num_warmup_steps(args, state.steps_per_epoch), run.num_steps))
+    state.settings = settings.to_flat()
+    state.rescale_schedule(num_batches // settings.optimization.gradient_accumulation_steps)
+    validation = {settings.data.validation_split: split_of(rows, settings.data.validation_split)}
+    evaluation = EvaluationData(
+        validation,
+        processor,
+        settings,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    run = Run(model, optimizer, processor, None, data, state, global_batch_size, settings, evaluation)
+    run.scheduler = build_scheduler(
+        optimizer, settings.schedule, state.steps_per_epoch, run.num_steps, done=state.schedule_step
+    )
+    if not settings.checkpoints.dry_run:
+        warnings.append(
+            find_unfinished_warmup(num_warmup_steps(settings.schedule, state.steps_per_epoch), run.num_steps)
+        )
     if accelerator.is_main_process:
         for warning in filter(None, warnings):
             logger.warning(warning)
@@ -202,7 +212,7 @@ def prepare_run(rows: dict, args, accelerator: Accelerator) -> Run:
     return run
 
 
-def load_checkpoint(path: Path, args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+def load_checkpoint(path: Path, attn_implementation: str | None) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
     Load the model and the processor of a checkpoint.
 
@@ -211,7 +221,7 @@ def load_checkpoint(path: Path, args) -> tuple[RefTRForVisualGrounding, RefTRPro
     """
     try:
         model, info = RefTRForVisualGrounding.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=args.attn_implementation, output_loading_info=True
+            path, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True
         )
         processor = RefTRProcessor.from_pretrained(path)
     except Exception as error:  # the library's own, of many kinds
@@ -227,26 +237,27 @@ def load_checkpoint(path: Path, args) -> tuple[RefTRForVisualGrounding, RefTRPro
     return model, processor
 
 
-def describe_best(args, changes: list[str] = ()):
+def describe_best(settings: TrainingSettings, changes: Iterable[str] = ()) -> None:
     """
     Write the recipe beside a model that is the best now; report and origin are of the one before, and go.
 
     Args:
-        args ([`TrainingArguments`]): of the run.
+        settings ([`TrainingSettings`]): of the run.
         changes (`list[str]`, *optional*): what was changed where it was resumed, see `TrainingState`.
     """
-    folder = Path(args.output_dir)
+    folder = Path(settings.checkpoints.output_dir)
     remove_report(folder)
     (folder / "origin.json").unlink(missing_ok=True)
-    recipe = to_recipe(with_local_paths(args), without=settings_of_kind(MACHINE), comments=changes)
+    recipe = to_recipe(with_local_paths(settings), without=names_in_scope(Scope.MACHINE), comments=changes)
     write_file(folder / "recipe.yaml", recipe)
 
 
-def with_local_paths(args):
+def with_local_paths(settings: TrainingSettings) -> TrainingSettings:
     """Return settings whose starting weights cannot be taken for Hub ids where they are folders: "./runs/boxes"."""
-    starts = {name: getattr(args, name) for name in ("init_from", "init_detr", "init_text", "tokenizer")}
+    names = ("init_from", "init_detr", "init_text", "tokenizer")
+    starts = {name: getattr(settings.initialization, name) for name in names}
     folders = {name: f"./{start}" for name, start in starts.items() if start and is_folder_like_id(start)}
-    return dataclasses.replace(args, **folders)
+    return settings.replace(**folders)
 
 
 def is_folder_like_id(start: str) -> bool:
@@ -254,20 +265,21 @@ def is_folder_like_id(start: str) -> bool:
     return HUB_ID.fullmatch(start) is not None and Path(start).exists()
 
 
-def load_for_report(args) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
+def load_for_report(settings: TrainingSettings) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
     Return what the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does.
 
     Raises:
         OSError, ValueError: see `load_reftr`, or if settings of an evaluation describe another model.
     """
-    if not args.eval_only:
-        return load_reftr(Path(args.output_dir), args)
-    if args.init_from is not None:
-        refuse_tokenizer(args)
-    source = Path(args.output_dir) if args.init_from is None else args.init_from
-    model, processor = load_reftr(source, args)
-    refuse_model_changes(model.config, args, str(source))
+    output_dir, init_from = Path(settings.checkpoints.output_dir), settings.initialization.init_from
+    if not settings.evaluation.eval_only:
+        return load_reftr(output_dir, settings)
+    if init_from is not None:
+        refuse_tokenizer(settings.initialization)
+    source = output_dir if init_from is None else init_from
+    model, processor = load_reftr(source, settings)
+    refuse_model_changes(model.config, settings.initialization, str(source))
     return model, processor
 
 

@@ -5,26 +5,27 @@ import logging
 from transformers.image_utils import SizeDict
 
 from modeling_reftr import RefTRConfig, RefTRImageProcessor, RefTRProcessor
+from training_reftr.settings import DataSettings
 
 
 logger = logging.getLogger(__name__)
 
 
-def set_sizes(processor: RefTRProcessor, args, config: RefTRConfig):
+def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig):
     """
-    Set the size and padding of images and the longest text in tokens, with phrases and without, where `args` name
+    Set the size and padding of images and the longest text in tokens, with phrases and without, where `data` names
     them; None leaves what the processor brings.
 
     Raises:
         ValueError: if texts would have more tokens than the model has positions.
     """
-    image_processor, max_text_length = processor.image_processor, args.max_text_length
-    if args.image_size is not None:
-        if image_size_of(image_processor) != args.image_size:
-            logger.info(f"image_size={args.image_size} in place of the processor's {describe_size(image_processor)}.")
-        image_processor.size = SizeDict(shortest_edge=args.image_size, longest_edge=args.image_size)
-    if args.size_divisor is not None:
-        image_processor.size_divisor = args.size_divisor
+    image_processor, max_text_length = processor.image_processor, data.max_text_length
+    if data.image_size is not None:
+        if image_size_of(image_processor) != data.image_size:
+            logger.info(f"image_size={data.image_size} in place of the processor's {describe_size(image_processor)}.")
+        image_processor.size = SizeDict(shortest_edge=data.image_size, longest_edge=data.image_size)
+    if data.size_divisor is not None:
+        image_processor.size_divisor = data.size_divisor
     if max_text_length is None:
         return
     if max_text_length > config.max_text_positions:

@@ -13,23 +13,23 @@ from data_scripts.checking import judge_rows
 from data_scripts.quoting import explain, quote
 from data_scripts.reading import check_text, has_words
 from data_scripts.schema import OPTIONAL
-from training_reftr.arguments import check_names
+from training_reftr.settings import DataSettings, check_names
 
 
 logger = logging.getLogger(__name__)
 TEXT_COLUMNS = {"image_id", "sentences"}
 
 
-def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+def load_rows(data: DataSettings, eval_only: bool = False) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """
-    Every split of what `args.dataset` names, split -> rows (`data_scripts.FEATURES`).
+    Every split of what `dataset` names, split -> rows (`data_scripts.FEATURES`).
 
-    - A name of `data_scripts.SOURCES`, with `args.dataset_config` as its flags.
-    - Several, "a,b", with `args.dataset_config` as {name: flags}: the splits of `args.train_split` are joined without
+    - A name of `data_scripts.SOURCES`, with `dataset_config` as its flags.
+    - Several, "a,b", with `dataset_config` as {name: flags}: the splits of `train_split` are joined without
       the pictures that any of the sets holds out (`data_scripts.combining`); all other splits are named "a/val".
     - A folder of Parquet files as `python -m data_scripts export` writes them.
 
-    With `args.streaming` the splits of `args.train_split` are streams of rows whose pictures are not decoded, and the
+    With `streaming` the splits of `train_split` are streams of rows whose pictures are not decoded, and the
     others are read into memory, pictures by their path or content; nothing is built.
 
     Raises:
@@ -37,57 +37,57 @@ def load_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
             streamed and evaluated.
         OSError: if files are missing or damaged, naming them.
     """
-    if args.streaming:
-        rows = stream_rows(args)
-    elif is_folder(args.dataset):
-        rows = load_folder(args)
-        refuse_other_texts(rows, args.dataset)
-        refuse_other_boxes(rows, args.dataset)
-    elif "," in args.dataset:
-        rows = join_sets(args)
+    if data.streaming:
+        rows = stream_rows(data, eval_only)
+    elif is_folder(data.dataset):
+        rows = load_folder(data)
+        refuse_other_texts(rows, data.dataset)
+        refuse_other_boxes(rows, data.dataset)
+    elif "," in data.dataset:
+        rows = join_sets(data)
     else:
-        rows = dict(data_scripts.load(args.dataset, **{**places_of(args), **args.dataset_config}))
+        rows = dict(data_scripts.load(data.dataset, **{**places_of(data), **data.dataset_config}))
     for name, part in rows.items():
         missing = sorted(set(data_scripts.FEATURES) - {*OPTIONAL, *(part.column_names or data_scripts.FEATURES)})
         if missing:
             raise ValueError(
-                f"{args.dataset!r} {name} has no columns {', '.join(missing)}: export a set by "
+                f"{data.dataset!r} {name} has no columns {', '.join(missing)}: export a set by "
                 "`python -m data_scripts export`, or describe your own in JSON Lines."
             )
-    if not args.eval_only:
-        split_of(rows, args.train_split)
+    if not eval_only:
+        split_of(rows, data.train_split)
     return rows
 
 
-def load_folder(args) -> dict[str, datasets.Dataset]:
+def load_folder(data: DataSettings) -> dict[str, datasets.Dataset]:
     """
     Load the splits of a folder of Parquet files.
 
     Raises:
         ValueError: if a split has no rows, which the library does not load, naming its files.
     """
-    builder = datasets.load_dataset_builder(args.dataset, cache_dir=args.data_cache_dir)
+    builder = datasets.load_dataset_builder(data.dataset, cache_dir=data.data_cache_dir)
     builder.download_and_prepare()
-    refuse_empty(builder, args.dataset, [name for name, info in builder.info.splits.items() if not info.num_examples])
+    refuse_empty(builder, data.dataset, [name for name, info in builder.info.splits.items() if not info.num_examples])
     return dict(builder.as_dataset())
 
 
-def stream_folder(args) -> dict[str, datasets.IterableDataset]:
+def stream_folder(data: DataSettings) -> dict[str, datasets.IterableDataset]:
     """
     Stream the splits of a folder of Parquet files, images not decoded. All texts are read once, without the images.
 
     Raises:
         ValueError: if a split has no rows, naming its files, or a text is refused.
     """
-    builder = datasets.load_dataset_builder(args.dataset, cache_dir=args.data_cache_dir)
+    builder = datasets.load_dataset_builder(data.dataset, cache_dir=data.data_cache_dir)
     rows = builder.as_streaming_dataset()
     rows = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in rows.items()}
-    refuse_empty(builder, args.dataset, [name for name, part in rows.items() if next(iter(part), None) is None])
+    refuse_empty(builder, data.dataset, [name for name, part in rows.items() if next(iter(part), None) is None])
     # the reader of Parquet leaves out the images, which would be read once more
     columns = {"columns": list(TEXT_COLUMNS)} if hasattr(builder.config, "columns") else {}
     has_texts = all(set(part.column_names or ()) >= TEXT_COLUMNS for part in rows.values())
     if has_texts:
-        refuse_other_texts(datasets.load_dataset(args.dataset, streaming=True, **columns), args.dataset)
+        refuse_other_texts(datasets.load_dataset(data.dataset, streaming=True, **columns), data.dataset)
     return rows
 
 
@@ -138,9 +138,9 @@ def split_of(rows: dict, name: str):
     return rows[name] if len(names) == 1 else datasets.concatenate_datasets([rows[part] for part in names])
 
 
-def places_of(args) -> dict:
+def places_of(data: DataSettings) -> dict:
     """Where `data_scripts.load` finds and keeps files, unless the flags of a set say it."""
-    return {"data_dir": args.data_dir, "cache_dir": args.data_cache_dir}
+    return {"data_dir": data.data_dir, "cache_dir": data.data_cache_dir}
 
 
 def is_folder(dataset: str) -> bool:
@@ -162,15 +162,15 @@ def is_folder(dataset: str) -> bool:
     return True
 
 
-def join_sets(args) -> dict[str, datasets.Dataset]:
+def join_sets(data: DataSettings) -> dict[str, datasets.Dataset]:
     """The training splits of several sets joined, and each set's other splits by themselves."""
-    names = args.dataset.split(",")
-    check_names(args.dataset_config, names, "dataset_config")
-    sets = {name: {**places_of(args), **args.dataset_config.get(name, {})} for name in names}
+    names = data.dataset.split(",")
+    check_names(data.dataset_config, names, "dataset_config")
+    sets = {name: {**places_of(data), **data.dataset_config.get(name, {})} for name in names}
     splits = {name: data_scripts.load(name, **flags) for name, flags in sets.items()}
-    training = args.train_split.split("+")
+    training = data.train_split.split("+")
     rows = {
-        split: data_scripts.combining(list(sets.items()), split=split, trained=tuple(training)) for split in training
+        split: data_scripts.combine(list(sets.items()), split=split, trained=tuple(training)) for split in training
     }
     others = {
         f"{name}/{split}": part[split] for name, part in splits.items() for split in part if split not in training
@@ -178,21 +178,21 @@ def join_sets(args) -> dict[str, datasets.Dataset]:
     return rows | others
 
 
-def stream_rows(args) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+def stream_rows(data: DataSettings, eval_only: bool) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """The training splits as streams, the others in memory."""
-    if is_folder(args.dataset):
-        rows = stream_folder(args)
-    elif "," in args.dataset:
+    if is_folder(data.dataset):
+        rows = stream_folder(data)
+    elif "," in data.dataset:
         raise ValueError(
-            f"streaming takes one set, and dataset={args.dataset!r} is several: joining them needs to look through "
+            f"streaming takes one set, and dataset={data.dataset!r} is several: joining them needs to look through "
             "all rows for pictures that one of them holds out. Leave streaming out."
         )
     else:
         rows = dict(
-            data_scripts.load(args.dataset, streaming=True, decode=False, **{**places_of(args), **args.dataset_config})
+            data_scripts.load(data.dataset, streaming=True, decode=False, **{**places_of(data), **data.dataset_config})
         )
-    training = set() if args.eval_only else set(args.train_split.split("+"))
-    evaluated = {args.validation_split, *args.test_splits.split(",")}
+    training = set() if eval_only else set(data.train_split.split("+"))
+    evaluated = {data.validation_split, *data.test_splits.split(",")}
     both = sorted(training & {part for name in evaluated for part in name.split("+")})
     if both:
         raise ValueError(

@@ -26,8 +26,8 @@ def update(run, batches: list[dict], accelerator: Accelerator) -> tuple[dict, in
     Raises:
         FloatingPointError: on all processes and before the weights change, where a loss is not finite.
     """
-    model, optimizer, args, step = run.model, run.optimizer, run.args, run.state.step + 1
-    set_seed(seed_of(args.seed, step, accelerator.process_index))
+    model, optimizer, settings, step = run.model, run.optimizer, run.settings, run.state.step + 1
+    set_seed(seed_of(settings.optimization.seed, step, accelerator.process_index))
     counts = torch.tensor(
         [
             sum(len(batch["labels"]) for batch in batches),
@@ -52,7 +52,7 @@ def update(run, batches: list[dict], accelerator: Accelerator) -> tuple[dict, in
             accelerator.backward(outputs.loss * accelerator.num_processes)
         for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
             losses[name] = losses.get(name, 0) + value.detach()
-    gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    gradient_norm = accelerator.clip_grad_norm_(model.parameters(), settings.optimization.max_grad_norm)
     gradient_norm = torch.as_tensor(gradient_norm, dtype=torch.float32, device=accelerator.device)
     summed = accelerator.reduce(torch.stack(list(losses.values())), reduction="sum")
     totals = {**dict(zip(losses, summed, strict=True)), "gradient_norm": gradient_norm}

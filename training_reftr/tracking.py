@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from data_scripts.atomic_files import write_file
 from data_scripts.quoting import quote
 from training_reftr.json_files import read_json_lines
+from training_reftr.settings import TrainingSettings
 from training_reftr.visualization import validation_pictures
 
 
@@ -28,28 +29,29 @@ LOG = "metrics.jsonl"
 class Tracking:
     """
     Where the figures of a run go: `metrics.jsonl` in its folder (a line a record: `{"step", "epoch", "time", ...}`, in
-    seconds since 1970), the log, and the trackers of accelerate that `args.trackers` names.
+    seconds since 1970), the log, and the trackers of accelerate that `trackers` names.
 
     Args:
-        args: the run's settings.
-        accelerator (`Accelerator`): made by `log_with` of `tracker_names(args)`.
+        settings: the run's settings.
+        accelerator (`Accelerator`): made by `log_with` of `settings.tracking.tracker_names`.
         state (`TrainingState`): where the run is; what was written of later steps, before a crash, is taken out.
     """
 
-    def __init__(self, args, accelerator: Accelerator, state):
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, state):
         self.accelerator = accelerator
-        self.args = args
-        self.path = Path(args.output_dir) / LOG
+        self.settings = settings
+        self.path = Path(settings.checkpoints.output_dir) / LOG
         self.restart_clock()
         if not accelerator.is_main_process:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if tracker_names(args):
-            name = args.run_name or Path(args.output_dir).name
-            settings = {
-                key: value if isinstance(value, int | float) else str(value) for key, value in vars(args).items()
+        if settings.tracking.tracker_names:
+            name = settings.tracking.run_name or Path(settings.checkpoints.output_dir).name
+            config = {
+                key: value if isinstance(value, int | float) else str(value)
+                for key, value in settings.to_flat().items()
             }
-            accelerator.init_trackers("reftr", config=settings, init_kwargs=tracker_settings(name, state))
+            accelerator.init_trackers("reftr", config=config, init_kwargs=tracker_settings(name, state))
         # last, so that a log is not touched by a run that does not start
         keep_until(self.path, state.step)
 
@@ -65,7 +67,7 @@ class Tracking:
         state = run.state
         self.num_updates += 1
         self.num_expressions += num_expressions
-        if state.step % self.args.log_every and not run.is_at_last_step:
+        if state.step % self.settings.tracking.log_every and not run.is_at_last_step:
             return
         values = {name: value.item() for name, value in losses.items()}  # waits for the GPU
         seconds = time.perf_counter() - self.start
@@ -91,8 +93,8 @@ class Tracking:
         logger.info(f"step {state.step} {split} of {metrics['num_phrases']} phrases: {text}")
         self.write(state, {f"{split}/{name}": value for name, value in figures.items()})
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
-        if trackers and self.args.num_pictures and self.accelerator.is_main_process:
-            picture = validation_pictures(records, rows, self.args.num_pictures)
+        if trackers and self.settings.evaluation.num_pictures and self.accelerator.is_main_process:
+            picture = validation_pictures(records, rows, self.settings.evaluation.num_pictures)
             for tracker in trackers if picture else []:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"{split}/predictions": np.asarray(picture)[None]}, step=state.step, **layout)
@@ -106,11 +108,6 @@ class Tracking:
             record = {"step": state.step, "epoch": state.epoch, "time": round(time.time(), 3), **values}
             file.write(json.dumps(record) + "\n")
         self.accelerator.log(values, step=state.step)
-
-
-def tracker_names(args) -> list[str]:
-    """The trackers that the settings name."""
-    return [name for name in args.trackers.replace(" ", "").split(",") if name not in ("", "none")]
 
 
 def tracker_settings(name: str, state) -> dict:

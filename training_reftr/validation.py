@@ -16,22 +16,22 @@ def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, sho
     Returns:
         `bool`: whether it came to its end; False where `should_stop` said so.
     """
-    args, state = run.args, run.state
-    split = split_of(rows, args.validation_split)
-    asked = run.model, run.processor, split, args, accelerator
-    records = evaluate(*asked, args.validation_split, should_stop, run.evaluation)
+    settings, state = run.settings, run.state
+    split = split_of(rows, settings.data.validation_split)
+    asked = run.model, run.processor, split, settings, accelerator
+    records = evaluate(*asked, settings.data.validation_split, should_stop, run.evaluation)
     if records is None:
         return False
     metrics = summarize(records)
-    name = args.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
+    name = settings.evaluation.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
     if name not in metrics:
         raise ValueError(f"best_metric={quote(name)} is not one of {', '.join(sorted(metrics))}.")
-    tracking.log_evaluation(state, args.validation_split, metrics, records, split)
+    tracking.log_evaluation(state, settings.data.validation_split, metrics, records, split)
     if state.best is None or metrics[name] > state.best:
         state.best, state.best_step = metrics[name], state.step
-        save_best(run.model, run.processor, args, accelerator)
+        save_best(run.model, run.processor, settings.checkpoints.output_dir, accelerator)
         if accelerator.is_main_process:
-            describe_best(args, state.changes)
+            describe_best(settings, state.changes)
         publisher.push_best(state.step)
     state.is_evaluation_due = False
     return True

@@ -144,7 +144,7 @@ def test_broken_pictures_are_found_and_good_ones_are_not(command, toy, record_pr
     broken = break_pictures(toy, random.Random(0).sample(rows["train"], 20))
     sentence = refused(command("build", check=False))  # headers alone
     assert all(name in sentence for name in (*broken[0::5], *broken[4::5]))
-    sentence = refused(command("build", "--verify", "--num_proc", "2", check=False), "20 pictures")
+    sentence = refused(command("build", "--verify", "--num_proc", "2", check=False), "20 images")
     record_property("counted", (sum(name in sentence for name in broken), len(broken)))
     assert all(name in sentence for name in broken)
     result = command("check", "--json", toy / "report.json", "--num_proc", "2", check=False)

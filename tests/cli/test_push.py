@@ -19,9 +19,9 @@ from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from reftr_cli.push import main
 from tests.helpers.local_hub import Hub, HubProcess
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.arguments import TrainingArguments
 from training_reftr.card import write_card
 from training_reftr.publishing import Publisher, push_model
+from training_reftr.settings import TrainingSettings
 
 
 REPOSITORY = "someone/toy"
@@ -164,7 +164,7 @@ def test_dry_run_pushes_nothing(run, hub, recipe, tmp_path):
 
 def test_last_push_comes_after_the_best_that_is_on_its_way(hub, folder, monkeypatch):
     hub.use(monkeypatch, "hf_write")
-    settings = TrainingArguments(output_dir=str(folder), push_to_hub=REPOSITORY)
+    settings = TrainingSettings.from_flat(output_dir=str(folder), push_to_hub=REPOSITORY)
     publisher = Publisher(settings, SimpleNamespace(is_main_process=True))
     messages = []
 
@@ -201,8 +201,8 @@ def test_the_token_is_in_no_file(run, hub, recipe, tmp_path):
 def test_who_may_not_push_is_told(hub, monkeypatch, token, reason):
     hub.use(monkeypatch, token)
     main_process = SimpleNamespace(is_main_process=True)
-    with pytest.raises(OSError, match=rf"cannot be pushed to, so nothing was begun: .*{reason}.*hf auth login"):
-        Publisher(TrainingArguments(push_to_hub=REPOSITORY), main_process)
+    with pytest.raises(OSError, match=rf"cannot be pushed to, so the run did not start: .*{reason}.*hf auth login"):
+        Publisher(TrainingSettings.from_flat(push_to_hub=REPOSITORY), main_process)
     assert hub.repositories == {}
 
 
@@ -210,7 +210,7 @@ def test_it_is_told_before_training(run, hub, recipe, tmp_path):
     words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
     result = run("train_reftr.py", recipe, *words, check=False, **hub.environment("hf_read", tmp_path / "home"))
     assert result.returncode == 1
-    assert "nothing was begun" in result.stderr.splitlines()[-1]
+    assert "the run did not start" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -354,7 +354,7 @@ def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door,
         if door == "command":
             main(["--model", str(folder), "--repo", REPOSITORY])
         else:
-            settings = TrainingArguments(output_dir=str(folder), push_to_hub=REPOSITORY)
+            settings = TrainingSettings.from_flat(output_dir=str(folder), push_to_hub=REPOSITORY)
             publisher = Publisher(settings, SimpleNamespace(is_main_process=True))
             hub.fault("status", "POST .*/commit/", times=10_000)
             publisher.finish()

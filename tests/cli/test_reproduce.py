@@ -50,7 +50,7 @@ def test_one_command_converts_evaluates_and_compares(files, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "Assumed as published" in result.stdout
-    assert f"Beside the published figures: {output / 'report.md'}" in result.stdout
+    assert f"Compared with the published metrics in {output / 'report.md'}" in result.stdout
     metrics = json.loads((output / "metrics.json").read_text())
     assert (metrics["dataset"], metrics["model"]) == ("refcoco_unc", str(output / "model"))
     assert all(values["integer_boxes"] for values in metrics["splits"].values())
@@ -105,13 +105,13 @@ def test_published_settings_of_sets():
     settings = published_settings("refcocog_umd")
     assert settings["test_splits"] == "val,test"
     args = parse_arguments([word for name, value in settings.items() for word in (f"--{name}", value)])
-    assert args.dataset_config == {"integer_boxes": True}
-    assert args.two_step_masks
-    assert (args.evaluation_batching, args.evaluation_batch_size) == ("published", 8)
+    assert args.data.dataset_config == {"integer_boxes": True}
+    assert args.evaluation.two_step_masks
+    assert (args.evaluation.evaluation_batching, args.evaluation.evaluation_batch_size) == ("published", 8)
     # its annotations are whole pixels, and it has no such flag
     assert published_settings("flickr30k_entities")["dataset_config"] == "{}"
     assert published_settings("reftr_refcoco_unc")["test_splits"] == "val,testA,testB"
     with pytest.raises(ValueError, match="'refcoco' is not a dataset; use one of shapes"):
         published_settings("refcoco")
-    with pytest.raises(ValueError, match="'resc_vg' has the splits train alone"):
+    with pytest.raises(ValueError, match="'resc_vg' has only the splits train"):
         main(["--data_dir", "d", "--checkpoint", "c", "--dataset", "resc_vg"])

@@ -27,7 +27,6 @@ from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_toy import make_toy
 from tests.helpers.processes import free_port
 from tests.helpers.tiny import ROOT, TINY_SET
-from training_reftr.arguments import TrainingArguments
 from training_reftr.data import (
     EvaluationData,
     GroundingCollator,
@@ -39,6 +38,7 @@ from training_reftr.data import (
 )
 from training_reftr.pictures import PictureReader, decode_array, encode_array
 from training_reftr.sampling import CELL, STREAM_WINDOW, BuiltOrder, EpochSampler, StreamedOrder, Visit
+from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows, split_of
 
 
@@ -54,7 +54,7 @@ def arguments(data_cache):
 
     def make(**overrides):
         settings = {"dataset_config": TINY_SET, "data_cache_dir": data_cache, "image_size": 64}
-        return TrainingArguments(
+        return TrainingSettings.from_flat(
             **{**settings, "num_workers": 0, "batch_size": 4, "augmentation": "none", **overrides}
         )
 
@@ -496,11 +496,11 @@ def test_sets_flags_and_splits(arguments):
 def test_joined_sets(tmp_path):
     for name in ("refcoco_unc", "refcocog_google"):
         make_refcoco(tmp_path, name)
-    args = TrainingArguments(
+    args = TrainingSettings.from_flat(
         dataset="refcoco_unc,refcocog_google", dataset_config={"refcoco_unc": {"integer_boxes": True}},
         data_dir=str(tmp_path), data_cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
-    rows = load_rows(args)
+    rows = load_rows(args.data)
     others = ["refcoco_unc/val", "refcoco_unc/testA", "refcoco_unc/testB", "refcocog_google/val"]
     assert list(rows) == ["train", *others]
     assert "coco_100" in rows["refcocog_google/val"]["image_id"]
@@ -510,25 +510,25 @@ def test_joined_sets(tmp_path):
     boxes = [rows["train"][index]["objects"][0]["box"] for index in (9, 19)]
     assert boxes[0] == [103, 299, 238, 477] != boxes[1]
     # validation pictures are trained on as well, test pictures are not
-    args.train_split = "train+val"
-    joined = load_rows(args)
+    args.data.train_split = "train+val"
+    joined = load_rows(args.data)
     assert list(joined) == ["train", "val", "refcoco_unc/testA", "refcoco_unc/testB"]
     tested = {image_id for name in list(joined)[2:] for image_id in joined[name]["image_id"]}
     trained = set(split_of(joined, "train+val")["image_id"])
     assert "coco_100" in trained
     assert not tested & trained
     # trainval of a dataset that has none is train and val: the same pictures
-    args.train_split = "trainval"
-    whole = load_rows(args)
+    args.data.train_split = "trainval"
+    whole = load_rows(args.data)
     assert next(iter(whole)) == "trainval"
     assert set(whole["trainval"]["image_id"]) == trained
     assert len(whole["trainval"]) == len(split_of(joined, "train+val"))
-    args.dataset_config = {"refcoco": {}}
+    args.data.dataset_config = {"refcoco": {}}
     with pytest.raises(ValueError, match=r"dataset_config has no field 'refcoco'. Did you mean 'refcoco_unc'"):
-        load_rows(args)
-    args.streaming = True
+        load_rows(args.data)
+    args.data.streaming = True
     with pytest.raises(ValueError, match="streaming takes one set"):
-        load_rows(args)
+        load_rows(args.data)
 
 
 @pytest.fixture(scope="module")
@@ -539,7 +539,7 @@ def exported(shapes, tmp_path_factory):
 
 def test_a_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_path):
     args = arguments(dataset=exported, data_cache_dir=str(tmp_path))
-    rows = load_rows(args)
+    rows = load_rows(args.data)
     assert {name: len(part) for name, part in rows.items()} == {name: len(part) for name, part in shapes.items()}
     batches = [
         list(TrainingData(part["train"], processor, args, 0, 1, with_masks=True).batches(0)) for part in (rows, shapes)
@@ -556,7 +556,7 @@ def test_a_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_p
 def test_streams(exported, shapes, arguments, processor, kind):
     source = {"dataset": exported, "dataset_config": "{}"} if kind == "parquet" else {}
     args = arguments(**source, streaming=True, expressions_per_image=3)
-    rows = load_rows(args)
+    rows = load_rows(args.data)
     assert isinstance(rows["train"], datasets.IterableDataset)
     assert [len(rows[name]) for name in ("validation", "test")] == [
         len(shapes[name]) for name in ("validation", "test")

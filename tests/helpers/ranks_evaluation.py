@@ -92,8 +92,8 @@ def evaluate_cases(rank, world_size, port, processor, rows, expected, counts, ba
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    from training_reftr.arguments import TrainingArguments
     from training_reftr.evaluation import evaluate, phrase_keys, summarize
+    from training_reftr.settings import TrainingSettings
 
     torch.set_num_threads(1)
     limit = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=60)) if world_size > 1 else None
@@ -103,7 +103,7 @@ def evaluate_cases(rank, world_size, port, processor, rows, expected, counts, ba
     failed = []
 
     def run(count, batch_size, stop_after=math.inf):
-        args = TrainingArguments(evaluation_batch_size=batch_size, num_workers=0)
+        args = TrainingSettings.from_flat(evaluation_batch_size=batch_size, num_workers=0)
         calls = []
 
         def should_stop():

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
-from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import TrainingState
 from training_reftr.optimization import build_optimizer
 from training_reftr.run import Run
+from training_reftr.settings import TrainingSettings
 from training_reftr.step import update
 
 
@@ -48,8 +48,8 @@ def main(settings: dict):
     norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), float("inf"))
     gradients = {name: parameter.grad for name, parameter in alone.named_parameters()}
 
-    args = TrainingArguments(max_grad_norm=1e9)
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    args = TrainingSettings.from_flat(max_grad_norm=1e9)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args.optimization))
     run = Run(prepared, optimizer, None, None, None, TrainingState(), 4, args)
     seen = {}
     clip = accelerator.clip_grad_norm_

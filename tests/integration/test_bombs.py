@@ -35,10 +35,11 @@ from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_reftr_index import make_reftr_index
 from tests.helpers.processes import ENVIRONMENT
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.arguments import TrainingArguments, parse_arguments, to_type
+from training_reftr.arguments import parse_arguments, to_type
 from training_reftr.metrics.referring_expression_comprehension.referring_expression_comprehension import to_box
 from training_reftr.metrics.referring_segmentation.referring_segmentation import ReferringSegmentation, count_pixels
 from training_reftr.metrics.referring_segmentation.referring_segmentation import to_run_lengths as to_metric_mask
+from training_reftr.settings import TrainingSettings
 
 
 PICTURE = Image.new("RGB", (64, 48))
@@ -446,7 +447,7 @@ VALUE_DOORS = {
     "a recipe's number": lambda value, tools: to_type("batch_size", value),
     "a recipe's flag": lambda value, tools: to_type("eval_only", value),
     "a recipe's list": lambda value, tools: to_type("lr_drop_epochs", value if value != 10**5000 else [None, value]),
-    "a setting": lambda value, tools: TrainingArguments(evaluation_batching=value),
+    "a setting": lambda value, tools: TrainingSettings.from_flat(evaluation_batching=value),
 }
 
 
@@ -512,7 +513,7 @@ def test_pickles_of_datasets_that_unfold(tmp_path, record_property):
     doors = {
         "refs": lambda: data_scripts.load("refcoco_unc", data_dir=tmp_path / "refs", **settings),
         "index": lambda: data_scripts.load("resc_unc", data_dir=tmp_path / "index", **settings),
-        "combine": lambda: data_scripts.combining(["refcoco_unc"], data_dir=tmp_path / "refs", **settings),
+        "combine": lambda: data_scripts.combine(["refcoco_unc"], data_dir=tmp_path / "refs", **settings),
     }
     failed = []
     for name, content in list(PICKLES.items())[: len(trials(99, short=4))]:

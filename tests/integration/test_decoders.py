@@ -16,8 +16,9 @@ import data_scripts
 import reftr_cli.data as data_command
 from data_scripts import reading
 from data_scripts.checking import find_picture_faults
-from modeling_reftr import VisualGroundingPipeline, decoding_reftr, open_image, predict
+from modeling_reftr import VisualGroundingPipeline, decoding_reftr, open_image
 from modeling_reftr.drawing_reftr import draw_answers
+from reftr_cli import predict
 from reftr_cli.preview import draw_preview
 from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
 from tests.helpers.tiny import ROOT, trials

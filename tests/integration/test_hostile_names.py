@@ -16,11 +16,13 @@ import reftr_cli.data as data_command
 from data_scripts.escaping import TerminalFormatter, for_code, for_markdown, for_terminal
 from data_scripts.exporting import write_card as write_dataset_card
 from data_scripts.loading import SOURCES
-from modeling_reftr import RefTRConfig, predict
+from modeling_reftr import RefTRConfig
+from reftr_cli import predict
 from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_TEXT
-from training_reftr.arguments import TrainingArguments, to_recipe
 from training_reftr.card import MARK, write_card
+from training_reftr.recipes import to_recipe
 from training_reftr.report import format_report, format_table
+from training_reftr.settings import TrainingSettings
 
 
 NAMES = {
@@ -128,7 +130,7 @@ def make_card(folder, name: str) -> str:
     """Return the card of a folder whose recipe and metrics speak of hostile names."""
     names = ("dataset", "init_text", "init_backbone", "train_split", "validation_split")
     (folder / "recipe.yaml").write_text(
-        to_recipe(TrainingArguments(**dict.fromkeys(names, name)), [f"from step 7 on: dataset={name}"]),
+        to_recipe(TrainingSettings.from_flat(**dict.fromkeys(names, name)), [f"from step 7 on: dataset={name}"]),
         encoding="utf-8",
     )
     (folder / "metrics.json").write_text(json.dumps(make_metrics(name)))

@@ -33,9 +33,9 @@ from tests.helpers.layout_orientation import (
     orientation_exif,
     save_jpeg,
 )
-from training_reftr.arguments import TrainingArguments
 from training_reftr.data import EvaluationData, GroundingCollator, TrainingData
 from training_reftr.pictures import PictureReader
+from training_reftr.settings import TrainingSettings
 
 
 SIDE = 160  # what the longer side is resized to: twice that of the images
@@ -156,7 +156,7 @@ def at_the_cache(undecoded, own_processor, tmp_path, **_):
 
 
 def arguments(**settings):
-    return TrainingArguments(**{"num_workers": 0, "augmentation": "none", "image_size": SIDE, **settings})
+    return TrainingSettings.from_flat(**{"num_workers": 0, "augmentation": "none", "image_size": SIDE, **settings})
 
 
 def at_the_training_loader(rows, own_processor, **_):

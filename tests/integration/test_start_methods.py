@@ -13,8 +13,8 @@ import yaml
 from tests.data_scripts.test_data_flow import assert_same
 from tests.helpers.processes import run_process, start_server
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.arguments import TrainingArguments
 from training_reftr.data import EvaluationData, TrainingData
+from training_reftr.settings import TrainingSettings
 
 
 NUM_WORKERS = 2
@@ -75,7 +75,9 @@ def test_evaluations_start_their_workers_once(shapes, processor, method, monkeyp
     monkeypatch.setattr(BaseProcess, "start", lambda process: (starts.append(process.name), start(process))[1])
     splits = {name: shapes[name].select(range(4)) for name in ("validation", "test")}
     data = [
-        EvaluationData(splits, processor, TrainingArguments(num_workers=number, evaluation_batch_size=2), 0, 1)
+        EvaluationData(
+            splits, processor, TrainingSettings.from_flat(num_workers=number, evaluation_batch_size=2), 0, 1
+        )
         for number in (0, NUM_WORKERS)
     ]
     multiprocessing.set_start_method(method, force=True)
@@ -93,7 +95,7 @@ def test_evaluations_start_their_workers_once(shapes, processor, method, monkeyp
 
 def test_readings_take_no_random_numbers_with_any_number_of_workers(shapes, processor):
     for number in (0, NUM_WORKERS):
-        args = TrainingArguments(num_workers=number, batch_size=2)
+        args = TrainingSettings.from_flat(num_workers=number, batch_size=2)
         torch.manual_seed(3)
         state = torch.get_rng_state()
         for _ in range(2):

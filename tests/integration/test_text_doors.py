@@ -18,14 +18,16 @@ from PIL import Image
 import data_scripts
 import reftr_cli.data as data_command
 from data_scripts import reading
-from modeling_reftr import VisualGroundingPipeline, predict, text_reftr
+from modeling_reftr import VisualGroundingPipeline, text_reftr
 from modeling_reftr.drawing_reftr import draw_answers
+from reftr_cli import predict
 from tests.helpers.layout_flickr30k import boxes_xml
 from tests.helpers.layout_reftr_index import save
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.arguments import TrainingArguments, parse_arguments
+from training_reftr.arguments import parse_arguments
 from training_reftr.augmentation import mirror_sentence
 from training_reftr.data import GroundingCollator, all_sentences, train_tokenizer
+from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows
 
 
@@ -219,7 +221,7 @@ def build(folder, name):
         lambda: list(data_scripts.load(name, streaming=True, decode=False, **settings)["train"]),
         lambda: run_data_command("build", name, "--data_dir", folder, "--cache_dir", folder / "cache"),
         lambda: run_data_command("stats", name, "--data_dir", folder, "--cache_dir", folder / "cache"),
-        lambda: data_scripts.combining([name], **settings),
+        lambda: data_scripts.combine([name], **settings),
     ):
         try:
             read()
@@ -320,7 +322,7 @@ def read_parquet(folder, text):
     sentences = set()
     for streaming in (False, True):
         settings = {"validation_split": "none", "test_splits": "none"} if streaming else {}
-        args = TrainingArguments(
+        args = TrainingSettings.from_flat(
             dataset=str(folder),
             data_cache_dir=str(folder / "cache"),
             output_dir=str(folder / "run"),
@@ -328,7 +330,7 @@ def read_parquet(folder, text):
             **settings,
         )
         try:
-            rows = load_rows(args)
+            rows = load_rows(args.data)
             tokenizer = train_tokenizer(all_sentences(rows["train"]), max_length=64)
             tokenizer.save_pretrained(folder / "tokenizer")
             sentences.add(None)

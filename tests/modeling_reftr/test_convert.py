@@ -569,7 +569,7 @@ def attacks(target):
 def test_malicious_files_are_refused_and_leave_no_trace(name, is_checked, tmp_path, monkeypatch, capsys):
     """Also where the environment asks PyTorch for unrestricted pickles. Each of the two readers refuses by itself."""
     if not is_checked:
-        monkeypatch.setattr("modeling_reftr.checkpoint_claims.check_claims", lambda path: None)
+        monkeypatch.setattr(convert_reftr_checkpoint, "check_claims", lambda path: None)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     target, path = tmp_path / "run", tmp_path / "checkpoint.pth"
     content, writing = attacks(target)[name]
@@ -676,7 +676,7 @@ def test_a_full_size_file_is_converted_in_little_time_and_memory(tmp_path):
 def test_options_that_would_be_ignored_are_refused(tmp_path):
     words = ["--checkpoint", str(tmp_path / "none.pth"), "--output_dir", str(tmp_path / "out")]
     for ignored in (["--config", "c"], ["--tokenizer", "t"], ["--no_processor"]):
-        with pytest.raises(ValueError, match=f"{ignored[0]} has no effect beside --to_published"):
+        with pytest.raises(ValueError, match=f"{ignored[0]} has no effect with --to_published"):
             main([*words, "--to_published", *ignored])
-    with pytest.raises(ValueError, match="--tokenizer has no effect beside --no_processor"):
+    with pytest.raises(ValueError, match="--tokenizer has no effect with --no_processor"):
         main([*words, "--no_processor", "--tokenizer", "t"])

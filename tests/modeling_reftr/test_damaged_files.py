@@ -19,14 +19,14 @@ from modeling_reftr import (
     RefTRImageProcessor,
     RefTRModel,
     RefTRProcessor,
-    predict,
 )
 from modeling_reftr.configuration_reftr import check_values
 from modeling_reftr.loading_reftr import CONFIG_FILES, DamagedFilesError, naming_files
+from reftr_cli import predict
 from tests.helpers.tiny import TINY_MODEL, TINY_TEXT, trials
-from training_reftr.arguments import TrainingArguments
 from training_reftr.build import load_reftr
 from training_reftr.card import card_files
+from training_reftr.settings import TrainingSettings
 
 
 INDEX = "model.safetensors.index.json"
@@ -237,7 +237,7 @@ def make_cases(folder) -> dict:
 
 def make_doors(image) -> dict:
     """Name of a door -> what reads a folder there."""
-    arguments = TrainingArguments(dataset="shapes")
+    arguments = TrainingSettings.from_flat(dataset="shapes")
     return {
         "configuration": RefTRConfig.from_pretrained,
         "base model": RefTRModel.from_pretrained,

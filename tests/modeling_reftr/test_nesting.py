@@ -3,10 +3,11 @@
 import pytest
 
 import data_scripts
-import data_scripts.__main__ as data_command
+import reftr_cli.data as data_command
 from data_scripts.reports import read_build_report
 from data_scripts.yaml_values import MAX_YAML_CHARACTERS
-from modeling_reftr import RefTRConfig, predict
+from modeling_reftr import RefTRConfig
+from reftr_cli import predict
 from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_TEXT
 from tests.modeling_reftr.test_damaged_files import DEPTH
 from training_reftr.arguments import parse_arguments

@@ -15,8 +15,8 @@ from modeling_reftr import RefTRProcessor, VisualGroundingPipeline
 from modeling_reftr.modeling_reftr import RefTRModel
 from tests.helpers.tiny import trials
 from tests.modeling_reftr.test_inference import TIMM, shake
-from training_reftr.arguments import TrainingArguments
 from training_reftr.evaluation import evaluate
+from training_reftr.settings import TrainingSettings
 from training_reftr.visualization import draw_samples
 
 
@@ -204,7 +204,7 @@ def test_an_evaluation_leaves_the_model_that_trains(make_model, processor, shape
         return False
 
     rows = shapes["test"].select(range(3))
-    args = TrainingArguments(num_workers=0, evaluation_batch_size=1, output_dir=str(tmp_path))
+    args = TrainingSettings.from_flat(num_workers=0, evaluation_batch_size=1, output_dir=str(tmp_path))
     attention = model.config._attn_implementation
     assert attention != "eager"
     records = evaluate(model, processor, rows, args, accelerator, "test", look)

@@ -10,8 +10,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from tests.helpers.processes import ScriptProcess, run_process
-from training_reftr.arguments import TrainingArguments
 from training_reftr.banner import announce, describe_results, is_alone_by_mistake
+from training_reftr.settings import TrainingSettings
 
 
 class Processes:
@@ -41,7 +41,7 @@ def test_announcement_counts_processes_batches_and_trained_parameters(shapes, ma
     model = make_model()
     frozen = model.base_model.text_backbone.requires_grad_(False)
     total, untrained = (sum(value.numel() for value in part.parameters()) for part in (model, frozen))
-    args = TrainingArguments(batch_size=4, gradient_accumulation_steps=2, train_split="train+validation")
+    args = TrainingSettings.from_flat(batch_size=4, gradient_accumulation_steps=2, train_split="train+validation")
     with caplog.at_level(logging.INFO):
         announce(shapes, model, args, Processes)
     assert "global batch 24 = batch_size 4 x gradient_accumulation_steps 2 x 3 processes" in caplog.text
@@ -50,7 +50,7 @@ def test_announcement_counts_processes_batches_and_trained_parameters(shapes, ma
     assert "WARNING" not in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        announce(shapes, model, TrainingArguments(eval_only=True, test_splits="test"), Processes)
+        announce(shapes, model, TrainingSettings.from_flat(eval_only=True, test_splits="test"), Processes)
         announce(shapes, model, args, type("Other", (Processes,), {"is_main_process": False}))
     assert "Dataset shapes: test 10 images." in caplog.text
     assert "evaluation_batch_size 16" in caplog.text
@@ -102,14 +102,14 @@ def test_only_what_exists_is_named(trained, recipe, tmp_path):
 
 
 def test_no_command_that_would_fail_is_named(tmp_path):
-    args = TrainingArguments(output_dir=str(tmp_path))
+    args = TrainingSettings.from_flat(output_dir=str(tmp_path))
     metrics = {"model": "published.pth", "example": {"image": "example.png", "texts": ["the star"]}}
-    assert describe_results(args, metrics) == "Model: published.pth"
+    assert describe_results(args.checkpoints.output_dir, metrics) == "Model: published.pth"
     metrics = {
         "model": "owner/model",
         "example": {"image": "example.png", "texts": ["-1 on a shirt", "a\x1b[2J", "the 'star'"]},
     }
-    last = describe_results(args, metrics).splitlines()[-1]
+    last = describe_results(args.checkpoints.output_dir, metrics).splitlines()[-1]
     assert "--text 'the '\"'\"'star'\"'\"''" in last
     metrics["example"]["texts"] = ["-1 on a shirt"]
-    assert "Next" not in describe_results(args, metrics)
+    assert "Next" not in describe_results(args.checkpoints.output_dir, metrics)

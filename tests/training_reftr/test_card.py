@@ -7,9 +7,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
-from training_reftr.arguments import TrainingArguments, to_recipe
 from training_reftr.card import write_card
+from training_reftr.recipes import to_recipe
 from training_reftr.run import describe_best
+from training_reftr.settings import TrainingSettings
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def folder(make_model, processor, tmp_path):
 
 def card_of(folder, repository="someone/reftr", **settings):
     if settings:
-        (folder / "recipe.yaml").write_text(to_recipe(TrainingArguments(**settings)))
+        (folder / "recipe.yaml").write_text(to_recipe(TrainingSettings.from_flat(**settings)))
     return ModelCard.load(write_card(folder, repository))
 
 
@@ -139,7 +140,7 @@ def test_a_converted_checkpoint_keeps_its_licence(folder):
 
 def test_a_conversion_that_is_trained_further_is_none_any_more(folder):
     (folder / "origin.json").write_text(json.dumps({"converted_from": "refcoco.pth", "sha256": "0" * 64}))
-    describe_best(TrainingArguments(output_dir=str(folder), init_from="refcoco.pth"))
+    describe_best(TrainingSettings.from_flat(output_dir=str(folder), init_from="refcoco.pth"))
     card = card_of(folder)
     assert "It started from the RefTR `refcoco.pth`." in card.text
     assert "not trained further" not in card.text
@@ -192,7 +193,7 @@ def test_folder_of_starting_weights_is_not_taken_for_a_hub_id(folder, tmp_path, 
     """Neither where the run was nor where the folder is gone, as on another machine."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "boxes").mkdir(parents=True)
-    describe_best(TrainingArguments(output_dir=str(folder), init_from="runs/boxes"))
+    describe_best(TrainingSettings.from_flat(output_dir=str(folder), init_from="runs/boxes"))
     (tmp_path / "runs" / "boxes").rmdir()
     card = ModelCard.load(write_card(folder, "someone/reftr"))
     assert "It started from the RefTR `./runs/boxes`." in card.text

@@ -23,7 +23,6 @@ from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.ranks_evaluation import run_grid
 from tests.helpers.tiny import ROOT
-from training_reftr.arguments import TrainingArguments
 from training_reftr.data import GroundingCollator, move
 from training_reftr.evaluation import (
     answer_batch,
@@ -45,6 +44,7 @@ from training_reftr.report import (
     report,
     select_splits,
 )
+from training_reftr.settings import DataSettings, EvaluationSettings, TrainingSettings
 from training_reftr.visualization import attend, draw_sample, heat, validation_pictures
 
 
@@ -57,7 +57,7 @@ def accelerator():
 def evaluated(make_model, processor, shapes, accelerator):
     """A model with masks, and its records of the test split."""
     model = make_model(predict_masks=True)
-    args = TrainingArguments(num_workers=0, evaluation_batch_size=4)
+    args = TrainingSettings.from_flat(num_workers=0, evaluation_batch_size=4)
     return model, evaluate(model, processor, shapes["test"], args, accelerator, "test")
 
 
@@ -258,7 +258,7 @@ def test_answers_are_compared_with_their_own_phrases(make_model, processor, shap
     batch = GroundingCollator(processor)([row])
     with torch.no_grad():
         outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "targets")})
-        found = answer_batch(model, processor, batch, TrainingArguments(), accelerator)
+        found = answer_batch(model, processor, batch, EvaluationSettings(), accelerator)
     size = (row["height"], row["width"])
     expected = processor.image_processor.post_process_boxes(outputs, [size])[0, 1]
     assert (found[0]["pred_box"], found[0]["iou"], found[0]["any_box_iou"]) == (None, 0.0, 0.0)
@@ -268,7 +268,7 @@ def test_answers_are_compared_with_their_own_phrases(make_model, processor, shap
 
 def test_evaluation_asks_without_dropout_and_leaves_the_model_training(make_model, processor, shapes, accelerator):
     model = make_model(dropout=0.5, attention_dropout=0.5).train()
-    args = TrainingArguments(num_workers=0)
+    args = TrainingSettings.from_flat(num_workers=0)
     first, again = (evaluate(model, processor, shapes["test"], args, accelerator, "test") for _ in range(2))
     assert first == again
     assert all(module.training for module in (model, model.model.encoder, model.model.text_backbone))
@@ -288,7 +288,7 @@ def test_masks_are_resized_in_two_steps_where_that_is_asked(make_model, processo
         outputs = model(**inputs)
     masks = []
     for two_step in (False, True):
-        args = TrainingArguments(num_workers=0, two_step_masks=two_step)
+        args = TrainingSettings.from_flat(num_workers=0, two_step_masks=two_step)
         record = evaluate(model, processor, rows, args, accelerator, "test")[0]
         masks.append(from_coco_rle(record["pred_segmentation"]))
         (expected,) = processor.image_processor.post_process_masks(outputs, [(64, 64)], two_step=two_step)
@@ -297,15 +297,15 @@ def test_masks_are_resized_in_two_steps_where_that_is_asked(make_model, processo
 
 
 def test_controls_that_cannot_be_had_are_left_out_and_said(shapes, caplog):
-    args = TrainingArguments(train_split="train+none")
-    assert find_training_rows(shapes, args) is None
-    assert controls([record_of(object_id="x", pred_box=[0, 0, 1, 1])], None, "testA", args) == {}
+    args = TrainingSettings.from_flat(train_split="train+none")
+    assert find_training_rows(shapes, args.data) is None
+    assert controls([record_of(object_id="x", pred_box=[0, 0, 1, 1])], None, "testA", args.data) == {}
     assert "testA: no constant box, which is chosen on the split 'train+none'" in caplog.text
     assert "testA: no swapped expressions" in caplog.text
-    both = find_training_rows(shapes, TrainingArguments(train_split="train+validation"))
+    both = find_training_rows(shapes, DataSettings(train_split="train+validation"))
     assert len(both) == len(shapes["train"]) + len(shapes["validation"])
     streamed = {"train": shapes["train"].to_iterable_dataset()}
-    assert find_training_rows(streamed, TrainingArguments()) is None
+    assert find_training_rows(streamed, DataSettings()) is None
 
 
 # the script's report
@@ -326,8 +326,10 @@ def two_splits(trained, recipe, tmp_path_factory):
 
 
 def test_constant_box_is_chosen_on_all_training_rows(shapes, make_model, processor, accelerator):
-    records = evaluate(make_model(), processor, shapes["test"], TrainingArguments(num_workers=0), accelerator, "test")
-    found = controls(records, shapes["train"], "test", TrainingArguments())["constant_box"]
+    records = evaluate(
+        make_model(), processor, shapes["test"], TrainingSettings.from_flat(num_workers=0), accelerator, "test"
+    )
+    found = controls(records, shapes["train"], "test", DataSettings())["constant_box"]
     assert found == constant_box(shapes["train"], records)
     assert found != constant_box(shapes["train"].select(range(1)), records)
 
@@ -459,11 +461,11 @@ def test_a_split_that_is_not_there_is_named(recipe, run, tmp_path):
 
 def test_splits_that_cannot_be_evaluated(shapes):
     with pytest.raises(ValueError, match=r"test_splits=' ,' names no split; there are: train, validation, test"):
-        select_splits(shapes, TrainingArguments(test_splits=" ,"))
+        select_splits(shapes, DataSettings(test_splits=" ,"))
     empty = DatasetDict(test=shapes["test"].select([]))
     with pytest.raises(ValueError, match="'test' of shapes has no rows"):
-        select_splits(empty, TrainingArguments())
-    assert list(select_splits(shapes, TrainingArguments(test_splits="test, validation,test"))) == [
+        select_splits(empty, DataSettings())
+    assert list(select_splits(shapes, DataSettings(test_splits="test, validation,test"))) == [
         "test",
         "validation",
     ]
@@ -474,7 +476,9 @@ def test_a_report_that_fails_leaves_no_earlier_one(make_model, processor, shapes
     model = make_model()
     torch.nn.init.constant_(model.box_head.layers[-1].bias, float("nan"))
     with pytest.raises(ValueError, match="The model's box for"):
-        report(model, processor, shapes, TrainingArguments(output_dir=str(tmp_path), num_workers=0), accelerator)
+        report(
+            model, processor, shapes, TrainingSettings.from_flat(output_dir=str(tmp_path), num_workers=0), accelerator
+        )
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -512,11 +516,15 @@ def test_boxes_alone_are_not_held_against_masks():
 
 
 def test_boxes_are_cut_where_the_flags_of_their_set_say_so():
-    args = TrainingArguments(dataset="refcoco_unc", dataset_config={"integer_boxes": True})
-    assert has_integer_boxes("val", args)
+    args = TrainingSettings.from_flat(dataset="refcoco_unc", dataset_config={"integer_boxes": True})
+    assert has_integer_boxes("val", args.data)
     flags = {"refcoco_unc": {"integer_boxes": True}, "refcocog_umd": {}}
-    args = TrainingArguments(dataset="refcoco_unc,refcocog_umd,shapes", dataset_config=flags)
-    assert [has_integer_boxes(f"{name}/val", args) for name in args.dataset.split(",")] == [True, False, False]
+    args = TrainingSettings.from_flat(dataset="refcoco_unc,refcocog_umd,shapes", dataset_config=flags)
+    assert [has_integer_boxes(f"{name}/val", args.data) for name in args.data.dataset.split(",")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -588,7 +596,7 @@ def test_padding_is_not_drawn(evaluated, processor, shapes, accelerator):
 def test_report_leaves_the_attention_implementation(make_model, processor, shapes, accelerator, tmp_path):
     model = make_model()
     model.set_attn_implementation("sdpa")
-    args = TrainingArguments(output_dir=str(tmp_path), num_workers=0, visualize=1, num_pictures=0)
+    args = TrainingSettings.from_flat(output_dir=str(tmp_path), num_workers=0, visualize=1, num_pictures=0)
     (tmp_path / "visualizations" / "test").mkdir(parents=True)
     (tmp_path / "visualizations" / "test" / "0007_old.png").write_text("")
     metrics = report(model, processor, shapes, args, accelerator)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tests.helpers.faults import finish, kill, losses_of, start, steps_of, wait_for, write_recipe
 from tests.helpers.processes import start_ranks
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import checkpoints_of, find_fault, load_state, newest_whole
+from training_reftr.settings import TrainingSettings
 
 
 LAST_STEP = 12
@@ -460,8 +460,8 @@ def test_a_dry_run_goes_through_everything_and_leaves_nothing(recipe, tmp_path, 
 
 
 def test_a_dry_run_of_an_evaluation_is_refused():
-    with pytest.raises(ValueError, match="dry_run rehearses a training"):
-        TrainingArguments(dry_run=True, eval_only=True)
+    with pytest.raises(ValueError, match="dry_run rehearses training"):
+        TrainingSettings.from_flat(dry_run=True, eval_only=True)
 
 
 @pytest.mark.slow

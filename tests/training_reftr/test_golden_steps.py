@@ -6,10 +6,10 @@ import pytest
 from accelerate import Accelerator
 
 from tests.helpers.golden import GOLDEN, golden_inputs, golden_model, load_case
-from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import TrainingState
 from training_reftr.optimization import build_optimizer, build_scheduler
 from training_reftr.run import Run
+from training_reftr.settings import TrainingSettings
 from training_reftr.step import update
 
 
@@ -22,10 +22,10 @@ def group_of(name: str) -> str:
     return next((group for group, prefix in PREFIXES.items() if name.startswith(prefix)), "other")
 
 
-def published_settings(steps: dict) -> TrainingArguments:
+def published_settings(steps: dict) -> TrainingSettings:
     """The settings of the script under which it does what the published steps did."""
     rates = steps["learning_rates"]
-    return TrainingArguments(
+    return TrainingSettings.from_flat(
         learning_rate=rates["other"],
         backbone_learning_rate=rates["image_backbone"],
         text_learning_rate=rates["text_backbone"],
@@ -68,9 +68,9 @@ def golden_steps(request):
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     batch = golden_inputs(case, arrays) | {"targets": [[{}] for _ in case["sizes"]]}  # one phrase a sentence
     args, accelerator = published_settings(steps), Accelerator(cpu=True)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, args.optimization))
     run = Run(model, optimizer, None, None, None, TrainingState(steps_per_epoch=4), len(case["sizes"]), args)
-    run.scheduler = build_scheduler(optimizer, args, run.state.steps_per_epoch, run.num_steps)
+    run.scheduler = build_scheduler(optimizer, args.schedule, run.state.steps_per_epoch, run.num_steps)
     model.train()
     ours = []
     for _ in steps["steps"]:
@@ -102,10 +102,10 @@ def test_every_group_has_the_published_hyperparameters(golden_steps):
 def test_each_learning_rate_reaches_its_own_group(golden_steps):
     """The published steps have one learning rate for both backbones, and would not tell them apart."""
     settings = {"learning_rate": 0.1, "backbone_learning_rate": 0.2, "text_learning_rate": 0.3}
-    args = TrainingArguments(**settings, mask_head_learning_rate=0.4)
+    args = TrainingSettings.from_flat(**settings, mask_head_learning_rate=0.4)
     expected = {"other": 0.1, "image_backbone": 0.2, "text_backbone": 0.3, "mask_branch": 0.4}
     steps, _, run = golden_steps
-    found = learning_rates_of(run.model, build_optimizer(run.model, args))
+    found = learning_rates_of(run.model, build_optimizer(run.model, args.optimization))
     assert found == {group: expected[group] for group in steps["parameters"]}
 
 

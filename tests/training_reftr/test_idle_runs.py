@@ -9,8 +9,8 @@ import yaml
 
 import train_reftr
 from tests.helpers.faults import free_port
-from training_reftr.arguments import TrainingArguments
 from training_reftr.preflight import count_labels, find_unfinished_warmup, refuse_empty_splits, refuse_missing_labels
+from training_reftr.settings import DataSettings, TrainingSettings
 
 
 FROZEN_HEAD = ["--model.predict_masks", "true", "--mask_head_learning_rate", "0"]
@@ -74,12 +74,12 @@ def assert_refused(recipe, tmp_path, message, *words):
     [
         (
             ["--gradient_accumulation_steps", "7"],
-            r"6 batches .* fewer than gradient_accumulation_steps=7: no",
+            r"6 batches .* fewer than gradient_accumulation_steps=7, so",
         ),
-        (["--gradient_accumulation_steps", "7", "--dry_run"], "no optimizer step would be made"),
+        (["--gradient_accumulation_steps", "7", "--dry_run"], "there would be no optimizer step"),
         (["--gradient_accumulation_steps", "2", "--batch_size", "40"], r"An epoch has 1 batches \(batch_size=40"),
         (["--batch_size", "49"], "48 training samples do not fill one global batch of 49"),
-        (["--max_steps", "5", "--gradient_accumulation_steps", "100"], "no optimizer step would be made"),
+        (["--max_steps", "5", "--gradient_accumulation_steps", "100"], "there would be no optimizer step"),
         (NO_RATES, r"stay random in .*backbone \(backbone_learning_rate=0\).*box_head \(learning_rate=0\)"),
         (["--learning_rate", "0"], r"stay random in .*encoder \(learning_rate=0\), decoder"),
         (["--backbone_learning_rate", "0"], r"stay random in backbone \(backbone_learning_rate=0\)\."),
@@ -121,11 +121,11 @@ def test_splits_without_rows_are_refused(recipe, folders, shapes, tmp_path):
     empty = {**shapes, "validation": shapes["validation"].select([])}
     message = "validation_split='validation' of shapes has no rows: there is nothing to choose the best model by"
     with pytest.raises(ValueError, match=message):
-        refuse_empty_splits(empty, TrainingArguments())
+        refuse_empty_splits(empty, DataSettings())
     empty = {**shapes, "train": shapes["train"].select([])}
     with pytest.raises(ValueError, match="train_split='train' of shapes has no rows: there is nothing to learn from"):
-        refuse_empty_splits(empty, TrainingArguments())
-    refuse_empty_splits(empty, TrainingArguments(train_split="train+test"))
+        refuse_empty_splits(empty, DataSettings())
+    refuse_empty_splits(empty, DataSettings(train_split="train+test"))
 
 
 def test_a_loaded_model_may_keep_what_it_has_learned(trained, recipe, tmp_path):
@@ -189,15 +189,16 @@ def test_a_caption_has_a_mask_where_each_of_its_phrases_has_one(shapes):
     built = datasets.Dataset.from_list(rows, features=features)
     assert count_labels(built, with_masks=True) == (3, 1)
     assert count_labels(built.select([0, 1, 3]), with_masks=True) == (1, 0)
-    args = TrainingArguments()
+    args = TrainingSettings.from_flat()
     assert (
-        refuse_missing_labels(built, args, True) == "2 of 3 training sentences have no mask and train the boxes alone."
+        refuse_missing_labels(built, args.data, True)
+        == "2 of 3 training sentences have no mask and train the boxes alone."
     )
-    assert refuse_missing_labels(built, args, False) is None
+    assert refuse_missing_labels(built, args.data, False) is None
     for part in (built.select([0, 1, 3]), built.select([0, 1, 3]).to_iterable_dataset()):
         with pytest.raises(ValueError, match="has a mask for all of its phrases"):
-            refuse_missing_labels(part, args, True)
-    assert refuse_missing_labels(built.to_iterable_dataset(), args, True) is None
+            refuse_missing_labels(part, args.data, True)
+    assert refuse_missing_labels(built.to_iterable_dataset(), args.data, True) is None
 
 
 def test_a_warm_up_that_does_not_end_is_said(recipe, tmp_path, caplog):

@@ -13,20 +13,13 @@ import yaml
 import train_reftr
 from modeling_reftr import RefTRProcessor
 from tests.helpers.golden import load_case, published_state_dict
-from training_reftr.arguments import (
-    LEARNING,
-    MACHINE,
-    MODEL,
-    NEITHER,
-    TrainingArguments,
-    parse_arguments,
-    settings_of_kind,
-)
+from training_reftr.arguments import parse_arguments
 from training_reftr.build import build_model
 from training_reftr.checkpoints import checkpoints_of
 from training_reftr.data import train_tokenizer
 from training_reftr.resuming import refuse_changes
 from training_reftr.run import load_for_report
+from training_reftr.settings import FIELDS, Scope, TrainingSettings, names_in_scope
 from training_reftr.sizes import image_size_of
 
 
@@ -109,19 +102,19 @@ def load(files, recipe, shapes):
         if path == "resumed":
             refuse_changes(args, checkpoints_of(files.run)[0])
             return train_reftr.prepare_run, None
-        return load_for_report(args) if args.eval_only else build_model(args, shapes["train"])
+        return load_for_report(args) if args.evaluation.eval_only else build_model(args, shapes["train"])
 
     return load_path
 
 
-def test_every_setting_has_a_kind_and_every_one_of_the_model_a_row():
-    kinds = {name: item.metadata.get("kind") for name, item in TrainingArguments.__dataclass_fields__.items()}
-    assert set(kinds.values()) == {MODEL, LEARNING, MACHINE, NEITHER}
-    assert TABLE.keys() == {*settings_of_kind(MODEL), "attn_implementation"}
+def test_every_setting_has_a_scope_and_every_one_of_the_model_a_row():
+    assert {item.metadata["scope"] for item in FIELDS.values()} == set(Scope)
+    assert all(item.metadata["help"].endswith((".", ":")) for item in FIELDS.values())
+    assert TABLE.keys() == {*names_in_scope(Scope.MODEL), "attn_implementation"}
     assert VALUES.keys() == TABLE.keys()
     assert all(row.keys() == set(PATHS) for row in TABLE.values())
     # a default would win over what a loaded model brings
-    assert all(getattr(TrainingArguments(), name) in (None, {}) for name in settings_of_kind(MODEL))
+    assert all(TrainingSettings().to_flat()[name] in (None, {}) for name in names_in_scope(Scope.MODEL))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -161,9 +154,9 @@ def test_what_is_not_given_is_what_the_model_brings(files, tmp_path, shapes):
 def test_a_recipe_s_model_is_not_that_of_another_model_that_is_evaluated(files, recipe):
     """Named on the command line, the evaluated model replaces the recipe's; a recipe that names both must agree."""
     args = parse_arguments([str(recipe), "--eval_only", "--init_from", str(files.run)])
-    assert args.model == {}
+    assert args.initialization.model == {}
     model, _ = load_for_report(parse_arguments([str(recipe), "--eval_only", "--output_dir", str(files.run)]))
-    assert model.config.d_model == args.model.get("d_model", 32)
+    assert model.config.d_model == args.initialization.model.get("d_model", 32)
     other = parse_arguments([str(recipe), "--eval_only", "--output_dir", str(files.run), "--model.decoder_layers=6"])
     with pytest.raises(ValueError, match=r"model\.decoder_layers=6, but the model of .* has 2 there"):
         load_for_report(other)
@@ -180,9 +173,9 @@ def test_weights_that_are_missing_are_not_evaluated_as_random_ones(files, tmp_pa
 
 
 def test_a_checkpoint_of_an_evaluation_is_refused_where_it_would_be_ignored(recipe):
-    with pytest.raises(ValueError, match=r"resume='refcoco.pth' says where a training starts from, and eval_only"):
+    with pytest.raises(ValueError, match=r"resume='refcoco.pth' initializes training, and eval_only"):
         parse_arguments([str(recipe), "--eval_only", "--resume", "refcoco.pth"])
-    assert parse_arguments([str(recipe), "--eval_only", "--resume", "auto"]).eval_only
+    assert parse_arguments([str(recipe), "--eval_only", "--resume", "auto"]).evaluation.eval_only
 
 
 def test_recipe_card_and_report_say_the_size_that_ran(files, recipe, tmp_path):

@@ -21,9 +21,9 @@ from reftr_cli.data import main as data_main
 from reftr_cli.preview import draw_preview
 from tests.helpers.layout_reftr_index import rectangle, save
 from tests.helpers.processes import run_ranks
-from training_reftr.arguments import TrainingArguments
 from training_reftr.data import EvaluationData, TrainingData
 from training_reftr.sampling import published_batches, source_order
+from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows
 
 
@@ -225,15 +225,15 @@ def test_the_order_is_that_of_the_index_whatever_the_rows(index):
 def test_the_order_survives_export_and_streaming(index, tmp_path):
     rows = rows_of(index)
     export(data_scripts.SOURCES["reftr_refcoco_unc"], {"val": rows}, tmp_path / "export")
-    args = TrainingArguments(
+    args = TrainingSettings.from_flat(
         dataset=str(tmp_path / "export"), data_cache_dir=str(tmp_path / "cache"), eval_only=True, test_splits="val"
     )
-    assert source_order(load_rows(args)["val"]) == source_order(rows)
-    args = TrainingArguments(
+    assert source_order(load_rows(args.data, eval_only=True)["val"]) == source_order(rows)
+    args = TrainingSettings.from_flat(
         dataset="reftr_refcoco_unc", dataset_config={"integer_boxes": True}, data_dir=str(index[0]), streaming=True,
         validation_split="val", test_splits="val",
     )  # fmt: skip
-    assert source_order(load_rows(args)["val"]) == source_order(rows)
+    assert source_order(load_rows(args.data, eval_only=True)["val"]) == source_order(rows)
 
 
 def test_rows_in_their_own_order_need_no_positions(shapes):
@@ -244,11 +244,11 @@ def test_rows_in_their_own_order_need_no_positions(shapes):
 
 def test_an_order_that_is_not_known_is_refused(index, processor):
     rows = rows_of(index)
-    args = TrainingArguments(evaluation_batching="published", num_workers=0)
+    args = TrainingSettings.from_flat(evaluation_batching="published", num_workers=0)
     earlier = rows.remove_columns("positions")
     with pytest.raises(ValueError, match=r"no column 'positions'.*export the dataset again"):
         EvaluationData({"test": earlier}, processor, args, 0, 1)
-    data = EvaluationData({"test": earlier}, processor, TrainingArguments(num_workers=0), 0, 1)
+    data = EvaluationData({"test": earlier}, processor, TrainingSettings.from_flat(num_workers=0), 0, 1)
     assert len(data.batches("test"))
     with pytest.raises(ValueError, match="no common order of annotations"):
         source_order(datasets.concatenate_datasets([rows, rows]))
@@ -256,11 +256,13 @@ def test_an_order_that_is_not_known_is_refused(index, processor):
 
 @pytest.mark.parametrize("batching", ["published", "unpadded"])
 def test_padding_that_the_batches_do_not_mean_is_refused(index, processor, batching):
-    with pytest.raises(ValueError, match=r"size_divisor=32 pads them further: leave one of them out"):
-        TrainingArguments(evaluation_batching=batching, size_divisor=32)
+    with pytest.raises(ValueError, match=r"size_divisor=32 pads them further: remove one of them"):
+        TrainingSettings.from_flat(evaluation_batching=batching, size_divisor=32)
     processor.image_processor.size_divisor = 32
     with pytest.raises(ValueError, match=r"image processor pads further \(size_divisor=32"):
-        EvaluationData({"test": rows_of(index)}, processor, TrainingArguments(evaluation_batching=batching), 0, 1)
+        EvaluationData(
+            {"test": rows_of(index)}, processor, TrainingSettings.from_flat(evaluation_batching=batching), 0, 1
+        )
 
 
 def resized(row):
@@ -276,7 +278,7 @@ def batches_of(rows, processor, args, rank, ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batching, ranks):
     rows = rows_of(index)
-    args = TrainingArguments(evaluation_batching=batching, evaluation_batch_size=4, num_workers=0)
+    args = TrainingSettings.from_flat(evaluation_batching=batching, evaluation_batch_size=4, num_workers=0)
     batches = [batches_of(rows, processor, args, rank, ranks) for rank in range(ranks)]
     assert len({len(mine) for mine in batches}) == 1
     seen = {
@@ -296,7 +298,7 @@ def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batc
 def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor):
     rows = shapes["test"]
     assert len(rows) == 10
-    args = TrainingArguments(evaluation_batch_size=2, num_workers=0)
+    args = TrainingSettings.from_flat(evaluation_batch_size=2, num_workers=0)
     batches = [batches_of(rows, processor, args, rank, 4) for rank in range(4)]
     seen = Counter(visit.index for mine in batches for batch in mine for visit in batch)
     assert seen == {index: 2 if index < 2 else 1 for index in range(10)}
@@ -330,7 +332,7 @@ def test_training_drops_what_only_an_evaluation_counts(index, processor, streami
     rows = rows_of(index)
     if streaming:
         rows = rows.to_iterable_dataset()
-    args = TrainingArguments(batch_size=1, num_workers=0, group_by_image=False, augmentation="none")
+    args = TrainingSettings.from_flat(batch_size=1, num_workers=0, group_by_image=False, augmentation="none")
     data = TrainingData(rows, processor, args, 0, 1, with_masks=True)
     batches = list(data.batches(0))
     assert len(batches) == data.num_batches(0) == 28

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict
 
 import pytest
 import yaml
@@ -12,9 +11,10 @@ import yaml
 import train_reftr
 from modeling_reftr import RefTRConfig, RefTRProcessor
 from tests.helpers.tiny import trials
-from training_reftr.arguments import LEARNING, MACHINE, MODEL, TrainingArguments, parse_arguments, settings_of_kind
+from training_reftr.arguments import parse_arguments
 from training_reftr.checkpoints import TrainingState, checkpoints_of, load_state
 from training_reftr.resuming import find_changes, with_model_of
+from training_reftr.settings import Scope, TrainingSettings, names_in_scope
 
 
 # (setting, value on the command line); of every kind, and of the model every setting
@@ -89,7 +89,7 @@ def test_one_thing_changed_is_refused_or_written_as_it_ran(recipe, stopped, tria
     name = setting.split(".")[0]
     before, old = digests(stopped), load_state(checkpoints_of(stopped)[0])
     words = ("--num_pictures", "0", f"--{setting}", value)
-    if name in settings_of_kind(MODEL):
+    if name in names_in_scope(Scope.MODEL):
         with pytest.raises(
             ValueError, match=rf"keeps its model, and '.*step_00000006' fixes {setting}=.*checkpoint has"
         ):
@@ -106,14 +106,14 @@ def test_one_thing_changed_is_refused_or_written_as_it_ran(recipe, stopped, tria
     assert state.settings[name] == wanted != old.settings[name]
     text = (stopped / "recipe.yaml").read_text()
     written = yaml.safe_load(text)
-    assert name in settings_of_kind(MACHINE) or written[name] == wanted
+    assert name in names_in_scope(Scope.MACHINE) or written[name] == wanted
     # everything else is as it was in the run before, the model above all
-    apart = {name, *settings_of_kind(MACHINE), "num_pictures"}
+    apart = {name, *names_in_scope(Scope.MACHINE), "num_pictures"}
     assert {key: value for key, value in written.items() if key not in apart} == {
         key: value for key, value in old.settings.items() if key not in apart
     }
     card = (stopped / "README.md").read_text()
-    if name in settings_of_kind(LEARNING):
+    if name in names_in_scope(Scope.RESULTS):
         assert len(warned) == 1
         assert said in warned[0]
         assert f"# from step 6 on: {said}" in text
@@ -125,7 +125,7 @@ def test_one_thing_changed_is_refused_or_written_as_it_ran(recipe, stopped, tria
 
 
 def test_every_setting_of_the_model_is_tried():
-    assert set(settings_of_kind(MODEL)) <= {setting.split(".")[0] for setting, _ in CHANGES}
+    assert set(names_in_scope(Scope.MODEL)) <= {setting.split(".")[0] for setting, _ in CHANGES}
     assert len(CHANGES) == 40
 
 
@@ -135,12 +135,12 @@ def kept(folder, settings=None, **given):
     settings = load_state(checkpoint).settings if settings is None else settings
     processor = RefTRProcessor.from_pretrained(checkpoint)
     return with_model_of(
-        TrainingArguments(**given), RefTRConfig.from_pretrained(checkpoint), processor, settings, checkpoint
+        TrainingSettings.from_flat(**given), RefTRConfig.from_pretrained(checkpoint), processor, settings, checkpoint
     )
 
 
 def test_another_global_batch_is_said():
-    args = TrainingArguments()
+    args = TrainingSettings.from_flat()
     state = TrainingState(settings=vars(args), seen=[[16, 2], [8, 3]])
     assert find_changes(state, args, 8) == []
     assert find_changes(state, args, 16) == ["16 samples of all processes in a batch (was 8)"]
@@ -151,8 +151,8 @@ def test_what_is_not_given_is_the_checkpoint_s(trained):
     settings = load_state(checkpoints_of(trained[0])[0]).settings
     for given in ({}, {"image_size": 64, "model": settings["model"]}):
         args = kept(trained[0], **given)
-        assert (args.image_size, args.model) == (64, settings["model"])
-        assert args.max_text_length is None  # 40, and 90 for captions
+        assert (args.data.image_size, args.initialization.model) == (64, settings["model"])
+        assert args.data.max_text_length is None  # 40, and 90 for captions
     assert kept(trained[0], learning_rate=3.0).learning_rate == 3.0
 
 
@@ -162,7 +162,7 @@ def test_an_older_checkpoint_is_not_refused_for_what_it_does_not_say(trained):
     older = {name: value for name, value in settings.items() if name not in ("tokenizer", "size_divisor", "init_text")}
     older["image_size"] = 640  # a default then, which a loaded model of 64 pixels did not heed
     args = kept(trained[0], settings=older, image_size=64)
-    assert (args.image_size, args.size_divisor, args.tokenizer) == (64, None, None)
+    assert (args.data.image_size, args.data.size_divisor, args.initialization.tokenizer) == (64, None, None)
     assert kept(trained[0], settings={}).model == {}
     with pytest.raises(ValueError, match=r"fixes image_size=640 \(the checkpoint has 64\)"):
         kept(trained[0], settings=older, image_size=640)
@@ -183,7 +183,7 @@ def test_a_dry_run_refuses_what_the_resume_would(recipe, stopped):
 def test_settings_in_a_checkpoint_are_those_that_ran(trained):
     """Sizes that nobody gave are written as the processor has them, in the checkpoint and in recipe.yaml."""
     settings = load_state(checkpoints_of(trained[0])[0]).settings
-    assert settings.keys() == asdict(TrainingArguments()).keys()
+    assert settings.keys() == TrainingSettings().to_flat().keys()
     written = yaml.safe_load((trained[0] / "recipe.yaml").read_text())
-    assert written == {name: value for name, value in settings.items() if name not in settings_of_kind(MACHINE)}
+    assert written == {name: value for name, value in settings.items() if name not in names_in_scope(Scope.MACHINE)}
     assert json.loads((trained[0] / "metrics.json").read_text())["image_size"] == settings["image_size"]

@@ -3,20 +3,20 @@
 import pytest
 
 from modeling_reftr import RefTRConfig
-from training_reftr.arguments import TrainingArguments
+from training_reftr.settings import DataSettings
 from training_reftr.sizes import image_size_of, max_text_length_of, set_sizes
 
 
 def test_sizes_that_are_named_are_set_and_others_stay(processor):
     config = RefTRConfig(max_text_positions=60)
     image_processor = processor.image_processor
-    set_sizes(processor, TrainingArguments(), config)
+    set_sizes(processor, DataSettings(), config)
     assert (image_size_of(image_processor), image_processor.size_divisor, max_text_length_of(processor)) == (
         64,
         None,
         None,
     )
-    set_sizes(processor, TrainingArguments(image_size=48, size_divisor=32, max_text_length=60), config)
+    set_sizes(processor, DataSettings(image_size=48, size_divisor=32, max_text_length=60), config)
     assert dict(image_processor.size) == {**dict(image_processor.size), "shortest_edge": 48, "longest_edge": 48}
     assert image_processor.size_divisor == 32
     assert (processor.max_expression_length, processor.max_caption_length) == (60, 60)
@@ -25,4 +25,4 @@ def test_sizes_that_are_named_are_set_and_others_stay(processor):
 
 def test_texts_longer_than_the_model_reads_are_refused(processor):
     with pytest.raises(ValueError, match=r"max_text_length=61 is more than model\.max_text_positions=60"):
-        set_sizes(processor, TrainingArguments(max_text_length=61), RefTRConfig(max_text_positions=60))
+        set_sizes(processor, DataSettings(max_text_length=61), RefTRConfig(max_text_positions=60))

@@ -15,8 +15,8 @@ from modeling_reftr import RefTRConfig, RefTRForVisualGrounding
 from modeling_reftr.convert_reftr_checkpoint import convert_checkpoint, load_tokenizer
 from tests.helpers.golden import load_case, published_state_dict
 from tests.helpers.tiny import TINY_MODEL, TINY_TEXT
-from training_reftr.arguments import TrainingArguments
 from training_reftr.build import build_model, load_reftr, load_text_backbone, read_tokenizer, text_config_of
+from training_reftr.settings import TrainingSettings
 
 
 RESNET = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}  # timm's smallest
@@ -39,7 +39,7 @@ def build(shapes, caplog):
         torch.manual_seed(seed)
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            args = TrainingArguments(
+            args = TrainingSettings.from_flat(
                 **{"model": {**TINY_MODEL, "text_config": TINY_TEXT}, "image_size": 64, **settings}
             )
             model, processor = build_model(args, shapes["train"])
@@ -343,7 +343,7 @@ def test_pickles_of_a_folder_are_not_read(build, trained, tmp_path):
 
 def test_settings_that_do_not_go_together(build, trained, published):
     output, _ = trained
-    with pytest.raises(ValueError, match=r"cannot be given beside init_from=.* brings the tokenizer"):
+    with pytest.raises(ValueError, match=r"has no effect on init_from=.* has its own"):
         build(init_from=str(output), tokenizer="bert-base-uncased", model={})
     with pytest.raises(ValueError, match=r"max_text_length=65 is more than model\.max_text_positions=64"):
         build(max_text_length=65)
@@ -378,5 +378,5 @@ def test_a_backbone_that_differs_is_refused(trained, recipe, run, tmp_path):
 def test_what_is_loaded_for_evaluation_is_not_changed(trained):
     """A recipe's model is for training: an evaluation takes the model as it was saved."""
     output, _ = trained
-    model, _ = load_reftr(output, TrainingArguments(model={"predict_masks": True}))
+    model, _ = load_reftr(output, TrainingSettings.from_flat(model={"predict_masks": True}))
     assert not model.config.predict_masks

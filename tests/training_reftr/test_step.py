@@ -10,11 +10,11 @@ from accelerate import Accelerator
 
 from tests.helpers.processes import run_ranks
 from tests.helpers.tiny import TINY_MODEL, TINY_TEXT
-from training_reftr.arguments import TrainingArguments
 from training_reftr.checkpoints import TrainingState
 from training_reftr.data import GroundingCollator
 from training_reftr.optimization import build_optimizer, build_scheduler
 from training_reftr.run import Run
+from training_reftr.settings import ScheduleSettings, TrainingSettings
 from training_reftr.step import seed_of, update
 
 
@@ -51,11 +51,11 @@ def make_run(make_model, accelerator):
     """A run of a tiny model with masks, about to make its first step."""
 
     def make(model=None, **overrides):
-        args = TrainingArguments(**SETTINGS)
+        args = TrainingSettings.from_flat(**SETTINGS)
         model = (model or make_model(predict_masks=True, **overrides)).train()
-        model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+        model, optimizer = accelerator.prepare(model, build_optimizer(model, args.optimization))
         run = Run(model, optimizer, None, None, None, TrainingState(steps_per_epoch=9), 4, args)
-        run.scheduler = build_scheduler(optimizer, args, 9, run.num_steps)
+        run.scheduler = build_scheduler(optimizer, args.schedule, 9, run.num_steps)
         return run
 
     return make
@@ -169,7 +169,7 @@ def test_a_step_that_would_spoil_the_weights_is_refused(make_run, batches, accel
 def schedule(steps_per_epoch=10, num_steps=100, done=0, **settings):
     """The factors of the learning rates before each step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = build_scheduler(optimizer, TrainingArguments(**settings), steps_per_epoch, num_steps, done)
+    scheduler = build_scheduler(optimizer, ScheduleSettings(**settings), steps_per_epoch, num_steps, done)
     factors = []
     for _ in range(num_steps - done):
         factors.append(optimizer.param_groups[0]["lr"] / 2)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from training_reftr import tracking
 from training_reftr.checkpoints import TrainingState
+from training_reftr.settings import TrainingSettings
 from training_reftr.tracking import LOG, Tracking
 
 
@@ -21,7 +22,7 @@ def clock(monkeypatch):
 
 
 def test_speed_counts_all_steps_since_the_last_record_and_no_evaluation(tmp_path, clock):
-    args = SimpleNamespace(output_dir=tmp_path, trackers="none", log_every=2, num_pictures=0)
+    args = TrainingSettings.from_flat(output_dir=str(tmp_path), log_every=2, num_pictures=0)
     state = TrainingState()
     scheduler = SimpleNamespace(get_last_lr=lambda: [1e-3, 1e-5])
     run = SimpleNamespace(state=state, scheduler=scheduler, is_at_last_step=False)

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainingArguments
 from modeling_reftr.modeling_reftr import RefTRVisualGroundingOutput
 from tests.helpers.local_hub import Hub
 from tests.helpers.tiny import ROOT
-from training_reftr.arguments import TrainingArguments as OurArguments
 from training_reftr.data import GroundingCollator, fit_to_picture
 from training_reftr.evaluation import answer_batch, evaluate, summarize
+from training_reftr.settings import EvaluationSettings, TrainingSettings
 from training_reftr.trainer_metrics import compute_metrics, score_phrases
 
 
@@ -57,7 +57,7 @@ def own_metrics(model, processor, rows, batch_size: int) -> dict:
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-            records += answer_batch(model, processor, batch, OurArguments(), accelerator)
+            records += answer_batch(model, processor, batch, EvaluationSettings(), accelerator)
     return summarize(records)
 
 
@@ -87,7 +87,7 @@ def test_metrics_are_those_of_our_own_evaluation(make_model, processor, rows, tm
             assert 0 < found["eval_mask_overall_iou_resized"] < 1
         assert_same_metrics(trainer.predict(rows).metrics, expected, "test")
         if batch_size == 1:  # unpadded, the whole evaluation too, which groups the images and asks a fused copy
-            arguments = OurArguments(evaluation_batch_size=1, num_workers=0, output_dir=str(tmp_path))
+            arguments = TrainingSettings.from_flat(evaluation_batch_size=1, num_workers=0, output_dir=str(tmp_path))
             records = evaluate(model, processor, rows, arguments, Accelerator(cpu=True), "test")
             assert_same_metrics(found, summarize(records), "eval", tolerance=1e-5)
 

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_reftr
 from tests.helpers.faults import change_state, write_recipe
-from training_reftr.arguments import MACHINE, settings_of_kind
 from training_reftr.checkpoints import checkpoints_of, load_state
+from training_reftr.settings import Scope, names_in_scope
 from training_reftr.tracking import LOG
 
 
@@ -75,7 +75,7 @@ def test_best_model_is_that_of_the_highest_validation(finished):
 
 def test_best_model_has_its_recipe_beside_it(finished, recipe):
     written, given = (yaml.safe_load(path.read_text()) for path in (finished / "recipe.yaml", recipe))
-    machine = settings_of_kind(MACHINE)
+    machine = names_in_scope(Scope.MACHINE)
     assert {name: written[name] for name in given if name not in machine} == {
         name: value for name, value in given.items() if name not in machine
     }

@@ -11,12 +11,10 @@ import yaml
 
 from reftr_cli.__main__ import main as reftr
 from tests.helpers.tiny import ROOT
-from training_reftr.recipe_choice import with_recipe
+from training_reftr.recipes import list_recipes, with_recipe
 
 
 DEMO = str(ROOT / "recipes" / "demo.yaml")
-
-
 SCRIPT = [str(ROOT / "train_reftr.py")]
 PROGRAMS = pytest.mark.parametrize("program", [SCRIPT, ["-m", "reftr_cli", "train"]], ids=["script", "reftr"])
 
@@ -39,7 +37,7 @@ def test_without_arguments_the_demo_runs_and_the_first_line_says_so(tmp_path, pr
     line = process.stdout.readline()
     process.kill()
     process.communicate()
-    assert line == f"# No recipe is named: this is the embedded demo, {DEMO}.\n"
+    assert line == f"# No recipe is given, so the demo runs: {DEMO}.\n"
 
 
 def test_without_arguments_what_is_printed_is_the_demo(capsys):
@@ -47,7 +45,7 @@ def test_without_arguments_what_is_printed_is_the_demo(capsys):
         reftr(["train", "--print_config"])
     assert not end.value.code
     text = capsys.readouterr().out
-    assert text.startswith("# No recipe is named: this is the embedded demo, ")
+    assert text.startswith("# No recipe is given, so the demo runs: ")
     demo = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
     assert yaml.safe_load(text)["model"]["d_model"] == demo["model"]["d_model"] == 64
 
@@ -77,10 +75,10 @@ def test_settings_without_a_recipe_end_with_code_2(capsys, words):
         with_recipe(words)
     assert end.value.code == 2
     text = capsys.readouterr().err
-    assert text.startswith("error: No recipe is named")
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        assert path.name in text
-    assert f"  reftr train recipes/demo.yaml {words[0]}" in text
+    assert text.startswith("error: A recipe is required")
+    for name in list_recipes():
+        assert re.search(rf"[\s,]{re.escape(name)}[\s,]", text)
+    assert f"  reftr train demo {words[0]}" in text
 
 
 def test_the_example_of_a_resume_is_the_run_s_own_recipe(capsys, tmp_path):
@@ -113,7 +111,7 @@ def test_the_process_ends_with_code_2_before_torch_is_imported(tmp_path, program
     process = start("-X", "importtime", *program, "--num_epochs", "3", cwd=tmp_path)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 2, text
-    assert f"reftr train {DEMO} --num_epochs 3" in text
+    assert "reftr train demo --num_epochs 3" in text
     imported = set(re.findall(r"\| +([\w.]+)$", text, flags=re.MULTILINE))
     assert "shlex" in imported
     assert not imported & {"torch", "transformers", "numpy"}
@@ -125,7 +123,7 @@ def test_one_process_of_several_speaks(capsys, monkeypatch):
         with_recipe(["--num_epochs", "3"])
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
-    assert with_recipe([]) == [DEMO]
+    assert with_recipe([]) == ["demo"]
     assert capsys.readouterr().out == ""
 
 
@@ -142,7 +140,7 @@ def test_accelerate_launch_without_arguments_runs_the_demo(tmp_path):
         child.kill()
     process.kill()
     process.communicate()
-    spoken = [line for line in lines if "No recipe is named" in line]
+    spoken = [line for line in lines if "No recipe is given" in line]
     assert len(spoken) == 1
     assert " step 50 " in lines[-1]
     assert (tmp_path / "runs" / "reftr" / "metrics.jsonl").exists()

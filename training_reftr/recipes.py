@@ -1,5 +1,5 @@
 """
-Find the recipe of a command line, before torch is imported, which takes seconds. Nothing here is a collective.
+Recipes: YAML files of settings that inherit from each other. Nothing here is a collective, and nothing imports torch.
 """
 
 import difflib
@@ -10,11 +10,17 @@ import shlex
 import sys
 import textwrap
 import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+import yaml
 
 from data_scripts.escaping import for_terminal
 from data_scripts.quoting import quote
+from data_scripts.reading import read_text
+from data_scripts.yaml_values import MAX_YAML_CHARACTERS, read_yaml
 from training_reftr.resources import resource_folder
+from training_reftr.settings import FIELDS, TrainingSettings, check_names
 
 
 DEMO = "demo"  # the recipe that runs without arguments
@@ -37,7 +43,8 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     folder = resource_folder("recipes")
-    installed = name.removeprefix("recipes/").removesuffix(".yaml")
+    inside = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else name
+    installed = inside.removeprefix("recipes/").removesuffix(".yaml")
     former = FORMER_NAME.fullmatch(installed)
     for candidate in (installed, former and f"{former[1]}/{former[2]}"):
         if candidate in list_recipes():
@@ -118,3 +125,58 @@ def explain(argv: list[str], values: dict[str, str]) -> str:
 def shorten(path: Path) -> str:
     """Return a path relative to the current folder, where it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def read_recipe(path: Path, heirs: tuple[Path, ...] = ()) -> dict[Path, dict]:
+    """
+    Read the settings of a recipe and of the recipes that it inherits.
+
+    Args:
+        path (`Path`): the recipe. Its `inherit` is a path, or a list of paths, relative to its own folder.
+        heirs (`tuple[Path, ...]`): the recipes that inherit this one, outermost first.
+
+    Returns:
+        `dict[Path, dict]`: settings by file, in the order in which they are merged: inherited recipes first, the
+        recipe itself last. A file that is inherited twice counts where it comes first.
+
+    Raises:
+        OSError: if the file does not exist.
+        ValueError: if it is not a mapping, has an unknown field, or inherits itself.
+    """
+    path = path.resolve()
+    if not path.is_file():
+        raise OSError(f"The recipe {str(path)!r}{f', which {heirs[-1]} inherits,' if heirs else ''} does not exist.")
+    if path in heirs:
+        raise ValueError(f"The recipe inherits itself: {' -> '.join(map(str, (*heirs, path)))}.")
+    if path.stat().st_size > MAX_YAML_CHARACTERS:
+        raise ValueError(f"The recipe {str(path)!r} has {path.stat().st_size:,} bytes, too many for one.")
+    values = read_yaml(read_text(path), f"The recipe {str(path)!r}") or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"The recipe {str(path)!r} must be a mapping of fields to values.")
+    parents = values.pop("inherit", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ValueError(f"inherit={quote(parents)} in the recipe {str(path)!r} must be a path or a list of paths.")
+    check_names(values, {*FIELDS, "inherit"}, f"The recipe {str(path)!r}")
+    layers = {}
+    for parent in parents:
+        layers |= {
+            file: layer
+            for file, layer in read_recipe(path.parent / parent, (*heirs, path)).items()
+            if file not in layers
+        }
+    return {**layers, path: values}
+
+
+def to_recipe(settings: TrainingSettings, without: Collection[str] = (), comments: Iterable[str] = ()) -> str:
+    """
+    Return the settings as a recipe.
+
+    Args:
+        settings ([`TrainingSettings`]): the settings.
+        without (`Collection[str]`, *optional*): names of settings to leave out.
+        comments (`Iterable[str]`, *optional*): lines to write above them as comments.
+    """
+    values = {name: value for name, value in settings.to_flat().items() if name not in without}
+    lines = "".join(f"# {for_terminal(' '.join(comment.split()))}\n" for comment in comments)
+    return lines + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
