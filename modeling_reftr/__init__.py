@@ -18,6 +18,7 @@ from .modeling_reftr import RefTRForVisualGrounding as RefTRForVisualGrounding
 from .modeling_reftr import RefTRModel as RefTRModel
 from .modeling_reftr import RefTRPreTrainedModel as RefTRPreTrainedModel
 from .pipeline_reftr import VisualGroundingPipeline as VisualGroundingPipeline
+from .predictor_reftr import RefTRPredictor as RefTRPredictor
 from .processing_reftr import RefTRProcessor as RefTRProcessor
 from .version_reftr import VERSION as __version__  # noqa: F401
 

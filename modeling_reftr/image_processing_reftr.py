@@ -1,4 +1,4 @@
-"""RefTR's image processor: resize, normalise, pad; boxes back to the picture."""
+"""Image processor for RefTR: resize, normalize and pad images, and scale boxes and masks back to them."""
 
 from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
 
@@ -9,15 +9,15 @@ import contextlib
 import io
 import math
 import os
-import threading
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import ExifTags, Image, ImageCms
+from PIL import Image
 from torch import nn
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as tvF
@@ -28,16 +28,28 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
+    ImageInput,
     PILImageResampling,
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import ModelOutput, TensorType
 
 from .configuration_reftr import AUTO_MAP
-from .decoding_reftr import MAX_PIXELS, check_format, is_undecoded, open_file, without_decoding
+from .decoding_reftr import MAX_PIXELS, is_undecoded, open_image_file, without_decoding
 from .fetching_reftr import MAX_BYTES, fetch
-from .inputs_reftr import check_setting, is_sequence, to_list, to_sizes, to_threshold, warn_about_joined_expressions
+from .inputs_reftr import (
+    check_setting,
+    is_sequence,
+    take_renamed_argument,
+    to_list,
+    to_sizes,
+    to_threshold,
+    warn_about_joined_expressions,
+)
 from .loading_reftr import IMAGE_PROCESSOR_FILES, naming_files
+from .orientation_reftr import load_as_stored, read_orientation, turn_upright
+from .pixels_reftr import blend_onto_white, check_image, height_and_width, to_channels_first, to_rgb
 from .quoting_reftr import explain, quote
 
 
@@ -46,8 +58,9 @@ MAX_IMAGE_DEPTH = 3  # of nested lists of images
 
 def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
     """
-    Height and width after the published resize, which keeps the aspect ratio; never under 1 pixel. The library's own
-    `get_size_with_aspect_ratio` rounds otherwise.
+    Return the (height, width) of an image after the published resize, which keeps the aspect ratio.
+
+    The library's `get_size_with_aspect_ratio` rounds differently. No side is shorter than 1 pixel.
 
     Example:
 
@@ -69,387 +82,34 @@ def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int)
     return max(1, new_height), max(1, new_width)
 
 
-# what turns an image of an EXIF orientation upright, as in PIL.ImageOps.exif_transpose
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-UNDONE_TURNS = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-# an image that one thread is reading the EXIF data of has none for another: Pillow marks it as read beforehand
-EXIF_LOCK = threading.Lock()
-# the fields of `Image.info` in which Pillow finds an orientation
-ORIENTATION_FIELDS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-
-
-def keeps_stored_frame(orientation: int, stored_size: tuple[int, int], annotated_size: tuple[int, int] | None) -> bool:
-    """
-    Return whether an image stays as it is stored: only its stored size agrees with the annotated one. Anything else
-    follows the EXIF orientation, square images and orientations 2 to 4 included.
-
-    Args:
-        orientation (`int`): of EXIF, 1 to 8; from 5 on, height and width change places.
-        stored_size, annotated_size (`(height, width)`): `annotated_size` is None where it is unknown.
-
-    Example:
-
-    ```python
-    >>> from modeling_reftr.image_processing_reftr import keeps_stored_frame
-
-    >>> keeps_stored_frame(6, (30, 40), (30, 40)), keeps_stored_frame(6, (30, 40), (40, 30))
-    (True, False)
-
-    ```"""
-    stored_size = tuple(stored_size)
-    turned_size = stored_size[::-1] if orientation >= 5 else stored_size
-    return annotated_size is not None and stored_size == tuple(annotated_size) != turned_size
-
-
-def read_orientation(image: Image.Image) -> int:
-    """
-    Return the EXIF orientation of an image, 1 to 8; 1 where it has none or one that does not exist.
-
-    Raises:
-        OSError: if the EXIF data is damaged.
-    """
-    try:
-        if image.format == "PNG":
-            image.load()  # its EXIF may stand behind its pixels; one thread would decode for all under the lock
-        with EXIF_LOCK:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in TURNS else 1
-    except Exception as error:
-        raise OSError(f"The EXIF data of an image of {image.width} x {image.height} pixels is damaged: {error}") from (
-            error
-        )
-
-
-def load_as_stored(image: Image.Image) -> Image.Image:
-    """
-    Decode an image. A TIFF, which Pillow turns while it decodes, is turned back and keeps its orientation.
-
-    Raises:
-        OSError: if the image or its EXIF data is damaged.
-    """
-    orientation = read_orientation(image) if image.format == "TIFF" else 1
-    image.load()
-    if orientation == 1:
-        return image
-    stored = image.transpose(UNDONE_TURNS[orientation])
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    stored.info["exif"] = exif.tobytes()
-    return stored
-
-
-def turn_upright(image: Image.Image, annotated_size: tuple[int, int] | None = None) -> Image.Image:
-    """
-    Turn an image as its EXIF orientation says, as OpenCV does, unless `keeps_stored_frame`. The result carries no
-    orientation, so nothing turns it a second time. The given image is not changed.
-
-    Args:
-        annotated_size (`(height, width)`, *optional*): the size that the image was annotated at.
-
-    Raises:
-        OSError: if the EXIF data is damaged.
-    """
-    image = load_as_stored(image) if image.format == "TIFF" else image
-    orientation = read_orientation(image)
-    if orientation == 1:
-        return image
-    if keeps_stored_frame(orientation, (image.height, image.width), annotated_size):
-        turned = image.copy()
-    else:
-        turned = image.transpose(TURNS[orientation])
-    for field in ORIENTATION_FIELDS:
-        turned.info.pop(field, None)
-    return turned
-
-
-def find_channel_axis(image: np.ndarray | torch.Tensor, input_data_format=None) -> int | None:
-    """
-    Return the axis of an image's channels: 0 or 2, None for a grey image of two dimensions. Where both ends of a shape
-    could be channels, a NumPy array has them last and a tensor first.
-
-    Args:
-        input_data_format (`str` or `ChannelDimension`, *optional*): "channels_first" or "channels_last", if known.
-
-    Raises:
-        ValueError: if there are not 1, 3 or 4 channels.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from modeling_reftr.image_processing_reftr import find_channel_axis
-
-    >>> find_channel_axis(np.zeros((480, 640, 3))), find_channel_axis(np.zeros((3, 480, 640)))
-    (2, 0)
-
-    ```"""
-    shape = tuple(image.shape)
-    if len(shape) == 2:
-        return None
-    if len(shape) != 3:
-        raise ValueError(f"An image must have two or three dimensions, got the shape {shape}.")
-    if input_data_format is not None:
-        axes = [0 if ChannelDimension(input_data_format) == ChannelDimension.FIRST else 2]
-    else:
-        axes = [0, 2] if isinstance(image, torch.Tensor) else [2, 0]
-    for axis in axes:
-        if shape[axis] in (1, 3, 4):
-            return axis
-    raise ValueError(
-        f"An image must have 1, 3 or 4 channels, first or last; the shape {shape} has "
-        f"{' or '.join(str(shape[axis]) for axis in axes)}. Give (height, width, 3) or (3, height, width)."
-    )
-
-
-def picture_size(image, input_data_format=None) -> tuple[int, int]:
-    """
-    Return (height, width) of a PIL image, an array or a tensor, see `find_channel_axis`.
-
-    Raises:
-        ValueError: if an array has not 1, 3 or 4 channels.
-    """
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    shape, axis = tuple(image.shape), find_channel_axis(image, input_data_format)
-    return shape if axis is None else shape[1:] if axis == 0 else shape[:2]
-
-
-def check_picture(image, name: str = "A picture", input_data_format=None):
-    """
-    Refuse an image that would take gigabytes, or a PIL image of another format than `IMAGE_FORMATS`; of a file nothing
-    is decoded yet.
-
-    Raises:
-        ValueError: if it has no pixel or more than `MAX_PIXELS`, an array has not 1, 3 or 4 channels, or a PIL image
-            is of another format.
-    """
-    if isinstance(image, Image.Image):
-        check_format(image)
-    height, width = picture_size(image, input_data_format)
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(
-            f"{name} has {width} x {height} pixels; between 1 and {MAX_PIXELS:,} are taken: make it smaller first."
-        )
-
-
-# relative error of values at the ends of their range, as interpolation leaves it
-RANGE_TOLERANCE = 1e-4
-
-
-def scale_to_8_bits(pixels: torch.Tensor) -> torch.Tensor:
-    """
-    Bring the values of one image to 0..255.
-
-    | values | are taken as |
-    | --- | --- |
-    | bool | 0 and 255 |
-    | uint8 | 0..255 |
-    | floating point in 0..1 | multiplied by 255 and rounded |
-    | floating point in 0..255, the largest at least 2 | 0..255 |
-    | uint16, the largest over 255 | divided by 257 and rounded |
-    | wider integers in 0..255, the largest at least 2 | 0..255 |
-
-    Everything else is refused, because two ranges are possible, or none: negative values, values that are not finite,
-    int8, complex numbers. An image of zeros alone is black in every range.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(channels, height, width)`): of any dtype.
-
-    Returns:
-        `torch.Tensor` of that shape: uint8, or float32 where floating-point values in 0..255 are no whole numbers.
-
-    Raises:
-        ValueError: if the range is not clear.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from modeling_reftr.image_processing_reftr import scale_to_8_bits
-
-    >>> scale_to_8_bits(torch.tensor([[[0.0, 0.5, 1.0]]]))
-    tensor([[[  0, 128, 255]]], dtype=torch.uint8)
-    >>> scale_to_8_bits(torch.tensor([[[0, 65535]]], dtype=torch.uint16))
-    tensor([[[  0, 255]]], dtype=torch.uint8)
-
-    ```"""
-    dtype = str(pixels.dtype).removeprefix("torch.")
-    height, width = pixels.shape[-2:]
-    name = f"An image of {width} x {height} pixels"
-    if pixels.dtype == torch.uint8:
-        return pixels
-    if pixels.dtype == torch.bool:
-        return pixels.to(torch.uint8) * 255
-    if pixels.is_complex() or pixels.dtype == torch.int8:
-        raise ValueError(f"{name} has values of dtype {dtype}, which is not one of images: convert it to uint8.")
-    if pixels.is_floating_point():
-        return scale_floats(pixels.float(), name, dtype)
-    is_16_bit = pixels.dtype == torch.uint16
-    pixels = pixels.to(torch.int64)  # the unsigned ones can do next to nothing
-    low, high = (value.item() for value in pixels.aminmax())
-    if low == high == 0:
-        return pixels.to(torch.uint8)
-    if is_16_bit and high > 255:
-        return ((pixels + 128) // 257).to(torch.uint8)
-    if is_16_bit or low < 0 or not 2 <= high <= 255:
-        raise ValueError(
-            f"{name} has {dtype} values from {low} to {high}, which may be of several ranges: give uint8 in 0..255, "
-            "uint16 in 0..65535, or floating point in 0..1."
-        )
-    return pixels.to(torch.uint8)
-
-
-def scale_floats(pixels: torch.Tensor, name: str, dtype: str) -> torch.Tensor:
-    """Bring float32 values of an image to 0..255, see `scale_to_8_bits`."""
-    low, high = (value.item() for value in pixels.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name} has values that are not finite numbers.")
-    limit = 1 if high <= 1 + RANGE_TOLERANCE else 255
-    highs = [high] if len(pixels) < 4 else [part.max().item() for part in (pixels[:3], pixels[3:])]
-    is_clear = all(value == 0 or (value >= 2) == (limit == 255) for value in highs)
-    if low < -RANGE_TOLERANCE * limit or high > limit * (1 + RANGE_TOLERANCE) or not is_clear:
-        raise ValueError(
-            f"{name} has {dtype} values from {low:g} to {high:g}{'' if len(highs) == 1 else ' (colors and opacity)'}, "
-            "which are neither all in 0..1 nor all in 0..255: scale or clip them to one of the two, or give "
-            "do_rescale=False for values that are final."
-        )
-    rounded = (pixels * (255 // limit)).clamp(0, 255).round()
-    if limit == 1 or torch.equal(rounded, pixels):
-        return rounded.to(torch.uint8)
-    return pixels.clamp(0, 255)
-
-
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """
-    Return an array of any byte order, strides or protection as a tensor.
-
-    Raises:
-        ValueError: if it holds no numbers.
-    """
-    if image.dtype.kind not in "buifc":
-        raise ValueError(f"An image of dtype {image.dtype} holds no numbers: give uint8 in 0..255.")
-    dtype = np.dtype(np.float64) if image.dtype == np.longdouble else image.dtype.newbyteorder("=")
-    # torch takes no negative strides, and warns of memory that is protected
-    if dtype != image.dtype or not image.flags.writeable or min(image.strides, default=0) < 0:
-        image = np.array(image, dtype=dtype, order="C")
-    return torch.from_numpy(np.asarray(image))
-
-
-def to_channels_first(image, input_data_format=None, do_rescale: bool = True, device=None) -> torch.Tensor:
-    """
-    Return an image as a tensor of 8-bit range with its channels first.
-
-    Args:
-        image (`np.ndarray` or `torch.Tensor`): of two dimensions, or three with 1, 3 or 4 channels, see
-            `find_channel_axis`.
-        input_data_format (`str` or `ChannelDimension`, *optional*): "channels_first" or "channels_last", if known.
-        do_rescale (`bool`, *optional*, defaults to `True`): whether values are brought to 0..255
-            (`scale_to_8_bits`); else they are final.
-        device (`torch.device`, *optional*): where the tensor is to be.
-
-    Returns:
-        `torch.Tensor` of shape `(channels, height, width)`.
-
-    Raises:
-        ValueError: if it is no image, or the range of its values is not clear.
-    """
-    axis = find_channel_axis(image, input_data_format)
-    pixels = (to_tensor(image) if isinstance(image, np.ndarray) else image.detach()).to(device)
-    pixels = pixels[None] if axis is None else pixels.movedim(axis, 0)
-    if do_rescale:
-        return scale_to_8_bits(pixels).contiguous()
-    if pixels.is_complex():
-        raise ValueError(f"An image of shape {tuple(image.shape)} has complex values: give real ones.")
-    if pixels.is_floating_point():
-        if not pixels.isfinite().all():
-            height, width = pixels.shape[-2:]
-            raise ValueError(f"An image of {width} x {height} pixels has values that are not finite numbers.")
-        return pixels.float().contiguous()
-    return pixels.to(torch.uint8 if pixels.dtype in (torch.bool, torch.uint8) else torch.int64).contiguous()
-
-
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """
-    Return a PIL image of any mode as an array (height, width, 3) of uint8; transparent pixels are white.
-
-    Raises:
-        ValueError: if the range of a mode of 16 or 32 bits is not clear, see `scale_to_8_bits`.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return np.array(image)
-    if image.mode[0] in "IF":
-        values = np.asarray(image)
-        if image.mode == "I" and values.min() >= 0 and 255 < values.max() <= 65535:
-            values = values.astype(np.uint16)  # Pillow's mode for 16 bits where I;16 cannot be
-        return np.repeat(to_channels_first(values).round().to(torch.uint8).permute(1, 2, 0).numpy(), 3, axis=2)
-    if image.mode == "LAB":
-        profiles = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
-        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-    elif image.mode.endswith("a"):  # multiplied by their opacity
-        image = image.convert(f"{image.mode[:-1]}A")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def to_pil_image(image) -> Image.Image:
-    """
-    Return an array or a tensor as the image that the model sees, of mode RGB; a PIL image as it is.
-
-    Raises:
-        ValueError: see `to_channels_first`.
-    """
-    if isinstance(image, Image.Image):
-        return image
-    pixels = to_channels_first(image)
-    pixels = blend_onto_white(pixels) if len(pixels) == 4 else pixels.expand(3, -1, -1)
-    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def blend_onto_white(pixels: torch.Tensor) -> torch.Tensor:
-    """Return RGBA pixels (4, height, width) in 0..255 as RGB over white."""
-    opacity = pixels[3:].float() / 255
-    blended = pixels[:3].float() * opacity + 255 * (1 - opacity)
-    return blended if pixels.is_floating_point() else blended.round().to(pixels.dtype)
-
-
 @contextlib.contextmanager
-def reading(name: str):
-    """Turn whatever a decoder raises into an OSError, or a ValueError of a picture too large, with its name."""
+def naming_image(name: str) -> Iterator[None]:
+    """Turn every error of a decoder into an OSError (a ValueError for an image too large) with the image's name."""
     try:
         yield
     except FileNotFoundError as error:
-        raise OSError(f"There is no picture at {name}.") from error
+        raise OSError(f"There is no image at {name}.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: make it smaller first.") from error
+        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: resize it to a smaller size first.") from error
     except Exception as error:
-        raise OSError(f"{name} cannot be read as a picture: {explain(error)}") from error
+        raise OSError(f"{name} cannot be read as an image: {explain(error)}") from error
 
 
 def open_image(source: str | os.PathLike | bytes | BinaryIO, allow_private: bool = False) -> Image.Image:
     """
-    Open an image of one of `IMAGE_FORMATS` and decode it as it is stored: `turn_upright` is for its orientation.
+    Open and decode an image of one of `IMAGE_FORMATS` without applying its orientation, see `turn_upright`.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or binary file):
-            A path, a URL, the content itself in base64 ("data:image/png;base64,...") or as bytes, or a file. Only a
-            `str` is taken for a URL or for base64.
+            A path, a URL, the content in base64 ("data:image/png;base64,...") or as bytes, or an open file. Only a
+            `str` is interpreted as a URL or base64.
         allow_private (`bool`, *optional*, defaults to `False`):
-            Whether a URL may be at an address of this machine or of a private network.
+            Whether to fetch a URL at an address of this machine or of a private network.
 
     Raises:
-        ValueError: if it has more than `MAX_PIXELS` pixels; found out before any is decoded.
-        OSError: if a file is missing, is in another format or has damaged EXIF data, or a URL is at a private
-            address, takes more than 20 seconds, or has, like base64, more than 64 MB.
+        ValueError: if the image has more than `MAX_PIXELS` pixels, which is found before decoding.
+        OSError: if a file is missing, has another format or damaged EXIF data; or if a URL is at a private address,
+            takes more than 20 seconds or, like base64, has more than 64 MB.
 
     Example:
 
@@ -462,38 +122,38 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO, allow_private: bool
     ```"""
     is_named = isinstance(source, (str, os.PathLike)) or hasattr(source, "name")
     name = repr(str(source)[:200]) if is_named else "The content"
-    with reading(name):
+    with naming_image(name):
         if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
             source = fetch(source, allow_private)
         elif isinstance(source, str) and source[:5].lower() == "data:":
             if len(source) > MAX_BYTES * 4 / 3:
                 raise OSError(f"it has more than {MAX_BYTES:,} bytes")
             source = base64.b64decode(source.partition(",")[2], validate=True)
-        image = open_file(io.BytesIO(source) if isinstance(source, bytes) else source)
-    check_picture(image, name)
-    with reading(name):
+        image = open_image_file(io.BytesIO(source) if isinstance(source, bytes) else source)
+    check_image(image, name)
+    with naming_image(name):
         image = load_as_stored(image)
         read_orientation(image)
     return image
 
 
-def open_undecoded(image: dict) -> Image.Image:
+def open_undecoded(image: dict[str, Any]) -> Image.Image:
     """
-    Open an image of a row, a dict of its "bytes" or else its "path", see `open_image`. No URL is fetched.
+    Open an image of a dataset's row, a dict of "bytes" and "path", see `open_image`. URLs are not fetched.
 
     Raises:
-        ValueError: if it has neither.
-        ValueError, OSError: see `open_image`.
+        ValueError: if it has neither bytes nor a path, or see `open_image`.
+        OSError: see `open_image`.
     """
     if image["bytes"] is not None:
         return open_image(image["bytes"])
     if image["path"] is None:
-        raise ValueError("An image of a row must have bytes or a path, and this one has neither.")
+        raise ValueError("An image of a row must have bytes or a path, got neither.")
     return open_image(Path(image["path"]))
 
 
-def add_channels(image, input_data_format=None):
-    """Give an array or a tensor (height, width) an axis of one channel where `find_channel_axis` looks for it."""
+def add_channels(image: Any, input_data_format: str | ChannelDimension | None = None) -> Any:
+    """Add an axis of one channel to an array or a tensor (height, width), where `find_channel_axis` expects it."""
     if getattr(image, "ndim", None) != 2:
         return image
     is_last = isinstance(image, np.ndarray)
@@ -502,10 +162,10 @@ def add_channels(image, input_data_format=None):
     return image[..., None] if is_last else image[None]
 
 
-def is_one_image(value) -> bool:
+def is_one_image(value: Any) -> bool:
     """
-    Return whether a value stands for one image: a PIL image, a path, a URL, an image that is not decoded, or an array
-    or tensor of numbers, of which four dimensions are a batch.
+    Return whether a value is a single image: a PIL image, a path, a URL, an undecoded image, or a numeric array or
+    tensor of other than four dimensions, which is a batch.
 
     Example:
 
@@ -518,30 +178,30 @@ def is_one_image(value) -> bool:
 
     ```"""
     if isinstance(value, np.ndarray) and value.dtype.kind in "OSTU":
-        return value.ndim > 1  # of one dimension it is a list; pixels that are no numbers are refused later
+        return value.ndim > 1  # one dimension is a list; pixels that are not numeric are rejected later
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return value.ndim != 4
     return isinstance(value, (str, os.PathLike, Image.Image)) or is_undecoded(value)
 
 
-def flatten_images(images) -> list:
+def flatten_images(images: Any) -> list:
     """
-    Return one image, a batch (array or tensor of four dimensions) or a sequence of either as a flat list of images.
+    Return one image, a batch (array or tensor of four dimensions), or a sequence of either as a flat list of images.
 
     Raises:
-        ValueError: if something else is among them.
+        ValueError: if there is something else among them.
     """
     if is_one_image(images):
         return [images]
     if is_sequence(images):
         return [image for part in to_list(images, "images") for image in flatten_images(part)]
     raise ValueError(
-        "An image is a PIL image, an array, a tensor, a path or a URL, and several are a list of them, got "
+        "An image must be a PIL image, an array, a tensor, a path or a URL, and several must be a list of them, got "
         f"{type(images).__name__}."
     )
 
 
-def find_new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+def output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     """
     Return the (height, width) that an image is resized to: by the published rule (`resized_size`), or exactly.
 
@@ -557,34 +217,35 @@ def find_new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     return size.height, size.width
 
 
-def check_size(size: SizeDict, name: str):
+def check_size(size: SizeDict, name: str) -> None:
     """
-    Refuse a size that no image is resized or padded to, before anything of it is allocated.
+    Reject a size that is out of range, before anything of that size is allocated.
 
     Raises:
-        ValueError: if a side is not a whole number from 1 on, or the sides make more than `MAX_PIXELS` pixels.
+        ValueError: if a side is not a positive integer, or the product of the sides exceeds `MAX_PIXELS`.
     """
     sides = dict(size)
     is_whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides.values())
     if not is_whole or min(sides.values(), default=1) < 1 or math.prod(map(int, sides.values())) > MAX_PIXELS:
         raise ValueError(
-            f"{name}={quote(sides)} must have whole numbers of pixels from 1 on, whose product is at most "
-            f"{MAX_PIXELS:,}."
+            f"{name}={quote(sides)} must hold positive integers (pixels), whose product is at most {MAX_PIXELS:,}."
         )
 
 
-def check_numbers(values, name: str, num_channels: tuple[int, ...] = (3,), is_positive: bool = False):
+def check_numbers(
+    values: Any, name: str, num_channels: tuple[int, ...] = (3,), requires_positive: bool = False
+) -> None:
     """
-    Refuse a setting that is neither a number nor one for each channel.
+    Reject a setting that is neither a number nor one number per channel.
 
     Args:
         values: the setting.
-        name (`str`): what it is called, for messages.
-        num_channels (`tuple[int]`, *optional*, defaults to `(3,)`): how many channels an image may have.
-        is_positive (`bool`, *optional*, defaults to `False`): whether the numbers must be positive.
+        name (`str`): its name, for messages.
+        num_channels (`tuple[int]`, *optional*, defaults to `(3,)`): the numbers of channels that an image may have.
+        requires_positive (`bool`, *optional*, defaults to `False`): whether the numbers must be positive.
 
     Raises:
-        ValueError: if it is something else, a number is not finite, or is not positive and has to be.
+        ValueError: if it is something else, or a number is not finite, or not positive where that is required.
     """
     numbers = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values]
     is_real = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
@@ -593,11 +254,11 @@ def check_numbers(values, name: str, num_channels: tuple[int, ...] = (3,), is_po
             f"{name}={quote(values)} must be a finite number, or one for each of "
             f"{' or '.join(map(str, num_channels))} channels."
         )
-    if is_positive and min(numbers) <= 0:
+    if requires_positive and min(numbers) <= 0:
         raise ValueError(f"{name}={quote(values)} must be positive.")
 
 
-def resize_to_nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize bool masks (N, height, width) to `size` by the published rule for masks, torch's "nearest"."""
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks
@@ -608,20 +269,20 @@ def pad_batch(
     images: list[torch.Tensor], pad_size: SizeDict | None = None, size_divisor: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Pictures in one batch, with zeros bottom and right. Each is written once; the library's `pad` and stacking after
-    it take a quarter of all preprocessing.
+    Stack images into a batch, padded with zeros at the bottom and on the right.
+
+    Each image is copied once; the library's `pad`, followed by stacking, takes a quarter of all preprocessing.
 
     Args:
-        images (list of `(3, height, width)` tensors): normalised.
-        pad_size (`SizeDict`, *optional*): height and width of the batch; absent: of its largest pictures.
-        size_divisor (`int`, *optional*): without `pad_size`, height and width are brought to multiples of it.
+        images (list of `(3, height, width)` tensors): the normalized images.
+        pad_size (`SizeDict`, *optional*): height and width of the batch, by default those of its largest images.
+        size_divisor (`int`, *optional*): without `pad_size`, round height and width up to multiples of this number.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: (I, 3, H, W), and the mask (I, H, W), int64, 1 = picture.
+        `tuple[torch.Tensor, torch.Tensor]`: the images (I, 3, H, W) and their mask (I, H, W), int64, 1 = image.
 
     Raises:
-        ValueError: if a picture is larger than `pad_size`, or the batch would have more than `MAX_PIXELS` pixels for
-            each of them.
+        ValueError: if an image is larger than `pad_size`, or the padded size exceeds `MAX_PIXELS` pixels.
     """
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
@@ -634,7 +295,7 @@ def pad_batch(
     if height * width > MAX_PIXELS:
         raise ValueError(
             f"Images of (height, width) {sizes[:8]} would be padded to {(height, width)} in a batch, more than "
-            f"{MAX_PIXELS:,} pixels: resize them, ask for fewer at a time, or take a smaller size_divisor."
+            f"{MAX_PIXELS:,} pixels: resize them, use smaller batches, or a smaller size_divisor."
         )
     pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     pixel_mask = images[0].new_zeros(len(images), height, width, dtype=torch.long)
@@ -644,24 +305,31 @@ def pad_batch(
     return pixel_values, pixel_mask
 
 
-def resize_logits(logits: torch.Tensor, padded_size, resized_size, target_size, threshold: float) -> torch.Tensor:
+def resize_logits(
+    logits: torch.Tensor,
+    padded_size: Sequence[int],
+    resized_size: Sequence[int],
+    target_size: Sequence[int],
+    threshold: float,
+) -> torch.Tensor:
     """
-    A mask at the picture's own size from logits over the padded picture, resized bilinearly once.
+    Resize the logits of one mask bilinearly, once, to the size of the original image.
 
     Args:
-        logits (`torch.Tensor` of shape `(h1, w1)`): over the whole padded picture.
-        padded_size, resized_size, target_size (`(height, width)`):
-            Of the padded picture, of the part of it that is the picture, and of the result.
-        threshold (`float`): probability over which a pixel belongs to the mask.
+        logits (`torch.Tensor` of shape `(h1, w1)`): logits that cover the whole padded image.
+        padded_size (`(height, width)`): the size of the padded image.
+        resized_size (`(height, width)`): the size of the image in it.
+        target_size (`(height, width)`): the size of the result.
+        threshold (`float`): the probability above which a pixel belongs to the mask.
 
     Returns:
         `torch.Tensor` of shape `target_size`, bool.
     """
-    places = []
+    coordinates = []
     for padded, resized, target in zip(padded_size, resized_size, target_size, strict=True):
-        # middles of the result's pixels, as grid_sample wants them: -1 and 1 are the padded picture's edges
-        places.append((torch.arange(target, device=logits.device) + 0.5) / target * (resized / padded) * 2 - 1)
-    grid = torch.stack(torch.meshgrid(*places, indexing="ij")[::-1], dim=-1)
+        # Centers of the result's pixels in the coordinates of grid_sample: -1 and 1 are the edges of the padded image.
+        coordinates.append((torch.arange(target, device=logits.device) + 0.5) / target * (resized / padded) * 2 - 1)
+    grid = torch.stack(torch.meshgrid(*coordinates, indexing="ij")[::-1], dim=-1)
     sampled = nn.functional.grid_sample(
         logits[None, None].float(), grid[None], mode="bilinear", padding_mode="border", align_corners=False
     )
@@ -669,18 +337,22 @@ def resize_logits(logits: torch.Tensor, padded_size, resized_size, target_size, 
 
 
 def resize_logits_in_two_steps(
-    logits: torch.Tensor, padded_size, resized_size, target_size, threshold: float
+    logits: torch.Tensor,
+    padded_size: Sequence[int],
+    resized_size: Sequence[int],
+    target_size: Sequence[int],
+    threshold: float,
 ) -> torch.Tensor:
-    """As `resize_logits`, by way of the padded size, where the threshold is applied: as published."""
+    """Resize as published: like `resize_logits`, but apply the threshold at the padded size in between."""
     padded = nn.functional.interpolate(logits[None, None].float(), size=tuple(padded_size), mode="bilinear")
     mask = (padded.sigmoid() > threshold)[0, :, : resized_size[0], : resized_size[1]]
-    return resize_to_nearest(mask, target_size)[0]
+    return resize_nearest(mask, target_size)[0]
 
 
 class RefTRImageProcessorKwargs(ImagesKwargs, total=False):
     """
     size_divisor (`int`, *optional*):
-        Pad batches to multiples of so many pixels.
+        Pad batches to multiples of this number of pixels.
     """
 
     size_divisor: int | None
@@ -688,15 +360,18 @@ class RefTRImageProcessorKwargs(ImagesKwargs, total=False):
 
 class RefTRImageProcessor(TorchvisionBackend):
     r"""
-    Published preprocessing: the longer side resized to about 640 pixels with the aspect ratio kept, ImageNet mean and
-    standard deviation, zeros bottom and right of smaller pictures of a batch. Pictures of any mode come out as RGB,
-    turned as EXIF says.
+    Construct a RefTR image processor.
+
+    As published, it resizes the longer side to about 640 pixels with the aspect ratio kept, normalizes with the mean
+    and standard deviation of ImageNet, and pads the images of a batch with zeros at the bottom and on the right.
+    Images of any mode are converted to RGB and turned upright by their EXIF orientation.
 
     Args:
         size (`dict`, *optional*, defaults to `{"shortest_edge": 640, "longest_edge": 640}`):
-            The shorter side is brought to `shortest_edge`, or less where the longer would pass `longest_edge`.
+            Resize the shorter side to `shortest_edge`, or less where the longer side would exceed `longest_edge`.
         size_divisor (`int`, *optional*):
-            Pad batches to multiples of so many pixels: fewer shapes to compile for. Padding changes answers a little.
+            Pad batches to multiples of this number of pixels, which gives `torch.compile` fewer shapes. Padding
+            changes answers slightly.
         do_resize, do_rescale, do_normalize, do_pad, image_mean, image_std, pad_size, ...: see `BaseImageProcessor`.
 
     Example:
@@ -705,8 +380,8 @@ class RefTRImageProcessor(TorchvisionBackend):
     >>> import numpy as np
     >>> from modeling_reftr import RefTRImageProcessor
 
-    >>> pictures = [np.zeros((60, 100, 3), dtype=np.uint8), np.zeros((80, 80, 3), dtype=np.uint8)]
-    >>> inputs = RefTRImageProcessor()(pictures, return_tensors="pt")
+    >>> images = [np.zeros((60, 100, 3), dtype=np.uint8), np.zeros((80, 80, 3), dtype=np.uint8)]
+    >>> inputs = RefTRImageProcessor()(images, return_tensors="pt")
     >>> inputs["pixel_values"].shape, inputs["pixel_mask"].shape
     (torch.Size([2, 3, 640, 640]), torch.Size([2, 640, 640]))
 
@@ -726,7 +401,7 @@ class RefTRImageProcessor(TorchvisionBackend):
     valid_kwargs = RefTRImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask"]
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         for name, value in kwargs.items():
             check_setting(value, name)
         for name in kwargs.keys() - self.valid_kwargs.__annotations__.keys():
@@ -734,27 +409,29 @@ class RefTRImageProcessor(TorchvisionBackend):
             if callable(own) or isinstance(own, property) or name.startswith("__"):
                 raise ValueError(f"{quote(name)} is not a setting of an image processor, but part of its code.")
         super().__init__(**kwargs)
-        # saving a processor writes both here: with them from the start, saving does not change the object
+        # Saving a processor sets both entries; set from the start, they keep saving from changing the object.
         self.auto_map = {name: AUTO_MAP[name] for name in ("AutoImageProcessor", "AutoProcessor")}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "RefTRImageProcessor | tuple[RefTRImageProcessor, dict]":
         """
-        See `ImageProcessingMixin.from_pretrained`.
+        Load an image processor, see `ImageProcessingMixin.from_pretrained`.
 
         Raises:
-            ValueError: if a file is damaged, naming it.
+            ValueError: if a file is damaged; the message names it.
             OSError: if there is no image processor.
         """
         with naming_files(pretrained_model_name_or_path, IMAGE_PROCESSOR_FILES, kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def _standardize_kwargs(self, **kwargs) -> dict:
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         """
-        Bring settings to one form, as the library does when a processor is made and in every call.
+        Standardize and validate settings, when a processor is made and in every call.
 
         Raises:
-            ValueError: if one of them is nonsense, such as a size of a billion.
+            ValueError: if a setting is invalid, such as a size of a billion.
         """
         try:
             kwargs = super()._standardize_kwargs(**kwargs)
@@ -766,12 +443,12 @@ class RefTRImageProcessor(TorchvisionBackend):
                 check_size(kwargs[name], name)
         divisor = kwargs.get("size_divisor")
         if divisor is not None and (not isinstance(divisor, Integral) or isinstance(divisor, bool) or divisor < 1):
-            raise ValueError(f"size_divisor={quote(divisor)} must be at least 1, a whole number of pixels.")
-        # without the conversion to RGB an image may keep its opacity
+            raise ValueError(f"size_divisor={quote(divisor)} must be at least 1, an integer number of pixels.")
+        # Without the conversion to RGB an image may keep its opacity.
         num_channels = (3, 4) if kwargs.get("do_convert_rgb") is False else (3,)
         for name in ("image_mean", "image_std", "rescale_factor"):
             if kwargs.get(name) is not None:
-                check_numbers(kwargs[name], name, num_channels, is_positive=name == "image_std")
+                check_numbers(kwargs[name], name, num_channels, requires_positive=name == "image_std")
         if kwargs.get("rescale_factor") == 0:
             raise ValueError("rescale_factor=0 makes every image black: give another number, or do_rescale=False.")
         if kwargs.get("device") is not None:
@@ -784,18 +461,18 @@ class RefTRImageProcessor(TorchvisionBackend):
                 raise ValueError(f"{name}={quote(value)} must be true or false.")
         return kwargs
 
-    def fetch_images(self, image_url_or_urls, depth: int = 0):
+    def fetch_images(self, image_url_or_urls: Any, depth: int = 0) -> Any:
         """
-        Open what is given by name: a path, a URL, or the content itself in base64 ("data:image/png;base64,..."); and
-        what `datasets.Image(decode=False)` gives, a dict of "bytes" and "path".
+        Open images given by name: a path, a URL, base64 content ("data:image/png;base64,..."), or a dict of "bytes"
+        and "path" as from `datasets.Image(decode=False)`.
 
         Args:
-            image_url_or_urls: an image, or a list of images, or of lists.
-            depth (`int`, *optional*, defaults to 0): of lists around it.
+            image_url_or_urls: an image, or a list of images or of lists.
+            depth (`int`, *optional*, defaults to 0): the number of enclosing lists.
 
         Raises:
-            ValueError: if a picture has more than `MAX_PIXELS` pixels, or lists are nested too deeply.
-            OSError: if a file is missing or is no picture.
+            ValueError: if an image has more than `MAX_PIXELS` pixels, or lists are nested too deeply.
+            OSError: if a file is missing or is not an image.
         """
         images = without_decoding(image_url_or_urls)
         if is_sequence(images) and not is_one_image(images):
@@ -808,47 +485,59 @@ class RefTRImageProcessor(TorchvisionBackend):
             return open_undecoded(images)
         return open_image(images) if isinstance(images, (str, os.PathLike)) else images
 
-    def open_images(self, images, annotated_sizes=None, input_data_format=None) -> list:
+    def open_images(
+        self,
+        images: ImageInput | None,
+        original_sizes: Sequence[tuple[int, int] | None] | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+    ) -> list:
         """
-        Return a flat list of upright images (`turn_upright`). To open them once more changes nothing: they carry no
-        orientation.
+        Open images and return a flat list of upright ones (`turn_upright`).
+
+        Upright images have no orientation left, so that opening them again does not change them.
 
         Args:
-            images: an image (PIL, array, tensor, path, URL), a batch of them (array or tensor of four dimensions), or
-                a list of either.
-            annotated_sizes (list of `(height, width)`, *optional*): the size each image was annotated at.
+            images: an image (PIL, array, tensor, path, URL), a batch (array or tensor of four dimensions), or a list
+                of either.
+            original_sizes (list of `(height, width)`, *optional*): the size that each image was annotated at.
             input_data_format (*optional*): see `find_channel_axis`.
 
         Raises:
-            ValueError: if there are no images, not one annotated size per image, or an image has more than
+            ValueError: if there are no images, or not one original size per image, or an image has more than
                 `MAX_PIXELS` pixels or not 1, 3 or 4 channels.
-            OSError: if a file is missing or is no image.
+            OSError: if a file is missing or is not an image.
         """
         images = [] if images is None else flatten_images(self.fetch_images(images))
         images = [add_channels(image, input_data_format) for image in images]
         if not images:
-            raise ValueError("There are no images: give one picture or a list of them.")
+            raise ValueError("There are no images: give one image or a list of them.")
         for image in images:
-            check_picture(image, input_data_format=input_data_format)
-        if annotated_sizes is None:
-            annotated_sizes = [None] * len(images)
-        annotated_sizes = to_sizes(annotated_sizes, len(images), "annotated_sizes", are_optional=True)
+            check_image(image, input_data_format=input_data_format)
+        if original_sizes is None:
+            original_sizes = [None] * len(images)
+        original_sizes = to_sizes(original_sizes, len(images), "original_sizes", are_optional=True)
         return [
             turn_upright(image, size) if isinstance(image, Image.Image) else image
-            for image, size in zip(images, annotated_sizes, strict=True)
+            for image, size in zip(images, original_sizes, strict=True)
         ]
 
-    def preprocess(self, images, annotated_sizes=None, **kwargs) -> BatchFeature:
+    def preprocess(
+        self,
+        images: ImageInput,
+        original_sizes: Sequence[tuple[int, int] | None] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """
-        Prepare images for the model.
+        Preprocess images for the model.
 
         Args:
-            images: an image (PIL, array, tensor, path, URL) or a list of them. Values of arrays and tensors are
-                brought to 0..255 by `scale_to_8_bits`, each image by itself, unless `do_rescale=False` says that they
-                are final, or another `rescale_factor` than 1 / 255 says what they are.
-            annotated_sizes (list of `(height, width)`, *optional*):
-                The size each image was annotated at, which decides whether its EXIF orientation is followed.
-            kwargs: any of the processor's settings, for this call.
+            images:
+                An image (PIL, array, tensor, path, URL) or a list of them. `scale_to_8_bits` scales the values of
+                each array and tensor to 0..255, unless `do_rescale=False`, or a `rescale_factor` other than 1 / 255,
+                declares what they are.
+            original_sizes (list of `(height, width)`, *optional*):
+                The size that each image was annotated at, which decides whether its EXIF orientation is followed.
+            kwargs: settings of the processor, for this call.
 
         Returns:
             `BatchFeature`: `pixel_values` (I, 3, H, W) and `pixel_mask` (I, H, W), int64, 1 = image.
@@ -856,74 +545,81 @@ class RefTRImageProcessor(TorchvisionBackend):
         Raises:
             ValueError, OSError: see `open_images` and `scale_to_8_bits`.
         """
-        return self.preprocess_with_sizes(images, annotated_sizes, **kwargs)[0]
+        return self.preprocess_with_sizes(images, original_sizes, **kwargs)[0]
 
     def preprocess_with_sizes(
-        self, images, annotated_sizes=None, **kwargs
+        self,
+        images: ImageInput,
+        original_sizes: Sequence[tuple[int, int] | None] | None = None,
+        **kwargs: Any,
     ) -> tuple[BatchFeature, list[tuple[int, int]]]:
         """
-        Prepare images for the model, and return with them the size that each had before.
+        Preprocess images and return the size that each had before.
 
         Args:
-            images, annotated_sizes, kwargs: see `preprocess`.
+            images, original_sizes, kwargs: see `preprocess`.
 
         Returns:
-            `tuple`: what `preprocess` returns, and (height, width) of each upright image.
+            `tuple`: the result of `preprocess`, and the (height, width) of each upright image.
 
         Raises:
             ValueError, OSError: see `preprocess`.
         """
+        original_sizes = take_renamed_argument(kwargs, "annotated_sizes", "original_sizes", original_sizes)
         for name, value in kwargs.items():
             check_setting(value, name)
         input_data_format = kwargs.get("input_data_format")
-        images = self.open_images(images, annotated_sizes, input_data_format)
-        sizes = [picture_size(image, input_data_format) for image in images]
+        images = self.open_images(images, original_sizes, input_data_format)
+        sizes = [height_and_width(image, input_data_format) for image in images]
         try:
             return super().preprocess(images, **kwargs), sizes
-        except StrictDataclassError as error:  # the library's, of a setting of another type
+        except StrictDataclassError as error:  # the library's, for a setting of another type
             raise ValueError(" ".join(str(error).split())) from error
 
     def process_image(
         self,
-        image,
+        image: ImageInput,
         do_convert_rgb: bool | None = None,
-        input_data_format=None,
-        device=None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: str | torch.device | None = None,
         do_rescale: bool | None = None,
         rescale_factor: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """
-        Return one image of any kind as a tensor (3, height, width): see `to_rgb` and `to_channels_first`.
+        Convert an image of any type to a tensor (3, height, width), see `to_rgb` and `to_channels_first`.
 
         Raises:
-            ValueError: if the range of its values is not clear.
+            ValueError: if the range of its values is ambiguous.
         """
         if isinstance(image, Image.Image):
             if do_convert_rgb:
-                # channels last in memory, as it was decoded: resizing takes a seventh of the time, without a copy
+                # Keep the channels last in memory, as decoded: resizing is seven times faster and nothing is copied.
                 return torch.from_numpy(to_rgb(image)).permute(2, 0, 1).to(device)
             image, input_data_format = np.array(image), ChannelDimension.LAST
-        is_to_scale = bool(do_rescale) and math.isclose(rescale_factor, 1 / 255)
-        pixels = to_channels_first(image, input_data_format, is_to_scale, device)
+        must_scale = bool(do_rescale) and math.isclose(rescale_factor, 1 / 255)
+        pixels = to_channels_first(image, input_data_format, must_scale, device)
         if not do_convert_rgb:
             return pixels
         if len(pixels) == 4:
-            return blend_onto_white(pixels) if is_to_scale else self.convert_to_rgb(pixels)
+            return blend_onto_white(pixels) if must_scale else self.convert_to_rgb(pixels)
         return pixels.expand(3, -1, -1)
 
-    def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
+    def resize(
+        self, image: torch.Tensor, size: SizeDict, resample: PILImageResampling | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """
-        Resize (..., height, width) by the published rule (`resized_size`), or to an exact `{"height", "width"}`.
+        Resize images (..., height, width) by the published rule (`resized_size`), or to exactly
+        `{"height", "width"}`.
 
         Raises:
             ValueError: if `size` is neither.
         """
-        size = SizeDict(**dict(zip(("height", "width"), find_new_size(*image.shape[-2:], size), strict=True)))
+        size = SizeDict(**dict(zip(("height", "width"), output_size(*image.shape[-2:], size), strict=True)))
         if tuple(image.shape[-2:]) == (size.height, size.width):
             return image
         if image.dtype == torch.uint8 and 1 in (*image.shape[-2:], size.height, size.width):
-            # torch's 8-bit kernel takes a picture one pixel wide for one with its channels last, and fails
+            # torch's 8-bit kernel mistakes an image one pixel wide for one with its channels last, and fails.
             resized = super().resize(image.float(), size=size, resample=resample, **kwargs)
             return resized.round().clamp(0, 255).to(torch.uint8)
         return super().resize(image, size=size, resample=resample, **kwargs)
@@ -933,21 +629,21 @@ class RefTRImageProcessor(TorchvisionBackend):
         images: list[torch.Tensor],
         do_resize: bool,
         size: SizeDict,
-        resample,
+        resample: PILImageResampling | None,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
-        image_mean,
-        image_std,
+        image_mean: float | list[float] | None,
+        image_std: float | list[float] | None,
         do_pad: bool,
         pad_size: SizeDict | None,
         disable_grouping: bool | None,
-        return_tensors,
+        return_tensors: str | TensorType | None,
         size_divisor: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         if len({image.dtype for image in images}) > 1:
-            disable_grouping = True  # stacked, they would take the dtype of one of them
+            disable_grouping = True  # stacking would convert all images to the dtype of one
         grouped_images, order = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, stacked in grouped_images.items():
             if do_resize:
@@ -964,17 +660,22 @@ class RefTRImageProcessor(TorchvisionBackend):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def resize_masks(
-        self, masks, padded_size: tuple[int, int], size: SizeDict | dict | None = None, do_resize: bool | None = None
+        self,
+        masks: np.ndarray | torch.Tensor,
+        padded_size: tuple[int, int],
+        size: SizeDict | dict[str, int] | None = None,
+        do_resize: bool | None = None,
     ) -> torch.Tensor:
         """
-        Resize the masks of one image as the published loader does, by torch's "nearest", and pad them. "nearest"
-        rounds coordinates down; Pillow's, which the library takes for masks, and "nearest-exact" round them to the
-        nearest.
+        Resize the masks of one image as the published loader does, and pad them.
+
+        torch's "nearest" rounds coordinates down; "nearest-exact" and Pillow's "nearest", which the library uses for
+        masks, round them to the nearest integer.
 
         Args:
-            masks (array of shape `(phrases, height, width)`): at the image's own size.
-            padded_size (`(height, width)`): of the batch.
-            size, do_resize (*optional*): as for the images, by default the processor's own.
+            masks (array of shape `(phrases, height, width)`): masks at the image's own size.
+            padded_size (`(height, width)`): the padded size of the batch.
+            size, do_resize (*optional*): settings of the images, by default the processor's own.
 
         Returns:
             `torch.Tensor` of shape `(phrases, *padded_size)`, bool.
@@ -983,48 +684,54 @@ class RefTRImageProcessor(TorchvisionBackend):
         masks = torch.as_tensor(np.asarray(masks)).bool()
         if self.do_resize if do_resize is None else do_resize:
             size = size if isinstance(size, SizeDict) else SizeDict(**size)
-            masks = resize_to_nearest(masks, find_new_size(*masks.shape[-2:], size))
+            masks = resize_nearest(masks, output_size(*masks.shape[-2:], size))
         height, width = masks.shape[-2:]
         return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height])
 
-    def sizes_of_sentences(self, target_sizes, outputs) -> torch.Tensor:
+    def sizes_of_sentences(
+        self, target_sizes: TensorType | Sequence[tuple[int, int]], outputs: ModelOutput
+    ) -> torch.Tensor:
         """
-        Return the (height, width) of each sentence's image, (S, 2), from those of the images.
+        Return the (height, width) of each sentence's image, (S, 2), given those of the images.
 
         Args:
-            target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`): one for each image.
+            target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`): one size per image.
             outputs ([`RefTRVisualGroundingOutput`]):
-                Of the model; their `pixel_mask` (I, H, W) tells the number of images, whichever of them were asked
-                about. Outputs with neither `pixel_mask` nor `image_index` have one image for each sentence.
+                Outputs of the model. Their `pixel_mask` (I, H, W) determines the number of images, including those
+                without a sentence. Outputs with neither `pixel_mask` nor `image_index` have one image per sentence.
 
         Raises:
-            ValueError: if there is not one size for each image, or the number of images cannot be told.
+            ValueError: if there is not one size per image, or the number of images is unknown.
         """
         num_sentences = len(outputs.pred_boxes)
         image_index = getattr(outputs, "image_index", None)
         pixel_mask = getattr(outputs, "pixel_mask", None)
         if pixel_mask is None and image_index is not None:
             raise ValueError(
-                "The outputs have an image_index and no pixel_mask, which tells the number of images: pass the "
+                "The outputs have an image_index but no pixel_mask, which determines the number of images: pass the "
                 "model's outputs with all their fields."
             )
         num_images = num_sentences if pixel_mask is None else len(pixel_mask)
         target_sizes = torch.tensor(to_sizes(target_sizes, num_images, "target_sizes"), dtype=torch.float64)
         return target_sizes if image_index is None else target_sizes[image_index.cpu()]
 
-    def post_process_boxes(self, outputs, target_sizes=None) -> torch.Tensor:
+    def post_process_boxes(
+        self, outputs: ModelOutput, target_sizes: TensorType | Sequence[tuple[int, int]] | None = None
+    ) -> torch.Tensor:
         """
+        Convert the predicted boxes to (x0, y0, x1, y1) in pixels of the original images.
+
         Args:
-            outputs ([`RefTRVisualGroundingOutput`]): of the model.
+            outputs ([`RefTRVisualGroundingOutput`]): outputs of the model.
             target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
-                The original size of each image, in the order of `pixel_values`: one for each image, also where
-                several sentences ask about an image or none does. Absent: boxes stay in 0..1.
+                The original size of each image, in the order of `pixel_values`: one per image, however many sentences
+                refer to it. By default boxes stay in 0..1.
 
         Returns:
-            `torch.Tensor` of shape `(S, P, 4)`: xyxy in pixels.
+            `torch.Tensor` of shape `(S, P, 4)`.
 
         Raises:
-            ValueError: if there is not one size for each image.
+            ValueError: if there is not one size per image.
 
         Example:
 
@@ -1045,24 +752,30 @@ class RefTRImageProcessor(TorchvisionBackend):
         return boxes_xyxy * torch.stack((width, height, width, height), dim=1)[:, None]
 
     def post_process_masks(
-        self, outputs, target_sizes=None, threshold: float = 0.5, two_step: bool = False
+        self,
+        outputs: ModelOutput,
+        target_sizes: TensorType | Sequence[tuple[int, int]] | None = None,
+        threshold: float = 0.5,
+        two_step: bool = False,
     ) -> list[torch.Tensor]:
         """
+        Convert the predicted logits to masks at the size of the original images.
+
         Args:
-            outputs ([`RefTRVisualGroundingOutput`]): of a model with `config.predict_masks`.
+            outputs ([`RefTRVisualGroundingOutput`]): outputs of a model with `config.predict_masks`.
             target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
-                The original size of each image, see `post_process_boxes`. Absent: masks have the size that the image
-                was resized to.
-            threshold (`float`, *optional*, defaults to 0.5): probability over which a pixel belongs to the mask.
+                The original size of each image, see `post_process_boxes`. By default masks have the size that the
+                image was resized to.
+            threshold (`float`, *optional*, defaults to 0.5): the probability above which a pixel belongs to the mask.
             two_step (`bool`, *optional*, defaults to `False`):
                 Resize as published: to the padded size, where the threshold is applied, then to the original size by
-                the nearest pixel. Else logits are resized once, straight to the original size.
+                the nearest pixel. By default logits are resized once, directly to the original size.
 
         Returns:
-            `list[torch.Tensor]`, one a sentence: bool, (phrases, height, width), for its real phrases.
+            `list[torch.Tensor]`: for each sentence the masks of its real phrases, bool (phrases, height, width).
 
         Raises:
-            ValueError: if the model predicts no masks, there is not one size for each image, or one has more than
+            ValueError: if the model does not predict masks, there is not one size per image, or a size has more than
                 `MAX_PIXELS` pixels.
         """
         if outputs.pred_masks is None:
@@ -1071,7 +784,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         num_sentences = len(outputs.pred_masks)
         image_index = outputs.image_index
         image_index = list(range(num_sentences)) if image_index is None else image_index.tolist()
-        # a picture's own size is where its pixel mask ends
+        # The pixel mask ends where the image in it ends.
         sizes = torch.stack([outputs.pixel_mask.amax(axis).sum(1) for axis in (2, 1)], dim=1).long().tolist()
         resized_sizes = [sizes[index] for index in image_index]
         if target_sizes is None:
@@ -1089,31 +802,38 @@ class RefTRImageProcessor(TorchvisionBackend):
             outputs.pred_masks, outputs.phrase_mask, resized_sizes, target_sizes, strict=True
         ):
             resize = resize_logits_in_two_steps if two_step else resize_logits
-            # one at a time: at the size of a photograph they are large
+            # Resize one mask at a time: the float values of a photograph take many megabytes.
             resized_masks = [
                 resize(mask, outputs.pixel_mask.shape[-2:], resized, target, threshold) for mask in logits[is_real]
             ]
             masks.append(torch.stack(resized_masks) if resized_masks else is_real.new_zeros(0, *target))
         return masks
 
-    def post_process_object_detection(self, outputs, threshold: float = 0.0, target_sizes=None) -> list[dict]:
+    def post_process_object_detection(
+        self,
+        outputs: ModelOutput,
+        threshold: float = 0.0,
+        target_sizes: TensorType | Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
         """
-        What the `zero-shot-object-detection` pipeline reads. RefTR answers each phrase with one box and has no score:
-        every score is 1.0.
+        Convert outputs for the library's `zero-shot-object-detection` pipeline.
+
+        Prefer [`RefTRProcessor.post_process_grounded_object_detection`], which returns one dict per image. RefTR
+        predicts one box per phrase and no score: every score is 1.0.
 
         Args:
-            outputs ([`RefTRVisualGroundingOutput`]): of the model.
-            threshold (`float`, *optional*, defaults to 0.0): from 1.0 on, nothing is kept.
+            outputs ([`RefTRVisualGroundingOutput`]): outputs of the model.
+            threshold (`float`, *optional*, defaults to 0.0): the score above which boxes are kept.
             target_sizes: see `post_process_boxes`.
 
         Returns:
-            `list[dict]`, one a sentence: `scores` (phrases,), `labels` (phrases,), the phrases' slots, and `boxes`
-            (phrases, 4), xyxy in pixels.
+            `list[dict]`: for each sentence `scores` (phrases,), `labels` (phrases,), the slots of the phrases, and
+            `boxes` (phrases, 4), xyxy in pixels.
 
         Raises:
             ValueError: see `post_process_boxes`.
         """
-        label = getattr(outputs, "candidate_label", None)  # that pipeline's text, which passes no processor
+        label = getattr(outputs, "candidate_label", None)  # the text, which that pipeline passes to no processor
         if isinstance(label, str):
             warn_about_joined_expressions([label])
         threshold = to_threshold(threshold)

@@ -1,8 +1,10 @@
-"""Checks of what callers pass, shared by the image processor, the processor and the pipeline."""
+"""Check and convert arguments, for the image processor, the processor and the pipeline."""
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 from transformers.utils import logging
 
@@ -12,22 +14,22 @@ from .quoting_reftr import quote
 logger = logging.get_logger(__name__)
 
 MAX_DEPTH = 10  # of nested arguments
-MAX_SETTING = 1000  # characters of a setting as it is written: of lists and dicts of numbers and names
-# a word after which a dot ends no sentence
+MAX_SETTING = 1000  # characters of a setting in Python notation: lists and dicts of numbers and names are short
+# Words after which a dot does not end a sentence.
 ABBREVIATION = re.compile(
     r"\w|st|mrs?|ms|dr|prof|sr|jr|nos?|nr|vs|etc|approx|ca|cf|figs?|inc|ltd|corp|dept|ave|blvd|rd|hwy|mt|ft|rev|sgt|capt"
     r"|lt|gov|sen|pres|vol|ed|est|temp|e\.g|i\.e|[ap]\.m|u\.[sk]|jan|feb|apr|jun|jul|aug|sept?|oct|nov|dec"
 )
-# a word with which the next sentence goes on about the same thing
+# Words at the beginning of a sentence that continues the previous one.
 CONTINUATION = re.compile(
     r"(he|she|it|they|his|hers?|its|their|there|this|that|these|those|who|which|and|but|or|so|not)\b"
 )
 
 
-def is_sequence(values) -> bool:
+def is_sequence(values: Any) -> bool:
     """
-    Return whether values are a sequence of entries: a list, a tuple, an array or tensor of at least one dimension, a
-    Series, a dataset or a column of one. A text, a mapping, a set, a table, an iterator and a single value are not.
+    Return whether values are a sequence: a list, a tuple, an array or tensor of at least one dimension, a Series, a
+    dataset or a column of one. A text, a mapping, a set, a table, an iterator and a single value are not.
 
     Example:
 
@@ -44,10 +46,9 @@ def is_sequence(values) -> bool:
     return hasattr(values, "__len__") and hasattr(values, "__getitem__") and getattr(values, "ndim", 1) > 0
 
 
-def to_list(values, name: str) -> list:
+def to_list(values: Any, name: str) -> list:
     """
-    Return a sequence, see `is_sequence`, as a list of its entries. Every argument that takes a list takes it by this
-    function.
+    Convert a sequence, see `is_sequence`, to a list. Every argument that accepts a list is converted here.
 
     Raises:
         ValueError: if it is not a sequence.
@@ -63,17 +64,33 @@ def to_list(values, name: str) -> list:
     ```"""
     if not is_sequence(values):
         raise ValueError(f"{name}={quote(values)} must be a list, got {type(values).__name__}.")
-    if hasattr(values, "to_pylist"):  # an array of pyarrow, whose entries are not Python's
+    if hasattr(values, "to_pylist"):  # an array of pyarrow, whose entries are not Python objects
         return values.to_pylist()
-    if hasattr(values, "__iter__"):  # a Series iterates in order, and its [0] is the row of the label 0
+    if hasattr(values, "__iter__"):  # a Series iterates in order, while its [0] is the row with the label 0
         return list(values)
     return [values[index] for index in range(len(values))]  # a dataset of torch
 
 
-def check_setting(value, name: str):
+def take_renamed_argument(kwargs: dict[str, Any], old_name: str, new_name: str, value: Any) -> Any:
     """
-    Refuse a setting that is too long to be one, before the library writes all of it into a message: lists that hold
-    each other can be written in any number of characters.
+    Remove a deprecated keyword argument and return its value, or `value` where only the new name was used.
+
+    Raises:
+        ValueError: if both names were used.
+    """
+    if old_name not in kwargs:
+        return value
+    if value is not None:
+        raise ValueError(f"`{old_name}` is the deprecated name of `{new_name}`: pass only `{new_name}`.")
+    warnings.warn(f"`{old_name}` is deprecated, use `{new_name}`.", FutureWarning, stacklevel=3)
+    return kwargs.pop(old_name)
+
+
+def check_setting(value: Any, name: str) -> None:
+    """
+    Reject a setting that is too large to be one, before the library writes all of it into a message.
+
+    Lists that contain each other can take any number of characters.
 
     Raises:
         ValueError: if it takes more than `MAX_SETTING` characters, is an integer of more than 64 bits, or an array
@@ -83,14 +100,14 @@ def check_setting(value, name: str):
         is_short = not quote(value, MAX_SETTING).endswith("...")
     except RecursionError:
         is_short = False
-    is_number = isinstance(value, int) and value.bit_length() > 63
-    if not is_short or is_number or getattr(getattr(value, "dtype", None), "kind", None) == "O":
+    is_huge = isinstance(value, int) and value.bit_length() > 63
+    if not is_short or is_huge or getattr(getattr(value, "dtype", None), "kind", None) == "O":
         raise ValueError(f"{name}={quote(value)} is too large for a setting; give numbers, names or short lists.")
 
 
-def nesting_depth(values) -> int:
+def nesting_depth(values: Any) -> int:
     """
-    Return how deep a value nests, by its first entries; at most `MAX_DEPTH`, for a list may hold itself.
+    Return how deeply a value is nested, judged by first entries; at most `MAX_DEPTH`, as a list may contain itself.
 
     Example:
 
@@ -108,9 +125,9 @@ def nesting_depth(values) -> int:
     return depth
 
 
-def to_threshold(value) -> float:
+def to_threshold(value: Any) -> float:
     """
-    Return a probability to compare with, of any kind of number.
+    Convert a threshold, a number of any type, to a float.
 
     Raises:
         ValueError: if it is not one number.
@@ -123,25 +140,26 @@ def to_threshold(value) -> float:
         raise ValueError(f"threshold={quote(value)} must be one number from 0 to 1.") from error
 
 
-def to_sizes(sizes, num_images: int, name: str, are_optional: bool = False) -> list[tuple[float, float] | None]:
+def to_sizes(sizes: Any, num_images: int, name: str, are_optional: bool = False) -> list[tuple[float, float] | None]:
     """
-    Return one (height, width) for each image.
+    Convert sizes to one (height, width) per image.
+
+    A single pair is rejected: for two images it would be ambiguous.
 
     Args:
-        sizes (list of `(height, width)`, or array or tensor of shape `(num_images, 2)`): in pixels.
-        num_images (`int`): how many there have to be.
-        name (`str`): of the argument, for messages.
-        are_optional (`bool`, *optional*, defaults to `False`): whether an image may have None.
+        sizes (list of `(height, width)`, or array or tensor of shape `(num_images, 2)`): sizes in pixels.
+        num_images (`int`): the number of images.
+        name (`str`): the name of the argument, for messages.
+        are_optional (`bool`, *optional*, defaults to `False`): whether the size of an image may be None.
 
     Raises:
-        ValueError: if there is not one pair of positive numbers for each image. A bare pair stands for no image, for
-            of two images it could be anything.
+        ValueError: if there is not one pair of positive numbers per image.
     """
     sizes = to_list(sizes, name)
     if len(sizes) != num_images:
         raise ValueError(
-            f"{len(sizes)} {name} for {num_images} images: give one (height, width) for each image, whatever number "
-            "of sentences asks about it."
+            f"{len(sizes)} {name} for {num_images} images: give one (height, width) per image, however many sentences "
+            "refer to it."
         )
     pairs = []
     for size in sizes:
@@ -164,7 +182,7 @@ def to_sizes(sizes, num_images: int, name: str, are_optional: bool = False) -> l
 def split_expressions(text: str) -> list[str]:
     """
     Split a text at the dots that end an expression, as in "the red square. the green star.", the form in which
-    Grounding DINO takes several. A text of one expression comes back as a list of one.
+    Grounding DINO takes several. A text of one expression gives a list of one.
 
     Example:
 
@@ -178,7 +196,7 @@ def split_expressions(text: str) -> list[str]:
     parts, begin, word = [], 0, None
     for match in re.finditer(r"\S+", text):
         if match[0].endswith("."):
-            # of a dot that stands alone the word before it
+            # A dot that stands alone belongs to the word before it.
             word, end = (match[0][:-1], match.end() - 1) if len(match[0]) > 1 else (word, match.start())
             if word is not None and not ABBREVIATION.fullmatch(word.lower()):
                 parts.append(text[begin:end].strip())
@@ -194,15 +212,15 @@ def is_joined(text: str) -> bool:
     first, *others = split_expressions(text) or [text]
     if not others or any(CONTINUATION.match(part.lower()) for part in others):
         return False
-    # without a dot at the end only articles tell a list from a sentence with a dot in it
+    # Without a dot at the end, only articles distinguish a list from a sentence that contains a dot.
     has_articles = all(part.lower().startswith(("a ", "an ", "the ")) for part in (first, *others))
     return text.rstrip().endswith(".") or has_articles
 
 
-def warn_about_joined_expressions(texts: Iterable[str]):
-    """Log once in a process that a text which looks like several expressions is answered as one."""
+def warn_about_joined_expressions(texts: Iterable[str]) -> None:
+    """Warn once per process that a text which looks like several expressions is answered as one."""
     if any("." in text and is_joined(text) for text in texts):
-        # one message for all texts: it is logged once because it is always the same
+        # The message does not quote the text: `warning_once` remembers messages.
         logger.warning_once(
             'A text such as "the red square. the green star." is read as one expression and gets one box. To ask for '
             'each, give a list: text=["the red square", "the green star"].'

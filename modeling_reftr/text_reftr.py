@@ -1,29 +1,30 @@
-"""The texts that are taken, checked before anything reads them."""
+"""Check texts before anything reads them."""
 
 import re
 import unicodedata
 
 
-# A caption has a few hundred characters, and a model reads some hundred tokens. What is cut afterwards is tokenized
-# first, which takes a second for every half a million characters.
+# A caption has a few hundred characters, and a model reads about a hundred tokens. Text is truncated after it was
+# tokenized, which takes a second per half a million characters.
 MAX_CHARACTERS = 100_000
 REFUSED = re.compile("[\0\ud800-\udfff]")
 
 
-def check_text(text, name: str) -> str:
+def check_text(text: str, name: str) -> str:
     """
-    Return a text as it is, if it is one that can be encoded, written to a file and read again. Other control
-    characters, invisible ones and those that change the direction of writing are taken: nothing is replaced, so that
-    the (start, end) of phrases mean the characters that the caller counts.
+    Return a text unchanged if it can be encoded, written to a file and read again.
+
+    Other control characters, invisible ones and those that change the direction of writing are accepted. Nothing is
+    replaced, so that the (start, end) of phrases refer to the caller's characters.
 
     Args:
         text (`str`): the text.
-        name (`str`): what it is, to begin the message with.
+        name (`str`): the name of the text, for messages.
 
     Raises:
-        ValueError: if it is not a `str`, has more than `MAX_CHARACTERS` characters, a NUL, or a surrogate, which is
-            half a character. JSON spells one as an escape without its other half, and Python puts one for each byte of
-            a file name or an argument that is not UTF-8.
+        ValueError: if it is not a `str`, or has more than `MAX_CHARACTERS` characters, a NUL or a surrogate, which is
+            half a character. Surrogates come from a JSON escape without its other half, and from Python for bytes of
+            file names and arguments that are not UTF-8.
 
     Example:
 
@@ -34,7 +35,7 @@ def check_text(text, name: str) -> str:
     'the red cup'
     >>> check_text("the \\ud83d cup", "text")
     Traceback (most recent call last):
-    ValueError: text has '\\ud83d' at character 4, half of a surrogate pair, in 'the \\ud83d cup': write it without.
+    ValueError: text has '\\ud83d' at character 4, half of a surrogate pair, in 'the \\ud83d cup': remove it.
 
     ```"""
     if not isinstance(text, str):
@@ -45,18 +46,16 @@ def check_text(text, name: str) -> str:
             "one expression or one caption."
         )
     if found := REFUSED.search(text):
-        what = "NUL" if found[0] == "\0" else "half of a surrogate pair"
+        kind = "NUL" if found[0] == "\0" else "half of a surrogate pair"
         excerpt = text[max(0, found.start() - 40) : found.end() + 40]
-        raise ValueError(
-            f"{name} has {found[0]!r} at character {found.start()}, {what}, in {excerpt!r}: write it without."
-        )
+        raise ValueError(f"{name} has {found[0]!r} at character {found.start()}, {kind}, in {excerpt!r}: remove it.")
     return text
 
 
 def is_blank(text: str) -> bool:
     """
-    Return whether no character of a text is visible: all are spaces, control, format or unassigned characters, which
-    BERT's tokenizers leave out.
+    Return whether a text has no visible character: all are spaces, control, format or unassigned characters, which
+    BERT's tokenizers drop.
 
     Example:
 

@@ -31,22 +31,6 @@ if TYPE_CHECKING:
 EXAMPLE = '{"image": "1.jpg", "text": ["the cup"]}'
 
 
-def to_json(answer: dict) -> dict:
-    """Return an answer of the pipeline as JSON: `box` as [xmin, ymin, xmax, ymax], the mask as COCO RLE."""
-    import numpy as np
-    import torch
-
-    from modeling_reftr.rle_reftr import to_coco_rle
-
-    written = {
-        "phrase": answer["phrase"],
-        "box": answer["box"] and [round(side, 2) for side in answer["box"].values()],
-    }
-    if "mask" in answer:
-        written["segmentation"] = answer["mask"] and to_coco_rle(torch.from_numpy(np.asarray(answer["mask"]) > 0))
-    return written
-
-
 def image_suffixes() -> set[str]:
     """Return the file name extensions of the accepted image formats, such as ".jpg"."""
     from PIL import Image
@@ -92,12 +76,14 @@ def read_questions(path: Path, texts: list[str] | None) -> list[tuple[str | None
 
 def answer_all(ground: VisualGroundingPipeline, questions: list[tuple], output: Path | None) -> int:
     """Print one line of JSON per question, draw answers into the folder `output`, and return how many failed."""
+    from modeling_reftr.answers_reftr import answer_to_json
+
     num_failed = 0
     for number, (where, question) in enumerate(tqdm(questions, desc="predicting", unit="image"), start=1):
         line = {"image": question["image"]}
         try:
             answers = ground(question)
-            line["answers"] = [to_json(answer) for answer in answers]
+            line["answers"] = [answer_to_json(answer) for answer in answers]
             if output:
                 drawing = ground.draw(question["image"], answers)
                 # file names are limited to 255 bytes
@@ -140,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_questions(path, args.text) if are_many else []
 
     from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
+    from modeling_reftr.answers_reftr import answer_to_json
 
     model = RefTRForVisualGrounding.from_pretrained(args.model).fused_copy()
     processor = RefTRProcessor.from_pretrained(args.model)
@@ -155,4 +142,4 @@ def main(argv: list[str] | None = None) -> None:
     answers = ground(args.image, text=args.text, phrases=args.phrases and [args.phrases])
     if args.output:
         ground.draw(args.image, answers).save(args.output)
-    sys.stdout.write(for_stdout([to_json(answer) for answer in answers], indent=2) + "\n")
+    sys.stdout.write(for_stdout([answer_to_json(answer) for answer in answers], indent=2) + "\n")

@@ -9,7 +9,8 @@ from PIL import Image
 from data_scripts.checking import picture_of
 from data_scripts.masks import decode_segmentation
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
-from modeling_reftr.image_processing_reftr import open_image, turn_upright
+from modeling_reftr.image_processing_reftr import open_image
+from modeling_reftr.orientation_reftr import turn_upright
 
 
 MAX_OBJECTS = 4  # of a picture with many expressions

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_reftr.image_processing_reftr import resize_to_nearest
+from modeling_reftr.image_processing_reftr import resize_nearest
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 
 
@@ -180,7 +180,7 @@ def crop_and_scale(row: dict, draw: random.Random) -> dict:
 
     def move_mask(mask):
         cut_out = torch.from_numpy(mask[begin[1] : end[1], begin[0] : end[0]])
-        return resize_to_nearest(cut_out[None], (new_height, new_width))[0].numpy()
+        return resize_nearest(cut_out[None], (new_height, new_width))[0].numpy()
 
     picture = row["image"].resize((new_width, new_height), Image.BILINEAR, box=area)
     objects = [move_object(item, move_box, move_mask) for item in row["objects"]]

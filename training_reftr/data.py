@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from data_scripts.building import is_degenerate
 from data_scripts.masks import is_empty
 from modeling_reftr import RefTRProcessor
-from modeling_reftr.image_processing_reftr import picture_size
+from modeling_reftr.pixels_reftr import height_and_width
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from modeling_reftr.text_reftr import check_text
 from training_reftr.augmentation import augment
@@ -114,7 +114,7 @@ def take_sentences(row: dict, places) -> dict:
 
 def fit_to_picture(row: dict, image_processor) -> dict:
     """A row whose picture was resized, with its size, boxes and masks at that of the picture."""
-    old_size, new_size = (row["height"], row["width"]), picture_size(row["image"])
+    old_size, new_size = (row["height"], row["width"]), height_and_width(row["image"])
     if old_size == new_size:
         return row
     limits = np.array([old_size[1], old_size[0]] * 2, dtype=np.float64)

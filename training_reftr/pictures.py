@@ -16,7 +16,9 @@ from PIL import Image
 
 from data_scripts.atomic_files import write_file
 from data_scripts.checking import picture_of
-from modeling_reftr.image_processing_reftr import open_image, picture_size, resized_size, turn_upright
+from modeling_reftr.image_processing_reftr import open_image, resized_size
+from modeling_reftr.orientation_reftr import turn_upright
+from modeling_reftr.pixels_reftr import height_and_width
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def check_frame(row: dict, image):
     Raises:
         ValueError: if height and width of the image are those of the row in the other order.
     """
-    row_size, size = (row["height"], row["width"]), picture_size(image)
+    row_size, size = (row["height"], row["width"]), height_and_width(image)
     if row_size == size[::-1] != size:
         raise ValueError(
             f"The image of {row['image_id']!r} has (height, width) {size} and its boxes are in {row_size}: one of "

@@ -17,6 +17,7 @@ from data_scripts.masks import is_empty
 from data_scripts.quoting import quote
 from data_scripts.reports import read_build_report
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.answers_reftr import json_answer
 from training_reftr.data import EvaluationData
 from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
 from training_reftr.metrics import THRESHOLDS
@@ -226,8 +227,10 @@ def controls(records: list[dict], training_rows, split: str, data: DataSettings)
 
 
 def prediction(split: str, record: dict) -> dict:
-    """The line of predictions.jsonl about one phrase; boxes in pixels of the original picture, null: no answer."""
-    line = {
+    """Return the line of predictions.jsonl about one phrase: an answer in JSON, and how it was scored."""
+    segmentation = {"segmentation": record["pred_segmentation"]} if "pred_segmentation" in record else {}
+    return {
+        **json_answer(record["words"], record["pred_box"], **segmentation),
         "split": split,
         "image_id": record["image_id"],
         "sentence_id": record["sentence_id"],
@@ -237,9 +240,6 @@ def prediction(split: str, record: dict) -> dict:
         "iou": record["iou"],
         "any_box_iou": record["any_box_iou"],
     }
-    if "pred_segmentation" in record:
-        line["segmentation"] = record["pred_segmentation"]
-    return line
 
 
 def format_report(metrics: dict) -> str:

@@ -185,7 +185,7 @@ def test_a_file_that_is_no_picture_gets_a_sentence(browser, tmp_path):
     upload(browser, tmp_path / "notes.png")
     wait(browser, lambda: find(browser, "#picture img"))
     ask(browser, "the star")
-    assert "The file 'notes.png' cannot be read as a picture" in sentence(browser)
+    assert "The file 'notes.png' cannot be read as an image" in sentence(browser)
     assert not find(browser, ".legend-item")
 
 

@@ -611,7 +611,7 @@ def test_a_stream_decodes_no_picture_that_is_not_asked_for(toy, processor, argum
     assert order.num_visits == 6
     assert len(list(order.visits(0))) == 6
     args = arguments(batch_size=2)
-    with pytest.raises(OSError, match=r"train_\d\.jpg' cannot be read as a picture"):
+    with pytest.raises(OSError, match=r"train_\d\.jpg' cannot be read as an image"):
         list(TrainingData(rows, processor, args, 0, 1).batches(0))
 
 

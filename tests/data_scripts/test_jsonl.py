@@ -408,7 +408,7 @@ def test_64_kinds_of_pictures_have_three_channels_and_boxes_on_the_right_pixels(
     for row in rows:
         assert (row["width"], row["height"]) == (60, 40), row["image_id"]
         size = (row["height"], row["width"])
-        pixels = image_processor(row["image"], annotated_sizes=[size], return_tensors="pt")["pixel_values"][0]
+        pixels = image_processor(row["image"], original_sizes=[size], return_tensors="pt")["pixel_values"][0]
         assert pixels.shape == (3, 160, 240), row["image_id"]
         scale = pixels.shape[-1] / row["width"]
         bright = pixels.mean(dim=0) > pixels.mean(dim=0).median() + 0.8

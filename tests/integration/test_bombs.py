@@ -427,7 +427,7 @@ VALUE_DOORS = {
     "a side of a box": lambda value, tools: tools.processor(PICTURE, "the star", boxes=[value, 1, 2, 3]),
     "masks": lambda value, tools: tools.processor(PICTURE, "the star", masks=value),
     "images": lambda value, tools: tools.processor(value, "the star"),
-    "annotated_sizes": lambda value, tools: tools.processor(PICTURE, "the star", annotated_sizes=value),
+    "original_sizes": lambda value, tools: tools.processor(PICTURE, "the star", original_sizes=value),
     "padding": lambda value, tools: tools.processor(PICTURE, "the star", padding=value),
     "size": lambda value, tools: tools.processor.image_processor(PICTURE, size=value),
     "image_mean": lambda value, tools: tools.processor.image_processor(PICTURE, image_mean=value),

@@ -268,9 +268,9 @@ def test_images_of_datasets_are_taken_by_the_pipeline(ground, folder):
 
 @pytest.mark.parametrize("image", ["http://127.0.0.1:9/1.jpg", "data:image/png;base64,iVBORw0KGgo="])
 def test_a_path_in_a_row_is_never_a_url(processor, image):
-    with pytest.raises(OSError, match="There is no picture at"):
+    with pytest.raises(OSError, match="There is no image at"):
         processor({"bytes": None, "path": image}, "the star")
-    with pytest.raises(OSError, match="There is no picture at"):
+    with pytest.raises(OSError, match="There is no image at"):
         PictureReader(processor.image_processor)(undecoded(image))
     with pytest.raises(ValueError, match="must have bytes or a path"):
         processor({"bytes": None, "path": None}, "the star")

@@ -18,9 +18,10 @@ from data_scripts import reading
 from data_scripts.checking import check
 from data_scripts.exporting import export
 from data_scripts.reading import Frame, drop_orientation, image_of, is_as_stored, read_frame
-from modeling_reftr import RefTRImageProcessor, RefTRProcessor, image_processing_reftr
+from modeling_reftr import RefTRImageProcessor, RefTRProcessor, orientation_reftr
 from modeling_reftr.drawing_reftr import COLORS
-from modeling_reftr.image_processing_reftr import open_image, turn_upright
+from modeling_reftr.image_processing_reftr import open_image
+from modeling_reftr.orientation_reftr import turn_upright
 from reftr_cli.preview import draw_preview
 from tests.helpers.layout_orientation import (
     CASES,
@@ -118,7 +119,7 @@ def at_the_processor(folder, own_processor, **_):
         path = path_of(case, folder)
         with Image.open(path) as opened:
             batches = [
-                own_processor(image, TEXT, boxes=case.box, masks=mask, annotated_sizes=sizes)
+                own_processor(image, TEXT, boxes=case.box, masks=mask, original_sizes=sizes)
                 for image in (path, opened)
             ]
         yield all(label_agrees(batch["pixel_values"][0], batch["labels"][0]) for batch in batches)
@@ -242,11 +243,11 @@ def test_pixels_and_boxes_agree(door, folder, rows, undecoded, own_processor, ma
 def test_both_islands_decide_alike():
     sizes = [(30, 40), (40, 30), (30, 30), (40, 40), (60, 80), (1, 1)]
     for orientation, stored, annotated in itertools.product(range(1, 9), sizes, [None, *sizes]):
-        mine = image_processing_reftr.keeps_stored_frame(orientation, stored, annotated)
+        mine = orientation_reftr.keeps_stored_orientation(orientation, stored, annotated)
         assert mine == reading.keeps_stored_frame(orientation, stored, annotated)
         is_turned = orientation >= 5 and stored[0] != stored[1]
         assert mine == (is_turned and annotated == stored), (orientation, stored, annotated)
-    assert image_processing_reftr.UNDONE_TURNS == reading.UNDONE_TURNS
+    assert orientation_reftr.INVERSE_TRANSPOSES == reading.UNDONE_TURNS
 
 
 def test_an_image_opened_twice_is_opened_once(tmp_path):
@@ -417,11 +418,11 @@ def test_a_damaged_jpeg_is_named(tmp_path, cut):
 
 def test_damaged_exif_is_said(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF here")
-    with pytest.raises(OSError, match=r"a\.png' cannot be read as a picture: .*EXIF data"):
+    with pytest.raises(OSError, match=r"a\.png' cannot be read as an image: .*EXIF data"):
         RefTRImageProcessor()(str(tmp_path / "a.png"))
     with Image.open(tmp_path / "a.png") as image, pytest.raises(OSError, match="EXIF data of an image of 8 x 8"):
         RefTRImageProcessor()(image)
-    with pytest.raises(OSError, match=r"a\.png' cannot be read as a picture"):
+    with pytest.raises(OSError, match=r"a\.png' cannot be read as"):
         read_frame(tmp_path / "a.png")
 
 

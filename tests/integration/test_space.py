@@ -19,8 +19,8 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
+from modeling_reftr.answers_reftr import answer_to_json
 from modeling_reftr.rle_reftr import from_coco_rle
-from reftr_cli.predict import to_json
 from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
 from tests.helpers.space_app import DEMO, EXPRESSIONS, copy_with_masks, import_app
 from tests.helpers.tiny import ROOT, trials
@@ -84,7 +84,7 @@ def test_answers_are_those_of_the_pipeline(client, folder, shapes, tmp_path):
     shapes["test"][0]["image"].resize((64, 40)).save(picture)
     shown, answers = ask(client, picture)
     ground = pipeline("visual-grounding", model=str(folder))
-    expected = [to_json(answer) for answer in ground(picture, text=EXPRESSIONS)]
+    expected = [answer_to_json(answer) for answer in ground(picture, text=EXPRESSIONS)]
     assert [answer["phrase"] for answer in answers] == EXPRESSIONS
     for answer, right in zip(answers, expected, strict=True):
         assert answer["box"] == pytest.approx(right["box"], abs=0.02)
@@ -181,7 +181,7 @@ def test_files_that_are_no_pictures_get_a_sentence(client, tmp_path):
     for name, content in {"text.png": b"no picture", "cut.jpg": whole.getvalue()[:700], "empty.png": b""}.items():
         (tmp_path / name).write_bytes(content)
         sentence = refusal(client, tmp_path / name)
-        assert re.match(f"The file '{name}' cannot be read as a picture: ", sentence), sentence
+        assert re.match(f"The file '{name}' cannot be read as an image: ", sentence), sentence
         assert "/" not in sentence  # no folder of the server's
         assert "Traceback" not in sentence
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from modeling_reftr import RefTRImageProcessor, open_image
 from modeling_reftr.image_processing_reftr import resized_size
-from modeling_reftr.processing_reftr import to_label_boxes
+from modeling_reftr.labels_reftr import to_label_boxes
 from tests.helpers.golden import GOLDEN
 
 
@@ -109,23 +109,23 @@ def test_arrays_and_tensors(image_processor, picture):
 
 def test_exif_is_not_followed_where_only_the_stored_size_was_annotated(image_processor):
     picture = as_mode("RGB", rotated=True)  # stored 80 x 60 (height, width), upright 60 x 80
-    upright = image_processor(picture, annotated_sizes=[(60, 80)], return_tensors="pt")["pixel_values"]
-    stored = image_processor(picture, annotated_sizes=[(80, 60)], return_tensors="pt")["pixel_values"]
-    neither = image_processor(picture, annotated_sizes=[(1, 2)], return_tensors="pt")["pixel_values"]
+    upright = image_processor(picture, original_sizes=[(60, 80)], return_tensors="pt")["pixel_values"]
+    stored = image_processor(picture, original_sizes=[(80, 60)], return_tensors="pt")["pixel_values"]
+    neither = image_processor(picture, original_sizes=[(1, 2)], return_tensors="pt")["pixel_values"]
     assert upright.shape[-2:] == neither.shape[-2:] == (480, 640)
     assert stored.shape[-2:] == (640, 480)
 
 
 def test_missing_and_broken_files_are_named(image_processor, tmp_path):
-    with pytest.raises(OSError, match=r"no picture at .*nowhere\.png"):
+    with pytest.raises(OSError, match=r"no image at .*nowhere\.png"):
         image_processor(str(tmp_path / "nowhere.png"), return_tensors="pt")
     (tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(OSError, match=r"text\.jpg.* cannot be read as a picture"):
+    with pytest.raises(OSError, match=r"text\.jpg.* cannot be read as an image"):
         image_processor(tmp_path / "text.jpg", return_tensors="pt")
     half_and_half().save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(content[: len(content) * 9 // 10])
-    with pytest.raises(OSError, match=r"cut\.jpg.* cannot be read as a picture"):
+    with pytest.raises(OSError, match=r"cut\.jpg.* cannot be read as an image"):
         image_processor(tmp_path / "cut.jpg", return_tensors="pt")
     assert image_processor(str(tmp_path / "whole.jpg"), return_tensors="pt")["pixel_values"].shape == (1, 3, 480, 640)
 
@@ -153,7 +153,7 @@ def test_a_picture_by_its_address(tmp_path):
         processor = RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
         image = open_image(f"{address}/red.png", allow_private=True)
         assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 48, 64)
-        with pytest.raises(OSError, match=r"/none\.png' cannot be read as a picture: .*404"):
+        with pytest.raises(OSError, match=r"/none\.png' cannot be read as an image: .*404"):
             open_image(f"{address}/none.png", allow_private=True)
         with pytest.raises(OSError, match=r"is at 127\.0\.0\.1, and only public addresses are fetched"):
             processor(f"{address}/red.png", return_tensors="pt")

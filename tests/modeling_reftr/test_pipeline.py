@@ -150,7 +150,7 @@ def test_phrases_past_the_longest_text_have_no_answer(ground, pictures):
     answers = ground(pictures[0], text=caption, phrases=["the red circle", "the star"])
     assert [answer["phrase"] for answer in answers] == ["the red circle", "the star"]
     assert answers[0]["box"] is not None
-    assert answers[1] == {"phrase": "the star", "box": None, "mask": None}
+    assert answers[1] == {"label": "the star", "phrase": "the star", "score": 0.0, "box": None, "mask": None}
     assert ground.draw(pictures[0], answers).width == 320
     assert ground(pictures[0], text=caption, phrases=["the star", "the red circle"]) == answers[::-1]
 
@@ -169,26 +169,26 @@ def test_a_model_without_masks_and_one_in_training(make_model, processor, pictur
     ground = pipeline("visual-grounding", model=model, processor=processor)
     first, again = ground(pictures[0], text="the star"), ground(pictures[0], text="the star")
     assert first == again  # no dropout
-    assert set(first[0]) == {"phrase", "box"}
+    assert set(first[0]) == {"label", "phrase", "score", "box"}
     assert ground.draw(pictures[0], first).width == 320
 
 
 @pytest.mark.parametrize(
     ("images", "asked", "reason"),
     [
-        ("picture", {}, "text=None is neither an expression nor a list of them: name what to look for"),
-        ("picture", {"text": []}, r"text=\[\] is neither"),
-        ("picture", {"text": ["the star", 7]}, "is neither an expression"),
+        ("picture", {}, "text=None must be an expression to locate or a list of expressions"),
+        ("picture", {"text": []}, r"text=\[\] must be an expression"),
+        ("picture", {"text": ["the star", 7]}, "must be an expression to locate"),
         ("picture", {"text": "  "}, "is blank"),
         ("picture", {"text": "a star", "phrases": ["circle"]}, "'circle' is not in its sentence"),
         ("picture", {"text": ["a star"] * 2, "phrases": [["star"]]}, "1 lists of phrases for 2 texts"),
         ([], {"text": "a star"}, "There are no images"),
-        (["picture"] * 2, {"text": ["a star"] * 3}, "3 texts for 2 pictures"),
-        ([{"image": "picture"}], {}, r"A question has an 'image' and a 'text', and this one \['image'\]"),
-        ([{"image": "picture", "text": "a"}], {"text": "a"}, "bring their texts"),
-        (7, {"text": "a star"}, "int is no picture, no question, and no list of them"),
-        (None, {"text": "a star"}, "NoneType is no picture"),
-        ([np.zeros((2, 8, 8, 3), np.uint8)], {"text": "a star"}, "is about one picture, and this one has 2"),
+        (["picture"] * 2, {"text": ["a star"] * 3}, "3 texts for 2 images"),
+        ([{"image": "picture"}], {}, r"A question must have an 'image' and a 'text', got \['image'\]"),
+        ([{"image": "picture", "text": "a"}], {"text": "a"}, "contain their text and phrases"),
+        (7, {"text": "a star"}, "must be an image, a question or a list of them, got int"),
+        (None, {"text": "a star"}, "list of them, got NoneType"),
+        ([np.zeros((2, 8, 8, 3), np.uint8)], {"text": "a star"}, "must be about one image, got 2"),
     ],
 )
 def test_questions_that_make_no_sense(ground, pictures, images, asked, reason):

@@ -98,7 +98,7 @@ def test_long_text_is_cut_with_one_counted_warning(processor, make_model, caplog
     with caplog.at_level(logging.WARNING):
         inputs = processor(PICTURE, texts, phrases=phrases)
     logger.propagate = False
-    (record,) = [record for record in caplog.records if "were cut" in record.message]
+    (record,) = [record for record in caplog.records if "were truncated" in record.message]
     assert "2 of 3 texts are longer than 64 tokens" in record.message
     assert inputs["input_ids"].shape == (3, 64)
     outputs = make_model()(**inputs)
@@ -140,7 +140,7 @@ def test_masks_become_labels_of_the_padded_picture(processor):
         ({"images": [], "text": "the star"}, "There are no images"),
         ({"text": ""}, "The text '' is blank"),
         ({"text": " \n"}, "is blank"),
-        ({"text": "\u200b"}, "has no words"),
+        ({"text": "\u200b"}, "is blank"),
         ({"text": []}, "must be a sentence, a list"),
         ({"text": [["the star"], "the square"]}, "mixes sentences and lists"),
         ({"images": [PICTURE] * 2, "text": "the star"}, "One text for 2 images"),
@@ -148,18 +148,18 @@ def test_masks_become_labels_of_the_padded_picture(processor):
         ({"images": [PICTURE] * 2, "text": [["a"]]}, "1 lists of texts for 2 images"),
         ({"images": [PICTURE] * 2, "text": [["a"], []]}, "An image has no sentence"),
         ({"text": "the star", "phrases": ["the square"]}, "'the square' is not in its sentence 'the star'"),
-        ({"text": "the star", "phrases": [(4, 9)]}, r"\(4, 9\) is no part of 'the star', which has 8 characters"),
-        ({"text": "the star", "phrases": [(4, 4)]}, r"\(4, 4\) is no part"),
+        ({"text": "the star", "phrases": [(4, 9)]}, r"\(4, 9\) is not a part of 'the star', which has 8 characters"),
+        ({"text": "the star", "phrases": [(4, 4)]}, r"\(4, 4\) is not a part"),
         ({"text": "the star", "phrases": [" "]}, "A phrase of 'the star' is blank"),
         ({"text": ["a", "b"], "phrases": [["a"]]}, "1 entries of phrases for 2 sentences"),
-        ({"text": ["a", "b"], "phrases": ["a", "b"]}, "give a list of phrases for each sentence"),
+        ({"text": ["a", "b"], "phrases": ["a", "b"]}, "must be a list of phrases for each sentence"),
         ({"text": "the star", "boxes": [[0, 0, 9, 9], [0, 0, 9, 9]]}, "2 boxes for the 1 phrases of 'the star'"),
         ({"text": "the star", "boxes": [9, 0, 9, 9]}, "x0 < x1"),
         ({"text": "the star", "boxes": [0, 9, 9, 0]}, "x0 < x1 and y0 < y1"),
         ({"text": "the star", "boxes": [0, 0, float("nan"), 9]}, "nan"),
-        ({"text": "the star", "boxes": [0, 0, 99, 9]}, "leaves its picture of 64 x 48 pixels"),
-        ({"text": "the star", "masks": [np.ones((9, 9))]}, r"has the size \(9, 9\), its picture has \(48, 64\)"),
-        ({"text": "the star", "annotated_sizes": [(1, 1), (2, 2)]}, "2 annotated_sizes for 1 images"),
+        ({"text": "the star", "boxes": [0, 0, 99, 9]}, "exceeds its image of 64 x 48 pixels"),
+        ({"text": "the star", "masks": [np.ones((9, 9))]}, r"has the size \(9, 9\), its image has \(48, 64\)"),
+        ({"text": "the star", "original_sizes": [(1, 1), (2, 2)]}, "2 original_sizes for 1 images"),
         ({"text": "the star", "padding": "left"}, "padding='left' must be"),
     ],
 )

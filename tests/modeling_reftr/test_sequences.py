@@ -101,7 +101,7 @@ PROCESSOR_ARGUMENTS = {
     "boxes of one text": {"images": IMAGES[0], "text": TEXTS[0], "boxes": BOXES[0][0]},
     "masks": {"images": IMAGES, "text": TEXTS, "phrases": PHRASES, "masks": MASKS},
     "mask of one text": {"images": IMAGES[0], "text": TEXTS[0], "masks": MASKS[0][0]},
-    "annotated sizes": {"images": IMAGES, "text": TEXTS, "annotated_sizes": SIZES},
+    "annotated sizes": {"images": IMAGES, "text": TEXTS, "original_sizes": SIZES},
 }
 
 
@@ -164,9 +164,9 @@ def test_pipeline_takes_datasets_rows_and_batches(pipe):
     assert same(pipe({"image": IMAGES, "text": "the star"}), pipe(IMAGES, text="the star"))
     mapped = rows.map(lambda row: {"xmin": [answer["box"]["xmin"] for answer in pipe(row)]})
     assert list(mapped["xmin"]) == [[answer["box"]["xmin"] for answer in answers] for answers in expected]
-    with pytest.raises(ValueError, match="bring their texts"):
+    with pytest.raises(ValueError, match="contain their text and phrases"):
         pipe(rows[:2], text=TEXTS)
-    with pytest.raises(ValueError, match="1 texts for 2 pictures"):
+    with pytest.raises(ValueError, match="1 texts for 2 images"):
         pipe({"image": IMAGES, "text": TEXTS[:1]})
 
 

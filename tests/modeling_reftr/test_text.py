@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from modeling_reftr import RefTRProcessor, VisualGroundingPipeline
 from modeling_reftr.inputs_reftr import is_joined
-from modeling_reftr.processing_reftr import find_phrases
+from modeling_reftr.phrases_reftr import find_phrases
 from reftr_cli.predict import main as predict
 from tests.helpers.tiny import TINY_TEXT
 from training_reftr.data import GroundingCollator
@@ -249,7 +249,7 @@ def test_padding_is_the_tokenizer_s(cased):
 
 
 def test_a_length_without_room_for_text_is_refused(processor):
-    with pytest.raises(ValueError, match="A length of 2 tokens has no room for text beside the 2 special tokens"):
+    with pytest.raises(ValueError, match="A length of 2 tokens leaves no room for text beside the 2 special tokens"):
         processor(IMAGE, "the red star", max_length=2)
 
 
@@ -281,8 +281,8 @@ def test_phrases_that_are_cut_are_said(processor, caplog):
     caption = "the star " + "left of the star " * 7
     with caplog.at_level(logging.WARNING):
         processor(IMAGE, caption, phrases=[(0, len(caption) - 9)])
-    (record,) = [record for record in caplog.records if "were cut" in record.message]
-    assert record.message == "1 phrases are longer than 22 tokens and were cut."
+    (record,) = [record for record in caplog.records if "were truncated" in record.message]
+    assert record.message == "1 phrases are longer than 22 tokens and were truncated."
 
 
 # several expressions in one text

@@ -11,7 +11,7 @@ from data_scripts.flickr30k_entities import parse_caption
 from modeling_reftr import VisualGroundingPipeline
 from modeling_reftr.drawing_reftr import draw_answers
 from modeling_reftr.inputs_reftr import is_joined, split_expressions
-from modeling_reftr.processing_reftr import find_all, find_phrases
+from modeling_reftr.phrases_reftr import find_occurrences, find_phrases
 from modeling_reftr.quoting_reftr import quote
 from training_reftr.augmentation import mirror_sentence, mirrored_words
 
@@ -86,7 +86,7 @@ def test_all_places_of_a_text_are_found():
         wanted = rng.choice(["ab", "a", "b"]) * rng.randint(1, 6)
         begin = rng.randint(0, 5)
         expected = [place for place in range(begin, len(text)) if text.startswith(wanted, place)]
-        assert list(find_all(text, wanted, begin)) == expected, (text, wanted, begin)
+        assert list(find_occurrences(text, wanted, begin)) == expected, (text, wanted, begin)
 
 
 def test_phrases_are_limited_together():

@@ -112,15 +112,15 @@ def test_sizes_of_another_count_or_form_are_refused(processor, model, sizes, mes
     [
         ((48, 64), "for each of 2 images, got 48"),  # a pair, for two images
         (torch.tensor([48, 64]), "for each of 2 images"),
-        ([(48, 64)], "1 annotated_sizes for 2 images"),
+        ([(48, 64)], "1 original_sizes for 2 images"),
         ([(48, 64), "64"], "for each of 2 images, got '64'"),
         ([(48, 64), (48, -1)], "positive numbers of pixels"),
     ],
 )
 def test_annotated_sizes_are_those_of_the_images(processor, sizes, message):
     for door in (
-        lambda sizes: processor([WIDE, TALL], [["the star"], ["it"]], annotated_sizes=sizes),
-        lambda sizes: processor.image_processor([WIDE, TALL], annotated_sizes=sizes),
+        lambda sizes: processor([WIDE, TALL], [["the star"], ["it"]], original_sizes=sizes),
+        lambda sizes: processor.image_processor([WIDE, TALL], original_sizes=sizes),
         lambda sizes: processor.image_processor.open_images([WIDE, TALL], sizes),
     ):
         with pytest.raises(ValueError, match=message):
@@ -130,8 +130,8 @@ def test_annotated_sizes_are_those_of_the_images(processor, sizes, message):
 
 
 def test_one_pair_is_no_list_of_annotated_sizes(processor):
-    with pytest.raises(ValueError, match="2 annotated_sizes for 1 images"):
-        processor(WIDE, "the star", annotated_sizes=(48, 64))
+    with pytest.raises(ValueError, match="2 original_sizes for 1 images"):
+        processor(WIDE, "the star", original_sizes=(48, 64))
 
 
 def test_outputs_that_do_not_tell_the_number_of_images(processor, model):
@@ -235,7 +235,7 @@ def test_phrases_are_nested_under_their_text(processor, text, phrases, spans):
 @pytest.mark.parametrize(
     ("text", "phrases", "message"),
     [
-        (CAPTION, "the star", "give a list of phrases"),
+        (CAPTION, "the star", "must be a list of phrases"),
         (CAPTION, (0, 8), "The phrase 0 of .* must be a str or a pair of int"),  # one span is no list of them
         (CAPTION, [["the star", "the square"]], "must be a str or a pair of int"),
         (CAPTION, [(0, 8, 9)], "must be a str or a pair of int"),
@@ -243,11 +243,11 @@ def test_phrases_are_nested_under_their_text(processor, text, phrases, spans):
         (CAPTION, ["the star", None], "The phrase None of"),
         (CAPTION, [7], "The phrase 7 of"),
         (CAPTION, {"the star"}, "must be a list, got set"),
-        ([CAPTION, CAPTION], ["the star", "the square"], "give a list of phrases for each sentence"),
+        ([CAPTION, CAPTION], ["the star", "the square"], "must be a list of phrases for each sentence"),
         ([CAPTION, CAPTION], "ab", "must be a list, got str"),
         ([CAPTION], [(0, 8)], "The phrase 0 of"),
         ([CAPTION], [["the star"], ["the star"]], "2 entries of phrases for 1 sentences"),
-        ([[CAPTION]], [["the star"]], "give a list of phrases for each sentence"),
+        ([[CAPTION]], [["the star"]], "must be a list of phrases for each sentence"),
         ([[CAPTION]], ["the star"], "must be a list, got str"),
         ([[CAPTION]], [7], "must be a list, got int"),
     ],
@@ -385,11 +385,11 @@ def test_which_image_the_pipeline_asks_about(ground, images, text, asked):
 @pytest.mark.parametrize(
     ("images", "asked", "message"),
     [
-        ([WIDE], {"text": ["the star", "it"]}, "2 texts for 1 pictures"),
-        ([WIDE, TALL], {"text": ["the star"]}, "1 texts for 2 pictures"),
+        ([WIDE], {"text": ["the star", "it"]}, "2 texts for 1 images"),
+        ([WIDE, TALL], {"text": ["the star"]}, "1 texts for 2 images"),
         ([WIDE, TALL], {"text": {"the star": 1}}, "must be a list, got dict"),
-        (iter([WIDE, TALL]), {"text": ["the star", "it"]}, "does not say which image each is about"),
-        (WIDE, {"text": [["the star"]]}, "is neither an expression nor a list of them"),
+        (iter([WIDE, TALL]), {"text": ["the star", "it"]}, "does not say which image each text refers to"),
+        (WIDE, {"text": [["the star"]]}, "must be an expression to locate or a list of expressions"),
         (WIDE, {"text": 7}, "must be a list, got int"),
         (WIDE, {"text": ["the star", "it"], "phrases": "ab"}, "must be a list, got str"),
         (WIDE, {"text": "the star", "phrases": (0, 8)}, "must be a str or a pair of int"),

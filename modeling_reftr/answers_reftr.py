@@ -1,0 +1,138 @@
+"""
+Build the answers of the pipeline and the predictor, and convert them to JSON.
+
+An answer in Python is a dict of `label`, `score`, `box` and, from a model that predicts masks, `mask`, as returned by
+the library's pipelines for detection and segmentation. In JSON, `segmentation` replaces `mask`.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .drawing_reftr import draw_answers
+from .inputs_reftr import is_sequence, to_list
+from .phrases_reftr import phrase_text
+from .quoting_reftr import quote
+from .rle_reftr import to_coco_rle
+
+
+SCORE = 1.0  # of every box: the model predicts one box per phrase and no confidence
+
+
+def flatten_question(text: Any, phrases: Any) -> tuple[list[str], list | None]:
+    """
+    Convert what is asked about one image to a list of sentences, and a list of the phrases of each.
+
+    Args:
+        text (`str` or `list[str]`): one sentence or several.
+        phrases (*optional*): the list of phrases of a `str`, or one such list (or None) for each of a `list[str]`.
+
+    Raises:
+        ValueError: if there is no text, or the phrases do not match it.
+    """
+    if isinstance(text, str):
+        text, phrases = [text], None if phrases is None else [phrases]
+    elif text is not None:
+        text = to_list(text, "text")
+    if not text or not all(isinstance(sentence, str) for sentence in text):
+        raise ValueError(f"text={quote(text)} must be an expression to locate or a list of expressions.")
+    if phrases is not None:
+        phrases = to_list(phrases, "phrases")
+        if len(phrases) != len(text):
+            raise ValueError(f"{len(phrases)} lists of phrases for {len(text)} texts: give one list per text.")
+        # The processor rejects a single str and other values that are not lists.
+        phrases = [to_list(names, "phrases") if is_sequence(names) else names for names in phrases]
+    return [str(sentence) for sentence in text], phrases
+
+
+def labels_of_sentences(sentences: list[str], phrases: list | None) -> list[list[str]]:
+    """Return the text of each phrase of each sentence; a sentence without phrases is its own phrase."""
+    if phrases is None:
+        return [[sentence] for sentence in sentences]
+    return [
+        [sentence] if of_sentence is None else [phrase_text(phrase, sentence) for phrase in of_sentence]
+        for sentence, of_sentence in zip(sentences, phrases, strict=True)
+    ]
+
+
+def make_answers(labels: list[list[str]], results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """
+    Build the answers of each sentence.
+
+    Args:
+        labels (`list[list[str]]`): the texts of each sentence's phrases.
+        results (`list[dict]`): the result of the processor's post-processing for each sentence.
+
+    Returns:
+        `list[list[dict]]`: for each sentence an answer per phrase, see [`VisualGroundingPipeline.__call__`].
+    """
+    has_masks = any("masks" in result for result in results)
+    answers = []
+    for of_sentence, result in zip(labels, results, strict=True):
+        unanswered = {"score": 0.0, "box": None, **({"mask": None} if has_masks else {})}
+        found = [{"label": label, "phrase": label, **unanswered} for label in of_sentence]
+        for position, slot in enumerate(result["phrase_indices"]):
+            found[slot] |= {"score": SCORE, "box": box_to_dict(result["boxes"][position])}
+            if has_masks:
+                pixels = result["masks"][position].cpu().numpy().astype(np.uint8) * 255
+                found[slot]["mask"] = Image.fromarray(pixels)
+        answers.append(found)
+    return answers
+
+
+def group(values: Iterable[Any], counts: Iterable[int]) -> list[list]:
+    """Split values into lists of the given lengths."""
+    values = iter(values)
+    return [list(itertools.islice(values, count)) for count in counts]
+
+
+def box_to_dict(box_xyxy: torch.Tensor) -> dict[str, float]:
+    """Convert a box (4,) to a dict of `xmin`, `ymin`, `xmax` and `ymax`."""
+    return dict(zip(("xmin", "ymin", "xmax", "ymax"), box_xyxy.tolist(), strict=True))
+
+
+def draw_on(image: Image.Image, answers: list[dict[str, Any]], width: int | None = None) -> Image.Image:
+    """Draw answers onto their image; see `draw_answers` for `width`, by default the image's, from 320 to 960."""
+    boxes_xyxy = [answer["box"] and list(answer["box"].values()) for answer in answers]
+    masks = [mask and np.asarray(mask) > 0 for mask in (answer.get("mask") for answer in answers)]
+    labels = [answer["label"] for answer in answers]
+    return draw_answers(image, boxes_xyxy, labels, masks=masks, width=width or max(320, min(960, image.width)))
+
+
+def answer_to_json(answer: dict[str, Any]) -> dict[str, Any]:
+    """
+    Convert an answer of the pipeline or the predictor to JSON.
+
+    Returns:
+        `dict`: the fields of `json_answer`, and `phrase`, an alias of `label`.
+    """
+    box = answer["box"] and list(answer["box"].values())
+    segmentation = {}
+    if "mask" in answer:
+        segmentation["segmentation"] = answer["mask"] and to_coco_rle(np.asarray(answer["mask"]))
+    return {**json_answer(answer["label"], box, **segmentation), "phrase": answer["label"]}
+
+
+def json_answer(label: str, box_xyxy: Sequence[float] | None, **segmentation: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Return an answer in JSON.
+
+    Args:
+        label (`str`): the text of the phrase.
+        box_xyxy (`(4,)`, *optional*): the box in pixels; None: there is no answer.
+        segmentation (`dict`, *optional*): the mask in COCO RLE, None without an answer; omit it without masks.
+
+    Returns:
+        `dict`: `label`, `score`, `box` ([xmin, ymin, xmax, ymax] in pixels, rounded to hundredths) and `segmentation`,
+        if it was given.
+    """
+    return {
+        "label": label,
+        "score": 0.0 if box_xyxy is None else SCORE,
+        "box": None if box_xyxy is None else [round(float(side), 2) for side in box_xyxy],
+        **segmentation,
+    }
