@@ -19,7 +19,7 @@ from PIL import Image
 
 from modeling_reftr import RefTRImageProcessor, open_image
 from modeling_reftr.image_processing_reftr import resized_size
-from training_reftr.pictures import PictureReader
+from training_reftr.images import ImageReader
 from training_reftr.sampling import BuiltOrder, EpochSampler
 
 
@@ -94,10 +94,10 @@ def cache_seconds(folder: Path) -> tuple[float, float, float]:
     make_photograph(folder / "photograph.jpg")
     image = {"path": str(folder / "photograph.jpg"), "bytes": None}
     row = {"image_id": "photograph", "image": image, "width": 4000, "height": 3000}
-    plain = PictureReader(RefTRImageProcessor())
-    cached = PictureReader(RefTRImageProcessor(), str(folder / "cache"))
+    plain = ImageReader(RefTRImageProcessor())
+    cached = ImageReader(RefTRImageProcessor(), str(folder / "cache"))
     png = io.BytesIO()
-    cached(row).save(png, "PNG")
+    Image.fromarray(cached(row)).save(png, "PNG")
     return (
         seconds(lambda: plain(row)),
         seconds(lambda: cached(row)),

@@ -23,7 +23,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
-from training_reftr.data import train_tokenizer
+from training_reftr.tokenizer_training import train_tokenizer
 
 
 PICTURES = 6

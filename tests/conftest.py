@@ -14,7 +14,7 @@ import data_scripts
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
 from tests.helpers.processes import ENVIRONMENT, run_process
 from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
-from training_reftr.data import all_sentences, train_tokenizer
+from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 
 # "passed of so many" for each row of the scorecard, from tests that are marked with it

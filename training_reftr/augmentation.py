@@ -26,13 +26,14 @@ Texts in other languages do not say by these words where left is: leave `strong`
 import bisect
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from modeling_reftr.image_processing_reftr import resize_nearest
-from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
+from training_reftr.samples import Sample
 
 
 FACTORS = (0.5, 1.5)  # of brightness and saturation
@@ -101,26 +102,26 @@ READABLE = re.compile(
 )
 
 
-def augment(row: dict, kind: str, draw: random.Random) -> dict:
+def augment(sample: Sample, kind: str, rng: random.Random) -> Sample:
     """
-    A row of the schema whose picture is decoded and has the row's size -> the same, changed as `kind` says.
+    Augment a sample.
 
     Args:
-        row (`dict`): `image` is an RGB picture; boxes of all its objects are kept whole.
+        sample ([`Sample`]): its boxes are never cropped.
         kind (`str`): "none", "published", which is "brightness", or "strong".
-        draw (`random.Random`): all that it depends on besides.
+        rng (`random.Random`): the only source of randomness.
     """
     if kind == "none":
-        return row
+        return sample
     if kind == "strong":
-        row = crop_and_scale(row, draw)
-        if draw.random() < 0.5:
-            row = mirror(row) or row
-    pixels = np.asarray(row["image"])
+        sample = crop_and_scale(sample, rng)
+        if rng.random() < 0.5:
+            sample = mirror(sample) or sample
+    pixels = sample.image
     if kind == "strong":
-        pixels = change_saturation(pixels, draw.uniform(*FACTORS))
-    pixels = change_brightness(pixels, draw.uniform(*FACTORS))
-    return {**row, "image": Image.fromarray(pixels)}
+        pixels = change_saturation(pixels, rng.uniform(*FACTORS))
+    pixels = change_brightness(pixels, rng.uniform(*FACTORS))
+    return replace(sample, image=pixels)
 
 
 def change_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
@@ -153,68 +154,44 @@ def change_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
     return np.rint(value - lack * gain).astype(np.uint8)
 
 
-def crop_and_scale(row: dict, draw: random.Random) -> dict:
-    """Cut off at most `MAX_CUT` of each side, and nothing of a box; then bring the longer side to `SCALES` of it."""
-    width, height = row["width"], row["height"]
-    boxes = np.array([item["box"] for item in row["objects"]]).reshape(-1, 4)
-    first = np.append(boxes[:, :2], [[width, height]], axis=0).min(axis=0)
-    last = np.append(boxes[:, 2:], [[0, 0]], axis=0).max(axis=0)
-    # edges are whole pixels: nothing is read between them
+def crop_and_scale(sample: Sample, rng: random.Random) -> Sample:
+    """Crop at most `MAX_CUT` of each side, and nothing of a box; then scale the longer side by `SCALES`."""
+    height, width = sample.image.shape[:2]
+    first = np.append(sample.boxes_xyxy[:, :2], [[width, height]], axis=0).min(axis=0)
+    last = np.append(sample.boxes_xyxy[:, 2:], [[0, 0]], axis=0).max(axis=0)
+    # at whole pixels, so that the crop does not interpolate
     begin = [
-        int(draw.uniform(0, max(0.0, min(MAX_CUT * side, edge))))
+        int(rng.uniform(0, max(0.0, min(MAX_CUT * side, edge))))
         for side, edge in zip((width, height), first, strict=True)
     ]
     end = [
-        int(np.ceil(draw.uniform(min(side, max((1 - MAX_CUT) * side, edge)), side)))
+        int(np.ceil(rng.uniform(min(side, max((1 - MAX_CUT) * side, edge)), side)))
         for side, edge in zip((width, height), last, strict=True)
     ]
-    longer = draw.uniform(*SCALES) * max(width, height)
+    longer = rng.uniform(*SCALES) * max(width, height)
     cut = np.subtract(end, begin)
     new_width, new_height = (max(1, round(side * longer / cut.max())) for side in cut.tolist())
-    area = (*begin, *end)
-
-    def move_box(box):
-        x0, y0, x1, y1 = box
-        (left, top), (scale_x, scale_y) = begin, (new_width / cut[0], new_height / cut[1])
-        return [(x0 - left) * scale_x, (y0 - top) * scale_y, (x1 - left) * scale_x, (y1 - top) * scale_y]
-
-    def move_mask(mask):
-        cut_out = torch.from_numpy(mask[begin[1] : end[1], begin[0] : end[0]])
-        return resize_nearest(cut_out[None], (new_height, new_width))[0].numpy()
-
-    picture = row["image"].resize((new_width, new_height), Image.BILINEAR, box=area)
-    objects = [move_object(item, move_box, move_mask) for item in row["objects"]]
-    return {**row, "image": picture, "width": new_width, "height": new_height, "objects": objects}
+    scale = np.array([new_width, new_height] * 2) / np.tile(cut, 2)
+    masks = sample.masks
+    if masks is not None:
+        cropped = torch.from_numpy(masks[:, begin[1] : end[1], begin[0] : end[0]])
+        masks = resize_nearest(cropped, (new_height, new_width)).numpy()
+    image = Image.fromarray(sample.image).resize((new_width, new_height), Image.BILINEAR, box=(*begin, *end))
+    boxes_xyxy = (sample.boxes_xyxy - np.tile(begin, 2)) * scale
+    return replace(sample, image=np.array(image), boxes_xyxy=boxes_xyxy, masks=masks)
 
 
-def mirror(row: dict) -> dict | None:
-    """The row with left and right exchanged, in picture and sentences; None where a sentence does not allow it."""
-    sentences = [mirror_sentence(sentence) for sentence in row["sentences"]]
+def mirror(sample: Sample) -> Sample | None:
+    """Mirror an image with its boxes, masks and sentences; return None if a sentence does not allow it."""
+    sentences = [mirror_sentence(sentence) for sentence in sample.sentences]
     if None in sentences:
         return None
-    width = row["width"]
-
-    def move_box(box):
-        x0, y0, x1, y1 = box
-        return [width - x1, y0, width - x0, y1]
-
-    picture = row["image"].transpose(Image.FLIP_LEFT_RIGHT)
-    objects = [move_object(item, move_box, lambda mask: mask[:, ::-1]) for item in row["objects"]]
-    return {**row, "image": picture, "objects": objects, "sentences": sentences}
-
-
-def move_object(item: dict, move_box, move_mask) -> dict:
-    """An object of the schema with its boxes and its mask moved by functions of a box and of an array."""
-    segmentation = item["segmentation"]
-    if segmentation is not None:
-        segmentation = encode_mask(move_mask(from_coco_rle(segmentation)))
-    boxes = [move_box(box) for box in item["boxes"]]
-    return {**item, "box": move_box(item["box"]), "boxes": boxes, "segmentation": segmentation}
-
-
-def encode_mask(mask: np.ndarray) -> dict:
-    """A mask (height, width) in COCO's run-length encoding."""
-    return to_coco_rle(torch.from_numpy(np.array(mask)))
+    width = sample.image.shape[1]
+    boxes_xyxy = sample.boxes_xyxy.copy()
+    boxes_xyxy[:, [0, 2]] = width - boxes_xyxy[:, [2, 0]]
+    masks = None if sample.masks is None else np.ascontiguousarray(sample.masks[:, :, ::-1])
+    image = np.ascontiguousarray(sample.image[:, ::-1])
+    return replace(sample, image=image, boxes_xyxy=boxes_xyxy, masks=masks, sentences=sentences)
 
 
 def mirror_sentence(sentence: dict) -> dict | None:

@@ -27,10 +27,10 @@ from modeling_reftr.detr_reftr import init_from_detr, resnet_name
 from modeling_reftr.loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedFilesError, check_index, naming_files
 from modeling_reftr.loading_reftr import WEIGHT_FILES as SAVED_WEIGHTS
 from training_reftr.arguments import merge
-from training_reftr.data import all_sentences, train_tokenizer
 from training_reftr.preflight import part_of, refuse_untrained_parts
 from training_reftr.settings import InitializationSettings, TrainingSettings, check_names
 from training_reftr.sizes import set_sizes
+from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 
 logger = logging.getLogger(__name__)

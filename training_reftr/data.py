@@ -1,220 +1,203 @@
 """
-Rows of a data set -> batches of the model. No function here holds a collective: each process takes its own part of
-one order that all of them know (`sampling`).
+Batches of training and evaluation. Nothing here is a collective: all processes know the same order and take their
+shard of it, see `sampling`.
 """
 
 import os
 import pickle
 import random
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
 
 from data_scripts.building import is_degenerate
-from data_scripts.masks import is_empty
-from modeling_reftr import RefTRProcessor
-from modeling_reftr.pixels_reftr import height_and_width
-from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
+from modeling_reftr import RefTRImageProcessor, RefTRProcessor
 from modeling_reftr.text_reftr import check_text
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
-from training_reftr.pictures import PictureReader, check_frame, read_picture
-from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit, evaluation_batches, is_learnable
+from training_reftr.images import ImageReader, read_image, to_array
+from training_reftr.samples import Sample, make_sample, take_sentences, without_misses
+from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit, evaluation_batches
 from training_reftr.settings import TrainingSettings
 
 
 class GroundingDataset(Dataset):
     """
-    Rows by their visit, their pictures read by the project's rule (see `pictures.read_picture`).
+    Samples by visit.
 
     Args:
-        rows (`datasets.Dataset`, *optional*): see `data_scripts.FEATURES`; absent where visits bring their rows.
-        reader (`Callable`): a row whose picture is not decoded -> its picture.
-        prepare (`Callable`, *optional*): a read row and its visit -> the row that is learned from, or asked about.
+        rows (`datasets.Dataset`, *optional*): see `data_scripts.FEATURES`; None if visits contain their rows.
+        prepare (`Callable[[dict, Visit], Sample]`): makes a sample of a row whose image is not decoded.
     """
 
-    def __init__(self, rows, reader: Callable[[dict], Image.Image], prepare=None):
+    def __init__(self, rows: datasets.Dataset | None, prepare: Callable[[dict, Visit], Sample]):
         self.rows = None if rows is None else rows.cast_column("image", datasets.Image(decode=False))
-        self.reader = reader
         self.prepare = prepare
 
-    def __getitem__(self, visit: Visit) -> dict:
-        row = self.rows[visit.index] if visit.row is None else visit.row
-        row = {**row, "image": self.reader(row)}
-        return row if self.prepare is None else self.prepare(row, visit)
+    def __getitem__(self, visit: Visit) -> Sample:
+        return self.prepare(self.rows[visit.index] if visit.row is None else visit.row, visit)
 
 
-class Preparation:
+class TrainingSamples:
     """
-    What becomes of a row on its way to training: the visit's sentences and their objects, at the size of the picture,
-    augmented. A function of (seed, epoch, sentence) alone.
+    Make training samples: the sentences of a visit and their objects, augmented at the model's size.
+
+    A sample is a function of (seed, epoch, first sentence) alone.
+
+    Args:
+        reader ([`ImageReader`]): reads and resizes images.
+        augmentation (`str`): see `augment`.
+        seed (`int`): of the run.
+        with_masks (`bool`): whether samples have masks.
     """
 
-    def __init__(self, image_processor, augmentation: str, seed: int, with_masks: bool):
-        self.image_processor = image_processor
+    def __init__(self, reader: ImageReader, augmentation: str, seed: int, with_masks: bool):
+        self.reader = reader
         self.augmentation = augmentation
         self.seed = seed
         self.with_masks = with_masks
 
-    def __call__(self, row: dict, visit: Visit) -> dict:
-        """A row with its picture at the model's size, and the visit -> the row that is learned from."""
+    def __call__(self, row: dict, visit: Visit) -> Sample:
+        """Make the sample of a visit of a row."""
         row = take_sentences(without_misses(row), visit.sentences)
-        if not self.with_masks:
-            row["objects"] = [{**item, "segmentation": None} for item in row["objects"]]
-        row = fit_to_picture(row, self.image_processor)
-        draw = random.Random(f"{self.seed}/{visit.epoch}/{row['sentences'][0]['sentence_id']}")
-        return augment(row, self.augmentation, draw)
+        sample = make_sample(row, self.reader(row), self.reader.image_processor, self.with_masks)
+        rng = random.Random(f"{self.seed}/{visit.epoch}/{row['sentences'][0]['sentence_id']}")
+        return augment(sample, self.augmentation, rng)
 
 
-def without_misses(row: dict) -> dict:
-    """Return a row whose sentences have no phrases that cannot be learned, see `sampling.is_learnable`."""
-    if not any(is_degenerate(item["box"]) for item in row["objects"]):
-        return row
-    sentences = [
-        {**sentence, "phrases": [phrase for phrase in sentence["phrases"] if is_learnable(phrase, row["objects"])]}
-        for sentence in row["sentences"]
-    ]
-    return {**row, "sentences": sentences}
+class EvaluationSamples:
+    """
+    Make evaluation samples: all sentences of a row, or those of the visit.
 
+    Args:
+        reader (`Callable`): reads the image of a row, resized or not.
+        image_processor ([`RefTRImageProcessor`]): see `make_sample`.
+    """
 
-def prepare_evaluated(row: dict, visit: Visit) -> dict:
-    """Return the row that a visit of an evaluation asks about: all of it, or the visit's sentences."""
-    return take_sentences(row, visit.sentences) if visit.sentences else row
+    def __init__(self, reader: Callable[[dict], np.ndarray], image_processor: RefTRImageProcessor):
+        self.reader = reader
+        self.image_processor = image_processor
 
-
-def take_sentences(row: dict, places) -> dict:
-    """A row with some of its sentences, in this order, and the objects that they name."""
-    sentences = [row["sentences"][place] for place in places]
-    named = sorted({index for item in sentences for phrase in item["phrases"] for index in phrase["objects"]})
-    new_index = {index: number for number, index in enumerate(named)}
-    return {
-        **row,
-        "objects": [row["objects"][index] for index in named],
-        "sentences": [
-            {
-                **sentence,
-                "phrases": [
-                    {**phrase, "objects": [new_index[index] for index in phrase["objects"]]}
-                    for phrase in sentence["phrases"]
-                ],
-            }
-            for sentence in sentences
-        ],
-    }
-
-
-def fit_to_picture(row: dict, image_processor) -> dict:
-    """A row whose picture was resized, with its size, boxes and masks at that of the picture."""
-    old_size, new_size = (row["height"], row["width"]), height_and_width(row["image"])
-    if old_size == new_size:
-        return row
-    limits = np.array([old_size[1], old_size[0]] * 2, dtype=np.float64)
-    scale = np.array([new_size[1], new_size[0]] * 2) / limits
-
-    def fit(item: dict) -> dict:
-        # what passes the edge by a pixel, as annotations may, is cut there before it grows
-        box, *boxes = [
-            np.clip(box, 0, limits) if np.all(np.abs(box - np.clip(box, 0, limits)) <= 1) else box
-            for box in map(np.float64, [item["box"], *item["boxes"]])
-        ]
-        segmentation = item["segmentation"]
-        if segmentation is not None:
-            mask = from_coco_rle(segmentation)[None]
-            size = {"height": new_size[0], "width": new_size[1]}
-            segmentation = to_coco_rle(image_processor.resize_masks(mask, new_size, size, do_resize=True)[0])
-        moved = {"box": (box * scale).tolist(), "boxes": [(box * scale).tolist() for box in boxes]}
-        return {**item, **moved, "segmentation": segmentation}
-
-    return {**row, "height": new_size[0], "width": new_size[1], "objects": [fit(item) for item in row["objects"]]}
+    def __call__(self, row: dict, visit: Visit) -> Sample:
+        """Make the sample of a visit of a row."""
+        row = take_sentences(row, visit.sentences) if visit.sentences else row
+        return make_sample(row, self.reader(row), self.image_processor)
 
 
 class GroundingCollator:
     """
-    Rows -> what the model takes, through the processor as a user would call it.
+    Collate samples, or rows, into a batch of the model, through its processor.
 
-    Returns a batch of the processor, and under `targets` a list of (sentence id, phrase number, words, types, object
-    id, true box, boxes and mask, picture size) for each phrase, in the batch's order. `with_targets=False`, for
-    trainers that hand a whole batch to the model, leaves them out and adds to each sentence's label the `size`
-    (height, width) of its picture in the batch, without padding. `with_masks=True` adds `masks` to the labels of
-    sentences all of whose phrases have one with a pixel in it. Beside targets, a sentence with a box without extent,
-    which an evaluation asks for, has labels without boxes. `are_resized=True` takes pictures that have the model's
-    size already, and brings boxes and masks to it.
+    A batch is the processor's, with `labels`, and `targets`: for each sentence a list with a dict for each phrase, of
+    its ids, text, types and annotations at the original size of the image.
+
+    Args:
+        processor ([`RefTRProcessor`]): makes the batch.
+        with_targets (`bool`, *optional*, defaults to `True`): whether to add `targets`. Trainers that pass a whole
+            batch to the model leave them out; each label then has the `size` (height, width) of its image in the batch
+            without padding. With targets, sentences with a degenerate box, which an evaluation counts as misses, have
+            labels without boxes.
+        with_masks (`bool`, *optional*, defaults to `False`): whether labels have `masks`. Sentences with a phrase
+            without a mask have none.
+        are_resized (`bool`, *optional*, defaults to `False`): whether images have the model's size already.
     """
 
-    def __init__(self, processor, with_targets: bool = True, with_masks: bool = False, are_resized: bool = False):
+    def __init__(
+        self,
+        processor: RefTRProcessor,
+        with_targets: bool = True,
+        with_masks: bool = False,
+        are_resized: bool = False,
+    ):
         self.processor = processor
         self.are_resized = are_resized
         self.with_targets = with_targets
         self.with_masks = with_masks
 
-    def __call__(self, rows: list[dict]) -> dict:
-        """Rows of the schema -> what the model takes, `labels` included, and `targets` where they are wanted."""
+    def __call__(self, items: list[Sample | dict]) -> dict:
+        """Collate samples, or rows of `data_scripts.FEATURES`."""
+        samples = [item if isinstance(item, Sample) else self.read(item) for item in items]
         texts, phrases, boxes, masks, targets = [], [], [], [], []
-        whole = True
-        image_processor = self.processor.image_processor
-        images = image_processor.open_images(
-            [row["image"] for row in rows], [(row["height"], row["width"]) for row in rows]
-        )
-        for row, image in zip(rows, images, strict=True):
-            if not self.are_resized:
-                check_frame(row, image)
-            fitted = fit_to_picture({**row, "image": image}, image_processor)
-            texts.append([sentence["text"] for sentence in row["sentences"]])
-            phrases.append([])
+        are_expressions = True
+        for sample in samples:
+            texts.append([sentence["text"] for sentence in sample.sentences])
+            spans_of_image = []
             boxes.append([])
             masks.append([])
-            for sentence in row["sentences"]:
+            for number, sentence in enumerate(sample.sentences):
                 check_text(sentence["text"], f"The text of sentence {sentence['sentence_id']!r}")
                 spans = [(phrase["start"], phrase["end"]) for phrase in sentence["phrases"]]
-                whole = whole and spans == [(0, len(sentence["text"]))]
-                objects = [row["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]
-                phrases[-1].append(spans)
-                seen = [fitted["objects"][phrase["objects"][0]] for phrase in sentence["phrases"]]
-                is_asked_only = self.with_targets and any(is_degenerate(item["box"]) for item in seen)
-                boxes[-1].append(None if is_asked_only else [item["box"] for item in seen])
-                encoded = [item["segmentation"] for item in seen]
-                masks[-1].append(None if any(mask is None or is_empty(mask) for mask in encoded) else encoded)
-                targets.append(
-                    [
-                        {
-                            "image_id": row["image_id"],
-                            "sentence_id": sentence["sentence_id"],
-                            "phrase": number,
-                            "words": sentence["text"][phrase["start"] : phrase["end"]],
-                            "types": phrase["types"],
-                            "object_id": item["object_id"],
-                            "box": item["box"],
-                            "boxes": item["boxes"],
-                            "segmentation": item["segmentation"],
-                            "image_size": (row["height"], row["width"]),
-                        }
-                        for number, (phrase, item) in enumerate(zip(sentence["phrases"], objects, strict=True))
-                    ]
-                )
+                spans_of_image.append(spans)
+                are_expressions = are_expressions and spans == [(0, len(sentence["text"]))]
+                objects = [phrase["objects"][0] for phrase in sentence["phrases"]]
+                boxes[-1].append(self.label_boxes(sample, objects))
+                masks[-1].append(self.label_masks(sample, objects))
+                targets.append(targets_of(sample, number))
+            phrases.append(spans_of_image)
         batch = self.processor(
-            images=images,
+            # channels first, but in memory as decoded: resizing takes a seventh of the time
+            images=[torch.from_numpy(sample.image).permute(2, 0, 1) for sample in samples],
+            input_data_format="channels_first",
             text=texts,
-            phrases=None if whole else phrases,
+            phrases=None if are_expressions else phrases,
             boxes=boxes,
             masks=masks if self.with_masks else None,
             **({"do_resize": False} if self.are_resized else {}),
         )
         if self.with_targets:
             return {**batch, "targets": targets}
-        # a trainer's metrics see the labels, and of the inputs nothing
+        # a trainer's metrics see the labels, but not the inputs
         sizes = torch.stack([batch["pixel_mask"].amax(axis).sum(1) for axis in (2, 1)], dim=1)
         for label, size in zip(batch["labels"], sizes[batch["image_index"]], strict=True):
             label["size"] = size
         return dict(batch)
+
+    def read(self, row: dict) -> Sample:
+        """Make a sample of all sentences of a row, whose image may be decoded."""
+        image_processor = self.processor.image_processor
+        (image,) = image_processor.open_images([row["image"]], [(row["height"], row["width"])])
+        return make_sample(row, to_array(row, image), image_processor, self.with_masks)
+
+    def label_boxes(self, sample: Sample, objects: list[int]) -> np.ndarray | None:
+        """Return the boxes of a sentence's labels, None if an evaluation asks for a degenerate one."""
+        boxes_xyxy = sample.boxes_xyxy[objects]
+        is_asked_only = self.with_targets and any(is_degenerate(box) for box in boxes_xyxy.tolist())
+        return None if is_asked_only else boxes_xyxy
+
+    def label_masks(self, sample: Sample, objects: list[int]) -> np.ndarray | None:
+        """Return the masks of a sentence's labels, None if one of them is missing or empty."""
+        if sample.masks is None:
+            return None
+        masks = sample.masks[objects]
+        return masks if masks.any(axis=(1, 2)).all() else None
+
+
+def targets_of(sample: Sample, number: int) -> list[dict]:
+    """Return the target of each phrase of a sentence, in pixels of the original image."""
+    row, sentence = sample.row, sample.sentences[number]
+    targets = []
+    for index, phrase in enumerate(sentence["phrases"]):
+        item = row["objects"][phrase["objects"][0]]
+        targets.append(
+            {
+                "image_id": row["image_id"],
+                "sentence_id": sentence["sentence_id"],
+                "phrase": index,
+                "words": sentence["text"][phrase["start"] : phrase["end"]],
+                "types": phrase["types"],
+                "object_id": item["object_id"],
+                "box": item["box"],
+                "boxes": item["boxes"],
+                "segmentation": item["segmentation"],
+                "image_size": (row["height"], row["width"]),
+            }
+        )
+    return targets
 
 
 class Failure(NamedTuple):
@@ -356,12 +339,15 @@ class TrainingData:
             settings.data.bucket_by_shape,
         )
         self.sampler = EpochSampler(order, settings.optimization.batch_size, rank, world_size)
-        image_processor = processor.image_processor
         self.loader = SampleLoader(
             GroundingDataset(
                 None if is_streamed else rows,
-                PictureReader(image_processor, settings.data.image_cache),
-                Preparation(image_processor, settings.data.augmentation, settings.optimization.seed, with_masks),
+                TrainingSamples(
+                    ImageReader(processor.image_processor, settings.data.image_cache),
+                    settings.data.augmentation,
+                    settings.optimization.seed,
+                    with_masks,
+                ),
             ),
             batch_sampler=self.sampler,
             collate_fn=GroundingCollator(processor, with_masks=with_masks, are_resized=True),
@@ -455,11 +441,9 @@ class EvaluationData:
                 f"batch, and the model's image processor pads further (size_divisor={image_processor.size_divisor}, "
                 f"pad_size={image_processor.pad_size}): evaluate as 'grouped', or save the processor without them."
             )
-        reader = (
-            read_picture
-            if settings.data.image_cache is None
-            else PictureReader(image_processor, settings.data.image_cache)
-        )
+        cache = settings.data.image_cache
+        reader = read_image if cache is None else ImageReader(image_processor, cache)
+        prepare = EvaluationSamples(reader, image_processor)
         batching = (
             settings.evaluation.evaluation_batching,
             settings.evaluation.evaluation_batch_size,
@@ -469,9 +453,9 @@ class EvaluationData:
         )
         self.sampler = SplitSampler({name: evaluation_batches(rows, *batching) for name, rows in splits.items()})
         self.loader = SampleLoader(
-            SplitsDataset({name: GroundingDataset(rows, reader, prepare_evaluated) for name, rows in splits.items()}),
+            SplitsDataset({name: GroundingDataset(rows, prepare) for name, rows in splits.items()}),
             batch_sampler=self.sampler,
-            collate_fn=GroundingCollator(processor, are_resized=settings.data.image_cache is not None),
+            collate_fn=GroundingCollator(processor, are_resized=cache is not None),
             num_workers=settings.data.num_workers,
         )
 
@@ -479,53 +463,6 @@ class EvaluationData:
         """This process's batches of a split. Asking for those of another one ends it."""
         self.sampler.split = split
         return self.loader
-
-
-def train_tokenizer(sentences, max_length: int, vocab_size: int = 4000) -> PreTrainedTokenizerFast:
-    """
-    A small lower-casing WordPiece tokenizer with BERT's special tokens: the characters of the sentences, and their
-    most frequent words. The same sentences always give the same one, on every process; the trainer of the tokenizers
-    library breaks ties at random.
-
-    Args:
-        sentences (iterable of `str`): what to learn the words from.
-        max_length (`int`): the longest input of the model, in tokens.
-        vocab_size (`int`): at most so many tokens, unless there are more characters.
-    """
-    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    counts = Counter(
-        word
-        for sentence in sentences
-        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(sentence))
-    )
-    characters = sorted({character for word in counts for character in word})
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, *(f"##{character}" for character in characters)]
-    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
-    pieces += words[: max(0, vocab_size - len(pieces))]
-    tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def all_sentences(rows) -> Iterator[str]:
-    """Every sentence of a set, without reading its pictures."""
-    for sentences in rows.select_columns("sentences"):
-        for sentence in sentences["sentences"]:
-            yield sentence["text"]
 
 
 def move(batch: dict, device: torch.device) -> dict:

@@ -4,21 +4,18 @@ the other functions are arithmetic.
 """
 
 import contextlib
-import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from datasets import IterableDataset
 from tqdm.auto import tqdm
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import EvaluationData, move
-from training_reftr.metrics import THRESHOLDS, BoxMetrics, MaskMetrics, box_ious, recalls
+from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, recalls
 from training_reftr.settings import EvaluationSettings, TrainingSettings
 
 
@@ -253,49 +250,3 @@ def summarize(records: list[dict]) -> dict:
         return values | mask_metrics(group)
 
     return metrics(records) | {"per_kind": {kind: metrics(group) for kind, group in sorted(by_kind.items())}}
-
-
-def swapped_expressions(records: list[dict]) -> dict | None:
-    """
-    Figures of the same answers when the expressions are swapped between the objects of an image: each object is held
-    against the box that the model gave for words about another one. A model that does not read scores here as it
-    does otherwise. Phrases of images where only one object is asked for cannot be swapped and are not counted; None
-    where there are no others.
-    """
-    by_image = defaultdict(list)
-    for record in records:
-        by_image[record["image_id"]].append(record)
-    ious = []
-    for group in by_image.values():
-        for index, record in enumerate(group):
-            others = group[index + 1 :] + group[:index]
-            other = next(
-                (other for other in others if other["object_id"] != record["object_id"] and other["pred_box"]), None
-            )
-            if other is not None:
-                ious.append(largest_iou(other["pred_box"], [record["box"]]))
-    return grounding_metrics(ious) if ious else None
-
-
-def constant_box(train_rows, records: list[dict], num_phrases: int = 2000, num_candidates: int = 500) -> dict:
-    """
-    Figures of the best answer that looks at nothing: of the boxes of some training phrases (relative to their
-    picture), the one that hits most of them, given to every phrase of `records`.
-    """
-    draw = random.Random(0)
-    boxes = []
-    columns = train_rows.select_columns(["width", "height", "objects", "sentences"])
-    if isinstance(columns, IterableDataset):
-        columns = list(columns.take(num_phrases))
-    for index in draw.sample(range(len(columns)), min(len(columns), num_phrases)):
-        row = columns[index]
-        phrases = [phrase for sentence in row["sentences"] for phrase in sentence["phrases"]]
-        box = row["objects"][draw.choice(phrases)["objects"][0]]["box"]
-        boxes.append(np.array(box) / [row["width"], row["height"], row["width"], row["height"]])
-    boxes = np.stack(boxes)
-    candidates = np.concatenate((boxes[:num_candidates], boxes.mean(axis=0, keepdims=True)))
-    hits = (box_ious(candidates[:, None], boxes) > THRESHOLDS[0]).sum(axis=1)
-    best = candidates[hits.argmax()]
-    sizes = np.array([record["image_size"][::-1] * 2 for record in records])
-    ious = box_ious(best, np.array([record["box"] for record in records]) / sizes)
-    return {**grounding_metrics(ious.tolist()), "box_xyxy": [round(value, 4) for value in best.tolist()]}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 from accelerate import Accelerator
+from PIL import Image
 
 from data_scripts.atomic_files import write_file
 from data_scripts.building import LEFT_OUT, describe_reported, is_degenerate
@@ -18,10 +19,11 @@ from data_scripts.quoting import quote
 from data_scripts.reports import read_build_report
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.answers_reftr import json_answer
+from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.data import EvaluationData
-from training_reftr.evaluation import constant_box, evaluate, summarize, swapped_expressions
+from training_reftr.evaluation import evaluate, summarize
+from training_reftr.images import read_image
 from training_reftr.metrics import THRESHOLDS
-from training_reftr.pictures import read_picture
 from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
 from training_reftr.sampling import has_positions
 from training_reftr.settings import DataSettings, TrainingSettings
@@ -152,7 +154,7 @@ def remove_report(output_dir: Path):
 
 def save_example(row: dict, output_dir: Path) -> dict:
     """Write the image of a row that is not decoded, and return its name and up to three texts to ask about it."""
-    image = read_picture(row).convert("RGB")
+    image = Image.fromarray(read_image(row))
     image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
     image.save(output_dir / "example.png")
     texts = list(dict.fromkeys(sentence["text"] for sentence in row["sentences"]))
@@ -218,7 +220,7 @@ def controls(records: list[dict], training_rows, split: str, data: DataSettings)
         )
     else:
         found["constant_box"] = constant_box(training_rows, records)
-    swapped = swapped_expressions(records)
+    swapped = shuffled_expressions(records)
     if swapped is None:
         logger.warning(f"{split}: no swapped expressions, no picture is asked for two objects that were answered.")
     else:

@@ -14,7 +14,7 @@ from data_scripts.loading import load_with_report
 from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_jsonl import make_jsonl
 from tests.helpers.layout_refcoco import make_refcoco
-from training_reftr.settings import TrainingSettings
+from training_reftr.settings import DataSettings
 from training_reftr.sources import load_rows
 
 
@@ -256,4 +256,4 @@ def test_check_and_training_say_what_the_boxes_of_rows_look_like(shapes, tmp_pat
     assert "look like 'cxcywh_fraction'" in finding["message"]
     rows.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"look like 'cxcywh_fraction': all numbers .* are in 0\.\.1"):
-        load_rows(TrainingSettings.from_flat(dataset=str(tmp_path), data_cache_dir=str(tmp_path / "cache")))
+        load_rows(DataSettings(dataset=str(tmp_path), data_cache_dir=str(tmp_path / "cache")))

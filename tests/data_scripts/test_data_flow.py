@@ -27,19 +27,13 @@ from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_toy import make_toy
 from tests.helpers.processes import free_port
 from tests.helpers.tiny import ROOT, TINY_SET
-from training_reftr.data import (
-    EvaluationData,
-    GroundingCollator,
-    Preparation,
-    TrainingData,
-    fit_to_picture,
-    take_sentences,
-    train_tokenizer,
-)
-from training_reftr.pictures import PictureReader, decode_array, encode_array
+from training_reftr.data import EvaluationData, GroundingCollator, TrainingData, TrainingSamples
+from training_reftr.images import ImageReader, decode_array, encode_array
+from training_reftr.samples import make_sample, take_sentences
 from training_reftr.sampling import CELL, STREAM_WINDOW, BuiltOrder, EpochSampler, StreamedOrder, Visit
 from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows, split_of
+from training_reftr.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +280,11 @@ def test_every_epoch_has_an_order_of_its_own(shapes, processor, arguments):
 
 def test_augmentation_differs_between_epochs_images_and_seeds(shapes, processor):
     def brightness(seed, epoch, index):
-        prepare = Preparation(processor.image_processor, "brightness", seed, with_masks=False)
-        row = shapes["train"][index]
-        changed = prepare(row, Visit(epoch, index, (0,)))
-        return np.asarray(changed["image"]).mean() / np.asarray(row["image"]).mean()
+        image = np.asarray(shapes["train"][index]["image"])
+        reader = ImageReader(processor.image_processor)
+        rows = shapes["train"].cast_column("image", datasets.Image(decode=False))
+        sample = TrainingSamples(reader, "brightness", seed, with_masks=False)(rows[index], Visit(epoch, index, (0,)))
+        return sample.image.mean() / image.mean()
 
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     gains = [brightness(*place) for place in places]
@@ -328,12 +323,14 @@ def test_empty_masks_are_no_labels(shapes, processor):
 
 
 def test_boxes_follow_an_image_that_is_resized(processor):
-    item = {"box": [10.0, 5, 50, 30], "boxes": [[10.0, 5, 20, 10], [40.0, 20, 50, 30]], "segmentation": None}
-    row = {"width": 100, "height": 40, "objects": [item], "image": Image.new("RGB", (50, 80))}
-    fitted = fit_to_picture(row, processor.image_processor)
-    assert (fitted["width"], fitted["height"]) == (50, 80)
-    assert fitted["objects"][0]["box"] == [5, 10, 25, 60]
-    assert fitted["objects"][0]["boxes"] == [[5, 10, 10, 20], [20, 40, 25, 60]]
+    objects = [
+        {"box": box, "segmentation": None} for box in ([10.0, 5, 50, 30], [-0.5, 5, 100.5, 30], [-5, 5, 50, 30])
+    ]
+    row = {"width": 100, "height": 40, "objects": objects, "sentences": []}
+    sample = make_sample(row, np.zeros((80, 50, 3), np.uint8), processor.image_processor)
+    # what exceeds the image by up to a pixel is clipped; more is not
+    assert sample.boxes_xyxy.tolist() == [[5, 10, 25, 60], [0, 10, 50, 60], [-2.5, 10, 25, 60]]
+    assert sample.masks is None
 
 
 def test_the_published_order_takes_sentences_one_by_one(shapes, processor, arguments):
@@ -421,7 +418,7 @@ def make_picture_row(path, size=(90, 60), color=(10, 200, 30)):
 
 def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
     row = make_picture_row(tmp_path / "a.png")
-    reader = PictureReader(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), str(tmp_path / "kept"))
+    reader = ImageReader(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), str(tmp_path / "kept"))
     picture = np.asarray(reader(row))
     assert picture.shape == (43, 64, 3)
     (path,) = (tmp_path / "kept").rglob("*.npy")
@@ -430,7 +427,7 @@ def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
         caplog.clear()
         path.write_bytes(damaged)
         assert (np.asarray(reader(row)) == picture).all()
-        assert "is damaged (its checksum differs) and is made again" in caplog.text
+        assert "is damaged (its checksum differs) and is read again" in caplog.text
         assert path.read_bytes() == whole
     # what is kept is read, not the picture
     path.write_bytes(encode_array(np.zeros((43, 64, 3), np.uint8)))
@@ -438,11 +435,11 @@ def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
     # another picture, another size
     row = make_picture_row(tmp_path / "a.png", color=(200, 0, 0))
     assert np.asarray(reader(row))[0, 0].tolist() == [200, 0, 0]
-    larger = PictureReader(RefTRImageProcessor(size={"shortest_edge": 80, "longest_edge": 80}), str(tmp_path / "kept"))
-    assert larger(row).size == (79, 53)
+    larger = ImageReader(RefTRImageProcessor(size={"shortest_edge": 80, "longest_edge": 80}), str(tmp_path / "kept"))
+    assert larger(row).shape == (53, 79, 3)
     assert len(list((tmp_path / "kept").rglob("*.npy"))) == 3
     (tmp_path / "a.png").unlink()
-    with pytest.raises(OSError, match=r"There is no picture at .*a\.png"):
+    with pytest.raises(OSError, match=r"The image .*a\.png"):
         reader(row)
     with pytest.raises(ValueError, match="checksum"):
         decode_array(b"")
@@ -452,14 +449,14 @@ def test_processes_share_a_folder_of_kept_pictures(tmp_path, run):
     row = make_picture_row(tmp_path / "a.jpg", size=(800, 600))
     program = (
         "import sys, json; from modeling_reftr import RefTRImageProcessor\n"
-        "from training_reftr.pictures import PictureReader\n"
-        f"reader = PictureReader(RefTRImageProcessor(), {str(tmp_path / 'kept')!r})\n"
+        "from training_reftr.images import ImageReader\n"
+        f"reader = ImageReader(RefTRImageProcessor(), {str(tmp_path / 'kept')!r})\n"
         f"row = json.loads({json.dumps(json.dumps(row))})\n"
         "import shutil, multiprocessing\n"
         "def work(number):\n"
         "    for _ in range(20):\n"
         "        path = reader.path_of(row); path.unlink(missing_ok=True) if number == 0 else None\n"
-        "        assert reader(row).size == (640, 480)\n"
+        "        assert reader(row).shape == (480, 640, 3)\n"
         "with multiprocessing.Pool(3) as pool: pool.map(work, range(3))\n"
     )
     result = run("-c", program)
@@ -478,19 +475,19 @@ def test_a_kept_picture_is_read_many_times_faster(tmp_path):
 
 
 def test_sets_flags_and_splits(arguments):
-    rows = load_rows(arguments())
+    rows = load_rows(arguments().data)
     assert set(rows) == {"train", "validation", "test"}
     assert len(split_of(rows, "train+validation")) == TINY_SET["num_train"] + TINY_SET["num_validation"]
     for name in ("val", "train+val"):
         with pytest.raises(ValueError, match=r"no split 'val'; there are: train, validation, test\."):
             split_of(rows, name)
         with pytest.raises(ValueError, match=r"no split 'val'"):
-            load_rows(arguments(train_split=name))
-    assert load_rows(arguments(train_split="val", eval_only=True))
+            load_rows(arguments(train_split=name).data)
+    assert load_rows(arguments(train_split="val").data, eval_only=True)
     with pytest.raises(ValueError, match="no data set 'shape'"):
-        load_rows(arguments(dataset="shape"))
+        load_rows(arguments(dataset="shape").data)
     with pytest.raises(ValueError, match="has no flag colour"):
-        load_rows(arguments(dataset_config={"colour": 1}))
+        load_rows(arguments(dataset_config={"colour": 1}).data)
 
 
 def test_joined_sets(tmp_path):
@@ -546,10 +543,10 @@ def test_a_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_p
     ]
     assert_same(*batches)
     with pytest.raises(OSError, match="no folder '/nowhere' of Parquet files"):
-        load_rows(arguments(dataset="/nowhere"))
+        load_rows(arguments(dataset="/nowhere").data)
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other" / "train.parquet")
     with pytest.raises(ValueError, match="has no columns height, image, image_id, objects, sentences, width"):
-        load_rows(arguments(dataset=str(tmp_path / "other")))
+        load_rows(arguments(dataset=str(tmp_path / "other")).data)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "builder"])
@@ -625,7 +622,7 @@ def test_a_stream_that_got_shorter_is_refused(shapes, processor, arguments):
 
 def test_what_cannot_be_streamed_is_refused(arguments):
     with pytest.raises(ValueError, match="'validation' is streamed for training and evaluated too"):
-        load_rows(arguments(streaming=True, train_split="train+validation"))
+        load_rows(arguments(streaming=True, train_split="train+validation").data)
 
 
 # the script
@@ -657,7 +654,7 @@ def test_the_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_
 def test_every_process_learns_the_same_words(run, data_cache, tokenizer):
     code = (
         "import hashlib, data_scripts; from tests.helpers.tiny import TINY_SET; "
-        "from training_reftr.data import all_sentences, train_tokenizer; "
+        "from training_reftr.tokenizer_training import all_sentences, train_tokenizer; "
         f"rows = data_scripts.load('shapes', 'train', cache_dir={data_cache!r}, **TINY_SET); "
         "print(hashlib.md5(train_tokenizer(all_sentences(rows), 64).backend_tokenizer.to_str().encode()).hexdigest())"
     )

@@ -139,7 +139,7 @@ def main(counts, ranks, batch_sizes):
 
     import data_scripts
     from modeling_reftr import RefTRImageProcessor, RefTRProcessor
-    from training_reftr.data import all_sentences, train_tokenizer
+    from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

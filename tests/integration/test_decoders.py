@@ -22,8 +22,8 @@ from reftr_cli import predict
 from reftr_cli.preview import draw_preview
 from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.data import GroundingCollator, GroundingDataset
-from training_reftr.pictures import PictureReader
+from training_reftr.data import GroundingCollator, GroundingDataset, TrainingSamples
+from training_reftr.images import ImageReader
 from training_reftr.sampling import Visit
 
 
@@ -154,11 +154,11 @@ def make_doors(ground, folder):
         "dataset": lambda path, content: load_jsonl(folder, image=path.name),
         "dataset, mask": lambda path, content: load_jsonl(folder, mask=path.name),
         "training": lambda path, content: GroundingDataset(
-            make_rows(str(path)), PictureReader(processor.image_processor)
+            make_rows(str(path)), TrainingSamples(ImageReader(processor.image_processor), "none", 0, False)
         )[Visit(0, 0, (0,))],
         "training, image cache": lambda path, content: GroundingDataset(
             make_rows({"bytes": content, "path": "1.jpg"}),
-            PictureReader(processor.image_processor, str(folder / "kept")),
+            TrainingSamples(ImageReader(processor.image_processor, str(folder / "kept")), "none", 0, False),
         )[Visit(0, 0, (0,))],
         "collator": lambda path, content: GroundingCollator(processor)([undecoded(str(path))]),
         "preview": lambda path, content: draw_preview(make_rows({"bytes": content, "path": None}), 1, 0),
@@ -271,7 +271,7 @@ def test_a_path_in_a_row_is_never_a_url(processor, image):
     with pytest.raises(OSError, match="There is no image at"):
         processor({"bytes": None, "path": image}, "the star")
     with pytest.raises(OSError, match="There is no image at"):
-        PictureReader(processor.image_processor)(undecoded(image))
+        ImageReader(processor.image_processor)(undecoded(image))
     with pytest.raises(ValueError, match="must have bytes or a path"):
         processor({"bytes": None, "path": None}, "the star")
 

@@ -35,7 +35,7 @@ from tests.helpers.layout_orientation import (
     save_jpeg,
 )
 from training_reftr.data import EvaluationData, GroundingCollator, TrainingData
-from training_reftr.pictures import PictureReader
+from training_reftr.images import ImageReader
 from training_reftr.settings import TrainingSettings
 
 
@@ -142,13 +142,13 @@ def at_the_pipeline(rows, folder, own_processor, make_model, **_):
 
 
 def at_the_reader(undecoded, own_processor, **_):
-    reader = PictureReader(own_processor.image_processor)
+    reader = ImageReader(own_processor.image_processor)
     for row in undecoded:
         yield agrees(np.asarray(reader(row)), row["objects"][0]["box"], (row["height"], row["width"]))
 
 
 def at_the_cache(undecoded, own_processor, tmp_path, **_):
-    reader = PictureReader(own_processor.image_processor, str(tmp_path))
+    reader = ImageReader(own_processor.image_processor, str(tmp_path))
     for row in undecoded:
         written, read = np.asarray(reader(row)), np.asarray(reader(row))
         is_right = agrees(read, row["objects"][0]["box"], (row["height"], row["width"]))
@@ -465,7 +465,7 @@ def test_reader_refuses_image_of_another_frame_than_its_row(own_processor):
     Image.new("RGB", (80, 64)).save(content, "PNG")
     row = {"image_id": "one", "image": {"bytes": content.getvalue(), "path": None}, "height": 80, "width": 64}
     with pytest.raises(ValueError, match=r"'one' has .* \(64, 80\) and its boxes are in \(80, 64\)"):
-        PictureReader(own_processor.image_processor)(row)
+        ImageReader(own_processor.image_processor)(row)
 
 
 def test_labels_of_rows_that_tell_another_size_are_scaled(rows, own_processor):

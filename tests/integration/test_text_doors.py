@@ -26,9 +26,10 @@ from tests.helpers.layout_reftr_index import save
 from tests.helpers.tiny import ROOT, trials
 from training_reftr.arguments import parse_arguments
 from training_reftr.augmentation import mirror_sentence
-from training_reftr.data import GroundingCollator, all_sentences, train_tokenizer
+from training_reftr.data import GroundingCollator
 from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows
+from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 
 TAKEN = {

@@ -21,7 +21,7 @@ from data_scripts.reading import picture_size
 from data_scripts.reftr_index import read_mask
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor, fetching_reftr, open_image
 from modeling_reftr.image_processing_reftr import pad_batch
-from training_reftr.pictures import decode_array, encode_array
+from training_reftr.images import decode_array, encode_array
 
 
 def saved(name, size=(64, 48), **settings) -> bytes:

@@ -13,8 +13,9 @@ from modeling_reftr import RefTRImageProcessor, RefTRProcessor
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from tests.helpers.golden import GOLDEN
 from training_reftr.augmentation import crop_and_scale
-from training_reftr.data import GroundingCollator, fit_to_picture
+from training_reftr.data import GroundingCollator
 from training_reftr.evaluation import compare_masks
+from training_reftr.samples import Sample, make_sample
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,12 @@ def test_masks_of_the_loader_are_the_published_ones(published, full_size_process
             for n in range(len(masks))
         ],
     }  # fmt: skip
-    small = {**row, "image": Image.new("RGB", resized.shape[:0:-1])}
-    fitted = fit_to_picture(small, full_size_processor.image_processor)
-    assert all(
-        (from_coco_rle(item["segmentation"]) == mask).all()
-        for item, mask in zip(fitted["objects"], resized, strict=True)
-    )
-    for are_resized in (True, False):
-        collate = GroundingCollator(full_size_processor, with_masks=True, are_resized=are_resized)
-        labels = collate([small if are_resized else row])["labels"]
+    small = np.zeros((*resized.shape[1:], 3), np.uint8)
+    sample = make_sample(row, small, full_size_processor.image_processor, with_masks=True)
+    assert (sample.masks == resized).all()
+    for item in (sample, row):
+        collate = GroundingCollator(full_size_processor, with_masks=True, are_resized=item is sample)
+        labels = collate([item])["labels"]
         assert (torch.cat([label["masks"] for label in labels]).numpy() == resized).all()
 
 
@@ -106,11 +104,10 @@ def test_the_rule_without_torch_is_that_of_torch():
 
 def test_augmented_masks_follow_the_rule():
     mask = np.random.default_rng(0).random((53, 71)) < 0.5
-    box = [0, 0, 71, 53]  # nothing of it may be cut off, so the image is scaled alone
-    item = {"box": box, "boxes": [box], "segmentation": to_coco_rle(torch.from_numpy(mask))}
-    row = {"image": Image.new("RGB", (71, 53)), "width": 71, "height": 53, "objects": [item]}
+    box = [0.0, 0.0, 71.0, 53.0]  # must not be cropped, so the image is only scaled
+    sample = Sample(np.zeros((53, 71, 3), np.uint8), np.array([box]), mask[None], [], row={})
     for seed in range(5):  # of five scales
-        new = crop_and_scale(row, random.Random(seed))
-        found = from_coco_rle(new["objects"][0]["segmentation"])
-        assert found.shape == (new["height"], new["width"])
+        new = crop_and_scale(sample, random.Random(seed))
+        found = new.masks[0]
+        assert found.shape == new.image.shape[:2]
         assert (found == resize_to_nearest(mask, *found.shape)).all()

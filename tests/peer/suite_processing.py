@@ -8,7 +8,7 @@ from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor
 from modeling_reftr.image_processing_reftr import resized_size
-from training_reftr.data import train_tokenizer
+from training_reftr.tokenizer_training import train_tokenizer
 
 
 SIZE = {"shortest_edge": 42, "longest_edge": 42}

@@ -2,13 +2,12 @@
 
 import colorsys
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.augmentation import (
     augment,
     change_brightness,
@@ -18,6 +17,7 @@ from training_reftr.augmentation import (
     mirror_sentence,
     mirrored_words,
 )
+from training_reftr.samples import Sample
 
 
 COLORS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -29,7 +29,7 @@ def swapped(text):
     return sentence and sentence["text"]
 
 
-def make_row(text="the red box on the left", width=64, height=48, box=(10, 8, 25, 30)):
+def make_sample(text="the red box on the left", width=64, height=48, box=(10, 8, 25, 30)):
     """A red box on grey, its mask and a second object: the picture's upper right corner, blue."""
     pixels = np.full((height, width, 3), 100, np.uint8)
     x0, y0, x1, y1 = box
@@ -39,25 +39,9 @@ def make_row(text="the red box on the left", width=64, height=48, box=(10, 8, 25
     pixels[masks[0]] = (200, 20, 20)
     pixels[masks[1]] = (20, 20, 200)
     boxes = [[float(value) for value in box], [width - 8.0, 0.0, float(width), 6.0]]
-    objects = [
-        {
-            "object_id": str(number),
-            "box": box,
-            "boxes": [box],
-            "category": "box",
-            "segmentation": to_coco_rle(torch.from_numpy(mask)),
-        }
-        for number, (box, mask) in enumerate(zip(boxes, masks, strict=True))
-    ]
     phrase = {"start": 0, "end": len(text), "objects": [0], "types": []}
-    return {
-        "image_id": "a",
-        "image": Image.fromarray(pixels),
-        "width": width,
-        "height": height,
-        "objects": objects,
-        "sentences": [{"sentence_id": "a_0", "text": text, "phrases": [phrase]}],
-    }
+    sentences = [{"sentence_id": "a_0", "text": text, "phrases": [phrase]}]
+    return Sample(pixels, np.array(boxes), masks, sentences, row={})
 
 
 def colored_box(picture, channel):
@@ -93,25 +77,23 @@ def test_grey_and_black_have_no_hue_to_change():
 
 
 def test_published_changes_nothing_but_brightness():
-    row = make_row()
-    changed = augment(row, "published", random.Random(1))
-    assert augment(row, "brightness", random.Random(1))["image"] == changed["image"]
-    assert {name: value for name, value in changed.items() if name != "image"} == {
-        name: value for name, value in row.items() if name != "image"
-    }
+    sample = make_sample()
+    changed = augment(sample, "published", random.Random(1))
+    assert (augment(sample, "brightness", random.Random(1)).image == changed.image).all()
+    assert changed.boxes_xyxy is sample.boxes_xyxy
+    assert changed.masks is sample.masks
+    assert changed.sentences is sample.sentences
     gains = {
         round(float(after) / before, 1)
-        for before, after in zip(np.ravel(row["image"]), np.ravel(changed["image"]), strict=True)
+        for before, after in zip(np.ravel(sample.image), np.ravel(changed.image), strict=True)
         if before >= 100
     }
     assert len(gains) == 1
     assert gains != {1.0}
-    factors = [
-        augment(row, "published", random.Random(seed))["image"].getpixel((0, 40))[0] / 100 for seed in range(200)
-    ]
+    factors = [augment(sample, "published", random.Random(seed)).image[40, 0, 0] / 100 for seed in range(200)]
     assert 0.5 <= min(factors) < 0.55
     assert 1.45 < max(factors) <= 1.5
-    assert augment(row, "none", random.Random(1)) is row
+    assert augment(sample, "none", random.Random(1)) is sample
 
 
 # geometry
@@ -120,57 +102,53 @@ def test_published_changes_nothing_but_brightness():
 def test_boxes_and_masks_follow_the_pixels():
     mirrored_count, sizes = 0, set()
     for seed in range(60):
-        row = make_row()
-        changed = augment(row, "strong", random.Random(seed))
-        picture = changed["image"]
-        assert picture.size == (changed["width"], changed["height"])
-        sizes.add(picture.size)
-        text = changed["sentences"][0]["text"]
+        changed = augment(make_sample(), "strong", random.Random(seed))
+        height, width = changed.image.shape[:2]
+        sizes.add((height, width))
+        text = changed.sentences[0]["text"]
         mirrored_count += text == "the red box on the right"
         assert text in ("the red box on the left", "the red box on the right")
-        assert changed["sentences"][0]["phrases"][0]["end"] == len(text)
-        for channel, item in zip((0, 2), changed["objects"], strict=True):
-            box = item["box"]
+        assert changed.sentences[0]["phrases"][0]["end"] == len(text)
+        for channel, box, mask in zip((0, 2), changed.boxes_xyxy, changed.masks, strict=True):
             assert min(box) >= -1e-6
-            assert box[2] <= changed["width"] + 1e-6
-            assert box[3] <= changed["height"] + 1e-6
-            assert colored_box(picture, channel) == pytest.approx(box, abs=1.5)
-            mask = from_coco_rle(item["segmentation"])
-            assert mask.shape == (changed["height"], changed["width"])
+            assert box[2] <= width + 1e-6
+            assert box[3] <= height + 1e-6
+            assert colored_box(changed.image, channel) == pytest.approx(box, abs=1.5)
+            assert mask.shape == (height, width)
             assert colored_box(np.dstack([np.where(mask, 255, 0)] + [np.zeros_like(mask, int)] * 2), 0) == (
                 pytest.approx(box, abs=1.5)
             )
-            assert item["boxes"] == [box]
     assert 20 <= mirrored_count <= 40
     assert len(sizes) > 40
 
 
 def test_the_crop_keeps_boxes_whole_and_the_scale_its_range():
     for seed in range(100):
-        row = make_row(width=100, height=40, box=(3, 2, 99, 39))
-        changed = crop_and_scale(row, random.Random(seed))
+        changed = crop_and_scale(make_sample(width=100, height=40, box=(3, 2, 99, 39)), random.Random(seed))
+        height, width = changed.image.shape[:2]
         # nearly nothing may be cut: the shape stays, and the box takes as much of it
-        assert changed["width"] / changed["height"] == pytest.approx(2.5, abs=0.35)
-        assert 80 <= max(changed["width"], changed["height"]) <= 120
-        x0, y0, x1, y1 = changed["objects"][0]["box"]
-        assert (x1 - x0) * (y1 - y0) >= 0.88 * changed["width"] * changed["height"]
-    without_objects = {**make_row(), "objects": []}
-    assert crop_and_scale(without_objects, random.Random(0))["objects"] == []
+        assert width / height == pytest.approx(2.5, abs=0.35)
+        assert 80 <= max(width, height) <= 120
+        x0, y0, x1, y1 = changed.boxes_xyxy[0]
+        assert (x1 - x0) * (y1 - y0) >= 0.88 * width * height
+    without_objects = replace(make_sample(), boxes_xyxy=np.zeros((0, 4)), masks=None)
+    assert crop_and_scale(without_objects, random.Random(0)).boxes_xyxy.shape == (0, 4)
 
 
 def test_mirrored_twice_is_as_it_was():
-    row = make_row("Left of the box, clockwise")
-    again = mirror(mirror(row))
-    assert again["objects"] == row["objects"]
-    assert again["sentences"] == row["sentences"]
-    assert (np.asarray(again["image"]) == np.asarray(row["image"])).all()
+    sample = make_sample("Left of the box, clockwise")
+    again = mirror(mirror(sample))
+    assert again.sentences == sample.sentences
+    for name in ("image", "boxes_xyxy", "masks"):
+        assert (getattr(again, name) == getattr(sample, name)).all()
+        assert not (getattr(mirror(sample), name) == getattr(sample, name)).all()
 
 
 def test_a_picture_is_mirrored_only_if_all_that_is_said_allows_it():
-    row = make_row("the box on the left")
-    row["sentences"].append({"sentence_id": "a_1", "text": "number 7", "phrases": []})
-    assert mirror(row) is None
-    texts = {augment(row, "strong", random.Random(seed))["sentences"][0]["text"] for seed in range(20)}
+    sample = make_sample("the box on the left")
+    sample.sentences.append({"sentence_id": "a_1", "text": "number 7", "phrases": []})
+    assert mirror(sample) is None
+    texts = {augment(sample, "strong", random.Random(seed)).sentences[0]["text"] for seed in range(20)}
     assert texts == {"the box on the left"}
 
 
@@ -254,11 +232,12 @@ def test_what_the_embedded_set_says_can_be_mirrored(shapes):
     for row in shapes["train"].select(range(20)):
         for sentence in row["sentences"]:
             assert mirrored_words(sentence["text"]) is not None, sentence["text"]
-        mirrored = mirror(row)
-        for before, after in zip(row["sentences"], mirrored["sentences"], strict=True):
+        boxes_xyxy = np.array([item["box"] for item in row["objects"]])
+        mirrored = mirror(Sample(np.asarray(row["image"]), boxes_xyxy, None, row["sentences"], row))
+        for before, after in zip(row["sentences"], mirrored.sentences, strict=True):
             if len(after["phrases"]) == 2 and " is right of " in after["text"]:
                 assert " is left of " in before["text"]
-                first, second = (mirrored["objects"][phrase["objects"][0]]["box"] for phrase in after["phrases"])
+                first, second = (mirrored.boxes_xyxy[phrase["objects"][0]] for phrase in after["phrases"])
                 assert first[0] + first[2] > second[0] + second[2]
                 checked += 1
     assert checked

@@ -23,17 +23,9 @@ from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.ranks_evaluation import run_grid
 from tests.helpers.tiny import ROOT
+from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.data import GroundingCollator, move
-from training_reftr.evaluation import (
-    answer_batch,
-    compare_boxes,
-    constant_box,
-    evaluate,
-    phrase_keys,
-    put_in_order,
-    summarize,
-    swapped_expressions,
-)
+from training_reftr.evaluation import answer_batch, compare_boxes, evaluate, phrase_keys, put_in_order, summarize
 from training_reftr.published_results import NAMES_OF_SETS, RESULTS, comparable_results
 from training_reftr.report import (
     controls,
@@ -140,8 +132,8 @@ def test_metrics_by_hand():
     assert (place["accuracy@0.5"], place["mean_iou"], place["num_phrases"]) == (0.5, 0.5, 2)
     assert not any(name.startswith("mask") or "recall" in name for name in summary)
     # x is held against y's answer (a hit), y against x's (a miss), and x again against y's
-    assert swapped_expressions(records)["accuracy@0.5"] == pytest.approx(2 / 3)
-    assert swapped_expressions(records[::2]) is None
+    assert shuffled_expressions(records)["accuracy@0.5"] == pytest.approx(2 / 3)
+    assert shuffled_expressions(records[::2]) is None
 
 
 def test_merged_and_any_box_recall_by_hand():
@@ -234,7 +226,7 @@ def test_expressions_are_swapped_between_objects_alone():
         record_of(object_id="y", box=other, pred_box=other),
         record_of(object_id="x", image_id="b", pred_box=box),  # nothing else is asked for in its image
     ]
-    swapped = swapped_expressions(records)
+    swapped = shuffled_expressions(records)
     assert (swapped["num_phrases"], swapped["mean_iou"]) == (3, 0.0)
 
 

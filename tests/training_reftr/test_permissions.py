@@ -11,7 +11,7 @@ import data_scripts
 from data_scripts.exporting import export
 from modeling_reftr.saving_reftr import save_tensors
 from tests.helpers.tiny import TINY_SET
-from training_reftr.pictures import PictureReader
+from training_reftr.images import ImageReader
 
 
 @pytest.fixture(params=[0o022, 0o027], ids=oct)
@@ -70,6 +70,6 @@ def test_built_and_exported_datasets_have_the_permissions_of_the_umask(tmp_path,
 
 def test_cached_images_have_the_permissions_of_the_umask(processor, tmp_path, umask):
     Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "one.png")
-    read = PictureReader(processor.image_processor, str(tmp_path / "cache"))
+    read = ImageReader(processor.image_processor, str(tmp_path / "cache"))
     read({"image": {"bytes": None, "path": str(tmp_path / "one.png")}, "height": 40, "width": 30})
     assert unexpected_modes(tmp_path / "cache", umask) == {}

@@ -134,7 +134,7 @@ def test_only_parameters_that_require_gradients_are_in_the_optimizer(make_run):
 def test_dropout_is_drawn_anew_in_each_step_and_again_after_a_resume(make_run, batches, accelerator):
     def first_loss(step, seed=3):
         run = make_run(dropout=0.5)
-        run.state.step, run.args.seed = step, seed
+        run.state.step, run.settings.optimization.seed = step, seed
         torch.rand(7)  # what was drawn before does not matter
         return update(run, batches, accelerator)[0]["loss"].item()
 

@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
+from data_scripts.masks import resize_to_nearest
 from modeling_reftr.modeling_reftr import RefTRVisualGroundingOutput
+from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from tests.helpers.local_hub import Hub
 from tests.helpers.tiny import ROOT
-from training_reftr.data import GroundingCollator, fit_to_picture
+from training_reftr.data import GroundingCollator
 from training_reftr.evaluation import answer_batch, evaluate, summarize
 from training_reftr.settings import EvaluationSettings, TrainingSettings
 from training_reftr.trainer_metrics import compute_metrics, score_phrases
@@ -37,7 +39,13 @@ def rows(shapes, processor) -> Dataset:
             item["box"], item["boxes"] = edges.tolist(), [edges.tolist()]
         if index % 3 == 0:  # single expressions alone
             row["sentences"] = [item for item in row["sentences"] if len(item["phrases"]) == 1][: index // 3 + 1]
-        rows.append(fit_to_picture({**row, "image": row["image"].resize(size)}, processor.image_processor))
+        scale = np.array(size * 2) / [width, height, width, height]
+        for item in row["objects"]:
+            item["box"], item["boxes"] = (item["box"] * scale).tolist(), [(item["box"] * scale).tolist()]
+            item["segmentation"] = to_coco_rle(
+                torch.from_numpy(resize_to_nearest(from_coco_rle(item["segmentation"]), *size[::-1]))
+            )
+        rows.append({**row, "image": row["image"].resize(size), "width": size[0], "height": size[1]})
     return Dataset.from_list(rows, features=shapes["validation"].features)
 
 
