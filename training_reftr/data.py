@@ -20,7 +20,7 @@ from modeling_reftr import RefTRImageProcessor, RefTRProcessor
 from modeling_reftr.text_reftr import check_text
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
-from training_reftr.images import ImageReader, read_image, to_array
+from training_reftr.images import ImageReader, read_row_image, to_array
 from training_reftr.samples import Sample, make_sample, take_sentences, without_misses
 from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit, evaluation_batches
 from training_reftr.settings import TrainingSettings
@@ -442,7 +442,7 @@ class EvaluationData:
                 f"pad_size={image_processor.pad_size}): evaluate as 'grouped', or save the processor without them."
             )
         cache = settings.data.image_cache
-        reader = read_image if cache is None else ImageReader(image_processor, cache)
+        reader = read_row_image if cache is None else ImageReader(image_processor, cache)
         prepare = EvaluationSamples(reader, image_processor)
         batching = (
             settings.evaluation.evaluation_batching,

@@ -29,7 +29,7 @@ CHECKSUM_BYTES = 4
 CACHE_VERSION = 2
 
 
-def read_image(row: dict) -> np.ndarray:
+def read_row_image(row: dict) -> np.ndarray:
     """
     Read the image of a row, upright as its boxes.
 
@@ -87,16 +87,16 @@ class ImageReader:
         Read the image of a row, from the cache if it is there.
 
         Args:
-            row (`dict`): see `read_image`.
+            row (`dict`): see `read_row_image`.
 
         Returns:
             `np.ndarray` of shape `(height, width, 3)`, uint8, RGB.
 
         Raises:
-            OSError, ValueError: see `read_image`; `OSError` also if the cache cannot be written.
+            OSError, ValueError: see `read_row_image`; `OSError` also if the cache cannot be written.
         """
         if self.folder is None:
-            return self.resize(read_image(row))
+            return self.resize(read_row_image(row))
         path = self.path_of(row)
         try:
             return decode_array(path.read_bytes())
@@ -104,7 +104,7 @@ class ImageReader:
             pass  # not cached yet
         except ValueError as error:
             logger.warning(f"The cached image {str(path)!r} is damaged ({error}) and is read again.")
-        image = self.resize(read_image(row))
+        image = self.resize(read_row_image(row))
         write_file(path, encode_array(image), durable=False)  # a damaged one is read again
         return image
 

@@ -22,7 +22,7 @@ from modeling_reftr.answers_reftr import json_answer
 from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.data import EvaluationData
 from training_reftr.evaluation import evaluate, summarize
-from training_reftr.images import read_image
+from training_reftr.images import read_row_image
 from training_reftr.metrics import THRESHOLDS
 from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
 from training_reftr.sampling import has_positions
@@ -154,7 +154,7 @@ def remove_report(output_dir: Path):
 
 def save_example(row: dict, output_dir: Path) -> dict:
     """Write the image of a row that is not decoded, and return its name and up to three texts to ask about it."""
-    image = Image.fromarray(read_image(row))
+    image = Image.fromarray(read_row_image(row))
     image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
     image.save(output_dir / "example.png")
     texts = list(dict.fromkeys(sentence["text"] for sentence in row["sentences"]))

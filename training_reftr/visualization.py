@@ -17,7 +17,7 @@ from PIL import Image
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
 from modeling_reftr.rle_reftr import from_coco_rle
 from training_reftr.data import GroundingCollator, move
-from training_reftr.images import read_image
+from training_reftr.images import read_row_image
 
 
 NUM_HEADS = 4  # as many as the published evaluation shows
@@ -54,7 +54,7 @@ def validation_pictures(records: list[dict], rows, num: int) -> Image.Image | No
             by_kind[kind].remove(group)
             used.add(group[0]["image_id"])
             row = undecoded[index_of[group[0]["image_id"]]]
-            pictures.append(draw_sentence({**row, "image": Image.fromarray(read_image(row))}, group))
+            pictures.append(draw_sentence({**row, "image": Image.fromarray(read_row_image(row))}, group))
     return make_grid(pictures, columns=4) if pictures else None
 
 
@@ -92,7 +92,7 @@ def draw_samples(model, processor, rows, records: list[dict], num: int, folder: 
     for number in range(num):
         record = records[number * len(records) // num]
         row = undecoded[index_of[record["image_id"]]]
-        row = {**row, "image": Image.fromarray(read_image(row))}
+        row = {**row, "image": Image.fromarray(read_row_image(row))}
         maps = attend(model, processor, row, record, accelerator)
         if accelerator.is_main_process:
             # a name has up to 255 bytes

@@ -181,7 +181,7 @@ def test_every_command_shows_the_report(command, tmp_path):
     assert shown in command("build", *files)[1]
     # another dataset in the same cache has a report of its own
     more = command("build", "jsonl", "--data_dir", tmp_path / "more", "--drop_bad_lines")[1]
-    assert "Left out or changed by the build:\n- validation: left out 2 bad lines\nAll pictures" in more
+    assert "Left out or changed by the build:\n- validation: left out 2 bad lines\nAll images" in more
     assert shown in command("build", *files)[1]
     assert shown in command("check", *files, "--json", tmp_path / "report.json")[1]
     assert json.loads((tmp_path / "report.json").read_text())["build"] == expected

@@ -112,7 +112,7 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
 def test_the_list_of_held_out_pictures_is_a_command(tmp_path, genome, run):
     path, refer = tmp_path / "held_out.json", tmp_path / "refer"
     words = ("-m", "reftr_cli", "data", "held_out", "refcoco_unc", "--data_dir", refer, "--output", path)
-    assert "3 pictures" in run(*words).stdout
+    assert "3 images" in run(*words).stdout
     assert read_held_out(path) == {100, 101, 102}
     where = ("--data_dir", tmp_path / "vg", "--cache_dir", tmp_path / "cache")
     result = run("-m", "reftr_cli", "data", "check", "visual_genome", *where, "--held_out_file", path)

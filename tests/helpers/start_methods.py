@@ -17,7 +17,7 @@ from PIL import Image
 
 import train_reftr
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
-from reftr_cli.predict import to_json
+from modeling_reftr.answers_reftr import answer_to_json
 from training_reftr.tracking import LOG
 
 
@@ -46,7 +46,7 @@ def ask(num_workers: int, folder: Path) -> list:
     ground = VisualGroundingPipeline(model, processor=RefTRProcessor.from_pretrained(folder), device="cpu")
     images = [Image.new("RGB", (64, 48), color) for color in COLORS]
     answers = ground(images, text="the star", num_workers=num_workers, batch_size=2)
-    return [[to_json(answer) for answer in found] for found in answers]
+    return [[answer_to_json(answer) for answer in found] for found in answers]
 
 
 def main():

@@ -98,7 +98,7 @@ def test_one_thing_changed_is_refused_or_written_as_it_ran(recipe, stopped, tria
         return
     with caplog.at_level(logging.WARNING):
         assert resume(recipe, stopped, *words) == 0
-    wanted = getattr(parse_arguments([str(recipe), f"--{setting}", value]), name)
+    wanted = parse_arguments([str(recipe), f"--{setting}", value]).to_flat()[name]
     said = f"{name}={wanted!r} (was {old.settings[name]!r})"
     warned = [record.message for record in caplog.records if "not quite the one of the checkpoint" in record.message]
     state = load_state(checkpoints_of(stopped)[0])
@@ -153,7 +153,7 @@ def test_what_is_not_given_is_the_checkpoint_s(trained):
         args = kept(trained[0], **given)
         assert (args.data.image_size, args.initialization.model) == (64, settings["model"])
         assert args.data.max_text_length is None  # 40, and 90 for captions
-    assert kept(trained[0], learning_rate=3.0).learning_rate == 3.0
+    assert kept(trained[0], learning_rate=3.0).optimization.learning_rate == 3.0
 
 
 def test_an_older_checkpoint_is_not_refused_for_what_it_does_not_say(trained):
@@ -163,7 +163,7 @@ def test_an_older_checkpoint_is_not_refused_for_what_it_does_not_say(trained):
     older["image_size"] = 640  # a default then, which a loaded model of 64 pixels did not heed
     args = kept(trained[0], settings=older, image_size=64)
     assert (args.data.image_size, args.data.size_divisor, args.initialization.tokenizer) == (64, None, None)
-    assert kept(trained[0], settings={}).model == {}
+    assert kept(trained[0], settings={}).initialization.model == {}
     with pytest.raises(ValueError, match=r"fixes image_size=640 \(the checkpoint has 64\)"):
         kept(trained[0], settings=older, image_size=640)
 

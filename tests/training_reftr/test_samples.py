@@ -75,7 +75,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(owner, name, counted)
 
     count(images, "open_image", "opened")
-    count(orientation_reftr, "read_orientation", "orientation read")
+    count(orientation_reftr, "read_orientation", "orientation applied")
     count(RefTRImageProcessor, "preprocess_with_sizes", "preprocessed")
     count(RefTRImageProcessor, "rescale_and_normalize", "normalized")
     count(samples, "from_coco_rle", "masks decoded")
@@ -89,7 +89,7 @@ def test_image_is_opened_once_and_mask_decoded_once(rows, processor, calls):
     batch = collate([dataset[Visit(0, index, (0, 1, 2, 3))] for index in range(NUM_ROWS)])
     assert [label["masks"].shape[0] for label in batch["labels"]] == [1] * 4 * NUM_ROWS
     assert calls["opened"] == NUM_ROWS
-    assert calls["orientation read"] == 2 * NUM_ROWS  # open_image checks it, turn_upright applies it
+    assert calls["orientation applied"] == NUM_ROWS
     assert calls["preprocessed"] == 1
     assert calls["masks decoded"] == 2 * NUM_ROWS
     assert calls["run lengths read"] == 2 * NUM_ROWS
