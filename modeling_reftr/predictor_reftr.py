@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import ImageInput
 
-from .answers_reftr import draw_on, flatten_question, labels_of_sentences, make_answers
+from .answers_reftr import answer_to_json, draw_on, flatten_question, labels_of_sentences, make_answers
 from .modeling_reftr import RefTRForVisualGrounding
 from .pixels_reftr import height_and_width, to_pil_image
 from .processing_reftr import RefTRProcessor
@@ -63,11 +63,12 @@ class RefTRPredictor:
             kwargs: arguments of `RefTRForVisualGrounding.from_pretrained`, such as `dtype` and `device_map`.
 
         Raises:
-            ValueError, OSError: if there is no model or no processor, or a file is damaged; the message names it.
+            ValueError: if a file is damaged; the message names it.
+            OSError: if there is no model or no processor.
         """
         shared_kwargs = {name: kwargs[name] for name in SHARED_ARGUMENTS if name in kwargs}
-        processor = RefTRProcessor.from_pretrained(pretrained_model_name_or_path, **shared_kwargs)
-        return cls(RefTRForVisualGrounding.from_pretrained(pretrained_model_name_or_path, **kwargs), processor)
+        model = RefTRForVisualGrounding.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(model, RefTRProcessor.from_pretrained(pretrained_model_name_or_path, **shared_kwargs))
 
     @torch.no_grad()
     def set_image(self, image: ImageInput, original_size: tuple[int, int] | None = None) -> None:
@@ -130,6 +131,11 @@ class RefTRPredictor:
             results = self.processor.post_process_referring_segmentation(outputs, sizes, mask_threshold)
         answers = make_answers(labels_of_sentences(sentences, phrases), results)
         return [answer for of_sentence in answers for answer in of_sentence]
+
+    @staticmethod
+    def to_json(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Convert answers of `predict` to JSON: boxes as lists and masks as COCO RLE, see `answer_to_json`."""
+        return [answer_to_json(answer) for answer in answers]
 
     def draw(self, answers: list[dict[str, Any]], width: int | None = None) -> Image.Image:
         """

@@ -90,7 +90,7 @@ def ask(browser, text=None):
         (area,) = find(browser, "textarea")
         area.clear()
         area.send_keys(text)
-    (button,) = (button for button in find(browser, "button") if button.text == "Ask")
+    (button,) = (button for button in find(browser, "button") if button.text == "Locate")
     button.click()
 
 
@@ -197,4 +197,4 @@ def test_a_file_over_5_mb_gets_a_sentence(browser, tmp_path):
 
 def test_a_question_without_a_picture_or_words_gets_a_sentence(browser, gray):
     ask(browser, "the star")
-    assert "There is no picture: upload one, or take the example." in sentence(browser)
+    assert "There is no image: upload one, or use the example." in sentence(browser)

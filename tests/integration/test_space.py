@@ -14,7 +14,6 @@ import time
 import httpx
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from transformers import pipeline
@@ -31,7 +30,7 @@ gradio_client = pytest.importorskip("gradio_client")  # which gradio brings
 pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting", "ignore:The copy keyword is deprecated")
 
 
-NOT_UPLOADED = "Only uploaded pictures are taken, no addresses and no paths."
+NOT_UPLOADED = "Only uploaded images are accepted, no addresses and no paths."
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_box_and_mask_of_an_expression_have_its_color(client, space, folder, pic
 
 
 def test_a_box_without_a_mask_is_a_frame_within_the_picture(space):
-    opacity = space.draw(torch.tensor([-9.0, 10.0, 50.0, 400.0]), None, 100, 80)
+    opacity = space.draw(np.array([-9.0, 10.0, 50.0, 400.0]), None, 100, 80)
     assert opacity.shape == (100, 80)
     assert opacity[10:, 0].min() == opacity[99, :50].min() == 1
     assert opacity[16:94, 6:44].max() == opacity[:10].max() == opacity[:, 50:].max() == 0
@@ -122,28 +121,28 @@ def test_a_box_without_a_mask_is_a_frame_within_the_picture(space):
 
 def test_a_model_without_masks_gives_boxes(space, trained, picture):
     _, opacities, answers = space.Answerer(str(trained[0])).answer(str(picture), EXPRESSIONS)
-    assert [set(answer) for answer in answers] == [{"phrase", "box"}] * 2
+    assert [set(answer) for answer in answers] == [{"label", "phrase", "score", "box"}] * 2
     assert set(np.unique(np.stack(opacities))) <= {0, 1}
 
 
 def test_a_picture_is_encoded_once_and_few_are_kept(client, page, space, picture, tmp_path, monkeypatch):
     looks, answerer = [], page.answerer
-    monkeypatch.setattr(answerer, "pictures", type(answerer.pictures)())
+    monkeypatch.setattr(answerer, "predictors", type(answerer.predictors)())
     look = answerer.model.model.backbone.register_forward_hook(lambda *_: looks.append(1))
     first = ask(client, picture, "the star")[1]
     shutil.copy(picture, tmp_path / "another name.png")
     assert ask(client, tmp_path / "another name.png", "the star")[1] == first
     ask(client, picture, "the circle")
     assert len(looks) == 1
-    shades = [tmp_path / f"{shade}.png" for shade in range(space.MAX_PICTURES)]
+    shades = [tmp_path / f"{shade}.png" for shade in range(space.MAX_IMAGES)]
     for shade, path in enumerate(shades):
         Image.new("RGB", (40, 30), (shade, 0, 0)).save(path)
     for path in (*shades[:-1], picture, shades[-1], picture):  # the first shade goes, not the one asked for since
         ask(client, path, "the star")
-    assert len(answerer.pictures) == space.MAX_PICTURES
-    assert len(looks) == space.MAX_PICTURES + 1
+    assert len(answerer.predictors) == space.MAX_IMAGES
+    assert len(looks) == space.MAX_IMAGES + 1
     ask(client, shades[0], "the star")
-    assert len(looks) == space.MAX_PICTURES + 2
+    assert len(looks) == space.MAX_IMAGES + 2
     look.remove()
 
 
@@ -161,9 +160,9 @@ def test_sideways_pictures_are_turned_and_modes_taken(client, tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "There is no expression: say what to look for, one expression a line."),
-        (" \n\t\n", "There is no expression: say what to look for, one expression a line."),
-        ("the star\n" * 17, "There are 17 expressions: up to 16 are answered at once."),
+        ("", "There is no expression: enter the expressions to locate, one per line."),
+        (" \n\t\n", "There is no expression: enter the expressions to locate, one per line."),
+        ("the star\n" * 17, "There are 17 expressions, more than 16: enter fewer of them at once."),
     ],
 )
 def test_texts_that_ask_nothing_or_too_much_get_a_sentence(client, picture, text, sentence):
@@ -171,7 +170,7 @@ def test_texts_that_ask_nothing_or_too_much_get_a_sentence(client, picture, text
 
 
 def test_a_question_without_a_picture_gets_a_sentence(client):
-    with pytest.raises(gradio_client.exceptions.AppError, match="There is no picture: upload one"):
+    with pytest.raises(gradio_client.exceptions.AppError, match="There is no image: upload one"):
         client.predict(None, "the star", api_name="/ask")
 
 
@@ -206,7 +205,7 @@ def test_what_a_message_quotes_is_no_markup(page):
     """Gradio's client and its upload change such names, and a request of one's own does not."""
     file = {"path": f"{os.environ['GRADIO_TEMP_DIR']}/<b>.png", "meta": {"_type": "gradio.FileData"}}
     text = outcome(page, [file, "the star"])
-    assert "There is no picture '&lt;b&gt;.png' here" in text
+    assert "There is no image '&lt;b&gt;.png' here" in text
     assert "<b>" not in text
 
 
@@ -224,7 +223,7 @@ def test_uploads_over_5_mb_are_refused_with_a_sentence(client, page, space, tmp_
         answer = httpx.post(f"{page.address}/gradio_api/upload", files={"files": file})
     assert (answer.status_code, answer.text) == (413, "File size exceeded maximum allowed size of 5242880 bytes.")
     with pytest.raises(ValueError, match=r"^The file 'large.png' has more than 5 MB: make it smaller first\.$"):
-        page.answerer.look(str(tmp_path / "large.png"))
+        page.answerer.encode(str(tmp_path / "large.png"))
     # as large as can be
     content = io.BytesIO()
     noise.crop((0, 0, 600, 600)).save(content, "PNG")
@@ -240,7 +239,7 @@ def test_pictures_of_too_many_pixels_are_refused_with_the_processors_sentence(cl
     sentence = refusal(client, tmp_path / "bomb.png")
     assert time.monotonic() - begin < 2
     assert "50,000,000" in sentence
-    assert sentence.endswith("make it smaller first.")
+    assert sentence.endswith("resize it to a smaller size first.")
 
 
 @pytest.mark.row("S9")
@@ -480,7 +479,7 @@ def test_the_snippet_for_clients_runs(page, picture, tmp_path, monkeypatch, caps
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     Image.open(picture).save("photo.jpg")
     exec(code.replace("you/your-space", page.address), {})
-    assert "'phrase': 'the red cup', 'box': [" in capsys.readouterr().out
+    assert "'label': 'the red cup', 'score': 1.0, 'box': [" in capsys.readouterr().out
 
 
 def test_the_space_names_what_there_is():
