@@ -185,7 +185,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """The annotation files (no pictures) that this configuration reads; a folder stands for the files in it."""
+        """The annotation files (no images) that this configuration reads; a folder stands for the files in it."""
         raise NotImplementedError
 
     def files_of(self, split: str) -> list[Path]:
@@ -196,7 +196,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
     def _info(self):
         return datasets.DatasetInfo(description=inspect.getdoc(type(self)), features=FEATURES)
 
-    def need_files(self, paths, distribution: str):
+    def require_files(self, paths, distribution: str):
         """
         Raise where a file is missing.
 
@@ -212,9 +212,9 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 f"{listing(missing)}\n{distribution}"
             )
 
-    def need_pictures(self, paths, distribution: str, what: str = "pictures"):
+    def require_images(self, paths, distribution: str, what: str = "images"):
         """
-        Raise where a picture (or one of other many files, `what`) is missing.
+        Raise where an image (or one of other many files, `what`) is missing.
 
         Raises:
             OSError: with their number and their names (`listing`), and how the authors distribute them.
@@ -231,25 +231,25 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         Return the frames that images are annotated in, from their headers.
 
         Args:
-            annotated_sizes (`dict`): path of each picture -> its annotated (width, height), or None.
-            distribution (`str`): how the authors distribute the pictures, in a sentence.
+            annotated_sizes (`dict`): path of each image -> its annotated (width, height), or None.
+            distribution (`str`): how the authors distribute the images, in a sentence.
 
         Returns:
             `dict`: path -> [`Frame`], see `reading.read_frame`.
 
         Raises:
-            OSError: naming the missing pictures, or the unreadable ones (`listing`).
+            OSError: naming the missing images, or the unreadable ones (`listing`).
         """
-        self.need_pictures(annotated_sizes, distribution)
+        self.require_images(annotated_sizes, distribution)
         frames, unreadable = {}, []
-        for path, annotated_size in tqdm(annotated_sizes.items(), desc="Reading the pictures' headers"):
+        for path, annotated_size in tqdm(annotated_sizes.items(), desc="Reading the images' headers"):
             try:
                 frames[path] = read_frame(path, annotated_size)
             except (OSError, ValueError) as error:
                 unreadable.append(str(error))
         if unreadable:
             raise OSError(
-                f"{len(unreadable)} pictures of {self.config.name!r} cannot be read; copy them again:"
+                f"{len(unreadable)} images of {self.config.name!r} cannot be read; copy them again:"
                 f"{listing(unreadable)}\n{distribution}"
             )
         return frames
@@ -293,7 +293,7 @@ def describe_reported(kind: str, counts: dict[str, int]) -> str:
 
 def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:
     """
-    A box cut at its picture's edges; None where nothing of it is left, or where it is no box (inverted, without
+    A box cut at its image's edges; None where nothing of it is left, or where it is no box (inverted, without
     extent, not a number).
 
     Example:
@@ -364,15 +364,15 @@ def is_degenerate(box_xyxy) -> bool:
 
 
 def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter, changed: Counter) -> list[list[float]]:
-    """What is left of boxes in their picture; counts those of which nothing is, and those that were cut."""
+    """What is left of boxes in their image; counts those of which nothing is, and those that were cut."""
     kept = []
     for box_xyxy in boxes_xyxy:
         box = clip_box(box_xyxy, width, height)
         if box is None:
-            dropped["boxes of which nothing is in the picture"] += 1
+            dropped["boxes of which nothing is in the image"] += 1
             continue
         if box != [float(value) for value in box_xyxy]:
-            changed["boxes are cut at their picture's edge"] += 1
+            changed["boxes are cut at their image's edge"] += 1
         kept.append(box)
     return kept
 

@@ -1,4 +1,4 @@
-"""Whether the rows of a set are what the schema promises, and its pictures whole."""
+"""Whether the rows of a set are what the schema promises, and its images whole."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .box_conventions import Judgement, judge_splits
 from .building import SUSPECTED, Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
-from .reading import check_decodes, has_words, picture_size, read_frame
+from .reading import check_decodes, has_words, read_frame, read_image_size
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
 
 
@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 
 
 class NamedBytes(io.BytesIO):
-    """The content of a picture that a row carries, by its name."""
+    """The content of an image that a row carries, by its name."""
 
     def __init__(self, content: bytes, name: str):
         super().__init__(content)
@@ -52,7 +52,7 @@ class NamedBytes(io.BytesIO):
         return self.name
 
 
-def picture_of(row: dict) -> Path | NamedBytes:
+def image_file_of(row: dict) -> Path | NamedBytes:
     """
     Return the image of a row that is not decoded: its path, which is never a URL, or its content.
 
@@ -67,17 +67,17 @@ def picture_of(row: dict) -> Path | NamedBytes:
     return NamedBytes(image["bytes"], image["path"] or row["image_id"])
 
 
-def find_picture_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
-    """(kind, sentence) where a row's picture is missing, no picture or, asked to decode, damaged."""
+def find_image_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
+    """(kind, sentence) where a row's image is missing, no image or, asked to decode, damaged."""
     try:
-        (check_decodes if decode else picture_size)(picture_of(row))
+        (check_decodes if decode else read_image_size)(image_file_of(row))
     except (OSError, ValueError) as error:
-        return [("picture", str(error))]
+        return [("picture", str(error))]  # a kind of finding in reports of `reftr data check --json`
     return []
 
 
 def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, str]]:
-    """(kind, sentence) where a box is none, passes the picture's edge, or is not the union of the object's boxes."""
+    """(kind, sentence) where a box is none, passes the image's edge, or is not the union of the object's boxes."""
     faults, width, height = [], row["width"], row["height"]
     for item in row["objects"]:
         if is_miss(item["box"], width, height):
@@ -86,7 +86,7 @@ def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, st
             continue
         bad = [box for box in (item["box"], *item["boxes"]) if not is_box_within(box, width, height)]
         for box in bad[:1]:
-            faults.append(("box", f"object {item['object_id']!r}: {box} is no box in a picture of {width} x {height}"))
+            faults.append(("box", f"object {item['object_id']!r}: {box} is no box in an image of {width} x {height}"))
         if not bad:
             union = merge_boxes(item["boxes"]) if item["boxes"] else None
             if union is None or not are_close(union, item["box"], BOX_TOLERANCE):
@@ -95,7 +95,7 @@ def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, st
 
 
 def is_box_within(box_xyxy, width: int, height: int) -> bool:
-    """Whether this is a box with an extent that lies inside its picture."""
+    """Whether this is a box with an extent that lies inside its image."""
     if len(box_xyxy) != 4 or not all(map(math.isfinite, box_xyxy)):
         return False
     x0, y0, x1, y1 = box_xyxy
@@ -116,13 +116,13 @@ def are_close(first_xyxy, second_xyxy, tolerance: float) -> bool:
 
 
 def find_mask_faults(row: dict, tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
-    """(kind, sentence) where a mask has another size than the picture, is none, or disagrees with its box."""
+    """(kind, sentence) where a mask has another size than the image, is none, or disagrees with its box."""
     faults, size = [], [row["height"], row["width"]]
     for item in row["objects"]:
         if item["segmentation"] is None or is_miss(item["box"], row["width"], row["height"]):
             continue
         if list(item["segmentation"]["size"]) != size:
-            fault = f"its size is {item['segmentation']['size']}, the picture's {size} (height, width)"
+            fault = f"its size is {item['segmentation']['size']}, the image's {size} (height, width)"
         else:
             fault = find_mask_fault(item["segmentation"]["counts"], size, item["box"], tolerance)
         if fault == NO_PIXEL:
@@ -170,13 +170,13 @@ def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
 
 
 def find_row_faults(row: dict, mask_tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
-    """(kind, sentence) of everything that is wrong with a row and its picture."""
-    faults = find_picture_faults(row, decode=True)
+    """(kind, sentence) of everything that is wrong with a row and its image."""
+    faults = find_image_faults(row, decode=True)
     if not faults:
         size = (row["width"], row["height"])
-        found = read_frame(picture_of(row), annotated_size=size).size
+        found = read_frame(image_file_of(row), annotated_size=size).size
         if found != size:
-            faults.append(("picture", f"the picture has {found[0]} x {found[1]} pixels, the row says {size}"))
+            faults.append(("picture", f"the image has {found[0]} x {found[1]} pixels, the row says {size}"))
     faults += find_box_faults(row, keeps_misses) + find_mask_faults(row, mask_tolerance, keeps_misses)
     return faults + find_sentence_faults(row)
 
@@ -188,7 +188,7 @@ def find_faults_of_part(find, rows: datasets.Dataset) -> tuple[int, list[tuple[s
 
 def find_faults(splits: dict[str, datasets.Dataset], find, num_proc: int | None, description: str) -> list[Finding]:
     """
-    Whatever `find(row) -> [(kind, sentence)]` finds in any row, pictures not decoded.
+    Whatever `find(row) -> [(kind, sentence)]` finds in any row, images not decoded.
 
     Args:
         splits (`dict[str, datasets.Dataset]`): split -> rows.
@@ -218,12 +218,12 @@ def find_faults(splits: dict[str, datasets.Dataset], find, num_proc: int | None,
     return findings
 
 
-def find_broken_pictures(
+def find_broken_images(
     splits: dict[str, datasets.Dataset], decode: bool, num_proc: int | None = None
 ) -> list[Finding]:
-    """Pictures that are missing or no pictures, and where they are to be decoded, damaged ones."""
-    description = "decoding pictures" if decode else "reading headers"
-    return find_faults(splits, partial(find_picture_faults, decode=decode), num_proc, description)
+    """Images that are missing or no images, and where they are to be decoded, damaged ones."""
+    description = "decoding images" if decode else "reading headers"
+    return find_faults(splits, partial(find_image_faults, decode=decode), num_proc, description)
 
 
 def repeated_values(values: pa.Array) -> list:
@@ -279,7 +279,7 @@ def check(
     build_report: dict | None = None,
 ) -> dict:
     """
-    Check every row and picture of a set.
+    Check every row and image of a set.
 
     Args:
         source (`Source`): the set, for its published counts.

@@ -1,4 +1,4 @@
-"""Several sets joined for training, without any picture that one of them holds out."""
+"""Several sets joined for training, without any image that one of them holds out."""
 
 import logging
 import re
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 HELD_OUT = ("val", "test")  # how the names of held-out splits begin: val, validation, test, testA, ...
 
 
-def coco_id(image_id: str, picture: str | None = None) -> int | None:
+def coco_id(image_id: str, image: str | None = None) -> int | None:
     """
-    The COCO id of a row's picture, by which sets that share pictures know it; None for a picture that is not COCO's,
+    The COCO id of a row's image, by which sets that share images know it; None for an image that is not COCO's,
     as far as the row tells.
 
     Args:
         image_id (`str`): the row's, "coco_<id>" or any other with "_coco_<id>" at its end.
-        picture (`str`, *optional*): path of its picture, where image_id does not tell: COCO_train2014_<id>.jpg.
+        image (`str`, *optional*): path of its image, where image_id does not tell: COCO_train2014_<id>.jpg.
 
     Example:
 
@@ -38,7 +38,7 @@ def coco_id(image_id: str, picture: str | None = None) -> int | None:
 
     ```"""
     told = re.search(r"(?:^|_)coco_(\d{1,18})$", image_id)
-    told = told or re.match(r"COCO_(?:train|val)2014_(\d{12})", PurePath(picture or "").name)
+    told = told or re.match(r"COCO_(?:train|val)2014_(\d{12})", PurePath(image or "").name)
     return int(told[1]) if told else None
 
 
@@ -46,7 +46,7 @@ def combine(
     sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, trained: tuple[str, ...] = (), **flags
 ) -> datasets.Dataset:
     """
-    Join a split of several sets, leaving out every row whose picture is held out in any of them. Pictures are matched
+    Join a split of several sets, leaving out every row whose image is held out in any of them. Images are matched
     by their COCO id (`coco_id`), others by `image_id`.
 
     What is trained on is not held out: neither a split of `trained`, nor one whose every expression is in one that is
@@ -54,7 +54,7 @@ def combine(
 
     Args:
         sets (`list`): each a name that `load` takes, a pair (name, flags) of it, a dict of splits (such as a
-            `DatasetDict`), or a `Dataset`, which has no held-out pictures.
+            `DatasetDict`), or a `Dataset`, which has no held-out images.
         split (`str`): the split to join. "trainval" of a dataset that has none is its train and its val.
         held_out (`tuple[str, ...]`): how the names of the held-out splits begin.
         trained (`tuple[str, ...]`, *optional*): all splits that are trained on, where `split` is one of several.
@@ -90,12 +90,12 @@ def combine(
         key
         for name, splits in zip(names, parts, strict=True)
         for rows in _held_out_splits(name, splits, {split, *trained}, tuple(held_out))
-        for key in _picture_keys(rows)
+        for key in _image_keys(rows)
     }
     kept = []
     for name, splits in zip(names, parts, strict=True):
         rows = datasets.concatenate_datasets([splits[part] for part in _parts_of(name, splits, split)])
-        indices = [index for index, key in enumerate(_picture_keys(rows)) if key not in keys]
+        indices = [index for index, key in enumerate(_image_keys(rows)) if key not in keys]
         if len(indices) < len(rows):
             logger.warning(
                 f"{name} {split}: left out {len(rows) - len(indices)} of {len(rows)} images, which are held out in "
@@ -126,13 +126,13 @@ def _held_out_splits(name: str, splits: Mapping, trained: set[str], held_out: tu
     if not candidates:
         return []
     is_more_than_train = own > {"train"} or "train" not in own
-    learned = [(splits[part], _picture_keys(splits[part])) for part in own if is_more_than_train]
+    learned = [(splits[part], _image_keys(splits[part])) for part in own if is_more_than_train]
     return [rows for rows in candidates if not (learned and _is_part(rows, learned))]
 
 
 def _is_part(rows: datasets.Dataset, learned: list[tuple[datasets.Dataset, list]]) -> bool:
-    """Return whether every expression of a split is in others, which come with their `_picture_keys`."""
-    missing = _expressions(rows, _picture_keys(rows))
+    """Return whether every expression of a split is in others, which come with their `_image_keys`."""
+    missing = _expressions(rows, _image_keys(rows))
     images = {image for image, *_ in missing}
     if not images or not images <= {key for _, keys in learned for key in keys}:
         return False
@@ -167,13 +167,13 @@ def _splits(item, number: int, split: str, flags: dict) -> tuple[str, Mapping]:
     return name, load(name, **{**flags, **own})
 
 
-def _picture_keys(rows: datasets.Dataset) -> list:
-    """What each row's picture is known by: its COCO id, or the row's image_id."""
+def _image_keys(rows: datasets.Dataset) -> list:
+    """What each row's image is known by: its COCO id, or the row's image_id."""
     columns = rows.cast_column("image", datasets.Image(decode=False)).select_columns(["image_id", "image"])
     keys = []
     for batch in columns.with_format("arrow").iter(1000):
-        pictures = batch["image"].combine_chunks().field("path").to_pylist()
-        for image_id, picture in zip(batch["image_id"].to_pylist(), pictures, strict=True):
-            known = coco_id(image_id, picture)
+        paths = batch["image"].combine_chunks().field("path").to_pylist()
+        for image_id, path in zip(batch["image_id"].to_pylist(), paths, strict=True):
+            known = coco_id(image_id, path)
             keys.append(image_id if known is None else known)
     return keys

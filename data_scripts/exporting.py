@@ -19,7 +19,7 @@ from .reading import check_text, is_as_stored
 from .reports import COUNTS, count_split, format_build_report
 
 
-# of pictures, in a file; what the datasets library itself cuts at
+# of images, in a file; what the datasets library itself cuts at
 MAX_SHARD_BYTES = 500_000_000
 # rows that are read at a time by whoever streams the files
 ROW_GROUP_SIZE = 100
@@ -33,12 +33,12 @@ def undecoded_images(rows: datasets.Dataset):
     return rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]
 
 
-def picture_bytes(rows: datasets.Dataset) -> int:
+def count_image_bytes(rows: datasets.Dataset) -> int:
     """
-    Size of a split's pictures as files.
+    Size of a split's images as files.
 
     Raises:
-        OSError: naming a picture that is not there.
+        OSError: naming an image that is not there.
     """
     total = 0
     for image in undecoded_images(rows):
@@ -53,14 +53,14 @@ def with_absolute_path(row: dict) -> dict:
         return {"image": image}  # at its path lies an image that others would turn
     if image["bytes"] is not None:
         raise ValueError(
-            f"The pictures of this set are in its rows ({row['image_id']!r} is no file): they cannot be exported by "
+            f"The images of this set are in its rows ({row['image_id']!r} is no file): they cannot be exported by "
             "path. Leave out --by_path."
         )
     return {"image": {"bytes": None, "path": os.path.abspath(image["path"])}}
 
 
 def write_shard(task: tuple[datasets.Dataset, Path, bool]) -> int:
-    """Write one Parquet file of (rows, path, whether to embed the pictures); returns the number of rows."""
+    """Write one Parquet file of (rows, path, whether to embed the images); returns the number of rows."""
     rows, path, embed = task
     rows = rows.with_format("arrow")
     with pq.ParquetWriter(path, rows.features.arrow_schema) as writer:
@@ -98,9 +98,9 @@ def write_card(
     table = [["split", *COUNTS], ["---"] * (1 + len(COUNTS))]
     table += [[split, *(f"{numbers[name]:,}" for name in COUNTS)] for split, numbers in counts.items()]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    pictures = "inside the files" if embed else "by their paths on the machine that wrote it"
+    placement = "inside the files" if embed else "by their paths on the machine that wrote it"
     if any(is_as_stored(image) for rows in splits.values() for image in undecoded_images(rows)):
-        pictures += "; without an EXIF orientation where boxes were drawn on the image as it is stored"
+        placement += "; without an EXIF orientation where boxes were drawn on the image as it is stored"
     chosen = "".join(f" {for_code(f'{name}={value!r}')}" for name, value in flags.items()) or " none"
     listed = "\n".join(map(for_markdown, format_build_report(build_report).split("\n")))
     path.write_text(
@@ -109,7 +109,7 @@ def write_card(
 
 # {source.name}
 
-Visual grounding: pictures ({pictures}), objects, and the sentences that speak of them. A row is an image.
+Visual grounding: images ({placement}), objects, and the sentences that speak of them. A row is an image.
 
 {lines}
 
@@ -121,13 +121,13 @@ from datasets import load_dataset
 rows = load_dataset({json.dumps(str(folder), ensure_ascii=False)}, split="{next(iter(splits))}")
 ```
 
-- `objects`: `box` is xyxy in pixels of the upright picture, right and bottom exclusive; `boxes` are all boxes of an
+- `objects`: `box` is xyxy in pixels of the upright image, right and bottom exclusive; `boxes` are all boxes of an
   object that has several, `box` their union; `segmentation` is COCO's run-length encoding, or null.
 - `sentences`: `text[start:end]` of each phrase names the `objects` with these indices. A referring expression is a
   sentence whose one phrase is all of it.
 - `positions`: the number of each sentence in the annotations of its split, where rows are ordered otherwise, or null.
 
-Source: {source.distribution} Licences of pictures and annotations are their authors'.
+Source: {source.distribution} Licences of images and annotations are their authors'.
 
 {MARK}{source.name}`; flags:{chosen}.
 """,
@@ -174,7 +174,7 @@ def export(
         source (`Source`): the set.
         splits (`dict[str, datasets.Dataset]`): split -> rows.
         output (`str` or `Path`): the folder.
-        embed (`bool`, *optional*, defaults to `True`): pictures inside the files, as they are; else by their paths.
+        embed (`bool`, *optional*, defaults to `True`): images inside the files, as they are; else by their paths.
         num_proc (`int`, *optional*): processes, one by default.
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier export.
         flags (`dict`, *optional*): what the set was built with, for the card.
@@ -185,8 +185,8 @@ def export(
         `Path`: `output`.
 
     Raises:
-        OSError: if `output` exists, or a picture does not.
-        ValueError: if pictures that are no files are to be exported by path.
+        OSError: if `output` exists, or an image does not.
+        ValueError: if images that are no files are to be exported by path.
     """
     output = Path(output).absolute()
     check_output(output, overwrite)
@@ -194,7 +194,7 @@ def export(
         (folder / DATA).mkdir()
         tasks = []
         for split, rows in splits.items():
-            num_shards = max(1, min(len(rows), math.ceil(picture_bytes(rows) / MAX_SHARD_BYTES))) if embed else 1
+            num_shards = max(1, min(len(rows), math.ceil(count_image_bytes(rows) / MAX_SHARD_BYTES))) if embed else 1
             rows = rows.cast_column("image", datasets.Image(decode=False))
             if not embed:
                 rows = rows.map(with_absolute_path, features=rows.features, desc=f"paths of {split}")

@@ -1,5 +1,5 @@
 """
-Flickr30k Entities (Plummer et al., IJCV 2017) from its authors' files: pictures with five captions each, whose phrases
+Flickr30k Entities (Plummer et al., IJCV 2017) from its authors' files: images with five captions each, whose phrases
 name chains of mentions, and the boxes of those chains.
 
     data_dir/
@@ -35,7 +35,7 @@ SPLITS = ("train", "val", "test")
 IMAGE_DIRS = ("flickr30k-images", "flickr30k_images", "f30k_images", "images", "flickr30k/f30k_images")
 DISTRIBUTION = (
     "Annotations/ and Sentences/ are in annotations.zip, beside the lists train.txt, val.txt and test.txt and the "
-    "file UNRELATED_CAPTIONS, at https://github.com/BryanPlummer/flickr30k_entities; the pictures are sent on "
+    "file UNRELATED_CAPTIONS, at https://github.com/BryanPlummer/flickr30k_entities; the images are sent on "
     "request: https://shannon.cs.illinois.edu/DenotationGraph/."
 )
 # [/EN#<chain>/<type>[/<type>...] words]
@@ -46,9 +46,9 @@ PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)*)(?: ([^\[\]]*))?\]")
 class Flickr30kEntitiesConfig(datasets.BuilderConfig):
     """
     Args:
-        image_dir (`str`, *optional*): folder of the pictures, in `data_dir` or absolute; absent: the first of
+        image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: the first of
             `IMAGE_DIRS` that is there.
-        drop_unrelated_captions (`bool`): leave out the captions that the authors list as not about their picture: 20,
+        drop_unrelated_captions (`bool`): leave out the captions that the authors list as not about their image: 20,
             all in train. The published figures keep them.
     """
 
@@ -57,7 +57,7 @@ class Flickr30kEntitiesConfig(datasets.BuilderConfig):
 
 
 class Flickr30kEntities(GroundingBuilder):
-    """Flickr30k Entities: captions of pictures, and boxes of their phrases. Rows have the order of the split lists."""
+    """Flickr30k Entities: captions of images, and boxes of their phrases. Rows have the order of the split lists."""
 
     BUILDER_CONFIG_CLASS = Flickr30kEntitiesConfig
     BUILDER_CONFIGS = [Flickr30kEntitiesConfig(name="flickr30k_entities", version=GroundingBuilder.VERSION)]
@@ -77,14 +77,14 @@ class Flickr30kEntities(GroundingBuilder):
         data_dir = Path(self.config.data_dir or "")
         annotations, sentences, *lists, unrelated = self.annotation_files(data_dir, self.config.name)
         optional = [unrelated] if self.config.drop_unrelated_captions else []
-        self.need_files([annotations, sentences, *lists, *optional], DISTRIBUTION)
+        self.require_files([annotations, sentences, *lists, *optional], DISTRIBUTION)
         image_ids = {split: read_image_ids(path) for split, path in zip(SPLITS, lists, strict=True)}
         everything = [image_id for split in SPLITS for image_id in image_ids[split]]
         for folder, ending in ((annotations, "xml"), (sentences, "txt")):
             files = (folder / f"{image_id}.{ending}" for image_id in everything)
-            self.need_pictures(files, DISTRIBUTION, f".{ending} files")
+            self.require_images(files, DISTRIBUTION, f".{ending} files")
         image_dir = self._image_dir()
-        self.need_pictures((image_dir / f"{image_id}.jpg" for image_id in everything), DISTRIBUTION)
+        self.require_images((image_dir / f"{image_id}.jpg" for image_id in everything), DISTRIBUTION)
         return [
             datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "image_ids": image_ids[split]})
             for split in SPLITS
@@ -108,7 +108,7 @@ class Flickr30kEntities(GroundingBuilder):
             width, height = frame.size
             scale = (width / size[0], height / size[1]) * 2
             if scale != (1.0, 1.0, 1.0, 1.0):
-                changed["pictures have another size than annotated, boxes are scaled to it"] += 1
+                changed["images have another size than annotated, boxes are scaled to it"] += 1
             objects = []
             for chain, chain_boxes in boxes.items():
                 scaled = [[value * factor for value, factor in zip(box, scale, strict=True)] for box in chain_boxes]
@@ -119,7 +119,7 @@ class Flickr30kEntities(GroundingBuilder):
             captions = read_captions(data_dir / "Sentences" / f"{image_id}.txt", image_id)
             sentences = boxed_sentences(captions, objects, unrelated, dropped)
             if not sentences:
-                dropped["pictures without a boxed phrase"] += 1
+                dropped["images without a boxed phrase"] += 1
                 continue
             yield (
                 image_id,
@@ -138,7 +138,7 @@ class Flickr30kEntities(GroundingBuilder):
 
 def boxed_sentences(captions: list, objects: list[dict], unrelated: set[str], dropped: Counter) -> list[dict]:
     """
-    Sentences of the schema from the captions of a picture, with the phrases that name an object; fills in the objects'
+    Sentences of the schema from the captions of an image, with the phrases that name an object; fills in the objects'
     `category`, the first type that a phrase gives them.
 
     Args:
@@ -151,7 +151,7 @@ def boxed_sentences(captions: list, objects: list[dict], unrelated: set[str], dr
     sentences = []
     for sentence_id, text, phrases in captions:
         if sentence_id in unrelated:
-            dropped["captions that are not about their picture"] += 1
+            dropped["captions that are not about their image"] += 1
             continue
         if text is None:
             dropped["captions whose brackets do not match"] += 1
@@ -224,7 +224,7 @@ def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list
 def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]]]:
     """
     Annotated (width, height) and the boxes of each chain, xyxy in pixels from 0. Chain 0, and objects without a box,
-    which are the whole scene or not in the picture, are left out.
+    which are the whole scene or not in the image, are left out.
 
     Raises:
         ValueError: if the file is no annotation, or has a document type, which can make a small file a huge one.
@@ -237,7 +237,7 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
         root = ElementTree.fromstring(text)
         size = (int(read_number(root, "size/width")), int(read_number(root, "size/height")))
         if min(size) < 1:
-            raise ValueError(f"its picture has the size {quote(size)}")
+            raise ValueError(f"its image has the size {quote(size)}")
         for item in root.iterfind("object"):
             bound = item.find("bndbox")
             if bound is None:
@@ -281,7 +281,7 @@ def read_image_ids(path: Path) -> list[str]:
 
 def read_unrelated(path: Path) -> set[str]:
     """
-    Sentence ids of the captions that are not about their picture: lines of image id and caption number (from 1), after
+    Sentence ids of the captions that are not about their image: lines of image id and caption number (from 1), after
     a first line with #.
 
     Raises:

@@ -1,5 +1,5 @@
 """
-One's own pictures: a JSON Lines file for each split, a line for each picture.
+One's own images: a JSON Lines file for each split, a line for each image.
 
     data_dir/
         train.jsonl  validation.jsonl  test.jsonl      or any names: each file is a split
@@ -19,10 +19,10 @@ A line, here on several:
   are: "xywh" or "cxcywh" (center, width, height), and "xyxy_fraction", "xywh_thousand" and so on where numbers are
   0..1 or 0..1000 of the image's width and height. All boxes together are compared with what is said of them.
 - a mask, if there is one: `polygon` (lists of x, y, x, y, ...), `segmentation` (such polygons, or COCO's run-length
-  encoding, compressed or not, at the picture's size) or `mask` (a picture file of one channel and the picture's size,
+  encoding, compressed or not, at the image's size) or `mask` (an image file of one channel and the image's size,
   0 where the object is not). With a mask, `box` may be absent: it is the mask's.
 - `category` (text) and `types` (list of texts) of the object and of the words, for reports.
-- in the line: `image_id`, else the path; `width` and `height`, if the boxes were drawn on a picture of that size,
+- in the line: `image_id`, else the path; `width` and `height`, if the boxes were drawn on an image of that size,
   which tells whether its EXIF orientation was followed.
 
 Nothing is passed over: bad lines are an error that lists them, unless `drop_bad_lines` leaves them out and counts
@@ -54,8 +54,8 @@ from .reading import (
     is_inside,
     is_number,
     open_file,
-    picture_size,
     read_frame,
+    read_image_size,
 )
 from .schema import FEATURES
 
@@ -65,7 +65,7 @@ __all__ = ["FEATURES", "SOURCES", "JsonLines", "JsonLinesConfig"]
 
 DISTRIBUTION = (
     "A folder of one's own data holds a file for each split, such as train.jsonl and validation.jsonl, with a line of "
-    'JSON for each picture: {"image": "pictures/1.jpg", "expressions": [{"text": "the red car", "box": [10, 20, 110, '
+    'JSON for each image: {"image": "pictures/1.jpg", "expressions": [{"text": "the red car", "box": [10, 20, 110, '
     "90]}]}."
 )
 MASK_FIELDS = ("polygon", "segmentation", "mask")
@@ -79,7 +79,7 @@ class JsonLinesConfig(datasets.BuilderConfig):
     Args:
         path (`str`, `list[str]` or `dict`, *optional*): a file or files for the split train, or split -> such, in
             place of the .jsonl files of `data_dir`; in `data_dir` or absolute. The library's `data_files` is the same.
-        image_dir (`str`, *optional*): folder that the paths of pictures and masks are relative to, in `data_dir` or
+        image_dir (`str`, *optional*): folder that the paths of images and masks are relative to, in `data_dir` or
             absolute; absent: that of the .jsonl file.
         box_format (`str`): of lines that do not say it, see `box_conventions`: "xyxy", "xywh" or "cxcywh" in pixels,
             or with "_fraction" (0..1) or "_thousand" (0..1000) of the image's width and height.
@@ -95,7 +95,7 @@ class JsonLinesConfig(datasets.BuilderConfig):
 
 
 class JsonLines(GroundingBuilder):
-    """One's own pictures and expressions from JSON Lines files. Rows are in the order of the lines."""
+    """One's own images and expressions from JSON Lines files. Rows are in the order of the lines."""
 
     BUILDER_CONFIG_CLASS = JsonLinesConfig
     BUILDER_CONFIGS = [JsonLinesConfig(name="jsonl", version=GroundingBuilder.VERSION)]
@@ -130,7 +130,7 @@ class JsonLines(GroundingBuilder):
         missing = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
         if missing:
             raise OSError(f"There is no file {', '.join(missing)}. {DISTRIBUTION}")
-        good, bad, dropped, pictures, written = {}, [], {}, {}, {}
+        good, bad, dropped, image_paths, written = {}, [], {}, {}, {}
         for split, files in self.split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
                 raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
@@ -139,12 +139,12 @@ class JsonLines(GroundingBuilder):
             for path, number, offset, line in lines:
                 try:
                     value = parse_line(line)
-                    picture = self._picture(path, value)
+                    image_path = self._image_path(path, value)
                     place = f"{path}, line {number}"
                     earlier = seen.setdefault(image_id_of(value), place)
-                    need(earlier == place, "image", value["image"], f"another picture than in {earlier}")
-                    pictures[picture] = None
-                    if os.path.isfile(picture):
+                    need(earlier == place, "image", value["image"], f"another image than in {earlier}")
+                    image_paths[image_path] = None
+                    if os.path.isfile(image_path):
                         self._row(path, value, Counter(), written[split])
                     good[split].append((str(path), number, offset))
                 except (OSError, ValueError) as error:
@@ -160,7 +160,7 @@ class JsonLines(GroundingBuilder):
             self.report_suspected(judgement.message)
         for split, counts in dropped.items():
             self.report_dropped(split, counts)
-        self.need_pictures(pictures, DISTRIBUTION)
+        self.require_images(image_paths, DISTRIBUTION)
         return [
             datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "lines": lines})
             for split, lines in good.items()
@@ -175,7 +175,7 @@ class JsonLines(GroundingBuilder):
             yield f"{path}:{number}", self._row(Path(path), value, changed)
         self.report_changed(split, changed)
 
-    def _picture(self, path: Path, value: dict) -> Path:
+    def _image_path(self, path: Path, value: dict) -> Path:
         return self._inside(path, value["image"], "image")
 
     def _inside(self, path: Path, name, field: str) -> Path:
@@ -192,11 +192,11 @@ class JsonLines(GroundingBuilder):
         Return the row of a parsed line of a file; raises a ValueError or OSError where it is bad. Its boxes, bad ones
         too, are added to `written`: (what they are, box format) -> (boxes, sizes of their images).
         """
-        picture = self._picture(path, value)
+        image_path = self._image_path(path, value)
         size = annotated_size(value)
-        frame = read_frame(picture, size)
+        frame = read_frame(image_path, size)
         width, height = frame.size
-        need(size in (None, (width, height)), "width, height", size, f"the picture's {(width, height)}")
+        need(size in (None, (width, height)), "width, height", size, f"the image's {(width, height)}")
         box_format = value.get("box_format", self.config.box_format)
         parse_box_format(box_format)
         if written is not None:
@@ -215,7 +215,7 @@ class JsonLines(GroundingBuilder):
                 mask = self._mask(path, target, where, height, width)
                 kept = clip_boxes(boxes or [box_of(mask)], width, height, Counter(), changed)
                 inside = len(kept) == max(1, len(boxes))
-                need(inside, f"{where}.box", boxes, f"boxes in the picture of {width} x {height}")
+                need(inside, f"{where}.box", boxes, f"boxes in the image of {width} x {height}")
                 item = {"box": merge_boxes(kept), "boxes": kept, "category": target.get("category")}
                 key = json.dumps([item, mask])
                 item = {"object_id": f"{image_id}_{len(objects)}", **item, "segmentation": mask}
@@ -223,7 +223,7 @@ class JsonLines(GroundingBuilder):
                 objects.setdefault(key, item)
                 phrases.append({"start": start, "end": end, "objects": [place], "types": target.get("types", [])})
             sentences.append({"sentence_id": f"{image_id}_{index}", "text": text, "phrases": phrases})
-        row = {"image_id": image_id, "image": image_of(picture.absolute(), frame), "width": width, "height": height}
+        row = {"image_id": image_id, "image": image_of(image_path.absolute(), frame), "width": width, "height": height}
         return {**row, "objects": list(objects.values()), "sentences": sentences}
 
     def _mask(self, path: Path, target: dict, where: str, height: int, width: int) -> dict | None:
@@ -240,7 +240,7 @@ class JsonLines(GroundingBuilder):
         else:
             encoded = read_polygons(value, field, height, width)
         segmentation = to_segmentation(encoded)
-        need(segmentation is not None, field, value, "a mask with a pixel in the picture")
+        need(segmentation is not None, field, value, "a mask with a pixel in the image")
         return segmentation
 
 
@@ -319,7 +319,7 @@ def parse_line(line: bytes) -> dict:
         check_texts(entry, name)
     known(value, LINE_FIELDS, "the line")
     if "image" not in value:
-        raise ValueError("the line has no field 'image'; expected the path of a picture.")
+        raise ValueError("the line has no field 'image'; expected the path of an image.")
     expressions = value.get("expressions")
     need(isinstance(expressions, list) and expressions, "expressions", expressions, "a list of one or more")
     return value
@@ -333,7 +333,7 @@ def known(value: dict, names: tuple[str, ...], field: str):
 
 
 def image_id_of(value: dict) -> str:
-    """The id of a line's picture: what the line says, or the path."""
+    """The id of a line's image: what the line says, or the path."""
     image_id = value.get("image_id", value["image"])
     number = isinstance(image_id, int) and not isinstance(image_id, bool)
     need(number or (isinstance(image_id, str) and image_id.strip()), "image_id", image_id, "text or a whole number")
@@ -482,14 +482,14 @@ def read_polygons(value, field: str, height: int, width: int) -> dict:
     # the library walks along every edge, so a point far away takes its time and memory
     limits = np.array([width, height])
     near = all((np.abs(np.reshape(polygon, (-1, 2)) - limits / 2) <= 1.5 * limits).all() for polygon in polygons)
-    need(near, field, value, f"points in the picture of {width} x {height}, or as far outside of it at most")
+    need(near, field, value, f"points in the image of {width} x {height}, or as far outside of it at most")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
     """COCO's run-length encoding, compressed or not, of (height, width)."""
     known(value, ("size", "counts"), field)
-    need(value.get("size") == [height, width], f"{field}.size", value.get("size"), f"the picture's {[height, width]}")
+    need(value.get("size") == [height, width], f"{field}.size", value.get("size"), f"the image's {[height, width]}")
     try:
         return encode_counts(value.get("counts"), height, width)
     except ValueError as error:
@@ -499,11 +499,11 @@ def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
 def read_mask(path: Path, field: str, height: int, width: int) -> dict:
     """A mask file of one channel as run-length encoding of (height, width)."""
     need(os.path.isfile(path), field, str(path), "a file that is there")
-    size = picture_size(path)
-    need(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the picture")
+    size = read_image_size(path)
+    need(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the image")
     with open_file(path) as image:
         one_channel = image.mode in ("1", "L", "P", "I", "I;16", "F")
-        need(one_channel, field, str(path), f"a picture of one channel, not of mode {image.mode}")
+        need(one_channel, field, str(path), f"an image of one channel, not of mode {image.mode}")
         try:
             mask = np.asarray(image) != 0
         except (OSError, SyntaxError, ValueError) as error:

@@ -42,7 +42,7 @@ def load(
         cache_dir (`str`, *optional*): where built sets are kept, the datasets library's own cache by default.
         streaming (`bool`): yield the rows from the files in turn, writing nothing.
         num_proc (`int`, *optional*): processes that build.
-        decode (`bool`): give pictures decoded; else their path or content, as `datasets.Image(decode=False)` does.
+        decode (`bool`): give images decoded; else their path or content, as `datasets.Image(decode=False)` does.
         config: flags of the set's configuration, for example `image_size=64`.
 
     Returns:
@@ -116,7 +116,7 @@ def load_with_report(
 def _make_builder(name: str, data_dir: str | None, cache_dir: str | None, config: dict) -> datasets.DatasetBuilder:
     """Return the builder of a dataset by its name; raise a ValueError for what it does not know."""
     if name not in SOURCES:
-        raise ValueError(f"There is no data set {name!r}; there are: {', '.join(SOURCES)}.")
+        raise ValueError(f"There is no dataset {name!r}; there are: {', '.join(SOURCES)}.")
     source = SOURCES[name]
     flags = flags_of(source)
     unknown = sorted(set(config) - set(flags))

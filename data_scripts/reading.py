@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .quoting import explain
 
 
-# pictures over this are refused, as by the image processor
+# images over this are refused, as by the image processor
 MAX_PIXELS = 50_000_000
 # texts over this are refused, as by the processor, and those with a NUL or half of a surrogate pair
 MAX_CHARACTERS = 100_000
@@ -199,7 +199,7 @@ def read_text(path: str | Path) -> str:
 
 
 def is_number(value) -> bool:
-    """Whether it is a number that has a place in a picture: finite, and not astronomical."""
+    """Whether it is a number that has a place in an image: finite, and not astronomical."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
@@ -257,12 +257,12 @@ def name_format(prefix: bytes) -> str | None:
     return None
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
+def read_image_size(path: str | Path) -> tuple[int, int]:
     """
-    (width, height) of a picture file as stored, from its header: nothing is decoded.
+    (width, height) of an image file as stored, from its header: nothing is decoded.
 
     Raises:
-        OSError: if the file is missing or has no picture's header.
+        OSError: if the file is missing or has no image's header.
         ValueError: if it claims more than `MAX_PIXELS` pixels.
     """
     return _read_header(path)[0]
@@ -327,11 +327,11 @@ def _read_header(path: str | Path, with_orientation: bool = False) -> tuple[tupl
                 size = size[::-1]  # Pillow itself turns a TIFF, and says so in its size
             orientation = _orientation_of(image) if with_orientation and is_small else 1
     except FileNotFoundError as error:
-        raise OSError(f"There is no picture at {str(path)!r}.") from error
+        raise OSError(f"There is no image at {str(path)!r}.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{str(path)!r} has more than {MAX_PIXELS:,} pixels.") from error
     except Exception as error:
-        raise OSError(f"{str(path)!r} cannot be read as a picture: {explain(error)}") from error
+        raise OSError(f"{str(path)!r} cannot be read as an image: {explain(error)}") from error
     if not is_small:
         raise ValueError(f"{str(path)!r} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}.")
     return size, orientation
@@ -347,7 +347,7 @@ def read_frame(path: str | Path, annotated_size: tuple[int, int] | None = None) 
         annotated_size (`(width, height)`, *optional*): the size that the image was annotated at.
 
     Raises:
-        OSError, ValueError: see `picture_size`.
+        OSError, ValueError: see `read_image_size`.
     """
     stored_size, orientation = _read_header(path, with_orientation=True)
     if keeps_stored_frame(orientation, stored_size, annotated_size):
@@ -379,7 +379,7 @@ def image_of(path: str | Path, frame: Frame) -> str | dict:
     try:
         content, ending = drop_orientation(path.read_bytes())
     except FileNotFoundError as error:
-        raise OSError(f"There is no picture at {str(path)!r}.") from error
+        raise OSError(f"There is no image at {str(path)!r}.") from error
     except Exception as error:
         raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error
     return {"bytes": content, "path": f"{path.stem}{AS_STORED}.{ending}"}
@@ -436,13 +436,13 @@ def drop_jpeg_metadata(content: bytes) -> bytes:
 
 def check_decodes(path: str | Path):
     """
-    Decode every pixel of a picture file.
+    Decode every pixel of an image file.
 
     Raises:
         OSError: if the file is missing, cut or damaged.
         ValueError: if it claims more than `MAX_PIXELS` pixels.
     """
-    picture_size(path)
+    read_image_size(path)
     try:
         with open_file(path) as image:
             image.load()

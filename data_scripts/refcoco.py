@@ -5,7 +5,7 @@ RefCOCO, RefCOCO+, RefCOCOg and ReferItGame (RefCLEF), from the files of the ref
       refcoco/  refcoco+/  refcocog/  refclef/
         instances.json            images, annotations (box xywh in pixels, polygons or run lengths), categories
         refs(unc).p               pickled list of references; also (google), (umd), (berkeley)
-      images/train2014/COCO_train2014_000000581857.jpg     or in another of `IMAGE_PLACES`
+      images/train2014/COCO_train2014_000000581857.jpg     or in another of `IMAGE_FOLDERS`
       images/saiapr_tc-12/...                              RefCLEF's; in folders as distributed, or flat
 
 A row holds the objects of one image that a split's references point at, and their expressions; rows are sorted by
@@ -14,7 +14,7 @@ all those of its split's references, as the refer API and the published indexes 
 underscore of a configuration says who cut the splits; RefCLEF's references of "testAB" are in testA and in testB, as
 the refer API counts them.
 
-`image_id` is "coco_<id>" for pictures of COCO and "saiapr_<id>" for RefCLEF's, so that sets that share pictures can be
+`image_id` is "coco_<id>" for images of COCO and "saiapr_<id>" for RefCLEF's, so that sets that share images can be
 told apart from those that do not (`combine.coco_id`).
 """
 
@@ -50,8 +50,8 @@ from .schema import FEATURES
 __all__ = ["FEATURES", "SOURCES", "RefCoco", "RefCocoConfig"]
 
 
-# where people keep the pictures, relative to data_dir; the first place that holds one of them is taken
-IMAGE_PLACES = {
+# where people keep the images, relative to data_dir; the first place that holds one of them is taken
+IMAGE_FOLDERS = {
     "coco": (
         "images/train2014",
         "train2014",
@@ -69,9 +69,9 @@ ANNOTATIONS = (
     "The refer API's authors publish the annotations as refcoco.zip, refcoco+.zip, refcocog.zip and refclef.zip "
     "(github.com/lichengunc/refer); extract them into data_dir."
 )
-PICTURES = {
-    "coco": "The pictures are COCO's train2014.zip (cocodataset.org).",
-    "saiapr": "The pictures are saiapr_tc-12.zip, the subset of ImageCLEF that the refer API's authors publish.",
+IMAGE_SOURCES = {
+    "coco": "The images are COCO's train2014.zip (cocodataset.org).",
+    "saiapr": "The images are saiapr_tc-12.zip, the subset of ImageCLEF that the refer API's authors publish.",
 }
 
 
@@ -83,7 +83,7 @@ MAX_SPLITS = 20
 class RefCocoConfig(datasets.BuilderConfig):
     """
     Args:
-        image_dir (`str`, *optional*): the folder of the pictures; absent: the first of `IMAGE_PLACES` that holds any.
+        image_dir (`str`, *optional*): the folder of the images; absent: the first of `IMAGE_FOLDERS` that holds any.
         integer_boxes (`bool`): cut the corners of boxes to whole pixels, as the published loaders do, so that their
             figures can be compared. Boxes that this leaves without extent, and masks without a pixel, are kept in
             splits that are not for training: the published evaluation counts them as misses.
@@ -119,11 +119,11 @@ class RefCoco(GroundingBuilder):
 
     def _split_generators(self, dl_manager):
         files = [] if self.config.data_dir is None else self.annotation_files(self.config.data_dir, self.config.name)
-        self.need_files(files, ANNOTATIONS)
+        self.require_files(files, ANNOTATIONS)
         instances_file, refs_file = files
         refs = read_refs(refs_file)
         images, annotations, categories = read_instances(
-            instances_file, {ref["ann_id"] for ref in refs}, with_file_names=self.picture_source == "saiapr"
+            instances_file, {ref["ann_id"] for ref in refs}, with_file_names=self.image_source == "saiapr"
         )
         needed = {ref["image_id"] for ref in refs}
         unknown = sorted(needed - images.keys())
@@ -132,9 +132,9 @@ class RefCoco(GroundingBuilder):
                 f"{str(refs_file)!r} names {len(unknown)} images that {str(instances_file)!r} lacks: the two files "
                 f"do not belong together. Their ids:{listing(unknown)}"
             )
-        pictures = self.find_pictures([images[image_id] for image_id in sorted(needed)])
+        paths = self.find_image_paths([images[image_id] for image_id in sorted(needed)])
         frames = self.read_frames(
-            {path: annotated_size_of(images[image_id]) for image_id, path in pictures.items()}, self.distribution
+            {path: annotated_size_of(images[image_id]) for image_id, path in paths.items()}, self.distribution
         )
         generators = []
         splits = dict.fromkeys(split for ref in refs for split in splits_of(ref["split"]))
@@ -149,7 +149,7 @@ class RefCoco(GroundingBuilder):
             dropped, changed = Counter(), Counter()
             records = []
             for image_id in sorted(by_image):
-                path = pictures[image_id]
+                path = paths[image_id]
                 record = self.make_record(
                     images[image_id],
                     path,
@@ -193,29 +193,29 @@ class RefCoco(GroundingBuilder):
         self.report_changed(split, changed)
 
     @property
-    def picture_source(self) -> str:
-        """Whose pictures they are, "coco" or "saiapr"."""
+    def image_source(self) -> str:
+        """Whose images they are, "coco" or "saiapr"."""
         return "saiapr" if self.config.name.startswith("refclef") else "coco"
 
     @property
     def distribution(self) -> str:
-        """Where the pictures come from and where they are looked for."""
-        places = ", ".join(IMAGE_PLACES[self.picture_source])
+        """Where the images come from and where they are looked for."""
+        places = ", ".join(IMAGE_FOLDERS[self.image_source])
         return (
-            f"{PICTURES[self.picture_source]} They are looked for in image_dir, or below data_dir in the first of "
+            f"{IMAGE_SOURCES[self.image_source]} They are looked for in image_dir, or below data_dir in the first of "
             f"these places that holds one of them: {places}."
         )
 
-    def find_pictures(self, images: list[dict]) -> dict[int, str]:
-        """Image id -> path of its picture, whether or not it is there."""
-        if self.picture_source == "coco":  # the refs' own file_name has a number at its end and is no file's name
+    def find_image_paths(self, images: list[dict]) -> dict[int, str]:
+        """Image id -> path of its image, whether or not it is there."""
+        if self.image_source == "coco":  # the refs' own file_name has a number at its end and is no file's name
             names = {image["id"]: (f"COCO_train2014_{image['id']:012d}.jpg",) for image in images}
         else:
             names = {image["id"]: (image["file_name"], Path(image["file_name"]).name) for image in images}
         if self.config.image_dir is not None:
             place = Path(self.config.image_dir)
         else:
-            places = [Path(self.config.data_dir) / place for place in IMAGE_PLACES[self.picture_source]]
+            places = [Path(self.config.data_dir) / place for place in IMAGE_FOLDERS[self.image_source]]
             used = (
                 place
                 for place in places
@@ -250,7 +250,7 @@ class RefCoco(GroundingBuilder):
         annotated_size = annotated_size_of(image) or frame.size
         scale = (width / annotated_size[0], height / annotated_size[1])
         if scale != (1.0, 1.0):
-            changed["pictures have another size than annotated, boxes and masks are scaled to it"] += 1
+            changed["images have another size than annotated, boxes and masks are scaled to it"] += 1
         objects, sentences, positions, indices = [], [], [], {}
         for first_position, ref in refs:
             said = [
@@ -274,10 +274,10 @@ class RefCoco(GroundingBuilder):
                     if box_xyxy is not None:
                         annotated_box = [float(int(value)) for value in annotated_box]
                 if box_xyxy is None:
-                    dropped["expressions of objects without a box in the picture"] += len(said)
+                    dropped["expressions of objects without a box in the image"] += len(said)
                     continue
                 if box_xyxy != annotated_box:
-                    changed["boxes are cut at their picture's edge"] += 1
+                    changed["boxes are cut at their image's edge"] += 1
                 if is_degenerate(box_xyxy):
                     changed[KEPT_BOXES] += 1
                 indices[ref["ann_id"]] = len(objects)
@@ -286,7 +286,7 @@ class RefCoco(GroundingBuilder):
                     segmentation = UNREADABLE  # nested deep, it could not be handed to another process
                 objects.append(
                     {
-                        "object_id": f"{self.picture_source}_{ref['ann_id']}",
+                        "object_id": f"{self.image_source}_{ref['ann_id']}",
                         "box": box_xyxy,
                         "boxes": [box_xyxy],
                         "category": categories.get(annotation.get("category_id")),
@@ -300,7 +300,7 @@ class RefCoco(GroundingBuilder):
                 sentences.append({"sentence_id": sentence_id, "text": text, "phrases": [phrase]})
                 positions.append(position)
         return {
-            "image_id": f"{self.picture_source}_{image['id']}",
+            "image_id": f"{self.image_source}_{image['id']}",
             "image": path,
             "width": width,
             "height": height,
@@ -446,13 +446,13 @@ def encode_segmentation(
     segmentation, annotated_size: tuple[int, int], size: tuple[int, int], keep_empty: bool = False
 ) -> dict | None:
     """
-    A segmentation of COCO as run-length encoding at the picture's real size.
+    A segmentation of COCO as run-length encoding at the image's real size.
 
     Args:
         segmentation: polygons `[[x, y, x, y, ...], ...]`, run lengths `{"size": [height, width], "counts"}` with
             counts as a list or a string, or a list of such run lengths.
         annotated_size (`tuple[int, int]`): (width, height) that polygons are drawn on.
-        size (`tuple[int, int]`): the picture's (width, height); where it is another, the mask is scaled.
+        size (`tuple[int, int]`): the image's (width, height); where it is another, the mask is scaled.
         keep_empty (`bool`, *optional*, defaults to `False`): return a mask without a pixel as one.
 
     Returns:
@@ -509,7 +509,7 @@ def _source(name: str, counts: dict[str, tuple]) -> Source:
         config_name=name,
         splits=tuple(counts),
         files=(f"{folder}/instances.json", f"{folder}/refs({split_by}).p", place),
-        distribution=f"{ANNOTATIONS} {PICTURES['saiapr' if folder == 'refclef' else 'coco']}",
+        distribution=f"{ANNOTATIONS} {IMAGE_SOURCES['saiapr' if folder == 'refclef' else 'coco']}",
         counts=counts,
     )
 

@@ -9,7 +9,7 @@ The indexes that the published RefTR was trained with, in its folder tree as it 
         flickr30k/f30k_images  refcoco/images/train2014  referit/images  visualgenome/VG_100K
 
 The indexes are lists of tuples written by `torch.save`, read here without running what else they may hold, and without
-torch. They name no objects: expressions of a picture that share a box (and a mask) speak of one object. Boxes stay as
+torch. They name no objects: expressions of an image that share a box (and a mask) speak of one object. Boxes stay as
 they are, fractions of pixels included; the published loaders cut them to whole pixels (`integer_boxes`).
 """
 
@@ -46,7 +46,7 @@ __all__ = ["FEATURES", "INDEXES", "SOURCES", "RefTRIndex", "RefTRIndexConfig"]
 DISTRIBUTION = (
     "The indexes and masks are linked in the READMEs of https://github.com/ubc-vision/RefTR (annotations, "
     "refcoco/masks, refcoco/anns, annotations_resc/vg) and of https://github.com/zyang-ur/ReSC (annotations_resc); "
-    "the pictures are those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first "
+    "the images are those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first "
     "README's tree."
 )
 
@@ -59,7 +59,7 @@ class Index:
     Args:
         stem (`str`): the index files in `data_dir` without `_<split>.pth`.
         splits (`tuple[str, ...]`): its splits.
-        pictures (`str`): which pictures, of `IMAGE_DIRS`; ids of pictures begin with it.
+        image_source (`str`): which images, of `IMAGE_DIRS`; ids of images begin with it.
         layout (`tuple[str | None, ...]`): what the items of a record are.
         box_format (`str`): "xyxy" or "xywh".
         parts (`dict[str, tuple[str, ...]]`): the files of a split, where it is not one of its own name.
@@ -67,7 +67,7 @@ class Index:
 
     stem: str
     splits: tuple[str, ...]
-    pictures: str
+    image_source: str
     layout: tuple[str | None, ...]
     box_format: str = "xyxy"
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -126,7 +126,7 @@ INDEXES = {
 class RefTRIndexConfig(datasets.BuilderConfig):
     """
     Args:
-        image_dir (`str`, *optional*): folder of the pictures, in `data_dir` or absolute; absent: the published one.
+        image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: the published one.
         integer_boxes (`bool`): cut the figures of boxes to whole pixels as the published loaders do, before width and
             height are added to x and y. Boxes that this leaves without extent, and masks without a pixel, are kept
             in splits that are not for training: the published evaluation counts them as misses.
@@ -137,7 +137,7 @@ class RefTRIndexConfig(datasets.BuilderConfig):
 
 
 class RefTRIndex(GroundingBuilder):
-    """The published indexes of RefTR and ReSC. Rows have the order in which the index first names their pictures."""
+    """The published indexes of RefTR and ReSC. Rows have the order in which the index first names their images."""
 
     BUILDER_CONFIG_CLASS = RefTRIndexConfig
     BUILDER_CONFIGS = [RefTRIndexConfig(name=name, version=GroundingBuilder.VERSION) for name in INDEXES]
@@ -160,19 +160,19 @@ class RefTRIndex(GroundingBuilder):
 
     def _split_generators(self, dl_manager):
         index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
-        self.need_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
+        self.require_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
         self.masks = {}  # mask file -> see `read_mask`; splits share masks
         records = {file: read_index(data_dir / file, index.layout) for file in index.files}
         place = index.layout.index("image")
-        folders = IMAGE_DIRS[index.pictures] if self.config.image_dir is None else (self.config.image_dir,)
+        folders = IMAGE_DIRS[index.image_source] if self.config.image_dir is None else (self.config.image_dir,)
         paths = {}
         for name in names_of(records.values(), place):
             choices = [data_dir / folder / name for folder in folders]
             paths[name] = str(next((path for path in choices if os.path.isfile(path)), choices[0]))
-        self.need_pictures(paths.values(), DISTRIBUTION)
+        self.require_images(paths.values(), DISTRIBUTION)
         if index.mask_dir:
             masks = names_of(records.values(), index.layout.index("mask"))
-            self.need_pictures((data_dir / index.mask_dir / name for name in masks), DISTRIBUTION, "masks")
+            self.require_images((data_dir / index.mask_dir / name for name in masks), DISTRIBUTION, "masks")
         generators = []
         for split in index.splits:
             images, position = {}, 0
@@ -196,16 +196,16 @@ class RefTRIndex(GroundingBuilder):
             if row["sentences"]:
                 yield row["image_id"], row
             else:
-                dropped["pictures without an expression"] += 1
+                dropped["images without an expression"] += 1
         self.report_dropped(split, dropped)
         self.report_changed(split, changed)
 
     def _row(self, path: str, records: list[dict], dropped: Counter, changed: Counter, keep_misses: bool) -> dict:
-        # a mask tells for which size of its picture it was made, stored or upright
+        # a mask tells for which size of its image it was made, stored or upright
         sizes = [self._read_mask(record["mask"])[0] for record in records[:1] if "mask" in record]
         frame = read_frame(path, *(tuple(size[::-1]) for size in sizes))
         width, height = frame.size
-        image_id, objects, places, sentences = f"{self.index.pictures}_{picture_number(path)}", {}, {}, []
+        image_id, objects, places, sentences = f"{self.index.image_source}_{image_number(path)}", {}, {}, []
         positions = []
         for record in records:
             if not has_words(record["text"]):
@@ -252,7 +252,7 @@ class RefTRIndex(GroundingBuilder):
         shape, segmentation = self._read_mask(record["mask"])
         if shape != size[::-1]:
             raise ValueError(
-                f"The mask {quote(record['mask'])} has (height, width) {shape} and its picture {path!r} "
+                f"The mask {quote(record['mask'])} has (height, width) {shape} and its image {path!r} "
                 f"{size[::-1]}: they must be the same, as for the published loaders."
             )
         if is_empty(segmentation):
@@ -278,7 +278,7 @@ def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
 
     Raises:
         OSError, ValueError: see `pickles.read_pickle`.
-        ValueError: if it is no list of such records, or a picture or mask is not inside its folder.
+        ValueError: if it is no list of such records, or an image or mask is not inside its folder.
     """
     records = read_pickle(path)
     if not isinstance(records, list | tuple):
@@ -366,16 +366,16 @@ def to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[floa
     return [x, y, x + right, y + bottom] if box_format == "xywh" else box
 
 
-def picture_number(path: str) -> str:
+def image_number(path: str) -> str:
     """
-    What tells a picture from others of its source: the number in COCO's names, else the name without its ending.
+    What tells an image from others of its source: the number in COCO's names, else the name without its ending.
 
     Example:
 
     ```python
-    >>> from data_scripts.reftr_index import picture_number
+    >>> from data_scripts.reftr_index import image_number
 
-    >>> picture_number("train2014/COCO_train2014_000000581857.jpg"), picture_number("images/36979.jpg")
+    >>> image_number("train2014/COCO_train2014_000000581857.jpg"), image_number("images/36979.jpg")
     ('581857', '36979')
 
     ```"""
@@ -441,7 +441,7 @@ SOURCES = [
         builder=RefTRIndex,
         config_name=name,
         splits=index.splits,
-        files=(*index.files, *filter(None, [index.mask_dir]), IMAGE_DIRS[index.pictures][0]),
+        files=(*index.files, *filter(None, [index.mask_dir]), IMAGE_DIRS[index.image_source][0]),
         distribution=DISTRIBUTION,
         counts=COUNTS.get(COUNTS_OF.get(name), {}),
     )

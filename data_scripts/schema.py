@@ -19,7 +19,7 @@ FEATURES = datasets.Features(
                 # every box of it, where a name covers several (then `box` is their union)
                 "boxes": [[datasets.Value("float32")]],
                 "category": datasets.Value("string"),
-                # COCO run-length encoding at the picture's size, or null
+                # COCO run-length encoding at the image's size, or null
                 "segmentation": {"size": [datasets.Value("int32")], "counts": datasets.Value("string")},
             }
         ],

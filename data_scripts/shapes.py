@@ -29,24 +29,24 @@ __all__ = ["FEATURES", "SOURCES", "Shapes", "ShapesConfig", "quote"]
 # few of each, so that a model from scratch learns what every word means within minutes
 COLORS = {"red": (215, 45, 40), "green": (45, 165, 65), "blue": (45, 85, 215)}
 SHAPES = ("circle", "square", "star")
-SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in picture sides
+SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in image sides
 PLACES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, direction
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
 KINDS = ("attribute", "place", "relation", "caption")
 SPLITS = ("train", "validation", "test")
 
 MIN_VISIBLE = 0.6  # of an object's area
-MARGIN = 0.08  # in picture sides: what is called left is left by this much, what is not, is not
+MARGIN = 0.08  # in image sides: what is called left is left by this much, what is not, is not
 SUPERSAMPLING = 4
-MIN_SENTENCES = 3  # a picture
+MIN_SENTENCES = 3  # an image
 
 
 @dataclass
 class ShapesConfig(datasets.BuilderConfig):
     """
     Args:
-        image_size (`int`): side of the pictures in pixels, at least 32.
-        num_train, num_validation, num_test (`int`): pictures a split, each with about six expressions.
+        image_size (`int`): side of the images in pixels, at least 32.
+        num_train, num_validation, num_test (`int`): images a split, each with about six expressions.
         seed (`int`): another seed draws another set.
     """
 
@@ -59,9 +59,9 @@ class ShapesConfig(datasets.BuilderConfig):
     def validate(self):
         """Raise a ValueError for a setting that nothing can be drawn with."""
         if self.image_size < 32:
-            raise ValueError(f"image_size={self.image_size}: shapes need pictures of at least 32 pixels a side.")
+            raise ValueError(f"image_size={self.image_size}: shapes need images of at least 32 pixels a side.")
         if self.image_size**2 > MAX_PIXELS:
-            raise ValueError(f"image_size={self.image_size}: pictures have no more than {MAX_PIXELS:,} pixels.")
+            raise ValueError(f"image_size={self.image_size}: images have no more than {MAX_PIXELS:,} pixels.")
         for name in ("num_train", "num_validation", "num_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -70,7 +70,7 @@ class ShapesConfig(datasets.BuilderConfig):
 
 
 class Shapes(GroundingBuilder):
-    """Builder of the set; every picture is a function of (seed, split, index)."""
+    """Builder of the set; every image is a function of (seed, split, index)."""
 
     BUILDER_CONFIG_CLASS = ShapesConfig
     BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
@@ -120,11 +120,11 @@ def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     sentences = []
     while len(sentences) < MIN_SENTENCES:
-        picture, shapes = draw_scene(rng, image_size)
+        image, shapes = draw_scene(rng, image_size)
         sentences = [] if shapes is None else write_sentences(rng, shapes, image_size)
     image_id = f"shapes_{split}_{index:06d}"
     png = io.BytesIO()
-    picture.save(png, format="PNG")
+    image.save(png, format="PNG")
     objects = []
     for number, shape in enumerate(shapes):
         encoded = coco_mask.encode(np.asfortranarray(shape.visible.astype(np.uint8)))
@@ -150,7 +150,7 @@ def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
 
 
 def draw_scene(rng: np.random.Generator, image_size: int):
-    """A picture and its shapes, later ones in front; no shapes if one hides too much of another."""
+    """A image and its shapes, later ones in front; no shapes if one hides too much of another."""
     canvas = draw_ground(rng, image_size)
     count = rng.integers(2, 4)
     # in two scenes of three no colour comes twice

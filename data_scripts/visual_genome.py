@@ -4,13 +4,13 @@ Region descriptions of Visual Genome, from the files that its authors publish:
     data_dir/
       region_descriptions.json    [{"id", "regions": [{"region_id", "phrase", "x", "y", "width", "height"}, ...]}, ...]
       image_data.json             [{"image_id", "width", "height", "coco_id", ...}, ...]
-      VG_100K/  VG_100K_2/        the pictures, <image_id>.jpg, in either folder; or both below images/
+      VG_100K/  VG_100K_2/        the images, <image_id>.jpg, in either folder; or both below images/
 
 A row is an image with an object and a sentence for each region, in the order of region_descriptions.json, which is
 read image by image (it has 5.4 million regions).
 
-About half of the pictures are COCO's, among them validation and test pictures of RefCOCO, RefCOCO+ and RefCOCOg.
-Name those sets in `exclude`, or their list of held-out pictures in `held_out_file`, and the pictures stay out.
+About half of the images are COCO's, among them validation and test images of RefCOCO, RefCOCO+ and RefCOCOg.
+Name those sets in `exclude`, or their list of held-out images in `held_out_file`, and the images stay out.
 `image_id` is "vg_<id>", or "vg_<id>_coco_<COCO's id>" (`combine.coco_id`).
 """
 
@@ -51,7 +51,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-IMAGE_PLACES = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images/VG_100K_2/VG_100K_2")
+IMAGE_FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images/VG_100K_2/VG_100K_2")
 DISTRIBUTION = (
     "Visual Genome's authors publish region_descriptions.json.zip, image_data.json.zip, images.zip (VG_100K) and "
     "images2.zip (VG_100K_2); extract them into data_dir."
@@ -65,12 +65,12 @@ class VisualGenomeConfig(datasets.BuilderConfig):
     """
     Args:
         exclude (`list[str]`): sets of the refer API, for example ["refcoco_unc", "refcocog_umd"], whose validation
-            and test pictures are left out.
+            and test images are left out.
         exclude_data_dir (`str`, *optional*): where the files of those sets lie, `data_dir` by default.
         held_out_file (`str`, *optional*): a list of COCO ids to leave out, as `write_held_out` writes it.
-        validation_images (`int`): pictures drawn for a split "validation"; with 0 all are in "train".
+        validation_images (`int`): images drawn for a split "validation"; with 0 all are in "train".
         seed (`int`): another seed draws others.
-        image_dir (`str`, *optional*): one folder of all pictures; absent: each is looked for in `IMAGE_PLACES`.
+        image_dir (`str`, *optional*): one folder of all images; absent: each is looked for in `IMAGE_FOLDERS`.
     """
 
     exclude: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class VisualGenomeConfig(datasets.BuilderConfig):
 
 
 class VisualGenome(GroundingBuilder):
-    """Region descriptions of Visual Genome, without pictures that other sets hold out."""
+    """Region descriptions of Visual Genome, without images that other sets hold out."""
 
     BUILDER_CONFIG_CLASS = VisualGenomeConfig
     BUILDER_CONFIGS = [VisualGenomeConfig(name="visual_genome", version=GroundingBuilder.VERSION)]
@@ -103,7 +103,7 @@ class VisualGenome(GroundingBuilder):
     def _split_generators(self, dl_manager):
         config = self.config
         files = [] if config.data_dir is None else self.annotation_files(config.data_dir, config.name)
-        self.need_files(files, DISTRIBUTION)
+        self.require_files(files, DISTRIBUTION)
         regions_file, images_file = files
         images = read_images(images_file)
         held_out = self.held_out()
@@ -125,10 +125,10 @@ class VisualGenome(GroundingBuilder):
                 spans[entry["id"]] = (start, length)
         if images.keys() - described:
             dropped["images that region_descriptions.json lacks"] = len(images.keys() - described)
-        paths = self.find_pictures(spans)
+        paths = self.find_image_paths(spans)
         frames = self.read_frames(
             {paths[image_id]: annotated_size_of(images[image_id]) for image_id in spans},
-            f"{DISTRIBUTION} They are looked for in image_dir, or below data_dir in {', '.join(IMAGE_PLACES)}.",
+            f"{DISTRIBUTION} They are looked for in image_dir, or below data_dir in {', '.join(IMAGE_FOLDERS)}.",
         )
         self.report_dropped(ALL_SPLITS, dropped)
         if not spans:
@@ -174,7 +174,7 @@ class VisualGenome(GroundingBuilder):
                 if row["sentences"]:
                     yield row["image_id"], row
                 else:
-                    dropped["pictures without a region"] += 1
+                    dropped["images without a region"] += 1
         self.report_dropped(split, dropped)
         self.report_changed(split, changed)
 
@@ -183,18 +183,18 @@ class VisualGenome(GroundingBuilder):
         config = self.config
         if not config.exclude and config.held_out_file is None:
             logger.warning(
-                f"{config.name}: nothing is left out; validation and test pictures of RefCOCO, RefCOCO+ and RefCOCOg "
-                'are among the pictures. Name the sets that you evaluate on: exclude=["refcoco_unc", ...].'
+                f"{config.name}: nothing is left out; validation and test images of RefCOCO, RefCOCO+ and RefCOCOg "
+                'are among the images. Name the sets that you evaluate on: exclude=["refcoco_unc", ...].'
             )
         ids = set() if config.held_out_file is None else read_held_out(config.held_out_file)
         return ids | held_out_coco_ids(config.exclude, config.exclude_data_dir or config.data_dir)
 
-    def find_pictures(self, image_ids) -> dict[int, str]:
-        """Image id -> path of its picture, whether or not it is there."""
+    def find_image_paths(self, image_ids) -> dict[int, str]:
+        """Image id -> path of its image, whether or not it is there."""
         if self.config.image_dir is not None:
             places = [Path(self.config.image_dir)]
         else:
-            places = [Path(self.config.data_dir) / place for place in IMAGE_PLACES]
+            places = [Path(self.config.data_dir) / place for place in IMAGE_FOLDERS]
         present = {path.name: str(path) for place in reversed(places) if place.is_dir() for path in place.iterdir()}
         return {image_id: present.get(f"{image_id}.jpg", str(places[0] / f"{image_id}.jpg")) for image_id in image_ids}
 
@@ -204,7 +204,7 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
     width, height = record["frame"].size
     scale = (width / record["annotated_size"][0], height / record["annotated_size"][1])
     if scale != (1.0, 1.0):
-        changed["pictures have another size than annotated, boxes are scaled to it"] += 1
+        changed["images have another size than annotated, boxes are scaled to it"] += 1
     objects, sentences = [], []
     for number, region in enumerate(regions):
         check_fields(region, {"region_id": WHOLE}, f"region {number}")
@@ -215,10 +215,10 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
         annotated_box = to_xyxy([region.get(key) for key in ("x", "y", "width", "height")], scale)
         box_xyxy = annotated_box and clip_box(annotated_box, width, height)
         if box_xyxy is None:
-            dropped["regions without a box in the picture"] += 1
+            dropped["regions without a box in the image"] += 1
             continue
         if box_xyxy != annotated_box:
-            changed["boxes are cut at their picture's edge"] += 1
+            changed["boxes are cut at their image's edge"] += 1
         phrase = {"start": 0, "end": len(text), "objects": [len(objects)], "types": []}
         name = f"vg_{region['region_id']}"
         objects.append(
@@ -309,23 +309,23 @@ def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[in
 
 
 def refs_file(name: str, data_dir: str | Path) -> Path:
-    """The file that tells which pictures a set of the refer API holds out."""
+    """The file that tells which images a set of the refer API holds out."""
     known = [config.name for config in RefCoco.BUILDER_CONFIGS if not config.name.startswith("refclef")]
     if name not in known:
-        raise ValueError(f"{name!r} is no set with pictures of COCO; there are: {', '.join(known)}.")
+        raise ValueError(f"{name!r} is no set with images of COCO; there are: {', '.join(known)}.")
     return RefCoco.annotation_files(Path(data_dir), name)[1]
 
 
 def held_out_coco_ids(names: list[str], data_dir: str | Path) -> set[int]:
     """
-    COCO ids of all validation and test pictures of sets of the refer API.
+    COCO ids of all validation and test images of sets of the refer API.
 
     Args:
         names (`list[str]`): the sets, for example ["refcoco_unc", "refcoco+_unc", "refcocog_umd"].
         data_dir (`str` or `Path`): where their files lie.
 
     Raises:
-        ValueError: if a set is not known, or its pictures are not COCO's.
+        ValueError: if a set is not known, or its images are not COCO's.
         OSError: if a file is missing or damaged.
     """
     files = [refs_file(name, data_dir) for name in names]
@@ -334,14 +334,14 @@ def held_out_coco_ids(names: list[str], data_dir: str | Path) -> set[int]:
 
 def write_held_out(path: str | Path, names: list[str], data_dir: str | Path) -> int:
     """
-    Write a list of held-out pictures for `held_out_file`, so that the sets need not lie where Visual Genome is built.
+    Write a list of held-out images for `held_out_file`, so that the sets need not lie where Visual Genome is built.
 
     Args:
         path (`str` or `Path`): the file to write, JSON: `{"sets": [...], "coco_ids": [...]}`.
         names, data_dir: see `held_out_coco_ids`.
 
     Returns:
-        `int`: the number of pictures.
+        `int`: the number of images.
     """
     ids = sorted(held_out_coco_ids(names, data_dir))
     write_file(path, json.dumps({"sets": list(names), "coco_ids": ids}) + "\n")

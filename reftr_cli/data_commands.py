@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_scripts import SOURCES
 from data_scripts.building import Source, flags_of, listing
-from data_scripts.checking import MASK_TOLERANCE, check, find_broken_pictures, format_findings, judge_rows
+from data_scripts.checking import MASK_TOLERANCE, check, find_broken_images, format_findings, judge_rows
 from data_scripts.escaping import TerminalFormatter, for_terminal
 from data_scripts.exporting import DATA, MARK, README, check_output, export
 from data_scripts.loading import load_with_report
@@ -82,7 +82,7 @@ def run_list(args: Namespace) -> None:
 def run_build(args: Namespace) -> None:
     """Build every split, count it, and fail on missing or broken images."""
     splits, build_report = load_splits(args)
-    broken = find_broken_pictures(splits, args.verify, args.num_proc)
+    broken = find_broken_images(splits, args.verify, args.num_proc)
     write(format_counts(args.source, {split: count_split(rows) for split, rows in splits.items()}))
     for judgement in judge_rows(splits):
         write(f"warning: {judgement.message}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from data_scripts.checking import picture_of
+from data_scripts.checking import image_file_of
 from data_scripts.masks import decode_segmentation
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
 from modeling_reftr.image_processing_reftr import open_image
@@ -69,7 +69,7 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
     indices = sorted(draw.sample(range(len(rows)), min(num, len(rows))))
     pictures = []
     for row in rows.cast_column("image", datasets.Image(decode=False)).select(indices):
-        picture = turn_upright(open_image(picture_of(row)), (row["height"], row["width"]))
+        picture = turn_upright(open_image(image_file_of(row)), (row["height"], row["width"]))
         sentence, phrases = choose_phrases(row, draw)
         objects = [row["objects"][index] for _, index in phrases]
         masks = [decode_segmentation(item["segmentation"]) for item in objects]

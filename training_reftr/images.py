@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from data_scripts.atomic_files import write_file
-from data_scripts.checking import picture_of
+from data_scripts.checking import image_file_of
 from modeling_reftr import RefTRImageProcessor, open_image
 from modeling_reftr.orientation_reftr import turn_upright
 from modeling_reftr.pixels_reftr import to_rgb
@@ -43,7 +43,7 @@ def read_row_image(row: dict) -> np.ndarray:
         OSError: if the image is missing or damaged.
         ValueError: if it has too many pixels, or another frame than the boxes.
     """
-    return to_array(row, turn_upright(open_image(picture_of(row)), (row["height"], row["width"])))
+    return to_array(row, turn_upright(open_image(image_file_of(row)), (row["height"], row["width"])))
 
 
 def to_array(row: dict, image: Image.Image) -> np.ndarray:

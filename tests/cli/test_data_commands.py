@@ -106,7 +106,7 @@ def test_missing_files_and_pictures_are_named(command, toy):
     make_toy(toy)
     for index in range(3):
         (toy / f"pictures/train_{index}.jpg").unlink()
-    refused(command("build", check=False), "3 pictures", "train_0.jpg", "train_2.jpg")
+    refused(command("build", check=False), "3 images", "train_0.jpg", "train_2.jpg")
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

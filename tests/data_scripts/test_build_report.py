@@ -22,8 +22,8 @@ from tests.helpers.layout_visual_genome import make_visual_genome
 
 NOTHING = "The build left out and changed nothing."
 NOT_RECORDED = "What the build left out or changed is not recorded. A build with an empty cache records it."
-CUT = "boxes are cut at their picture's edge"
-SCALED = "pictures have another size than annotated, boxes are scaled to it"
+CUT = "boxes are cut at their image's edge"
+SCALED = "images have another size than annotated, boxes are scaled to it"
 
 
 def make_bad_jsonl(folder: Path):
@@ -67,13 +67,13 @@ BUILDS = {
             "train": {
                 "left_out": {
                     "expressions of objects that instances.json lacks": 1,
-                    "expressions of objects without a box in the picture": 5,
+                    "expressions of objects without a box in the image": 5,
                     "expressions without words": 1,
                 },
                 "changed": {
                     CUT: 2,
                     "objects lost a mask that is empty or cannot be read": 2,
-                    "pictures have another size than annotated, boxes and masks are scaled to it": 1,
+                    "images have another size than annotated, boxes and masks are scaled to it": 1,
                 },
             },
             "val": {"left_out": {}, "changed": {"objects lost a mask that is empty or cannot be read": 1}},
@@ -85,12 +85,12 @@ BUILDS = {
         {
             "train": {
                 "left_out": {
-                    "boxes of which nothing is in the picture": 2,
-                    "captions that are not about their picture": 2,
+                    "boxes of which nothing is in the image": 2,
+                    "captions that are not about their image": 2,
                     "captions whose brackets do not match": 1,
                     "captions without a boxed phrase": 6,
                     "phrases without a box or without words": 14,
-                    "pictures without a boxed phrase": 2,
+                    "images without a boxed phrase": 2,
                 },
                 "changed": {CUT: 1},
             },
@@ -113,8 +113,8 @@ BUILDS = {
             },
             "train": {
                 "left_out": {
-                    "pictures without a region": 1,
-                    "regions without a box in the picture": 3,
+                    "images without a region": 1,
+                    "regions without a box in the image": 3,
                     "regions without words": 2,
                 },
                 "changed": {CUT: 2, SCALED: 1},

@@ -13,7 +13,7 @@ from tests.helpers.layout_visual_genome import make_visual_genome
 
 @pytest.fixture
 def settings(tmp_path):
-    """RefCOCO, RefCOCOg (google), whose val shares a picture with its train, and Visual Genome in one folder."""
+    """RefCOCO, RefCOCOg (google), whose val shares an image with its train, and Visual Genome in one folder."""
     make_refcoco(tmp_path, "refcoco_unc")
     make_refcoco(tmp_path, "refcocog_google")
     make_visual_genome(tmp_path, (581857, 100, 102))
@@ -67,7 +67,7 @@ def test_wrong_sets_are_refused(settings):
         combine(["refcoco_unc", "visual_genome"], split="testA", **settings)
     with pytest.raises(ValueError, match="refcoco_unc is streamed"):
         combine(["refcoco_unc"], streaming=True, **settings)
-    with pytest.raises(ValueError, match="no data set 'refcocos'"):
+    with pytest.raises(ValueError, match="no dataset 'refcocos'"):
         combine(["refcocos"], **settings)
 
 
@@ -121,7 +121,7 @@ def test_trainval_and_train_with_val_are_the_same_rows(two_builders):
         name: rows.filter(lambda row, name=name: row["image_id"] != "coco_9" or not name.startswith("test"))
         for name, rows in data_scripts.load("resc_unc", **two_builders).items()
     }
-    # a picture that is tested on in one dataset is left out of the other's val, and of its trainval
+    # an image that is tested on in one dataset is left out of the other's val, and of its trainval
     tested = refer["val"].select([0]).map(lambda row: {"image_id": "coco_25"})
     index["testA"], index["testB"] = tested, tested
     at_once = combine([index, refer], split="trainval")

@@ -128,13 +128,13 @@ def test_what_is_left_out_is_counted(load, caplog):
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         load()
     message, changes = [record.getMessage() for record in caplog.records if " train: " in record.getMessage()]
-    assert "train: 1 boxes are cut at their picture's edge." in changes
+    assert "train: 1 boxes are cut at their image's edge." in changes
     for reason in (
-        "2 boxes of which nothing is in the picture",
+        "2 boxes of which nothing is in the image",
         "1 captions whose brackets do not match",
         "6 captions without a boxed phrase",
         "14 phrases without a box",
-        "1 pictures without a boxed phrase",
+        "1 images without a boxed phrase",
     ):
         assert reason in message
 
@@ -151,7 +151,7 @@ def test_boxes_are_scaled_to_a_picture_of_another_size(load, folder, caplog):
         row = load("test")[0]
     assert (row["width"], row["height"]) == (60, 60)
     assert row["objects"][0]["box"] == [0, 0, 60, 60]
-    assert "test: 1 pictures have another size than annotated, boxes are scaled to it" in caplog.text
+    assert "test: 1 images have another size than annotated, boxes are scaled to it" in caplog.text
 
 
 def test_unrelated_captions_are_left_out_where_asked(load, folder):
@@ -183,7 +183,7 @@ def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_pa
         data_scripts.load("flickr30k_entities", cache_dir=str(tmp_path / "cache"))
     for name in ("36979", "1004"):
         (folder / "flickr30k-images" / f"{name}.jpg").unlink()
-    with pytest.raises(OSError, match=r"(?s)2 pictures of 'flickr30k_entities'.*36979\.jpg.*1004\.jpg.*on request"):
+    with pytest.raises(OSError, match=r"(?s)2 images of 'flickr30k_entities'.*36979\.jpg.*1004\.jpg.*on request"):
         load()
     (folder / "Annotations" / "1004.xml").unlink()
     with pytest.raises(OSError, match=r"(?s)1 \.xml files of .*1004\.xml.*annotations\.zip"):

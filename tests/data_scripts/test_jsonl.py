@@ -211,7 +211,7 @@ BAD = {
     "astronomical": (line(box(box=[1, 2, 1e30, 12])), "box is [1, 2, 1e+30, 12]; expected [left, top, right, bottom]"),
     "inverted": (line(box(box=[11, 2, 1, 12])), "of some extent (box_format is 'xyxy')"),
     "no extent": (line(box(box=[1, 2, 1, 12])), "expressions[0].box is [1, 2, 1, 12]"),
-    "outside": (line(box(box=[100, 2, 111, 12])), "expected boxes in the picture of 40 x 30"),
+    "outside": (line(box(box=[100, 2, 111, 12])), "expected boxes in the image of 40 x 30"),
     "box and boxes": (line(box(boxes=[[1, 2, 3, 4]])), "is ['box', 'boxes']; expected one of them"),
     "no boxes": (line({"text": "a", "boxes": []}), "expressions[0].boxes is []"),
     "box_format": (line(box(), box_format="yxyx"), "box_format is 'yxyx'; expected one of xyxy, xywh, cxcywh"),
@@ -222,7 +222,7 @@ BAD = {
     ),
     "category": (line(box(category=3)), "expressions[0].category is 3; expected text"),
     "types": (line(box(types="colour")), "expressions[0].types is 'colour'; expected a list of texts"),
-    "size": (line(box(), width=41, height=30), "width, height is (41, 30); expected the picture's (40, 30)"),
+    "size": (line(box(), width=41, height=30), "width, height is (41, 30); expected the image's (40, 30)"),
     "half a size": (line(box(), width=40), "width, height is (40, None); expected two whole numbers"),
     "image_id": (line(box(), image_id=[1]), "image_id is [1]; expected text or a whole number"),
     "outside path": (line(box(), image="../secret.png"), "image is '../secret.png'; expected a path in the folder"),
@@ -230,7 +230,7 @@ BAD = {
     "Windows path": (line(box(), image="..\\secret.png"), "expected a path in the folder"),
     "address": (line(box(), image="http://127.0.0.1/a.png"), "addresses are not fetched"),
     "nul": (line(box(), image="a\0b"), "image has"),
-    "no picture": (line(box(), image="pictures/text.png"), "cannot be read as a picture"),
+    "text as image": (line(box(), image="pictures/text.png"), "cannot be read as an image"),
     "empty phrases": (line({"text": "a", "phrases": []}), "expressions[0].phrases is []"),
     "twice": (
         line({"text": "a a", "phrases": [{"text": "a", "box": [1, 2, 3, 4]}]}),
@@ -246,26 +246,26 @@ BAD = {
     ),
     "two masks": (line(box(polygon=POLYGON, mask="pictures/mask.png")), "expected one of them"),
     "two points": (line(box(polygon=[[1, 2, 3, 4]])), "expected polygons"),
-    "far point": (line(box(polygon=[[1, 2, 3, 4, 1e8, 1e8]])), "expected points in the picture of 40 x 30"),
-    "outside mask": (line(box(polygon=[50, 5, 60, 5, 60, 15])), "expected a mask with a pixel in the picture"),
+    "far point": (line(box(polygon=[[1, 2, 3, 4, 1e8, 1e8]])), "expected points in the image of 40 x 30"),
+    "outside mask": (line(box(polygon=[50, 5, 60, 5, 60, 15])), "expected a mask with a pixel in the image"),
     "mask size": (line(box(segmentation={"size": [40, 30], "counts": [1200]})), "segmentation.size is [40, 30]"),
     "run lengths": (line(box(segmentation={"size": [30, 40], "counts": [1, 2]})), "run lengths that sum to 1200"),
     "negative": (line(box(segmentation={"size": [30, 40], "counts": [1300, -100]})), "run lengths that sum to"),
     "damaged counts": (line(box(segmentation={"size": [30, 40], "counts": "~~~"})), "run lengths that sum to"),
     "mask is there": (line(box(mask="pictures/none.png")), "expected a file that is there"),
     "outside mask file": (line(box(mask="../m.png")), "expressions[0].mask is '../m.png'; expected a path in"),
-    "mask of colours": (line(box(mask="pictures/b.png")), "expected a picture of one channel, not of mode RGB"),
+    "mask of colours": (line(box(mask="pictures/b.png")), "expected an image of one channel, not of mode RGB"),
     "small mask": (line(box(mask="pictures/small.png")), "expected a mask of (width, height) (40, 30)"),
-    "same picture": (line(box()), "expected another picture than in"),
+    "same image": (line(box()), "expected another image than in"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_line_is_named_with_field_value_and_what_is_expected(load, folder, tmp_path, fault):
     bad, message = BAD[fault]
-    (folder / "pictures" / "text.png").write_text("no picture")
+    (folder / "pictures" / "text.png").write_text("no image")
     Image.new("L", (4, 3)).save(folder / "pictures" / "small.png")
-    first = line(box()) if fault == "same picture" else line(box(), image="pictures/c.png")
+    first = line(box()) if fault == "same image" else line(box(), image="pictures/c.png")
     bad = bad if isinstance(bad, str) else json.dumps(bad)
     (folder / "train.jsonl").write_bytes(f"{json.dumps(first)}\n\n{bad}\n".encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=rf"(?s)1 bad lines .*train\.jsonl, line 3: .*{re.escape(message)}"):
@@ -288,7 +288,7 @@ def test_up_to_a_hundred_bad_lines_are_listed_and_counted_where_dropped(load, ca
 
 @pytest.mark.row("R1")
 def test_every_missing_picture_is_named(load, tmp_path):
-    with pytest.raises(OSError, match="23 pictures of 'jsonl' are not there") as raised:
+    with pytest.raises(OSError, match="23 images of 'jsonl' are not there") as raised:
         load(*(line(box(), image=f"pictures/{number:02d}.jpg") for number in range(23)), line(box()))
     assert all(f"{number:02d}.jpg" in str(raised.value) for number in range(23))
     assert not list((tmp_path / "cache").rglob("*.arrow"))
@@ -311,7 +311,7 @@ def test_boxes_past_the_edge_are_cut_and_counted(load, caplog):
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         row = load(line(box(box=[-5, 2, 900, 12])))[0]
     assert row["objects"][0]["box"] == [0, 2, 40, 12]
-    assert "train: 1 boxes are cut at their picture's edge." in caplog.text
+    assert "train: 1 boxes are cut at their image's edge." in caplog.text
 
 
 def test_files_by_name(folder, tmp_path):
@@ -366,11 +366,11 @@ def test_boxes_of_a_stream_are_those_of_the_cache(load, folder):
 
 
 MODES = {"RGB": "jpg", "L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "LA": "png", "I;16": "png", "I": "tif"}
-SEEN = (8, 4, 32, 20)  # xyxy of the bright part of a picture of 60 x 40
+SEEN = (8, 4, 32, 20)  # xyxy of the bright part of an image of 60 x 40
 
 
 def stored_picture(mode, orientation):
-    """A dark picture with a bright part, stored so that its EXIF orientation turns it upright."""
+    """A dark image with a bright part, stored so that its EXIF orientation turns it upright."""
     upright = np.full((40, 60), 30, np.uint8)
     upright[SEEN[1] : SEEN[3], SEEN[0] : SEEN[2]] = 220
     undo = {

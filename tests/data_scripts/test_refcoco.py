@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 import data_scripts
 from data_scripts.building import clip_box
-from data_scripts.refcoco import IMAGE_PLACES, encode_segmentation, read_refs, to_xyxy
+from data_scripts.refcoco import IMAGE_FOLDERS, encode_segmentation, read_refs, to_xyxy
 from tests.helpers.layout_refcoco import FIRST_REF, SPLITS, make_refcoco, python2_pickle
 
 
@@ -155,12 +155,12 @@ def test_bad_annotations_are_dropped_and_counted(refcoco, caplog):
     assert "coco_60" not in rows["image_id"]
     (left_out,) = [record.message for record in caplog.records if "left out" in record.message]
     assert sum(int(word) for word in left_out.split() if word.isdigit()) == facts["dropped"]
-    assert "5 expressions of objects without a box in the picture" in left_out
+    assert "5 expressions of objects without a box in the image" in left_out
     assert "1 expressions of objects that instances.json lacks" in left_out
     assert "1 expressions without words" in left_out
     (changed,) = [record.message for record in caplog.records if "are cut" in record.message]
-    assert "2 boxes are cut at their picture's edge" in changed
-    assert "1 pictures have another size than annotated" in changed
+    assert "2 boxes are cut at their image's edge" in changed
+    assert "1 images have another size than annotated" in changed
 
 
 @pytest.mark.row("R6")
@@ -267,7 +267,7 @@ def test_an_edited_builder_is_noticed(tmp_path, refcoco, monkeypatch):
     assert len(built(tmp_path)) == 2 * before
 
 
-@pytest.mark.parametrize("place", IMAGE_PLACES["coco"])
+@pytest.mark.parametrize("place", IMAGE_FOLDERS["coco"])
 def test_pictures_lie_where_people_have_them(tmp_path, place):
     folder = tmp_path / "all" / "refer"
     make_refcoco(folder, images=place)
@@ -282,7 +282,7 @@ def test_pictures_in_a_folder_of_ones_own_and_flat(tmp_path):
     for path in facts["image_dir"].rglob("*.jpg"):
         path.rename(flat / path.name)
     settings = {"data_dir": tmp_path / "DATA", "cache_dir": str(tmp_path / "cache")}
-    with pytest.raises(OSError, match="pictures of 'refclef_unc' are not there"):
+    with pytest.raises(OSError, match="images of 'refclef_unc' are not there"):
         data_scripts.load("refclef_unc", **settings)
     assert len(data_scripts.load("refclef_unc", "train", image_dir=str(flat), **settings)) == 10
 
@@ -307,7 +307,7 @@ def test_missing_pictures_are_named_before_anything_is_written(tmp_path, refcoco
     facts["instances_file"].write_text(json.dumps(instances))
     facts["refs_file"].write_bytes(pickle.dumps(refs, protocol=2))
     for streaming in (False, True):
-        with pytest.raises(OSError, match="25 pictures of 'refcoco_unc' are not there") as error:
+        with pytest.raises(OSError, match="25 images of 'refcoco_unc' are not there") as error:
             load("train", streaming=streaming)
         for number in range(2000, 2025):
             assert f"COCO_train2014_{number:012d}.jpg" in str(error.value)
@@ -325,7 +325,7 @@ def test_pictures_without_a_header_are_named(tmp_path, refcoco):
     paths = sorted(facts["image_dir"].iterdir())[:2]
     paths[0].write_bytes(b"")
     paths[1].write_text("a page that says: not found")
-    with pytest.raises(OSError, match="2 pictures of 'refcoco_unc' cannot be read") as error:
+    with pytest.raises(OSError, match="2 images of 'refcoco_unc' cannot be read") as error:
         load()
     assert all(path.name in str(error.value) for path in paths)
     assert not built(tmp_path)
@@ -397,7 +397,7 @@ def test_builder_leaves_out_box_upside_down_in_whole_pixels(refcoco):
 
 @pytest.mark.row("R6")
 def test_ten_thousand_bad_boxes_and_masks():
-    """What is kept lies in the picture and has an extent; nothing raises."""
+    """What is kept lies in the image and has an extent; nothing raises."""
     rng = random.Random(0)
     odd = [math.nan, math.inf, -math.inf, 0, -1, 1e30, -1e30, 5, 0.5, 39.99, None, "7"]
     kept = 0

@@ -163,7 +163,7 @@ def test_a_mask_of_a_picture_with_an_orientation_is_on_its_pixels(load, folder):
 @pytest.mark.parametrize("size", [(31, 40), (40, 30)])
 def test_a_mask_of_another_size_is_refused(load, folder, size):
     np.save(folder / "refcoco/masks/refcoco/1.npy", np.ones(size))
-    words = rf"mask '1\.npy' has .* {re.escape(str(size))} and its picture .*000009\.jpg' \(30, 40\)"
+    words = rf"mask '1\.npy' has .* {re.escape(str(size))} and its image .*000009\.jpg' \(30, 40\)"
     with pytest.raises(ValueError, match=words):
         load("reftr_refcoco_unc", "train")
 
@@ -299,12 +299,12 @@ def test_bad_boxes_and_texts_are_dropped_and_counted(load, folder, caplog):
     assert row["positions"] == [4, 5, 8, 9]
     assert [item["box"] for item in row["objects"]] == [[1, 2, 64, 6], [0, 0, 5, 5], [1, 2, 4, 6]]
     message, changes = [record.getMessage() for record in caplog.records if " val: " in record.getMessage()]
-    assert "val: 2 boxes are cut at their picture's edge." in changes
+    assert "val: 2 boxes are cut at their image's edge." in changes
     for reason in (
         "2 expressions without words",
         "5 expressions without a box",
-        "5 boxes of which nothing is in the picture",
-        "1 pictures without an expression",
+        "5 boxes of which nothing is in the image",
+        "1 images without an expression",
     ):
         assert reason in message
 
@@ -358,7 +358,7 @@ def test_of_10000_random_boxes_those_that_are_kept_are_boxes_in_their_picture(lo
     assert (kept >= 0).all()
     assert (kept <= [64, 48, 64, 48]).all()
     assert (kept[:, :2] < kept[:, 2:]).all()
-    (number,) = set(re.findall(r" val: left out (\d+) boxes of which nothing is in the picture", caplog.text))
+    (number,) = set(re.findall(r" val: left out (\d+) boxes of which nothing is in the image", caplog.text))
     assert len(row["sentences"]) + int(number) == 10_000
     assert 1_000 < len(row["sentences"]) < 9_000
 
@@ -379,7 +379,7 @@ def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_pa
     with pytest.raises(OSError, match=r"(?s)1 masks of 'reftr_refcoco_unc'.*1\.npy.*ubc-vision/RefTR"):
         load("reftr_refcoco_unc")
     (folder / "refcoco/images/train2014" / COCO).unlink()
-    with pytest.raises(OSError, match=rf"(?s)1 pictures of 'resc_unc'.*{COCO}.*READMEs"):
+    with pytest.raises(OSError, match=rf"(?s)1 images of 'resc_unc'.*{COCO}.*READMEs"):
         load("resc_unc")
     (folder / "annotations_resc/unc/unc_testB.pth").unlink()
     with pytest.raises(OSError, match=r"(?s)'resc_unc' needs files that are not there.*unc_testB\.pth"):

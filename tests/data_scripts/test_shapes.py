@@ -26,7 +26,7 @@ def rows():
 
 
 def look(row, picture):
-    """What a viewer sees of each object: shape, colour, size and the middle of its box, read off picture and boxes."""
+    """What a viewer sees of each object: shape, colour, size and the middle of its box, read off image and boxes."""
     seen = []
     for item in row["objects"]:
         mask = coco_mask.decode({**item["segmentation"], "counts": item["segmentation"]["counts"].encode()}).astype(
@@ -103,7 +103,7 @@ def test_rows_have_several_sentences_of_whole_phrases(rows):
 
 
 def test_words_fit_one_object_and_it_is_the_one(rows):
-    """Read the words with another parser than the builder's, and look at the picture."""
+    """Read the words with another parser than the builder's, and look at the image."""
     told = dict.fromkeys(("attribute", "place", "relation", "caption"), 0)
     for row in rows:
         picture = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(float)
@@ -181,5 +181,5 @@ def test_wrong_settings_are_refused(tmp_path):
         data_scripts.load("shapes", cache_dir=str(tmp_path), image_size=8000)
     with pytest.raises(ValueError, match="num_test=0"):
         data_scripts.load("shapes", cache_dir=str(tmp_path), num_test=0)
-    with pytest.raises(ValueError, match="no data set 'shape'"):
+    with pytest.raises(ValueError, match="no dataset 'shape'"):
         data_scripts.load("shape")

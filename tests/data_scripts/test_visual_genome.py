@@ -56,9 +56,9 @@ def test_rows(genome, tmp_path, caplog):
     assert other["objects"][1]["box"] == [0, 20, 18, 30]
     assert scaled["objects"][0]["box"] == [10, 10, 30, 20]
     assert "2 regions without words" in caplog.text
-    assert "3 regions without a box in the picture" in caplog.text
+    assert "3 regions without a box in the image" in caplog.text
     assert "1 images that image_data.json lacks" in caplog.text
-    assert "1 pictures without a region" in caplog.text
+    assert "1 images without a region" in caplog.text
     assert "1 images that are there twice" in caplog.text
     assert "2 boxes are cut" in caplog.text
     assert "nothing is left out" in caplog.text  # no set was named
@@ -103,7 +103,7 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     assert load("train", held_out_file=str(path))["image_id"] == rows["image_id"]
     path.write_text(json.dumps({"coco_ids": [20]}))
     assert len(load("train", held_out_file=str(path))) == len(facts["image_ids"]) - 1
-    # held-out pictures need not be there
+    # held-out images need not be there
     for number in (2, 4, 5):
         next((tmp_path / "vg").glob(f"*/{number}.jpg")).unlink()
     assert len(load("train", validation_images=0, **excluded, seed=1)) == len(rows)
@@ -119,12 +119,12 @@ def test_the_list_of_held_out_pictures_is_a_command(tmp_path, genome, run):
     assert "visual_genome: 0 errors" in result.stdout
     refused = run("-m", "reftr_cli", "data", "held_out", "shapes", "--data_dir", refer, "--output", path, check=False)
     assert refused.returncode == 1
-    assert "error: 'shapes' is no set with pictures of COCO" in refused.stderr
+    assert "error: 'shapes' is no set with images of COCO" in refused.stderr
 
 
 def test_what_cannot_be_excluded_is_refused(tmp_path, genome):
     load = genome[1]
-    with pytest.raises(ValueError, match="'refclef_unc' is no set with pictures of COCO"):
+    with pytest.raises(ValueError, match="'refclef_unc' is no set with images of COCO"):
         load(exclude=["refclef_unc"])
     with pytest.raises(OSError, match="nowhere"):
         load(exclude=["refcoco_unc"], exclude_data_dir=str(tmp_path / "nowhere"))
@@ -152,7 +152,7 @@ def test_a_validation_split_is_drawn(genome):
 @pytest.mark.row("R1")
 def test_missing_pictures_are_named(tmp_path, genome):
     next((tmp_path / "vg").glob("*/50.jpg")).unlink()
-    with pytest.raises(OSError, match="1 pictures of 'visual_genome' are not there") as error:
+    with pytest.raises(OSError, match="1 images of 'visual_genome' are not there") as error:
         genome[1]()
     for part in ("50.jpg", "VG_100K", "VG_100K_2", "images2.zip"):
         assert part in str(error.value)

@@ -40,11 +40,11 @@ class Toy(GroundingBuilder):
         return [Path(data_dir) / f"{split}.json" for split in SPLITS]
 
     def _split_generators(self, dl_manager):
-        self.need_files(self.annotation_files(self.config.data_dir or "", "toy"), "Ask the tests.")
+        self.require_files(self.annotation_files(self.config.data_dir or "", "toy"), "Ask the tests.")
         generators = []
         for split in SPLITS:
             rows = json.loads((Path(self.config.data_dir) / f"{split}.json").read_text())
-            self.need_pictures([Path(self.config.data_dir) / row["image"] for row in rows], "Ask the tests.")
+            self.require_images([Path(self.config.data_dir) / row["image"] for row in rows], "Ask the tests.")
             generators.append(
                 datasets.SplitGenerator(name=split, gen_kwargs={"rows": rows[: self.config.limit or None]})
             )
