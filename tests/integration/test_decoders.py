@@ -238,7 +238,7 @@ def test_other_formats_are_refused_at_every_door(ground, folder, monkeypatch, re
 def test_accepted_formats_are_taken_under_any_name(ground, tmp_path, name):
     path = tmp_path / "picture.eps"
     Image.new("RGB", (64, 48), "red").save(path, name)
-    assert reading.picture_size(path) == (64, 48)
+    assert reading.read_image_size(path) == (64, 48)
     reading.check_decodes(path)
     assert ground.processor(path, "the star")["pixel_values"].shape == (1, 3, 48, 64)
     assert len(ground(Image.open(path), text="the star")) == 1

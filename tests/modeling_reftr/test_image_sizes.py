@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_scripts.reading import picture_size
+from data_scripts.reading import read_image_size
 from data_scripts.reftr_index import read_mask
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor, fetching_reftr, open_image
 from modeling_reftr.image_processing_reftr import pad_batch
@@ -141,10 +141,10 @@ def peak_of(action) -> tuple[str, int]:
 def test_image_size_just_over_limit_is_refused_and_at_limit_is_read(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png_of(10_000, 5_000))
-    assert picture_size(path) == (10_000, 5_000)
+    assert read_image_size(path) == (10_000, 5_000)
     path.write_bytes(png_of(10_000, 5_001))
     with pytest.raises(ValueError, match=r"image\.png' has 10000 x 5001 pixels, more than 50,000,000"):
-        picture_size(path)
+        read_image_size(path)
     with pytest.raises(ValueError, match=r"image\.png' has 10000 x 5001 pixels, expected 1 to 50,000,000"):
         open_image(path)
 
@@ -170,7 +170,7 @@ def test_headers_that_claim_a_large_image_are_refused_before_it_is_decoded(tmp_p
     for path, content in zip(paths, LARGE_HEADERS.values(), strict=True):
         path.write_bytes(content)
         with pytest.raises((ValueError, OSError), match=r"50,000,000"):
-            picture_size(path)
+            read_image_size(path)
     lines = run("-c", MEMORY, *paths).stdout.splitlines()
     passed = [int(line.split()[0]) < 100_000 and "50,000,000" in line for line in lines]
     record_property("counted", (sum(passed), len(paths)))
