@@ -1,22 +1,26 @@
 """
-Quote values in messages. What is refused may be a text of gigabytes, or a small file's list that unfolds to 10 ** 30
-entries: `repr` would write all of it before it is cut.
+Quote values in messages.
+
+A rejected value may be a text of gigabytes, or a list from a small file that unfolds to 10 ** 30 entries; `repr` would
+write all of it before it could be cut.
 """
 
 from collections.abc import Iterator
 from os import PathLike
+from typing import Any
 
 
 MAX_LENGTH = 100  # characters of a quoted value
 
 
-def quote(value, max_length: int = MAX_LENGTH) -> str:
+def quote(value: Any, max_length: int = MAX_LENGTH) -> str:
     """
-    Return a value as `repr` writes it, as far as it fits; time and memory depend on `max_length` alone.
+    Return the beginning of a value's `repr`, in time and memory that depend on `max_length` alone.
 
     Args:
-        value: anything. Objects that are not data are named by their type, and none of their code runs.
-        max_length (`int`, *optional*, defaults to 100): characters; of longer ones the end is replaced by "...".
+        value: any value. Objects that are not data are named by their type, and their code is not run.
+        max_length (`int`, *optional*, defaults to 100):
+            The maximum number of characters; the end of a longer `repr` is replaced by "...".
 
     Example:
 
@@ -44,8 +48,9 @@ def quote(value, max_length: int = MAX_LENGTH) -> str:
 
 def explain(error: BaseException, max_length: int = 300) -> str:
     """
-    Return what an exception says, as far as it fits. Libraries quote all of a value that they refuse, and a KeyError
-    writes out its key only when it is read.
+    Return the beginning of an exception's message.
+
+    Libraries quote all of a value that they reject, and a KeyError formats its key only when it is converted to text.
 
     Example:
 
@@ -67,8 +72,8 @@ def explain(error: BaseException, max_length: int = 300) -> str:
     return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
-def _parts(value, max_length: int) -> Iterator[str]:
-    """Yield the parts of `repr`, none of them empty, so that no more is written than is asked for."""
+def _parts(value: Any, max_length: int) -> Iterator[str]:
+    """Yield the parts of a value's `repr`, none of them empty, so that the caller can stop early."""
     kind = type(value)
     if isinstance(value, str | bytes | bytearray):
         yield repr(kind(value[: max_length + 1]) if kind in (str, bytes, bytearray) else str(value[: max_length + 1]))
@@ -99,11 +104,11 @@ def _parts(value, max_length: int) -> Iterator[str]:
         yield f"<{kind.__module__}.{kind.__qualname__}>"
 
 
-def _array_parts(value, max_length: int) -> Iterator[str]:
-    """Yield a small array or tensor as its numbers, and a large one as its shape."""
+def _array_parts(value: Any, max_length: int) -> Iterator[str]:
+    """Yield the numbers of a small array or tensor, or the shape of a large one."""
     size, dtype = 1, str(value.dtype).removeprefix("torch.")
     for side in value.shape:
-        size *= max(int(side), 1)  # a million empty rows are as long as a million numbers
+        size *= max(int(side), 1)  # a million empty rows take as many characters as numbers
     is_dense = getattr(value, "is_cpu", True) and not getattr(value, "is_sparse", False)
     if size <= max_length and is_dense and not getattr(value.dtype, "hasobject", False):
         yield from _parts(value.tolist(), max_length)
