@@ -23,7 +23,7 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}{SUFFIX}")
 
 
-def write_file(path: str | Path, content: bytes | str, durable: bool = True):
+def write_file(path: str | Path, content: bytes | str, durable: bool = True) -> None:
     """
     Write a file atomically.
 
@@ -105,7 +105,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def exchange(temporary: Path, path: Path):
+def exchange(temporary: Path, path: Path) -> None:
     """Rename a complete temporary folder to a path that exists, then delete what was there."""
     former = temporary_path(path)
     path.rename(former)
@@ -146,14 +146,14 @@ def replaced_files(folder: str | Path, last: str = "") -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_folder(path: Path):
+def remove_folder(path: Path) -> None:
     """Remove a folder; an interruption leaves nothing under its name."""
     temporary = temporary_path(path)
     path.rename(temporary)
     shutil.rmtree(temporary)
 
 
-def remove_leftovers(folder: Path):
+def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left in a folder; no other process may be writing there."""
     for leftover in folder.glob(f".*{SUFFIX}"):
         if leftover.is_dir() and not leftover.is_symlink():
@@ -162,7 +162,7 @@ def remove_leftovers(folder: Path):
             leftover.unlink()
 
 
-def sync(path: Path):
+def sync(path: Path) -> None:
     """Bring the content of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -171,7 +171,7 @@ def sync(path: Path):
         os.close(descriptor)
 
 
-def sync_tree(folder: Path):
+def sync_tree(folder: Path) -> None:
     """Bring a folder with all files and folders in it to the disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)

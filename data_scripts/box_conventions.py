@@ -1,5 +1,5 @@
 """
-In which convention boxes are written, and what all boxes of a dataset together look like.
+Convert boxes of other conventions, and judge which convention the boxes of a dataset look like.
 
 A box is four numbers in a layout and a unit, which `box_format` names together, for example "xywh" or
 "cxcywh_fraction":
@@ -11,7 +11,7 @@ Four numbers alone do not tell which convention they are in; many boxes mostly d
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ CERTAIN_SHARE = 0.4
 # the highest number of a box in a unit, with what annotations pass an edge by
 LIMITS = {"fraction": 1.1, "thousand": 1010}
 UNIT_RANGES = {"fraction": "0..1 of the image's width and height", "thousand": "0..1000 of its width and height"}
-# by how much of its image's side a sum of fractions of six decimals, as tools write them, may be off
+# rounding error of sums of fractions with six decimals, as a share of the image's side
 ROUNDING = 1e-6
 # share of the boxes, and number of them, that are in 0..1 where something is to be said of them; all but slips where
 # it is said of the dataset
@@ -46,12 +46,12 @@ REACH, REACH_OF_MISFITS, REACH_OF_FEW = 0.9, 0.8, 0.5
 MANY_BOXES, LARGE_SIDE, SMALL_SIDE = 20, 1200, 900
 
 
-def parse_box_format(value) -> tuple[str, str]:
+def parse_box_format(value: Any) -> tuple[str, str]:
     """
     Return (layout, unit) of a box format. Capitals, and "-", " " or "/" for "_", are taken as well.
 
     Raises:
-        ValueError: if there is no such format.
+        ValueError: if the format does not exist.
 
     Example:
 
@@ -156,7 +156,9 @@ def judge_splits(splits: dict[str, dict[tuple[str, str], tuple]]) -> list[Judgem
     return judge(together)
 
 
-def judge_boxes(boxes, sizes, box_format: str = "xyxy", what: str = "The boxes") -> Judgement | None:
+def judge_boxes(
+    boxes: np.ndarray | list, sizes: np.ndarray | list, box_format: str = "xyxy", what: str = "The boxes"
+) -> Judgement | None:
     """
     Compare what boxes look like, taken together, with the convention that they are said to be of.
 

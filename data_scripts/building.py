@@ -1,8 +1,8 @@
 """
-What the builders of sets that lie on disk have in common.
+Base class and helpers of the builders, which read datasets from local files.
 
 A builder module also works as a script of datasets up to 3.6 (`load_dataset("data_scripts/shapes.py",
-trust_remote_code=True)`), which copies the script and the siblings that it imports to another place. So a builder
+trust_remote_code=True)`), which copies the script and the siblings that it imports to another folder. So a builder
 module
 
 - imports by `from .sibling import name` at the start of a line and with nothing behind it, no comment either
@@ -23,8 +23,10 @@ import os
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -49,14 +51,14 @@ ALL_SPLITS = "all"  # what is left out before the splits are made; the library r
 @dataclass(frozen=True)
 class Source:
     """
-    A set as one asks for it by name, and what is known about it.
+    A dataset that can be loaded by name, with what is published about it.
 
     Args:
-        name (`str`): what `data_scripts.load` takes, for example "refcocog_umd".
+        name (`str`): the name that `data_scripts.load` takes, for example "refcocog_umd".
         builder (`type`): its builder.
         config_name (`str`): the builder's configuration.
         splits (`tuple[str, ...]`): its splits.
-        files (`tuple[str, ...]`): the files that are needed, relative to `data_dir`, for people to read.
+        files (`tuple[str, ...]`): the required files, relative to `data_dir`, as shown to users.
         distribution (`str`): how its authors distribute it, in a sentence.
         counts (`dict[str, tuple]`): published (images, objects, expressions) of each split, None where not known.
     """
@@ -71,13 +73,13 @@ class Source:
 
 
 def flags_of(source: Source) -> dict[str, Field]:
-    """The fields that a set's configuration adds to the library's own, by name."""
+    """Return the fields that a dataset's configuration adds to those of the library, by name."""
     own = {item.name for item in fields(datasets.BuilderConfig)}
     return {item.name: item for item in fields(source.builder.BUILDER_CONFIG_CLASS) if item.name not in own}
 
 
 def reason_of(error: DatasetGenerationError) -> Exception:
-    """The sentence of a builder, which the library wraps, and which reaches us from another process as text alone."""
+    """Return the error of a builder: the library wraps it, and from another process only its text arrives."""
     cause = error.__cause__
     while isinstance(cause, DatasetGenerationError):
         cause = cause.__cause__
@@ -91,9 +93,9 @@ def reason_of(error: DatasetGenerationError) -> Exception:
     return error
 
 
-def fingerprint(paths, *words) -> str:
-    """A short hash of files by name, size and time of change, and of words; a folder stands for the files in it."""
-    digest = hashlib.sha256(repr(words).encode())
+def fingerprint(paths: Iterable[str | Path], *values: object) -> str:
+    """Return a short hash of values and of files by name, size and modification time; a folder is its files."""
+    digest = hashlib.sha256(repr(values).encode())
     for path in sorted(map(Path, paths)):
         files = [(path.resolve(), path.stat())]
         if path.is_dir():
@@ -105,20 +107,20 @@ def fingerprint(paths, *words) -> str:
     return digest.hexdigest()[:16]
 
 
-def listing(lines: list[str]) -> str:
-    """Lines below each other, each indented and behind a line's end; of very many the first, and how many more."""
+def format_listing(lines: list[str]) -> str:
+    """Return lines as an indented list after a line break; a long list ends with the number of further lines."""
     shown = lines if len(lines) <= MAX_LISTED else [*lines[:MAX_LISTED], f"... and {len(lines) - MAX_LISTED} more"]
     return "".join(f"\n  {line}" for line in shown)
 
 
 def modules_of(path: Path) -> set[Path]:
-    """A module's file and those of the siblings that it imports, by `from .sibling import name`, and so on."""
-    found, waiting = set(), [path]
-    while waiting:
-        module = waiting.pop()
+    """Return the file of a module and, recursively, of the siblings that it imports by `from .sibling import name`."""
+    found, pending = set(), [path]
+    while pending:
+        module = pending.pop()
         found.add(module)
         named = re.findall(r"^from \.(\w+) import", module.read_text(), re.MULTILINE)
-        waiting += {module.with_name(f"{name}.py") for name in named} - found
+        pending += {module.with_name(f"{name}.py") for name in named} - found
     return found
 
 
@@ -131,7 +133,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
 
     VERSION = datasets.Version("1.0.0")
 
-    def __init__(self, *args, hash=None, **kwargs):
+    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         data_dir = kwargs.get("data_dir")
         name = kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME
         paths = [] if data_dir is None else [p for p in self.annotation_files(Path(data_dir), name) if p.exists()]
@@ -139,8 +141,10 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         super().__init__(*args, hash=fingerprint(paths, hash, *sources), **kwargs)
         self.reported = []  # (split, a kind of REPORTED, reason -> number)
 
-    def _download_and_prepare(self, dl_manager, verification_mode, **settings):
-        """Build as the library does, and write what was reported into the folder that it renames when all is there."""
+    def _download_and_prepare(
+        self, dl_manager: datasets.DownloadManager, verification_mode: Any, **settings: Any
+    ) -> None:
+        """Build as the library does, and add the build report to the folder before the library renames it."""
         self.reported.clear()
         self._take_parts()  # of a build that was killed
         super()._download_and_prepare(dl_manager, verification_mode, **settings)
@@ -148,7 +152,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         self._write_json(BUILD_REPORT, self.make_report())
 
     def make_report(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Return what was reported until now, as `reports.read_build_report` does for what was built."""
+        """Return the reports so far, in the form of `reports.read_build_report`."""
         order = {split: number for number, split in enumerate(self.info.splits or ())}
         report = {}
         for split, kind, counts in sorted(self.reported, key=lambda entry: order.get(entry[0], -1)):
@@ -159,8 +163,8 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             for split, kinds in report.items()
         }
 
-    def _prepare_split_single(self, *args, **settings):
-        """Write shards as the library does, perhaps in a process of its own, which leaves its reports as a file."""
+    def _prepare_split_single(self, *args: Any, **settings: Any) -> Iterator[tuple]:
+        """Write shards as the library does; a worker process leaves its reports as a file in the same folder."""
         before = len(self.reported)
         for job_id, done, content in super()._prepare_split_single(*args, **settings):
             if done:
@@ -168,12 +172,12 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 del self.reported[before:]
             yield job_id, done, content
 
-    def _write_json(self, name: str, value):
+    def _write_json(self, name: str, value: Any) -> None:
         with self._fs.open(posixpath.join(self._output_dir, name), "w", encoding="utf-8") as file:
             file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def _take_parts(self) -> list[list]:
-        """Read and remove what `_prepare_split_single` left in the folder that is being written."""
+        """Read and remove the reports that `_prepare_split_single` left in the folder that is being written."""
         self._fs.invalidate_cache()
         paths = [path for path in self._fs.ls(self._output_dir, detail=False) if f"/{BUILD_REPORT}." in path]
         entries = []
@@ -185,7 +189,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """The annotation files (no images) that this configuration reads; a folder stands for the files in it."""
+        """Return the annotation files (no images) that this configuration reads; a folder stands for its files."""
         raise NotImplementedError
 
     def files_of(self, split: str) -> list[Path]:
@@ -193,37 +197,37 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         data_dir = self.config.data_dir
         return [] if data_dir is None else self.annotation_files(Path(data_dir), self.config.name)
 
-    def _info(self):
+    def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(description=inspect.getdoc(type(self)), features=FEATURES)
 
-    def require_files(self, paths, distribution: str):
+    def require_files(self, paths: Iterable[str | Path], distribution: str) -> None:
         """
-        Raise where a file is missing.
+        Require that files exist.
 
         Raises:
-            OSError: naming every file, where it was looked for, and how the authors distribute it.
+            OSError: naming every missing file, the folder, and how the authors distribute it.
         """
         if self.config.data_dir is None:
-            raise ValueError(f"Say where the files of {self.config.name!r} are: data_dir=... . {distribution}")
+            raise ValueError(f"{self.config.name!r} requires data_dir=..., the folder of its files. {distribution}")
         missing = [str(path) for path in paths if not Path(path).exists()]
         if missing:
             raise OSError(
-                f"{self.config.name!r} needs files that are not there (data_dir={self.config.data_dir!r}):"
-                f"{listing(missing)}\n{distribution}"
+                f"{self.config.name!r} requires files that do not exist (data_dir={self.config.data_dir!r}):"
+                f"{format_listing(missing)}\n{distribution}"
             )
 
-    def require_images(self, paths, distribution: str, what: str = "images"):
+    def require_images(self, paths: Iterable[str | Path], distribution: str, what: str = "images") -> None:
         """
-        Raise where an image (or one of other many files, `what`) is missing.
+        Require that images, or many other files (`what`), exist.
 
         Raises:
-            OSError: with their number and their names (`listing`), and how the authors distribute them.
+            OSError: with their number and their names (`format_listing`), and how the authors distribute them.
         """
         missing = [str(path) for path in paths if not os.path.isfile(path)]
         if missing:
             raise OSError(
-                f"{len(missing)} {what} of {self.config.name!r} are not there (data_dir={self.config.data_dir!r}):"
-                f"{listing(missing)}\n{distribution}"
+                f"{len(missing)} {what} of {self.config.name!r} do not exist (data_dir={self.config.data_dir!r}):"
+                f"{format_listing(missing)}\n{distribution}"
             )
 
     def read_frames(self, annotated_sizes: dict, distribution: str) -> dict[str, Frame]:
@@ -238,7 +242,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             `dict`: path -> [`Frame`], see `reading.read_frame`.
 
         Raises:
-            OSError: naming the missing images, or the unreadable ones (`listing`).
+            OSError: naming the missing images, or the unreadable ones (`format_listing`).
         """
         self.require_images(annotated_sizes, distribution)
         frames, unreadable = {}, []
@@ -250,23 +254,23 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         if unreadable:
             raise OSError(
                 f"{len(unreadable)} images of {self.config.name!r} cannot be read; copy them again:"
-                f"{listing(unreadable)}\n{distribution}"
+                f"{format_listing(unreadable)}\n{distribution}"
             )
         return frames
 
-    def report_changed(self, split: str, changed: Counter):
-        """Log what was kept but is not as annotated, what was done -> number, and keep it with the built dataset."""
+    def report_changed(self, split: str, changed: Counter) -> None:
+        """Log and record annotations that were kept with a change: description of the change -> number."""
         self._report(split, CHANGED, changed)
 
-    def report_suspected(self, message: str):
-        """Log what all boxes of the dataset look like, if it is not what they are said to be, and keep it."""
+    def report_suspected(self, message: str) -> None:
+        """Log and record that the boxes of the dataset look like another convention than the declared one."""
         self._report(ALL_SPLITS, SUSPECTED, Counter({message: 1}))
 
-    def report_dropped(self, split: str, dropped: Counter):
-        """Log what was left out of a split, reason -> number, and keep it with the built dataset."""
+    def report_dropped(self, split: str, dropped: Counter) -> None:
+        """Log and record annotations that a split leaves out: reason -> number."""
         self._report(split, LEFT_OUT, dropped)
 
-    def _report(self, split: str, kind: str, counts: Counter):
+    def _report(self, split: str, kind: str, counts: Counter) -> None:
         if counts:
             self.reported.append((split, kind, dict(counts)))
             logger.warning(f"{self.config.name} {split}: {describe_reported(kind, counts)}.")
@@ -291,10 +295,10 @@ def describe_reported(kind: str, counts: dict[str, int]) -> str:
     return f"left out {reasons}" if kind == LEFT_OUT else reasons
 
 
-def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:
+def clip_box(box_xyxy: Sequence[float], width: int, height: int) -> list[float] | None:
     """
-    A box cut at its image's edges; None where nothing of it is left, or where it is no box (inverted, without
-    extent, not a number).
+    Clip a box to its image. Return None if nothing of it is left or it is not a box (inverted, without extent, not a
+    number).
 
     Example:
 
@@ -312,7 +316,7 @@ def clip_box(box_xyxy, width: int, height: int) -> list[float] | None:
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
 
 
-def whole_box(box_xyxy, width: int, height: int, keep_misses: bool = False) -> list[float] | None:
+def whole_box(box_xyxy: Sequence[float], width: int, height: int, keep_misses: bool = False) -> list[float] | None:
     """
     Cut a box to whole pixels, towards zero as the published loaders do, and to its image; None where it is inverted,
     not finite, or has no extent afterwards. `keep_misses` keeps one without extent: the published evaluation counts it
@@ -346,7 +350,7 @@ def is_for_training(split: str) -> bool:
     return split.startswith("train")
 
 
-def is_degenerate(box_xyxy) -> bool:
+def is_degenerate(box_xyxy: Sequence[float]) -> bool:
     """
     Return whether a box has no extent, as `whole_box` may leave it.
 
@@ -363,8 +367,10 @@ def is_degenerate(box_xyxy) -> bool:
     return x0 == x1 or y0 == y1
 
 
-def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter, changed: Counter) -> list[list[float]]:
-    """What is left of boxes in their image; counts those of which nothing is, and those that were cut."""
+def clip_boxes(
+    boxes_xyxy: Iterable[Sequence[float]], width: int, height: int, dropped: Counter, changed: Counter
+) -> list[list[float]]:
+    """Clip boxes to their image, counting those that are dropped and those that are changed."""
     kept = []
     for box_xyxy in boxes_xyxy:
         box = clip_box(box_xyxy, width, height)
@@ -377,7 +383,7 @@ def clip_boxes(boxes_xyxy, width: int, height: int, dropped: Counter, changed: C
     return kept
 
 
-def merge_boxes(boxes_xyxy) -> list[float]:
-    """The smallest box that holds them all."""
+def merge_boxes(boxes_xyxy: Iterable[Sequence[float]]) -> list[float]:
+    """Return the smallest box that contains all boxes."""
     left, top, right, bottom = zip(*boxes_xyxy, strict=True)
     return [min(left), min(top), max(right), max(bottom)]

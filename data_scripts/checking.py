@@ -1,9 +1,10 @@
-"""Whether the rows of a set are what the schema promises, and its images whole."""
+"""Validate the rows of a dataset against the schema, and its image files."""
 
 import io
 import math
 import multiprocessing
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ WHY_MISS = "it cannot be learned, and counts as a miss in an evaluation, as publ
 
 
 class Finding(NamedTuple):
-    """Something wrong: what kind of thing, in which split and image, and a sentence."""
+    """A finding about a row: its kind, split, image and message."""
 
     kind: str
     split: str
@@ -42,13 +43,13 @@ class Finding(NamedTuple):
 
 
 class NamedBytes(io.BytesIO):
-    """The content of an image that a row carries, by its name."""
+    """The content of an image that is stored in a row, with its name."""
 
-    def __init__(self, content: bytes, name: str):
+    def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
         self.name = name
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.name
 
 
@@ -68,7 +69,7 @@ def image_file_of(row: dict) -> Path | NamedBytes:
 
 
 def find_image_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
-    """(kind, sentence) where a row's image is missing, no image or, asked to decode, damaged."""
+    """Return (kind, message) where a row's image is missing, not an image or, if `decode`, damaged."""
     try:
         (check_decodes if decode else read_image_size)(image_file_of(row))
     except (OSError, ValueError) as error:
@@ -77,7 +78,7 @@ def find_image_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
 
 
 def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, str]]:
-    """(kind, sentence) where a box is none, passes the image's edge, or is not the union of the object's boxes."""
+    """Return (kind, message) where a box is malformed, leaves the image, or is not the union of the object's boxes."""
     faults, width, height = [], row["width"], row["height"]
     for item in row["objects"]:
         if is_miss(item["box"], width, height):
@@ -86,7 +87,9 @@ def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, st
             continue
         bad = [box for box in (item["box"], *item["boxes"]) if not is_box_within(box, width, height)]
         for box in bad[:1]:
-            faults.append(("box", f"object {item['object_id']!r}: {box} is no box in an image of {width} x {height}"))
+            faults.append(
+                ("box", f"object {item['object_id']!r}: {box} is not a box in an image of {width} x {height}")
+            )
         if not bad:
             union = merge_boxes(item["boxes"]) if item["boxes"] else None
             if union is None or not are_close(union, item["box"], BOX_TOLERANCE):
@@ -94,15 +97,15 @@ def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, st
     return faults
 
 
-def is_box_within(box_xyxy, width: int, height: int) -> bool:
-    """Whether this is a box with an extent that lies inside its image."""
+def is_box_within(box_xyxy: Sequence[float], width: int, height: int) -> bool:
+    """Return whether this is a box with an extent that lies inside its image."""
     if len(box_xyxy) != 4 or not all(map(math.isfinite, box_xyxy)):
         return False
     x0, y0, x1, y1 = box_xyxy
     return 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
 
 
-def is_miss(box_xyxy, width: int, height: int) -> bool:
+def is_miss(box_xyxy: Sequence[float], width: int, height: int) -> bool:
     """Return whether this is a box inside its image that has no extent, which can be neither learned nor hit."""
     if len(box_xyxy) != 4 or not all(map(math.isfinite, box_xyxy)):
         return False
@@ -110,13 +113,13 @@ def is_miss(box_xyxy, width: int, height: int) -> bool:
     return is_degenerate(box_xyxy) and 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height
 
 
-def are_close(first_xyxy, second_xyxy, tolerance: float) -> bool:
-    """Whether no side of two boxes is further apart than that."""
+def are_close(first_xyxy: Sequence[float], second_xyxy: Sequence[float], tolerance: float) -> bool:
+    """Return whether all sides of two boxes are within a tolerance."""
     return all(abs(a - b) <= tolerance for a, b in zip(first_xyxy, second_xyxy, strict=True))
 
 
 def find_mask_faults(row: dict, tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
-    """(kind, sentence) where a mask has another size than the image, is none, or disagrees with its box."""
+    """Return (kind, message) where a mask has another size than the image, is malformed, or disagrees with its box."""
     faults, size = [], [row["height"], row["width"]]
     for item in row["objects"]:
         if item["segmentation"] is None or is_miss(item["box"], row["width"], row["height"]):
@@ -133,8 +136,8 @@ def find_mask_faults(row: dict, tolerance: float, keeps_misses: bool = False) ->
     return faults
 
 
-def find_mask_fault(counts: str, size: list[int], box_xyxy, tolerance: float) -> str | None:
-    """What is wrong with one mask, None where nothing is."""
+def find_mask_fault(counts: str, size: list[int], box_xyxy: Sequence[float], tolerance: float) -> str | None:
+    """Return what is wrong with a mask, None if nothing is."""
     try:
         lengths = check_counts(counts, *size)
     except ValueError as error:
@@ -149,7 +152,7 @@ def find_mask_fault(counts: str, size: list[int], box_xyxy, tolerance: float) ->
 
 
 def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
-    """(kind, sentence) where a sentence is blank, or a phrase lies outside it, is blank or names no object."""
+    """Return (kind, message) where a sentence is blank, or a phrase lies outside it, is blank or names no object."""
     faults = []
     for sentence in row["sentences"]:
         text, where = sentence["text"], f"sentence {sentence['sentence_id']!r}"
@@ -159,9 +162,9 @@ def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
         for phrase in sentence["phrases"]:
             start, end = phrase["start"], phrase["end"]
             if not 0 <= start < end <= len(text):
-                faults.append(("phrase", f"{where}: {start}:{end} is no span of its {len(text)} characters"))
+                faults.append(("phrase", f"{where}: {start}:{end} is not a span of its {len(text)} characters"))
             elif not has_words(text[start:end]):
-                faults.append(("phrase", f"{where}: {start}:{end} holds no word"))
+                faults.append(("phrase", f"{where}: {start}:{end} contains no word"))
             if not phrase["objects"]:
                 faults.append(("phrase", f"{where}: {text[start:end]!r} names no object"))
             elif not all(0 <= index < len(row["objects"]) for index in phrase["objects"]):
@@ -181,12 +184,19 @@ def find_row_faults(row: dict, mask_tolerance: float, keeps_misses: bool = False
     return faults + find_sentence_faults(row)
 
 
-def find_faults_of_part(find, rows: datasets.Dataset) -> tuple[int, list[tuple[str, str, str]]]:
-    """(number of rows, [(kind, image id, sentence)]) of a part of a split, in a process of its own."""
+def find_faults_of_part(
+    find: Callable[[dict], list[tuple[str, str]]], rows: datasets.Dataset
+) -> tuple[int, list[tuple[str, str, str]]]:
+    """Return (number of rows, [(kind, image id, message)]) of a part of a split; runs in a worker process."""
     return len(rows), [(kind, row["image_id"], message) for row in rows for kind, message in find(row)]
 
 
-def find_faults(splits: dict[str, datasets.Dataset], find, num_proc: int | None, description: str) -> list[Finding]:
+def find_faults(
+    splits: dict[str, datasets.Dataset],
+    find: Callable[[dict], list[tuple[str, str]]],
+    num_proc: int | None,
+    description: str,
+) -> list[Finding]:
     """
     Whatever `find(row) -> [(kind, sentence)]` finds in any row, images not decoded.
 
@@ -194,7 +204,7 @@ def find_faults(splits: dict[str, datasets.Dataset], find, num_proc: int | None,
         splits (`dict[str, datasets.Dataset]`): split -> rows.
         find (callable): one that another process can take over.
         num_proc (`int`, *optional*): processes, one by default.
-        description (`str`): what the progress bar says.
+        description (`str`): label of the progress bar.
     """
     parts = []
     for split, rows in splits.items():
@@ -204,7 +214,7 @@ def find_faults(splits: dict[str, datasets.Dataset], find, num_proc: int | None,
     findings = []
     with tqdm(total=sum(map(len, splits.values())), desc=description, unit="image") as progress:
 
-        def take(results):
+        def take(results: Iterable) -> None:
             for (split, _), (count, faults) in zip(parts, results, strict=True):
                 findings.extend(Finding(kind, split, image_id, message) for kind, image_id, message in faults)
                 progress.update(count)
@@ -221,7 +231,7 @@ def find_faults(splits: dict[str, datasets.Dataset], find, num_proc: int | None,
 def find_broken_images(
     splits: dict[str, datasets.Dataset], decode: bool, num_proc: int | None = None
 ) -> list[Finding]:
-    """Images that are missing or no images, and where they are to be decoded, damaged ones."""
+    """Return the images that are missing, not images or, if `decode`, damaged."""
     description = "decoding images" if decode else "reading headers"
     return find_faults(splits, partial(find_image_faults, decode=decode), num_proc, description)
 
@@ -279,10 +289,10 @@ def check(
     build_report: dict | None = None,
 ) -> dict:
     """
-    Check every row and image of a set.
+    Check every row and image of a dataset.
 
     Args:
-        source (`Source`): the set, for its published counts.
+        source (`Source`): the dataset, for its published counts.
         splits (`dict[str, datasets.Dataset]`): split -> rows.
         num_proc (`int`, *optional*): processes, one by default.
         mask_tolerance (`float`, *optional*, defaults to 2.0):
@@ -355,7 +365,7 @@ def boxes_of_images(objects: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def format_findings(findings: list[dict], title: str, limit: int) -> str:
-    """A line for each kind of finding with its number, and the first `limit` of them."""
+    """Format one line per kind of finding with its number, and the first `limit` findings."""
     lines = []
     for kind, count in Counter(finding["kind"] for finding in findings).items():
         lines.append(f"{title}: {kind}: {count}")

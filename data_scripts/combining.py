@@ -1,9 +1,10 @@
-"""Several sets joined for training, without any image that one of them holds out."""
+"""Join datasets for training, leaving out every image that one of them holds out."""
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
 
 import datasets
 
@@ -19,8 +20,7 @@ HELD_OUT = ("val", "test")  # how the names of held-out splits begin: val, valid
 
 def coco_id(image_id: str, image: str | None = None) -> int | None:
     """
-    The COCO id of a row's image, by which sets that share images know it; None for an image that is not COCO's,
-    as far as the row tells.
+    Return the COCO id of a row's image, which identifies it across datasets; None if the row does not tell one.
 
     Args:
         image_id (`str`): the row's, "coco_<id>" or any other with "_coco_<id>" at its end.
@@ -43,10 +43,14 @@ def coco_id(image_id: str, image: str | None = None) -> int | None:
 
 
 def combine(
-    sets, split: str = "train", held_out: tuple[str, ...] = HELD_OUT, trained: tuple[str, ...] = (), **flags
+    sets: Sequence,
+    split: str = "train",
+    held_out: tuple[str, ...] = HELD_OUT,
+    trained: tuple[str, ...] = (),
+    **flags: Any,
 ) -> datasets.Dataset:
     """
-    Join a split of several sets, leaving out every row whose image is held out in any of them. Images are matched
+    Join a split of several datasets, leaving out every row whose image is held out in any of them. Images are matched
     by their COCO id (`coco_id`), others by `image_id`.
 
     What is trained on is not held out: neither a split of `trained`, nor one whose every expression is in one that is
@@ -61,10 +65,10 @@ def combine(
         flags: given to `load` for each name, for example `data_dir`.
 
     Returns:
-        `datasets.Dataset`: the rows of the first set, then those of the second, ...
+        `datasets.Dataset`: the rows of the first dataset, then those of the second, ...
 
     Raises:
-        ValueError: if there is no set, or one of them lacks the split or is streamed.
+        ValueError: if there is no dataset, or one of them lacks the split or is streamed.
 
     Example:
 
@@ -77,13 +81,13 @@ def combine(
 
     ```"""
     if not sets:
-        raise ValueError("combine needs one set at least.")
+        raise ValueError("combine requires at least one dataset.")
     names, parts = [], []
     for number, item in enumerate(sets):
         name, splits = _splits(item, number, split, flags)
         _parts_of(name, splits, split)
         if not all(isinstance(rows, datasets.Dataset) for rows in splits.values()):
-            raise ValueError(f"{name} is streamed; combine looks through all rows of sets that are built.")
+            raise ValueError(f"{name} is streamed; combine requires datasets that are built, since it reads all rows.")
         names.append(name)
         parts.append(splits)
     keys = {
@@ -99,7 +103,7 @@ def combine(
         if len(indices) < len(rows):
             logger.warning(
                 f"{name} {split}: left out {len(rows) - len(indices)} of {len(rows)} images, which are held out in "
-                "the joined sets."
+                "the joined datasets."
             )
             rows = rows.select(indices)
         kept.append(rows)
@@ -158,17 +162,17 @@ def _expressions(rows: datasets.Dataset, keys: list) -> set[tuple]:
     }
 
 
-def _splits(item, number: int, split: str, flags: dict) -> tuple[str, Mapping]:
+def _splits(item: Any, number: int, split: str, flags: dict) -> tuple[str, Mapping]:
     if isinstance(item, datasets.Dataset):
-        return f"set {number}", {split: item}
+        return f"dataset {number}", {split: item}
     if isinstance(item, Mapping):
-        return f"set {number}", item
+        return f"dataset {number}", item
     name, own = (item, {}) if isinstance(item, str) else item
     return name, load(name, **{**flags, **own})
 
 
 def _image_keys(rows: datasets.Dataset) -> list:
-    """What each row's image is known by: its COCO id, or the row's image_id."""
+    """Return the key of each row's image: its COCO id, or the row's image_id."""
     columns = rows.cast_column("image", datasets.Image(decode=False)).select_columns(["image_id", "image"])
     keys = []
     for batch in columns.with_format("arrow").iter(1000):

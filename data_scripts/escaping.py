@@ -1,9 +1,10 @@
-"""Texts of others in what people look at: one function for each language that they are written into."""
+"""Escape text of unknown origin for terminals, Markdown and JSON."""
 
 import json
 import logging
 import re
 import sys
+from typing import Any
 
 
 def for_terminal(text: str) -> str:
@@ -29,7 +30,7 @@ def for_terminal(text: str) -> str:
 
 
 class TerminalFormatter(logging.Formatter):
-    """Format log records, which quote names and words of data, for a terminal, see `for_terminal`."""
+    """Format log records, which quote names and texts of data, for a terminal, see `for_terminal`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""
@@ -74,7 +75,7 @@ def for_code(text: str) -> str:
     return f"{fence}{text}{fence}" if len(fence) == 1 and text else f"{fence} {text} {fence}"
 
 
-def for_stdout(value, indent: int | None = None) -> str:
+def for_stdout(value: Any, indent: int | None = None) -> str:
     """
     Return a value as JSON for the standard output: letters as they are where it can write them, and escapes in place
     of all that is invisible or is half of a character.

@@ -1,4 +1,4 @@
-"""A built set as a folder of Parquet files that plain `datasets.load_dataset` reads, here or from the Hub."""
+"""Export a dataset as a folder of Parquet files that plain `datasets.load_dataset` reads, here or from the Hub."""
 
 import json
 import math
@@ -19,26 +19,26 @@ from .reading import check_text, is_as_stored
 from .reports import COUNTS, count_split, format_build_report
 
 
-# of images, in a file; what the datasets library itself cuts at
+# bytes of images per file, the limit of the datasets library itself
 MAX_SHARD_BYTES = 500_000_000
-# rows that are read at a time by whoever streams the files
+# rows that a reader of a stream loads at a time
 ROW_GROUP_SIZE = 100
 README, DATA = "README.md", "data"
-# the end of a card, by which one is known that nobody else has written
+# marks a card as written by this module, and not by a person
 MARK = "Written by `python -m data_scripts export "
 
 
-def undecoded_images(rows: datasets.Dataset):
+def undecoded_images(rows: datasets.Dataset) -> datasets.arrow_dataset.Column:
     """Return the images of rows by path and content."""
     return rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]
 
 
 def count_image_bytes(rows: datasets.Dataset) -> int:
     """
-    Size of a split's images as files.
+    Return the number of bytes of a split's images as files.
 
     Raises:
-        OSError: naming an image that is not there.
+        OSError: naming an image that does not exist.
     """
     total = 0
     for image in undecoded_images(rows):
@@ -50,11 +50,11 @@ def with_absolute_path(row: dict) -> dict:
     """Return a row whose image has a path that is right from any folder, or its content where no path would do."""
     image = row["image"]
     if is_as_stored(image):
-        return {"image": image}  # at its path lies an image that others would turn
+        return {"image": image}  # other readers would turn the file at its path
     if image["bytes"] is not None:
         raise ValueError(
-            f"The images of this set are in its rows ({row['image_id']!r} is no file): they cannot be exported by "
-            "path. Leave out --by_path."
+            f"The images of this dataset are in its rows ({row['image_id']!r} is not a file): they cannot be "
+            "exported by path. Leave out --by_path."
         )
     return {"image": {"bytes": None, "path": os.path.abspath(image["path"])}}
 
@@ -78,7 +78,7 @@ def write_card(
     embed: bool,
     flags: dict,
     build_report: dict | None,
-):
+) -> None:
     """
     Write the dataset card of an export to `folder`: which file is of which split, what is in it and what is not, and
     where it comes from.
@@ -109,7 +109,7 @@ def write_card(
 
 # {source.name}
 
-Visual grounding: images ({placement}), objects, and the sentences that speak of them. A row is an image.
+Visual grounding: images ({placement}), objects, and the sentences that refer to them. A row is an image.
 
 {lines}
 
@@ -135,7 +135,7 @@ Source: {source.distribution} Licences of images and annotations are their autho
     )
 
 
-def check_output(output: Path, overwrite: bool):
+def check_output(output: Path, overwrite: bool) -> None:
     """
     Refuse a folder that must not be replaced.
 
@@ -149,7 +149,7 @@ def check_output(output: Path, overwrite: bool):
     if not overwrite:
         raise OSError(f"{str(output)!r} exists. Choose another --output, or replace it by --overwrite.")
     if not output.is_dir() or not {entry.name for entry in output.iterdir()} <= {README, DATA}:
-        raise OSError(f"{str(output)!r} is not replaced: it holds more than an export ({README} and {DATA}/).")
+        raise OSError(f"{str(output)!r} is not replaced: it contains more than an export ({README} and {DATA}/).")
 
 
 def export(
@@ -163,7 +163,7 @@ def export(
     build_report: dict | None = None,
 ) -> Path:
     """
-    Write a set as Parquet files with a dataset card. It is written beside `output` and renamed when it is complete.
+    Write a dataset as Parquet files with a dataset card, atomically.
 
     ```
     output/README.md
@@ -171,13 +171,13 @@ def export(
     ```
 
     Args:
-        source (`Source`): the set.
+        source (`Source`): the dataset.
         splits (`dict[str, datasets.Dataset]`): split -> rows.
         output (`str` or `Path`): the folder.
         embed (`bool`, *optional*, defaults to `True`): images inside the files, as they are; else by their paths.
         num_proc (`int`, *optional*): processes, one by default.
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier export.
-        flags (`dict`, *optional*): what the set was built with, for the card.
+        flags (`dict`, *optional*): the flags that the dataset was built with, for the card.
         build_report (`dict`, *optional*): what its build left out or changed, see `reports.read_build_report`, for the
             card.
 
@@ -186,7 +186,7 @@ def export(
 
     Raises:
         OSError: if `output` exists, or an image does not.
-        ValueError: if images that are no files are to be exported by path.
+        ValueError: if images that are not files are to be exported by path.
     """
     output = Path(output).absolute()
     check_output(output, overwrite)

@@ -10,13 +10,14 @@ name chains of mentions, and the boxes of those chains.
         flickr30k-images/<image id>.jpg
 
 A chain is one object: `boxes` are all its boxes, `box` is their union ("merged boxes"). The authors count pixels from
-1; as in their own Python reader, 1 is subtracted from all four figures of a box, and the results are taken as the
-box's edges (right and bottom exclusive). The words of a phrase without a box stay in the caption.
+1; as in their own Python reader, 1 is subtracted from all four coordinates of a box, and the results are taken as the
+box's edges (right and bottom exclusive). The text of a phrase without a box stays in the caption.
 """
 
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Flickr30kEntitiesConfig(datasets.BuilderConfig):
         image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: the first of
             `IMAGE_DIRS` that is there.
         drop_unrelated_captions (`bool`): leave out the captions that the authors list as not about their image: 20,
-            all in train. The published figures keep them.
+            all in train. The published metrics include them.
     """
 
     image_dir: str | None = None
@@ -65,7 +66,7 @@ class Flickr30kEntities(GroundingBuilder):
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """The split lists, the list of unrelated captions, and the folders of boxes and of captions."""
+        """Return the split lists, the list of unrelated captions, and the folders of boxes and of captions."""
         names = ("Annotations", "Sentences", *(f"{split}.txt" for split in SPLITS), "UNRELATED_CAPTIONS")
         return [data_dir / name for name in names]
 
@@ -73,7 +74,7 @@ class Flickr30kEntities(GroundingBuilder):
         """Return the list of a split's images, and the folders of their captions and boxes."""
         return [Path(self.config.data_dir) / name for name in (f"{split}.txt", "Sentences", "Annotations")]
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         data_dir = Path(self.config.data_dir or "")
         annotations, sentences, *lists, unrelated = self.annotation_files(data_dir, self.config.name)
         optional = [unrelated] if self.config.drop_unrelated_captions else []
@@ -95,7 +96,7 @@ class Flickr30kEntities(GroundingBuilder):
         names = IMAGE_DIRS if self.config.image_dir is None else (self.config.image_dir,)
         return next((data_dir / name for name in names if (data_dir / name).is_dir()), data_dir / names[0])
 
-    def _generate_examples(self, split, image_ids):
+    def _generate_examples(self, split: str, image_ids: Iterable) -> Iterator[tuple[str, dict]]:
         data_dir, image_dir = Path(self.config.data_dir), self._image_dir()
         dropped, changed = Counter(), Counter()
         unrelated = set()
@@ -138,7 +139,7 @@ class Flickr30kEntities(GroundingBuilder):
 
 def boxed_sentences(captions: list, objects: list[dict], unrelated: set[str], dropped: Counter) -> list[dict]:
     """
-    Sentences of the schema from the captions of an image, with the phrases that name an object; fills in the objects'
+    Return the sentences of an image, with the phrases that name an object, and fill in the objects'
     `category`, the first type that a phrase gives them.
 
     Args:
@@ -173,8 +174,8 @@ def boxed_sentences(captions: list, objects: list[dict], unrelated: set[str], dr
 
 def parse_caption(line: str) -> tuple[str | None, list[tuple[int, int, str, list[str]]]]:
     """
-    A line of a sentence file -> the plain caption, and (start, end, chain, types) of each phrase, chain 0 included;
-    start and end are characters of the caption. The caption is None where brackets do not match.
+    Parse a line of a sentence file into the plain caption and (start, end, chain, types) of each phrase, chain 0
+    included; start and end are characters of the caption. The caption is None if brackets do not match.
 
     Example:
 
@@ -203,7 +204,7 @@ def parse_caption(line: str) -> tuple[str | None, list[tuple[int, int, str, list
 
 def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list]]:
     """
-    (sentence id, plain caption, phrases) of each line of a sentence file, see `parse_caption`. A sentence id is
+    Return (sentence id, plain caption, phrases) of each line of a sentence file, see `parse_caption`. A sentence id is
     `flickr30k_<image id>_<line>`, lines from 1, as UNRELATED_CAPTIONS counts them.
 
     Raises:
@@ -223,17 +224,17 @@ def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list
 
 def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]]]:
     """
-    Annotated (width, height) and the boxes of each chain, xyxy in pixels from 0. Chain 0, and objects without a box,
-    which are the whole scene or not in the image, are left out.
+    Return the annotated (width, height) and the boxes of each chain, xyxy in pixels from 0. Chain 0, and objects
+    without a box, which are the whole scene or not in the image, are left out.
 
     Raises:
-        ValueError: if the file is no annotation, or has a document type, which can make a small file a huge one.
+        ValueError: if the file is not an annotation, or has a document type, which can make a small file a huge one.
     """
     boxes = {}
     try:
         text = path.read_bytes().decode("utf-8-sig")
         if "<!DOCTYPE" in text:
-            raise ValueError("it has a document type, which an annotation does not need")
+            raise ValueError("it has a document type, which an annotation never has")
         root = ElementTree.fromstring(text)
         size = (int(read_number(root, "size/width")), int(read_number(root, "size/height")))
         if min(size) < 1:
@@ -249,12 +250,12 @@ def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]
                     check_text(chain, "the name of an object")
                     boxes.setdefault(chain, []).append(box_xyxy)
     except (ElementTree.ParseError, ValueError, OverflowError) as error:
-        raise ValueError(f"{str(path)!r} is no annotation of Flickr30k Entities: {explain(error)}.") from error
+        raise ValueError(f"{str(path)!r} is not an annotation of Flickr30k Entities: {explain(error)}.") from error
     return size, boxes
 
 
 def read_number(element: ElementTree.Element, tag: str) -> float:
-    """The number in a tag below an element; a ValueError where it is not there."""
+    """Return the number in a tag below an element; raise a ValueError if it is missing."""
     text = element.findtext(tag)
     if text is None:
         raise ValueError(f"<{element.tag}> has no <{tag}>")
@@ -266,23 +267,23 @@ def read_number(element: ElementTree.Element, tag: str) -> float:
 
 def read_image_ids(path: Path) -> list[str]:
     """
-    The image ids of a split list, in its order.
+    Return the image ids of a split list, in its order.
 
     Raises:
-        ValueError: if a line is no image id, or is there twice.
+        ValueError: if a line is not an image id, or is listed twice.
     """
     image_ids = read_text(path).split()
     wrong = [image_id for image_id in image_ids if not re.fullmatch(r"\w+", image_id)]
     wrong += [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if wrong:
-        raise ValueError(f"{str(path)!r}: {quote(wrong[0])} is no image id, or is there twice.")
+        raise ValueError(f"{str(path)!r}: {quote(wrong[0])} is not an image id, or is listed twice.")
     return image_ids
 
 
 def read_unrelated(path: Path) -> set[str]:
     """
-    Sentence ids of the captions that are not about their image: lines of image id and caption number (from 1), after
-    a first line with #.
+    Return the sentence ids of the captions that are not about their image. Lines are an image id and a caption
+    number (from 1), after a first line with #.
 
     Raises:
         ValueError: if a line is neither.

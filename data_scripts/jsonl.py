@@ -1,5 +1,5 @@
 """
-One's own images: a JSON Lines file for each split, a line for each image.
+Read a user's own images from JSON Lines: one file per split, one line per image.
 
     data_dir/
         train.jsonl  validation.jsonl  test.jsonl      or any names: each file is a split
@@ -14,18 +14,18 @@ A line, here on several:
                       "phrases": [{"text": "a car", "box": [10, 20, 110, 90]},
                                   {"start": 11, "end": 17, "boxes": [[200, 5, 260, 190]]}]}]}
 
-- `box` (or `boxes`, all that the words mean; then their union is the answer): left, top, right and bottom, the last
-  two exclusive, in pixels of the image as one looks at it. `box_format`, in the line or as a flag, says what else they
-  are: "xywh" or "cxcywh" (center, width, height), and "xyxy_fraction", "xywh_thousand" and so on where numbers are
-  0..1 or 0..1000 of the image's width and height. All boxes together are compared with what is said of them.
+- `box` (or `boxes`, all boxes of the object; then their union is the answer): left, top, right and bottom, the last
+  two exclusive, in pixels of the upright image. `box_format`, in the line or as a flag, declares another
+  convention: "xywh" or "cxcywh" (center, width, height), and "xyxy_fraction", "xywh_thousand" and so on if numbers
+  are 0..1 or 0..1000 of the image's width and height. All boxes together are compared with the declared convention.
 - a mask, if there is one: `polygon` (lists of x, y, x, y, ...), `segmentation` (such polygons, or COCO's run-length
   encoding, compressed or not, at the image's size) or `mask` (an image file of one channel and the image's size,
   0 where the object is not). With a mask, `box` may be absent: it is the mask's.
-- `category` (text) and `types` (list of texts) of the object and of the words, for reports.
+- `category` (text) and `types` (list of texts) of the object and of the phrase, for reports.
 - in the line: `image_id`, else the path; `width` and `height`, if the boxes were drawn on an image of that size,
   which tells whether its EXIF orientation was followed.
 
-Nothing is passed over: bad lines are an error that lists them, unless `drop_bad_lines` leaves them out and counts
+No line is skipped silently: bad lines are an error that lists them, unless `drop_bad_lines` leaves them out and counts
 them.
 """
 
@@ -33,15 +33,17 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Never
 
 import datasets
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from .box_conventions import LIMITS, UNIT_RANGES, judge_splits, parse_box_format, to_boxes_xyxy
-from .building import GroundingBuilder, Source, clip_boxes, fingerprint, listing, merge_boxes
+from .building import GroundingBuilder, Source, clip_boxes, fingerprint, format_listing, merge_boxes
 from .masks import box_of, encode_array, encode_counts, to_segmentation
 from .quoting import explain, quote
 from .reading import (
@@ -64,8 +66,8 @@ from .schema import FEATURES
 __all__ = ["FEATURES", "SOURCES", "JsonLines", "JsonLinesConfig"]
 
 DISTRIBUTION = (
-    "A folder of one's own data holds a file for each split, such as train.jsonl and validation.jsonl, with a line of "
-    'JSON for each image: {"image": "pictures/1.jpg", "expressions": [{"text": "the red car", "box": [10, 20, 110, '
+    "A folder of your own data contains one file per split, such as train.jsonl and validation.jsonl, with one line "
+    'of JSON per image: {"image": "pictures/1.jpg", "expressions": [{"text": "the red car", "box": [10, 20, 110, '
     "90]}]}."
 )
 MASK_FIELDS = ("polygon", "segmentation", "mask")
@@ -95,13 +97,15 @@ class JsonLinesConfig(datasets.BuilderConfig):
 
 
 class JsonLines(GroundingBuilder):
-    """One's own images and expressions from JSON Lines files. Rows are in the order of the lines."""
+    """A user's own images and expressions from JSON Lines files. Rows are in the order of the lines."""
 
     BUILDER_CONFIG_CLASS = JsonLinesConfig
     BUILDER_CONFIGS = [JsonLinesConfig(name="jsonl", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "jsonl"
 
-    def __init__(self, *args, hash=None, data_files=None, **kwargs):
+    def __init__(
+        self, *args: Any, hash: str | None = None, data_files: str | list | dict | None = None, **kwargs: Any
+    ) -> None:
         if data_files is not None:
             kwargs["path"] = data_files
         data_dir, path = kwargs.get("data_dir"), kwargs.get("path")
@@ -109,23 +113,25 @@ class JsonLines(GroundingBuilder):
         files = [file for files in self.split_files.values() for file in files if file.is_file()]
         image_dir = folder_of_images(data_dir, kwargs.get("image_dir"))
         masks = [mask for file in files for mask in mask_paths(file, image_dir or file.parent)]
-        words = {split: [str(file) for file in files] for split, files in self.split_files.items()}
-        super().__init__(*args, hash=fingerprint([*files, *masks], hash, words), **kwargs)
+        names = {split: [str(file) for file in files] for split, files in self.split_files.items()}
+        super().__init__(*args, hash=fingerprint([*files, *masks], hash, names), **kwargs)
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """The .jsonl files of a folder."""
+        """Return the .jsonl files of a folder."""
         return sorted(data_dir.glob("*.jsonl"))
 
     def files_of(self, split: str) -> list[Path]:
         """Return the .jsonl files of a split."""
         return self.split_files.get(split, [])
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         parse_box_format(self.config.box_format)
         if not self.split_files:
             if self.config.data_dir is None:
-                raise ValueError(f"Say where the files are: data_dir=... or path=... . {DISTRIBUTION}")
+                raise ValueError(
+                    f"'jsonl' requires data_dir=... or path=..., the folder or the files to read. {DISTRIBUTION}"
+                )
             raise OSError(f"There is no .jsonl file in {self.config.data_dir!r}. {DISTRIBUTION}")
         missing = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
         if missing:
@@ -133,16 +139,18 @@ class JsonLines(GroundingBuilder):
         good, bad, dropped, image_paths, written = {}, [], {}, {}, {}
         for split, files in self.split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
-                raise ValueError(f"{split!r} is no name of a split; expected letters, digits and _, and not 'all'.")
+                raise ValueError(
+                    f"{split!r} is not a valid name of a split; expected letters, digits and _, and not 'all'."
+                )
             good[split], dropped[split], written[split], seen = [], Counter(), {}, {}
             lines = ((file, *line) for file in files for line in read_lines(file))
             for path, number, offset, line in lines:
                 try:
                     value = parse_line(line)
                     image_path = self._image_path(path, value)
-                    place = f"{path}, line {number}"
-                    earlier = seen.setdefault(image_id_of(value), place)
-                    need(earlier == place, "image", value["image"], f"another image than in {earlier}")
+                    position = f"{path}, line {number}"
+                    earlier = seen.setdefault(image_id_of(value), position)
+                    require(earlier == position, "image", value["image"], f"another image than in {earlier}")
                     image_paths[image_path] = None
                     if os.path.isfile(image_path):
                         self._row(path, value, Counter(), written[split])
@@ -153,7 +161,7 @@ class JsonLines(GroundingBuilder):
         suspected = judge_splits(written)
         if bad and not self.config.drop_bad_lines:
             hint = "".join(f"\n{judgement.message}." for judgement in suspected)
-            raise ValueError(f"{len(bad)} bad lines (drop_bad_lines leaves them out):{listing(bad)}{hint}")
+            raise ValueError(f"{len(bad)} bad lines (drop_bad_lines leaves them out):{format_listing(bad)}{hint}")
         for judgement in suspected:
             if judgement.is_certain:
                 raise ValueError(f"{judgement.message}.")
@@ -166,7 +174,7 @@ class JsonLines(GroundingBuilder):
             for split, lines in good.items()
         ]
 
-    def _generate_examples(self, split, lines):
+    def _generate_examples(self, split: str, lines: list[tuple[str, int, int]]) -> Iterator[tuple[str, dict]]:
         changed = Counter()
         for path, number, offset in lines:
             with open(path, "rb") as file:
@@ -178,13 +186,13 @@ class JsonLines(GroundingBuilder):
     def _image_path(self, path: Path, value: dict) -> Path:
         return self._inside(path, value["image"], "image")
 
-    def _inside(self, path: Path, name, field: str) -> Path:
-        """The file that a line of `path` names."""
-        need(isinstance(name, str) and name.strip(), field, name, "the path of a file")
-        need(len(name) <= MAX_NAME, field, name, f"the path of a file, of at most {MAX_NAME} characters")
-        need("://" not in name, field, name, "the path of a file on this machine; addresses are not fetched")
+    def _inside(self, path: Path, name: Any, field: str) -> Path:
+        """Return the path of a file that a line of `path` names."""
+        require(isinstance(name, str) and name.strip(), field, name, "the path of a file")
+        require(len(name) <= MAX_NAME, field, name, f"the path of a file, of at most {MAX_NAME} characters")
+        require("://" not in name, field, name, "the path of a file on this machine; addresses are not fetched")
         allowed = self.config.allow_outside_paths or is_inside(name)
-        need(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
+        require(allowed, field, name, "a path in the folder (allow_outside_paths allows others)")
         return (folder_of_images(self.config.data_dir, self.config.image_dir) or path.parent) / name
 
     def _row(self, path: Path, value: dict, changed: Counter, written: dict | None = None) -> dict:
@@ -196,7 +204,7 @@ class JsonLines(GroundingBuilder):
         size = annotated_size(value)
         frame = read_frame(image_path, size)
         width, height = frame.size
-        need(size in (None, (width, height)), "width, height", size, f"the image's {(width, height)}")
+        require(size in (None, (width, height)), "width, height", size, f"the image's {(width, height)}")
         box_format = value.get("box_format", self.config.box_format)
         parse_box_format(box_format)
         if written is not None:
@@ -205,7 +213,7 @@ class JsonLines(GroundingBuilder):
                     boxes, sizes = written.setdefault((what, written_format), ([], []))
                     boxes += found
                     sizes += [(width, height)] * len(found)
-        image_id, objects, places, sentences = image_id_of(value), {}, {}, []
+        image_id, objects, indices, sentences = image_id_of(value), {}, {}, []
         for index, expression in enumerate(value["expressions"]):
             field = f"expressions[{index}]"
             text, spans = read_expression(expression, field)
@@ -215,21 +223,23 @@ class JsonLines(GroundingBuilder):
                 mask = self._mask(path, target, where, height, width)
                 kept = clip_boxes(boxes or [box_of(mask)], width, height, Counter(), changed)
                 inside = len(kept) == max(1, len(boxes))
-                need(inside, f"{where}.box", boxes, f"boxes in the image of {width} x {height}")
+                require(inside, f"{where}.box", boxes, f"boxes in the image of {width} x {height}")
                 item = {"box": merge_boxes(kept), "boxes": kept, "category": target.get("category")}
                 key = json.dumps([item, mask])
                 item = {"object_id": f"{image_id}_{len(objects)}", **item, "segmentation": mask}
-                place = places.setdefault(key, len(places))
+                object_index = indices.setdefault(key, len(indices))
                 objects.setdefault(key, item)
-                phrases.append({"start": start, "end": end, "objects": [place], "types": target.get("types", [])})
+                phrases.append(
+                    {"start": start, "end": end, "objects": [object_index], "types": target.get("types", [])}
+                )
             sentences.append({"sentence_id": f"{image_id}_{index}", "text": text, "phrases": phrases})
         row = {"image_id": image_id, "image": image_of(image_path.absolute(), frame), "width": width, "height": height}
         return {**row, "objects": list(objects.values()), "sentences": sentences}
 
     def _mask(self, path: Path, target: dict, where: str, height: int, width: int) -> dict | None:
-        """The run-length encoding of a target's mask, if it has one."""
+        """Return the run-length encoding of a target's mask, if it has one."""
         given = [name for name in MASK_FIELDS if name in target]
-        need(len(given) < 2, where, given, "one of them")
+        require(len(given) < 2, where, given, "one of them")
         if not given:
             return None
         field, value = f"{where}.{given[0]}", target[given[0]]
@@ -240,7 +250,7 @@ class JsonLines(GroundingBuilder):
         else:
             encoded = read_polygons(value, field, height, width)
         segmentation = to_segmentation(encoded)
-        need(segmentation is not None, field, value, "a mask with a pixel in the image")
+        require(segmentation is not None, field, value, "a mask with a pixel in the image")
         return segmentation
 
 
@@ -253,14 +263,14 @@ NUMBERS = {
 }
 
 
-def need(condition, field: str, value, expected: str):
-    """Raise a ValueError that names a field, its value and what is expected, unless the condition holds."""
+def require(condition: object, field: str, value: Any, expected: str) -> None:
+    """Raise a ValueError that names a field, its value and the expectation, unless a condition holds."""
     if not condition:
         raise ValueError(f"{field} is {quote(value)}; expected {expected}.")
 
 
 def find_splits(data_dir: Path, path: str | list | dict | None) -> dict[str, list[Path]]:
-    """Split -> its files: what `path` says, or the .jsonl files of a folder, by name."""
+    """Return the files of each split: what `path` says, or the .jsonl files of a folder, by name."""
     if path is None:
         return {file.stem: [file] for file in sorted(data_dir.glob("*.jsonl"))}
     splits = path if isinstance(path, dict) else {"train": path}
@@ -271,12 +281,12 @@ def find_splits(data_dir: Path, path: str | list | dict | None) -> dict[str, lis
 
 
 def folder_of_images(data_dir: str | None, image_dir: str | None) -> Path | None:
-    """The folder that paths are relative to, where it is not that of their file."""
+    """Return the folder that paths are relative to, if it is not that of their file."""
     return None if image_dir is None else Path(data_dir or "") / image_dir
 
 
 def mask_paths(path: Path, folder: Path) -> list[Path]:
-    """The mask files that a .jsonl file names, as far as it can be read."""
+    """Return the mask files that a .jsonl file names, as far as it can be read."""
     paths = []
     for _, _, line in read_lines(path):
         for name in re.findall(rb'"mask"\s*:\s*("(?:[^"\\]|\\.)*")', line):
@@ -287,8 +297,8 @@ def mask_paths(path: Path, folder: Path) -> list[Path]:
     return [mask for mask in paths if os.path.isfile(mask)]
 
 
-def read_lines(path: Path):
-    """(number from 1, place in bytes, line) of each line of a file that is not blank."""
+def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (number from 1, offset in bytes, line) of each line of a file that is not blank."""
     with open(path, "rb") as file:
         offset = 0
         for number, line in enumerate(file, start=1):
@@ -297,14 +307,14 @@ def read_lines(path: Path):
             offset += len(line)
 
 
-def refuse_constant(name: str):
+def refuse_constant(name: str) -> Never:
     """JSON has no NaN and no infinity; Python's reader does."""
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def parse_line(line: bytes) -> dict:
     """
-    A line as JSON, with the fields of a line and no others.
+    Parse a line as JSON and refuse unknown fields.
 
     Raises:
         ValueError: where it is not.
@@ -312,8 +322,8 @@ def parse_line(line: bytes) -> dict:
     try:
         value = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON: {explain(error)}.") from error
-    need(isinstance(value, dict), "the line", value, '{"image": ..., "expressions": [...]}')
+        raise ValueError(f"it is not JSON: {explain(error)}.") from error
+    require(isinstance(value, dict), "the line", value, '{"image": ..., "expressions": [...]}')
     for name, entry in value.items():
         check_text(name, "the name of a field")
         check_texts(entry, name)
@@ -321,11 +331,11 @@ def parse_line(line: bytes) -> dict:
     if "image" not in value:
         raise ValueError("the line has no field 'image'; expected the path of an image.")
     expressions = value.get("expressions")
-    need(isinstance(expressions, list) and expressions, "expressions", expressions, "a list of one or more")
+    require(isinstance(expressions, list) and expressions, "expressions", expressions, "a list of one or more")
     return value
 
 
-def known(value: dict, names: tuple[str, ...], field: str):
+def known(value: dict, names: tuple[str, ...], field: str) -> None:
     """Raise a ValueError for a field that is not one of these."""
     unknown = [name for name in value if name not in names]
     if unknown:
@@ -333,10 +343,10 @@ def known(value: dict, names: tuple[str, ...], field: str):
 
 
 def image_id_of(value: dict) -> str:
-    """The id of a line's image: what the line says, or the path."""
+    """Return the image id of a line, by default the path of its image."""
     image_id = value.get("image_id", value["image"])
     number = isinstance(image_id, int) and not isinstance(image_id, bool)
-    need(number or (isinstance(image_id, str) and image_id.strip()), "image_id", image_id, "text or a whole number")
+    require(number or (isinstance(image_id, str) and image_id.strip()), "image_id", image_id, "text or a whole number")
     return str(image_id)
 
 
@@ -345,28 +355,28 @@ def annotated_size(value: dict) -> tuple[int, int] | None:
     if "width" not in value and "height" not in value:
         return None
     size = (value.get("width"), value.get("height"))
-    need(all(type(side) is int for side in size), "width, height", size, "two whole numbers")
+    require(all(type(side) is int for side in size), "width, height", size, "two whole numbers")
     return size
 
 
-def read_expression(expression, field: str) -> tuple[str, list]:
+def read_expression(expression: Any, field: str) -> tuple[str, list]:
     """
-    The text of an expression, and (start, end, target, field) of what it names: all of it, or its phrases. A target is
-    what has a box.
+    Return the text of an expression and (start, end, target, field) of its phrases, by default the whole text. A
+    target is the mapping that has the box.
     """
-    need(isinstance(expression, dict), field, expression, '{"text": ..., "box": ...}')
+    require(isinstance(expression, dict), field, expression, '{"text": ..., "box": ...}')
     text = expression.get("text")
-    need(has_words(text), f"{field}.text", text, "words")
+    require(has_words(text), f"{field}.text", text, "words")
     if "phrases" not in expression:
         known(expression, ("text", "phrases", *TARGET_FIELDS), field)
         return text, [(0, len(text), expression, field)]
     known(expression, ("text", "phrases"), f"{field} (with phrases)")
     phrases = expression["phrases"]
-    need(isinstance(phrases, list) and phrases, f"{field}.phrases", phrases, "a list of one or more")
+    require(isinstance(phrases, list) and phrases, f"{field}.phrases", phrases, "a list of one or more")
     spans = []
     for index, phrase in enumerate(phrases):
         where = f"{field}.phrases[{index}]"
-        need(isinstance(phrase, dict), where, phrase, '{"text": ..., "box": ...}')
+        require(isinstance(phrase, dict), where, phrase, '{"text": ..., "box": ...}')
         known(phrase, ("start", "end", "text", *TARGET_FIELDS), where)
         spans.append((*find_span(phrase, text, where), phrase, where))
     check_spans([(start, end) for start, end, *_ in spans], f"{field}.phrases")
@@ -379,15 +389,15 @@ def find_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
     if "start" in phrase or "end" in phrase:
         start, end = phrase.get("start"), phrase.get("end")
         inside = type(start) is int and type(end) is int and 0 <= start < end <= len(text)
-        need(inside, f"{field}.start, end", (start, end), f"characters of the {len(text)} of {quote(text)}")
-        need(words in (None, text[start:end]), f"{field}.text", words, f"{quote(text[start:end])}, which stands there")
+        require(inside, f"{field}.start, end", (start, end), f"characters of the {len(text)} of {quote(text)}")
+        require(words in (None, text[start:end]), f"{field}.text", words, f"{quote(text[start:end])}, which is there")
     else:
-        need(isinstance(words, str) and words, f"{field}.text", words, "words, or start and end")
+        require(isinstance(words, str) and words, f"{field}.text", words, "words, or start and end")
         start = text.find(words)
         is_once = start >= 0 and text.find(words, start + 1) < 0
-        need(is_once, f"{field}.text", words, f"words that are once in {quote(text)}, or start and end")
+        require(is_once, f"{field}.text", words, f"words that are once in {quote(text)}, or start and end")
         end = start + len(words)
-    need(has_words(text[start:end]), field, text[start:end], "words")
+    require(has_words(text[start:end]), field, text[start:end], "words")
     return start, end
 
 
@@ -423,12 +433,12 @@ def spans_in(value: dict) -> list[list]:
     return found
 
 
-def is_dict(value) -> bool:
+def is_dict(value: Any) -> bool:
     """Whether it is a JSON object."""
     return isinstance(value, dict)
 
 
-def is_four_numbers(box) -> bool:
+def is_four_numbers(box: Any) -> bool:
     """Whether it is a list of four numbers that have a place in an image."""
     return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
 
@@ -442,13 +452,13 @@ def read_boxes(target: dict, field: str, box_format: str, width: int, height: in
         ValueError: where a box is not four finite numbers of the box format, or has no extent.
     """
     category, types = target.get("category"), target.get("types", [])
-    need(category is None or isinstance(category, str), f"{field}.category", category, "text")
+    require(category is None or isinstance(category, str), f"{field}.category", category, "text")
     texts = isinstance(types, list) and all(isinstance(word, str) for word in types)
-    need(texts, f"{field}.types", types, "a list of texts")
+    require(texts, f"{field}.types", types, "a list of texts")
     if "boxes" in target:
-        need("box" not in target, field, ["box", "boxes"], "one of them")
+        require("box" not in target, field, ["box", "boxes"], "one of them")
         boxes, name = target["boxes"], "boxes"
-        need(isinstance(boxes, list) and boxes, f"{field}.boxes", boxes, "a list of one or more")
+        require(isinstance(boxes, list) and boxes, f"{field}.boxes", boxes, "a list of one or more")
     else:
         boxes, name = [target["box"]] if "box" in target else [], "box"
     if not boxes and not any(mask in target for mask in MASK_FIELDS):
@@ -457,17 +467,17 @@ def read_boxes(target: dict, field: str, box_format: str, width: int, height: in
     limit = LIMITS.get(unit)
     boxes_xyxy = []
     for box in boxes:
-        need(is_four_numbers(box), f"{field}.{name}", box, f"{NUMBERS[layout]}, four numbers")
+        require(is_four_numbers(box), f"{field}.{name}", box, f"{NUMBERS[layout]}, four numbers")
         in_unit = limit is None or max(map(abs, box)) <= limit
-        need(in_unit, f"{field}.{name}", box, f"{NUMBERS[layout]} of {UNIT_RANGES.get(unit)}")
+        require(in_unit, f"{field}.{name}", box, f"{NUMBERS[layout]} of {UNIT_RANGES.get(unit)}")
         ((x0, y0, x1, y1),) = to_boxes_xyxy([box], [(width, height)], layout, unit).tolist()
         has_extent = x0 < x1 and y0 < y1
-        need(has_extent, f"{field}.{name}", box, f"{NUMBERS[layout]} of some extent (box_format is {box_format!r})")
+        require(has_extent, f"{field}.{name}", box, f"{NUMBERS[layout]} of some extent (box_format is {box_format!r})")
         boxes_xyxy.append([x0, y0, x1, y1])
     return boxes_xyxy
 
 
-def read_polygons(value, field: str, height: int, width: int) -> dict:
+def read_polygons(value: Any, field: str, height: int, width: int) -> dict:
     """Polygons, or a single one, as run-length encoding of (height, width)."""
     polygons = [value] if isinstance(value, list) and value and is_number(value[0]) else value
     good = isinstance(polygons, list) and polygons
@@ -478,18 +488,18 @@ def read_polygons(value, field: str, height: int, width: int) -> dict:
         and all(is_number(figure) for figure in polygon)
         for polygon in polygons
     )
-    need(good, field, value, "polygons [[x, y, x, y, x, y, ...], ...] of three or more points")
+    require(good, field, value, "polygons [[x, y, x, y, x, y, ...], ...] of three or more points")
     # the library walks along every edge, so a point far away takes its time and memory
     limits = np.array([width, height])
     near = all((np.abs(np.reshape(polygon, (-1, 2)) - limits / 2) <= 1.5 * limits).all() for polygon in polygons)
-    need(near, field, value, f"points in the image of {width} x {height}, or as far outside of it at most")
+    require(near, field, value, f"points in the image of {width} x {height}, or as far outside of it at most")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
     """COCO's run-length encoding, compressed or not, of (height, width)."""
     known(value, ("size", "counts"), field)
-    need(value.get("size") == [height, width], f"{field}.size", value.get("size"), f"the image's {[height, width]}")
+    require(value.get("size") == [height, width], f"{field}.size", value.get("size"), f"the image's {[height, width]}")
     try:
         return encode_counts(value.get("counts"), height, width)
     except ValueError as error:
@@ -497,13 +507,13 @@ def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
 
 
 def read_mask(path: Path, field: str, height: int, width: int) -> dict:
-    """A mask file of one channel as run-length encoding of (height, width)."""
-    need(os.path.isfile(path), field, str(path), "a file that is there")
+    """Read a mask file of one channel as a run-length encoding of (height, width)."""
+    require(os.path.isfile(path), field, str(path), "a file that is there")
     size = read_image_size(path)
-    need(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the image")
+    require(size == (width, height), field, size, f"a mask of (width, height) {(width, height)}, as the image")
     with open_file(path) as image:
         one_channel = image.mode in ("1", "L", "P", "I", "I;16", "F")
-        need(one_channel, field, str(path), f"an image of one channel, not of mode {image.mode}")
+        require(one_channel, field, str(path), f"an image of one channel, not of mode {image.mode}")
         try:
             mask = np.asarray(image) != 0
         except (OSError, SyntaxError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""Kinds of values in the annotation files of others, checked where a file is read."""
+"""Validate the values of annotation files as they are read."""
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from .quoting import quote
 from .reading import is_file_name
@@ -11,17 +12,17 @@ Kind = tuple[str, Callable]
 MISSING = object()
 
 
-def is_whole(value) -> bool:
+def is_whole(value: Any) -> bool:
     """Return whether it is a whole number of 64 bits, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def is_list(value) -> bool:
+def is_list(value: Any) -> bool:
     """Return whether it is a list or a tuple."""
     return isinstance(value, list | tuple)
 
 
-# what a value is to be, in words, and whether it is
+# (description of the expected value, predicate)
 WHOLE: Kind = ("a whole number", is_whole)
 WHOLE_OR_ABSENT: Kind = ("a whole number", lambda value: value is None or value is MISSING or is_whole(value))
 DIGITS_OR_NONE: Kind = (
@@ -37,14 +38,14 @@ FILE_NAME: Kind = ("the path of a file inside its folder", is_file_name)
 LIST: Kind = ("a list", is_list)
 
 
-def check_fields(record, kinds: dict[str, Kind], where: str):
+def check_fields(record: Any, kinds: dict[str, Kind], where: str) -> None:
     """
-    Check the fields of a record that are read; others may be anything.
+    Validate the fields of a record that are read; others may be anything.
 
     Args:
-        record: what stands in the file.
+        record: the value in the file.
         kinds (`dict[str, Kind]`): field -> what its value must be.
-        where (`str`): the file and the place in it, to begin the message with.
+        where (`str`): the file and the position in it, as the beginning of the message.
 
     Raises:
         ValueError: if it is not an object, lacks a field, or a value is of another kind, naming the first.
@@ -68,7 +69,7 @@ def check_fields(record, kinds: dict[str, Kind], where: str):
             raise ValueError(f"{where} has {found}; expected {expected}.")
 
 
-def check_list(value, where: str) -> list:
+def check_list(value: Any, where: str) -> list:
     """
     Return a list as it is.
 

@@ -1,4 +1,6 @@
-"""Sets by name: built where they are not in the cache, and loaded."""
+"""Load datasets by name, building those that are not in the cache."""
+
+from typing import Any
 
 import datasets
 import numpy as np
@@ -10,7 +12,7 @@ from .reports import format_build_report, read_build_report
 from .schema import FEATURES
 
 
-# every set that `load` takes; a module of builders lists its own
+# all datasets that `load` takes; each module of builders lists its own
 MODULES = (shapes, jsonl, refcoco, flickr30k_entities, visual_genome, reftr_index)
 SOURCES: dict[str, Source] = {source.name: source for module in MODULES for source in module.SOURCES}
 
@@ -23,12 +25,12 @@ def load(
     streaming: bool = False,
     num_proc: int | None = None,
     decode: bool = True,
-    **config,
+    **config: Any,
 ) -> datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict:
     """
-    Build a set, or take it from the cache where it was built before, and load it.
+    Load a dataset, building it if it is not in the cache.
 
-    A change of the annotation files, of the builder or of a flag builds anew.
+    A change of the annotation files, of the builder or of a flag builds it again.
 
     An image is turned as its EXIF orientation says, unless only its stored size agrees with the size that it was
     annotated at. Where it is not turned, the row holds the content of the file without its orientation, since the
@@ -36,20 +38,20 @@ def load(
     boxes and masks are in.
 
     Args:
-        name (`str`): the set, one of `SOURCES`.
+        name (`str`): the dataset, one of `SOURCES`.
         split (`str`, *optional*): one of its splits; absent: all of them, in a dict.
-        data_dir (`str`, *optional*): where its files lie as its authors distribute them.
-        cache_dir (`str`, *optional*): where built sets are kept, the datasets library's own cache by default.
+        data_dir (`str`, *optional*): the folder of its files, as its authors distribute them.
+        cache_dir (`str`, *optional*): the cache of built datasets, by default that of the datasets library.
         streaming (`bool`): yield the rows from the files in turn, writing nothing.
-        num_proc (`int`, *optional*): processes that build.
-        decode (`bool`): give images decoded; else their path or content, as `datasets.Image(decode=False)` does.
-        config: flags of the set's configuration, for example `image_size=64`.
+        num_proc (`int`, *optional*): number of processes that build it.
+        decode (`bool`): decode the images; else their path or content is given, as by `datasets.Image(decode=False)`.
+        config: flags of the dataset's configuration, for example `image_size=64`.
 
     Returns:
-        `datasets.Dataset`, or `IterableDataset` when streaming: a row an image, see `schema.FEATURES`.
+        `datasets.Dataset`, or `IterableDataset` when streaming: one row per image, see `schema.FEATURES`.
 
     Raises:
-        ValueError: if there is no such set, no such flag, or `data_dir` is needed, or nothing is left in a split.
+        ValueError: if the dataset or a flag is unknown, `data_dir` is missing, or nothing is left in a split.
         OSError: if files are missing or damaged, naming them.
 
     Example:
@@ -84,10 +86,10 @@ def load(
 
 
 def load_with_report(
-    name: str, data_dir: str | None = None, cache_dir: str | None = None, num_proc: int | None = None, **config
+    name: str, data_dir: str | None = None, cache_dir: str | None = None, num_proc: int | None = None, **config: Any
 ) -> tuple[datasets.DatasetDict, dict | None]:
     """
-    Load all splits as `load` does, with what their build left out or changed; the cache keeps that too.
+    Load all splits as `load` does, with the report of what their build left out or changed.
 
     Args:
         name, data_dir, cache_dir, num_proc, config: see `load`.
@@ -114,7 +116,7 @@ def load_with_report(
 
 
 def _make_builder(name: str, data_dir: str | None, cache_dir: str | None, config: dict) -> datasets.DatasetBuilder:
-    """Return the builder of a dataset by its name; raise a ValueError for what it does not know."""
+    """Return the builder of a dataset by its name; raise a ValueError for unknown names and flags."""
     if name not in SOURCES:
         raise ValueError(f"There is no dataset {name!r}; there are: {', '.join(SOURCES)}.")
     source = SOURCES[name]
@@ -127,8 +129,8 @@ def _make_builder(name: str, data_dir: str | None, cache_dir: str | None, config
     return source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)
 
 
-def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | None = None):
-    """Build what is not in the cache; raise the builder's own sentence where it cannot, and one for an empty split."""
+def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | None = None) -> None:
+    """Build a dataset that is not in the cache; raise the builder's own error, and one for an empty split."""
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except DatasetGenerationError as error:
@@ -138,7 +140,7 @@ def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | 
     _refuse_empty(builder, empty, read_build_report(builder.cache_dir))
 
 
-def _refuse_empty(builder: datasets.DatasetBuilder, empty: list[str], report: dict | None):
+def _refuse_empty(builder: datasets.DatasetBuilder, empty: list[str], report: dict | None) -> None:
     """Raise a ValueError if there are splits without rows, with the files that they are read from."""
     if empty:
         files = dict.fromkeys(str(file) for name in empty for file in builder.files_of(name))
@@ -150,13 +152,13 @@ def _refuse_empty(builder: datasets.DatasetBuilder, empty: list[str], report: di
 
 
 def _stream_as_stored(rows: datasets.IterableDataset, decode: bool) -> datasets.IterableDataset:
-    """A stream of `_as_stored` rows; a stream that decodes cannot be cast to one that does not."""
+    """Return a stream of `_as_stored` rows; a stream that decodes cannot be cast to one that does not."""
     rows = rows if decode else rows.cast_column("image", datasets.Image(decode=False))
     return rows.map(_as_stored, features=FEATURES if decode else rows.features)
 
 
 def _as_stored(row: dict) -> dict:
-    """A streamed row with its boxes in single precision, as they come back from the cache."""
+    """Return a streamed row with its boxes in single precision, as the cache returns them."""
     for item in row["objects"]:
         item["box"] = np.float32(item["box"]).tolist()
         item["boxes"] = [np.float32(box).tolist() for box in item["boxes"]]

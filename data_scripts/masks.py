@@ -1,4 +1,4 @@
-"""Masks in COCO's run-length encoding, of what others write; pycocotools itself checks nothing that it is given."""
+"""Encode, decode and validate masks in COCO's run-length encoding; pycocotools itself does not validate its input."""
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -9,8 +9,10 @@ from .reading import MAX_PIXELS
 
 def uncompress_counts(text: str) -> list[int]:
     """
-    The run lengths of COCO's compressed text, background first: five bits a character, lowest first, from the fourth
-    on as differences to the one before the last.
+    Return the run lengths of COCO's compressed text, background first.
+
+    A character holds five bits, lowest first; from the fourth number on, differences to the one before the last are
+    stored.
 
     Raises:
         ValueError: if the text ends within a number, has other characters, or a length is negative or astronomical.
@@ -28,7 +30,7 @@ def uncompress_counts(text: str) -> list[int]:
     for character in text:
         bits = ord(character) - 48
         if not 0 <= bits < 64 or shift > 30:
-            raise ValueError(f"its counts are no run-length encoding at {character!r}")
+            raise ValueError(f"its counts are not a run-length encoding at {character!r}")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:  # the number's last character
@@ -37,13 +39,13 @@ def uncompress_counts(text: str) -> list[int]:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value, shift = 0, 0
     if shift or min(counts, default=0) < 0:
-        raise ValueError("its counts are no run-length encoding: they end within a number, or one is negative")
+        raise ValueError("its counts are not a run-length encoding: they end within a number, or one is negative")
     return counts
 
 
 def check_counts(counts: str | list[int], height: int, width: int) -> list[int]:
     """
-    Run lengths, compressed or not, as a list that fills a mask.
+    Return run lengths, compressed or not, as a list that fills a mask.
 
     Raises:
         ValueError: if they are none, or do not fill the mask: pycocotools would read or write past its memory.
@@ -56,7 +58,7 @@ def check_counts(counts: str | list[int], height: int, width: int) -> list[int]:
         )
     lengths = uncompress_counts(counts) if isinstance(counts, str) else counts
     if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
-        raise ValueError("its counts are no run-length encoding")
+        raise ValueError("its counts are not a run-length encoding")
     covered = sum(lengths)
     if covered != height * width:
         raise ValueError(f"its runs cover {quote(covered)} pixels of {height * width}")
@@ -65,7 +67,7 @@ def check_counts(counts: str | list[int], height: int, width: int) -> list[int]:
 
 def encode_counts(counts: str | list[int], height: int, width: int) -> dict:
     """
-    Run lengths, compressed or not, as pycocotools takes them: `size` [height, width] and `counts` (bytes).
+    Return run lengths, compressed or not, as pycocotools takes them: `size` [height, width] and `counts` (bytes).
 
     Raises:
         ValueError: see `check_counts`.
@@ -75,7 +77,7 @@ def encode_counts(counts: str | list[int], height: int, width: int) -> dict:
 
 
 def encode_array(mask: np.ndarray) -> dict:
-    """An array (height, width), not 0 where the object is, as pycocotools takes it."""
+    """Encode an array of shape (height, width), nonzero inside the object, as pycocotools does."""
     return coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
 
 
@@ -103,8 +105,8 @@ def resize_to_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def to_segmentation(encoded: dict, keep_empty: bool = False) -> dict | None:
     """
-    What pycocotools gives as `segmentation` of the schema, whose counts are text; None where no pixel is in it, unless
-    `keep_empty`.
+    Return an encoding of pycocotools as a `segmentation` of the schema, whose counts are text; None for an empty mask,
+    unless `keep_empty`.
     """
     if not keep_empty and not coco_mask.area(encoded):
         return None
@@ -144,7 +146,7 @@ def is_empty(segmentation: dict) -> bool:
 
 def box_of(segmentation: dict) -> list[float]:
     """
-    The smallest box xyxy that holds a mask.
+    Return the smallest box (xyxy) that contains a mask.
 
     Example:
 

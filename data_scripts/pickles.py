@@ -13,7 +13,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, Never, NoReturn
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class BoundedUnpickler(pickle._Unpickler):
         num_bytes (`int`): of the file, which all that is charged must not exceed.
     """
 
-    def __init__(self, file: BinaryIO, name: str, num_bytes: int):
+    def __init__(self, file: BinaryIO, name: str, num_bytes: int) -> None:
         super().__init__(file, encoding="latin-1")
         self.name = name
         self.num_bytes = num_bytes
@@ -52,21 +52,21 @@ class BoundedUnpickler(pickle._Unpickler):
         """Raise the ValueError that names the file and the reason."""
         raise ValueError(f"{self.name!r} is refused: {reason}.")
 
-    def charge(self, num_bytes: int):
+    def charge(self, num_bytes: int) -> None:
         """Count bytes that are made of something else than bytes of the file."""
         self.num_charged += num_bytes
         if num_bytes < 0 or self.num_charged > self.num_bytes:
             self.refuse(f"it claims {quote(self.num_charged)} bytes, more than the {self.num_bytes} that it has")
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> None:
         """Refuse every name."""
         self.refuse(f"it asks for {quote(f'{module}.{name}')[1:-1]}")
 
-    def set_state(self, value, state):
+    def set_state(self, value: Any, state: Any) -> None:
         """Refuse to change a value."""
         self.refuse(f"it sets the state of {quote(value)}")
 
-    def check_keys(self, keys):
+    def check_keys(self, keys: Any) -> None:
         """Refuse keys that take time to hash, or that are made to share one hash."""
         for key in keys:
             if type(key) is str:
@@ -74,18 +74,18 @@ class BoundedUnpickler(pickle._Unpickler):
             if type(key) not in KEY_TYPES or (type(key) is int and abs(key) >= MAX_KEY):
                 self.refuse(f"a dict or set in it has the key {quote(key)}; expected text or a number")
 
-    def make_dict(self, items=()) -> dict:
+    def make_dict(self, items: Any = ()) -> dict:
         """Return what stands for an `OrderedDict`."""
         items = [(key, value) for key, value in items]
         self.check_keys(key for key, _ in items)
         return dict(items)
 
-    def make_set(self, items=()) -> set:
+    def make_set(self, items: Any = ()) -> set:
         """Return a set of the entries of a list."""
         self.check_keys(items)
         return set(items)
 
-    def encode(self, text: str, encoding: str = "latin-1", *_) -> bytes:
+    def encode(self, text: str, encoding: str = "latin-1", *_: Any) -> bytes:
         """Return Python 2's bytes, as protocol 2 writes them."""
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
             self.refuse(f"it encodes {quote(text)} as {quote(encoding)}")
@@ -94,57 +94,57 @@ class BoundedUnpickler(pickle._Unpickler):
 
     # opcodes
 
-    def _refuse_opcode(self):
+    def _refuse_opcode(self) -> Never:
         raise pickle.UnpicklingError("it has an opcode that data does not need")
 
-    def _build(self):
+    def _build(self) -> None:
         state = self.stack.pop()
         self.set_state(self.stack[-1], state)
 
-    def _set_items(self, items: list):
+    def _set_items(self, items: list) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
             raise pickle.UnpicklingError("it sets entries of what is not a dict, or of a key without a value")
         self.check_keys(items[::2])
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    def _set_item(self):
+    def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._set_items([key, value])
 
-    def _set_marked(self):
+    def _set_marked(self) -> None:
         items = self.pop_mark()
         self._set_items(items)
 
-    def _make_marked_dict(self):
+    def _make_marked_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
         self._set_items(items)
 
-    def _extend(self, items: list):
+    def _extend(self, items: list) -> None:
         if type(self.stack[-1]) is not list:
             raise pickle.UnpicklingError("it appends to what is not a list")
         self.stack[-1].extend(items)
 
-    def _append_item(self):
+    def _append_item(self) -> None:
         value = self.stack.pop()
         self._extend([value])
 
-    def _append_marked(self):
+    def _append_marked(self) -> None:
         items = self.pop_mark()
         self._extend(items)
 
-    def _add_marked(self):
+    def _add_marked(self) -> None:
         items = self.pop_mark()
         if type(self.stack[-1]) is not set:
             raise pickle.UnpicklingError("it adds to what is not a set")
         self.stack[-1].update(self.make_set(items))
 
-    def _make_marked_frozenset(self):
+    def _make_marked_frozenset(self) -> None:
         items = self.pop_mark()
         self.append(frozenset(self.make_set(items)))
 
-    def _read_bytearray(self):
+    def _read_bytearray(self) -> None:
         num_bytes = int.from_bytes(self.read(8), "little")
         self.append(bytearray(self.read(min(num_bytes, self.num_bytes))))
 
@@ -196,7 +196,7 @@ class DataUnpickler(BoundedUnpickler):
     lie beside the pickle and are to be filled after it.
     """
 
-    def __init__(self, file: BinaryIO, name: str, num_bytes: int):
+    def __init__(self, file: BinaryIO, name: str, num_bytes: int) -> None:
         super().__init__(file, name, num_bytes)
         self.storages = {}
         cores, builtins = ("numpy.core", "numpy._core"), ("builtins", "__builtin__")
@@ -214,7 +214,7 @@ class DataUnpickler(BoundedUnpickler):
             **{("torch", f"{name}Storage"): np.dtype(code) for name, code in TORCH_TYPES.items()},
         }
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         """Return what stands in for a name."""
         if (module, name) not in self.allowed:
             self.refuse(
@@ -223,17 +223,17 @@ class DataUnpickler(BoundedUnpickler):
             )
         return self.allowed[module, name]
 
-    def make_dtype(self, code: str, *_) -> _DType:
+    def make_dtype(self, code: str, *_: Any) -> _DType:
         """Return a dtype of numbers or of text, without objects and fields."""
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[biufcSU][1-9]\d{0,8}", code):
             raise pickle.UnpicklingError(f"it has a numpy dtype {quote(code)}; expected one of numbers or text")
         return _DType(code)
 
-    def make_array(self, *_) -> np.ndarray:
+    def make_array(self, *_: Any) -> np.ndarray:
         """Return an array to be filled by `set_state`."""
         return np.zeros(0, np.int8)
 
-    def set_state(self, value, state):
+    def set_state(self, value: Any, state: Any) -> None:
         """Give a dtype its byte order, or an array its shape, its dtype and its content."""
         if isinstance(value, _DType):
             _, order, *fields = state
@@ -251,20 +251,20 @@ class DataUnpickler(BoundedUnpickler):
         else:
             super().set_state(value, state)
 
-    def _num_bytes_of(self, shape, dtype) -> int:
-        """The bytes of an array; refuses what is not a shape and a dtype."""
+    def _num_bytes_of(self, shape: Any, dtype: Any) -> int:
+        """Return the number of bytes of an array; refuse what is not a shape and a dtype."""
         is_shape = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
         if not is_shape or len(shape) > 8 or not isinstance(dtype, _DType):
             raise pickle.UnpicklingError(f"it has a numpy array of {quote(shape)} and {quote(dtype)}")
         return math.prod(shape) * dtype.dtype.itemsize
 
-    def make_array_of_buffer(self, buffer, dtype, shape, order="C", *_) -> np.ndarray:
+    def make_array_of_buffer(self, buffer: Any, dtype: Any, shape: Any, order: str = "C", *_: Any) -> np.ndarray:
         """Return the array of a pickle of protocol 5."""
         if not isinstance(buffer, bytes | bytearray) or len(buffer) != self._num_bytes_of(shape, dtype):
             raise pickle.UnpicklingError(f"it has a numpy array of {quote(shape)} whose content is another")
         return np.frombuffer(buffer, dtype.dtype).reshape(shape, order=order)
 
-    def make_number(self, dtype, content=None):
+    def make_number(self, dtype: Any, content: Any = None) -> Any:
         """Return a NumPy scalar as the Python number or text that it is."""
         content = content.encode("latin-1") if isinstance(content, str) else content
         if not isinstance(content, bytes) or len(content) != self._num_bytes_of((), dtype):
@@ -272,7 +272,7 @@ class DataUnpickler(BoundedUnpickler):
         self.charge(len(content))
         return np.frombuffer(content, dtype.dtype)[0].item()
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> np.ndarray:
         """Return the storage of a tensor: ("storage", type, key, device, number of elements, ...)."""
         _, dtype, key, _, count, *_ = pid
         if not isinstance(dtype, np.dtype) or type(key) is not str or type(count) is not int:
@@ -282,7 +282,7 @@ class DataUnpickler(BoundedUnpickler):
             self.storages[key] = np.zeros(count, dtype)
         return self.storages[key]
 
-    def make_tensor(self, storage, offset, shape, stride, *_) -> np.ndarray:
+    def make_tensor(self, storage: np.ndarray, offset: int, shape: Any, stride: Any, *_: Any) -> np.ndarray:
         """Return a tensor of a file of `torch.save` as an array over its storage, which is filled later."""
         self._num_bytes_of(shape, _DType("u1"))
         count = math.prod(shape)
@@ -293,7 +293,7 @@ class DataUnpickler(BoundedUnpickler):
         return array
 
 
-def read_pickle(path: str | Path):
+def read_pickle(path: str | Path) -> Any:
     """
     Read a pickle of Python 2 or 3, or a file of `torch.save`, without running its code.
 
@@ -321,11 +321,11 @@ def read_pickle(path: str | Path):
     return value
 
 
-def _load(content: bytes, name: str):
+def _load(content: bytes, name: str) -> Any:
     """Return what a pickle or a file of torch.save before 1.6 holds."""
     file = io.BytesIO(content)
 
-    def read():
+    def read() -> tuple[Any, dict]:
         reader = DataUnpickler(file, name, len(content))
         return reader.load(), reader.storages
 
@@ -344,7 +344,7 @@ def _load(content: bytes, name: str):
     return value
 
 
-def _load_zip(content: bytes, name: str):
+def _load_zip(content: bytes, name: str) -> Any:
     """Return what a file of torch.save since 1.6 holds."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         refuse_packed(archive, name, len(content))
@@ -359,7 +359,7 @@ def _load_zip(content: bytes, name: str):
         return value
 
 
-def refuse_packed(archive: zipfile.ZipFile, name: str, num_bytes: int):
+def refuse_packed(archive: zipfile.ZipFile, name: str, num_bytes: int) -> None:
     """
     Refuse a zip file that unpacks to more than it has: torch.save writes its entries as they are.
 
@@ -382,7 +382,7 @@ def refuse_packed(archive: zipfile.ZipFile, name: str, num_bytes: int):
         raise ValueError(f"{name!r} is refused: its entries claim {claimed} bytes, more than the {num_bytes} it has.")
 
 
-def refuse_unfolding(value, name: str, limit: int):
+def refuse_unfolding(value: Any, name: str, limit: int) -> None:
     """
     Refuse data whose lists stand in so many places, in themselves or so deep, that looking through it has no end.
 
@@ -396,7 +396,7 @@ def refuse_unfolding(value, name: str, limit: int):
     """
     sizes, opened = {}, {}  # by id, of containers that are done, and of those that are being looked through
 
-    def open_container(container):
+    def open_container(container: Any) -> tuple:
         entries = container.values() if isinstance(container, dict) else container
         total, inner = 1 + len(container), []
         for entry in entries:

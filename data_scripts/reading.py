@@ -1,4 +1,4 @@
-"""Reading what others have written, without running any of their code."""
+"""Read files of unknown origin without running code that they contain."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import re
 import struct
 import unicodedata
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -34,9 +34,9 @@ MAX_NAME = 1000  # characters of the path of a file that an annotation file name
 AS_STORED = ".as_stored"  # at the end of the name of an image whose orientation is not followed
 
 
-def read_json(path: str | Path):
+def read_json(path: str | Path) -> Any:
     """
-    A JSON file in UTF-8.
+    Read a JSON file in UTF-8.
 
     Raises:
         OSError: if there is no such file, or it is damaged.
@@ -50,14 +50,14 @@ def read_json(path: str | Path):
         raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error
 
 
-def is_file_name(name) -> bool:
+def is_file_name(name: Any) -> bool:
     """Return whether it is the path of a file that `is_inside` its folder, and that a system can have."""
     return isinstance(name, str) and len(name) <= MAX_NAME and not REFUSED.search(name) and is_inside(name)
 
 
 def is_inside(name: str) -> bool:
     """
-    Whether a relative path stays in its folder, on every system.
+    Return whether a relative path stays in its folder, on every system.
 
     Example:
 
@@ -72,14 +72,14 @@ def is_inside(name: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
-def check_text(text, name: str) -> str:
+def check_text(text: object, name: str) -> str:
     """
     Return a text as it is, if it can be encoded, written to a file and read again, and tokenized in a second. The
     processor has the same rule.
 
     Args:
         text (`str`): the text.
-        name (`str`): what it is, to begin the message with.
+        name (`str`): the name of the value, as the beginning of the message.
 
     Raises:
         ValueError: if it is not a `str`, has more than `MAX_CHARACTERS` characters, a NUL, or half of a surrogate
@@ -108,7 +108,7 @@ def check_text(text, name: str) -> str:
     return text
 
 
-def check_spans(spans: list[tuple[int, int]], name: str):
+def check_spans(spans: list[tuple[int, int]], name: str) -> None:
     """
     Check that the phrases of a text, as (start, end), are no more together than the processor takes: they may overlap,
     and each is tokenized.
@@ -121,7 +121,7 @@ def check_spans(spans: list[tuple[int, int]], name: str):
         raise ValueError(f"{name} have {length:,} characters together, more than {MAX_CHARACTERS:,}")
 
 
-def check_texts(value, name: str):
+def check_texts(value: Any, name: str) -> None:
     """
     Check all texts of a value as JSON has it, at any depth: see `check_text`. Names are given as `name.field[index]`.
 
@@ -158,7 +158,7 @@ def check_texts(value, name: str):
         waiting += reversed(found)
 
 
-def has_words(text) -> bool:
+def has_words(text: object) -> bool:
     """
     Return whether it is text of more than spaces and invisible characters. The processor has the same rule.
 
@@ -198,8 +198,8 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def is_number(value) -> bool:
-    """Whether it is a number that has a place in an image: finite, and not astronomical."""
+def is_number(value: Any) -> bool:
+    """Return whether a value can be a coordinate: a finite number that is not astronomical."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
@@ -259,10 +259,10 @@ def name_format(prefix: bytes) -> str | None:
 
 def read_image_size(path: str | Path) -> tuple[int, int]:
     """
-    (width, height) of an image file as stored, from its header: nothing is decoded.
+    Read the stored (width, height) of an image file from its header, without decoding it.
 
     Raises:
-        OSError: if the file is missing or has no image's header.
+        OSError: if the file is missing or has no header of an image.
         ValueError: if it claims more than `MAX_PIXELS` pixels.
     """
     return _read_header(path)[0]
@@ -312,13 +312,13 @@ def keeps_stored_frame(orientation: int, stored_size: tuple[int, int], annotated
 
 
 def _orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8; 1 where it has none or one that does not exist."""
+    """Return the EXIF orientation of an image, 1 to 8; 1 if it has none or an invalid one."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in UNDONE_TURNS else 1
 
 
 def _read_header(path: str | Path, with_orientation: bool = False) -> tuple[tuple[int, int], int]:
-    """The stored (width, height) of an image file, and its EXIF orientation where that is asked for, else 1."""
+    """Read the stored (width, height) of an image file, and its EXIF orientation if requested, else 1."""
     try:
         with open_file(path) as image:
             size = image.size
@@ -366,7 +366,7 @@ def image_of(path: str | Path, frame: Frame) -> str | dict:
         frame ([`Frame`]): what `read_frame` gives for it.
 
     Returns:
-        `str`, or `dict` of `bytes` and `path`, a name that is no file's (`is_as_stored`).
+        `str`, or `dict` of `bytes` and `path`, a name that is not that of a file (`is_as_stored`).
 
     Raises:
         OSError: if the file is missing or damaged.
@@ -434,7 +434,7 @@ def drop_jpeg_metadata(content: bytes) -> bytes:
         position = end
 
 
-def check_decodes(path: str | Path):
+def check_decodes(path: str | Path) -> None:
     """
     Decode every pixel of an image file.
 

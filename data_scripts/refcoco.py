@@ -14,14 +14,16 @@ all those of its split's references, as the refer API and the published indexes 
 underscore of a configuration says who cut the splits; RefCLEF's references of "testAB" are in testA and in testB, as
 the refer API counts them.
 
-`image_id` is "coco_<id>" for images of COCO and "saiapr_<id>" for RefCLEF's, so that sets that share images can be
+`image_id` is "coco_<id>" for images of COCO and "saiapr_<id>" for RefCLEF's, so that datasets that share images can be
 told apart from those that do not (`combine.coco_id`).
 """
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -33,9 +35,9 @@ from .building import (
     GroundingBuilder,
     Source,
     clip_box,
+    format_listing,
     is_degenerate,
     is_for_training,
-    listing,
     whole_box,
 )
 from .kinds import FILE_NAME, LIST, SPLIT, TEXT, WHOLE, WHOLE_OR_ABSENT, check_fields, check_list, is_list
@@ -117,7 +119,7 @@ class RefCoco(GroundingBuilder):
         folder, split_by = config_name.rsplit("_", 1)
         return [Path(data_dir) / folder / "instances.json", Path(data_dir) / folder / f"refs({split_by}).p"]
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         files = [] if self.config.data_dir is None else self.annotation_files(self.config.data_dir, self.config.name)
         self.require_files(files, ANNOTATIONS)
         instances_file, refs_file = files
@@ -130,7 +132,7 @@ class RefCoco(GroundingBuilder):
         if unknown:
             raise OSError(
                 f"{str(refs_file)!r} names {len(unknown)} images that {str(instances_file)!r} lacks: the two files "
-                f"do not belong together. Their ids:{listing(unknown)}"
+                f"do not belong together. Their ids:{format_listing(unknown)}"
             )
         paths = self.find_image_paths([images[image_id] for image_id in sorted(needed)])
         frames = self.read_frames(
@@ -168,7 +170,7 @@ class RefCoco(GroundingBuilder):
             generators.append(datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "records": records}))
         return generators
 
-    def _generate_examples(self, split, records):
+    def _generate_examples(self, split: str, records: list) -> Iterator[tuple[str, dict]]:
         changed = Counter()
         for record in records:
             annotated_size = record["annotated_size"]
@@ -200,50 +202,50 @@ class RefCoco(GroundingBuilder):
     @property
     def distribution(self) -> str:
         """Where the images come from and where they are looked for."""
-        places = ", ".join(IMAGE_FOLDERS[self.image_source])
+        folders = ", ".join(IMAGE_FOLDERS[self.image_source])
         return (
             f"{IMAGE_SOURCES[self.image_source]} They are looked for in image_dir, or below data_dir in the first of "
-            f"these places that holds one of them: {places}."
+            f"these folders that contains one of them: {folders}."
         )
 
     def find_image_paths(self, images: list[dict]) -> dict[int, str]:
-        """Image id -> path of its image, whether or not it is there."""
+        """Return the path of each image by its id, whether or not the file exists."""
         if self.image_source == "coco":  # the refs' own file_name has a number at its end and is no file's name
             names = {image["id"]: (f"COCO_train2014_{image['id']:012d}.jpg",) for image in images}
         else:
             names = {image["id"]: (image["file_name"], Path(image["file_name"]).name) for image in images}
         if self.config.image_dir is not None:
-            place = Path(self.config.image_dir)
+            folder = Path(self.config.image_dir)
         else:
-            places = [Path(self.config.data_dir) / place for place in IMAGE_FOLDERS[self.image_source]]
+            folders = [Path(self.config.data_dir) / folder for folder in IMAGE_FOLDERS[self.image_source]]
             used = (
-                place
-                for place in places
-                if any(os.path.isfile(place / name) for some in names.values() for name in some)
+                folder
+                for folder in folders
+                if any(os.path.isfile(folder / name) for some in names.values() for name in some)
             )
-            place = next(used, places[0])
-        found = {image_id: place / some[0] for image_id, some in names.items()}
+            folder = next(used, folders[0])
+        found = {image_id: folder / some[0] for image_id, some in names.items()}
         for image_id, (first, *others) in names.items():
             if others and not os.path.isfile(found[image_id]):
                 found[image_id] = next(
-                    (place / name for name in others if os.path.isfile(place / name)), place / first
+                    (folder / name for name in others if os.path.isfile(folder / name)), folder / first
                 )
         return {image_id: str(path) for image_id, path in found.items()}
 
     def make_record(
         self,
-        image,
-        path,
+        image: dict,
+        path: str,
         frame: Frame,
-        refs,
-        annotations,
-        categories,
+        refs: list[tuple[int, dict]],
+        annotations: dict[int, dict],
+        categories: dict[int, str],
         dropped: Counter,
         changed: Counter,
         keep_misses: bool = False,
     ) -> dict:
         """
-        A row whose segmentations are as annotated yet, counting what is left out and what is changed; `refs` are pairs
+        Return a row with the segmentations as annotated, counting what is left out and changed; `refs` are pairs
         of the position of a reference's first sentence and the reference.
         """
         width, height = frame.size
@@ -348,7 +350,7 @@ def read_instances(
 
 def read_refs(path: Path) -> list[dict]:
     """
-    The references of a `refs(...).p`, in their order: dicts with `ann_id`, `image_id`, `split` and `sentences`.
+    Return the references of a `refs(...).p`, in their order: dicts with `ann_id`, `image_id`, `split` and `sentences`.
 
     Raises:
         OSError: if the file is missing or damaged.
@@ -356,17 +358,17 @@ def read_refs(path: Path) -> list[dict]:
     """
     refs, where = read_pickle(path), f"{str(path)!r}"
     for number, ref in enumerate(check_list(refs, where)):
-        place = f"{where}, reference {number}"
+        position = f"{where}, reference {number}"
         if isinstance(ref, dict) and is_list(ref.get("ann_id")):
             raise ValueError(
-                f"{place} names the objects {quote(ref['ann_id'])}; expected one object. References to none or "
+                f"{position} names the objects {quote(ref['ann_id'])}; expected one object. References to none or "
                 "several are gRefCOCO's, which this dataset does not read."
             )
-        check_fields(ref, {"ann_id": WHOLE, "image_id": WHOLE, "split": SPLIT, "sentences": LIST}, place)
+        check_fields(ref, {"ann_id": WHOLE, "image_id": WHOLE, "split": SPLIT, "sentences": LIST}, position)
         for index, sentence in enumerate(ref["sentences"]):
-            check_fields(sentence, {"sent_id": WHOLE}, f"{place}, sentence {index}")
+            check_fields(sentence, {"sent_id": WHOLE}, f"{position}, sentence {index}")
             if isinstance(sentence.get("sent"), str):  # others are counted as expressions without words
-                check_text(sentence["sent"], f"{place}.sentences[{index}].sent")
+                check_text(sentence["sent"], f"{position}.sentences[{index}].sent")
     return refs
 
 
@@ -391,12 +393,12 @@ def splits_of(split: str) -> tuple[str, ...]:
 
 
 def annotated_size_of(image: dict) -> tuple[int, int] | None:
-    """(width, height) of an entry of an annotation file; None where it tells none."""
+    """Return (width, height) of an entry of an annotation file; None if it has none."""
     size = (image.get("width"), image.get("height"))
     return size if all(is_number(side) and side > 0 for side in size) else None
 
 
-def is_segmentation(value) -> bool:
+def is_segmentation(value: Any) -> bool:
     """
     Return whether it has the layout of a segmentation of COCO, whatever its numbers are.
 
@@ -421,10 +423,10 @@ def is_segmentation(value) -> bool:
     return True
 
 
-def to_xyxy(box_xywh, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | None:
+def to_xyxy(box_xywh: Any, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | None:
     """
-    An annotated box [x, y, width, height] as [left, top, right, bottom], scaled by (horizontal, vertical); None where
-    it is no box.
+    Convert an annotated box [x, y, width, height] to [left, top, right, bottom], scaled by (horizontal, vertical);
+    return None if it is not a box.
 
     Example:
 
@@ -443,10 +445,10 @@ def to_xyxy(box_xywh, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | 
 
 
 def encode_segmentation(
-    segmentation, annotated_size: tuple[int, int], size: tuple[int, int], keep_empty: bool = False
+    segmentation: Any, annotated_size: tuple[int, int], size: tuple[int, int], keep_empty: bool = False
 ) -> dict | None:
     """
-    A segmentation of COCO as run-length encoding at the image's real size.
+    Encode a segmentation of COCO as run lengths at the image's real size.
 
     Args:
         segmentation: polygons `[[x, y, x, y, ...], ...]`, run lengths `{"size": [height, width], "counts"}` with
@@ -479,8 +481,8 @@ def encode_segmentation(
     return to_segmentation(runs[0] if len(runs) == 1 else coco_mask.merge(runs), keep_empty)
 
 
-def encode_part(part, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
-    """One polygon or run-length encoding at `size` (width, height), counts in bytes; None for fewer than 3 points."""
+def encode_part(part: Any, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
+    """Encode a polygon or run lengths at `size` (width, height), counts in bytes; None for fewer than 3 points."""
     width, height = size
     if isinstance(part, dict):
         rows, columns = part["size"]
@@ -502,13 +504,13 @@ def encode_part(part, annotated_size: tuple[int, int], size: tuple[int, int]) ->
 
 def _source(name: str, counts: dict[str, tuple]) -> Source:
     folder, split_by = name.rsplit("_", 1)
-    place = "images/saiapr_tc-12/" if folder == "refclef" else "images/train2014/"
+    image_folder = "images/saiapr_tc-12/" if folder == "refclef" else "images/train2014/"
     return Source(
         name=name,
         builder=RefCoco,
         config_name=name,
         splits=tuple(counts),
-        files=(f"{folder}/instances.json", f"{folder}/refs({split_by}).p", place),
+        files=(f"{folder}/instances.json", f"{folder}/refs({split_by}).p", image_folder),
         distribution=f"{ANNOTATIONS} {IMAGE_SOURCES['saiapr' if folder == 'refclef' else 'coco']}",
         counts=counts,
     )

@@ -8,8 +8,8 @@ The indexes that the published RefTR was trained with, in its folder tree as it 
         refcoco/masks/<set>/<mask>.npy                       H x W, not 0 where the object is
         flickr30k/f30k_images  refcoco/images/train2014  referit/images  visualgenome/VG_100K
 
-The indexes are lists of tuples written by `torch.save`, read here without running what else they may hold, and without
-torch. They name no objects: expressions of an image that share a box (and a mask) speak of one object. Boxes stay as
+The indexes are lists of tuples written by `torch.save`, read here without running other code in them, and without
+torch. They name no objects: expressions of an image that share a box (and a mask) refer to one object. Boxes stay as
 they are, fractions of pixels included; the published loaders cut them to whole pixels (`integer_boxes`).
 """
 
@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -54,7 +55,7 @@ DISTRIBUTION = (
 @dataclass(frozen=True)
 class Index:
     """
-    Where the files of a set are and how they are to be read.
+    The files of a dataset and their layout.
 
     Args:
         stem (`str`): the index files in `data_dir` without `_<split>.pth`.
@@ -73,7 +74,7 @@ class Index:
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def split_files(self, split: str) -> list[str]:
-        """The index files of a split, relative to `data_dir`."""
+        """Return the index files of a split, relative to `data_dir`."""
         return [f"{self.stem}_{part}.pth" for part in self.parts.get(split, (split,))]
 
     @property
@@ -127,9 +128,9 @@ class RefTRIndexConfig(datasets.BuilderConfig):
     """
     Args:
         image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: the published one.
-        integer_boxes (`bool`): cut the figures of boxes to whole pixels as the published loaders do, before width and
-            height are added to x and y. Boxes that this leaves without extent, and masks without a pixel, are kept
-            in splits that are not for training: the published evaluation counts them as misses.
+        integer_boxes (`bool`): cut the coordinates of boxes to whole pixels as the published loaders do, before
+            width and height are added to x and y. Boxes that this leaves without extent, and masks without a pixel,
+            are kept in splits that are not for training: the published evaluation counts them as misses.
     """
 
     image_dir: str | None = None
@@ -144,29 +145,29 @@ class RefTRIndex(GroundingBuilder):
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """The index files of a set, and the folder of its masks."""
+        """Return the index files of a dataset, and the folder of its masks."""
         index = INDEXES.get(config_name)
         names = (*index.files, *filter(None, [index.mask_dir])) if index else ()
         return [data_dir / name for name in names]
 
     @property
     def index(self) -> Index:
-        """Where the files of this set are and how they are to be read."""
+        """The files of this dataset and their layout."""
         return INDEXES[self.config.name]
 
     def files_of(self, split: str) -> list[Path]:
         """Return the index files of a split."""
         return [Path(self.config.data_dir) / file for file in self.index.split_files(split)]
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
         self.require_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
         self.masks = {}  # mask file -> see `read_mask`; splits share masks
         records = {file: read_index(data_dir / file, index.layout) for file in index.files}
-        place = index.layout.index("image")
+        column = index.layout.index("image")
         folders = IMAGE_DIRS[index.image_source] if self.config.image_dir is None else (self.config.image_dir,)
         paths = {}
-        for name in names_of(records.values(), place):
+        for name in names_of(records.values(), column):
             choices = [data_dir / folder / name for folder in folders]
             paths[name] = str(next((path for path in choices if os.path.isfile(path)), choices[0]))
         self.require_images(paths.values(), DISTRIBUTION)
@@ -179,14 +180,14 @@ class RefTRIndex(GroundingBuilder):
             for file in index.split_files(split):
                 name = PurePosixPath(file).name
                 for number, record in enumerate(records[file]):
-                    _, mine = images.setdefault(record[place], (paths[record[place]], []))
+                    _, mine = images.setdefault(record[column], (paths[record[column]], []))
                     mine.append((position, name, number, record))
                     position += 1
             gen_kwargs = {"split": split, "images": list(images.values())}
             generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
         return generators
 
-    def _generate_examples(self, split, images):
+    def _generate_examples(self, split: str, images: list) -> Iterator[tuple[str, dict]]:
         dropped, changed = Counter(), Counter()
         for path, records in images:
             records = [
@@ -205,7 +206,7 @@ class RefTRIndex(GroundingBuilder):
         sizes = [self._read_mask(record["mask"])[0] for record in records[:1] if "mask" in record]
         frame = read_frame(path, *(tuple(size[::-1]) for size in sizes))
         width, height = frame.size
-        image_id, objects, places, sentences = f"{self.index.image_source}_{image_number(path)}", {}, {}, []
+        image_id, objects, indices, sentences = f"{self.index.image_source}_{image_number(path)}", {}, {}, []
         positions = []
         for record in records:
             if not has_words(record["text"]):
@@ -215,7 +216,7 @@ class RefTRIndex(GroundingBuilder):
             phrases = []
             for start, end, box in zip(record["starts"], record["ends"], record["boxes"], strict=True):
                 if not 0 <= start < end:
-                    dropped["phrases that are not at their place in the sentence"] += 1
+                    dropped["phrases that are not at their position in the sentence"] += 1
                     continue
                 box_xyxy = to_xyxy(box, self.index.box_format, self.config.integer_boxes)
                 miss = whole_box(box_xyxy, width, height, keep_misses=True) if keep_misses else None
@@ -226,7 +227,7 @@ class RefTRIndex(GroundingBuilder):
                     kept = clip_boxes([box_xyxy], width, height, dropped, changed)
                 if kept:
                     key = (*kept[0], segmentation and segmentation["counts"])
-                    index = places.setdefault(key, len(places))
+                    index = indices.setdefault(key, len(indices))
                     item = {"object_id": f"{image_id}_{index}", "box": kept[0], "boxes": kept}
                     objects.setdefault(key, {**item, "category": None, "segmentation": segmentation})
                     phrases.append({"start": start, "end": end, "objects": [index], "types": []})
@@ -245,7 +246,7 @@ class RefTRIndex(GroundingBuilder):
         return self.masks[mask]
 
     def _segmentation(
-        self, record: dict, size, path: str, dropped: Counter, changed: Counter, keep_misses: bool
+        self, record: dict, size: tuple[int, int], path: str, dropped: Counter, changed: Counter, keep_misses: bool
     ) -> dict | None:
         if "mask" not in record:
             return None
@@ -263,14 +264,14 @@ class RefTRIndex(GroundingBuilder):
         return segmentation
 
 
-def names_of(indexes, place: int) -> list[str]:
-    """The different names at a place of the records of indexes, in order."""
-    return list(dict.fromkeys(record[place] for records in indexes for record in records))
+def names_of(indexes: Iterable[list[tuple]], column: int) -> list[str]:
+    """Return the distinct names in a column of the records of indexes, in order."""
+    return list(dict.fromkeys(record[column] for records in indexes for record in records))
 
 
 def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
     """
-    The records of an index file as they are; `read_record` makes sense of one.
+    Return the records of an index file as they are; `read_record` parses one.
 
     Args:
         path (`Path`): the file.
@@ -278,7 +279,7 @@ def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
 
     Raises:
         OSError, ValueError: see `pickles.read_pickle`.
-        ValueError: if it is no list of such records, or an image or mask is not inside its folder.
+        ValueError: if it is not a list of such records, or an image or mask is not inside its folder.
     """
     records = read_pickle(path)
     if not isinstance(records, list | tuple):
@@ -286,29 +287,29 @@ def read_index(path: Path, layout: tuple[str | None, ...]) -> list[tuple]:
     expected = f"expected ({', '.join(name or '_' for name in layout)})."
     for number, record in enumerate(records):
         if not isinstance(record, list | tuple) or len(record) != len(layout):
-            raise ValueError(f"{str(path)!r}, record {number}: {quote(record)} is none; {expected}")
+            raise ValueError(f"{str(path)!r}, record {number}: {quote(record)} is not a record; {expected}")
         for name in ("image", "mask"):
             value = record[layout.index(name)] if name in layout else "none"
             if not is_file_name(value):
                 raise ValueError(
-                    f"{str(path)!r}, record {number}: {quote(value)} is no {name} file inside its folder; {expected}"
+                    f"{str(path)!r}, record {number}: {quote(value)} is not a file of the {name} folder; {expected}"
                 )
     return records
 
 
 def read_record(file: str, number: int, record: tuple, layout: tuple[str | None, ...]) -> dict:
     """
-    A record of an index.
+    Parse a record of an index.
 
     Args:
         file (`str`): name of the index file.
-        number (`int`): the record's place in it, from 0.
-        record (`tuple`): what stands there.
+        number (`int`): the record's number in it, from 0.
+        record (`tuple`): the record as stored.
         layout (`tuple[str | None, ...]`): what its items are.
 
     Returns:
-        `dict`: "sentence_id", "text", lists "starts", "ends" (characters of the text; end -1 for words that are not
-        there) and "boxes" of four figures, and "mask" where there is one.
+        `dict`: "sentence_id", "text", lists "starts", "ends" (characters of the text; end -1 for a phrase that is not
+        there) and "boxes" of four coordinates, and "mask" where there is one.
 
     Raises:
         ValueError: if an item is not what it should be.
@@ -327,7 +328,7 @@ def read_record(file: str, number: int, record: tuple, layout: tuple[str | None,
                 f"{MAX_PHRASES} of each"
             )
         if not all(isinstance(words, str) for words in phrases):
-            raise TypeError("a phrase of it is no text")
+            raise TypeError("a phrase of it is not text")
         check_texts(phrases, "phrases")
         check_spans([(0, len(words)) for words in phrases], "phrases")
         starts, boxes = [int(start) for start in starts], [[float(value) for value in box] for box in boxes]
@@ -347,7 +348,7 @@ def read_record(file: str, number: int, record: tuple, layout: tuple[str | None,
 
 def to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[float]:
     """
-    A box of "xyxy" or "xywh" as xyxy, cut to whole pixels first where asked, as the published loaders do.
+    Convert a box of "xyxy" or "xywh" to xyxy, optionally cut to whole pixels first, as the published loaders do.
 
     Example:
 
@@ -368,7 +369,7 @@ def to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[floa
 
 def image_number(path: str) -> str:
     """
-    What tells an image from others of its source: the number in COCO's names, else the name without its ending.
+    Return what identifies an image in its source: the number in COCO's names, else the name without its ending.
 
     Example:
 
@@ -386,8 +387,8 @@ def image_number(path: str) -> str:
 
 def read_mask(path: Path) -> tuple[tuple[int, int], dict]:
     """
-    An .npy file of (H, W), not 0 where the object is -> its shape, and the `segmentation` of the schema, also where no
-    pixel is in it.
+    Read an .npy file of (H, W), nonzero inside the object: its shape, and the `segmentation` of the schema, which
+    may be empty.
 
     Raises:
         OSError: if the file is damaged.
@@ -398,7 +399,7 @@ def read_mask(path: Path) -> tuple[tuple[int, int], dict]:
         mask = np.lib.format.open_memmap(str(path), mode="r")
     except Exception as error:  # a damaged header can raise anything
         if "Python objects in dtype" in str(error):
-            raise ValueError(f"The mask {str(path)!r} is refused: it holds objects and not numbers.") from error
+            raise ValueError(f"The mask {str(path)!r} is refused: it contains objects and not numbers.") from error
         raise OSError(f"The mask {str(path)!r} is damaged: {explain(error)}") from error
     if mask.ndim != 2 or mask.dtype.kind not in "biuf":
         raise ValueError(f"The mask {str(path)!r} is {mask.dtype} of {mask.shape}; expected numbers of (H, W).")

@@ -1,4 +1,4 @@
-"""What is known of a set, as text: its counts beside the published ones, its files and flags, its statistics."""
+"""Describe a dataset as text: counts beside the published ones, files, flags and statistics."""
 
 import heapq
 import inspect
@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -23,7 +24,7 @@ NUM_LONGEST = 3
 
 def format_table(rows: list[list], indent: str = "") -> str:
     """
-    Rows of cells, the first of them the heading, as lines of one width a column; numbers stand right.
+    Format rows of cells, the first of them the heading, as an aligned table; numbers are aligned to the right.
 
     Example:
 
@@ -43,8 +44,8 @@ def format_table(rows: list[list], indent: str = "") -> str:
     return "\n".join(indent + line.rstrip() for line in lines)
 
 
-def format_cell(value) -> str:
-    """A number with its thousands apart, "-" for what is not known, a text as it is."""
+def format_cell(value: Any) -> str:
+    """Format a number with thousands separators, None as "-", and text as it is."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -53,7 +54,7 @@ def format_cell(value) -> str:
 
 
 def flatten(table: pa.Table, *path: str) -> pa.Array:
-    """What lies at a path of fields, lists joined: `flatten(table, "objects", "object_id")`."""
+    """Return the values at a path of fields, with lists joined: `flatten(table, "objects", "object_id")`."""
     column = table[path[0]].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     for name in path[1:]:
@@ -62,13 +63,13 @@ def flatten(table: pa.Table, *path: str) -> pa.Array:
 
 
 def table_of(rows: datasets.Dataset, *columns: str) -> pa.Table:
-    """Some columns of a split as an Arrow table."""
+    """Return some columns of a split as an Arrow table."""
     return rows.select_columns(list(columns)).with_format("arrow")[:]
 
 
 def count_split(rows: datasets.Dataset) -> dict[str, int]:
     """
-    Images, objects and expressions of a split; an expression is a phrase: whatever is asked for by itself.
+    Count the images, objects and expressions of a split; every phrase is an expression.
 
     Example:
 
@@ -89,12 +90,12 @@ def count_split(rows: datasets.Dataset) -> dict[str, int]:
 
 
 def published_counts(source: Source, split: str) -> dict[str, int | None]:
-    """What the authors count in a split, None where it is not known."""
+    """Return the published counts of a split, None where they are unknown."""
     return dict(zip(COUNTS, source.counts.get(split, (None,) * 3), strict=True))
 
 
 def format_counts(source: Source, counts: dict[str, dict[str, int]]) -> str:
-    """Counts of each split beside the published ones."""
+    """Format the counts of each split beside the published ones."""
     if not any(value is not None for numbers in source.counts.values() for value in numbers):
         return format_table(
             [["split", *COUNTS], *([split, *map(found.get, COUNTS)] for split, found in counts.items())]
@@ -168,24 +169,24 @@ def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None) -> 
 
 
 def list_sources(sources: dict[str, Source]) -> str:
-    """A line a set: its splits, what it is known to hold, and the files that it needs."""
+    """Format one line per dataset: its splits, published counts and required files."""
     rows = [["name", "images", "expressions", "splits", "files"]]
     for name, source in sources.items():
         rows.append([name, total(source, "images"), total(source, "expressions"), ", ".join(source.splits)])
-        rows[-1].append(", ".join(source.files) or "none, it is drawn")
+        rows[-1].append(", ".join(source.files) or "none, it is generated")
     width = shutil.get_terminal_size((119, 24)).columns
     lines = format_table(rows).splitlines()
     return "\n".join(line if len(line) <= width else line[: width - 3] + "..." for line in lines)
 
 
 def total(source: Source, name: str) -> int | None:
-    """A published count over all splits, None where one of them is not known."""
+    """Return a published count over all splits, None if one of them is unknown."""
     numbers = [published_counts(source, split)[name] for split in source.splits]
     return None if None in numbers else sum(numbers)
 
 
 def describe_source(source: Source) -> str:
-    """All that is known of a set before it is built: splits, files, where they come from, flags."""
+    """Describe a dataset before it is built: splits, files, their origin and flags."""
     counts = [["split", *COUNTS]]
     counts += [[split, *published_counts(source, split).values()] for split in source.splits]
     parts = [f"{source.name} (builder {source.builder.__name__}, configuration {source.config_name!r})"]
@@ -195,17 +196,17 @@ def describe_source(source: Source) -> str:
     flags = [f"  --{name} ({item.default!r})" for name, item in flags_of(source).items()]
     if flags:
         documentation = inspect.getdoc(source.builder.BUILDER_CONFIG_CLASS) or ""
-        parts.append("flags and what they are by default:\n" + "\n".join(flags))
+        parts.append("flags and their defaults:\n" + "\n".join(flags))
         parts.append(documentation.removeprefix("Args:\n"))
     return "\n\n".join(parts)
 
 
 def summarize(rows: datasets.Dataset) -> tuple[dict, list[str]]:
     """
-    Figures of a split, and its longest sentences.
+    Compute statistics of a split, and find its longest sentences.
 
     Returns:
-        `dict`: what the figure is -> its value. `list[str]`: the sentences, the longest first.
+        `dict`: name of a statistic -> its value. `list[str]`: the sentences, the longest first.
     """
     sizes, phrases, words, areas, masks, longest = [], [], [], [], 0, []
     for row in rows.select_columns(["width", "height", "objects", "sentences"]):
@@ -224,17 +225,17 @@ def summarize(rows: datasets.Dataset) -> tuple[dict, list[str]]:
 
     small = sum(area <= SMALL_AREA for area, _ in areas)
     large = sum(area > MEDIUM_AREA for area, _ in areas)
-    figures = {
+    statistics = {
         "images": len(sizes),
         "objects": len(areas),
         "sentences": len(words),
         "expressions (phrases)": sum(phrases),
-        "sentences an image": len(words) / len(sizes) if sizes else None,
-        "phrases a sentence, mean": float(mean(phrases)) if phrases else None,
-        "phrases a sentence, most": max(phrases, default=None),
-        "words a sentence, mean": float(mean(words)) if words else None,
-        "words a sentence, median": float(median(words)) if words else None,
-        "words a sentence, most": max(words, default=None),
+        "sentences per image": len(words) / len(sizes) if sizes else None,
+        "phrases per sentence, mean": float(mean(phrases)) if phrases else None,
+        "phrases per sentence, maximum": max(phrases, default=None),
+        "words per sentence, mean": float(mean(words)) if words else None,
+        "words per sentence, median": float(median(words)) if words else None,
+        "words per sentence, maximum": max(words, default=None),
         "image width, median": round(median(width for width, _ in sizes)) if sizes else None,
         "image height, median": round(median(height for _, height in sizes)) if sizes else None,
         f"boxes up to {SMALL_AREA:,} px² (small)": share(small, areas),
@@ -243,14 +244,17 @@ def summarize(rows: datasets.Dataset) -> tuple[dict, list[str]]:
         "box of its image, median": f"{100 * median(part for _, part in areas):.1f}%" if areas else None,
         "objects with a mask": share(masks, areas),
     }
-    return figures, longest
+    return statistics, longest
 
 
 def format_statistics(splits: dict[str, datasets.Dataset]) -> str:
-    """Figures of all splits side by side, and the longest sentences of each."""
+    """Format the statistics of all splits side by side, and the longest sentences of each."""
     summaries = {split: summarize(rows) for split, rows in splits.items()}
     names = next(iter(summaries.values()))[0]
-    table = [["", *summaries], *([name, *(figures[name] for figures, _ in summaries.values())] for name in names)]
+    table = [
+        ["", *summaries],
+        *([name, *(statistics[name] for statistics, _ in summaries.values())] for name in names),
+    ]
     lines = [format_table(table)]
     for split, (_, longest) in summaries.items():
         lines.append(f"\nlongest sentences of {split}:")

@@ -1,4 +1,4 @@
-"""The one schema of all sets: a row is an image with its objects and all that is said about it."""
+"""The schema that all datasets share: a row is an image with its objects and the sentences about it."""
 
 import datasets
 
@@ -12,11 +12,11 @@ FEATURES = datasets.Features(
         "objects": [
             {
                 "object_id": datasets.Value("string"),
-                # xyxy in pixels, right and bottom exclusive; what a phrase that names the object is answered with.
+                # xyxy in pixels, right and bottom exclusive; the answer to a phrase that names the object.
                 # A box without extent, or a mask without a pixel, cannot be learned or found, but the published
                 # evaluation counts it as a miss: datasets built with `integer_boxes` keep it
                 "box": [datasets.Value("float32")],
-                # every box of it, where a name covers several (then `box` is their union)
+                # all boxes of the object if it has several (then `box` is their union)
                 "boxes": [[datasets.Value("float32")]],
                 "category": datasets.Value("string"),
                 # COCO run-length encoding at the image's size, or null
@@ -27,7 +27,7 @@ FEATURES = datasets.Features(
             {
                 "sentence_id": datasets.Value("string"),
                 "text": datasets.Value("string"),
-                # text[start:end] names the objects; a referring expression is a sentence whose one phrase is all of it
+                # text[start:end] names the objects; a referring expression has one phrase, the whole text
                 "phrases": [
                     {
                         "start": datasets.Value("int32"),

@@ -1,5 +1,5 @@
 """
-Coloured shapes on textured grounds, with expressions that single one of them out: a set that is drawn, not downloaded.
+Coloured shapes on textured grounds, with expressions that single one of them out: a generated dataset.
 
 Four kinds of expression, named in each phrase's `types`:
 
@@ -10,7 +10,9 @@ Four kinds of expression, named in each phrase's `types`:
 """
 
 import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -47,7 +49,7 @@ class ShapesConfig(datasets.BuilderConfig):
     Args:
         image_size (`int`): side of the images in pixels, at least 32.
         num_train, num_validation, num_test (`int`): images a split, each with about six expressions.
-        seed (`int`): another seed draws another set.
+        seed (`int`): another seed generates another dataset.
     """
 
     image_size: int = 96
@@ -56,8 +58,8 @@ class ShapesConfig(datasets.BuilderConfig):
     num_test: int = 200
     seed: int = 0
 
-    def validate(self):
-        """Raise a ValueError for a setting that nothing can be drawn with."""
+    def validate(self) -> None:
+        """Validate the settings; raise a ValueError for one that no image can be generated with."""
         if self.image_size < 32:
             raise ValueError(f"image_size={self.image_size}: shapes need images of at least 32 pixels a side.")
         if self.image_size**2 > MAX_PIXELS:
@@ -70,17 +72,17 @@ class ShapesConfig(datasets.BuilderConfig):
 
 
 class Shapes(GroundingBuilder):
-    """Builder of the set; every image is a function of (seed, split, index)."""
+    """Builder of the dataset; every image is a function of (seed, split, index)."""
 
     BUILDER_CONFIG_CLASS = ShapesConfig
     BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "default"
 
-    def _info(self):
+    def _info(self) -> datasets.DatasetInfo:
         self.config.validate()
         return datasets.DatasetInfo(description=__doc__, features=FEATURES)
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         return [
             datasets.SplitGenerator(
                 name=split, gen_kwargs={"split": split, "indices": list(range(getattr(self.config, f"num_{split}")))}
@@ -88,7 +90,7 @@ class Shapes(GroundingBuilder):
             for split in SPLITS
         ]
 
-    def _generate_examples(self, split, indices):
+    def _generate_examples(self, split: str, indices: Iterable[int]) -> Iterator[tuple[str, dict]]:
         for index in indices:
             yield index, draw_row(split, index, self.config.image_size, self.config.seed)
 
@@ -149,8 +151,8 @@ def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
     }
 
 
-def draw_scene(rng: np.random.Generator, image_size: int):
-    """A image and its shapes, later ones in front; no shapes if one hides too much of another."""
+def draw_scene(rng: np.random.Generator, image_size: int) -> tuple:
+    """Draw an image and its shapes, later ones in front; no shapes if one hides too much of another."""
     canvas = draw_ground(rng, image_size)
     count = rng.integers(2, 4)
     # in two scenes of three no colour comes twice
@@ -179,7 +181,7 @@ def draw_scene(rng: np.random.Generator, image_size: int):
 
 
 def draw_ground(rng: np.random.Generator, image_size: int) -> np.ndarray:
-    """A dull ground with blotches, stripes and grain, (image_size, image_size, 3) in 0..255."""
+    """Draw a dull ground with blotches, stripes and grain, (image_size, image_size, 3) in 0..255."""
     base = rng.uniform(70, 170) + rng.normal(0, 10, size=3)
     blotches = Image.fromarray(rng.normal(0, 20, size=(5, 5)).astype(np.float32))
     blotches = np.asarray(blotches.resize((image_size, image_size), Image.Resampling.BICUBIC))
@@ -191,7 +193,7 @@ def draw_ground(rng: np.random.Generator, image_size: int) -> np.ndarray:
 
 
 def draw_alpha(shape: Shape, image_size: int) -> np.ndarray:
-    """The share of each pixel that the shape covers, (image_size, image_size) in 0..1."""
+    """Return the share of each pixel that the shape covers, (image_size, image_size) in 0..1."""
     center = np.array(shape.center) * SUPERSAMPLING
     radius = shape.radius * SUPERSAMPLING
     image = Image.new("L", (image_size * SUPERSAMPLING,) * 2)
@@ -267,7 +269,7 @@ def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: i
 
 
 def join_parts(parts: list, kind: str) -> dict:
-    """[(words, object index or None), ...] -> a sentence with a phrase for each part that names an object."""
+    """Join [(text, object index or None), ...] to a sentence with a phrase for each part that names an object."""
     text, phrases = "", []
     for words, index in parts:
         if index is not None:
@@ -278,7 +280,7 @@ def join_parts(parts: list, kind: str) -> dict:
 
 
 def places(shapes: list[Shape], margin: float) -> list:
-    """ "the leftmost red shape": the extreme one of two or more, by a margin."""
+    """Describe the extreme one of two or more shapes, by a margin: "the leftmost red shape"."""
     found = []
     descriptions = sorted({words for shape in shapes for words in attributes_of(shape)}, key=str)
     for words in descriptions:
@@ -293,7 +295,7 @@ def places(shapes: list[Shape], margin: float) -> list:
 
 
 def relations(shapes: list[Shape], by_attribute: list, margin: float) -> list:
-    """ "the star below the blue square": one of two or more stars is below it, the others clearly are not."""
+    """Describe one of two or more shapes by its relation to another: "the star below the blue square"."""
     found = []
     for anchor, anchor_words in enumerate(by_attribute):
         if not anchor_words:
@@ -317,7 +319,7 @@ def relations(shapes: list[Shape], by_attribute: list, margin: float) -> list:
 
 
 def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, margin: float) -> list:
-    """ "the red circle is left of the star and above the small cross": several phrases, each unique by itself."""
+    """Describe several unique shapes: "the red circle is left of the star and above the small cross"."""
     told = [index for index, choices in enumerate(by_attribute) if choices]
     found = []
     for first in told:
@@ -335,7 +337,7 @@ def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, 
         if not links:
             continue
 
-        def name(index):
+        def name(index: Any) -> str:
             return f"the {describe(draw_description(rng, by_attribute[index]))}"
 
         parts = [(name(first), first)]

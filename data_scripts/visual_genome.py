@@ -10,7 +10,7 @@ A row is an image with an object and a sentence for each region, in the order of
 read image by image (it has 5.4 million regions).
 
 About half of the images are COCO's, among them validation and test images of RefCOCO, RefCOCO+ and RefCOCOg.
-Name those sets in `exclude`, or their list of held-out images in `held_out_file`, and the images stay out.
+Name those datasets in `exclude`, or their list of held-out images in `held_out_file`, and the images stay out.
 `image_id` is "vg_<id>", or "vg_<id>_coco_<COCO's id>" (`combine.coco_id`).
 """
 
@@ -18,9 +18,10 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.utils import tqdm
@@ -64,12 +65,12 @@ MAX_IMAGE_BYTES = 64 << 20  # of region_descriptions.json for one image; more is
 class VisualGenomeConfig(datasets.BuilderConfig):
     """
     Args:
-        exclude (`list[str]`): sets of the refer API, for example ["refcoco_unc", "refcocog_umd"], whose validation
+        exclude (`list[str]`): datasets of the refer API, for example ["refcoco_unc", "refcocog_umd"], whose validation
             and test images are left out.
-        exclude_data_dir (`str`, *optional*): where the files of those sets lie, `data_dir` by default.
+        exclude_data_dir (`str`, *optional*): the folder of their files, `data_dir` by default.
         held_out_file (`str`, *optional*): a list of COCO ids to leave out, as `write_held_out` writes it.
-        validation_images (`int`): images drawn for a split "validation"; with 0 all are in "train".
-        seed (`int`): another seed draws others.
+        validation_images (`int`): number of images selected for a split "validation"; with 0 all are in "train".
+        seed (`int`): another seed selects others.
         image_dir (`str`, *optional*): one folder of all images; absent: each is looked for in `IMAGE_FOLDERS`.
     """
 
@@ -82,13 +83,13 @@ class VisualGenomeConfig(datasets.BuilderConfig):
 
 
 class VisualGenome(GroundingBuilder):
-    """Region descriptions of Visual Genome, without images that other sets hold out."""
+    """Region descriptions of Visual Genome, without images that other datasets hold out."""
 
     BUILDER_CONFIG_CLASS = VisualGenomeConfig
     BUILDER_CONFIGS = [VisualGenomeConfig(name="visual_genome", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "visual_genome"
 
-    def __init__(self, *args, hash=None, **kwargs):
+    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         excluded_from = kwargs.get("exclude_data_dir") or kwargs.get("data_dir")
         files = [] if kwargs.get("held_out_file") is None else [Path(kwargs["held_out_file"])]
         if excluded_from is not None:
@@ -97,10 +98,10 @@ class VisualGenome(GroundingBuilder):
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """Regions and images."""
+        """Return the files of regions and of images."""
         return [Path(data_dir) / "region_descriptions.json", Path(data_dir) / "image_data.json"]
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         config = self.config
         files = [] if config.data_dir is None else self.annotation_files(config.data_dir, config.name)
         self.require_files(files, DISTRIBUTION)
@@ -140,9 +141,9 @@ class VisualGenome(GroundingBuilder):
                 f"validation_images={config.validation_images} must be at least 0, and less than the {len(spans)} "
                 "images that there are."
             )
-        drawn = set(random.Random(config.seed).sample(sorted(spans), config.validation_images))
+        selected = set(random.Random(config.seed).sample(sorted(spans), config.validation_images))
         generators = []
-        for split, wanted in (("train", spans.keys() - drawn), ("validation", drawn)):
+        for split, wanted in (("train", spans.keys() - selected), ("validation", selected)):
             records = [
                 {
                     "image_id": image_id,
@@ -161,7 +162,9 @@ class VisualGenome(GroundingBuilder):
                 generators.append(datasets.SplitGenerator(name=split, gen_kwargs=gen_kwargs))
         return generators
 
-    def _generate_examples(self, split, regions_file, shards):
+    def _generate_examples(
+        self, split: str, regions_file: str, shards: list[list[dict]]
+    ) -> Iterator[tuple[str, dict]]:
         dropped, changed = Counter(), Counter()
         with open(regions_file, "rb") as file:
             for record in (record for shard in shards for record in shard):
@@ -179,28 +182,32 @@ class VisualGenome(GroundingBuilder):
         self.report_changed(split, changed)
 
     def held_out(self) -> set[int]:
-        """The COCO ids that the configuration leaves out."""
+        """Return the COCO ids that the configuration leaves out."""
         config = self.config
         if not config.exclude and config.held_out_file is None:
             logger.warning(
                 f"{config.name}: nothing is left out; validation and test images of RefCOCO, RefCOCO+ and RefCOCOg "
-                'are among the images. Name the sets that you evaluate on: exclude=["refcoco_unc", ...].'
+                'are among the images. Name the datasets that you evaluate on: exclude=["refcoco_unc", ...].'
             )
         ids = set() if config.held_out_file is None else read_held_out(config.held_out_file)
         return ids | held_out_coco_ids(config.exclude, config.exclude_data_dir or config.data_dir)
 
-    def find_image_paths(self, image_ids) -> dict[int, str]:
-        """Image id -> path of its image, whether or not it is there."""
+    def find_image_paths(self, image_ids: Iterable) -> dict[int, str]:
+        """Return the path of each image by its id, whether or not the file exists."""
         if self.config.image_dir is not None:
-            places = [Path(self.config.image_dir)]
+            folders = [Path(self.config.image_dir)]
         else:
-            places = [Path(self.config.data_dir) / place for place in IMAGE_FOLDERS]
-        present = {path.name: str(path) for place in reversed(places) if place.is_dir() for path in place.iterdir()}
-        return {image_id: present.get(f"{image_id}.jpg", str(places[0] / f"{image_id}.jpg")) for image_id in image_ids}
+            folders = [Path(self.config.data_dir) / folder for folder in IMAGE_FOLDERS]
+        present = {
+            path.name: str(path) for folder in reversed(folders) if folder.is_dir() for path in folder.iterdir()
+        }
+        return {
+            image_id: present.get(f"{image_id}.jpg", str(folders[0] / f"{image_id}.jpg")) for image_id in image_ids
+        }
 
 
 def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Counter) -> dict:
-    """An image's row of its regions, counting what is left out and what is changed."""
+    """Return the row of an image, counting the regions that are left out or changed."""
     width, height = record["frame"].size
     scale = (width / record["annotated_size"][0], height / record["annotated_size"][1])
     if scale != (1.0, 1.0):
@@ -258,7 +265,7 @@ def read_images(path: Path) -> dict[int, dict]:
 
 def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[int, int, dict]]:
     """
-    The objects of a JSON file that is one list, in turn, without reading the whole of it.
+    Yield the objects of a JSON file that is one list, without reading the complete file.
 
     Args:
         path (`str` or `Path`): the file, `[{...}, {...}, ...]`.
@@ -268,14 +275,14 @@ def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[in
         (first byte, number of bytes, object); its texts are in latin-1, read the bytes for the true ones.
 
     Raises:
-        OSError: if the file is damaged or is no list of objects, saying where.
+        OSError: if the file is damaged or is not a list of objects, saying where.
     """
     decoder = json.JSONDecoder()
     with open(path, "rb") as file:
         # a character a byte, so that positions in the text are positions in the file
         text, base, position, expected = "", 0, 0, "["
 
-        def damaged(reason):
+        def damaged(reason: str) -> OSError:
             return OSError(f"{str(path)!r} is damaged at byte {base + position}: {reason}.")
 
         while True:
@@ -309,23 +316,23 @@ def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[in
 
 
 def refs_file(name: str, data_dir: str | Path) -> Path:
-    """The file that tells which images a set of the refer API holds out."""
+    """Return the file that lists which images a dataset of the refer API holds out."""
     known = [config.name for config in RefCoco.BUILDER_CONFIGS if not config.name.startswith("refclef")]
     if name not in known:
-        raise ValueError(f"{name!r} is no set with images of COCO; there are: {', '.join(known)}.")
+        raise ValueError(f"{name!r} is not a dataset with images of COCO; choose from: {', '.join(known)}.")
     return RefCoco.annotation_files(Path(data_dir), name)[1]
 
 
 def held_out_coco_ids(names: list[str], data_dir: str | Path) -> set[int]:
     """
-    COCO ids of all validation and test images of sets of the refer API.
+    Return the COCO ids of all validation and test images of datasets of the refer API.
 
     Args:
-        names (`list[str]`): the sets, for example ["refcoco_unc", "refcoco+_unc", "refcocog_umd"].
-        data_dir (`str` or `Path`): where their files lie.
+        names (`list[str]`): the datasets, for example ["refcoco_unc", "refcoco+_unc", "refcocog_umd"].
+        data_dir (`str` or `Path`): the folder of their files.
 
     Raises:
-        ValueError: if a set is not known, or its images are not COCO's.
+        ValueError: if a dataset is not known, or its images are not COCO's.
         OSError: if a file is missing or damaged.
     """
     files = [refs_file(name, data_dir) for name in names]
@@ -334,7 +341,8 @@ def held_out_coco_ids(names: list[str], data_dir: str | Path) -> set[int]:
 
 def write_held_out(path: str | Path, names: list[str], data_dir: str | Path) -> int:
     """
-    Write a list of held-out images for `held_out_file`, so that the sets need not lie where Visual Genome is built.
+    Write a list of held-out images for `held_out_file`, so that Visual Genome is built without those
+    datasets.
 
     Args:
         path (`str` or `Path`): the file to write, JSON: `{"sets": [...], "coco_ids": [...]}`.
@@ -350,18 +358,18 @@ def write_held_out(path: str | Path, names: list[str], data_dir: str | Path) -> 
 
 def read_held_out(path: str | Path) -> set[int]:
     """
-    The COCO ids of a file that `write_held_out` wrote.
+    Read the COCO ids of a file that `write_held_out` wrote.
 
     Raises:
         OSError: if it is missing or damaged.
-        ValueError: if it holds no list of ids.
+        ValueError: if it does not contain a list of ids.
     """
     content = read_json(path)
     ids = content.get("coco_ids") if isinstance(content, dict) else None
     if not isinstance(ids, list) or not all(type(value) is int for value in ids):
         raise ValueError(
-            f'{str(path)!r} holds {quote(content)} and no list of held-out images: {{"coco_ids": [1, 2, ...]}} was '
-            "expected."
+            f"{str(path)!r} contains {quote(content)}, which is not a list of held-out images: expected "
+            '{"coco_ids": [1, 2, ...]}.'
         )
     return set(ids)
 

@@ -1,6 +1,7 @@
-"""Settings in YAML, of recipes and of command lines, read with errors that say where they are."""
+"""Read settings in YAML, of recipes and command lines, with errors that name the position."""
 
 import re
+from typing import Any
 
 import yaml
 
@@ -16,7 +17,7 @@ class RecipeLoader(yaml.SafeLoader):
     aliases are refused, with which a few lines can stand for any number of values.
     """
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         """Compose as PyYAML does, but no alias."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
@@ -25,13 +26,13 @@ class RecipeLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         """Construct as PyYAML does, but no mapping that has a name twice."""
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             names = [self.construct_object(key) for key, _ in node.value]
             twice = next(name for name in names if names.count(name) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} occurs twice", node.start_mark)
         return mapping
 
 
@@ -40,9 +41,9 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str, where: str):
+def read_yaml(text: str, where: str) -> Any:
     """
-    Return what a text in YAML says.
+    Parse a text in YAML.
 
     Raises:
         ValueError: beginning with `where`, if it is not YAML, is over `MAX_YAML_CHARACTERS`, is nested too deeply, has

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_scripts import SOURCES
-from data_scripts.building import Source, flags_of, listing
+from data_scripts.building import Source, flags_of, format_listing
 from data_scripts.checking import MASK_TOLERANCE, check, find_broken_images, format_findings, judge_rows
 from data_scripts.escaping import TerminalFormatter, for_terminal
 from data_scripts.exporting import DATA, MARK, README, check_output, export
@@ -88,7 +88,7 @@ def run_build(args: Namespace) -> None:
         write(f"warning: {judgement.message}.")
     write(format_build_report(build_report))
     if broken:
-        names = listing([f"{item.split}: {item.message}" for item in broken])
+        names = format_listing([f"{item.split}: {item.message}" for item in broken])
         raise OSError(f"{len(broken)} images of {args.name!r} cannot be read:{names}")
     write(f"All images {'decode' if args.verify else 'exist (--verify also decodes them)'}.")
 

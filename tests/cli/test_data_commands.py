@@ -164,15 +164,15 @@ def spoil(rows):
         return train[index]["objects"][0], train[index]["sentences"][0]
 
     fault(0, "box", "48 x 32")[0].update(box=[10, 8, 60, 20], boxes=[[10, 8, 60, 20]], segmentation=None)
-    fault(1, "box", "no box")[0].update(box=[30, 8, 10, 20], boxes=[[30, 8, 10, 20]], segmentation=None)
+    fault(1, "box", "not a box")[0].update(box=[30, 8, 10, 20], boxes=[[30, 8, 10, 20]], segmentation=None)
     fault(2, "box", "nan")[0].update(box=[float("nan")] * 4, segmentation=None)
     fault(3, "box", "union")[0].update(boxes=[[10.4, 8.2, 20, 20]])
     fault(4, "mask", "[32, 47]")[0]["segmentation"]["size"] = [32, 47]
     fault(5, "mask", "more than 2 pixels")[0].update(box=[10, 8, 37, 20], boxes=[[10, 8, 37, 20]])
     fault(6, "mask", "runs cover 1488")[0]["segmentation"]["counts"] = empty_counts(height=31)
     fault(7, "mask", "no pixel")[0]["segmentation"]["counts"] = empty_counts(height=32)
-    fault(8, "phrase", "holds no word")[1]["phrases"][0].update(start=3, end=4)
-    fault(9, "phrase", "no span")[1]["phrases"][0].update(end=999)
+    fault(8, "phrase", "contains no word")[1]["phrases"][0].update(start=3, end=4)
+    fault(9, "phrase", "not a span")[1]["phrases"][0].update(end=999)
     fault(10, "phrase", "[1]")[1]["phrases"][0].update(objects=[1])
     fault(11, "phrase", "names no object")[1]["phrases"][0].update(objects=[])
     fault(12, "sentence", "blank")[1].update(text=" ")
@@ -370,7 +370,7 @@ def test_stats(command, toy):
     lines = command("stats").stdout.splitlines()
     figures = {" ".join(line.split()[:-2]): line.split()[-2:] for line in lines if line}
     assert figures["images"] == ["6", "2"]
-    assert figures["words a sentence, most"] == ["6", "6"]
+    assert figures["words per sentence, maximum"] == ["6", "6"]
     assert figures["objects with a mask"] == ["100.0%", "100.0%"]
     assert "29 characters: the bright patch of picture 0" in lines
 

@@ -61,7 +61,7 @@ def test_pictures_are_matched_by_file_name_where_the_id_does_not_tell(settings):
 
 
 def test_wrong_sets_are_refused(settings):
-    with pytest.raises(ValueError, match="one set at least"):
+    with pytest.raises(ValueError, match="requires at least one dataset"):
         combine([])
     with pytest.raises(ValueError, match=r"visual_genome has no split 'testA'; it has: train\."):
         combine(["refcoco_unc", "visual_genome"], split="testA", **settings)

@@ -189,7 +189,7 @@ def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_pa
     with pytest.raises(OSError, match=r"(?s)1 \.xml files of .*1004\.xml.*annotations\.zip"):
         load()
     (folder / "val.txt").unlink()
-    with pytest.raises(OSError, match=r"(?s)needs files that are not there.*val\.txt"):
+    with pytest.raises(OSError, match=r"(?s)requires files that do not exist.*val\.txt"):
         load()
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
@@ -224,7 +224,7 @@ BOMB = "<!DOCTYPE a [<!ENTITY b0 'ha'>{}]>".format("".join(f"<!ENTITY b{n + 1} '
 def test_hostile_and_broken_annotations_are_refused(load, folder, content):
     (folder / "Annotations" / "1004.xml").write_bytes(content)
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"1004\.xml' is no annotation of Flickr30k Entities"):
+    with pytest.raises(ValueError, match=r"1004\.xml' is not an annotation of Flickr30k Entities"):
         load()
     assert time.perf_counter() - start < 20
 
@@ -232,7 +232,7 @@ def test_hostile_and_broken_annotations_are_refused(load, folder, content):
 def test_builder_refuses_valid_annotation_with_document_type(load, folder):
     path = folder / "Annotations" / "1004.xml"
     path.write_text(f"<!DOCTYPE annotation>\n{path.read_text()}")
-    with pytest.raises(ValueError, match=r"1004\.xml' is no annotation .*: it has a document type"):
+    with pytest.raises(ValueError, match=r"1004\.xml' is not an annotation .*: it has a document type"):
         load()
 
 
@@ -252,7 +252,7 @@ def test_category_of_an_object_is_the_first_type_that_a_phrase_gives(load, folde
 
 def test_a_list_that_leaves_the_folder_is_refused(load, folder):
     (folder / "test.txt").write_text("../../outside\n")
-    with pytest.raises(ValueError, match=r"test\.txt': '\.\./\.\./outside' is no image id"):
+    with pytest.raises(ValueError, match=r"test\.txt': '\.\./\.\./outside' is not an image id"):
         load()
 
 

@@ -188,14 +188,14 @@ def test_compressed_run_lengths_are_read_as_the_library_writes_them():
 
 
 BAD = {
-    "no JSON": ('{"image": ', "it is no JSON"),
+    "no JSON": ('{"image": ', "it is not JSON"),
     "no mapping": ("[1]", "the line is [1]; expected {"),
     "NaN": (
         '{"image": "pictures/a.png", "expressions": [{"text": "a", "box": [NaN, 1, 2, 3]}]}',
-        "it is no JSON: NaN is no number",
+        "it is not JSON: NaN is not a number",
     ),
-    "deep": ("[" * 100_000, "it is no JSON"),
-    "Latin-1": ('{"image": "\udcff"}', "it is no JSON"),
+    "deep": ("[" * 100_000, "it is not JSON"),
+    "Latin-1": ('{"image": "\udcff"}', "it is not JSON"),
     "no image": ({"expressions": [box()]}, "no field 'image'"),
     "no expressions": ({"image": "pictures/a.png"}, "expressions is None; expected a list of one or more"),
     "empty expressions": (line(), "expressions is []; expected a list of one or more"),
@@ -288,7 +288,7 @@ def test_up_to_a_hundred_bad_lines_are_listed_and_counted_where_dropped(load, ca
 
 @pytest.mark.row("R1")
 def test_every_missing_picture_is_named(load, tmp_path):
-    with pytest.raises(OSError, match="23 images of 'jsonl' are not there") as raised:
+    with pytest.raises(OSError, match="23 images of 'jsonl' do not exist") as raised:
         load(*(line(box(), image=f"pictures/{number:02d}.jpg") for number in range(23)), line(box()))
     assert all(f"{number:02d}.jpg" in str(raised.value) for number in range(23))
     assert not list((tmp_path / "cache").rglob("*.arrow"))
@@ -296,14 +296,14 @@ def test_every_missing_picture_is_named(load, tmp_path):
 
 def test_missing_files_are_named(folder, tmp_path):
     cache = str(tmp_path / "cache")
-    with pytest.raises(OSError, match=r"(?s)no \.jsonl file in .*own'.*A folder of one's own data holds"):
+    with pytest.raises(OSError, match=r"(?s)no \.jsonl file in .*own'.*A folder of your own data contains"):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder))
     with pytest.raises(OSError, match=r"no file .*mine\.jsonl"):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder), path="mine.jsonl")
     with pytest.raises(ValueError, match=r"data_dir=\.\.\. or path=\.\.\."):
         data_scripts.load("jsonl", cache_dir=cache)
     write(folder / "my-data.jsonl", line(box()))
-    with pytest.raises(ValueError, match="'my-data' is no name of a split"):
+    with pytest.raises(ValueError, match="'my-data' is not a valid name of a split"):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder))
 
 

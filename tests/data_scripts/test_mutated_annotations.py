@@ -257,7 +257,7 @@ def test_value_of_another_kind_ends_in_a_build_or_a_sentence(layout, tmp_path, r
             wrong.append((mutation, f"{type(error).__name__}: {error}"))
             continue
         # of a file that is named and is not there, its own name is told
-        names = (path.name, path.stem, " are not there")
+        names = (path.name, path.stem, " do not exist")
         if sentence is not None and not any(name in sentence for name in names):
             wrong.append((mutation, sentence))
     record_property("counted", (len(chosen) - len(wrong), len(chosen)))

@@ -282,7 +282,7 @@ def test_pictures_in_a_folder_of_ones_own_and_flat(tmp_path):
     for path in facts["image_dir"].rglob("*.jpg"):
         path.rename(flat / path.name)
     settings = {"data_dir": tmp_path / "DATA", "cache_dir": str(tmp_path / "cache")}
-    with pytest.raises(OSError, match="images of 'refclef_unc' are not there"):
+    with pytest.raises(OSError, match="images of 'refclef_unc' do not exist"):
         data_scripts.load("refclef_unc", **settings)
     assert len(data_scripts.load("refclef_unc", "train", image_dir=str(flat), **settings)) == 10
 
@@ -290,7 +290,7 @@ def test_pictures_in_a_folder_of_ones_own_and_flat(tmp_path):
 def test_missing_annotation_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"data_dir=.*refcoco\.zip"):
         data_scripts.load("refcoco_unc", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(OSError, match="needs files that are not there") as error:
+    with pytest.raises(OSError, match="requires files that do not exist") as error:
         data_scripts.load("refcoco+_unc", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
     for part in ("refcoco+/instances.json", "refcoco+/refs(unc).p", "refcoco+.zip", str(tmp_path)):
         assert part in str(error.value)
@@ -307,7 +307,7 @@ def test_missing_pictures_are_named_before_anything_is_written(tmp_path, refcoco
     facts["instances_file"].write_text(json.dumps(instances))
     facts["refs_file"].write_bytes(pickle.dumps(refs, protocol=2))
     for streaming in (False, True):
-        with pytest.raises(OSError, match="25 images of 'refcoco_unc' are not there") as error:
+        with pytest.raises(OSError, match="25 images of 'refcoco_unc' do not exist") as error:
             load("train", streaming=streaming)
         for number in range(2000, 2025):
             assert f"COCO_train2014_{number:012d}.jpg" in str(error.value)

@@ -180,7 +180,7 @@ class Evil:
 def test_hostile_masks_are_refused(load, folder, tmp_path):
     path = folder / "refcoco/masks/refcoco/1.npy"
     np.save(path, np.array([[Evil(tmp_path / "ran")]], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"1\.npy' is refused: it holds objects"):
+    with pytest.raises(ValueError, match=r"1\.npy' is refused: it contains objects"):
         load("reftr_refcoco_unc")
     with path.open("wb") as file:  # the bare pickle
         pickle.dump(Evil(tmp_path / "ran"), file)
@@ -258,10 +258,16 @@ def test_tensors_of_an_index_become_arrays(tmp_path, legacy):
     [
         ((COCO, "", [1, 2, 3, 4], "words"), "record 1: .* expected \\(image, _, box, text, _\\)"),
         (COCO, "record 1: .* expected"),
-        (("../secret.jpg", "", [1, 2, 3, 4], "words", ""), "'../secret.jpg' is no image file inside its folder"),
-        (("/etc/secret.jpg", "", [1, 2, 3, 4], "words", ""), "'/etc/secret.jpg' is no image file inside"),
-        (("..\\secret.jpg", "", [1, 2, 3, 4], "words", ""), "is no image file inside its folder"),
-        ((7, "", [1, 2, 3, 4], "words", ""), "7 is no image file"),
+        (
+            ("../secret.jpg", "", [1, 2, 3, 4], "words", ""),
+            "'../secret.jpg' is not a file of the image folder",
+        ),
+        (
+            ("/etc/secret.jpg", "", [1, 2, 3, 4], "words", ""),
+            "'/etc/secret.jpg' is not a file of the image folder",
+        ),
+        (("..\\secret.jpg", "", [1, 2, 3, 4], "words", ""), "is not a file of the image folder"),
+        ((7, "", [1, 2, 3, 4], "words", ""), "7 is not a file of the image folder"),
         ((COCO, "", [1, 2, 3], "words", ""), "record 1: 1 starts, 1 phrases and 1 boxes of four numbers, .* expected"),
         ((COCO, "", None, "words", ""), "record 1: .*; expected"),
         ((COCO, "", [1, 2, 3, 4], None, ""), "record 1: its text is None"),
@@ -370,7 +376,7 @@ def test_phrases_that_are_not_where_they_should_be_are_dropped(load, folder, cap
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         (row,) = load("reftr_flickr")["val"]
     assert [(phrase["start"], phrase["end"]) for phrase in row["sentences"][0]["phrases"]] == [(0, 5), (11, 20)]
-    assert "2 phrases that are not at their place in the sentence" in caplog.text
+    assert "2 phrases that are not at their position in the sentence" in caplog.text
 
 
 @pytest.mark.row("R1")
@@ -382,7 +388,7 @@ def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_pa
     with pytest.raises(OSError, match=rf"(?s)1 images of 'resc_unc'.*{COCO}.*READMEs"):
         load("resc_unc")
     (folder / "annotations_resc/unc/unc_testB.pth").unlink()
-    with pytest.raises(OSError, match=r"(?s)'resc_unc' needs files that are not there.*unc_testB\.pth"):
+    with pytest.raises(OSError, match=r"(?s)'resc_unc' requires files that do not exist.*unc_testB\.pth"):
         load("resc_unc")
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 

@@ -119,12 +119,12 @@ def test_the_list_of_held_out_pictures_is_a_command(tmp_path, genome, run):
     assert "visual_genome: 0 errors" in result.stdout
     refused = run("-m", "reftr_cli", "data", "held_out", "shapes", "--data_dir", refer, "--output", path, check=False)
     assert refused.returncode == 1
-    assert "error: 'shapes' is no set with images of COCO" in refused.stderr
+    assert "error: 'shapes' is not a dataset with images of COCO" in refused.stderr
 
 
 def test_what_cannot_be_excluded_is_refused(tmp_path, genome):
     load = genome[1]
-    with pytest.raises(ValueError, match="'refclef_unc' is no set with images of COCO"):
+    with pytest.raises(ValueError, match="'refclef_unc' is not a dataset with images of COCO"):
         load(exclude=["refclef_unc"])
     with pytest.raises(OSError, match="nowhere"):
         load(exclude=["refcoco_unc"], exclude_data_dir=str(tmp_path / "nowhere"))
@@ -152,7 +152,7 @@ def test_a_validation_split_is_drawn(genome):
 @pytest.mark.row("R1")
 def test_missing_pictures_are_named(tmp_path, genome):
     next((tmp_path / "vg").glob("*/50.jpg")).unlink()
-    with pytest.raises(OSError, match="1 images of 'visual_genome' are not there") as error:
+    with pytest.raises(OSError, match="1 images of 'visual_genome' do not exist") as error:
         genome[1]()
     for part in ("50.jpg", "VG_100K", "VG_100K_2", "images2.zip"):
         assert part in str(error.value)
