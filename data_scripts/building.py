@@ -78,7 +78,7 @@ def flags_of(source: Source) -> dict[str, Field]:
     return {item.name: item for item in fields(source.builder.BUILDER_CONFIG_CLASS) if item.name not in own}
 
 
-def reason_of(error: DatasetGenerationError) -> Exception:
+def builder_error_of(error: DatasetGenerationError) -> Exception:
     """Return the error of a builder: the library wraps it, and from another process only its text arrives."""
     cause = error.__cause__
     while isinstance(cause, DatasetGenerationError):

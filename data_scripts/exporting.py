@@ -70,7 +70,7 @@ def write_shard(task: tuple[datasets.Dataset, Path, bool]) -> int:
     return len(rows)
 
 
-def write_card(
+def write_dataset_card(
     path: Path,
     folder: Path,
     source: Source,
@@ -152,7 +152,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OSError(f"{str(output)!r} is not replaced: it contains more than an export ({README} and {DATA}/).")
 
 
-def export(
+def export_dataset(
     source: Source,
     splits: dict[str, datasets.Dataset],
     output: str | Path,
@@ -210,5 +210,5 @@ def export(
                 with multiprocessing.Pool(num_proc) as pool:
                     for count in pool.imap_unordered(write_shard, tasks):
                         progress.update(count)
-        write_card(folder / README, output, source, splits, embed, flags or {}, build_report)
+        write_dataset_card(folder / README, output, source, splits, embed, flags or {}, build_report)
     return output

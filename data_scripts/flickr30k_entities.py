@@ -103,7 +103,7 @@ class Flickr30kEntities(GroundingBuilder):
         if self.config.drop_unrelated_captions:
             unrelated = read_unrelated(data_dir / "UNRELATED_CAPTIONS")
         for image_id in image_ids:
-            size, boxes = read_boxes(data_dir / "Annotations" / f"{image_id}.xml")
+            size, boxes = read_chain_boxes(data_dir / "Annotations" / f"{image_id}.xml")
             image = image_dir / f"{image_id}.jpg"
             frame = read_frame(image, size)
             width, height = frame.size
@@ -222,7 +222,7 @@ def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list
     ]
 
 
-def read_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]]]:
+def read_chain_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]]]:
     """
     Return the annotated (width, height) and the boxes of each chain, xyxy in pixels from 0. Chain 0, and objects
     without a box, which are the whole scene or not in the image, are left out.

@@ -40,11 +40,10 @@ from typing import Any, Never
 
 import datasets
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from .box_conventions import LIMITS, UNIT_RANGES, judge_splits, parse_box_format, to_boxes_xyxy
 from .building import GroundingBuilder, Source, clip_boxes, fingerprint, format_listing, merge_boxes
-from .masks import box_of, encode_array, encode_counts, to_segmentation
+from .masks import box_of, encode_counts, encode_mask, encode_polygons, to_segmentation
 from .quoting import explain, quote
 from .reading import (
     MAX_NAME,
@@ -219,7 +218,7 @@ class JsonLines(GroundingBuilder):
             text, spans = read_expression(expression, field)
             phrases = []
             for start, end, target, where in spans:
-                boxes = read_boxes(target, where, box_format, width, height)
+                boxes = parse_boxes(target, where, box_format, width, height)
                 mask = self._mask(path, target, where, height, width)
                 kept = clip_boxes(boxes or [box_of(mask)], width, height, Counter(), changed)
                 inside = len(kept) == max(1, len(boxes))
@@ -244,7 +243,7 @@ class JsonLines(GroundingBuilder):
             return None
         field, value = f"{where}.{given[0]}", target[given[0]]
         if given == ["mask"]:
-            encoded = read_mask(self._inside(path, value, field), field, height, width)
+            encoded = read_mask_image(self._inside(path, value, field), field, height, width)
         elif given == ["segmentation"] and isinstance(value, dict):
             encoded = read_run_lengths(value, field, height, width)
         else:
@@ -443,7 +442,7 @@ def is_four_numbers(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
 
 
-def read_boxes(target: dict, field: str, box_format: str, width: int, height: int) -> list[list[float]]:
+def parse_boxes(target: dict, field: str, box_format: str, width: int, height: int) -> list[list[float]]:
     """
     Return the boxes of a target as xyxy in pixels of an image of (width, height); none where it has a mask instead.
     Checks its category and types too.
@@ -482,10 +481,7 @@ def read_polygons(value: Any, field: str, height: int, width: int) -> dict:
     polygons = [value] if isinstance(value, list) and value and is_number(value[0]) else value
     good = isinstance(polygons, list) and polygons
     good = good and all(
-        isinstance(polygon, list)
-        and len(polygon) >= 6
-        and len(polygon) % 2 == 0
-        and all(is_number(figure) for figure in polygon)
+        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(is_number, polygon))
         for polygon in polygons
     )
     require(good, field, value, "polygons [[x, y, x, y, x, y, ...], ...] of three or more points")
@@ -493,7 +489,7 @@ def read_polygons(value: Any, field: str, height: int, width: int) -> dict:
     limits = np.array([width, height])
     near = all((np.abs(np.reshape(polygon, (-1, 2)) - limits / 2) <= 1.5 * limits).all() for polygon in polygons)
     require(near, field, value, f"points in the image of {width} x {height}, or as far outside of it at most")
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return encode_polygons(polygons, height, width)
 
 
 def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
@@ -506,7 +502,7 @@ def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
         raise ValueError(f"{field}: {error}; expected run lengths that sum to {height * width}.") from error
 
 
-def read_mask(path: Path, field: str, height: int, width: int) -> dict:
+def read_mask_image(path: Path, field: str, height: int, width: int) -> dict:
     """Read a mask file of one channel as a run-length encoding of (height, width)."""
     require(os.path.isfile(path), field, str(path), "a file that is there")
     size = read_image_size(path)
@@ -518,7 +514,7 @@ def read_mask(path: Path, field: str, height: int, width: int) -> dict:
             mask = np.asarray(image) != 0
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{field}: {str(path)!r} is damaged: {explain(error)}") from error
-    return encode_array(mask)
+    return encode_mask(mask)
 
 
 SOURCES = [

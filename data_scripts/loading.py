@@ -7,7 +7,7 @@ import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
 from . import flickr30k_entities, jsonl, refcoco, reftr_index, shapes, visual_genome
-from .building import Source, flags_of, reason_of
+from .building import Source, builder_error_of, flags_of
 from .reports import format_build_report, read_build_report
 from .schema import FEATURES
 
@@ -134,7 +134,7 @@ def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | 
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except DatasetGenerationError as error:
-        raise reason_of(error) from error
+        raise builder_error_of(error) from error
     # the library loads no split without rows
     empty = [name for name, info in builder.info.splits.items() if split in (None, name) and not info.num_examples]
     _refuse_empty(builder, empty, read_build_report(builder.cache_dir))

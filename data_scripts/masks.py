@@ -76,9 +76,24 @@ def encode_counts(counts: str | list[int], height: int, width: int) -> dict:
     return coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
 
 
-def encode_array(mask: np.ndarray) -> dict:
+def encode_mask(mask: np.ndarray) -> dict:
     """Encode an array of shape (height, width), nonzero inside the object, as pycocotools does."""
     return coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+
+
+def decode_mask(encoded: dict) -> np.ndarray:
+    """Decode what `encode_mask` returns to an array of shape (height, width)."""
+    return coco_mask.decode(encoded)
+
+
+def encode_polygons(polygons: list[list[float]], height: int, width: int) -> dict:
+    """Encode the union of polygons [x, y, x, y, ...] of at least three points, as pycocotools does."""
+    return merge_masks(coco_mask.frPyObjects(polygons, height, width))
+
+
+def merge_masks(encoded: list[dict]) -> dict:
+    """Return the union of encoded masks of one size."""
+    return encoded[0] if len(encoded) == 1 else coco_mask.merge(encoded)
 
 
 def resize_to_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -34,7 +34,7 @@ MAX_NAME = 1000  # characters of the path of a file that an annotation file name
 AS_STORED = ".as_stored"  # at the end of the name of an image whose orientation is not followed
 
 
-def read_json(path: str | Path) -> Any:
+def load_json(path: str | Path) -> Any:
     """
     Read a JSON file in UTF-8.
 

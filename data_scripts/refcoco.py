@@ -27,7 +27,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from .building import (
     KEPT_BOXES,
@@ -41,10 +40,19 @@ from .building import (
     whole_box,
 )
 from .kinds import FILE_NAME, LIST, SPLIT, TEXT, WHOLE, WHOLE_OR_ABSENT, check_fields, check_list, is_list
-from .masks import encode_array, encode_counts, is_empty, resize_to_nearest, to_segmentation
+from .masks import (
+    decode_mask,
+    encode_counts,
+    encode_mask,
+    encode_polygons,
+    is_empty,
+    merge_masks,
+    resize_to_nearest,
+    to_segmentation,
+)
 from .pickles import read_pickle
 from .quoting import quote
-from .reading import Frame, check_text, has_words, image_of, is_number, read_json
+from .reading import Frame, check_text, has_words, image_of, is_number, load_json
 from .schema import FEATURES
 
 
@@ -232,6 +240,29 @@ class RefCoco(GroundingBuilder):
                 )
         return {image_id: str(path) for image_id, path in found.items()}
 
+    def make_object(
+        self, annotation: dict, scale: tuple[float, float], frame: Frame, changed: Counter, keep_misses: bool
+    ) -> dict | None:
+        """Return the object of an annotation, counting what is changed; None if it has no box in the image."""
+        width, height = frame.size
+        annotated_box = xywh_to_xyxy(annotation.get("bbox"), scale)
+        box_xyxy = annotated_box and clip_box(annotated_box, width, height)
+        if annotated_box and self.config.integer_boxes:
+            box_xyxy = whole_box(annotated_box, width, height, keep_misses)
+            if box_xyxy is not None:
+                annotated_box = [float(int(value)) for value in annotated_box]
+        if box_xyxy is None:
+            return None
+        if box_xyxy != annotated_box:
+            changed["boxes are cut at their image's edge"] += 1
+        if is_degenerate(box_xyxy):
+            changed[KEPT_BOXES] += 1
+        segmentation = annotation.get("segmentation")
+        if segmentation and not is_segmentation(segmentation):
+            segmentation = UNREADABLE  # a deeply nested value cannot be sent to another process
+        object_id = f"{self.image_source}_{annotation['id']}"
+        return {"object_id": object_id, "box": box_xyxy, "boxes": [box_xyxy], "segmentation": segmentation}
+
     def make_record(
         self,
         image: dict,
@@ -269,32 +300,12 @@ class RefCoco(GroundingBuilder):
                 dropped["expressions of objects that instances.json lacks"] += len(said)
                 continue
             if ref["ann_id"] not in indices:
-                annotated_box = to_xyxy(annotation.get("bbox"), scale)
-                box_xyxy = annotated_box and clip_box(annotated_box, width, height)
-                if annotated_box and self.config.integer_boxes:
-                    box_xyxy = whole_box(annotated_box, width, height, keep_misses)
-                    if box_xyxy is not None:
-                        annotated_box = [float(int(value)) for value in annotated_box]
-                if box_xyxy is None:
+                item = self.make_object(annotation, scale, frame, changed, keep_misses)
+                if item is None:
                     dropped["expressions of objects without a box in the image"] += len(said)
                     continue
-                if box_xyxy != annotated_box:
-                    changed["boxes are cut at their image's edge"] += 1
-                if is_degenerate(box_xyxy):
-                    changed[KEPT_BOXES] += 1
                 indices[ref["ann_id"]] = len(objects)
-                segmentation = annotation.get("segmentation")
-                if segmentation and not is_segmentation(segmentation):
-                    segmentation = UNREADABLE  # nested deep, it could not be handed to another process
-                objects.append(
-                    {
-                        "object_id": f"{self.image_source}_{ref['ann_id']}",
-                        "box": box_xyxy,
-                        "boxes": [box_xyxy],
-                        "category": categories.get(annotation.get("category_id")),
-                        "segmentation": segmentation,
-                    }
-                )
+                objects.append({**item, "category": categories.get(annotation.get("category_id"))})
             for position, sentence in said:
                 text = sentence["sent"].strip()  # `raw` is not in lower case
                 phrase = {"start": 0, "end": len(text), "objects": [indices[ref["ann_id"]]], "types": []}
@@ -330,7 +341,7 @@ def read_instances(
         OSError: if the file is missing or damaged.
         ValueError: if a value that is read is of another kind, or a file name leads out of its folder.
     """
-    instances, where = read_json(path), f"{str(path)!r}"
+    instances, where = load_json(path), f"{str(path)!r}"
     check_fields(instances, dict.fromkeys(("images", "annotations", "categories"), LIST), where)
     image_kinds = {"id": WHOLE, **({"file_name": FILE_NAME} if with_file_names else {})}
     for number, image in enumerate(instances["images"]):
@@ -423,7 +434,7 @@ def is_segmentation(value: Any) -> bool:
     return True
 
 
-def to_xyxy(box_xywh: Any, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | None:
+def xywh_to_xyxy(box_xywh: Any, scale: tuple[float, float] = (1.0, 1.0)) -> list[float] | None:
     """
     Convert an annotated box [x, y, width, height] to [left, top, right, bottom], scaled by (horizontal, vertical);
     return None if it is not a box.
@@ -431,9 +442,9 @@ def to_xyxy(box_xywh: Any, scale: tuple[float, float] = (1.0, 1.0)) -> list[floa
     Example:
 
     ```python
-    >>> from data_scripts.refcoco import to_xyxy
+    >>> from data_scripts.refcoco import xywh_to_xyxy
 
-    >>> to_xyxy([100, 200, 20, 10], scale=(0.5, 1.0))
+    >>> xywh_to_xyxy([100, 200, 20, 10], scale=(0.5, 1.0))
     [50.0, 200.0, 60.0, 210.0]
 
     ```"""
@@ -478,7 +489,7 @@ def encode_segmentation(
         return None
     if not runs:
         return None
-    return to_segmentation(runs[0] if len(runs) == 1 else coco_mask.merge(runs), keep_empty)
+    return to_segmentation(merge_masks(runs), keep_empty)
 
 
 def encode_part(part: Any, annotated_size: tuple[int, int], size: tuple[int, int]) -> dict | None:
@@ -489,7 +500,7 @@ def encode_part(part: Any, annotated_size: tuple[int, int], size: tuple[int, int
         encoded = encode_counts(part["counts"], rows, columns)
         if (columns, rows) == tuple(size):
             return encoded
-        return encode_array(resize_to_nearest(coco_mask.decode(encoded), height, width))
+        return encode_mask(resize_to_nearest(decode_mask(encoded), height, width))
     if len(part) < 6 or len(part) % 2:
         return None
     points = np.array(part, dtype=np.float64).reshape(-1, 2)
@@ -499,7 +510,7 @@ def encode_part(part: Any, annotated_size: tuple[int, int], size: tuple[int, int
         points *= (width / annotated_size[0], height / annotated_size[1])
     # an edge is followed pixel by pixel, however far away it is
     np.clip(points, (-width, -height), (2 * width, 2 * height), out=points)
-    return coco_mask.frPyObjects([points.ravel().tolist()], height, width)[0]
+    return encode_polygons([points.ravel().tolist()], height, width)
 
 
 def _source(name: str, counts: dict[str, tuple]) -> Source:

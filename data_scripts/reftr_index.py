@@ -34,7 +34,7 @@ from .building import (
     is_for_training,
     whole_box,
 )
-from .masks import encode_array, is_empty, to_segmentation
+from .masks import encode_mask, is_empty, to_segmentation
 from .pickles import read_pickle
 from .quoting import explain, quote
 from .reading import MAX_PIXELS, check_spans, check_text, check_texts, has_words, image_of, is_file_name, read_frame
@@ -162,7 +162,7 @@ class RefTRIndex(GroundingBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
         self.require_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
-        self.masks = {}  # mask file -> see `read_mask`; splits share masks
+        self.masks = {}  # mask file -> see `read_mask_array`; splits share masks
         records = {file: read_index(data_dir / file, index.layout) for file in index.files}
         column = index.layout.index("image")
         folders = IMAGE_DIRS[index.image_source] if self.config.image_dir is None else (self.config.image_dir,)
@@ -218,7 +218,7 @@ class RefTRIndex(GroundingBuilder):
                 if not 0 <= start < end:
                     dropped["phrases that are not at their position in the sentence"] += 1
                     continue
-                box_xyxy = to_xyxy(box, self.index.box_format, self.config.integer_boxes)
+                box_xyxy = record_box_to_xyxy(box, self.index.box_format, self.config.integer_boxes)
                 miss = whole_box(box_xyxy, width, height, keep_misses=True) if keep_misses else None
                 if miss is not None and is_degenerate(miss):
                     kept = [miss]
@@ -240,9 +240,9 @@ class RefTRIndex(GroundingBuilder):
         return {**row, "objects": list(objects.values()), "sentences": sentences, "positions": positions}
 
     def _read_mask(self, mask: str) -> tuple[tuple[int, int], dict]:
-        """See `read_mask`; each file is read once."""
+        """See `read_mask_array`; each file is read once."""
         if mask not in self.masks:
-            self.masks[mask] = read_mask(Path(self.config.data_dir) / self.index.mask_dir / mask)
+            self.masks[mask] = read_mask_array(Path(self.config.data_dir) / self.index.mask_dir / mask)
         return self.masks[mask]
 
     def _segmentation(
@@ -346,18 +346,18 @@ def read_record(file: str, number: int, record: tuple, layout: tuple[str | None,
     return {"sentence_id": sentence_id, "text": text, "starts": starts, "ends": ends, "boxes": boxes, **mask}
 
 
-def to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[float]:
+def record_box_to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[float]:
     """
     Convert a box of "xyxy" or "xywh" to xyxy, optionally cut to whole pixels first, as the published loaders do.
 
     Example:
 
     ```python
-    >>> from data_scripts.reftr_index import to_xyxy
+    >>> from data_scripts.reftr_index import record_box_to_xyxy
 
-    >>> to_xyxy([10.5, 20.5, 30.75, 40.75], "xywh", integer_boxes=False)
+    >>> record_box_to_xyxy([10.5, 20.5, 30.75, 40.75], "xywh", integer_boxes=False)
     [10.5, 20.5, 41.25, 61.25]
-    >>> to_xyxy([10.5, 20.5, 30.75, 40.75], "xywh", integer_boxes=True)
+    >>> record_box_to_xyxy([10.5, 20.5, 30.75, 40.75], "xywh", integer_boxes=True)
     [10.0, 20.0, 40.0, 60.0]
 
     ```"""
@@ -385,7 +385,7 @@ def image_number(path: str) -> str:
     return match[1] if match else stem
 
 
-def read_mask(path: Path) -> tuple[tuple[int, int], dict]:
+def read_mask_array(path: Path) -> tuple[tuple[int, int], dict]:
     """
     Read an .npy file of (H, W), nonzero inside the object: its shape, and the `segmentation` of the schema, which
     may be empty.
@@ -406,7 +406,7 @@ def read_mask(path: Path) -> tuple[tuple[int, int], dict]:
     if not 0 < mask.size <= MAX_PIXELS:
         height, width = mask.shape
         raise ValueError(f"The mask {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}, or none.")
-    return tuple(mask.shape), to_segmentation(encode_array(mask), keep_empty=True)
+    return tuple(mask.shape), to_segmentation(encode_mask(mask), keep_empty=True)
 
 
 # published (images, objects, expressions), by split, where the index is known to hold all of the set

@@ -201,7 +201,7 @@ def describe_source(source: Source) -> str:
     return "\n\n".join(parts)
 
 
-def summarize(rows: datasets.Dataset) -> tuple[dict, list[str]]:
+def compute_statistics(rows: datasets.Dataset) -> tuple[dict, list[str]]:
     """
     Compute statistics of a split, and find its longest sentences.
 
@@ -249,7 +249,7 @@ def summarize(rows: datasets.Dataset) -> tuple[dict, list[str]]:
 
 def format_statistics(splits: dict[str, datasets.Dataset]) -> str:
     """Format the statistics of all splits side by side, and the longest sentences of each."""
-    summaries = {split: summarize(rows) for split, rows in splits.items()}
+    summaries = {split: compute_statistics(rows) for split, rows in splits.items()}
     names = next(iter(summaries.values()))[0]
     table = [
         ["", *summaries],

@@ -17,9 +17,9 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco_mask
 
 from .building import GroundingBuilder, Source
+from .masks import encode_mask, to_segmentation
 from .quoting import quote
 from .reading import MAX_PIXELS
 from .schema import FEATURES
@@ -118,7 +118,7 @@ class Shape:
 
 
 def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
-    """Draw scenes until one has enough to be said about it, and describe it."""
+    """Draw scenes until one has enough sentences about it, and describe it."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     sentences = []
     while len(sentences) < MIN_SENTENCES:
@@ -129,14 +129,13 @@ def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
     image.save(png, format="PNG")
     objects = []
     for number, shape in enumerate(shapes):
-        encoded = coco_mask.encode(np.asfortranarray(shape.visible.astype(np.uint8)))
         objects.append(
             {
                 "object_id": f"{image_id}_{number}",
                 "box": list(shape.box),
                 "boxes": [list(shape.box)],
                 "category": shape.shape,
-                "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")},
+                "segmentation": to_segmentation(encode_mask(shape.visible)),
             }
         )
     for number, sentence in enumerate(sentences):
@@ -210,7 +209,7 @@ def draw_alpha(shape: Shape, image_size: int) -> np.ndarray:
     return np.asarray(image.reduce(SUPERSAMPLING)) / 255
 
 
-def describe(attributes: tuple) -> str:
+def describe_shape(attributes: tuple) -> str:
     """(size, color, shape), any of them None -> "small red star", "red shape"."""
     size, color, shape = attributes
     return " ".join(word for word in (size, color, shape or "shape") if word)
@@ -246,7 +245,7 @@ def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: i
     ]
     written = {
         "attribute": [
-            [(f"the {describe(draw_description(rng, choices))}", index)]
+            [(f"the {describe_shape(draw_description(rng, choices))}", index)]
             for index, choices in enumerate(by_attribute)
             if choices
         ],
@@ -290,7 +289,7 @@ def places(shapes: list[Shape], margin: float) -> list:
             if len(order) > 1:
                 gap = direction * (shapes[order[1]].middle[axis] - shapes[order[0]].middle[axis])
                 if gap >= margin:
-                    found.append([(f"the {place} {describe(words)}", order[0])])
+                    found.append([(f"the {place} {describe_shape(words)}", order[0])])
     return found
 
 
@@ -314,7 +313,9 @@ def relations(shapes: list[Shape], by_attribute: list, margin: float) -> list:
                 inside = [index for index, distance in zip(candidates, distances, strict=True) if distance >= margin]
                 outside = [index for index, distance in zip(candidates, distances, strict=True) if distance <= 0]
                 if len(inside) == 1 and len(outside) == len(candidates) - 1:
-                    found.append([(f"the {describe(words)} {relation} the {describe(told_by)}", inside[0])])
+                    found.append(
+                        [(f"the {describe_shape(words)} {relation} the {describe_shape(told_by)}", inside[0])]
+                    )
     return found
 
 
@@ -338,7 +339,7 @@ def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, 
             continue
 
         def name(index: Any) -> str:
-            return f"the {describe(draw_description(rng, by_attribute[index]))}"
+            return f"the {describe_shape(draw_description(rng, by_attribute[index]))}"
 
         parts = [(name(first), first)]
         for number, (relation, other) in enumerate(links):

@@ -32,8 +32,8 @@ from .kinds import DIGITS_OR_NONE, LIST, WHOLE, check_fields, check_list
 from .masks import box_of
 from .pickles import read_pickle
 from .quoting import explain, quote
-from .reading import check_text, has_words, image_of, read_json
-from .refcoco import RefCoco, annotated_size_of, read_refs, to_xyxy
+from .reading import check_text, has_words, image_of, load_json
+from .refcoco import RefCoco, annotated_size_of, read_refs, xywh_to_xyxy
 from .schema import FEATURES
 
 
@@ -219,7 +219,7 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
             dropped["regions without words"] += 1
             continue
         text = check_text(region["phrase"].strip(), f"the phrase of region {region.get('region_id')}")
-        annotated_box = to_xyxy([region.get(key) for key in ("x", "y", "width", "height")], scale)
+        annotated_box = xywh_to_xyxy([region.get(key) for key in ("x", "y", "width", "height")], scale)
         box_xyxy = annotated_box and clip_box(annotated_box, width, height)
         if box_xyxy is None:
             dropped["regions without a box in the image"] += 1
@@ -253,7 +253,7 @@ def read_images(path: Path) -> dict[int, dict]:
     """
     where = f"{str(path)!r}"
     images = {}
-    for number, image in enumerate(check_list(read_json(path), where)):
+    for number, image in enumerate(check_list(load_json(path), where)):
         check_fields(image, {"image_id": WHOLE, "coco_id": DIGITS_OR_NONE}, f"{where}, image {number}")
         images[image["image_id"]] = {
             "width": image.get("width"),
@@ -364,7 +364,7 @@ def read_held_out(path: str | Path) -> set[int]:
         OSError: if it is missing or damaged.
         ValueError: if it does not contain a list of ids.
     """
-    content = read_json(path)
+    content = load_json(path)
     ids = content.get("coco_ids") if isinstance(content, dict) else None
     if not isinstance(ids, list) or not all(type(value) is int for value in ids):
         raise ValueError(

@@ -16,7 +16,7 @@ from data_scripts import SOURCES
 from data_scripts.building import Source, flags_of, format_listing
 from data_scripts.checking import MASK_TOLERANCE, check, find_broken_images, format_findings, judge_rows
 from data_scripts.escaping import TerminalFormatter, for_terminal
-from data_scripts.exporting import DATA, MARK, README, check_output, export
+from data_scripts.exporting import DATA, MARK, README, check_output, export_dataset
 from data_scripts.loading import load_with_report
 from data_scripts.quoting import quote
 from data_scripts.reading import check_text
@@ -120,7 +120,7 @@ def run_export(args: Namespace) -> None:
         raise ValueError("--private has no effect without --push_to_hub: add it or remove --private.")
     check_output(Path(args.output).absolute(), args.overwrite)
     splits, build_report = load_splits(args)
-    folder = export(
+    folder = export_dataset(
         args.source, splits, args.output, not args.by_path, args.num_proc, args.overwrite, {**args.flags}, build_report
     )
     write(f'Written to {folder}; datasets.load_dataset("{folder}") reads it.')

@@ -300,7 +300,7 @@ def test_export_cuts_large_splits(toy, tmp_path, monkeypatch):
     make_toy(toy)
     monkeypatch.setattr(exporting, "MAX_SHARD_BYTES", 2000)
     rows = load("toy", data_dir=toy, cache_dir=str(tmp_path / "cache"))
-    exporting.export(SOURCES["toy"], rows, tmp_path / "export")
+    exporting.export_dataset(SOURCES["toy"], rows, tmp_path / "export")
     files = sorted(path.name for path in (tmp_path / "export/data").iterdir())
     assert len(files) > 3
     loaded = datasets.load_dataset(str(tmp_path / "export"), cache_dir=str(tmp_path / "other"))
@@ -317,8 +317,8 @@ def test_export_appears_by_one_rename(toy, tmp_path, monkeypatch):
         folders.append(path.parent.stat().st_ino)
         path.write_text("")
 
-    monkeypatch.setattr(exporting, "write_card", note_folder)
-    exporting.export(SOURCES["toy"], rows, tmp_path / "export")
+    monkeypatch.setattr(exporting, "write_dataset_card", note_folder)
+    exporting.export_dataset(SOURCES["toy"], rows, tmp_path / "export")
     assert folders == [(tmp_path / "export").stat().st_ino]
 
 

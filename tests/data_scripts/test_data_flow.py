@@ -20,7 +20,7 @@ from PIL import Image
 
 import data_scripts
 from benchmarks.data_flow import cache_seconds, make_rows, padded_shares
-from data_scripts.exporting import export
+from data_scripts.exporting import export_dataset
 from modeling_reftr import RefTRImageProcessor
 from modeling_reftr.rle_reftr import to_coco_rle
 from tests.helpers.layout_refcoco import make_refcoco
@@ -484,7 +484,7 @@ def test_sets_flags_and_splits(arguments):
         with pytest.raises(ValueError, match=r"no split 'val'"):
             load_rows(arguments(train_split=name).data)
     assert load_rows(arguments(train_split="val").data, eval_only=True)
-    with pytest.raises(ValueError, match="no data set 'shape'"):
+    with pytest.raises(ValueError, match="no dataset 'shape'"):
         load_rows(arguments(dataset="shape").data)
     with pytest.raises(ValueError, match="has no flag colour"):
         load_rows(arguments(dataset_config={"colour": 1}).data)
@@ -531,7 +531,7 @@ def test_joined_sets(tmp_path):
 @pytest.fixture(scope="module")
 def exported(shapes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "shapes"
-    return str(export(data_scripts.SOURCES["shapes"], shapes, folder))
+    return str(export_dataset(data_scripts.SOURCES["shapes"], shapes, folder))
 
 
 def test_a_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_path):

@@ -442,7 +442,7 @@ def test_captions_longer_than_the_limit_are_cut(load, processor, caplog):
     batch = GroundingCollator(processor)([rows[0]])
     assert batch["input_ids"].shape == (3, 64)
     assert batch["phrase_spans"][0, 1].tolist() == [0, 1]
-    assert "64 tokens and were cut" in caplog.text
+    assert "64 tokens and were truncated" in caplog.text
 
 
 def test_training_on_ones_own_pictures_needs_no_code(recipe, run, tmp_path):

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 import data_scripts
 from data_scripts.building import clip_box
-from data_scripts.refcoco import IMAGE_FOLDERS, encode_segmentation, read_refs, to_xyxy
+from data_scripts.refcoco import IMAGE_FOLDERS, encode_segmentation, read_refs, xywh_to_xyxy
 from tests.helpers.layout_refcoco import FIRST_REF, SPLITS, make_refcoco, python2_pickle
 
 
@@ -403,7 +403,7 @@ def test_ten_thousand_bad_boxes_and_masks():
     kept = 0
     for _ in range(10000):
         box_xywh = [rng.choice(odd) if rng.random() < 0.2 else rng.uniform(-50, 90) for _ in range(4)]
-        box_xyxy = to_xyxy(box_xywh)
+        box_xyxy = xywh_to_xyxy(box_xywh)
         box_xyxy = box_xyxy and clip_box(box_xyxy, 40, 30)
         if box_xyxy:
             kept += 1

@@ -14,7 +14,7 @@ from PIL import Image
 
 import reftr_cli.data as data_command
 from data_scripts.escaping import TerminalFormatter, for_code, for_markdown, for_terminal
-from data_scripts.exporting import write_card as write_dataset_card
+from data_scripts.exporting import write_dataset_card
 from data_scripts.loading import SOURCES
 from modeling_reftr import RefTRConfig
 from reftr_cli import predict

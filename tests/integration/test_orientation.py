@@ -16,7 +16,7 @@ from transformers import pipeline
 import data_scripts
 from data_scripts import reading
 from data_scripts.checking import check
-from data_scripts.exporting import export
+from data_scripts.exporting import export_dataset
 from data_scripts.reading import Frame, drop_orientation, image_of, is_as_stored, read_frame
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor, orientation_reftr
 from modeling_reftr.drawing_reftr import COLORS
@@ -192,7 +192,7 @@ def at_an_export(rows, tmp_path, **_):
     source = data_scripts.SOURCES["refcoco_unc"]
     loaded = []
     for embed in (True, False):
-        output = export(source, {"train": rows}, tmp_path / f"export_{embed}", embed=embed)
+        output = export_dataset(source, {"train": rows}, tmp_path / f"export_{embed}", embed=embed)
         loaded.append(datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache")))
         loaded.append(datasets.load_dataset(str(output), split="train", streaming=True))
     for *copies, case in zip(*loaded, CASES, strict=True):

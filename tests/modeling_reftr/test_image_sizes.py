@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from data_scripts.reading import read_image_size
-from data_scripts.reftr_index import read_mask
+from data_scripts.reftr_index import read_mask_array
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor, fetching_reftr, open_image
 from modeling_reftr.image_processing_reftr import pad_batch
 from training_reftr.images import decode_array, encode_array
@@ -484,13 +484,13 @@ def npy_of(shape: str, data: bytes = b"") -> bytes:
 def test_an_array_that_claims_more_than_its_file_has_is_refused(tmp_path):
     path = tmp_path / "mask.npy"
     path.write_bytes(npy_of("(1000000, 1000000)", bytes(100)))
-    sentence, peak = peak_of(lambda: read_mask(path))
+    sentence, peak = peak_of(lambda: read_mask_array(path))
     assert "is damaged" in sentence
     assert peak < 10_000_000
     with open(path, "wb") as file:  # as large as it claims, with nothing in it
         file.write(npy_of("(10000, 10000)"))
         file.truncate(file.tell() + 10**8)
-    sentence, peak = peak_of(lambda: read_mask(path))
+    sentence, peak = peak_of(lambda: read_mask_array(path))
     assert "has 10000 x 10000 pixels, more than 50,000,000" in sentence
     assert peak < 10_000_000
     kept = npy_of("(1000000, 1000000, 3)", bytes(100))

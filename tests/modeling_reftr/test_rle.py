@@ -21,7 +21,7 @@ def mask(request):
 def test_to_coco_rle_equals_pycocotools_and_the_dataset_scripts(mask):
     encoded = rle_reftr.to_coco_rle(mask)
     assert encoded == rle_reftr.to_coco_rle(torch.from_numpy(mask))
-    for reference in (coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)), dataset_masks.encode_array(mask)):
+    for reference in (coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)), dataset_masks.encode_mask(mask)):
         assert encoded == {"size": list(reference["size"]), "counts": reference["counts"].decode("ascii")}
 
 

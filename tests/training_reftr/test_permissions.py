@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import data_scripts
-from data_scripts.exporting import export
+from data_scripts.exporting import export_dataset
 from modeling_reftr.saving_reftr import save_tensors
 from tests.helpers.tiny import TINY_SET
 from training_reftr.images import ImageReader
@@ -63,7 +63,7 @@ def test_tensors_have_the_permissions_of_the_umask(tmp_path, umask):
 def test_built_and_exported_datasets_have_the_permissions_of_the_umask(tmp_path, umask):
     (tmp_path / "cache").mkdir()
     splits = data_scripts.load("shapes", cache_dir=str(tmp_path / "cache"), **TINY_SET, num_proc=2)
-    export(data_scripts.SOURCES["shapes"], splits, tmp_path / "export")
+    export_dataset(data_scripts.SOURCES["shapes"], splits, tmp_path / "export")
     for name in ("cache", "export"):
         assert unexpected_modes(tmp_path / name, umask) == {}
 

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, box_iou
 import data_scripts
 import train_reftr
 from data_scripts.checking import find_box_faults
-from data_scripts.exporting import export
+from data_scripts.exporting import export_dataset
 from data_scripts.reports import format_statistics
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.image_processing_reftr import resized_size
@@ -224,7 +224,7 @@ def test_the_order_is_that_of_the_index_whatever_the_rows(index):
 
 def test_the_order_survives_export_and_streaming(index, tmp_path):
     rows = rows_of(index)
-    export(data_scripts.SOURCES["reftr_refcoco_unc"], {"val": rows}, tmp_path / "export")
+    export_dataset(data_scripts.SOURCES["reftr_refcoco_unc"], {"val": rows}, tmp_path / "export")
     args = TrainingSettings.from_flat(
         dataset=str(tmp_path / "export"), data_cache_dir=str(tmp_path / "cache"), eval_only=True, test_splits="val"
     )
