@@ -173,7 +173,7 @@ def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
 
 
 def find_row_faults(row: dict, mask_tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
-    """(kind, sentence) of everything that is wrong with a row and its image."""
+    """Return (kind, message) of everything that is wrong with a row and its image."""
     faults = find_image_faults(row, decode=True)
     if not faults:
         size = (row["width"], row["height"])
@@ -198,7 +198,7 @@ def find_faults(
     description: str,
 ) -> list[Finding]:
     """
-    Whatever `find(row) -> [(kind, sentence)]` finds in any row, images not decoded.
+    Return what `find(row) -> [(kind, message)]` finds in all rows, with images not decoded.
 
     Args:
         splits (`dict[str, datasets.Dataset]`): split -> rows.
@@ -237,13 +237,13 @@ def find_broken_images(
 
 
 def repeated_values(values: pa.Array) -> list:
-    """Values that come more than once."""
+    """Return the values that occur more than once."""
     counted = pc.value_counts(values)
     return counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist()
 
 
 def find_repeated_ids(splits: dict[str, datasets.Dataset]) -> tuple[list[Finding], list[Finding]]:
-    """Ids that come twice in one split (errors), and those that two splits share (warnings)."""
+    """Return ids that occur twice in one split (errors), and those that two splits share (warnings)."""
     errors, warnings, seen = [], [], {}
     for split, rows in splits.items():
         if not len(rows):
@@ -269,7 +269,7 @@ def find_repeated_ids(splits: dict[str, datasets.Dataset]) -> tuple[list[Finding
 
 
 def find_silent_sentences(splits: dict[str, datasets.Dataset]) -> list[Finding]:
-    """Sentences without a phrase, which are asked about nothing: a warning a split."""
+    """Count sentences without a phrase, which ask for nothing: one warning per split."""
     warnings = []
     for split, rows in splits.items():
         if len(rows):

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -18,13 +19,14 @@ logger = logging.getLogger(__name__)
 HELD_OUT = ("val", "test")  # how the names of held-out splits begin: val, validation, test, testA, ...
 
 
-def coco_id(image_id: str, image: str | None = None) -> int | None:
+def coco_id(image_id: str, path: str | None = None, *, picture: str | None = None) -> int | None:
     """
     Return the COCO id of a row's image, which identifies it across datasets; None if the row does not tell one.
 
     Args:
         image_id (`str`): the row's, "coco_<id>" or any other with "_coco_<id>" at its end.
-        image (`str`, *optional*): path of its image, where image_id does not tell: COCO_train2014_<id>.jpg.
+        path (`str`, *optional*): path of its image, used if image_id has no COCO id: COCO_train2014_<id>.jpg.
+        picture (`str`, *optional*): deprecated name of `path`.
 
     Example:
 
@@ -37,8 +39,11 @@ def coco_id(image_id: str, image: str | None = None) -> int | None:
     42
 
     ```"""
+    if picture is not None:
+        warnings.warn("`picture` is deprecated, use `path`.", FutureWarning, stacklevel=2)
+        path = picture
     told = re.search(r"(?:^|_)coco_(\d{1,18})$", image_id)
-    told = told or re.match(r"COCO_(?:train|val)2014_(\d{12})", PurePath(image or "").name)
+    told = told or re.match(r"COCO_(?:train|val)2014_(\d{12})", PurePath(path or "").name)
     return int(told[1]) if told else None
 
 
@@ -57,7 +62,7 @@ def combine(
     more than train, as those of val are in trainval. What train itself has of a held-out split is left out.
 
     Args:
-        sets (`list`): each a name that `load` takes, a pair (name, flags) of it, a dict of splits (such as a
+        sets (`list`): datasets, each a name that `load` takes, a pair (name, flags) of it, a dict of splits (such as a
             `DatasetDict`), or a `Dataset`, which has no held-out images.
         split (`str`): the split to join. "trainval" of a dataset that has none is its train and its val.
         held_out (`tuple[str, ...]`): how the names of the held-out splits begin.

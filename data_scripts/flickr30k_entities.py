@@ -225,7 +225,7 @@ def read_captions(path: Path, image_id: str) -> list[tuple[str, str | None, list
 def read_chain_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[float]]]]:
     """
     Return the annotated (width, height) and the boxes of each chain, xyxy in pixels from 0. Chain 0, and objects
-    without a box, which are the whole scene or not in the image, are left out.
+    without a box, which are the complete scene or not in the image, are left out.
 
     Raises:
         ValueError: if the file is not an annotation, or has a document type, which can make a small file a huge one.

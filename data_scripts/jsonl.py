@@ -307,7 +307,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def refuse_constant(name: str) -> Never:
-    """JSON has no NaN and no infinity; Python's reader does."""
+    """Refuse NaN and infinity, which Python's reader accepts and JSON does not have."""
     raise ValueError(f"{name} is not a number")
 
 
@@ -350,7 +350,7 @@ def image_id_of(value: dict) -> str:
 
 
 def annotated_size(value: dict) -> tuple[int, int] | None:
-    """(width, height) that a line says, if it does."""
+    """Return the (width, height) of a line, None if it has none."""
     if "width" not in value and "height" not in value:
         return None
     size = (value.get("width"), value.get("height"))
@@ -383,7 +383,7 @@ def read_expression(expression: Any, field: str) -> tuple[str, list]:
 
 
 def find_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
-    """(start, end) of a phrase in its text, by its characters or by its words, which must then be there once."""
+    """Return (start, end) of a phrase by its characters, or by its text, which must then occur once."""
     words = phrase.get("text")
     if "start" in phrase or "end" in phrase:
         start, end = phrase.get("start"), phrase.get("end")
@@ -433,12 +433,12 @@ def spans_in(value: dict) -> list[list]:
 
 
 def is_dict(value: Any) -> bool:
-    """Whether it is a JSON object."""
+    """Return whether a value is a JSON object."""
     return isinstance(value, dict)
 
 
 def is_four_numbers(box: Any) -> bool:
-    """Whether it is a list of four numbers that have a place in an image."""
+    """Return whether a value is a list of four coordinates."""
     return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
 
 
@@ -477,7 +477,7 @@ def parse_boxes(target: dict, field: str, box_format: str, width: int, height: i
 
 
 def read_polygons(value: Any, field: str, height: int, width: int) -> dict:
-    """Polygons, or a single one, as run-length encoding of (height, width)."""
+    """Encode polygons, or a single one, as run lengths of (height, width)."""
     polygons = [value] if isinstance(value, list) and value and is_number(value[0]) else value
     good = isinstance(polygons, list) and polygons
     good = good and all(
@@ -488,12 +488,12 @@ def read_polygons(value: Any, field: str, height: int, width: int) -> dict:
     # the library walks along every edge, so a point far away takes its time and memory
     limits = np.array([width, height])
     near = all((np.abs(np.reshape(polygon, (-1, 2)) - limits / 2) <= 1.5 * limits).all() for polygon in polygons)
-    require(near, field, value, f"points in the image of {width} x {height}, or as far outside of it at most")
+    require(near, field, value, f"points in the image of {width} x {height}, or at most as far outside of it")
     return encode_polygons(polygons, height, width)
 
 
 def read_run_lengths(value: dict, field: str, height: int, width: int) -> dict:
-    """COCO's run-length encoding, compressed or not, of (height, width)."""
+    """Validate COCO's run-length encoding, compressed or not, of (height, width)."""
     known(value, ("size", "counts"), field)
     require(value.get("size") == [height, width], f"{field}.size", value.get("size"), f"the image's {[height, width]}")
     try:

@@ -33,8 +33,8 @@ def load(
     A change of the annotation files, of the builder or of a flag builds it again.
 
     An image is turned as its EXIF orientation says, unless only its stored size agrees with the size that it was
-    annotated at. Where it is not turned, the row holds the content of the file without its orientation, since the
-    datasets library would turn it; all other rows hold paths. So every reader sees the frame that `width`, `height`,
+    annotated at. Where it is not turned, the row has the content of the file without its orientation, since the
+    datasets library would turn it; all other rows have paths. So every reader sees the frame that `width`, `height`,
     boxes and masks are in.
 
     Args:
@@ -118,7 +118,7 @@ def load_with_report(
 def _make_builder(name: str, data_dir: str | None, cache_dir: str | None, config: dict) -> datasets.DatasetBuilder:
     """Return the builder of a dataset by its name; raise a ValueError for unknown names and flags."""
     if name not in SOURCES:
-        raise ValueError(f"There is no dataset {name!r}; there are: {', '.join(SOURCES)}.")
+        raise ValueError(f"There is no dataset {name!r}; choose from: {', '.join(SOURCES)}.")
     source = SOURCES[name]
     flags = flags_of(source)
     unknown = sorted(set(config) - set(flags))

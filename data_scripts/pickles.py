@@ -2,7 +2,7 @@
 Pickles of others, read without running their code, and in time and memory that the size of their file bounds.
 
 A pickle is a program. This one interpreter of it, in Python, sees what the library's own reader in C does not: a
-thousand bytes can hash a tuple that unfolds to 10 ** 30 entries, reserve memory for a memo of 2 ** 32 places, or ask
+thousand bytes can hash a tuple that unfolds to 10 ** 30 entries, reserve memory for a memo of 2 ** 32 entries, or ask
 NumPy for an array of any size.
 """
 
@@ -20,11 +20,11 @@ import numpy as np
 from .quoting import explain, quote
 
 
-# what a dict may be asked by, and a set may hold: hashing it takes no time
+# keys of dicts and entries of sets: hashing them takes no time
 KEY_TYPES = (str, int, float, bool, bytes, type(None))
 MAX_KEY = 2**60  # of whole numbers: larger ones can be made to share one hash
 MAX_DEPTH = 100
-UNUSED_OPCODES = (  # they call classes, or need what the caller of a reader would bring
+UNUSED_OPCODES = (  # they call classes, or require buffers of the caller
     *(pickle.INST + pickle.OBJ + pickle.NEWOBJ + pickle.NEWOBJ_EX + pickle.EXT1 + pickle.EXT2 + pickle.EXT4),
     *(pickle.NEXT_BUFFER + pickle.READONLY_BUFFER),
 )
@@ -33,8 +33,8 @@ CONTAINERS = (list, tuple, dict, set, frozenset)
 
 class BoundedUnpickler(pickle._Unpickler):
     """
-    Reads numbers, texts, lists, tuples, dicts and sets. Subclasses say in `find_class` what else may be named, in
-    `set_state` what may be changed, and count in `charge` whatever is not in the file byte by byte.
+    Unpickler of numbers, texts, lists, tuples, dicts and sets. Subclasses decide in `find_class` which other names are
+    allowed and in `set_state` what may be changed, and count memory beyond the bytes of the file in `charge`.
 
     Args:
         file (binary file): with `read` and `readline`, whose `read(n)` reserves no memory for what is not there.
@@ -95,7 +95,7 @@ class BoundedUnpickler(pickle._Unpickler):
     # opcodes
 
     def _refuse_opcode(self) -> Never:
-        raise pickle.UnpicklingError("it has an opcode that data does not need")
+        raise pickle.UnpicklingError("it has an opcode that data never has")
 
     def _build(self) -> None:
         state = self.stack.pop()
@@ -193,7 +193,7 @@ TORCH_TYPES = {
 class DataUnpickler(BoundedUnpickler):
     """
     Reads NumPy arrays and numbers as well, of Python 2 too. Tensors become arrays over `storages`, key -> array, which
-    lie beside the pickle and are to be filled after it.
+    are stored beside the pickle and filled after it.
     """
 
     def __init__(self, file: BinaryIO, name: str, num_bytes: int) -> None:
@@ -218,8 +218,8 @@ class DataUnpickler(BoundedUnpickler):
         """Return what stands in for a name."""
         if (module, name) not in self.allowed:
             self.refuse(
-                f"it asks for {quote(f'{module}.{name}')[1:-1]}, and an annotation file needs nothing but numbers, "
-                "texts, lists and numpy arrays. If you trust its source, ask them for JSON"
+                f"it asks for {quote(f'{module}.{name}')[1:-1]}, and an annotation file consists of numbers, "
+                "texts, lists and numpy arrays only. If you trust its source, ask them for JSON"
             )
         return self.allowed[module, name]
 
@@ -289,7 +289,7 @@ class DataUnpickler(BoundedUnpickler):
         array = storage[offset : offset + count].reshape(shape)
         steps = zip(shape, array.strides, stride, strict=True)
         if offset < 0 or any(size > 1 and step != number * array.itemsize for size, step, number in steps):
-            raise pickle.UnpicklingError("it has a tensor that does not lie in one piece")
+            raise pickle.UnpicklingError("it has a tensor that is not contiguous")
         return array
 
 
@@ -322,7 +322,7 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def _load(content: bytes, name: str) -> Any:
-    """Return what a pickle or a file of torch.save before 1.6 holds."""
+    """Read a pickle or a file of torch.save before 1.6."""
     file = io.BytesIO(content)
 
     def read() -> tuple[Any, dict]:
@@ -345,7 +345,7 @@ def _load(content: bytes, name: str) -> Any:
 
 
 def _load_zip(content: bytes, name: str) -> Any:
-    """Return what a file of torch.save since 1.6 holds."""
+    """Read a file of torch.save since 1.6."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         refuse_packed(archive, name, len(content))
         pickles = [entry for entry in archive.namelist() if entry.endswith("data.pkl")]
@@ -384,7 +384,7 @@ def refuse_packed(archive: zipfile.ZipFile, name: str, num_bytes: int) -> None:
 
 def refuse_unfolding(value: Any, name: str, limit: int) -> None:
     """
-    Refuse data whose lists stand in so many places, in themselves or so deep, that looking through it has no end.
+    Refuse data whose lists are shared so often, contain themselves or are nested so deep that a traversal never ends.
 
     Args:
         value: lists, tuples, dicts and sets, and anything in them.
@@ -418,13 +418,13 @@ def refuse_unfolding(value: Any, name: str, limit: int) -> None:
             total = sizes[id(container)] = opened.pop(id(container))
             if total > limit:
                 raise ValueError(
-                    f"{name!r} is refused: lists in it stand in so many places that it unfolds to more than {limit} "
+                    f"{name!r} is refused: lists in it are shared so often that it unfolds to more than {limit} "
                     "entries, and its size is that of far fewer."
                 )
             if stack:
                 opened[id(stack[-1][0])] += total
         elif id(entry) in opened:
-            raise ValueError(f"{name!r} is refused: a list in it holds itself.")
+            raise ValueError(f"{name!r} is refused: a list in it contains itself.")
         elif id(entry) in sizes:
             opened[id(container)] += sizes[id(entry)]
         elif len(stack) > MAX_DEPTH:

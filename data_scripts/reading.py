@@ -18,7 +18,7 @@ MAX_PIXELS = 50_000_000
 # texts over this are refused, as by the processor, and those with a NUL or half of a surrogate pair
 MAX_CHARACTERS = 100_000
 REFUSED = re.compile("[\0\ud800-\udfff]")
-# those that images are decoded from, as by the image processor, where the reasons are
+# those that images are decoded from, as by the image processor, which gives the reasons
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # what an image of an EXIF orientation was turned by before it was stored
 UNDONE_TURNS = {
@@ -39,7 +39,7 @@ def load_json(path: str | Path) -> Any:
     Read a JSON file in UTF-8.
 
     Raises:
-        OSError: if there is no such file, or it is damaged.
+        OSError: if the file does not exist or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,8 +110,8 @@ def check_text(text: object, name: str) -> str:
 
 def check_spans(spans: list[tuple[int, int]], name: str) -> None:
     """
-    Check that the phrases of a text, as (start, end), are no more together than the processor takes: they may overlap,
-    and each is tokenized.
+    Check that the phrases of a text, as (start, end), are together not longer than the processor accepts: they may
+    overlap, and each is tokenized.
 
     Raises:
         ValueError: if they have more than `MAX_CHARACTERS` characters.
@@ -179,10 +179,10 @@ def has_words(text: object) -> bool:
 
 def read_text(path: str | Path) -> str:
     """
-    Return what a text file in UTF-8 holds, with or without a byte order mark.
+    Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        OSError: if there is no such file.
+        OSError: if the file does not exist.
         ValueError: if it is not UTF-8, or has what `check_text` refuses, naming the line.
     """
     content = Path(path).read_bytes()
@@ -294,7 +294,7 @@ def keeps_stored_frame(orientation: int, stored_size: tuple[int, int], annotated
     rule.
 
     Args:
-        orientation (`int`): of EXIF, 1 to 8; from 5 on, width and height change places.
+        orientation (`int`): of EXIF, 1 to 8; from 5 on, width and height are exchanged.
         stored_size, annotated_size (`(width, height)`): `annotated_size` is None where it is unknown.
 
     Example:
@@ -357,7 +357,7 @@ def read_frame(path: str | Path, annotated_size: tuple[int, int] | None = None) 
 
 def image_of(path: str | Path, frame: Frame) -> str | dict:
     """
-    Return what a row holds of an image file, so that every reader of the row shows the frame that it is annotated in:
+    Return what a row stores of an image file, so that every reader shows the frame that it is annotated in:
     its path; or, where its orientation is not followed, its content without the orientation, since the datasets
     library turns an image as EXIF says.
 

@@ -8,7 +8,7 @@ RefCOCO, RefCOCO+, RefCOCOg and ReferItGame (RefCLEF), from the files of the ref
       images/train2014/COCO_train2014_000000581857.jpg     or in another of `IMAGE_FOLDERS`
       images/saiapr_tc-12/...                              RefCLEF's; in folders as distributed, or flat
 
-A row holds the objects of one image that a split's references point at, and their expressions; rows are sorted by
+A row has the objects of one image that a split's references name, and their expressions; rows are sorted by
 image id, objects and sentences stand in the order of the references, and `positions` number the sentences among
 all those of its split's references, as the refer API and the published indexes order them. The word after the
 underscore of a configuration says who cut the splits; RefCLEF's references of "testAB" are in testA and in testB, as
@@ -60,7 +60,7 @@ from .schema import FEATURES
 __all__ = ["FEATURES", "SOURCES", "RefCoco", "RefCocoConfig"]
 
 
-# where people keep the images, relative to data_dir; the first place that holds one of them is taken
+# usual folders of the images, relative to data_dir; the first that contains one of them is used
 IMAGE_FOLDERS = {
     "coco": (
         "images/train2014",
@@ -93,9 +93,9 @@ MAX_SPLITS = 20
 class RefCocoConfig(datasets.BuilderConfig):
     """
     Args:
-        image_dir (`str`, *optional*): the folder of the images; absent: the first of `IMAGE_FOLDERS` that holds any.
+        image_dir (`str`, *optional*): the folder of the images; absent: the first of `IMAGE_FOLDERS` with any.
         integer_boxes (`bool`): cut the corners of boxes to whole pixels, as the published loaders do, so that their
-            figures can be compared. Boxes that this leaves without extent, and masks without a pixel, are kept in
+            metrics can be compared. Boxes that this leaves without extent, and masks without a pixel, are kept in
             splits that are not for training: the published evaluation counts them as misses.
     """
 
@@ -123,7 +123,7 @@ class RefCoco(GroundingBuilder):
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """`instances.json` and the pickled references."""
+        """Return `instances.json` and the pickled references."""
         folder, split_by = config_name.rsplit("_", 1)
         return [Path(data_dir) / folder / "instances.json", Path(data_dir) / folder / f"refs({split_by}).p"]
 
@@ -135,14 +135,14 @@ class RefCoco(GroundingBuilder):
         images, annotations, categories = read_instances(
             instances_file, {ref["ann_id"] for ref in refs}, with_file_names=self.image_source == "saiapr"
         )
-        needed = {ref["image_id"] for ref in refs}
-        unknown = sorted(needed - images.keys())
+        required = {ref["image_id"] for ref in refs}
+        unknown = sorted(required - images.keys())
         if unknown:
             raise OSError(
                 f"{str(refs_file)!r} names {len(unknown)} images that {str(instances_file)!r} lacks: the two files "
                 f"do not belong together. Their ids:{format_listing(unknown)}"
             )
-        paths = self.find_image_paths([images[image_id] for image_id in sorted(needed)])
+        paths = self.find_image_paths([images[image_id] for image_id in sorted(required)])
         frames = self.read_frames(
             {path: annotated_size_of(images[image_id]) for image_id, path in paths.items()}, self.distribution
         )
@@ -365,7 +365,7 @@ def read_refs(path: Path) -> list[dict]:
 
     Raises:
         OSError: if the file is missing or damaged.
-        ValueError: if it holds anything but references.
+        ValueError: if it contains anything but references.
     """
     refs, where = read_pickle(path), f"{str(path)!r}"
     for number, ref in enumerate(check_list(refs, where)):

@@ -240,7 +240,7 @@ class RefTRIndex(GroundingBuilder):
         return {**row, "objects": list(objects.values()), "sentences": sentences, "positions": positions}
 
     def _read_mask(self, mask: str) -> tuple[tuple[int, int], dict]:
-        """See `read_mask_array`; each file is read once."""
+        """Read a mask by `read_mask_array`, each file once."""
         if mask not in self.masks:
             self.masks[mask] = read_mask_array(Path(self.config.data_dir) / self.index.mask_dir / mask)
         return self.masks[mask]
@@ -392,7 +392,7 @@ def read_mask_array(path: Path) -> tuple[tuple[int, int], dict]:
 
     Raises:
         OSError: if the file is damaged.
-        ValueError: if it holds objects, which can run code, or is not of numbers and two dimensions.
+        ValueError: if it contains objects, which can run code, or is not of numbers and two dimensions.
     """
     try:
         # never unpickles, and maps no more than the file has
@@ -409,7 +409,7 @@ def read_mask_array(path: Path) -> tuple[tuple[int, int], dict]:
     return tuple(mask.shape), to_segmentation(encode_mask(mask), keep_empty=True)
 
 
-# published (images, objects, expressions), by split, where the index is known to hold all of the set
+# published (images, objects, expressions), by split, if the index is known to be the complete dataset
 COUNTS = {
     "refcoco": {
         "train": (16_994, None, 120_624),

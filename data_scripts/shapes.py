@@ -108,12 +108,12 @@ class Shape:
     box: tuple[int, int, int, int] | None = None
 
     def fits(self, size: str | None, color: str | None, shape: str | None) -> bool:
-        """Whether it has these attributes, None being any."""
+        """Return whether the shape has these attributes, None being any."""
         return size in (None, self.size) and color in (None, self.color) and shape in (None, self.shape)
 
     @property
     def middle(self) -> tuple[float, float]:
-        """Middle of the visible box, which places and relations speak of."""
+        """Middle of the visible box, which positions and relations refer to."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
@@ -210,13 +210,13 @@ def draw_alpha(shape: Shape, image_size: int) -> np.ndarray:
 
 
 def describe_shape(attributes: tuple) -> str:
-    """(size, color, shape), any of them None -> "small red star", "red shape"."""
+    """Describe (size, color, shape), each of which may be None: "small red star", "red shape"."""
     size, color, shape = attributes
     return " ".join(word for word in (size, color, shape or "shape") if word)
 
 
 def attributes_of(shape: Shape) -> list[tuple]:
-    """Every description of an object by its attributes."""
+    """Return every description of an object by its attributes."""
     return [
         (size, color, kind)
         for size in (None, shape.size)
@@ -226,18 +226,18 @@ def attributes_of(shape: Shape) -> list[tuple]:
 
 
 def draw_description(rng: np.random.Generator, choices: list[tuple]) -> tuple:
-    """One of several descriptions; people name the colour more often than not, and the size where they must."""
+    """Draw one of several descriptions; people usually name the colour, and the size only if required."""
     weights = np.array([(4.0 if color else 1.0) * (0.2 if size else 1.0) for size, color, _ in choices])
     return choices[rng.choice(len(choices), p=weights / weights.sum())]
 
 
 def matches(shapes: list[Shape], attributes: tuple) -> list[int]:
-    """Numbers of the shapes that have these attributes (size, color, shape), None being any."""
+    """Return the indices of the shapes that have these attributes (size, color, shape), None being any."""
     return [index for index, shape in enumerate(shapes) if shape.fits(*attributes)]
 
 
 def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: int) -> list[dict]:
-    """About six sentences, each unambiguous; fewer kinds where the scene does not allow them."""
+    """Write about six unambiguous sentences, of fewer kinds if the scene does not allow all."""
     margin = MARGIN * image_size
     by_attribute = [
         [words for words in attributes_of(shape) if any(words) and matches(shapes, words) == [index]]

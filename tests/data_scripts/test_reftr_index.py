@@ -249,7 +249,7 @@ def test_tensors_of_an_index_become_arrays(tmp_path, legacy):
     assert box.tolist() == [[1, 2, 3, 4]]
     assert [array.tolist() for array in read] == [tensor.tolist() for tensor in parts]
     save([whole.view(3, 4).T], tmp_path / "index.pth", legacy)
-    with pytest.raises(OSError, match="does not lie in one piece"):
+    with pytest.raises(OSError, match="is not contiguous"):
         read_pickle(tmp_path / "index.pth")
 
 
