@@ -101,7 +101,7 @@ def run_all(settings: TrainingSettings, signals: Signals) -> None:
             if accelerator.is_main_process:
                 if not (eval_only and settings.initialization.init_from):  # otherwise the folder has no model
                     write_card(settings.checkpoints.output_dir)
-                results = f"{format_table(metrics)}\n\n{describe_results(settings.checkpoints.output_dir, metrics)}"
+                results = f"{format_table(metrics)}\n\n{describe_results(settings.checkpoints.folder, metrics)}"
                 sys.stdout.write(for_terminal(f"{estimate(settings) if settings.checkpoints.dry_run else results}\n"))
                 if revision := publisher.finish():
                     sys.stdout.write(f"Pushed to {settings.hub.push_to_hub}, revision {revision}\n")

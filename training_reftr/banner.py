@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from modeling_reftr import RefTRForVisualGrounding
 from training_reftr.build import is_weights_file
+from training_reftr.run_folder import RunFolder
 from training_reftr.settings import TrainingSettings
 
 
@@ -94,25 +95,28 @@ def is_alone_by_mistake(num_processes: int, environment) -> bool:
     return is_lost or environment.get("WORLD_SIZE", "1") not in ("", "1")
 
 
-def describe_results(output_dir: str | Path, metrics: dict) -> str:
+def describe_results(folder: RunFolder, metrics: dict) -> str:
     """
     Return lines that say where the model, the report and the images of a run are, as far as they exist, and the
     command that asks the model.
 
     Args:
-        output_dir (`str` or `Path`): the folder of the run.
+        folder ([`RunFolder`]): of the run.
         metrics (`dict`): what metrics.json holds.
     """
-    folder, model = Path(output_dir), metrics["model"]
-    places = [("Model", model)]
-    places += [(name, str(folder / file)) for name, file in (("Report", "report.md"), ("Images", "predictions.png"))]
-    lines = [f"{name}: {place}" for name, place in places if name == "Model" or Path(place).exists()]
+    model = metrics["model"]
+    lines = [f"Model: {model}"]
+    lines += [
+        f"{name}: {file}"
+        for name, file in (("Report", folder.report), ("Images", folder.drawn_predictions))
+        if file.exists()
+    ]
     example = metrics.get("example", {"texts": []})
     # one that a terminal shows as it is, and that is not taken for an option
     text = next((text for text in example["texts"] if text.isprintable() and not text.startswith("-")), None)
     if text is not None and not is_weights_file(model):
-        words = ["predict", "--model", model, "--image", str(folder / example["image"]), "--text", text]
-        lines.append(f"Next: {shlex.join([*reftr_command(), *words, '--output', str(folder / 'answer.png')])}")
+        words = ["predict", "--model", model, "--image", str(folder.path / example["image"]), "--text", text]
+        lines.append(f"Next: {shlex.join([*reftr_command(), *words, '--output', str(folder.answer)])}")
     return "\n".join(lines)
 
 

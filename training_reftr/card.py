@@ -23,6 +23,7 @@ from training_reftr.hub import write_contents
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
 from training_reftr.report import format_results
+from training_reftr.run_folder import RunFolder
 
 
 MARK = "<!-- written by train_reftr.py from the files beside it; without this line it is left alone -->"
@@ -101,7 +102,6 @@ METRICS = {
     "mask_mean_iou_resized": "masks: mean IoU at the resized size",
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # of a user: ./runs is a folder
-README = "README.md"
 TITLE = "RefTR"  # of a card that was not pushed, which has no name of its own
 
 
@@ -122,7 +122,7 @@ def write_card(folder: str | Path, repository: str | None = None) -> Path:
     """
     folder = Path(folder)
     write_contents(folder, card_files(folder, repository))
-    return folder / README
+    return RunFolder(folder).card
 
 
 def card_files(folder: str | Path, repository: str | None = None) -> dict[str, bytes]:
@@ -146,12 +146,13 @@ def card_files(folder: str | Path, repository: str | None = None) -> dict[str, b
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise OSError(f"There is no RefTR in {str(folder)!r}: no config.json.")
-    path = folder / README
+    path = RunFolder(folder).card
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return {}
-    with naming_files(folder, ("metrics.json", "metrics.jsonl", "recipe.yaml", "origin.json"), {}):
+    run = RunFolder(folder)
+    with naming_files(folder, [file.name for file in (run.metrics, run.log, run.recipe, run.origin)], {}):
         facts = read_facts(folder)
-        files = {README: make_card(facts, repository)}
+        files = {path.name: make_card(facts, repository)}
         entries = make_eval_results(facts)
     if entries:
         name = f"{facts['recipe']['hub_dataset'].replace('/', '_')}.yaml"
@@ -162,8 +163,9 @@ def card_files(folder: str | Path, repository: str | None = None) -> dict[str, b
 def read_facts(folder: Path) -> dict:
     """Return what the files of a folder say, by what they are: "config", "recipe", "origin", "metrics" and so on."""
 
-    def read(name: str) -> dict:
-        path = folder / name
+    run = RunFolder(folder)
+
+    def read(path: Path) -> dict:
         if not path.is_file():
             return {}
         if path.suffix == ".json":
@@ -178,19 +180,19 @@ def read_facts(folder: Path) -> dict:
         with naming_files(folder, [file.name], {}), safe_open(file, "pt") as weights:
             names = list(weights.keys())
             num_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    recipe = read("recipe.yaml")
-    comments = read_text(folder / "recipe.yaml").splitlines() if recipe else []
-    metrics = read("metrics.json")
+    recipe = read(run.recipe)
+    comments = read_text(run.recipe).splitlines() if recipe else []
+    metrics = read(run.metrics)
     return {
         "config": RefTRConfig.from_pretrained(folder).to_dict(),
         "recipe": recipe,
         # what was changed where the run was resumed
         "changes": [line.removeprefix("# ") for line in comments if line.startswith("# from step ")],
-        "origin": read("origin.json"),
+        "origin": read(run.origin),
         "metrics": metrics,
-        "validation": best_validation(folder / "metrics.jsonl", recipe.get("validation_split", "validation")),
+        "validation": best_validation(run.log, recipe.get("validation_split", "validation")),
         "num_parameters": num_parameters,
-        "has_pictures": (folder / "predictions.png").is_file(),
+        "has_pictures": run.drawn_predictions.is_file(),
         "has_example": "example" in metrics and (folder / metrics["example"]["image"]).is_file(),
     }
 

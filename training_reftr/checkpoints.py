@@ -44,12 +44,13 @@ from modeling_reftr import RefTRProcessor
 from modeling_reftr.saving_reftr import save_tensors
 from training_reftr.guards import explain
 from training_reftr.json_files import read_json
+from training_reftr.run_folder import RunFolder
 from training_reftr.settings import CheckpointSettings
 
 
 logger = logging.getLogger(__name__)
 
-FOLDER, MANIFEST, STATE, OPTIMIZER = "checkpoints", "manifest.json", "state.json", "optimizer.safetensors"
+MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 NAME = re.compile(r"step_(\d{8,})")
 # files without which a checkpoint is not complete
 REQUIRED = ("config.json", "model*.safetensors", OPTIMIZER, STATE, "processor_config.json", "tokenizer_config.json")
@@ -130,7 +131,7 @@ def save_checkpoint(
     else:
         moments = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE).get("state", {})
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    path = Path(checkpoints.output_dir) / FOLDER / f"step_{state.step:08d}"
+    path = checkpoints.folder.checkpoint(state.step)
 
     def write(folder: Path):
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
@@ -322,7 +323,7 @@ def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerat
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, the newest first; whether they are whole is not looked at."""
-    folder = Path(output_dir) / FOLDER
+    folder = RunFolder(Path(output_dir)).checkpoints
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
 

@@ -5,7 +5,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -13,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from training_reftr.checkpoints import checkpoints_of, find_checkpoint, load_state
 from training_reftr.resuming import refuse_changes
 from training_reftr.settings import TrainingSettings
-from training_reftr.tracking import LOG
 
 
 NUM_UPDATES = 4  # the first ones are slower than the rest
@@ -61,7 +59,7 @@ def _first(rows, count: int):
 
 def estimate(settings: TrainingSettings) -> str:
     """What a rehearsal tells about the run."""
-    lines = [json.loads(line) for line in (Path(settings.checkpoints.output_dir) / LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in settings.checkpoints.folder.log.read_text().splitlines()]
     last = [line for line in lines if "train/seconds_per_update" in line][-1]
     steps = load_state(checkpoints_of(settings.checkpoints.output_dir)[0]).steps_per_epoch
     hours = steps * last["train/seconds_per_update"] / 3600

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from training_reftr.checkpoints import on_main_process
+from training_reftr.run_folder import RunFolder
 
 
 try:
@@ -22,8 +23,6 @@ except ImportError:  # on Windows
     fcntl = None
 
 logger = logging.getLogger(__name__)
-
-LOCK = ".lock"
 
 _held = set()  # descriptors of locked files
 
@@ -55,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    path = RunFolder(folder).lock
     descriptor = acquire(path)
     try:
         yield

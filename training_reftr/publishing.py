@@ -10,44 +10,11 @@ from accelerate import Accelerator
 
 from training_reftr.card import card_files
 from training_reftr.hub import make_repository, reason_of, select_files, upload, write_contents
+from training_reftr.run_folder import RunFolder
 from training_reftr.settings import TrainingSettings
 
 
 logger = logging.getLogger(__name__)
-
-
-# files of a model's folder that are pushed: no checkpoints, and no files of the user's
-PATTERNS = [
-    "README.md",
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "processor_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "*_reftr.py",
-    "recipe.yaml",
-    "origin.json",
-    "metrics.json",
-    "metrics.jsonl",
-    "report.md",
-    "predictions.jsonl",
-    "predictions.png",
-    "example.png",
-    "visualizations/*/*",
-    ".eval_results/*.yaml",
-]
-# files without which the model cannot be loaded
-REQUIRED = [
-    "README.md",
-    "config.json",
-    "model*.safetensors",
-    "processor_config.json",
-    "tokenizer*",
-    "modeling_reftr.py",
-]
 
 
 def push_model(
@@ -61,7 +28,7 @@ def push_model(
     Push a saved model.
 
     Args:
-        folder (`str` or `Path`): with the model and its processor; `PATTERNS` are taken.
+        folder (`str` or `Path`): with the model and its processor; `RunFolder.PUSHED` are uploaded.
         repository (`str`): "user/name"; made where it is not there.
         private (`bool`, *optional*): whether a new repository is private.
         message (`str`, *optional*): of the commit.
@@ -76,13 +43,13 @@ def push_model(
             what the Hub had before.
     """
     card = card or {}
-    files = {*select_files(Path(folder), PATTERNS), *card}
-    missing = [pattern for pattern in REQUIRED if not any(Path(name).match(pattern) for name in files)]
+    files = {*select_files(Path(folder), RunFolder.PUSHED), *card}
+    missing = [pattern for pattern in RunFolder.REQUIRED if not any(Path(name).match(pattern) for name in files)]
     if missing:
         raise OSError(
             f"{str(folder)!r} is not a complete RefTR folder and was not pushed: it lacks {', '.join(missing)}."
         )
-    revision = upload(folder, repository, "model", private, PATTERNS, message, card).oid
+    revision = upload(folder, repository, "model", private, RunFolder.PUSHED, message, card).oid
     write_contents(folder, card)
     return revision
 
@@ -118,7 +85,7 @@ class Publisher:
             return
         folder = Path(self.settings.checkpoints.output_dir)
         copy = Path(tempfile.mkdtemp(prefix="push_"))
-        for name in select_files(folder, PATTERNS):
+        for name in select_files(folder, RunFolder.PUSHED):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, copy / name)
         # a daemon: what is cut off at the end of the process was no commit yet

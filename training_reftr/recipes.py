@@ -20,6 +20,7 @@ from data_scripts.quoting import quote
 from data_scripts.reading import read_text
 from data_scripts.yaml_values import MAX_YAML_CHARACTERS, read_yaml
 from training_reftr.resources import resource_folder
+from training_reftr.run_folder import RunFolder
 from training_reftr.settings import FIELDS, TrainingSettings, check_names
 
 
@@ -114,7 +115,7 @@ def explain(argv: list[str], values: dict[str, str]) -> str:
     """Return the error, the list of recipes, and an example that keeps the given settings."""
     names = ", ".join(list_recipes())
     recipes = textwrap.fill(names, width=100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    of_the_run = Path(values.get("output_dir", ""), "recipe.yaml")
+    of_the_run = RunFolder(Path(values.get("output_dir", ""))).recipe
     example = shorten(of_the_run) if of_the_run.is_file() else DEMO
     return (
         "error: A recipe is required, which says what to train on which dataset. Recipes come first, settings change "

@@ -88,16 +88,9 @@ def report(
     accelerator: Accelerator,
 ) -> dict:
     """
-    Evaluate the splits of `test_splits`, and leave in `output_dir`:
+    Evaluate the splits of `test_splits` and write the report, see [`RunFolder`].
 
-        metrics.json        figures by split; written last, so where it is the rest is complete
-        predictions.jsonl   a line for each phrase
-        predictions.png     `num_pictures` pictures of the first split
-        report.md           tables, and published figures where they are comparable
-        example.png         a picture of the first split, for the card to ask about
-        visualizations/     <split>/*.png, `visualize` phrases of each split one by one
-
-    All processes call it; the main one writes.
+    A collective: all processes call it, and the main process writes.
 
     Returns:
         `dict`: what metrics.json holds.
@@ -107,7 +100,7 @@ def report(
     """
     evaluation, init_from = settings.evaluation, settings.initialization.init_from
     splits = select_splits(rows, settings.data)
-    output_dir = Path(settings.checkpoints.output_dir)
+    run = settings.checkpoints.folder
     source = init_from if evaluation.eval_only and init_from else settings.checkpoints.output_dir
     metrics = {
         "model": str(source),
@@ -119,8 +112,8 @@ def report(
         "splits": {},
     }
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        remove_report(output_dir)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.remove_report()
     training_rows = find_training_rows(rows, settings.data)
     data = EvaluationData(splits, processor, settings, accelerator.process_index, accelerator.num_processes)
     for name, split in splits.items():
@@ -130,35 +123,29 @@ def report(
         )
         metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, settings.data)
         if evaluation.visualize:
-            folder = output_dir / "visualizations" / name
+            folder = run.visualizations(name)
             draw_samples(model, processor, split, records, evaluation.visualize, folder, accelerator)
         if accelerator.is_main_process:
-            with open(output_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
+            with open(run.predictions, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(prediction(name, record), ensure_ascii=False) + "\n" for record in records)
             if evaluation.num_pictures and len(metrics["splits"]) == 1:
-                validation_pictures(records, split, evaluation.num_pictures).save(output_dir / "predictions.png")
+                validation_pictures(records, split, evaluation.num_pictures).save(run.drawn_predictions)
                 undecoded = split.cast_column("image", datasets.Image(decode=False))
-                metrics["example"] = save_example(undecoded[0], output_dir)
+                metrics["example"] = save_example(undecoded[0], run.example)
     if accelerator.is_main_process:
-        write_file(output_dir / "report.md", format_report(metrics))
-        write_file(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_file(run.report, format_report(metrics))
+        write_file(run.metrics, json.dumps(metrics, indent=2) + "\n")
     accelerator.wait_for_everyone()
     return metrics
 
 
-def remove_report(output_dir: Path):
-    """Take a report away that is, or will be, of another model than the folder's."""
-    for name in ("metrics.json", "predictions.jsonl", "predictions.png", "example.png", "report.md"):
-        (output_dir / name).unlink(missing_ok=True)
-
-
-def save_example(row: dict, output_dir: Path) -> dict:
+def save_example(row: dict, path: Path) -> dict:
     """Write the image of a row that is not decoded, and return its name and up to three texts to ask about it."""
     image = Image.fromarray(read_row_image(row))
     image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-    image.save(output_dir / "example.png")
+    image.save(path)
     texts = list(dict.fromkeys(sentence["text"] for sentence in row["sentences"]))
-    return {"image": "example.png", "texts": texts[:3]}
+    return {"image": path.name, "texts": texts[:3]}
 
 
 def has_integer_boxes(split: str, data: DataSettings) -> bool:

@@ -33,7 +33,6 @@ from training_reftr.preflight import (
     refuse_missing_labels,
 )
 from training_reftr.recipes import to_recipe
-from training_reftr.report import remove_report
 from training_reftr.resuming import find_changes, with_model_of, with_sizes_of
 from training_reftr.settings import Scope, TrainingSettings, names_in_scope
 from training_reftr.sources import split_of
@@ -150,7 +149,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
         model, processor = load_checkpoint(checkpoint, settings.initialization.attn_implementation)
         state = load_state(checkpoint)
         settings = with_model_of(settings, model.config, processor, state.settings, checkpoint)
-        if not (Path(settings.checkpoints.output_dir) / "model.safetensors").exists():
+        if not settings.checkpoints.folder.weights.exists():
             state.best = state.best_step = None  # the best so far is of another folder
         logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
     refuse_idle_model(model, settings.optimization)
@@ -245,11 +244,11 @@ def describe_best(settings: TrainingSettings, changes: Iterable[str] = ()) -> No
         settings ([`TrainingSettings`]): of the run.
         changes (`list[str]`, *optional*): what was changed where it was resumed, see `TrainingState`.
     """
-    folder = Path(settings.checkpoints.output_dir)
-    remove_report(folder)
-    (folder / "origin.json").unlink(missing_ok=True)
+    folder = settings.checkpoints.folder
+    folder.remove_report()
+    folder.origin.unlink(missing_ok=True)
     recipe = to_recipe(with_local_paths(settings), without=names_in_scope(Scope.MACHINE), comments=changes)
-    write_file(folder / "recipe.yaml", recipe)
+    write_file(folder.recipe, recipe)
 
 
 def with_local_paths(settings: TrainingSettings) -> TrainingSettings:

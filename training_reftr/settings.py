@@ -9,10 +9,12 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from data_scripts.quoting import quote
 from training_reftr.published_results import is_augmented_as_published
+from training_reftr.run_folder import RunFolder
 
 
 class Scope(Enum):
@@ -265,6 +267,11 @@ class CheckpointSettings:
     dry_run: bool = setting(
         Scope.NEUTRAL, False, "Run a few steps of everything, print memory and time per epoch, and leave no files."
     )
+
+    @property
+    def folder(self) -> RunFolder:
+        """The files of `output_dir`."""
+        return RunFolder(Path(self.output_dir))
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "keep_checkpoints")

@@ -23,8 +23,6 @@ from training_reftr.visualization import validation_pictures
 
 logger = logging.getLogger(__name__)
 
-LOG = "metrics.jsonl"
-
 
 class Tracking:
     """
@@ -40,7 +38,7 @@ class Tracking:
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator, state):
         self.accelerator = accelerator
         self.settings = settings
-        self.path = Path(settings.checkpoints.output_dir) / LOG
+        self.path = settings.checkpoints.folder.log
         self.restart_clock()
         if not accelerator.is_main_process:
             return

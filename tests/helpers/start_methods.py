@@ -18,7 +18,6 @@ from PIL import Image
 import train_reftr
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
 from modeling_reftr.answers_reftr import answer_to_json
-from training_reftr.tracking import LOG
 
 
 COLORS = ("red", "blue", "green")
@@ -28,7 +27,7 @@ VOLATILE = ("time", "train/expressions_per_second", "train/seconds_per_update", 
 def train(argv: list[str], folder: Path) -> list:
     """Train and report; what the log and the report hold."""
     code = train_reftr.main([*argv, "--output_dir", str(folder)])
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if name not in VOLATILE} for line in lines]
     return [code, lines, json.loads((folder / "metrics.json").read_text())["splits"]]
 

@@ -104,12 +104,12 @@ def test_only_what_exists_is_named(trained, recipe, tmp_path):
 def test_no_command_that_would_fail_is_named(tmp_path):
     args = TrainingSettings.from_flat(output_dir=str(tmp_path))
     metrics = {"model": "published.pth", "example": {"image": "example.png", "texts": ["the star"]}}
-    assert describe_results(args.checkpoints.output_dir, metrics) == "Model: published.pth"
+    assert describe_results(args.checkpoints.folder, metrics) == "Model: published.pth"
     metrics = {
         "model": "owner/model",
         "example": {"image": "example.png", "texts": ["-1 on a shirt", "a\x1b[2J", "the 'star'"]},
     }
-    last = describe_results(args.checkpoints.output_dir, metrics).splitlines()[-1]
+    last = describe_results(args.checkpoints.folder, metrics).splitlines()[-1]
     assert "--text 'the '\"'\"'star'\"'\"''" in last
     metrics["example"]["texts"] = ["-1 on a shirt"]
-    assert "Next" not in describe_results(args.checkpoints.output_dir, metrics)
+    assert "Next" not in describe_results(args.checkpoints.folder, metrics)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from training_reftr.checkpoints import (
     newest_whole,
     save_checkpoint,
 )
+from training_reftr.settings import CheckpointSettings
 from training_reftr.tracking import keep_until
 
 
@@ -256,7 +256,7 @@ def test_files_are_on_the_disk_before_they_have_their_names(recipe, tmp_path, di
 
 def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
     accelerator = Accelerator(cpu=True)
-    args = SimpleNamespace(output_dir=tmp_path, keep_checkpoints=1)
+    args = CheckpointSettings(output_dir=str(tmp_path), keep_checkpoints=1)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()

@@ -15,7 +15,7 @@ from training_reftr import lock
 def test_locked_folder_is_refused_with_process_and_host(tmp_path):
     folder = tmp_path / "runs" / "one"
     with lock.locked(folder):
-        mode = (folder / lock.LOCK).stat().st_mode
+        mode = (folder / ".lock").stat().st_mode
         sentence = f"Another run is writing to {str(folder)!r}: process {os.getpid()} on {socket.gethostname()}. "
         with pytest.raises(OSError, match=re.escape(sentence)), lock.locked(folder):
             pass
@@ -32,21 +32,21 @@ def test_file_that_is_removed_meanwhile_is_locked_anew(tmp_path, monkeypatch):
 
     def remove_first(descriptor, operation):
         if not removed:
-            removed.append((tmp_path / lock.LOCK).unlink())
+            removed.append((tmp_path / ".lock").unlink())
         return flock(descriptor, operation)
 
     monkeypatch.setattr(lock.fcntl, "flock", remove_first)
     with lock.locked(tmp_path):
-        assert (tmp_path / lock.LOCK).exists()
+        assert (tmp_path / ".lock").exists()
         with pytest.raises(OSError, match="Another run is writing"), lock.locked(tmp_path):
             pass
     assert removed
 
 
 def test_lock_tells_its_holder_and_not_the_one_before(tmp_path):
-    (tmp_path / lock.LOCK).write_text("process 1 on a machine with a long name " * 9)
+    (tmp_path / ".lock").write_text("process 1 on a machine with a long name " * 9)
     with lock.locked(tmp_path):
-        assert (tmp_path / lock.LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_unused_new_folder_is_removed(tmp_path):
@@ -77,9 +77,9 @@ def test_killed_process_leaves_no_lock_though_its_loader_process_lives_on(tmp_pa
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         os.kill(loader, 0)  # it lives
-        assert (tmp_path / lock.LOCK).exists()
+        assert (tmp_path / ".lock").exists()
         with lock.locked(tmp_path):
-            assert (tmp_path / lock.LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+            assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
     finally:
         os.kill(loader, signal.SIGKILL)
 

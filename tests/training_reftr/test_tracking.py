@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from training_reftr import tracking
 from training_reftr.checkpoints import TrainingState
 from training_reftr.settings import TrainingSettings
-from training_reftr.tracking import LOG, Tracking
+from training_reftr.tracking import Tracking
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_speed_counts_all_steps_since_the_last_record_and_no_evaluation(tmp_path
     log.log_evaluation(state, "validation", {"num_phrases": 3, "mean_iou": 0.25}, [], [])
     step(8, seconds=1.0)
     step(8, seconds=1.0)
-    records = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     speeds = [(record["step"], record["train/expressions_per_second"]) for record in records if "train/loss" in record]
     assert speeds == [(2, pytest.approx(12 / 3)), (4, pytest.approx(16 / 2))]
     assert records[-1]["train/seconds_per_update"] == pytest.approx(1.0)

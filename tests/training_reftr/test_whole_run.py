@@ -13,7 +13,6 @@ import train_reftr
 from tests.helpers.faults import change_state, write_recipe
 from training_reftr.checkpoints import checkpoints_of, load_state
 from training_reftr.settings import Scope, names_in_scope
-from training_reftr.tracking import LOG
 
 
 LAST = 18  # optimizer steps: 3 epochs of 6
@@ -48,7 +47,7 @@ def finished(recipe, tmp_path_factory):
 
 def records(output_dir, name: str) -> dict[int, float]:
     """Step -> value of a metric in a run's log."""
-    lines = map(json.loads, (output_dir / LOG).read_text().splitlines())
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line[name] for line in lines if name in line}
 
 
