@@ -158,3 +158,8 @@ def test_rows_of_an_earlier_export_join_others(two_builders):
     splits = data_scripts.load("refcoco_unc", **two_builders)
     earlier = splits["train"].remove_columns("positions")
     assert len(combine([earlier, splits["train"]])) == 20
+
+
+def test_former_parameter_name_of_coco_id_warns():
+    with pytest.warns(FutureWarning, match="`picture` is deprecated, use `path`"):
+        assert coco_id("17", picture="COCO_train2014_000000000042.jpg") == 42
