@@ -226,7 +226,7 @@ def make_card(facts: dict, repository: str | None = None) -> str:
         ),
         "and_mask": " and a mask" if masks else "",
         "and_one_mask": " and one mask" if masks else "",
-        "printed": 'answer["phrase"], answer["box"]' + (', answer["mask"]' if masks else ""),
+        "printed": 'answer["label"], answer["box"]' + (', answer["mask"]' if masks else ""),
         "num_parameters": f"{facts['num_parameters'] / 1e6:.3g}",
         "backbone": for_markdown(backbone.get("backbone") or backbone["model_type"]),
         "text_model": for_markdown(text_model),

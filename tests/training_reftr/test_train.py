@@ -59,7 +59,7 @@ def test_prediction_on_ones_own_picture(trained, run, tmp_path):
         "--text", "the red circle", "the star", "--output", tmp_path / "out.png",
     )  # fmt: skip
     answers = json.loads(result.stdout)
-    assert [answer["phrase"] for answer in answers] == ["the red circle", "the star"]
+    assert [answer["label"] for answer in answers] == ["the red circle", "the star"]
     model, processor = RefTRForVisualGrounding.from_pretrained(output), RefTRProcessor.from_pretrained(output)
     inputs = processor(str(tmp_path / "photo.jpg"), ["the red circle", "the star"])
     expected = processor.post_process_grounding(model.eval()(**inputs), [(90, 150)])
