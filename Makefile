@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # two cores: one process with two threads, or two test workers with one each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-lowest test-browser mutation lint format clean
+.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-lowest test-wheel test-browser mutation quality lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -84,6 +84,18 @@ $(UV):
 	$(call LOWEST,required) --no-deps --target .lowest/before "transformers<$$(sed -n 's/^    transformers>=\([0-9.]*\).*/\1/p' setup.cfg)"
 	touch $@
 
+# the commands of a wheel in an empty environment, with the newest versions of all dependencies
+test-wheel:
+	rm -rf .wheel build
+	$(PYTHON) -m venv .wheel
+	.wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir .wheel/dist .
+	.wheel/bin/python -m pip install --quiet .wheel/dist/*.whl "pytest>=8.0"
+	OMP_NUM_THREADS=1 .wheel/bin/python -m pytest -c tests/lowest/pytest.ini tests/lowest/test_commands.py -k "not versions and not release"
+
+# the code beside DETR's in transformers: length of functions, types, docstrings, comments, mlinter
+quality: $(VENV)/.installed
+	$(RUN)/python benchmarks/code_quality.py --output benchmarks/results/code_quality.json
+
 # the page of the Space in a real browser: the system's, Debian's packages chromium and chromium-driver
 test-browser: $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -o addopts=--strict-markers tests/browser
@@ -101,7 +113,7 @@ format: $(VENV)/.installed
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .legacy .lowest runs
+	rm -rf $(VENV) .legacy .lowest .wheel runs
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'

@@ -133,7 +133,8 @@ def read_recipe(path: Path, heirs: tuple[Path, ...] = ()) -> dict[Path, dict]:
     Read the settings of a recipe and of the recipes that it inherits.
 
     Args:
-        path (`Path`): the recipe. Its `inherit` is a path, or a list of paths, relative to its own folder.
+        path (`Path`): the recipe. Its `inherit` is a path relative to its own folder, the name of an installed recipe, or
+            a list of them.
         heirs (`tuple[Path, ...]`): the recipes that inherit this one, outermost first.
 
     Returns:
@@ -163,10 +164,15 @@ def read_recipe(path: Path, heirs: tuple[Path, ...] = ()) -> dict[Path, dict]:
     for parent in parents:
         layers |= {
             file: layer
-            for file, layer in read_recipe(path.parent / parent, (*heirs, path)).items()
+            for file, layer in read_recipe(find_parent(path.parent, parent), (*heirs, path)).items()
             if file not in layers
         }
     return {**layers, path: values}
+
+
+def find_parent(folder: Path, name: str) -> Path:
+    """Return the file of an inherited recipe: a path relative to the heir's folder, or an installed recipe's name."""
+    return folder / name if name.endswith(".yaml") or name not in list_recipes() else find_recipe(name)
 
 
 def to_recipe(settings: TrainingSettings, without: Collection[str] = (), comments: Iterable[str] = ()) -> str:

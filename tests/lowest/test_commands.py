@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))  # not the checkout: the product is the installed one
+sys.path.append(str(ROOT / "tests" / "helpers"))  # not the checkout: the product is the installed one
 
 from golden import golden_config, load_case, published_state_dict  # noqa: E402 -- found by the line above
 from local_hub import HubProcess  # noqa: E402

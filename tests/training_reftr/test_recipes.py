@@ -621,3 +621,11 @@ def test_slurm_says_what_it_needs():
     settings = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", (RECIPES / "slurm.sbatch").read_text()))
     assert settings["signal"] == "USR1@300"
     assert settings["ntasks-per-node"] == "1"
+
+
+def test_recipe_inherits_an_installed_one_by_name(tmp_path):
+    (tmp_path / "own.yaml").write_text("inherit: [refcoco/r50_boxes, other.yaml]\nseed: 7\n")
+    (tmp_path / "other.yaml").write_text("batch_size: 3\n")
+    settings = parse_arguments([str(tmp_path / "own.yaml")])
+    assert (settings.data.dataset, settings.optimization.batch_size) == ("refcoco_unc", 3)
+    assert settings.optimization.seed == 7
