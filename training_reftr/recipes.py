@@ -133,8 +133,8 @@ def read_recipe(path: Path, heirs: tuple[Path, ...] = ()) -> dict[Path, dict]:
     Read the settings of a recipe and of the recipes that it inherits.
 
     Args:
-        path (`Path`): the recipe. Its `inherit` is a path relative to its own folder, the name of an installed recipe, or
-            a list of them.
+        path (`Path`): the recipe. Its `inherit` is a path relative to its own folder, the name of an installed
+            recipe, or a list of them.
         heirs (`tuple[Path, ...]`): the recipes that inherit this one, outermost first.
 
     Returns:
