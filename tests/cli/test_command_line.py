@@ -1,12 +1,15 @@
 """`reftr`: every command as one, help that fits a screen, errors as sentences, many pictures in one go."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 import modeling_reftr
 from reftr_cli.__main__ import COMMANDS, main
+from tests.helpers.tiny import ROOT
 
 
 LINES, COLUMNS = 40, 120  # of a screen
@@ -21,6 +24,23 @@ def test_the_commands(run):
     result = run("-m", "reftr_cli", "predicted", check=False)
     assert result.returncode == 1
     assert "'predicted' is not a command" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("former", "command", "text"),
+    [
+        ("data_scripts", "reftr data", "usage: reftr data"),
+        ("modeling_reftr", "reftr", "usage: reftr COMMAND"),
+        ("modeling_reftr.predict", "reftr predict", "usage: reftr predict"),
+        ("modeling_reftr.export", "reftr export", "usage: reftr export"),
+        ("training_reftr.reproduce", "reftr reproduce", "usage: reftr reproduce"),
+    ],
+)
+def test_former_command_runs_with_a_warning(former, command, text):
+    result = subprocess.run([sys.executable, "-m", former, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert text in result.stdout
+    assert f"`python -m {former}` is deprecated and will be removed: use `{command}`" in result.stderr
 
 
 def screen_of(capsys, *words):
