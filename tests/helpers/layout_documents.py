@@ -62,7 +62,7 @@ def make_checkout(folder: Path) -> dict:
     published = yaml.safe_load((recipes / "common" / "published.yaml").read_text())
     published |= SHORT | {"model": PUBLISHED_MODEL, "image_size": 64}
     (recipes / "common" / "published.yaml").write_text(yaml.safe_dump(published))
-    for recipe in recipes.glob("*.yaml"):  # sets of the tests have a dozen pictures
+    for recipe in recipes.rglob("*.yaml"):  # datasets of the tests have a dozen images
         text = re.sub(r"^batch_size: .*$", "batch_size: 2", recipe.read_text(), flags=re.MULTILINE)
         recipe.write_text(text.replace("validation_images: 1000", "validation_images: 2"))
     return demo["model"]
