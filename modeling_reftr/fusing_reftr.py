@@ -1,7 +1,10 @@
 """Fold the batch norms of an image backbone into its convolutions, in a copy of a model for inference."""
 
 import copy
+import threading
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -10,6 +13,8 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+TRACE_LOCK = threading.Lock()
 
 
 def fused_copy(model: nn.Module) -> nn.Module:
@@ -63,6 +68,20 @@ class ConvolutionTracer(fx.Tracer):
     Trace how convolutions and batch norms are connected. Modules without any of them inside are single nodes, so that
     control flow that depends on shapes, as in paddings and poolings of timm, does not stop the tracing.
     """
+
+    def call_module(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record the call of a module. torch.fx intercepts all modules of the process; others' calls just run."""
+        return (
+            super().call_module(module, forward, args, kwargs) if module in self.traced else forward(*args, **kwargs)
+        )
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a module. One thread at a time, for torch.fx replaces `nn.Module.__call__` meanwhile."""
+        self.traced = set(root.modules())
+        with TRACE_LOCK:
+            return super().trace(root, concrete_args)
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is one node of the graph."""
