@@ -195,7 +195,7 @@ def quiet_forks() -> Iterator[None]:
         return
     process, is_interrupted = os.getpid(), False
 
-    def interrupt(*_):
+    def interrupt(*_: object) -> None:
         nonlocal is_interrupted
         if os.getpid() == process:
             is_interrupted = True

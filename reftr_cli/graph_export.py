@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
@@ -19,8 +20,8 @@ from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, __version__
 
 
 FORMATS = {"onnx": (OnnxExporter, OnnxConfig), "dynamo": (DynamoExporter, DynamoConfig)}
-TOLERANCE = 1e-4  # of boxes, in parts of the picture, and of mask logits, in parts of the largest
-# names of the dimensions that vary
+TOLERANCE = 1e-4  # of boxes relative to the image, and of mask logits relative to the largest
+# names of the dynamic dimensions
 AXES = {
     "pixel_values": {0: "images", 2: "height", 3: "width"},
     "pixel_mask": {0: "images", 1: "height", 2: "width"},
@@ -40,13 +41,13 @@ DESCRIPTION = (
 
 def make_inputs(model: RefTRForVisualGrounding, sizes: dict[str, int], phrases: bool, seed: int = 0) -> dict:
     """
-    Random inputs of a model, with padding in them.
+    Return random inputs of a model, with padding.
 
     Args:
-        model ([`RefTRForVisualGrounding`]): which they are for.
+        model ([`RefTRForVisualGrounding`]): the model.
         sizes (`dict[str, int]`): of each of `AXES` but `real_phrases`.
-        phrases (`bool`): several phrases a sentence.
-        seed (`int`, *optional*, defaults to 0): of what is drawn.
+        phrases (`bool`): whether there are several phrases per sentence.
+        seed (`int`, *optional*, defaults to 0): random seed.
     """
     generator = torch.Generator().manual_seed(seed)
     images, sentences, tokens = (sizes[name] for name in ("images", "sentences", "tokens"))
@@ -76,21 +77,21 @@ def make_inputs(model: RefTRForVisualGrounding, sizes: dict[str, int], phrases: 
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool = False):
+def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool = False) -> ExportedModel:
     """
     Export a model as one graph, its batch norms folded.
 
     Args:
-        model ([`RefTRForVisualGrounding`]): of which a copy is exported, in evaluation mode.
+        model ([`RefTRForVisualGrounding`]): a copy of it is exported, in evaluation mode.
         target (`str`, *optional*, defaults to `"onnx"`): or `"dynamo"`.
         phrases (`bool`, *optional*, defaults to `False`):
-            For inputs with several phrases a sentence, in place of whole sentences.
+            Whether inputs have several phrases per sentence, instead of complete sentences.
 
     Returns:
-        `transformers.exporters.base.ExportedModel`: to be called as the model is, with every input of it but labels.
+        `transformers.exporters.base.ExportedModel`: called as the model, with all inputs but `labels`.
 
     Raises:
-        ValueError: if the graph's answers are not the model's.
+        ValueError: if the graph's outputs differ from the model's.
     """
     sizes = {"images": 2, "sentences": 3, "tokens": 7, "phrases": 4, "phrase_tokens": 5, "height": 192, "width": 256}
     exporter, config = FORMATS[target]
@@ -100,18 +101,21 @@ def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool =
     exported = exporter().export(model, inputs, config(dynamic_shapes=shapes))
     if target == "onnx":
         name_inputs_and_axes(exported.program)
-        describe(exported.program, "phrases" if phrases else "sentences")
+        add_metadata(exported.program, "phrases" if phrases else "sentences")
     for name, difference in differences(exported, model, phrases).items():
         if not difference <= TOLERANCE:
-            raise ValueError(f"The exported graph's {name} are {difference:.1e} away from the model's.")
+            raise ValueError(
+                f"The exported graph's {name} differ by {difference:.1e} from the model's, tolerated is {TOLERANCE:.0e}."
+            )
     return exported
 
 
-def name_inputs_and_axes(program):
+def name_inputs_and_axes(program: Any) -> None:
     """
-    Call the inputs of an ONNX graph as the processor does, and the dimensions that vary as `AXES` does. The exporter
-    prefixes an input by "input." where the model's output repeats it, since in ONNX no two values share a name; only
-    the repetition keeps a prefix, "output.".
+    Name the inputs of an ONNX graph as the processor does, and its dynamic dimensions as `AXES` does.
+
+    The exporter prefixes an input with "input." if it is an output as well, because names in ONNX are unique. Here
+    only the output keeps its prefix, "output.".
 
     Args:
         program (`onnx_ir.Model`): changed in place.
@@ -122,21 +126,22 @@ def name_inputs_and_axes(program):
         axes |= {str(value.shape[axis]): name for axis, name in AXES[value.name].items()}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         for axis, dim in enumerate(value.shape or ()):
-            if getattr(dim, "value", None):  # symbols; neither a number nor unknown
+            if getattr(dim, "value", None):  # a symbol, neither a number nor unknown
                 value.shape[axis] = re.sub(r"\w+", lambda word: axes.get(word[0], word[0]), dim.value)
 
 
-def describe(program, text: str):
-    """Write into an ONNX program what made it, what its outputs are, and whether it takes sentences or phrases."""
+def add_metadata(program: Any, text: str) -> None:
+    """Add the producer, a description of the outputs and the kind of text input to an ONNX program."""
     program.producer_name, program.producer_version, program.doc_string = "modeling_reftr", __version__, DESCRIPTION
     program.metadata_props.update(task="visual-grounding", text=text)
 
 
 @torch.no_grad()
-def differences(exported, model: RefTRForVisualGrounding, phrases: bool) -> dict[str, float]:
+def differences(exported: ExportedModel, model: RefTRForVisualGrounding, phrases: bool) -> dict[str, float]:
     """
-    The largest differences between a graph's answers and a model's over a few shapes: `pred_boxes` in parts of the
-    picture, `pred_masks` in parts of the largest logit.
+    Return the largest differences between the outputs of a graph and of a model over a few shapes.
+
+    `pred_boxes` are relative to the image, `pred_masks` to the largest logit.
     """
     found = {}
     for seed, (images, sentences) in enumerate([(1, 1), (1, 4), (3, 5)]):

@@ -6,6 +6,7 @@ Referring expression comprehension, one box per phrase, as a module of `evaluate
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import datasets
 import evaluate
@@ -49,7 +50,7 @@ QUOTED.repr_instance = lambda value, level: (
 )
 
 
-def quote(value) -> str:
+def quote(value: Any) -> str:
     """Return a value as `repr` writes it, shortened: a few entries of lists in lists, and arrays by their type."""
     try:
         return QUOTED.repr(value)
@@ -63,7 +64,7 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def entries(values, expectation: str) -> list:
+def entries(values: Any, expectation: str) -> list:
     """
     Return a sequence as a list: a list, tuple, array, Series, column of a dataset or a dataset of torch.
 
@@ -126,10 +127,10 @@ class BoxMetrics:
 
     ```"""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ious = []
 
-    def update(self, ious: Iterable[float]):
+    def update(self, ious: Iterable[float]) -> None:
         """Add phrases by the IoU of their box with the true one, 0 where there is no answer."""
         self.ious.extend(float(iou) for iou in ious)
 
@@ -144,12 +145,12 @@ class BoxMetrics:
         }
 
 
-def has_lists(value) -> bool:
+def has_lists(value: Any) -> bool:
     """Return whether a list holds lists: NumPy would unfold them, however often they are there."""
     return isinstance(value, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in value)
 
 
-def to_box(value, name: str) -> list[float]:
+def to_box(value: Any, name: str) -> list[float]:
     """
     Return a box as four floats.
 
@@ -169,7 +170,7 @@ def to_box(value, name: str) -> list[float]:
     return box.tolist()
 
 
-def to_boxes(values, name: str) -> list[list[float]]:
+def to_boxes(values: Any, name: str) -> list[list[float]]:
     """
     Return boxes as lists of four floats, `NO_ANSWER` for a prediction that is None.
 
@@ -186,7 +187,7 @@ def to_boxes(values, name: str) -> list[list[float]]:
 class ReferringExpressionComprehension(evaluate.Metric):
     """Module of `evaluate` for boxes, see `DESCRIPTION` and `INPUTS`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         boxes_xyxy = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description=DESCRIPTION,
@@ -195,7 +196,7 @@ class ReferringExpressionComprehension(evaluate.Metric):
             features=datasets.Features({"predictions": boxes_xyxy, "references": boxes_xyxy}),
         )
 
-    def add_batch(self, *, predictions=None, references=None, **kwargs):
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add phrases by their predicted and true boxes; raises ValueError for what is not a box."""
         predictions, references = to_boxes(predictions, "predictions"), to_boxes(references, "references")
         if len(predictions) != len(references):
@@ -204,11 +205,11 @@ class ReferringExpressionComprehension(evaluate.Metric):
             )
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
-    def add(self, *, prediction=None, reference=None, **kwargs):
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one phrase by its predicted box, or None, and its true one."""
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list, references: list) -> dict[str, float | int]:
         metrics = BoxMetrics()
         metrics.update(box_ious(np.reshape(predictions, (-1, 4)), np.reshape(references, (-1, 4))))
         return metrics.compute()

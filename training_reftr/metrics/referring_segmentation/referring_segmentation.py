@@ -6,6 +6,7 @@ Referring expression segmentation, one mask per phrase, as a module of `evaluate
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import datasets
 import evaluate
@@ -51,7 +52,7 @@ QUOTED.repr_instance = lambda value, level: (
 )
 
 
-def quote(value) -> str:
+def quote(value: Any) -> str:
     """Return a value as `repr` writes it, shortened: a few entries of lists in lists, and arrays by their type."""
     try:
         return QUOTED.repr(value)
@@ -65,7 +66,7 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def entries(values, expectation: str) -> list:
+def entries(values: Any, expectation: str) -> list:
     """
     Return a sequence as a list: a list, tuple, array, Series, column of a dataset or a dataset of torch.
 
@@ -107,11 +108,11 @@ class MaskMetrics:
 
     ```"""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.intersections = []
         self.unions = []
 
-    def update(self, intersections: Iterable[int], unions: Iterable[int]):
+    def update(self, intersections: Iterable[int], unions: Iterable[int]) -> None:
         """Add phrases by the pixels that mask and truth share, and that either has."""
         self.intersections.extend(int(count) for count in intersections)
         self.unions.extend(int(count) for count in unions)
@@ -167,12 +168,12 @@ def array_to_counts(mask: np.ndarray) -> list[int]:
     return [0, *lengths] if pixels.size and pixels[0] else lengths
 
 
-def has_lists(value) -> bool:
+def has_lists(value: Any) -> bool:
     """Return whether a list holds lists: NumPy would unfold them, however often they are there."""
     return isinstance(value, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in value)
 
 
-def to_run_lengths(value, name: str) -> dict:
+def to_run_lengths(value: Any, name: str) -> dict:
     """
     Return a mask as `size` [height, width] and `counts`, a list of run lengths, background first.
 
@@ -216,7 +217,7 @@ def to_run_lengths(value, name: str) -> dict:
     return {"size": list(mask.shape), "counts": array_to_counts(mask)}
 
 
-def to_masks(values, name: str) -> list[dict | None]:
+def to_masks(values: Any, name: str) -> list[dict | None]:
     """
     Return masks as run lengths, see `to_run_lengths`, and None for a prediction that is None.
 
@@ -230,7 +231,7 @@ def to_masks(values, name: str) -> list[dict | None]:
     ]
 
 
-def count_pixels(segmentation, other) -> tuple[int, int]:
+def count_pixels(segmentation: dict | None, other: dict | None) -> tuple[int, int]:
     """
     Return intersection and union, in pixels, of two masks in any form that `to_run_lengths` takes.
 
@@ -253,7 +254,7 @@ def count_pixels(segmentation, other) -> tuple[int, int]:
 class ReferringSegmentation(evaluate.Metric):
     """Module of `evaluate` for masks, see `DESCRIPTION` and `INPUTS`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         lengths = datasets.Sequence(datasets.Value("int64"))
         mask = {"size": lengths, "counts": lengths}
         return evaluate.MetricInfo(
@@ -263,7 +264,7 @@ class ReferringSegmentation(evaluate.Metric):
             features=datasets.Features({"predictions": mask, "references": mask}),
         )
 
-    def add_batch(self, *, predictions=None, references=None, **kwargs):
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add phrases by their predicted and true masks; raises ValueError for what is not a mask."""
         predictions, references = to_masks(predictions, "predictions"), to_masks(references, "references")
         if len(predictions) != len(references):
@@ -276,11 +277,11 @@ class ReferringSegmentation(evaluate.Metric):
         ]
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
-    def add(self, *, prediction=None, reference=None, **kwargs):
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one phrase by its predicted mask, or None, and its true one."""
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list, references: list) -> dict[str, float | int]:
         metrics = MaskMetrics()
         for predicted, true in zip(predictions, references, strict=True):
             intersection, union = count_pixels(predicted, true)
