@@ -105,7 +105,7 @@ def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool =
     for name, difference in differences(exported, model, phrases).items():
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"The exported graph's {name} differ by {difference:.1e} from the model's, tolerated is {TOLERANCE:.0e}."
+                f"The exported graph's {name} differ from the model's by {difference:.1e}, more than {TOLERANCE:.0e}."
             )
     return exported
 

@@ -343,5 +343,5 @@ def test_training_drops_what_only_an_evaluation_counts(index, processor, streami
 
 
 def test_labels_refuse_a_box_without_extent(index, processor):
-    with pytest.raises(ValueError, match=r"is not \(x0, y0, x1, y1\) with x0 < x1"):
+    with pytest.raises(ValueError, match=r"must be \(x0, y0, x1, y1\) with x0 < x1"):
         processor(images=Image.new("RGB", (64, 48)), text="a dot", boxes=[[5, 6, 5, 9]])

@@ -73,7 +73,7 @@ def test_prediction_says_what_is_missing(trained, run, tmp_path):
     command = ("-m", "reftr_cli", "predict", "--model", trained[0], "--text", "the star", "--image")
     result = run(*command, tmp_path / "none.jpg", check=False)
     assert result.returncode != 0
-    assert "error: There is no picture at" in result.stderr
+    assert "error: There is no image at" in result.stderr
     assert "Traceback" not in result.stderr
 
 
