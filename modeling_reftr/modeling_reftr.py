@@ -1,14 +1,17 @@
-"""RefTR: boxes (and masks) from an image and words, after "Referring Transformer", Li & Sigal, NeurIPS 2021."""
+"""PyTorch RefTR model ("Referring Transformer", Li & Sigal, NeurIPS 2021)."""
 
 import math
+import os
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import load_backbone
@@ -25,8 +28,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, is_timm_availabl
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .backbone_reftr import freeze_stages
 from .configuration_reftr import RefTRConfig
 from .fusing_reftr import fused_copy
+from .input_checks_reftr import check_image_shapes, check_phrase_shapes, check_required_inputs, check_text_shapes
 from .loading_reftr import CONFIG_FILES, WEIGHT_FILES, check_index, naming_files
 from .loss_reftr import grounding_loss
 from .quoting_reftr import quote
@@ -35,15 +40,18 @@ from .text_cache_reftr import TextCache, active_text_cache
 
 
 if TYPE_CHECKING:
-    # saving copies the files that this one names: so does the pipeline come into a model's folder
+    # `save_pretrained` copies every file that this one imports, and the pipeline has to travel with the model
     from .pipeline_reftr import VisualGroundingPipeline  # noqa: F401
 
 if is_timm_available():
     from timm.layers import freeze_batch_norm_2d
 
 
-# I images, S sentences, P phrase slots a sentence, L tokens a sentence, d = config.d_model, h x w cells of the last
-# feature map. An image token is one of its cells. Boxes are in the image without its padding.
+# Shapes: I images, S sentences, P phrase slots per sentence, L tokens per sentence, d = config.d_model, and h x w
+# cells of the backbone's last feature map, each of which is an image token. Boxes are relative to the image without
+# padding.
+
+TEXT_TYPE, IMAGE_TYPE = 0, 1  # rows of the token type embeddings
 
 
 @dataclass
@@ -53,21 +61,21 @@ class RefTRImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(I, h * w, channels)`):
-            The backbone's last feature map as a sequence of image tokens.
+            Last feature map of the backbone as a sequence of image tokens.
         pooler_output (`torch.Tensor` of shape `(I, h * w, d)`):
-            The same projected to the model's width, which the encoder reads.
-        hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
-            The backbone's hidden states; of a timm backbone, its feature maps.
-        attentions (`tuple[torch.Tensor]`, *optional*, with `output_attentions=True`):
-            The backbone's attention weights; of a timm backbone, none.
+            Image tokens projected to the width of the model, as the encoder reads them.
+        hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+            Hidden states of the backbone, or the feature maps if it is a timm backbone.
+        attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
+            Attention weights of the backbone, empty if it is a timm backbone.
         feature_maps (`tuple[torch.Tensor]`):
-            The backbone's feature maps, each (I, channels, height, width).
+            Feature maps of the backbone, each of shape (I, channels, height, width).
         image_position_embeddings (`torch.Tensor` of shape `(I, h * w, d)`):
-            Positions of the image tokens, without the level and token-type embeddings.
+            Position embeddings of the image tokens, without the level and token type embeddings.
         image_mask (`torch.Tensor` of shape `(I, h * w)`):
-            True for cells of the picture, False for padding.
+            True for image tokens, False for padding.
         pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
-            1 for the picture, 0 for padding.
+            1 for pixels of the image, 0 for padding.
     """
 
     feature_maps: tuple[torch.Tensor, ...] | None = None
@@ -79,9 +87,11 @@ class RefTRImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class RefTRDecoderOutput(BaseModelOutputWithCrossAttentions):
     """
+    Output of the query decoder.
+
     Args:
         intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
-            Every layer's output behind the shared final layer norm.
+            Output of every decoder layer, each after the shared final layer norm.
     """
 
     intermediate_hidden_states: torch.Tensor | None = None
@@ -90,35 +100,38 @@ class RefTRDecoderOutput(BaseModelOutputWithCrossAttentions):
 @dataclass
 class RefTRModelOutput(ModelOutput):
     """
+    Output of the model without heads.
+
     Args:
         last_hidden_state (`torch.Tensor` of shape `(S, P, d)`):
-            The decoder's output, a vector a phrase.
+            Output of the decoder, one vector per phrase.
         intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
-            Every decoder layer's output behind the shared final layer norm.
+            Output of every decoder layer, each after the shared final layer norm.
         phrase_mask (`torch.Tensor` of shape `(S, P)`):
             True for real phrases, False for padding.
-        phrase_places (`torch.Tensor` of shape `(N,)`, *optional*, returned for several phrases):
-            The slots that were encoded, `sentence * P + slot`, or `S * P` where `phrase_index` points nowhere.
+        phrase_slots (`torch.Tensor` of shape `(N,)`, *optional*, returned for several phrases per sentence):
+            Flat indices `sentence * P + slot` of the phrases that were encoded, or `S * P` where `phrase_index` is
+            out of range.
         encoder_last_hidden_state (`torch.Tensor` of shape `(S, L + h * w, d)`):
-            The encoder's output, text tokens first, then image tokens.
+            Output of the encoder, text tokens first, then image tokens.
         feature_maps (`tuple[torch.Tensor]`):
-            The backbone's feature maps, each (I, channels, height, width).
+            Feature maps of the backbone, each of shape (I, channels, height, width).
         image_features (`torch.Tensor` of shape `(I, h * w, d)`):
-            The last feature map projected to the model's width.
+            Image tokens projected to the width of the model.
         image_mask (`torch.Tensor` of shape `(I, h * w)`):
-            True for cells of the picture, False for padding.
+            True for image tokens, False for padding.
         pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
-            1 for the picture, 0 for padding.
+            1 for pixels of the image, 0 for padding.
         image_index (`torch.Tensor` of shape `(S,)`, *optional*):
-            The image each sentence was read with: the input, 0 where that points nowhere.
+            Image of each sentence as given, 0 where it was out of range.
         decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
-            (`tuple[torch.Tensor]`, *optional*): each layer's, on request.
+            (`tuple[torch.Tensor]`, *optional*): those of each layer, on request.
     """
 
     last_hidden_state: torch.Tensor | None = None
     intermediate_hidden_states: torch.Tensor | None = None
     phrase_mask: torch.Tensor | None = None
-    phrase_places: torch.Tensor | None = None
+    phrase_slots: torch.Tensor | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
     feature_maps: tuple[torch.Tensor, ...] | None = None
     image_features: torch.Tensor | None = None
@@ -131,10 +144,18 @@ class RefTRModelOutput(ModelOutput):
     encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
+    @property
+    def phrase_places(self) -> torch.Tensor | None:
+        """Return `phrase_slots` under its deprecated name."""
+        warnings.warn("`phrase_places` is deprecated, use `phrase_slots`.", FutureWarning, stacklevel=2)
+        return self.phrase_slots
+
 
 @dataclass
 class RefTRVisualGroundingOutput(ModelOutput):
     """
+    Output of the model with its heads.
+
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             Weighted sum of `loss_dict`.
@@ -142,19 +163,19 @@ class RefTRVisualGroundingOutput(ModelOutput):
             `loss_bbox` and `loss_giou`, and the same with `_0`, `_1`, ... for the earlier decoder layers; with masks
             also `loss_mask` (focal) and `loss_dice`.
         pred_boxes (`torch.Tensor` of shape `(S, P, 4)`):
-            (center_x, center_y, width, height) in 0..1 of the picture without its padding, for every phrase slot.
-            What stands in padding slots means nothing: see `phrase_mask`.
+            Boxes (center_x, center_y, width, height) of every phrase slot, normalized to the image without padding.
+            Boxes of padding slots have no meaning, see `phrase_mask`.
         phrase_mask (`torch.Tensor` of shape `(S, P)`):
             True for real phrases, False for padding.
         auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*, returned if `config.auxiliary_loss`):
             `pred_boxes` of each earlier decoder layer.
         pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`, *optional*, returned if `config.predict_masks`):
-            Logits of each phrase's mask over the whole padded picture, at the size of the backbone's fourth to last
-            feature map (a quarter of the picture for a ResNet).
+            Mask logits of each phrase over the padded image, in the resolution of the backbone's fourth to last
+            feature map (a quarter of the image for a ResNet).
         mask_attentions (`torch.Tensor` of shape `(S, P, heads, h, w)`, *optional*, with `output_attentions=True`):
-            The maps that the mask head starts from; heads and cells together sum to 1.
+            Attention maps that the mask head starts from. The values of all heads and cells sum to 1.
         image_index, input_ids, phrase_input_ids, pixel_mask (`torch.Tensor`, *optional*):
-            The inputs of these names, for the processor's post-processing.
+            Inputs of these names, for the post-processing.
         last_hidden_state, intermediate_hidden_states, encoder_last_hidden_state, decoder_hidden_states,
             decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions: see [`RefTRModelOutput`].
     """
@@ -180,10 +201,64 @@ class RefTRVisualGroundingOutput(ModelOutput):
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def expand_attention_mask(config, inputs_embeds, attention_mask, encoder_hidden_states=None):
+# outputs of RefTRModel that RefTRForVisualGrounding returns as they are
+SHARED_OUTPUTS = (
+    "phrase_mask",
+    "image_index",
+    "pixel_mask",
+    "last_hidden_state",
+    "intermediate_hidden_states",
+    "encoder_last_hidden_state",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+    "encoder_hidden_states",
+    "encoder_attentions",
+)
+
+
+class RefTRTokens(NamedTuple):
     """
-    A (batch, tokens) mask, 1 = may be seen, in the form that the attention implementation reads. It is never left out
-    where nothing is masked: to find that out the host would wait for the device.
+    Tokens as the encoder reads them.
+
+    Args:
+        features (`torch.Tensor` of shape `(S, tokens, d)`): features of the tokens.
+        position_embeddings (`torch.Tensor` of shape `(S, tokens, d)`): positions, with the token type embeddings.
+        mask (`torch.Tensor` of shape `(S, tokens)`): True for real tokens, False for padding.
+    """
+
+    features: torch.Tensor
+    position_embeddings: torch.Tensor
+    mask: torch.Tensor
+
+
+class RefTRPhrases(NamedTuple):
+    """
+    Phrases as the query encoder reads them.
+
+    Args:
+        features (`torch.Tensor` of shape `(S, P, d)`): features of each phrase on its own.
+        mask (`torch.Tensor` of shape `(S, P)`): True for real phrases, False for padding.
+        context_mask (`torch.Tensor` of shape `(S, P, L)`): True for the tokens of its sentence that a phrase spans.
+        slots (`torch.Tensor` of shape `(N,)`, *optional*): see `phrase_slots` of [`RefTRModelOutput`].
+    """
+
+    features: torch.Tensor
+    mask: torch.Tensor
+    context_mask: torch.Tensor
+    slots: torch.Tensor | None = None
+
+
+def expand_attention_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+) -> Any:
+    """
+    Expand a mask of shape (batch, tokens) to the form that the attention implementation reads.
+
+    The mask is never dropped, even if nothing is masked: to find that out, the host would wait for the device.
     """
     return create_bidirectional_mask(
         config=config,
@@ -194,27 +269,28 @@ def expand_attention_mask(config, inputs_embeds, attention_mask, encoder_hidden_
     )
 
 
-def scatter_phrases(values: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def scatter_phrases(values: torch.Tensor, slots: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """
-    Lay values of phrases into their slots, zero elsewhere.
+    Scatter values of phrases to their slots, zero elsewhere.
 
     Args:
-        values (`torch.Tensor` of shape `(N, ...)`): one a phrase.
-        places (`torch.Tensor` of shape `(N,)`): `sentence * P + slot` of each, or `S * P`, which is left out.
-        shape (`(S, P)`): sentences and slots.
+        values (`torch.Tensor` of shape `(N, ...)`): one value per phrase.
+        slots (`torch.Tensor` of shape `(N,)`): flat index `sentence * P + slot` of each; `S * P` drops the value.
+        shape (`(S, P)`): number of sentences and of slots.
 
     Returns:
         `torch.Tensor` of shape `(S, P, ...)`
     """
-    slots = values.new_zeros(shape[0] * shape[1] + 1, *values.shape[1:]).index_put((places,), values)
-    return slots[:-1].unflatten(0, shape)
+    scattered = values.new_zeros(shape[0] * shape[1] + 1, *values.shape[1:]).index_put((slots,), values)
+    return scattered[:-1].unflatten(0, shape)
 
 
 class RefTRSinePositionEmbedding(nn.Module):
     """
-    Sines and cosines of the cell's place in the *valid* part of the image, with a half-cell offset that DETR's
-    embedding does not have. A row or column that is all padding gives angles near -3e6: they are part of the
-    published model, whose mask head reads padded cells.
+    Sine and cosine position embedding of a feature map, normalized to the image without padding.
+
+    Other than in DETR, positions are those of cell centers. Rows and columns of padding give angles near -3e6, which
+    are part of the published model: its mask head reads padded cells.
     """
 
     def __init__(self, config: RefTRConfig):
@@ -223,20 +299,20 @@ class RefTRSinePositionEmbedding(nn.Module):
         self.temperature = config.position_embedding_temperature
 
     def forward(self, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` (I, h, w), True = picture -> (I, h * w, d), y features first, always in float32."""
+        """Return float32 embeddings (I, h * w, d), y features first, for a mask (I, h, w), True for the image."""
         feature = torch.arange(self.num_features, device=mask.device)
         frequencies = self.temperature ** (2 * (feature // 2).float() / self.num_features)
         embeddings = []
         for axis in (1, 2):
-            place = mask.cumsum(axis, dtype=torch.float32)
-            place = (place - 0.5) / (place.narrow(axis, -1, 1) + 1e-6) * 2 * math.pi
-            angles = place[..., None] / frequencies
+            position = mask.cumsum(axis, dtype=torch.float32)
+            position = (position - 0.5) / (position.narrow(axis, -1, 1) + 1e-6) * 2 * math.pi
+            angles = position[..., None] / frequencies
             embeddings.append(torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2))
         return torch.cat(embeddings, dim=-1).flatten(1, 2)
 
 
 class RefTRLearnedPositionEmbedding(nn.Module):
-    """A learned vector for each column and row, column half first."""
+    """Learned position embedding of a feature map: the embedding of the column, then that of the row."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -244,13 +320,18 @@ class RefTRLearnedPositionEmbedding(nn.Module):
         self.column_embeddings = nn.Embedding(config.max_image_positions, config.d_model // 2)
 
     def forward(self, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` (I, h, w) -> (I, h * w, d). Raises ValueError if the feature map has more rows than embeddings."""
+        """
+        Return embeddings (I, h * w, d) for a mask (I, h, w).
+
+        Raises:
+            ValueError: if the feature map has more rows or columns than there are embeddings.
+        """
         batch_size, height, width = mask.shape
         limit = self.row_embeddings.num_embeddings
         if max(height, width) > limit:
             raise ValueError(
-                f"A feature map of {height} x {width} has no learned positions past max_image_positions={limit}; "
-                "use smaller pictures or position_embedding_type='sine'."
+                f"The feature map of {height} x {width} cells is larger than max_image_positions={limit}; use smaller "
+                "images or position_embedding_type='sine'."
             )
         columns = self.column_embeddings(torch.arange(width, device=mask.device)).expand(height, width, -1)
         rows = self.row_embeddings(torch.arange(height, device=mask.device))[:, None].expand(height, width, -1)
@@ -258,7 +339,7 @@ class RefTRLearnedPositionEmbedding(nn.Module):
 
 
 class RefTRProjection(nn.Module):
-    """Two linear layers, each with layer norm and ReLU, and dropout between them."""
+    """Projection of two linear layers, each followed by layer norm and ReLU, with dropout between them."""
 
     def __init__(self, config: RefTRConfig, input_size: int):
         super().__init__()
@@ -269,7 +350,7 @@ class RefTRProjection(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., input_size) -> (..., d)."""
+        """Project states of shape (..., input_size) to (..., d)."""
         hidden_states = self.dropout(self.layer_norm1(self.linear1(hidden_states)).relu())
         return self.layer_norm2(self.linear2(hidden_states)).relu()
 
@@ -284,7 +365,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with its weights written out, the fallback of `ALL_ATTENTION_FUNCTIONS`."""
+    """Compute attention with explicit weights, the fallback of `ALL_ATTENTION_FUNCTIONS`."""
     attention_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         attention_weights = attention_weights + attention_mask
@@ -294,7 +375,7 @@ def eager_attention_forward(
 
 
 class RefTRAttention(nn.Module):
-    """Multi-head attention, to itself or to other states. Positions are added to queries and keys, not to values."""
+    """Multi-head self- or cross-attention. Positions are added to queries and keys, not to values."""
 
     def __init__(self, config: RefTRConfig, num_attention_heads: int):
         super().__init__()
@@ -317,15 +398,18 @@ class RefTRAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
+        Attend from queries to keys and values.
+
         Args:
-            hidden_states, position_embeddings (`torch.Tensor` of shape `(batch, queries, d)`): what asks.
+            hidden_states, position_embeddings (`torch.Tensor` of shape `(batch, queries, d)`):
+                Queries and their positions.
             key_value_states, key_position_embeddings (`torch.Tensor` of shape `(batch, keys, d)`, *optional*):
-                What is looked at. Absent: the queries themselves.
-            attention_mask (*optional*): as `expand_attention_mask` makes it.
+                Keys and values and their positions. Defaults to the queries (self-attention).
+            attention_mask (*optional*): mask as returned by `expand_attention_mask`.
 
         Returns:
-            `tuple`: new states (batch, queries, d), and the weights (batch, heads, queries, keys) where the attention
-            implementation gives them.
+            `tuple[torch.Tensor, torch.Tensor | None]`: new states (batch, queries, d), and the attention weights
+            (batch, heads, queries, keys) if the attention implementation returns them.
         """
         if key_value_states is None:
             key_value_states, key_position_embeddings = hidden_states, position_embeddings
@@ -350,7 +434,7 @@ class RefTRAttention(nn.Module):
 
 
 class RefTRMLP(nn.Module):
-    """The feed-forward block of a layer."""
+    """Feed-forward block of a layer."""
 
     def __init__(self, config: RefTRConfig, ffn_dim: int):
         super().__init__()
@@ -360,12 +444,12 @@ class RefTRMLP(nn.Module):
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., d)."""
+        """Return new states of the same shape (..., d)."""
         return self.fc2(self.activation_dropout(self.activation(self.fc1(hidden_states))))
 
 
 class RefTREncoderLayer(GradientCheckpointingLayer):
-    """Post-norm self-attention and feed-forward over text and image tokens."""
+    """Encoder layer: self-attention and feed-forward over text and image tokens, each followed by layer norm."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -382,7 +466,14 @@ class RefTREncoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """States and positions (S, L + h * w, d), mask as `expand_attention_mask` makes it -> states."""
+        """
+        Args:
+            hidden_states, position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): tokens and positions.
+            attention_mask (*optional*): mask as returned by `expand_attention_mask`.
+
+        Returns:
+            `torch.Tensor` of shape `(S, L + h * w, d)`
+        """
         attention_output, _ = self.self_attn(
             hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
         )
@@ -391,7 +482,7 @@ class RefTREncoderLayer(GradientCheckpointingLayer):
 
 
 class RefTRDecoderLayer(GradientCheckpointingLayer):
-    """Post-norm self-attention among phrases, cross-attention to the encoder's output, feed-forward."""
+    """Decoder layer: self-attention among phrases, cross-attention to the encoder's output, feed-forward."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -413,7 +504,16 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
         encoder_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """States and positions (S, P, d), the memory's (S, L + h * w, d), masks of both -> states (S, P, d)."""
+        """
+        Args:
+            hidden_states, position_embeddings (`torch.Tensor` of shape `(S, P, d)`): queries and positions.
+            encoder_hidden_states, encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`):
+                Output of the encoder and its positions.
+            attention_mask, encoder_attention_mask (*optional*): masks as returned by `expand_attention_mask`.
+
+        Returns:
+            `torch.Tensor` of shape `(S, P, d)`
+        """
         attention_output, _ = self.self_attn(
             hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
         )
@@ -431,7 +531,7 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
 
 
 class RefTRQueryEncoder(nn.Module):
-    """Makes the decoder's input and query position of each phrase from its words and their context."""
+    """Encode each phrase and its context in the sentence to a decoder input and a query position."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -448,13 +548,16 @@ class RefTRQueryEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            text_memory (`torch.Tensor` of shape `(S, L, d)`): the encoder's output at the text positions.
-            context_mask (`torch.Tensor` of shape `(S, P, L)`): True for the tokens that a phrase may see, one or more.
-            phrase_features (`torch.Tensor` of shape `(S, P, d)`): the phrases by themselves.
+            text_memory (`torch.Tensor` of shape `(S, L, d)`): output of the encoder at the text tokens.
+            context_mask (`torch.Tensor` of shape `(S, P, L)`): True for the tokens that a phrase spans.
+            phrase_features (`torch.Tensor` of shape `(S, P, d)`): features of each phrase on its own.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: decoder input and query position, each (S, P, d).
+            `tuple[torch.Tensor, torch.Tensor]`: decoder inputs and query positions, each of shape (S, P, d).
         """
+        # Phrases that span no token attend to [CLS], because a softmax over nothing is NaN
+        token = torch.arange(context_mask.shape[-1], device=context_mask.device)
+        context_mask = context_mask | (~context_mask.any(dim=-1, keepdim=True) & (token == 0))
         sentence_token = text_memory[:, :1]
         scores = self.context_query(sentence_token) @ self.context_key(text_memory).transpose(1, 2)
         scores = scores.float().masked_fill(~context_mask, -torch.inf)
@@ -466,7 +569,7 @@ class RefTRQueryEncoder(nn.Module):
 
 
 class RefTRBoxHead(nn.Module):
-    """Three linear layers from a phrase's state to the logits of its box; the last starts at zero, as published."""
+    """MLP of three layers that predicts the box of a phrase. The last layer starts at zero, as published."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -475,7 +578,7 @@ class RefTRBoxHead(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., 4): logits of (center_x, center_y, width, height)."""
+        """Return logits (..., 4) of (center_x, center_y, width, height) for states (..., d)."""
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states).relu()
         return self.layers[-1](hidden_states)
@@ -483,22 +586,23 @@ class RefTRBoxHead(nn.Module):
 
 class RefTRMaskHead(nn.Module):
     """
-    Masks of phrases: an attention map of each over the image, then 3x3 convolutions that take up one finer feature map
-    of the backbone after the other, each half as wide as the one before.
+    Mask head in the manner of DETR: attention maps of each phrase over the image, then 3x3 convolutions of decreasing
+    width, which add one finer feature map of the backbone after another.
     """
 
     def __init__(self, config: RefTRConfig, backbone_channels: list[int]):
         super().__init__()
         if len(backbone_channels) < 4:
             raise ValueError(
-                f"predict_masks=True reads four feature maps, the backbone gives {len(backbone_channels)}; set "
+                f"predict_masks=True requires four feature maps, the backbone returns {len(backbone_channels)}; set "
                 "backbone_config.out_indices to its last four stages."
             )
         self.num_heads = config.decoder_attention_heads
         self.scaling = (config.d_model // self.num_heads) ** -0.5
         self.query_projection = nn.Linear(config.d_model, config.d_model)
         self.key_projection = nn.Linear(config.d_model, config.d_model)
-        # image, memory and attention maps side by side, then from the coarsest feature map to the finest
+        # The first layer reads image features, encoder output and attention maps, the next ones add feature maps from
+        # the coarsest to the finest
         widths = [2 * config.d_model + self.num_heads] + [config.d_model // divisor for divisor in (2, 4, 8, 16)]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
@@ -521,38 +625,42 @@ class RefTRMaskHead(nn.Module):
         image_mask: torch.Tensor,
         feature_maps: tuple[torch.Tensor, ...],
         image_index: torch.Tensor | None = None,
-        phrase_places: torch.Tensor | None = None,
+        phrase_slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        Predict the masks of phrases.
+
         Args:
-            queries (`torch.Tensor` of shape `(S, P, d)`): the decoder's output.
-            image_features (`torch.Tensor` of shape `(I, h * w, d)`): the projected image.
-            image_memory (`torch.Tensor` of shape `(S, h * w, d)`): the encoder's output at the image tokens.
+            queries (`torch.Tensor` of shape `(S, P, d)`): output of the decoder.
+            image_features (`torch.Tensor` of shape `(I, h * w, d)`): image tokens projected to the model's width.
+            image_memory (`torch.Tensor` of shape `(S, h * w, d)`): output of the encoder at the image tokens.
             image_mask (`torch.Tensor` of shape `(I, h * w)`):
-                True for the picture. Padding gets no attention; convolutions and group norms read it, as published.
-            feature_maps (`tuple[torch.Tensor]`): the backbone's, each (I, channels, height, width).
-            image_index (`torch.Tensor` of shape `(S,)`, *optional*): the image of each sentence; absent: in order.
-            phrase_places (`torch.Tensor` of shape `(N,)`, *optional*):
-                The slots to make masks for, see [`RefTRModelOutput`]; absent: all.
+                True for image tokens. Padding gets no attention, but convolutions and group norms read it, as
+                published.
+            feature_maps (`tuple[torch.Tensor]`): feature maps of the backbone, each (I, channels, height, width).
+            image_index (`torch.Tensor` of shape `(S,)`, *optional*):
+                Image of each sentence. Defaults to one sentence per image, in order.
+            phrase_slots (`torch.Tensor` of shape `(N,)`, *optional*):
+                Slots to predict masks for, see [`RefTRModelOutput`]. Defaults to all.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: logits (S, P, h1, w1), and attention maps (S, P, heads, h, w), zero in
-            slots that no mask was made for.
+            slots without a mask.
         """
         shape, size = queries.shape[:2], feature_maps[-1].shape[-2:]
-        if phrase_places is None:
-            phrase_places = torch.arange(shape[0] * shape[1], device=queries.device)
-        # N phrases from here on
-        rows = phrase_places.clamp(max=shape[0] * shape[1] - 1)
+        if phrase_slots is None:
+            phrase_slots = torch.arange(shape[0] * shape[1], device=queries.device)
+        # From here on tensors have one row per phrase that gets a mask
+        rows = phrase_slots.clamp(max=shape[0] * shape[1] - 1)
         sentence = rows // shape[1]
         image = sentence if image_index is None else image_index[sentence]
 
         queries = self.query_projection(queries.flatten(0, 1)[rows]).unflatten(-1, (self.num_heads, -1))
         keys = self.key_projection(image_memory).unflatten(-1, (self.num_heads, -1))[sentence]
         scores = torch.einsum("phc,pnhc->phn", queries * self.scaling, keys).float()
-        # where a picture is all padding, all of it is seen: a softmax over nothing is not a number
-        is_seen = (image_mask | ~image_mask.any(dim=-1, keepdim=True))[image]
-        scores = scores.masked_fill(~is_seen[:, None], -torch.inf)
+        # An image that is all padding is attended to as a whole, because a softmax over nothing is NaN
+        is_visible = (image_mask | ~image_mask.any(dim=-1, keepdim=True))[image]
+        scores = scores.masked_fill(~is_visible[:, None], -torch.inf)
         attentions = scores.flatten(1).softmax(dim=-1).to(queries.dtype).unflatten(1, (self.num_heads, *size))
 
         states = torch.cat((image_features[image], image_memory[sentence]), dim=-1).transpose(1, 2).unflatten(-1, size)
@@ -565,18 +673,18 @@ class RefTRMaskHead(nn.Module):
             states = nn.functional.interpolate(states, size=feature_map.shape[-2:], mode="nearest")
             states = norm(convolution(states + adapter(feature_map)[image])).relu()
         logits = self.output_convolution(states)[:, 0]
-        return tuple(scatter_phrases(values, phrase_places, shape) for values in (logits, attentions))
+        return scatter_phrases(logits, phrase_slots, shape), scatter_phrases(attentions, phrase_slots, shape)
 
 
 class RefTRPreTrainedModel(PreTrainedModel):
-    """What RefTR can do within transformers, how its weights start, and how a checkpoint is loaded."""
+    """Base class that handles weight initialization, loading and saving of RefTR models."""
 
     config: RefTRConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # those that add what several of their parts give, and no forward of ours brings to one device
+    # These add outputs of several of their submodules, which have to be on one device
     _no_split_modules = [
         "RefTREncoderLayer",
         "RefTRDecoderLayer",
@@ -586,35 +694,35 @@ class RefTRPreTrainedModel(PreTrainedModel):
         "TimmBackbone",
     ]
     _supports_sdpa = True
-    # no Flash Attention: of a padding mask over the memory, the library's path hides the decoder's last queries
+    # Flash Attention is off: with a padding mask over the encoder's output, the library hides the last decoder queries
     _supports_flash_attn = False
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
-    is_fused = False  # True for what `fused_copy` returns
+    is_fused = False  # True for models that `fused_copy` returns
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
-        Save the model as the library does; others may read its weights where the umask lets them read files.
+        Save the model, see `PreTrainedModel.save_pretrained`. Weights get the permissions of any new file.
 
         Raises:
             ValueError: if the model is a fused copy, whose weights `from_pretrained` could not read.
         """
         if self.is_fused:
             raise ValueError(
-                "A fused copy has no batch norms of its own that could be saved: save the model that it was made of."
+                "A fused copy cannot be saved, because its batch norms are gone: save the model that it was made of."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
         apply_default_permissions(Path(save_directory).glob("*model*.safetensors"))
 
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
-        # For code outside of the library it passes over modules whose parameters all lie in their children. It need
-        # not: `_init_weights` asks each parameter whether it was loaded.
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # The library skips modules of custom code whose parameters are all in submodules, for fear of overwriting
+        # loaded weights. `_init_weights` checks each parameter for that itself.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        """As published: PyTorch's defaults but where a case below says otherwise."""
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize weights as published: the defaults of PyTorch, except in the cases below."""
         xavier_std = self.config.init_xavier_std
         if isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -627,7 +735,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, RefTRAttention):
             for projection in (module.q_proj, module.k_proj, module.v_proj):
-                # published as one (3d, d) matrix, whose fans give a bound smaller by sqrt(2)
+                # The published model has one (3d, d) matrix, whose fans give a bound smaller by sqrt(2)
                 init.xavier_uniform_(projection.weight, gain=xavier_std / math.sqrt(2))
             init.xavier_uniform_(module.o_proj.weight, gain=xavier_std)
             for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
@@ -655,16 +763,20 @@ class RefTRPreTrainedModel(PreTrainedModel):
             init.zeros_(module.image_projection[0].bias)
             init.normal_(module.level_embedding)
 
-    def freeze_parameters(self):
-        """Stop training what the configuration freezes."""
+    def freeze_parameters(self) -> None:
+        """Stop training the parameters that the configuration freezes."""
         if self.base_model is not self:
             self.base_model.freeze_parameters()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Self | tuple[Self, dict]:
         """
-        See `PreTrainedModel.from_pretrained`, which thaws every parameter; frozen stages are frozen again. Weights are
-        read from safetensors alone: a pickle, which others would have written, can claim any size.
+        Load a model, see `PreTrainedModel.from_pretrained`.
+
+        The library unfreezes every parameter; those that the configuration freezes are frozen again. Weights are read
+        from safetensors only, because a pickle of others can claim any amount of memory.
 
         Raises:
             ValueError: if a file is damaged, naming it.
@@ -679,17 +791,14 @@ class RefTRPreTrainedModel(PreTrainedModel):
         model.freeze_parameters()
         return loaded
 
-    def fused_copy(self):
+    def fused_copy(self) -> Self:
         """
-        Return a copy for inference that is faster and gives the same answers but for rounding: the batch norms of the
-        image backbone are folded into its convolutions, which are laid out channels last.
+        Return a copy for faster inference. Its answers are the same up to rounding.
 
-        The copy is in evaluation mode, without gradients, not compiled, and shares nothing with this model, which may
-        be training or answering in another thread. Its state dict is its own: without the folded norms. It cannot be
-        saved for `from_pretrained`; save the model that it was made of.
-
-        Returns:
-            The copy.
+        The batch norms of the image backbone are folded into the preceding convolutions, whose weights are in
+        channels-last layout. The copy is in evaluation mode, without gradients and not compiled. It shares no memory
+        with this model, which may be training or answering in another thread. It cannot be saved for
+        `from_pretrained`, because its state dict lacks the folded norms; save this model instead.
 
         Raises:
             ValueError: if weights of the model are offloaded: fuse first, then offload the copy.
@@ -698,7 +807,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
 
 
 class RefTREncoder(RefTRPreTrainedModel):
-    """The visual-language encoder, over text tokens and image tokens together."""
+    """Visual-language encoder: a transformer encoder over text tokens and image tokens."""
 
     _can_record_outputs = {
         "hidden_states": OutputRecorder(RefTREncoderLayer, num_hidden_layers_key="encoder_layers"),
@@ -720,9 +829,11 @@ class RefTREncoder(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """
+        Encode text tokens and image tokens.
+
         Args:
             inputs_embeds (`torch.Tensor` of shape `(S, L + h * w, d)`): text tokens, then image tokens.
-            position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): their positions.
+            position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): positions of the tokens.
             attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
         """
         hidden_states = inputs_embeds
@@ -733,7 +844,7 @@ class RefTREncoder(RefTRPreTrainedModel):
 
 
 class RefTRDecoder(RefTRPreTrainedModel):
-    """The query decoder, one query a phrase."""
+    """Query decoder: a transformer decoder with one query per phrase."""
 
     _can_record_outputs = {
         "hidden_states": OutputRecorder(RefTRDecoderLayer, num_hidden_layers_key="decoder_layers"),
@@ -760,15 +871,20 @@ class RefTRDecoder(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRDecoderOutput:
         """
+        Decode queries.
+
         Args:
-            inputs_embeds (`torch.Tensor` of shape `(S, P, d)`): the queries, one a phrase.
-            position_embeddings (`torch.Tensor` of shape `(S, P, d)`): their positions.
-            attention_mask (`torch.Tensor` of shape `(S, P)`): which queries the others may see, one or more.
-            encoder_hidden_states (`torch.Tensor` of shape `(S, L + h * w, d)`): the encoder's output.
-            encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): its positions.
+            inputs_embeds (`torch.Tensor` of shape `(S, P, d)`): queries, one per phrase.
+            position_embeddings (`torch.Tensor` of shape `(S, P, d)`): positions of the queries.
+            attention_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases, False for padding.
+            encoder_hidden_states (`torch.Tensor` of shape `(S, L + h * w, d)`): output of the encoder.
+            encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): positions of its tokens.
             encoder_attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
         """
         hidden_states = inputs_embeds
+        # Padding is visible where a sentence has no real phrase, because a softmax over nothing is NaN
+        attention_mask = attention_mask.bool()
+        attention_mask = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
         attention_mask = expand_attention_mask(self.config, inputs_embeds, attention_mask)
         encoder_attention_mask = expand_attention_mask(
             self.config, inputs_embeds, encoder_attention_mask, encoder_hidden_states
@@ -784,7 +900,7 @@ class RefTRDecoder(RefTRPreTrainedModel):
                 encoder_attention_mask,
                 **kwargs,
             )
-            # the norm is applied to a copy: the next layer reads the states without it
+            # The next layer reads the states without the final layer norm
             intermediate_hidden_states.append(self.layer_norm(hidden_states))
         return RefTRDecoderOutput(
             last_hidden_state=intermediate_hidden_states[-1],
@@ -793,7 +909,7 @@ class RefTRDecoder(RefTRPreTrainedModel):
 
 
 class RefTRModel(RefTRPreTrainedModel):
-    """Image backbone, text backbone, visual-language encoder, query encoder and query decoder, without a head."""
+    """RefTR without heads: image and text backbones, visual-language encoder, query encoder and query decoder."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
@@ -813,14 +929,14 @@ class RefTRModel(RefTRPreTrainedModel):
         self.text_backbone = AutoModel.from_config(config.text_config, trust_remote_code=False)
         if getattr(self.text_backbone, "pooler", None) is None:
             raise ValueError(
-                f"text_config.model_type={quote(config.text_config.model_type)} has no pooled output, which "
-                "RefTR reads the phrases from; use an encoder that has one, for example bert or roberta."
+                f"text_config.model_type={quote(config.text_config.model_type)} has no pooled output, which RefTR "
+                "requires for the features of phrases; use an encoder that has one, for example bert or roberta."
             )
         self.text_projection = RefTRProjection(config, config.text_config.hidden_size)
         self.phrase_projection = RefTRProjection(config, config.text_config.hidden_size)
 
         self.text_position_embeddings = nn.Embedding(config.max_text_positions, config.d_model)
-        self.token_type_embeddings = nn.Embedding(2, config.d_model)  # row 0: text, row 1: image
+        self.token_type_embeddings = nn.Embedding(2, config.d_model)
         self.level_embedding = nn.Parameter(torch.empty(1, config.d_model))
         self.encoder = RefTREncoder(config)
         self.query_encoder = RefTRQueryEncoder(config)
@@ -829,48 +945,17 @@ class RefTRModel(RefTRPreTrainedModel):
         self.freeze_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text backbone's word embeddings."""
+        """Return the word embeddings of the text backbone."""
         return self.text_backbone.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
-        """Replace the text backbone's word embeddings; `config.text_config.vocab_size` follows."""
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings of the text backbone and update `config.text_config.vocab_size`."""
         self.text_backbone.set_input_embeddings(value)
         self.config.text_config.vocab_size = value.num_embeddings
 
-    def freeze_parameters(self):
-        """
-        Stop training the backbone's stem and its first `config.num_frozen_backbone_stages` stages (0: nothing).
-
-        Raises:
-            ValueError: if the backbone has fewer stages or does not tell where they end.
-        """
-        num_stages = self.config.num_frozen_backbone_stages
-        if num_stages == 0:
-            return
-        if hasattr(self.backbone, "_backbone"):  # timm; what it gives at stride 2 is the stem
-            feature_info = self.backbone._backbone.feature_info.info
-            stages = [stage["module"] for stage in feature_info if stage["reduction"] > 2]
-            stages = [name for stage in stages for name in (stage, stage.replace(".", "_"))]
-            last_modules = [name for name, _ in self.backbone._backbone.named_modules() if name in stages]
-            prefix = "_backbone."
-        else:
-            encoder = self.backbone.get_submodule("encoder") if hasattr(self.backbone, "encoder") else nn.Module()
-            lists = [name for name, module in encoder.named_children() if isinstance(module, nn.ModuleList)]
-            last_modules = [
-                f"{name}.{index}" for name in lists[:1] for index in range(len(encoder.get_submodule(name)))
-            ]
-            prefix = "encoder."
-        if num_stages > len(last_modules):
-            raise ValueError(
-                f"num_frozen_backbone_stages={num_stages}, but {len(last_modules)} stages were found in the backbone "
-                f"{type(self.backbone).__name__}; give a number up to that, 0 to train all of it."
-            )
-        # a backbone registers its parameters in the order in which it uses them
-        last_module = f"{prefix}{last_modules[num_stages - 1]}."
-        parameters = list(self.backbone.named_parameters())
-        end = 1 + max(index for index, (name, _) in enumerate(parameters) if name.startswith(last_module))
-        for _, parameter in parameters[:end]:
-            parameter.requires_grad_(False)
+    def freeze_parameters(self) -> None:
+        """Stop training the backbone's stem and its first `config.num_frozen_backbone_stages` stages."""
+        freeze_stages(self.backbone, self.config.num_frozen_backbone_stages)
 
     @can_return_tuple
     def get_image_features(
@@ -880,11 +965,11 @@ class RefTRModel(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRImageFeatures:
         """
-        Encode images, once for all that is asked about them.
+        Encode images. The features can be passed to any number of calls as `image_features`.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): normalised pictures, padded bottom and right.
-            pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): 1 for the picture, 0 for padding.
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): normalized images, padded at the bottom and right.
+            pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): 1 for pixels of the image, 0 for padding.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): see `ModelOutput`.
 
         Returns:
@@ -893,31 +978,23 @@ class RefTRModel(RefTRPreTrainedModel):
         Raises:
             ValueError: if the shapes do not fit together.
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values must be (images, channels, height, width), got {tuple(pixel_values.shape)}."
-            )
+        check_image_shapes(pixel_values, pixel_mask)
         if pixel_mask is None:
             pixel_mask = pixel_values.new_ones((pixel_values.shape[0], *pixel_values.shape[-2:]), dtype=torch.long)
-        if pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
-            raise ValueError(
-                f"pixel_mask {tuple(pixel_mask.shape)} does not fit pixel_values {tuple(pixel_values.shape)}: it must "
-                "be (images, height, width)."
-            )
-        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        # timm's wrapper raises when asked for attentions, and changes itself during a call that asks for hidden states
+        output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        # The timm wrapper raises an error if asked for attentions, and modifies itself if asked for hidden states
         is_timm = hasattr(self.backbone, "_backbone")
         outputs = self.backbone(
             pixel_values.to(self.dtype),
-            output_hidden_states=False if is_timm else wants_states,
-            output_attentions=False if is_timm else wants_attentions,
+            output_hidden_states=False if is_timm else output_hidden_states,
+            output_attentions=False if is_timm else output_attentions,
             return_dict=True,
         )
-        feature_maps = outputs[0]  # by position: timm's wrapper gives a tuple where its own configuration says so
+        feature_maps = outputs[0]  # by index: the timm wrapper returns a tuple if its own configuration says so
         if is_timm:
-            hidden_states = feature_maps if wants_states else None
-            attentions = () if wants_attentions else None
+            hidden_states = feature_maps if output_hidden_states else None
+            attentions = () if output_attentions else None
         else:
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
         projected = self.image_projection(feature_maps[-1])
@@ -934,14 +1011,17 @@ class RefTRModel(RefTRPreTrainedModel):
             pixel_mask=pixel_mask,
         )
 
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutputWithPooling:
         """
-        Encode (N, L) tokens with their mask by the text backbone, or by the cache within `cache_text`.
+        Encode texts by the text backbone, or look them up inside a `cache_text` context.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(N, L)`): token ids, and 1 for real tokens.
 
         Returns:
-            The text backbone's output: last_hidden_state (N, L, text width) and pooler_output (N, text width).
+            Output of the text backbone: last_hidden_state (N, L, text width) and pooler_output (N, text width).
         """
-        # a compiled graph has no part in it: the cache looks token ids up on the host
+        # The cache looks token ids up on the host, which a compiled graph cannot do
         cache = None if torch.compiler.is_compiling() else self._text_cache
         return (cache or self._encode_text)(input_ids, attention_mask)
 
@@ -949,40 +1029,135 @@ class RefTRModel(RefTRPreTrainedModel):
     def _text_cache(self) -> TextCache | None:
         return active_text_cache(self)
 
-    def _encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+    def _encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutputWithPooling:
         if self.text_backbone._supports_attention_backend:
-            # such a backbone takes a mask that is ready, and would wait for the device to make its own
+            # Such a backbone takes an expanded mask as it is; to expand one, it would wait for the device
             embeds = torch.empty((), dtype=self.dtype, device=input_ids.device).expand(*input_ids.shape, 1)
             attention_mask = expand_attention_mask(self.text_backbone.config, embeds, attention_mask)
         return self.text_backbone(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
 
-    def cache_text(self, max_tokens: int = 100_000):
+    def cache_text(self, max_tokens: int = 100_000) -> AbstractContextManager[TextCache]:
         """
-        Return a context within which a sentence or phrase that comes again does not go through the text backbone
-        again: for inference with weights that stay as they are. Answers are the same but for rounding.
+        Return a context in which each distinct sentence or phrase is encoded by the text backbone only once.
 
-        It holds for the calls of the thread (or asynchronous task) that entered it; the model is not changed, and
-        calls from other threads are as without it. What is compiled does not use it.
+        It is meant for inference with constant weights. Answers are the same up to rounding. The cache applies to
+        calls of the thread (or asynchronous task) that entered the context; the model does not change, and calls from
+        other threads do not use the cache. Compiled models do not use it either.
 
         Args:
             max_tokens (`int`, *optional*, defaults to 100,000):
-                How many tokens' states are held, 4 bytes times the text width each (BERT-base: 307 MB in all).
+                Number of tokens whose states are held, each of 4 bytes times the width of the text backbone
+                (BERT-base: 307 MB in all).
 
         Returns:
-            A context manager, which gives the [`TextCache`].
+            A context manager, which yields the [`TextCache`].
 
         Raises:
             ValueError: if gradients are on or the model is in training mode.
         """
         if self.training or torch.is_grad_enabled():
-            raise ValueError("cache_text() is for inference: call model.eval(), and use it within torch.no_grad().")
+            raise ValueError("`cache_text` is for inference: call model.eval(), and use it within torch.no_grad().")
         return TextCache(self._encode_text, max_tokens).active_for(self)
 
-    def known_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (..., L) that can be looked up, and which texts (...) hold no real token outside the vocabulary."""
-        # not the embedding's own size: adapters wrap the embedding in modules without one
+    def replace_unknown_tokens(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Replace token ids outside of the vocabulary by 0.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(..., L)`): token ids, and 1 for real tokens.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: token ids (..., L), and True for texts (...) whose real tokens are all
+            known.
+        """
+        # The embedding may be wrapped by an adapter, which does not have its size
         is_known = (input_ids >= 0) & (input_ids < self.config.text_config.vocab_size)
         return input_ids.where(is_known, 0), (is_known | ~attention_mask.bool()).all(dim=-1)
+
+    def embed_token_type(self, token_type: int, device: torch.device) -> torch.Tensor:
+        """Return the embedding (1, d) of a token type."""
+        return self.token_type_embeddings(torch.full((1,), token_type, device=device)).to(device)
+
+    def embed_images(
+        self, image: RefTRImageFeatures, image_index: torch.Tensor | None, device: torch.device
+    ) -> RefTRTokens:
+        """
+        Return the image tokens of each sentence.
+
+        Args:
+            image ([`RefTRImageFeatures`]): features of the images.
+            image_index (`torch.Tensor` of shape `(S,)`, *optional*): image of each sentence; defaults to their order.
+            device (`torch.device`): device of the inputs. `device_map` may have put parts of the model on others.
+        """
+        features, mask = image.pooler_output.to(device), image.image_mask
+        # Offloading loads a parameter of this module itself during `forward` only
+        image_type = self.embed_token_type(IMAGE_TYPE, device)
+        position_embeddings = image.image_position_embeddings.to(device) + (self.level_embedding + image_type)
+        position_embeddings = position_embeddings.to(features.dtype)
+        if image_index is None:
+            return RefTRTokens(features, position_embeddings, mask)
+        return RefTRTokens(features[image_index], position_embeddings[image_index], mask[image_index])
+
+    def embed_text(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> RefTRTokens:
+        """
+        Return the text tokens of each sentence.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(S, L, text width)`): output of the text backbone.
+            attention_mask (`torch.Tensor` of shape `(S, L)`): 1 for real tokens.
+        """
+        device = attention_mask.device
+        features = self.text_projection(hidden_states).to(device)
+        token = torch.arange(attention_mask.shape[1], device=device)
+        text_type = self.embed_token_type(TEXT_TYPE, device)
+        position_embeddings = self.text_position_embeddings(token).to(device) + text_type
+        return RefTRTokens(features, position_embeddings.expand(len(features), -1, -1), attention_mask.bool())
+
+    def embed_sentences(self, pooler_output: torch.Tensor, attention_mask: torch.Tensor) -> RefTRPhrases:
+        """
+        Return each sentence as its only phrase. Its context is what stands between the special tokens.
+
+        Args:
+            pooler_output (`torch.Tensor` of shape `(S, text width)`): pooled output of the text backbone.
+            attention_mask (`torch.Tensor` of shape `(S, L)`): 1 for real tokens.
+        """
+        phrase_mask = attention_mask.sum(dim=1, keepdim=True) > 2
+        is_real = attention_mask.bool()
+        order = is_real.cumsum(dim=1)
+        context_mask = (is_real & (order > 1) & (order < order[:, -1:]))[:, None]
+        return RefTRPhrases(self.phrase_projection(pooler_output)[:, None], phrase_mask, context_mask)
+
+    def embed_phrases(
+        self,
+        attention_mask: torch.Tensor,
+        phrase_input_ids: torch.Tensor,
+        phrase_attention_mask: torch.Tensor | None,
+        phrase_spans: torch.Tensor,
+        phrase_index: torch.Tensor | None,
+    ) -> RefTRPhrases:
+        """
+        Return several phrases per sentence.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `(S, L)`): 1 for real tokens of the sentences.
+            phrase_input_ids, phrase_attention_mask, phrase_spans, phrase_index:
+                See [`RefTRForVisualGrounding.forward`].
+        """
+        if phrase_attention_mask is None:
+            phrase_attention_mask = torch.ones_like(phrase_input_ids)
+        is_real = attention_mask.bool()
+        phrase_input_ids, is_known = self.replace_unknown_tokens(phrase_input_ids, phrase_attention_mask)
+        start, end = phrase_spans.unbind(-1)
+        is_span = (start >= 0) & (start < end) & (end <= is_real.sum(dim=1, keepdim=True))
+        phrase_mask = (phrase_attention_mask.sum(dim=-1) > 2) & is_known & is_span
+        features, slots = self.encode_phrases(phrase_input_ids, phrase_attention_mask, phrase_mask, phrase_index)
+        is_encoded = scatter_phrases(torch.ones_like(slots), slots, phrase_mask.shape)
+        phrase_mask = phrase_mask & is_encoded.bool()
+        token = torch.arange(is_real.shape[1], device=is_real.device)
+        context_mask = (token >= start[..., None]) & (token < end[..., None]) & is_real[:, None]
+        return RefTRPhrases(features, phrase_mask, context_mask, slots)
 
     def encode_phrases(
         self,
@@ -992,30 +1167,30 @@ class RefTRModel(RefTRPreTrainedModel):
         phrase_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Run the real phrases alone through the text backbone.
+        Encode real phrases by the text backbone, each on its own.
 
         Args:
-            phrase_input_ids, phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`): the phrases by themselves.
+            phrase_input_ids, phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`): tokens of the phrases.
             phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
             phrase_index (`torch.Tensor` of shape `(N, 2)`, *optional*): sentence and slot of the phrases to encode.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: features (S, P, d), zero where nothing was encoded, and the places
-            (N,) of what was, see [`RefTRModelOutput`].
+            `tuple[torch.Tensor, torch.Tensor]`: features (S, P, d), zero for phrases that were not encoded, and the
+            slots (N,) of those that were, see `phrase_slots` of [`RefTRModelOutput`].
         """
         if phrase_index is None:
-            # where no phrase is real, the first slot stands in: the text backbone does not take an empty batch
+            # The first slot is encoded if no phrase is real: the text backbone does not take an empty batch
             encoded = phrase_mask.clone()
             encoded[:1, :1] |= ~phrase_mask.any()
             phrase_index = encoded.nonzero()
         (num_sentences, num_slots), (sentence, slot) = phrase_mask.shape, phrase_index.unbind(1)
         is_slot = (sentence >= 0) & (sentence < num_sentences) & (slot >= 0) & (slot < num_slots)
-        places = torch.where(is_slot, sentence * num_slots + slot, num_sentences * num_slots)
-        rows = places.clamp(max=num_sentences * num_slots - 1)
+        slots = torch.where(is_slot, sentence * num_slots + slot, num_sentences * num_slots)
+        rows = slots.clamp(max=num_sentences * num_slots - 1)
         pooled = self.encode_text(
             phrase_input_ids.flatten(0, 1)[rows], phrase_attention_mask.flatten(0, 1)[rows]
         ).pooler_output
-        return scatter_phrases(self.phrase_projection(pooled).to(places.device), places, phrase_mask.shape), places
+        return scatter_phrases(self.phrase_projection(pooled).to(slots.device), slots, phrase_mask.shape), slots
 
     @can_return_tuple
     def forward(
@@ -1033,7 +1208,7 @@ class RefTRModel(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRModelOutput:
         """
-        See [`RefTRForVisualGrounding.forward`] for the arguments.
+        Encode images, sentences and phrases. See [`RefTRForVisualGrounding.forward`] for the arguments.
 
         Returns:
             [`RefTRModelOutput`]
@@ -1041,114 +1216,51 @@ class RefTRModel(RefTRPreTrainedModel):
         Raises:
             ValueError: if shapes or counts do not fit together.
         """
-        kwargs.pop("token_type_ids", None)  # tokenizers make them; a sentence of RefTR is one segment
-        if kwargs.pop("inputs_embeds", None) is not None:  # adapters of other tasks give None
-            raise ValueError("`inputs_embeds` is not supported: give `input_ids` of shape (sentences, tokens).")
-        if input_ids is None:
-            raise ValueError("RefTR answers words: give input_ids of shape (sentences, tokens).")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if (pixel_values is None) == (image_features is None):
-            raise ValueError("RefTR looks at pictures: give either pixel_values or image_features.")
-        if pixel_values is None and pixel_mask is not None:
-            raise ValueError("pixel_mask belongs to pixel_values; image_features hold the one they were made with.")
-        if not isinstance(image_features, RefTRImageFeatures | None):
-            raise ValueError(
-                f"`image_features` must be what `get_image_features(..., return_dict=True)` returns, got "
-                f"{type(image_features).__name__}."
-            )
-        # the backbones: images once each, sentences once each
+        kwargs.pop("token_type_ids", None)  # returned by tokenizers, but a sentence of RefTR is one segment
+        check_required_inputs(input_ids, kwargs.pop("inputs_embeds", None), pixel_values, pixel_mask, image_features)
         image = image_features
         if image is None:
             image = self.get_image_features(
                 pixel_values, pixel_mask, output_hidden_states=False, output_attentions=False, return_dict=True
             )
-        self._check_text_shapes(
-            image.pooler_output.shape[0],
-            input_ids,
-            attention_mask,
-            image_index,
-            phrase_input_ids,
-            phrase_attention_mask,
-            phrase_spans,
-            phrase_index,
-        )
-        length = input_ids.shape[1]
-        # what points nowhere (a token, an image, a span, a phrase) is not followed, and its phrases are masked
-        input_ids, can_answer = self.known_tokens(input_ids, attention_mask)
-
-        # `device_map` may have spread the parts: what they give is brought to where the inputs are
-        device = input_ids.device
-        text_type, image_type = self.token_type_embeddings(torch.arange(2, device=device)).to(device)
-        image_features, image_mask = image.pooler_output.to(device), image.image_mask
-        # a parameter of this module itself is read in this forward alone: offloading brings it for that time
-        image_positions = image.image_position_embeddings.to(device) + (self.level_embedding + image_type)
-        image_positions = image_positions.to(image_features.dtype)
-        if image_index is not None:
-            is_image = (image_index >= 0) & (image_index < image_features.shape[0])
-            image_index, can_answer = image_index.where(is_image, 0), can_answer & is_image
-            image_features, image_positions, image_mask = (
-                states[image_index] for states in (image_features, image_positions, image_mask)
+        if not isinstance(image, RefTRImageFeatures):
+            raise ValueError(
+                "`image_features` must be returned by `get_image_features(..., return_dict=True)`, got "
+                f"{type(image).__name__}."
             )
-        text = self.encode_text(input_ids, attention_mask)
-        text_features = self.text_projection(text.last_hidden_state).to(device)
-        token = torch.arange(length, device=device)
-        text_positions = self.text_position_embeddings(token).to(device) + text_type
-        text_positions = text_positions.expand(input_ids.shape[0], -1, -1)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        phrase_inputs = (phrase_input_ids, phrase_attention_mask, phrase_spans, phrase_index)
+        limit, num_images = self.config.max_text_positions, len(image.pooler_output)
+        check_text_shapes(limit, num_images, input_ids, attention_mask, image_index)
+        check_phrase_shapes(limit, len(input_ids), *phrase_inputs)
+        # Phrases of unknown tokens and images are masked: the host would wait for the device to raise an error
+        input_ids, is_answerable = self.replace_unknown_tokens(input_ids, attention_mask)
+        if image_index is not None:
+            is_image = (image_index >= 0) & (image_index < num_images)
+            image_index, is_answerable = image_index.where(is_image, 0), is_answerable & is_image
 
-        # the visual-language encoder, from here on a sentence at a time
-        position_embeddings = torch.cat((text_positions.to(image_positions.dtype), image_positions), dim=1)
-        memory_mask = torch.cat((attention_mask.bool(), image_mask), dim=1)
-        encoder_outputs = self.encoder(
-            inputs_embeds=torch.cat((text_features, image_features), dim=1),
-            position_embeddings=position_embeddings,
-            attention_mask=memory_mask,
-            return_dict=True,
-            **kwargs,
-        )
+        image_tokens = self.embed_images(image, image_index, input_ids.device)
+        text = self.encode_text(input_ids, attention_mask)
+        text_tokens = self.embed_text(text.last_hidden_state, attention_mask)
+        features, positions, mask = (torch.cat(pair, dim=1) for pair in zip(text_tokens, image_tokens, strict=True))
+        encoder_outputs = self.encoder(features, positions, mask, return_dict=True, **kwargs)
         memory = encoder_outputs.last_hidden_state
 
-        # a query a phrase; without phrases the sentence is the one phrase
-        is_real = attention_mask.bool()
-        phrase_places = None
         if phrase_input_ids is None:
-            phrase_mask = attention_mask.sum(dim=1, keepdim=True) > 2
-            phrase_features = self.phrase_projection(text.pooler_output)[:, None]
-            order = is_real.cumsum(dim=1)
-            context_mask = (is_real & (order > 1) & (order < order[:, -1:]))[:, None]
+            phrases = self.embed_sentences(text.pooler_output, attention_mask)
         else:
-            if phrase_attention_mask is None:
-                phrase_attention_mask = torch.ones_like(phrase_input_ids)
-            phrase_input_ids, is_known = self.known_tokens(phrase_input_ids, phrase_attention_mask)
-            start, end = phrase_spans.unbind(-1)
-            is_span = (start >= 0) & (start < end) & (end <= is_real.sum(dim=1, keepdim=True))
-            phrase_mask = (phrase_attention_mask.sum(dim=-1) > 2) & is_known & is_span
-            phrase_features, phrase_places = self.encode_phrases(
-                phrase_input_ids, phrase_attention_mask, phrase_mask, phrase_index
-            )
-            is_encoded = scatter_phrases(torch.ones_like(phrase_places), phrase_places, phrase_mask.shape)
-            phrase_mask = phrase_mask & is_encoded.bool()
-            context_mask = (token >= start[..., None]) & (token < end[..., None]) & is_real[:, None]
-        phrase_mask = phrase_mask & can_answer[:, None]
-        # where nothing may be seen, [CLS] stands in: a softmax over nothing is not a number
-        context_mask = context_mask | (~context_mask.any(dim=-1, keepdim=True) & (token == 0))
-        queries, query_positions = self.query_encoder(memory[:, :length], context_mask, phrase_features)
-
+            phrases = self.embed_phrases(attention_mask, *phrase_inputs)
+        phrase_mask = phrases.mask & is_answerable[:, None]
+        text_memory = memory[:, : input_ids.shape[1]]
+        queries, query_positions = self.query_encoder(text_memory, phrases.context_mask, phrases.features)
         decoder_outputs = self.decoder(
-            inputs_embeds=queries,
-            position_embeddings=query_positions,
-            attention_mask=phrase_mask | ~phrase_mask.any(dim=1, keepdim=True),
-            encoder_hidden_states=memory,
-            encoder_position_embeddings=position_embeddings,
-            encoder_attention_mask=memory_mask,
-            return_dict=True,
-            **kwargs,
+            queries, query_positions, phrase_mask, memory, positions, mask, return_dict=True, **kwargs
         )
         return RefTRModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             intermediate_hidden_states=decoder_outputs.intermediate_hidden_states,
             phrase_mask=phrase_mask,
-            phrase_places=phrase_places,
+            phrase_slots=phrases.slots,
             encoder_last_hidden_state=memory,
             feature_maps=image.feature_maps,
             image_features=image.pooler_output,
@@ -1162,70 +1274,11 @@ class RefTRModel(RefTRPreTrainedModel):
             encoder_attentions=encoder_outputs.attentions,
         )
 
-    def _check_text_shapes(
-        self,
-        num_images,
-        input_ids,
-        attention_mask,
-        image_index,
-        phrase_input_ids,
-        phrase_attention_mask,
-        phrase_spans,
-        phrase_index,
-    ):
-        """Raise a ValueError that names the shapes, where two inputs do not fit together."""
-        if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} must both be "
-                "(sentences, tokens)."
-            )
-        num_sentences, length = input_ids.shape
-        if length > self.config.max_text_positions:
-            raise ValueError(
-                f"input_ids holds {length} tokens a sentence, more than max_text_positions="
-                f"{self.config.max_text_positions}; truncate the text."
-            )
-        if image_index is None and num_sentences != num_images:
-            raise ValueError(
-                f"{num_sentences} sentences and {num_images} images: without image_index they must be as many."
-            )
-        if image_index is not None and image_index.shape != (num_sentences,):
-            raise ValueError(
-                f"image_index {tuple(image_index.shape)} must name one image for each of {num_sentences} sentences."
-            )
-        if (phrase_input_ids is None) != (phrase_spans is None):
-            raise ValueError("phrase_input_ids and phrase_spans belong together: give both or neither.")
-        if phrase_index is not None and (phrase_input_ids is None or phrase_index.shape[1:] != (2,)):
-            raise ValueError(
-                f"phrase_index {tuple(phrase_index.shape)} must be (real phrases, 2), sentence and slot of each of "
-                "phrase_input_ids."
-            )
-        if phrase_input_ids is None:
-            return
-        if phrase_input_ids.ndim != 3 or phrase_input_ids.shape[0] != num_sentences:
-            raise ValueError(
-                f"phrase_input_ids {tuple(phrase_input_ids.shape)} must be (sentences, phrases, tokens) for "
-                f"{num_sentences} sentences."
-            )
-        if phrase_input_ids.shape[2] > self.config.max_text_positions:
-            raise ValueError(
-                f"phrase_input_ids holds {phrase_input_ids.shape[2]} tokens a phrase, more than max_text_positions="
-                f"{self.config.max_text_positions}; truncate the phrases."
-            )
-        if phrase_attention_mask is not None and phrase_attention_mask.shape != phrase_input_ids.shape:
-            raise ValueError(
-                f"phrase_attention_mask {tuple(phrase_attention_mask.shape)} does not fit phrase_input_ids "
-                f"{tuple(phrase_input_ids.shape)}."
-            )
-        if phrase_spans.shape != (*phrase_input_ids.shape[:2], 2):
-            raise ValueError(
-                f"phrase_spans {tuple(phrase_spans.shape)} must be (sentences, phrases, 2) like phrase_input_ids "
-                f"{tuple(phrase_input_ids.shape)}."
-            )
-
 
 class RefTRForVisualGrounding(RefTRPreTrainedModel):
-    """RefTR with its heads: a box for every phrase of every sentence, and a mask if `config.predict_masks`."""
+    """
+    RefTR for visual grounding: predicts a box, and a mask if `config.predict_masks`, for every phrase of a sentence.
+    """
 
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
@@ -1237,15 +1290,15 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         self.post_init()
         self.freeze_parameters()
 
-    def freeze_parameters(self):
-        """Stop training what the configuration freezes: the backbone's first stages, or all but the mask head."""
+    def freeze_parameters(self) -> None:
+        """Stop training the first stages of the backbone, or all but the mask head, as the configuration says."""
         self.model.freeze_parameters()
         if self.config.freeze_grounding:
             for module in (self.model, self.box_head):
                 module.requires_grad_(False)
 
-    def train(self, mode: bool = True):
-        """As any module, but what `config.freeze_grounding` freezes stays without dropout and batch statistics."""
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode. Modules that `config.freeze_grounding` freezes stay in evaluation mode."""
         super().train(mode)
         if self.config.freeze_grounding:
             for module in (self.model, self.box_head):
@@ -1258,11 +1311,11 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         pixel_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRImageFeatures:
-        """See [`RefTRModel.get_image_features`]."""
+        """Encode images, see [`RefTRModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, pixel_mask, **kwargs)
 
-    def cache_text(self, max_tokens: int = 100_000):
-        """See [`RefTRModel.cache_text`]."""
+    def cache_text(self, max_tokens: int = 100_000) -> AbstractContextManager[TextCache]:
+        """Return a context in which each text is encoded once, see [`RefTRModel.cache_text`]."""
         return self.model.cache_text(max_tokens)
 
     @can_return_tuple
@@ -1283,43 +1336,43 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRVisualGroundingOutput:
         """
-        Several threads may call one model at once, and each is answered as it is alone: a call does not change it.
+        Predict a box, and with `config.predict_masks` a mask, for every phrase.
 
-        Text padding, phrase padding and grouping sentences by image never change an answer at one padded picture
-        size. Picture padding does, a little, as published: convolutions and group norm see it. Keep pictures of like
-        size together.
+        A call does not change the model, so that several threads may call it at once. Padding of texts and phrases and
+        the grouping of sentences by image do not change an answer at a given size of the padded images. Padding of
+        images does, a little, as published: convolutions and group norms read it. Batch images of similar size.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`, *optional*):
-                Normalised pictures, padded bottom and right. Absent: `image_features` stands for them.
+                Normalized images, padded at the bottom and right. Required unless `image_features` is given.
             pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*):
-                1 for the picture, 0 for padding. Absent: no padding.
+                1 for pixels of the image, 0 for padding. Defaults to no padding.
             input_ids, attention_mask (`torch.Tensor` of shape `(S, L)`):
-                The sentences, [CLS] first and padding last; 1 for real tokens.
+                Sentences, [CLS] first and padding last; 1 for real tokens.
             image_index (`torch.Tensor` of shape `(S,)`, *optional*):
-                Which image each sentence speaks of. Absent: one sentence an image, in order.
+                Index of the image that each sentence refers to. Defaults to one sentence per image, in order.
             phrase_input_ids, phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
-                The phrases by themselves. One with nothing between its special tokens is padding. Absent: one phrase,
-                the whole sentence.
+                Phrases, each tokenized on its own. A phrase without a token between its special tokens is padding.
+                Defaults to one phrase per sentence, the whole sentence.
             phrase_spans (`torch.Tensor` of shape `(S, P, 2)`, *optional*):
-                Where each phrase stands in its sentence, token positions [start, end), [CLS] counted as 0.
+                Token positions [start, end) of each phrase in its sentence, where [CLS] is 0.
             phrase_index (`torch.Tensor` of shape `(N, 2)`, *optional*):
-                Sentence and slot of each real phrase, as the processor gives them. Absent: they are looked for, which
-                makes the host wait for the device, and breaks the graph of `torch.compile`.
+                Sentence and slot of each real phrase, as returned by the processor. If not given, they are searched
+                for, which makes the host wait for the device and breaks the graph of `torch.compile`.
             labels (`list[dict]` of length `S`, *optional*):
-                `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, (center_x, center_y, width,
-                height) in 0..1 of the picture without its padding. A box that leaves it, is empty, inverted or not a
-                number has no part in the loss. With `config.predict_masks` also `masks` (P or fewer, H, W), True where
-                the phrase is, of the padded picture.
+                `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, as (center_x, center_y, width,
+                height) normalized to the image without padding. Boxes that leave the image, are empty, inverted or NaN
+                are ignored by the loss. With `config.predict_masks` also `masks` (P or fewer, H, W) of the padded
+                image, True for pixels of the object.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
-                Sentences in the global batch (all ranks, all accumulation steps), which the loss is divided by.
+                Number of sentences in the global batch (all ranks, all accumulation steps), which divides the loss.
             image_features ([`RefTRImageFeatures`], *optional*):
-                What `get_image_features` gave for the images, in place of `pixel_values` and `pixel_mask`: many
-                questions, asked one after the other, cost the image backbone once.
+                Output of `get_image_features`, in place of `pixel_values` and `pixel_mask`, so that several calls
+                about an image encode it once.
 
         Returns:
-            [`RefTRVisualGroundingOutput`]. Where a token, an image index, a span or a phrase index points nowhere, the
-            answer is finite and `phrase_mask` is False: to refuse it, the host would have to wait for the device.
+            [`RefTRVisualGroundingOutput`]. If a token, an image index, a span or a phrase index is out of range, the
+            answer is finite and `phrase_mask` is False: to raise an error, the host would have to wait for the device.
 
         Raises:
             ValueError: if shapes or counts do not fit together.
@@ -1362,57 +1415,72 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        device = outputs.phrase_mask.device
-        layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid().to(device)
-        auxiliary_outputs = None
-        if self.config.auxiliary_loss:
-            auxiliary_outputs = [{"pred_boxes": boxes} for boxes in layer_boxes[:-1]]
-        pred_masks, mask_attentions = None, None
-        return_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        if self.config.predict_masks:
-            pred_masks, mask_attentions = self.mask_head(
-                outputs.last_hidden_state,
-                outputs.image_features,
-                outputs.encoder_last_hidden_state[:, input_ids.shape[1] :],
-                outputs.image_mask,
-                outputs.feature_maps,
-                outputs.image_index,
-                outputs.phrase_places,
-            )
-            pred_masks = pred_masks.float().to(device)
+        pred_boxes, auxiliary_outputs = self.predict_boxes(outputs)
+        pred_masks, mask_attentions = self.predict_masks(outputs, num_text_tokens=input_ids.shape[1])
+        if not kwargs.get("output_attentions", self.config.output_attentions):
+            mask_attentions = None
         loss, loss_dict = None, None
         if labels is not None:
-            loss, loss_dict = self.loss_function(
-                layer_boxes[-1],
-                outputs.phrase_mask,
-                labels,
-                config=self.config,
-                auxiliary_outputs=auxiliary_outputs,
-                pred_masks=pred_masks,
-                pixel_mask=outputs.pixel_mask,
-                image_index=outputs.image_index,
-                num_items_in_batch=num_items_in_batch,
-            )
+            predictions = (pred_boxes, auxiliary_outputs, pred_masks)
+            loss, loss_dict = self.compute_loss(outputs, predictions, labels, num_items_in_batch)
         return RefTRVisualGroundingOutput(
             loss=loss,
             loss_dict=loss_dict,
-            pred_boxes=layer_boxes[-1],
-            phrase_mask=outputs.phrase_mask,
+            pred_boxes=pred_boxes,
             auxiliary_outputs=auxiliary_outputs,
             pred_masks=pred_masks,
-            mask_attentions=mask_attentions if return_attentions else None,
-            image_index=outputs.image_index,
+            mask_attentions=mask_attentions,
             input_ids=input_ids,
             phrase_input_ids=phrase_input_ids,
+            **{name: getattr(outputs, name) for name in SHARED_OUTPUTS},
+        )
+
+    def predict_boxes(self, outputs: RefTRModelOutput) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]] | None]:
+        """Return the boxes of the last decoder layer, and those of the earlier layers if `config.auxiliary_loss`."""
+        layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid()
+        layer_boxes = layer_boxes.to(outputs.phrase_mask.device)
+        auxiliary_outputs = None
+        if self.config.auxiliary_loss:
+            auxiliary_outputs = [{"pred_boxes": boxes} for boxes in layer_boxes[:-1]]
+        return layer_boxes[-1], auxiliary_outputs
+
+    def predict_masks(
+        self, outputs: RefTRModelOutput, num_text_tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return mask logits and the attention maps that the mask head starts from; None without a mask head."""
+        if not self.config.predict_masks:
+            return None, None
+        pred_masks, mask_attentions = self.mask_head(
+            outputs.last_hidden_state,
+            outputs.image_features,
+            outputs.encoder_last_hidden_state[:, num_text_tokens:],
+            outputs.image_mask,
+            outputs.feature_maps,
+            outputs.image_index,
+            outputs.phrase_slots,
+        )
+        pred_masks = pred_masks.float().to(outputs.phrase_mask.device)
+        return pred_masks, mask_attentions
+
+    def compute_loss(
+        self,
+        outputs: RefTRModelOutput,
+        predictions: tuple[torch.Tensor, list[dict[str, torch.Tensor]] | None, torch.Tensor | None],
+        labels: list[dict[str, torch.Tensor]],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss and its parts for predicted boxes, boxes of earlier layers and masks."""
+        pred_boxes, auxiliary_outputs, pred_masks = predictions
+        return self.loss_function(
+            pred_boxes,
+            outputs.phrase_mask,
+            labels,
+            config=self.config,
+            auxiliary_outputs=auxiliary_outputs,
+            pred_masks=pred_masks,
             pixel_mask=outputs.pixel_mask,
-            last_hidden_state=outputs.last_hidden_state,
-            intermediate_hidden_states=outputs.intermediate_hidden_states,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
+            image_index=outputs.image_index,
+            num_items_in_batch=num_items_in_batch,
         )
 
 

@@ -190,7 +190,7 @@ def test_labels_without_boxes_are_refused(two_phrases, make_model):
 
 def test_phrases_longer_than_the_text_encoder_reads_are_refused(two_phrases, make_model):
     long = torch.ones(1, 2, 65, dtype=torch.long)
-    with pytest.raises(ValueError, match="holds 65 tokens a phrase, more than max_text_positions=64"):
+    with pytest.raises(ValueError, match="has 65 tokens per phrase, more than max_text_positions=64"):
         make_model()(**two_phrases | {"phrase_input_ids": long, "phrase_attention_mask": long})
 
 

@@ -280,14 +280,14 @@ def test_words_alone(processor, shapes, make_model):
 def test_pictures_or_their_features(single_batch, make_model):
     model = make_model()
     features = model.get_image_features(single_batch["pixel_values"])
-    with pytest.raises(ValueError, match="either pixel_values or image_features"):
+    with pytest.raises(ValueError, match="Exactly one of `pixel_values` and `image_features`"):
         model(image_features=features, **single_batch)
     texts = {name: single_batch[name] for name in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match="either pixel_values or image_features"):
+    with pytest.raises(ValueError, match="Exactly one of `pixel_values` and `image_features`"):
         model(**texts)
-    with pytest.raises(ValueError, match="pixel_mask belongs to pixel_values"):
+    with pytest.raises(ValueError, match="`pixel_mask` belongs to `pixel_values`"):
         model(image_features=features, pixel_mask=single_batch["pixel_mask"], **texts)
-    with pytest.raises(ValueError, match="without image_index they must be as many"):
+    with pytest.raises(ValueError, match="give `image_index`, or one sentence per image"):
         model(image_features=features, **texts)
 
 

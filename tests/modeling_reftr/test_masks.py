@@ -145,7 +145,7 @@ def test_any_backbone_with_four_stages(batch, make_mask_model, name):
 
 def test_fewer_than_four_stages_are_refused(make_mask_model):
     with pytest.raises(
-        ValueError, match=r"reads four feature maps, the backbone gives 2; set backbone_config\.out_indices"
+        ValueError, match=r"requires four feature maps, the backbone returns 2; set backbone_config\.out_indices"
     ):
         make_mask_model(backbone_config={"backbone": "test_resnet", "out_indices": [3, 4]})
 

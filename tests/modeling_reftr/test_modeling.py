@@ -274,15 +274,15 @@ def test_hidden_states_and_attentions_on_request(batch, make_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_ids": None}, "give input_ids"),
-        ({"image_index": None}, "without image_index they must be as many"),
-        ({"image_index": torch.zeros(2, dtype=torch.long)}, "must name one image for each"),
-        ({"attention_mask": torch.ones(1, 1)}, "must both be"),
-        ({"pixel_mask": torch.ones(1, 2, 2)}, "does not fit pixel_values"),
-        ({"pixel_values": torch.ones(3, 64, 64)}, "must be \\(images, channels, height, width\\)"),
+        ({"input_ids": None}, "`input_ids` of shape .* is required"),
+        ({"image_index": None}, "give `image_index`, or one sentence per image"),
+        ({"image_index": torch.zeros(2, dtype=torch.long)}, "`image_index` must have shape"),
+        ({"attention_mask": torch.ones(1, 1)}, "must both have shape"),
+        ({"pixel_mask": torch.ones(1, 2, 2)}, "for `pixel_values` of shape"),
+        ({"pixel_values": torch.ones(3, 64, 64)}, "must have shape \\(images, channels, height, width\\)"),
         ({"phrase_spans": None}, "belong together"),
-        ({"phrase_spans": torch.zeros(1, 1, 2)}, "must be \\(sentences, phrases, 2\\)"),
-        ({"phrase_attention_mask": torch.ones(1, 1, 1)}, "does not fit phrase_input_ids"),
+        ({"phrase_spans": torch.zeros(1, 1, 2)}, "must have shape \\(sentences, phrases, 2\\)"),
+        ({"phrase_attention_mask": torch.ones(1, 1, 1)}, "must have the shape of `phrase_input_ids`"),
         ({"labels": [{"boxes": torch.rand(1, 4)}]}, "1 labels for"),
     ],
 )
@@ -297,7 +297,7 @@ def test_too_many_boxes_and_tokens_are_refused(batch, make_model):
     with pytest.raises(ValueError, match="at most 3 phrases"):
         model(**inputs, labels=labels)
     tokens = torch.ones(1, 65, dtype=torch.long)
-    with pytest.raises(ValueError, match="65 tokens a sentence, more than max_text_positions=64"):
+    with pytest.raises(ValueError, match="65 tokens per sentence, more than max_text_positions=64"):
         model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=tokens)
     assert model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=tokens[:, :64]).phrase_mask.all()
 
