@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from data_scripts.pickles import BoundedUnpickler, refuse_packed
 from data_scripts.quoting import explain, quote
@@ -23,20 +23,20 @@ ITEM_SIZES = {
 
 
 class NotRead:
-    """What stands for objects of a checkpoint that are not tensors: it takes anything and keeps nothing."""
+    """Stand-in for objects of a checkpoint that are not tensors: accepts any arguments and keeps none."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __new__(cls, *args, **kwargs):
-        """Takes any arguments."""
+    def __new__(cls, *args: Any, **kwargs: Any) -> "NotRead":
+        """Accept any arguments."""
         return super().__new__(cls)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
-# what `args` and numbers of a published checkpoint are made of; their own classes are never called
+# classes of `args` and numbers in a published checkpoint, which are never called
 NOT_READ = [
     (NotRead, name)
     for name in (
@@ -49,13 +49,13 @@ NOT_READ = [
         "numpy.ndarray",
     )
 ]
-# PyTorch builds these itself: they are small, whatever they are given
+# PyTorch builds these itself; they are small for any arguments
 SMALL = ("torch.device", "torch.Size", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The numbers of one or more tensors, as claimed; without a count it is a type of them."""
+    """The claimed elements of one or more tensors; without a count, a type of storage."""
 
     item_size: int
     count: int | None = None
@@ -63,13 +63,13 @@ class Storage:
 
 class ClaimsUnpickler(BoundedUnpickler):
     """
-    Follows the pickle of a checkpoint, and builds no tensor: `storages` (key -> [`Storage`]) are what they claim.
+    Interpret the pickle of a checkpoint without building tensors. `storages` (key -> [`Storage`]) are their claims.
 
     Args:
         file, name, num_bytes: see [`BoundedUnpickler`].
     """
 
-    def __init__(self, file, name: str, num_bytes: int):
+    def __init__(self, file: BinaryIO | mmap.mmap, name: str, num_bytes: int):
         super().__init__(file, name, num_bytes)
         self.storages = {}
         self.allowed = {
@@ -89,20 +89,20 @@ class ClaimsUnpickler(BoundedUnpickler):
         """Raise the ValueError that names the file and the reason."""
         raise ValueError(f"{self.name} is refused: {reason}.")
 
-    def find_class(self, module: str, name: str):
-        """Return what stands in for a name."""
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in of a global name."""
         full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if full_name not in self.allowed:
             asked = quote(full_name.removeprefix("builtins."))[1:-1]
             self.refuse(f"it asks for {asked}, which no checkpoint of weights needs. Nothing of it was run")
         return self.allowed[full_name]
 
-    def set_state(self, value, state):
-        """Take the state of what is not read, and the attributes of an `OrderedDict`."""
+    def set_state(self, value: Any, state: Any) -> None:
+        """Drop the state of stand-ins, and the attributes of an `OrderedDict`."""
         if not isinstance(value, NotRead) and not (type(value) is dict and type(state) is dict):
             super().set_state(value, state)
 
-    def persistent_load(self, pid) -> Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         """Return a storage: ("storage", type, key, device, number of elements, in old files None)."""
         kind, storage_type, key, device, count, *view = pid if type(pid) is tuple else ()
         is_type = isinstance(storage_type, Storage) and storage_type.count is None
@@ -114,8 +114,8 @@ class ClaimsUnpickler(BoundedUnpickler):
             self.storages[key] = Storage(storage_type.item_size, count)
         return self.storages[key]
 
-    def make_tensor(self, storage, offset, shape, stride, *_) -> NotRead:
-        """Check that a tensor lies within its storage, which PyTorch would enlarge otherwise."""
+    def make_tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> NotRead:
+        """Check that a tensor lies within its storage, because PyTorch would enlarge the storage."""
         sizes = (offset, *shape, *stride) if type(shape) is type(stride) is tuple else ()
         is_tensor = isinstance(storage, Storage) and storage.count is not None and len(shape) == len(stride) <= 32
         if not is_tensor or not all(type(size) is int and 0 <= size < 2**62 for size in sizes) or not sizes:
@@ -127,7 +127,7 @@ class ClaimsUnpickler(BoundedUnpickler):
             )
         return NotRead()
 
-    def _make_object(self):
+    def _make_object(self) -> None:
         self.stack.pop()
         if self.stack.pop() is not NotRead:
             raise pickle.UnpicklingError("it makes an object of what is not a class")
@@ -136,7 +136,7 @@ class ClaimsUnpickler(BoundedUnpickler):
     dispatch = {**BoundedUnpickler.dispatch, pickle.NEWOBJ[0]: _make_object}
 
 
-def check_claims(path: Path):
+def check_claims(path: Path) -> None:
     """
     Check a file of `torch.save` without building, unpacking or allocating what it claims.
 
@@ -158,7 +158,7 @@ def check_claims(path: Path):
         raise ValueError(f"{path} cannot be read as a checkpoint of weights: {explain(error)}") from error
 
 
-def _check_zip(path: Path, content: mmap.mmap):
+def _check_zip(path: Path, content: mmap.mmap) -> None:
     with zipfile.ZipFile(path) as archive:
         refuse_packed(archive, str(path), len(content))
         entries = {entry.filename.lower(): entry for entry in archive.infolist()}  # PyTorch takes A for a
@@ -189,10 +189,10 @@ def _directory_offset(content: mmap.mmap) -> int:
     return int.from_bytes(record[48:56], "little") if is_record else -1
 
 
-def _check_legacy(content: mmap.mmap, name: str):
+def _check_legacy(content: mmap.mmap, name: str) -> None:
     """Check torch.save's format before 1.6: magic number, version, system, value, and keys of the storages behind."""
 
-    def read():
+    def read() -> tuple[Any, dict[str, Storage]]:
         reader = ClaimsUnpickler(content, name, len(content))
         return reader.load(), reader.storages
 

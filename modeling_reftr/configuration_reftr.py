@@ -7,7 +7,8 @@ from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: old
 import copy
 import functools
 import math
-import sys
+import os
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -48,45 +49,48 @@ MAX_COUNTS = {"label": 100_000, "layer": 1_000, "position": 1_000_000, "": 10**9
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def check_values(values: dict, prefix: str):
+def check_values(values: dict, prefix: str) -> None:
     """
-    Refuse values that no model has, in nested ones too: the configurations of backbones take them, and fail with one
-    sentence of a library or another when the model is built or asked.
+    Refuse values that no model has, nested ones included.
+
+    The configurations of backbones accept them, and fail with an error of some library when the model is built or
+    called.
 
     Args:
-        values (`dict`): of a configuration.
-        prefix (`str`): what the names of the values begin with in the message.
+        values (`dict`): values of a configuration.
+        prefix (`str`): prefix of their names in the message.
 
     Raises:
-        ValueError: if a number is not finite, is over its limit of `MAX_COUNTS`, or counts heads and is less than 1,
-            or if a switch for outputs is not one, or is on in the image backbone.
+        ValueError: if a number is not finite, exceeds its limit in `MAX_COUNTS`, or is a number of heads less than 1,
+            or if a switch for outputs is not a boolean, or is on in the image backbone.
     """
     for name, value in values.items():
         limit = next(limit for word, limit in MAX_COUNTS.items() if word in str(name))
-        place = f"{prefix}{name}"
+        full_name = f"{prefix}{name}"
         if name in ("output_attentions", "output_hidden_states"):
             if not isinstance(value, (bool, type(None))) or (value and prefix == "backbone_config."):
                 expected = "false: ask for outputs in the call" if prefix else "true or false"
-                raise ValueError(f"{place}={quote(value, 40)} must be {expected}.")
-        elif isinstance(value, dict) and name not in ("id2label", "label2id"):  # whose keys are anybody's words
-            check_values(value, f"{place}.")
+                raise ValueError(f"{full_name}={quote(value, 40)} must be {expected}.")
+        elif isinstance(value, dict) and name not in ("id2label", "label2id"):  # whose keys are arbitrary
+            check_values(value, f"{full_name}.")
         elif isinstance(value, int) and abs(value) > limit:
-            raise ValueError(f"{place} is over {limit:,}, more than any model has.")
+            raise ValueError(f"{full_name} is over {limit:,}, more than any model has; correct the configuration.")
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{place}={value} must be a finite number.")
+            raise ValueError(f"{full_name}={value} must be a finite number.")
         elif "heads" in str(name) and isinstance(value, int) and value < 1:
-            raise ValueError(f"{place}={value} must be at least 1.")
+            raise ValueError(f"{full_name}={value} must be at least 1.")
 
 
-def check_config_file(source, arguments: dict | None = None):
+def check_config_file(source: str | os.PathLike, arguments: dict | None = None) -> None:
     """
-    Refuse a `config.json` with values that no model has, see `check_values`, whatever model it is of. `AutoTokenizer`
-    reads it with a configuration of its own, which makes a table of any number of labels. Where there is no such file
-    there is nothing to refuse.
+    Refuse a `config.json` of any model with invalid values, see `check_values`.
+
+    `AutoTokenizer` reads it with a configuration class of its own, which builds a table of any number of labels. A
+    missing file is not an error.
 
     Args:
         source (`str` or `os.PathLike`): folder or Hub id.
-        arguments (`dict`, *optional*): those of `from_pretrained`, of which the ones that say where to look are used.
+        arguments (`dict`, *optional*): arguments of `from_pretrained`, of which those that locate the file are used.
 
     Raises:
         ValueError: if it is damaged, naming it.
@@ -95,13 +99,13 @@ def check_config_file(source, arguments: dict | None = None):
     try:
         with naming_files(source, CONFIG_FILES, arguments):
             check_values(PreTrainedConfig.get_config_dict(source, **arguments)[0], "")
-    except OSError as error:  # of a folder with a tokenizer or a processor alone
+    except OSError as error:  # the folder has only a tokenizer or a processor
         logger.debug(f"There is no config.json in {source}: {error}")
 
 
 def without_foreign_code(values: dict) -> dict:
     """
-    The values of a configuration file, nested ones too, without references to code.
+    Return the values of a configuration file, nested ones included, without references to code.
 
     Raises:
         ValueError: if a value names attention code to fetch.
@@ -110,20 +114,20 @@ def without_foreign_code(values: dict) -> dict:
     for name, value in values.items():
         if name in ("attn_implementation", "_attn_implementation") and "/" in str(value):
             raise ValueError(
-                f"{name}={quote(value)} in the configuration names code to fetch; if you want it, give it to "
-                "from_pretrained yourself."
+                f"{name}={quote(value)} in the configuration names code to download; to use it, pass it to "
+                "from_pretrained."
             )
         if name not in ("auto_map", "custom_pipelines"):
             kept[name] = without_foreign_code(value) if isinstance(value, dict) else value
     return kept
 
 
-def raise_value_errors(config_class):
-    """Make a strict config raise a ValueError with the validator's sentence, where strict raises errors of its own."""
+def raise_value_errors(config_class: type) -> type:
+    """Make a strict configuration class raise ValueError instead of the errors of `strict`."""
     strict_init = config_class.__init__
 
     @functools.wraps(strict_init)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         for name in config_class.__annotations__.keys() & kwargs.keys() - SUB_CONFIGS:
             check_setting(kwargs[name], name)
         try:
@@ -280,7 +284,7 @@ class RefTRConfig(PreTrainedConfig):
     init_xavier_std: float | int = 1.0
     box_head_init_std: float | int = 0.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if "backbone" in kwargs:
             raise ValueError(
                 f"backbone={quote(kwargs['backbone'])} is not taken, because a name alone can reach the network; give "
@@ -314,11 +318,11 @@ class RefTRConfig(PreTrainedConfig):
 
     @property
     def custom_pipelines(self) -> dict:
-        """The pipelines of a saved folder; none where the library knows the task, as it then would ask to trust it."""
-        pipelines = sys.modules.get("transformers.pipelines")
-        registry = getattr(pipelines, "PIPELINE_REGISTRY", None)
-        known = registry is not None and CUSTOM_PIPELINES.keys() <= registry.supported_tasks.keys()
-        return {} if known else copy.deepcopy(CUSTOM_PIPELINES)
+        """The pipelines of a saved folder; none if they are registered, or the library would ask to trust them."""
+        from transformers.pipelines import PIPELINE_REGISTRY  # takes seconds, and only pipelines ask for this
+
+        is_registered = CUSTOM_PIPELINES.keys() <= PIPELINE_REGISTRY.supported_tasks.keys()
+        return {} if is_registered else copy.deepcopy(CUSTOM_PIPELINES)
 
     def to_dict(self) -> dict:
         """See `PreTrainedConfig.to_dict`."""
@@ -326,7 +330,7 @@ class RefTRConfig(PreTrainedConfig):
         return {**super().to_dict(), **code}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "RefTRConfig":
         """
         See `PreTrainedConfig.from_pretrained`.
 
@@ -338,7 +342,7 @@ class RefTRConfig(PreTrainedConfig):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> "RefTRConfig | tuple[RefTRConfig, dict]":
         """
         See `PreTrainedConfig.from_dict`. A file cannot make us run code of others: see `without_foreign_code`.
 
@@ -354,7 +358,7 @@ class RefTRConfig(PreTrainedConfig):
         except Exception as error:  # the library's configurations raise anything of a value of another kind
             raise DamagedFilesError("config.json", describe_error(error)) from error
 
-    def validate_sizes(self):
+    def validate_sizes(self) -> None:
         """Refuse widths and counts that no model can be built from."""
         at_least_one = (
             "d_model",
@@ -390,7 +394,7 @@ class RefTRConfig(PreTrainedConfig):
                 f"d_model={self.d_model} is not a multiple of 4: image positions are sines and cosines of x and y."
             )
 
-    def validate_ranges(self):
+    def validate_ranges(self) -> None:
         """Refuse probabilities, weights and choices out of their range."""
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -413,7 +417,7 @@ class RefTRConfig(PreTrainedConfig):
                 f"activation_function={quote(self.activation_function)} is not one of {', '.join(sorted(ACT2FN))}."
             )
 
-    def validate_backbone(self):
+    def validate_backbone(self) -> None:
         """Refuse names of timm architectures that would reach the network or the disk, in either sub-configuration."""
         for part in ("backbone_config", "text_config"):
             for field in ("backbone", "architecture"):
@@ -424,7 +428,7 @@ class RefTRConfig(PreTrainedConfig):
                         "architecture, for example 'resnet50'."
                     )
 
-    def validate_masks(self):
+    def validate_masks(self) -> None:
         """Refuse masks that cannot be trained or built."""
         if self.freeze_grounding and not self.predict_masks:
             raise ValueError("freeze_grounding=True trains the mask head alone, but predict_masks=False has none.")
@@ -434,7 +438,7 @@ class RefTRConfig(PreTrainedConfig):
                 "at least 32."
             )
 
-    def validate_text_length(self):
+    def validate_text_length(self) -> None:
         """Refuse a sentence limit that the text encoder cannot reach."""
         limit = getattr(self.text_config, "max_position_embeddings", None)
         if limit is not None and self.max_text_positions > limit:

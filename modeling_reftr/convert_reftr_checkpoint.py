@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from data_scripts.quoting import explain, quote
@@ -91,14 +91,14 @@ TOKENIZERS = {  # old and new Hub ids of the published ones
 WEIGHTS_FILE = "published.safetensors"
 
 
-def replace_prefix(key: str, prefixes) -> str:
-    """The key with the first of the (old, new) `prefixes` that it starts with replaced; as it is if there is none."""
+def replace_prefix(key: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """Replace the first of the (old, new) `prefixes` that a key starts with."""
     return next((new + key.removeprefix(old) for old, new in prefixes if key.startswith(old)), key)
 
 
 def rename_key(key: str) -> str:
     """
-    Our name of a published key; a key that is not known comes back as it is.
+    Return our name of a published key; unknown keys are returned unchanged.
 
     Example:
 
@@ -121,7 +121,7 @@ def rename_key(key: str) -> str:
 
 def published_key(name: str) -> str:
     """
-    The published key of one of our names, the reverse of `rename_key`; query, key and value share one.
+    Return the published key of one of our names, the inverse of `rename_key`; query, key and value share one.
 
     Example:
 
@@ -203,7 +203,7 @@ def place_weights(
     return placed
 
 
-def check_weight(key: str, value: torch.Tensor, shape: tuple[int, ...]):
+def check_weight(key: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless a weight has this shape and is finite."""
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
@@ -244,7 +244,7 @@ def to_published_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, to
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The weights of a file, without running anything that it holds.
+    Return the weights of a file, without executing anything in it.
 
     Args:
         path (`str` or `os.PathLike`): a `.safetensors` file, or a file of `torch.save` (any format of it) that holds
@@ -289,7 +289,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 def read_published_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The weights of a published RefTR checkpoint; see [`read_weights`].
+    Return the weights of a published RefTR checkpoint, see [`read_weights`].
 
     Raises:
         OSError, ValueError: as `read_weights`, and if the weights are not those of a RefTR.
@@ -305,7 +305,7 @@ def read_published_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor
 
 def settings_from_shapes(published: Mapping[str, torch.Tensor]) -> dict:
     """
-    The settings of [`RefTRConfig`] that names and shapes of published weights tell.
+    Return the fields of [`RefTRConfig`] that names and shapes of published weights determine.
 
     Raises:
         ValueError: if a weight that tells one is missing, or the backbones are none of the published ones.
@@ -358,7 +358,7 @@ def settings_from_shapes(published: Mapping[str, torch.Tensor]) -> dict:
 
 def settings_as_published(told: dict) -> dict:
     """
-    The settings of [`RefTRConfig`] that shapes cannot tell, as the published models have them.
+    Return the fields of [`RefTRConfig`] that shapes do not determine, as in the published models.
 
     Args:
         told (`dict`): what `settings_from_shapes` gave.
@@ -382,7 +382,7 @@ def settings_as_published(told: dict) -> dict:
 
 
 def config_from_shapes(published: Mapping[str, torch.Tensor]) -> RefTRConfig:
-    """The configuration of published weights: what their shapes tell, and the rest as the published models have it."""
+    """Return the configuration of published weights; what shapes do not determine is as in the published models."""
     told = settings_from_shapes(published)
     settings = settings_as_published(told)
     for name, value in told.items():
@@ -390,7 +390,7 @@ def config_from_shapes(published: Mapping[str, torch.Tensor]) -> RefTRConfig:
     return RefTRConfig(**settings)
 
 
-def check_config(config: RefTRConfig, published: Mapping[str, torch.Tensor]):
+def check_config(config: RefTRConfig, published: Mapping[str, torch.Tensor]) -> None:
     """Raise a ValueError that lists where a configuration and the shapes of published weights differ."""
     differences = []
     for name, told in settings_from_shapes(published).items():
@@ -408,13 +408,13 @@ def check_config(config: RefTRConfig, published: Mapping[str, torch.Tensor]):
         raise ValueError(f"The configuration is not that of the checkpoint: {'; '.join(differences)}.")
 
 
-def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig):
+def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a text backbone.
+    Load the tokenizer of a text backbone.
 
     Args:
         tokenizer (`str` or `os.PathLike`, *optional*):
-            Folder or Hub id. Absent: the published one, if it is on this machine already.
+            Folder or Hub id. Defaults to the published one, from the local cache.
         config ([`RefTRConfig`]): of the model.
 
     Raises:
@@ -449,8 +449,8 @@ def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig):
 
 
 @contextmanager
-def written_aside(output: Path):
-    """A path beside `output` to write a file or a folder to; whatever fails, nothing is left of it."""
+def written_aside(output: Path) -> Iterator[Path]:
+    """Yield a path beside `output` for a file or folder, and remove it at the end unless it was renamed."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -571,7 +571,7 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
 
 
 def describe_assumptions(config: RefTRConfig) -> str:
-    """What `config_from_shapes` took as published, because shapes do not tell it, as `name=value` in one line."""
+    """Return what `config_from_shapes` assumed as published, as `name=value` in one line."""
     assumed = settings_as_published(config.to_dict())
     if config.predict_masks:
         del assumed["decoder_attention_heads"]  # the mask head tells it

@@ -1,4 +1,4 @@
-"""A start from a DETR trained on COCO: its image backbone and encoder, as the published RefTR was trained."""
+"""Initialize a model with the image backbone and encoder of a DETR trained on COCO, as the published RefTR was."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from .quoting_reftr import quote
 
 logger = logging.get_logger(__name__)
 
-# in the original layout, and in transformers' of yesterday (conv_encoder, fc1) and of today
+# in the original layout, and in transformers' former (conv_encoder, fc1) and current layouts
 DETR_BACKBONE = re.compile(r"(?:detr\.)?(?:model\.)?backbone\.(?:0\.body|conv_encoder\.model|model)\.(.+)")
 DETR_ENCODER = re.compile(r"(?:detr\.)?(?:(?:transformer|model)\.)?encoder\.(.+)")
 
@@ -23,10 +23,10 @@ DETR_ENCODER = re.compile(r"(?:detr\.)?(?:(?:transformer|model)\.)?encoder\.(.+)
 @dataclass
 class DETRStart:
     """
-    What was done with the weights of a DETR.
+    Which weights of a DETR were used.
 
     Args:
-        taken (`list[str]`): keys whose weights the model has now.
+        taken (`list[str]`): keys whose weights were copied to the model.
         left (`list[str]`): keys that were not used.
     """
 
@@ -36,7 +36,7 @@ class DETRStart:
 
 def resnet_name(name: str) -> str:
     """
-    The name that torchvision and timm give to a weight of a transformers ResNet; others come back as they are.
+    Return the name in torchvision and timm of a weight of a transformers ResNet; other names are returned unchanged.
 
     Example:
 
@@ -62,7 +62,7 @@ def resnet_name(name: str) -> str:
 
 def detr_names(key: str) -> list[str]:
     """
-    The names in a [`RefTRModel`] with a timm ResNet of a DETR's key; none for what is not taken.
+    Return the names of a DETR's key in a [`RefTRModel`] with a timm ResNet; none if it is not used.
 
     Example:
 
@@ -83,8 +83,13 @@ def detr_names(key: str) -> list[str]:
     return []
 
 
-def find_files(source: str | os.PathLike) -> list[Path]:
-    """The files with the weights of a file, a folder or a Hub id. Raises OSError if there are none."""
+def locate_weights(source: str | os.PathLike) -> list[Path]:
+    """
+    Return the weight files of a file, folder or Hub id.
+
+    Raises:
+        OSError: if there are none.
+    """
     path = Path(source)
     if path.is_file():
         return [path]
@@ -94,7 +99,7 @@ def find_files(source: str | os.PathLike) -> list[Path]:
             raise FileNotFoundError(f"{path} has no model.safetensors and no pytorch_model.bin.")
         return files
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"There is no DETR at {path}; give a file, a folder, or a Hub id (owner/name).")
+        raise FileNotFoundError(f"{path} does not exist; give the file, folder or Hub id (owner/name) of a DETR.")
     try:
         return [Path(hf_hub_download(str(source), "model.safetensors"))]
     except (OSError, ValueError) as error:
@@ -103,8 +108,9 @@ def find_files(source: str | os.PathLike) -> list[Path]:
 
 def init_from_detr(model: RefTRPreTrainedModel, source: str | os.PathLike) -> DETRStart:
     """
-    Start a model's image backbone and encoder from a DETR, as the published RefTR starts. DETR's decoder, queries,
-    heads and input projection are left.
+    Copy the image backbone and encoder of a DETR into a model, as the published RefTR was initialized.
+
+    DETR's decoder, queries, heads and input projection are not used.
 
     Args:
         model ([`RefTRForVisualGrounding`] or [`RefTRModel`]):
@@ -126,7 +132,7 @@ def init_from_detr(model: RefTRPreTrainedModel, source: str | os.PathLike) -> DE
     architecture = getattr(backbone_config, "backbone", None) or backbone_config.model_type
     if not architecture.startswith("resnet"):
         raise ValueError(f"The image backbone of the model is {architecture!r}, but DETR's is a ResNet.")
-    weights = {key: value for file in find_files(source) for key, value in read_weights(file).items()}
+    weights = {key: value for file in locate_weights(source) for key, value in read_weights(file).items()}
     left = sorted(key for key in weights if not detr_names(key))
     taken = {key: value for key, value in weights.items() if detr_names(key)}
     for pattern, part in ((DETR_BACKBONE, "image backbone"), (DETR_ENCODER, "encoder")):

@@ -1,4 +1,4 @@
-"""Errors of a model's files: one sentence that names the file, whatever failed inside a library."""
+"""Name the file in errors about a model's files, whichever library raised them."""
 
 import contextlib
 import json
@@ -29,11 +29,11 @@ TOKENIZER_FILES = (
 
 class DamagedFilesError(ValueError, RuntimeError):
     """
-    Raised where files of a model cannot be used. A `ValueError`, as all errors of data here; and a `RuntimeError`, as
-    the library's of weights that do not fit.
+    Raised if files of a model cannot be used. It is a `ValueError`, as all data errors of this package, and a
+    `RuntimeError`, as the library's error of weights that do not fit.
 
     Args:
-        names (`str`): the files, or "config.json" alone where a configuration is made without knowing its folder.
+        names (`str`): the files; only "config.json" if a configuration is built without knowing its folder.
         reason (`str`): what is wrong, without a full stop.
         source (`str`, *optional*): the folder or Hub id that they are of.
     """
@@ -48,18 +48,20 @@ class DamagedFilesError(ValueError, RuntimeError):
 
 
 @contextlib.contextmanager
-def naming_files(source, names: Iterable[str], arguments: dict) -> Iterator[None]:
+def naming_files(source: str | os.PathLike | None, names: Iterable[str], arguments: dict) -> Iterator[None]:
     """
-    Name the files in what a library raises of them. Left as they are: what names a file already, a `TypeError` about
-    an argument of the caller, and an `OSError` where no file is damaged, which says what is missing.
+    Name the files in errors that a library raises about them.
+
+    Errors that name a file already, a `TypeError` about an argument of the caller, and an `OSError` without a damaged
+    file, which says what is missing, are not changed.
 
     Args:
-        source (`str` or `os.PathLike`): the folder, file or Hub id that is loaded; None where it is none of them.
-        names (`Iterable[str]`): the files that are read, the most likely to be wrong first.
+        source (`str` or `os.PathLike`): the folder, file or Hub id to load; None if there is none.
+        names (`Iterable[str]`): the files to read, the most likely to be damaged first.
         arguments (`dict`): keyword arguments of the caller.
 
     Raises:
-        DamagedFilesError: in place of what was raised.
+        DamagedFilesError: in place of the original error.
     """
     try:
         yield
@@ -97,7 +99,7 @@ def names_a_file(error: Exception, names: Iterable[str]) -> bool:
 
 
 def find_file(source: str, name: str, arguments: dict) -> Path | None:
-    """Return the path of a file of a folder, or of a Hub id in the cache; None where it is not there."""
+    """Return the path of a file of a folder, or of a Hub id in the cache; None if it does not exist."""
     if Path(source).is_file():
         return Path(source)
     name = str(PurePosixPath(arguments.get("subfolder") or "", name))
@@ -142,9 +144,9 @@ def read_object(path: Path) -> dict:
     return value
 
 
-def check_index(folder: str | os.PathLike, subfolder: str = ""):
+def check_index(folder: str | os.PathLike, subfolder: str = "") -> None:
     """
-    Refuse an index of weights in several files that names none, or one outside of its folder.
+    Refuse an index of sharded weights that names no file, or one outside its folder.
 
     Raises:
         DamagedFilesError: if it does.
@@ -167,7 +169,7 @@ def check_index(folder: str | os.PathLike, subfolder: str = ""):
 
 
 def describe_error(error: BaseException) -> str:
-    """Return what an exception says on one line, with its kind where that is no sentence, and without a full stop."""
+    """Return the message of an exception on one line, with its type if it is not a sentence, without a full stop."""
     text = " ".join(explain(error).split())
     kind = type(error).__name__
     if type(error) not in (Exception, OSError, ValueError, RuntimeError) and not text.startswith(kind):

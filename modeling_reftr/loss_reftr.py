@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torchvision.ops import box_convert
+from transformers import PreTrainedConfig
 
 
 def generalized_box_iou(boxes1_xyxy: torch.Tensor, boxes2_xyxy: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
@@ -38,7 +39,10 @@ def generalized_box_iou(boxes1_xyxy: torch.Tensor, boxes2_xyxy: torch.Tensor, ep
 
 
 def box_losses(
-    pred_boxes_cxcywh: torch.Tensor, target_boxes_cxcywh: torch.Tensor, mask: torch.Tensor, num_sentences
+    pred_boxes_cxcywh: torch.Tensor,
+    target_boxes_cxcywh: torch.Tensor,
+    mask: torch.Tensor,
+    num_sentences: torch.Tensor | int,
 ) -> dict[str, torch.Tensor]:
     """
     L1 and generalised-IoU losses as published: summed over phrases, divided by the number of sentences.
@@ -115,13 +119,13 @@ def mask_losses(
     pred_masks: torch.Tensor,
     phrase_mask: torch.Tensor,
     labels: list[dict[str, torch.Tensor]],
-    num_sentences,
+    num_sentences: torch.Tensor | int,
     size: tuple[int, int],
     pixel_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Focal (Lin et al., ICCV 2017; alpha 0.25, gamma 2) and dice losses as published: summed over the phrases that have
-    a mask, divided by the number of sentences. Logits are brought to the padded picture's size bilinearly.
+    a mask, divided by the number of sentences. Logits are resized bilinearly to the size of the padded image.
 
     Args:
         pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`): logits.
@@ -191,7 +195,7 @@ def grounding_loss(
     pred_boxes: torch.Tensor,
     phrase_mask: torch.Tensor,
     labels: list[dict[str, torch.Tensor]],
-    config,
+    config: PreTrainedConfig,
     auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None,
     pred_masks: torch.Tensor | None = None,
     pixel_mask: torch.Tensor | None = None,

@@ -1,4 +1,4 @@
-"""Writing weights with the permissions that any other new file gets: safetensors makes its files private."""
+"""Write weights with the permissions of any other new file, because safetensors makes its files private."""
 
 import os
 from collections.abc import Iterable
@@ -8,13 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None):
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file with the permissions of a new file."""
     save_file(tensors, path, metadata=metadata)
     apply_default_permissions([Path(path)])
 
 
-def apply_default_permissions(paths: Iterable[Path]):
+def apply_default_permissions(paths: Iterable[Path]) -> None:
     """Give files the permissions that the umask, or the default ACL of their folder, gives to a new file."""
     modes = {}
     for path in paths:

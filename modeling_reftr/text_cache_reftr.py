@@ -1,8 +1,8 @@
-"""Texts that are asked for again and again, through the text backbone once."""
+"""Cache the text backbone's output of repeated texts."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -11,23 +11,22 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-# id of a model -> its cache, in the context (thread or asynchronous task) that asked for it; never changed in place
+# id of a model -> its cache, in the context (thread or asynchronous task) that entered it; never changed in place
 _caches: ContextVar[dict | None] = ContextVar("text_caches", default=None)
 
 
 def active_text_cache(model: nn.Module) -> "TextCache | None":
-    """Return the cache that a model is to use in this thread, None where there is none."""
+    """Return the cache of a model in this thread, None if there is none."""
     return (_caches.get() or {}).get(id(model))
 
 
 class TextCache:
     """
-    Outputs of the text backbone, by token ids. Texts that it does not hold are encoded together, each once. Several
-    threads may use one cache.
+    Outputs of the text backbone by token ids. Missing texts are encoded together, each once. It is thread-safe.
 
     Args:
         encode (`Callable`): returns the backbone's output for `input_ids` (N, L) and `attention_mask` (N, L).
-        max_tokens (`int`): how many are held; the texts that were not asked for the longest go first.
+        max_tokens (`int`): number of tokens to hold; the least recently used texts are dropped first.
     """
 
     def __init__(self, encode: Callable, max_tokens: int):
@@ -35,11 +34,11 @@ class TextCache:
         self.max_tokens = max_tokens
         self.num_tokens = 0
         self.texts = OrderedDict()  # token ids -> last_hidden_state (tokens, width) and pooler_output (width,)
-        self._lock = threading.Lock()  # held for bookkeeping alone, not while texts are encoded
+        self._lock = threading.Lock()  # not held while texts are encoded
 
     @contextmanager
-    def active_for(self, model: nn.Module):
-        """Let a model use the cache within this context, in this thread."""
+    def active_for(self, model: nn.Module) -> Iterator["TextCache"]:
+        """Make a model use the cache within this context, in this thread."""
         token = _caches.set({**(_caches.get() or {}), id(model): self})
         try:
             yield self
@@ -47,7 +46,7 @@ class TextCache:
             _caches.reset(token)
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutputWithPooling:
-        """Return what `encode` does, with zeros where there is padding. The host waits for the token ids."""
+        """Return the output of `encode`, zero at padding. The host waits for the token ids."""
         marked = input_ids.where(attention_mask.bool(), -1).tolist()
         keys = [tuple(tokens[: last_real(tokens) + 1]) for tokens in marked]
         with self._lock:
@@ -66,8 +65,8 @@ class TextCache:
         pooled = torch.stack([found[key][1] for key in keys])
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
-    def keep(self, found: dict):
-        """Hold encoded texts as the latest, and forget others beyond `max_tokens`."""
+    def keep(self, found: dict) -> None:
+        """Hold encoded texts as the most recently used, and drop others beyond `max_tokens`."""
         with self._lock:
             for key, encoded in found.items():
                 if key not in self.texts:
@@ -79,5 +78,5 @@ class TextCache:
 
 
 def last_real(tokens: list[int]) -> int:
-    """Return the index of the last token that is not -1; -1 where there is none."""
+    """Return the index of the last token that is not -1; -1 if there is none."""
     return max((index for index, token in enumerate(tokens) if token != -1), default=-1)

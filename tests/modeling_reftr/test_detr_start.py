@@ -204,7 +204,7 @@ def test_what_is_no_detr_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"has no model\.safetensors"):
         init_from_detr(model, tmp_path / "empty")
     for missing in (tmp_path / "none", "none.pth", "none/detr.pth"):
-        with pytest.raises(OSError, match="There is no DETR at"):
+        with pytest.raises(OSError, match="does not exist"):
             init_from_detr(model, missing)
 
 

@@ -54,9 +54,9 @@ def change(path, **changes):
         ({"backbone_config": {"model_type": "detr", "backbone_config": TIMM}}, "inside"),
         ({"backbone_config": {"model_type": "detr", "use_pretrained_backbone": True}}, "backbone inside"),
         ({"text_config": {"model_type": "evil", "auto_map": FOREIGN}}, "evil"),
-        ({"attn_implementation": "evil/kernel"}, "names code to fetch"),
-        ({"_attn_implementation": "evil/kernel"}, "names code to fetch"),
-        ({"text_config": {"attn_implementation": "evil/kernel:main"}}, "names code to fetch"),
+        ({"attn_implementation": "evil/kernel"}, "names code to download"),
+        ({"_attn_implementation": "evil/kernel"}, "names code to download"),
+        ({"text_config": {"attn_implementation": "evil/kernel:main"}}, "names code to download"),
         ({"backbone": "resnet50"}, "backbone='resnet50' is not taken"),
     ],
 )
