@@ -1,3 +1,16 @@
+# Copyright 2026 The RefTR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """PyTorch RefTR model ("Referring Transformer", Li & Sigal, NeurIPS 2021)."""
 
 import math
@@ -914,6 +927,7 @@ class RefTRModel(RefTRPreTrainedModel):
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
         self.backbone = load_backbone(config)
+        # CODEPATH: all published checkpoints freeze them; models trained from scratch may not
         if config.freeze_backbone_batch_norm:
             requires_backends(self, "timm")
             self.backbone = freeze_batch_norm_2d(self.backbone)
@@ -921,6 +935,7 @@ class RefTRModel(RefTRPreTrainedModel):
             nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1),
             nn.GroupNorm(config.projection_group_norm_groups, config.d_model),
         )
+        # CODEPATH: all published checkpoints use sine embeddings; "learned" is the other choice of the published code
         if config.position_embedding_type == "learned":
             self.image_position_embedding = RefTRLearnedPositionEmbedding(config)
         else:
@@ -1284,6 +1299,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         super().__init__(config)
         self.model = RefTRModel(config)
         self.box_head = RefTRBoxHead(config)
+        # CODEPATH: published RES checkpoints have a mask head, REC and phrase grounding checkpoints do not
         if config.predict_masks:
             self.mask_head = RefTRMaskHead(config, self.model.backbone.channels)
         self.loss_function = grounding_loss
@@ -1293,6 +1309,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
     def freeze_parameters(self) -> None:
         """Stop training the first stages of the backbone, or all but the mask head, as the configuration says."""
         self.model.freeze_parameters()
+        # CODEPATH: no published checkpoint sets it; it trains a mask head on a frozen grounding model
         if self.config.freeze_grounding:
             for module in (self.model, self.box_head):
                 module.requires_grad_(False)
@@ -1300,6 +1317,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """Set the training mode. Modules that `config.freeze_grounding` freezes stay in evaluation mode."""
         super().train(mode)
+        # CODEPATH: no published checkpoint sets it; it trains a mask head on a frozen grounding model
         if self.config.freeze_grounding:
             for module in (self.model, self.box_head):
                 module.eval()
@@ -1440,6 +1458,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid()
         layer_boxes = layer_boxes.to(outputs.phrase_mask.device)
         auxiliary_outputs = None
+        # CODEPATH: published REC checkpoints are trained with it, RES checkpoints are not
         if self.config.auxiliary_loss:
             auxiliary_outputs = [{"pred_boxes": boxes} for boxes in layer_boxes[:-1]]
         return layer_boxes[-1], auxiliary_outputs
@@ -1448,6 +1467,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         self, outputs: RefTRModelOutput, num_text_tokens: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return mask logits and the attention maps that the mask head starts from; None without a mask head."""
+        # CODEPATH: published RES checkpoints have a mask head, the others do not
         if not self.config.predict_masks:
             return None, None
         pred_masks, mask_attentions = self.mask_head(
