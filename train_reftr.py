@@ -18,15 +18,16 @@ from training_reftr.recipes import with_recipe
 
 
 if __name__ == "__main__":
-    # before the imports below, which take seconds; a thread of another program leaves it its signals
+    # End at once on a signal during the imports below, which take seconds. Only a main thread may set handlers.
     for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, lambda number, _: os._exit(128 + number))
     ARGV = with_recipe(sys.argv[1:])
     try:
-        parse_arguments(ARGV)  # an invalid command line fails at once
+        parse_arguments(ARGV)  # an invalid command line fails before the imports below
     except (ValueError, OSError) as error:
         sys.exit(for_terminal(f"error: {error}"))
 
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -42,13 +43,13 @@ from training_reftr.report import format_table, report, select_splits
 from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
 from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows, split_of
-from training_reftr.step import update
+from training_reftr.step import train_step
 from training_reftr.tracking import Tracking
 from training_reftr.validation import validate
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with the settings of a command line; returns the exit code."""
+    """Run the script with the arguments of a command line and return the exit code."""
     argv = with_recipe(sys.argv[1:] if argv is None else argv)
     settings = parse_arguments(argv)
     with Signals() as signals:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             explained = explain(error)
             if explained is None:
                 raise
-            if signals.stop:  # another rank heeded it first
+            if signals.stop:  # another rank stopped first, which broke the connection
                 return Stopped(signals.stop).exit_code
             raise explained from error
     return 0
@@ -75,31 +76,31 @@ def run_all(settings: TrainingSettings, signals: Signals) -> None:
     Build, train or evaluate, report.
 
     Raises:
-        Stopped: where a signal ended it.
+        Stopped: if a signal ended the run.
     """
     accelerator = build_accelerator(settings)
     output_dir, eval_only = settings.checkpoints.output_dir, settings.evaluation.eval_only
     with contextlib.nullcontext() if settings.checkpoints.dry_run else exclusive(output_dir, accelerator):
-        # the main process builds the set, the others take it from the cache
+        # The main process builds the dataset, the others read it from the cache.
         with accelerator.main_process_first():
             rows = load_rows(settings.data, eval_only)
-        select_splits(rows, settings.data)  # refused now, and not after hours
+        select_splits(rows, settings.data)  # reject invalid splits now, not after hours of training
         if not eval_only:
             split_of(rows, settings.data.validation_split)
         with limited(settings, rows, accelerator) as (settings, rows):
-            # a run that can learn nothing is refused before anything is written or pushed
+            # Reject a run that cannot learn before anything is written or pushed.
             run = None if eval_only else prepare_run(rows, settings, accelerator)
             publisher = Publisher(settings, accelerator)
             if run is not None and not train(run, rows, publisher, signals, accelerator):
                 accelerator.end_training()
                 raise Stopped(signals.stop, is_saved=True)
-            del run  # its memory is the report's
+            del run  # free its memory for the report
             model, processor = load_for_report(settings)
             if eval_only:
                 announce(rows, model, settings, accelerator)
             metrics = report(model.to(accelerator.device), processor, rows, settings, accelerator)
             if accelerator.is_main_process:
-                if not (eval_only and settings.initialization.init_from):  # otherwise the folder has no model
+                if not (eval_only and settings.initialization.init_from):  # the folder has no model otherwise
                     write_card(settings.checkpoints.output_dir)
                 results = f"{format_table(metrics)}\n\n{describe_results(settings.checkpoints.folder, metrics)}"
                 sys.stdout.write(for_terminal(f"{estimate(settings) if settings.checkpoints.dry_run else results}\n"))
@@ -108,12 +109,12 @@ def run_all(settings: TrainingSettings, signals: Signals) -> None:
     accelerator.end_training()
 
 
-def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelerator) -> bool:
+def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelerator: Accelerator) -> bool:
     """
-    Train, and leave checkpoints and the best model by validation in the run's folder.
+    Train, writing checkpoints and the best model by validation into the run's folder.
 
     Returns:
-        `bool`: whether the run came to its end; False where it was asked to stop, and saved itself.
+        `bool`: whether the run is complete; False if a signal stopped it, after a checkpoint was saved.
     """
     settings = run.settings
     checkpoint_every = settings.checkpoints.checkpoint_every
@@ -128,26 +129,26 @@ def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelera
     deferred = signals.deferred(is_announced=accelerator.is_main_process)
     with bar, logging_redirect_tqdm(), deferred, Watchdog(settings.checkpoints.watchdog_minutes) as watchdog:
 
-        def save():
+        def save() -> None:
             save_checkpoint(run.model, run.optimizer, run.processor, run.state, settings.checkpoints, accelerator)
 
         def should_stop() -> bool:
-            """Between two steps, of training or of evaluation: heed the signals that came. A collective."""
+            """Save and stop as signals ask for, between two steps of training or evaluation. A collective."""
             watchdog.feed()
             is_save_asked, is_stop_asked = signals.poll(accelerator)
             if is_save_asked or is_stop_asked:
                 save()
             return is_stop_asked
 
-        # where the checkpoint was written before an evaluation
+        # The checkpoint may have been written just before an evaluation.
         if run.state.is_evaluation_due and not validate(run, rows, tracking, publisher, should_stop, accelerator):
             return False
         while not run.is_done:
-            for batches in run.updates():
-                losses, num_expressions = update(run, batches, accelerator)
+            for batches in run.steps():
+                losses, num_expressions = train_step(run, batches, accelerator)
                 run.advance()
                 bar.update()
-                tracking.log_update(run, losses, num_expressions)
+                tracking.log_step(run, losses, num_expressions)
                 if should_stop():
                     return False
                 if checkpoint_every and run.state.step % checkpoint_every == 0:

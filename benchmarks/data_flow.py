@@ -61,8 +61,8 @@ def padded_shares(rows, batch_size: int, world_size: int, by_shape: bool, limit:
     pixels, all_pixels, tokens, all_tokens = 0, 0, 0, 0
     for rank in range(world_size):
         for batch in EpochSampler(order, batch_size, rank, world_size):
-            of_batch = np.array([sizes[visit.index] for visit in batch])
-            of_texts = [lengths[visit.index][place] for visit in batch for place in visit.sentences]
+            of_batch = np.array([sizes[sample.index] for sample in batch])
+            of_texts = [lengths[sample.index][place] for sample in batch for place in sample.sentences]
             pixels += of_batch.prod(axis=1).sum()
             all_pixels += len(batch) * of_batch.max(axis=0).prod()
             tokens += sum(of_texts)
@@ -121,10 +121,10 @@ def main():
         start = time.perf_counter()
         order = BuiltOrder(rows, limit, 0, True)
         read = time.perf_counter() - start
-        next(order.visits(0))
+        next(order.samples(0))
         whole = time.perf_counter() - start
         sys.stdout.write(
-            f"108,077 rows, {len(order.lengths):,} sentences, {order.num_visits:,} visits: read in {read:.1f} s, "
+            f"108,077 rows, {len(order.lengths):,} sentences, {order.num_samples:,} samples: read in {read:.1f} s, "
             f"first batch of an epoch after {whole - read:.1f} s more\n"
         )
     with tempfile.TemporaryDirectory() as folder:

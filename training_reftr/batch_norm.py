@@ -46,7 +46,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-def synchronize_batch_norm(model: nn.Module, device: torch.device):
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
     """
     Replace the model's trainable batch norms by ones that see the global batch, in place; parameters, buffers and
     their names stay.

@@ -8,7 +8,7 @@ import datasets
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
@@ -137,7 +137,9 @@ def load_reftr(source: str | Path, settings: TrainingSettings) -> tuple[RefTRFor
     return model, processor
 
 
-def load_weights(source: str | Path, settings: TrainingSettings, changes: dict):
+def load_weights(
+    source: str | Path, settings: TrainingSettings, changes: dict
+) -> tuple[RefTRForVisualGrounding, RefTRProcessor, set[str]]:
     """
     Return a trained RefTR, its processor, and the names of weights that `source` does not have and that are random.
 
@@ -209,7 +211,7 @@ def new_model(
     ), processor
 
 
-def read_tokenizer(source: str):
+def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a folder or Hub id.
 
@@ -252,7 +254,7 @@ def text_config_of(source: str, changes: dict) -> dict:
     return merge({"model_type": config.model_type, **values}, changes)
 
 
-def load_text_backbone(model: RefTRForVisualGrounding, source: str):
+def load_text_backbone(model: RefTRForVisualGrounding, source: str) -> None:
     """
     Give a model's text backbone the weights of a text model; a pooler that it lacks stays random.
 
@@ -295,7 +297,7 @@ def load_text_backbone(model: RefTRForVisualGrounding, source: str):
     )
 
 
-def load_image_backbone(model: RefTRForVisualGrounding, source: str):
+def load_image_backbone(model: RefTRForVisualGrounding, source: str) -> None:
     """
     Give a model's image backbone weights that were trained on ImageNet.
 

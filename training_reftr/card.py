@@ -21,7 +21,7 @@ from modeling_reftr.loading_reftr import naming_files
 from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
 from training_reftr.hub import write_contents
 from training_reftr.json_files import read_json, read_json_lines
-from training_reftr.published_results import NAMES_OF_SETS, has_coco_pictures
+from training_reftr.published_results import NAMES_OF_SETS, has_coco_images
 from training_reftr.report import format_results
 from training_reftr.run_folder import RunFolder
 
@@ -365,7 +365,7 @@ def describe_start(recipe: dict) -> str:
 def leak_warnings(recipe: dict) -> list[str]:
     """What the starting weights, or the training, may have seen of the pictures that figures are measured on."""
     warnings = []
-    if has_coco_pictures(recipe["dataset"]) and (recipe.get("init_detr") or recipe.get("init_from")):
+    if has_coco_images(recipe["dataset"]) and (recipe.get("init_detr") or recipe.get("init_from")):
         warnings.append(
             "**Seen before:** the pictures of this set, held-out ones too, are from COCO's train2014, and a detector "
             "trained on COCO (DETR is one) among the starting weights has seen them, though not what is said about "

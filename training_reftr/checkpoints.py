@@ -92,18 +92,18 @@ class TrainingState:
     num_rows: int = 0
     fingerprint: str = ""
 
-    def count(self, global_batch_size: int, num_batches: int):
+    def count(self, global_batch_size: int, num_batches: int) -> None:
         """Note that the epoch had more batches."""
         if self.seen and self.seen[-1][0] == global_batch_size:
             self.seen[-1][1] += num_batches
         else:
             self.seen.append([global_batch_size, num_batches])
 
-    def start_epoch(self, epoch: int):
+    def start_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""
         self.epoch, self.seen = epoch, []
 
-    def rescale_schedule(self, steps_per_epoch: int):
+    def rescale_schedule(self, steps_per_epoch: int) -> None:
         """Count the schedule in other steps: where batches or processes changed, an epoch has another number."""
         if self.steps_per_epoch not in (0, steps_per_epoch):
             self.schedule_step = round(self.schedule_step * steps_per_epoch / self.steps_per_epoch)
@@ -133,7 +133,7 @@ def save_checkpoint(
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     path = checkpoints.folder.checkpoint(state.step)
 
-    def write(folder: Path):
+    def write(folder: Path) -> None:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
         # the rates and the like come from the settings
@@ -190,7 +190,7 @@ def find_checkpoint(checkpoints: CheckpointSettings, accelerator: Accelerator) -
     with on_main_process(accelerator):
         if accelerator.is_main_process:
             if checkpoints.resume == "auto":
-                found = [newest_whole(checkpoints.output_dir)]
+                found = [find_latest_valid_checkpoint(checkpoints.output_dir)]
             elif checkpoints.resume is not None:
                 found = [Path(checkpoints.resume)]
                 fault = find_fault(found[0])
@@ -201,7 +201,7 @@ def find_checkpoint(checkpoints: CheckpointSettings, accelerator: Accelerator) -
     return found[0]
 
 
-def refuse_others(output_dir: str | Path, checkpoint: Path | None):
+def refuse_others(output_dir: str | Path, checkpoint: Path | None) -> None:
     """Raise an OSError where a run has checkpoints that are not those up to the one that it goes on from."""
     found = checkpoints_of(output_dir)
     known = [path for path in found if checkpoint is not None and path.resolve() == checkpoint.resolve()]
@@ -300,7 +300,7 @@ STATE_FIELDS = {
 ADDED_FIELDS = ("changes", "num_rows", "fingerprint")  # not in every checkpoint
 
 
-def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerator: Accelerator):
+def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerator: Accelerator) -> None:
     """Put a checkpoint's moments and gradient scaler into prepared ones; rates stay. A collective."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         logger.warning("AdamW's moments begin anew: DeepSpeed kept them to itself when the checkpoint was written.")
@@ -328,7 +328,7 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
 
 
-def newest_whole(output_dir: str | Path) -> Path | None:
+def find_latest_valid_checkpoint(output_dir: str | Path) -> Path | None:
     """
     Return the latest valid checkpoint of a run, None if there is none. Later ones that are damaged are renamed, with a
     warning.
@@ -341,7 +341,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
         fault = find_fault(path)
         if fault is None:
             for damaged in faults:
-                set_aside(damaged)
+                rename_damaged(damaged)
             return path
         logger.warning(f"{fault}; the checkpoint before it is taken.")
         faults[path] = fault
@@ -353,7 +353,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
     return None
 
 
-def set_aside(path: Path):
+def rename_damaged(path: Path) -> None:
     """Rename a damaged checkpoint, so that its name is free and nothing is lost."""
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
     path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
@@ -377,7 +377,7 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def check_manifest(path: Path, manifest: dict):
+def check_manifest(path: Path, manifest: dict) -> None:
     """
     Validate what a checkpoint's manifest says, without looking at the files.
 
@@ -402,7 +402,7 @@ def check_manifest(path: Path, manifest: dict):
         raise ValueError(f"{str(path)!r} is not a complete checkpoint: {MANIFEST} does not list {', '.join(missing)}")
 
 
-def check_optimizer(path: Path):
+def check_optimizer(path: Path) -> None:
     """
     Compare a checkpoint's optimizer with its weights, by the headers of their files.
 
@@ -428,7 +428,7 @@ def shapes_in(file: Path) -> dict[str, list[int]]:
         return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
 
 
-def write_checkpoint(path: Path, write: Callable[[Path], None]):
+def write_checkpoint(path: Path, write: Callable[[Path], None]) -> None:
     """
     Write a checkpoint's folder atomically: `write(folder)` fills it, the manifest is added.
 

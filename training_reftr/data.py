@@ -22,30 +22,32 @@ from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.images import ImageReader, read_row_image, to_array
 from training_reftr.samples import Sample, make_sample, take_sentences, without_misses
-from training_reftr.sampling import BuiltOrder, EpochSampler, StreamedOrder, Visit, evaluation_batches
+from training_reftr.sampling import BuiltOrder, EpochSampler, SampleIndex, StreamedOrder, evaluation_batches
 from training_reftr.settings import TrainingSettings
 
 
 class GroundingDataset(Dataset):
     """
-    Samples by visit.
+    Samples by sample_index.
 
     Args:
-        rows (`datasets.Dataset`, *optional*): see `data_scripts.FEATURES`; None if visits contain their rows.
-        prepare (`Callable[[dict, Visit], Sample]`): makes a sample of a row whose image is not decoded.
+        rows (`datasets.Dataset`, *optional*): see `data_scripts.FEATURES`; None if indices hold their rows.
+        prepare (`Callable[[dict, SampleIndex], Sample]`): makes a sample of a row whose image is not decoded.
     """
 
-    def __init__(self, rows: datasets.Dataset | None, prepare: Callable[[dict, Visit], Sample]):
+    def __init__(self, rows: datasets.Dataset | None, prepare: Callable[[dict, SampleIndex], Sample]) -> None:
         self.rows = None if rows is None else rows.cast_column("image", datasets.Image(decode=False))
         self.prepare = prepare
 
-    def __getitem__(self, visit: Visit) -> Sample:
-        return self.prepare(self.rows[visit.index] if visit.row is None else visit.row, visit)
+    def __getitem__(self, sample_index: SampleIndex) -> Sample:
+        return self.prepare(
+            self.rows[sample_index.index] if sample_index.row is None else sample_index.row, sample_index
+        )
 
 
 class TrainingSamples:
     """
-    Make training samples: the sentences of a visit and their objects, augmented at the model's size.
+    Make training samples: the sentences of an index and their objects, augmented at the model's size.
 
     A sample is a function of (seed, epoch, first sentence) alone.
 
@@ -56,36 +58,36 @@ class TrainingSamples:
         with_masks (`bool`): whether samples have masks.
     """
 
-    def __init__(self, reader: ImageReader, augmentation: str, seed: int, with_masks: bool):
+    def __init__(self, reader: ImageReader, augmentation: str, seed: int, with_masks: bool) -> None:
         self.reader = reader
         self.augmentation = augmentation
         self.seed = seed
         self.with_masks = with_masks
 
-    def __call__(self, row: dict, visit: Visit) -> Sample:
-        """Make the sample of a visit of a row."""
-        row = take_sentences(without_misses(row), visit.sentences)
+    def __call__(self, row: dict, sample_index: SampleIndex) -> Sample:
+        """Make the sample of a row and its index."""
+        row = take_sentences(without_misses(row), sample_index.sentences)
         sample = make_sample(row, self.reader(row), self.reader.image_processor, self.with_masks)
-        rng = random.Random(f"{self.seed}/{visit.epoch}/{row['sentences'][0]['sentence_id']}")
+        rng = random.Random(f"{self.seed}/{sample_index.epoch}/{row['sentences'][0]['sentence_id']}")
         return augment(sample, self.augmentation, rng)
 
 
 class EvaluationSamples:
     """
-    Make evaluation samples: all sentences of a row, or those of the visit.
+    Make evaluation samples: all sentences of a row, or those of the sample_index.
 
     Args:
         reader (`Callable`): reads the image of a row, resized or not.
         image_processor ([`RefTRImageProcessor`]): see `make_sample`.
     """
 
-    def __init__(self, reader: Callable[[dict], np.ndarray], image_processor: RefTRImageProcessor):
+    def __init__(self, reader: Callable[[dict], np.ndarray], image_processor: RefTRImageProcessor) -> None:
         self.reader = reader
         self.image_processor = image_processor
 
-    def __call__(self, row: dict, visit: Visit) -> Sample:
-        """Make the sample of a visit of a row."""
-        row = take_sentences(row, visit.sentences) if visit.sentences else row
+    def __call__(self, row: dict, sample_index: SampleIndex) -> Sample:
+        """Make the sample of a row and its index."""
+        row = take_sentences(row, sample_index.sentences) if sample_index.sentences else row
         return make_sample(row, self.reader(row), self.image_processor)
 
 
@@ -113,7 +115,7 @@ class GroundingCollator:
         with_targets: bool = True,
         with_masks: bool = False,
         are_resized: bool = False,
-    ):
+    ) -> None:
         self.processor = processor
         self.are_resized = are_resized
         self.with_targets = with_targets
@@ -209,7 +211,7 @@ class Failure(NamedTuple):
 class GuardedDataset(Dataset):
     """A dataset whose errors about files and values come as values, which loader processes hand on as they are."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
     def __getitems__(self, indices: list) -> list | Failure:
@@ -223,7 +225,7 @@ class GuardedDataset(Dataset):
 class GuardedCollator:
     """A collator that hands a `Failure` on, and makes one of its own errors about files and values."""
 
-    def __init__(self, collate_fn: Callable):
+    def __init__(self, collate_fn: Callable) -> None:
         self.collate_fn = collate_fn
 
     def __call__(self, samples: list | Failure) -> dict | Failure:
@@ -246,7 +248,7 @@ def portable(error: ValueError | OSError) -> ValueError | OSError:
     return (OSError if isinstance(error, OSError) else ValueError)(str(error))
 
 
-def isolate_loader_process(_: int):
+def isolate_loader_process(_: int) -> None:
     """
     Leave signals to the main process: a terminal's Ctrl-C, and the SIGTERM of a launcher, go to all processes of a
     group, and one without its loader processes cannot save.
@@ -266,7 +268,7 @@ class SampleLoader(DataLoader):
         ValueError, OSError: as its dataset or collator raised it, when the batch is asked for.
     """
 
-    def __init__(self, dataset: Dataset, collate_fn: Callable, num_workers: int, **settings):
+    def __init__(self, dataset: Dataset, collate_fn: Callable, num_workers: int, **settings) -> None:
         if num_workers:
             # tokenizers warn, and stop using threads, where a process that used them is forked
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -330,7 +332,7 @@ class TrainingData:
         rank: int,
         world_size: int,
         with_masks: bool = False,
-    ):
+    ) -> None:
         is_streamed = isinstance(rows, datasets.IterableDataset)
         order = (StreamedOrder if is_streamed else BuiltOrder)(
             rows,
@@ -383,29 +385,29 @@ class TrainingData:
 
 
 class SplitsDataset(Dataset):
-    """Rows of several splits, each by the name of its split and its visit."""
+    """Rows of several splits, each by the name of its split and its sample_index."""
 
-    def __init__(self, splits: dict[str, GroundingDataset]):
+    def __init__(self, splits: dict[str, GroundingDataset]) -> None:
         self.splits = splits
 
-    def __getitem__(self, place: tuple[str, Visit]) -> dict:
-        split, visit = place
-        return self.splits[split][visit]
+    def __getitem__(self, key: tuple[str, SampleIndex]) -> dict:
+        split, sample_index = key
+        return self.splits[split][sample_index]
 
 
 class SplitSampler:
     """The batches of one of several splits, `split`."""
 
-    def __init__(self, batches: dict[str, list[list[Visit]]]):
+    def __init__(self, batches: dict[str, list[list[SampleIndex]]]) -> None:
         self.batches = batches
         self.split = next(iter(batches))
 
     def __len__(self) -> int:
         return len(self.batches[self.split])
 
-    def __iter__(self) -> Iterator[list[tuple[str, Visit]]]:
+    def __iter__(self) -> Iterator[list[tuple[str, SampleIndex]]]:
         split = self.split
-        return ([(split, visit) for visit in batch] for batch in self.batches[split])
+        return ([(split, sample_index) for sample_index in batch] for batch in self.batches[split])
 
 
 class EvaluationData:
@@ -431,7 +433,7 @@ class EvaluationData:
         settings: TrainingSettings,
         rank: int,
         world_size: int,
-    ):
+    ) -> None:
         image_processor = processor.image_processor
         if settings.evaluation.evaluation_batching != "grouped" and (
             image_processor.size_divisor or image_processor.pad_size

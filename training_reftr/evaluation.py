@@ -1,12 +1,13 @@
 """
-Evaluation: a record for each phrase, and figures from the records. `evaluate` gathers, so every process calls it;
-the other functions are arithmetic.
+Evaluation: one record per phrase, and metrics computed from the records. `evaluate` is a collective: all processes
+call it.
 """
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -19,15 +20,15 @@ from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, recalls
 from training_reftr.settings import EvaluationSettings, TrainingSettings
 
 
-# where a process holds parts of weights
+# Strategies that shard the weights over processes.
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @torch.no_grad()
 def evaluate(
-    model,
-    processor,
-    rows,
+    model: torch.nn.Module,
+    processor: RefTRProcessor,
+    rows: datasets.Dataset,
     settings: TrainingSettings,
     accelerator: Accelerator,
     description: str,
@@ -35,27 +36,27 @@ def evaluate(
     data: EvaluationData | None = None,
 ) -> list[dict] | None:
     """
-    Ask the model about every phrase of a split, each once however many processes share the work: all run the same
-    number of batches, and what two of them answered is kept once.
+    Predict every phrase of a split once. All processes run the same number of batches; predictions made on two of them
+    are deduplicated. A collective.
+
+    The predictions are made by a fused copy of the model, so that the model being trained is not modified. A sharded
+    model cannot be copied and is put into evaluation mode meanwhile.
 
     Args:
-        description (`str`): the name of the split.
-        should_stop (*optional*): asked once a batch on every process, and to answer the same on all of them.
-        data ([`EvaluationData`], *optional*): knows the split by the name `description`, and lends its workers.
+        description (`str`): name of the split.
+        should_stop (`Callable`, *optional*): called after each batch on every process; must return the same on all.
+        data ([`EvaluationData`], *optional*): data that contains the split as `description`, to reuse its workers.
 
     Returns:
-        `list[dict]`, on every process, in the split's order of image, sentence and phrase: the target as the collator
-        gives it, `pred_box` (xyxy in pixels), `iou`, and `any_box_iou`, the largest with any of the object's boxes. A
-        phrase past the cut of its sentence has `pred_box` None and IoUs of 0. With masks also `pred_segmentation`
-        (COCO's run-length encoding, or None), and, where the truth is known, `mask_pixels` and `resized_mask_pixels`:
-        (intersection, union) at the picture's original size, and at the size that it is resized to, where the
-        published evaluation compares. None, on every process, where `should_stop` ended it.
-
-        A fused copy of the model is asked, so that the one that trains is not touched; a model in shards cannot be
-        copied, and is in evaluation mode meanwhile.
+        `list[dict]`, on every process, one per phrase in the order of the split: the target of the collator,
+        `pred_box` (xyxy in pixels), `iou`, and `any_box_iou`, the largest IoU with any of the object's boxes. A phrase
+        removed by truncation has `pred_box` None and IoUs of 0. With masks also `pred_segmentation` (COCO's run-length
+        encoding, or None) and, where the target has a mask, `mask_pixels` and `resized_mask_pixels`: (intersection,
+        union) at the image's original size, and at its resized size, which the published evaluation uses. None, on
+        every process, if `should_stop` ended the evaluation.
 
     Raises:
-        ValueError: if the model gives a box that is not finite, or the split has a phrase twice.
+        ValueError: if the model predicts a box that is not finite, or the split has a phrase twice.
     """
     keys = phrase_keys(rows)
     records, is_stopped = [], False
@@ -67,42 +68,42 @@ def evaluate(
             accelerator.process_index,
             accelerator.num_processes,
         )
-    with for_inference(model, accelerator) as asked, asked.cache_text():
+    with for_inference(model, accelerator) as inference_model, inference_model.cache_text():
         batches = data.batches(description)
         for batch in tqdm(batches, desc=description, disable=not accelerator.is_main_process, leave=False):
-            records += answer_batch(asked, processor, batch, settings.evaluation, accelerator)
+            records += predict_batch(inference_model, processor, batch, settings.evaluation, accelerator)
             is_stopped = should_stop is not None and should_stop()
             if is_stopped:
                 break
-    return None if is_stopped else put_in_order(gather_object(records), keys)
+    return None if is_stopped else order_records(gather_object(records), keys)
 
 
 @contextlib.contextmanager
-def for_inference(model, accelerator: Accelerator):
+def for_inference(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[RefTRForVisualGrounding]:
     """
-    Give a model that answers, for the time of an evaluation: a fused copy, which is not compiled; or the model itself,
-    in evaluation mode, where each process holds parts of its weights.
+    Yield the model to evaluate: a fused copy, which is not compiled, or the model itself in evaluation mode if its
+    weights are sharded.
     """
-    # without the wrapper, whose forward also synchronizes buffers
+    # Remove the wrapper of DDP, whose forward also synchronizes buffers.
     model = accelerator.unwrap_model(model)
     if accelerator.distributed_type not in SHARDED:
         yield model.fused_copy()
         return
     was_training = model.training
     try:
-        # what is compiled for training is not compiled again for evaluation's shapes
+        # Do not recompile the training graph for the shapes of the evaluation.
         with torch.compiler.set_stance("force_eager"):
             yield model.eval()
     finally:
         model.train(was_training)
 
 
-def phrase_keys(rows) -> list[tuple[str, str, int]]:
+def phrase_keys(rows: datasets.Dataset) -> list[tuple[str, str, int]]:
     """
-    What each phrase of a split is known by, in its order: image, sentence, and the phrase's number in the sentence.
+    Return the key of each phrase of a split: image id, sentence id, and index of the phrase in the sentence.
 
     Raises:
-        ValueError: if two are known by the same.
+        ValueError: if two phrases have the same key.
     """
     keys = [
         (row["image_id"], sentence["sentence_id"], number)
@@ -119,9 +120,9 @@ def phrase_keys(rows) -> list[tuple[str, str, int]]:
     return keys
 
 
-def put_in_order(records: list[dict], keys: list[tuple[str, str, int]]) -> list[dict]:
+def order_records(records: list[dict], keys: list[tuple[str, str, int]]) -> list[dict]:
     """
-    One record for each of `phrase_keys`, in their order, from records in any order, some of them twice.
+    Return one record for each of `phrase_keys`, in their order, from records in any order and with duplicates.
 
     Raises:
         ValueError: if a phrase has no record.
@@ -135,14 +136,14 @@ def put_in_order(records: list[dict], keys: list[tuple[str, str, int]]) -> list[
     return [found[key] for key in keys]
 
 
-def answer_batch(
+def predict_batch(
     model: RefTRForVisualGrounding,
     processor: RefTRProcessor,
     batch: dict,
     evaluation: EvaluationSettings,
     accelerator: Accelerator,
 ) -> list[dict]:
-    """The records of a batch, see `evaluate`."""
+    """Return the records of a batch, see `evaluate`."""
     inputs = move(batch, accelerator.device)
     inputs.pop("labels")
     with accelerator.autocast():
@@ -151,7 +152,7 @@ def answer_batch(
         image: targets[0]["image_size"]
         for image, targets in zip(batch["image_index"].tolist(), batch["targets"], strict=True)
     }
-    sizes = [size_of[image] for image in range(len(batch["pixel_mask"]))]  # every image of a batch is asked about
+    sizes = [size_of[image] for image in range(len(batch["pixel_mask"]))]  # every image of a batch has a sentence
     answers = processor.post_process_grounding(outputs, sizes)
     if outputs.pred_masks is None:
         masks = [()] * len(answers)
@@ -163,20 +164,25 @@ def answer_batch(
         )
     records = []
     for targets, answer, masks_of_sentence in zip(batch["targets"], answers, masks, strict=True):
-        places = {slot: place for place, slot in enumerate(answer["phrase_indices"])}
+        answer_indices = {phrase: index for index, phrase in enumerate(answer["phrase_indices"])}
         for target in targets:
-            place = places.get(target["phrase"])
+            index = answer_indices.get(target["phrase"])
             record = {**target, "pred_box": None, "iou": 0.0, "any_box_iou": 0.0}
-            if place is not None:
-                record |= compare_boxes(answer["boxes"][place].float().cpu(), target)
+            if index is not None:
+                record |= compare_boxes(answer["boxes"][index].float().cpu(), target)
             if masks_of_sentence:
-                record |= compare_masks(*masks_of_sentence, place, target, processor)
+                record |= compare_masks(*masks_of_sentence, index, target, processor)
             records.append(record)
     return records
 
 
 def compare_boxes(pred_box: torch.Tensor, target: dict) -> dict:
-    """The fields about boxes of one phrase's record. Raises ValueError if the predicted box is not finite."""
+    """
+    Return the fields of a phrase's record about its box.
+
+    Raises:
+        ValueError: if the predicted box is not finite.
+    """
     if not pred_box.isfinite().all():
         raise ValueError(
             f"The model's box for {target['words']!r} ({target['sentence_id']}) is {pred_box.tolist()}: its weights "
@@ -194,9 +200,11 @@ def largest_iou(box_xyxy: list[float], boxes_xyxy: list[list[float]]) -> float:
     return box_ious(box_xyxy, boxes_xyxy).max().item()
 
 
-def compare_masks(masks, resized_masks, place: int | None, target: dict, processor) -> dict:
-    """The fields about masks of one phrase's record, whose answer is at `place`, or which has none."""
-    fields = {"pred_segmentation": None if place is None else to_coco_rle(masks[place])}
+def compare_masks(
+    masks: torch.Tensor, resized_masks: torch.Tensor, index: int | None, target: dict, processor: RefTRProcessor
+) -> dict:
+    """Return the fields of a phrase's record about its mask, which is `masks[index]`; None if it has no prediction."""
+    fields = {"pred_segmentation": None if index is None else to_coco_rle(masks[index])}
     if target["segmentation"] is None:
         return fields
     truth = torch.from_numpy(from_coco_rle(target["segmentation"]))
@@ -205,13 +213,13 @@ def compare_masks(masks, resized_masks, place: int | None, target: dict, process
         ("mask_pixels", masks, truth),
         ("resized_mask_pixels", resized_masks, resized_truth),
     ):
-        answer = torch.zeros_like(expected) if place is None else answers[place].cpu()
+        answer = torch.zeros_like(expected) if index is None else answers[index].cpu()
         fields[name] = ((answer & expected).sum().item(), (answer | expected).sum().item())
     return fields
 
 
 def grounding_metrics(ious: Iterable[float]) -> dict[str, float | int]:
-    """`BoxMetrics` of a list of IoUs."""
+    """Return the `BoxMetrics` of IoUs."""
     metrics = BoxMetrics()
     metrics.update(ious)
     return metrics.compute()
@@ -219,8 +227,8 @@ def grounding_metrics(ious: Iterable[float]) -> dict[str, float | int]:
 
 def mask_metrics(records: list[dict]) -> dict[str, float | int]:
     """
-    `MaskMetrics` of the records that have masks, each name behind `mask_`, and `mask_mean_iou_resized`, the published
-    figure; empty where no record has.
+    Return the `MaskMetrics` of the records with masks, prefixed with `mask_`, and `mask_mean_iou_resized`, the
+    published metric; empty if no record has a mask.
     """
     records = [record for record in records if "mask_pixels" in record]
     if not records:
@@ -234,8 +242,8 @@ def mask_metrics(records: list[dict]) -> dict[str, float | int]:
 
 def summarize(records: list[dict]) -> dict:
     """
-    Figures of all phrases, and under `per_kind` of each of their types (a phrase of two types counts in both):
-    `grounding_metrics`, `mask_metrics`, and, where objects have several boxes, `recalls`.
+    Return the metrics of all phrases, and under `per_kind` those of each phrase type (a phrase of two types counts in
+    both): `grounding_metrics`, `mask_metrics`, and, where objects have several boxes, `recalls`.
     """
     by_kind = defaultdict(list)
     for record in records:

@@ -45,18 +45,18 @@ class Fingerprint:
 
     ```"""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.num_rows = 0
         self._digests = defaultdict(hashlib.blake2b)  # of each column within a column
 
-    def add(self, table: pa.Table):
+    def add(self, table: pa.Table) -> None:
         """Add the rows of a table that has `COLUMNS`."""
         self.num_rows += len(table)
         for name in COLUMNS:
             for chunk in table[name].chunks:
                 self._add_values(name, chunk)
 
-    def _add_values(self, name: str, array: pa.Array):
+    def _add_values(self, name: str, array: pa.Array) -> None:
         """Add an array by its values: its buffers may be larger, and hold anything where it is null."""
         self._add_numbers(f"{name} is null", array.is_null())
         if pa.types.is_struct(array.type):
@@ -75,7 +75,7 @@ class Fingerprint:
         elif not pa.types.is_null(array.type):
             self._add_numbers(f"{name} {array.type}", array.fill_null(pa.scalar(0).cast(array.type)))
 
-    def _add_numbers(self, name: str, array: pa.Array):
+    def _add_numbers(self, name: str, array: pa.Array) -> None:
         """Add an array of numbers, none of them null."""
         self._digests[name].update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False)))
 

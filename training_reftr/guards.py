@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
         is_saved (`bool`, *optional*, defaults to `False`): whether a checkpoint was written on its account.
     """
 
-    def __init__(self, number: int, is_saved: bool = False):
+    def __init__(self, number: int, is_saved: bool = False) -> None:
         super().__init__(number, is_saved)
         self.number, self.is_saved = number, is_saved
 
@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
         """The exit code by which a shell knows it: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.number
 
-    def __str__(self):
+    def __str__(self) -> str:
         name = signal.Signals(self.number).name
         return f"{name}: the run is saved." if self.is_saved else f"{name}: ended at once, nothing more was saved."
 
@@ -57,7 +57,7 @@ class Signals:
     is caught, and the log says so.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_save_asked = False
         self.stop = None  # number of the first signal that asked to end
         self.is_deferred = False
@@ -89,7 +89,7 @@ class Signals:
         finally:
             self.is_deferred = False
 
-    def _handle(self, number: int, _):
+    def _handle(self, number: int, _) -> None:
         if os.getpid() != self.process:  # a forked process, which its parent ends by SIGTERM
             if number == signal.SIGTERM:
                 os._exit(128 + number)
@@ -144,7 +144,7 @@ class Watchdog:
     that is gone, a loader that hangs. The launcher then ends the others.
     """
 
-    def __init__(self, minutes: float):
+    def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60
 
     def __enter__(self):
@@ -154,12 +154,14 @@ class Watchdog:
     def __exit__(self, *_):
         faulthandler.cancel_dump_traceback_later()
 
-    def feed(self):
+    def feed(self) -> None:
         """Start to count anew."""
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
 
 
-def check_finite(loss: torch.Tensor, total, gradient_norm, batches: list[dict], step: int, accelerator: Accelerator):
+def check_finite(
+    loss: torch.Tensor, total, gradient_norm, batches: list[dict], step: int, accelerator: Accelerator
+) -> None:
     """
     Stop before an update that would spoil the weights. A collective where something is wrong, and only there.
 

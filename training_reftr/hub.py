@@ -66,7 +66,7 @@ def upload(
             time.sleep(wait)
 
 
-def write_contents(folder: str | Path, contents: dict[str, bytes]):
+def write_contents(folder: str | Path, contents: dict[str, bytes]) -> None:
     """
     Write files into a folder atomically: half a card would be taken for one that somebody edited.
 
@@ -78,7 +78,7 @@ def write_contents(folder: str | Path, contents: dict[str, bytes]):
         write_file(Path(folder) / name, content)
 
 
-def make_repository(repository: str, kind: str, private: bool | None = None, **settings):
+def make_repository(repository: str, kind: str, private: bool | None = None, **settings) -> None:
     """
     Make a repository where it is not there; `settings` are others of `HfApi.create_repo`.
 
@@ -120,7 +120,7 @@ def is_passing(error: Exception) -> bool:
     return not isinstance(error, (OSError, ValueError, TypeError))
 
 
-def check_uploaded(files: dict[str, Path | bytes], repository: str, kind: str, commit: CommitInfo):
+def check_uploaded(files: dict[str, Path | bytes], repository: str, kind: str, commit: CommitInfo) -> None:
     """
     Ask the Hub what the commit holds.
 

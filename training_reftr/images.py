@@ -76,7 +76,7 @@ class ImageReader:
         folder (`str`, *optional*): the cache.
     """
 
-    def __init__(self, image_processor: RefTRImageProcessor, folder: str | None = None):
+    def __init__(self, image_processor: RefTRImageProcessor, folder: str | None = None) -> None:
         self.image_processor = image_processor
         self.folder = None if folder is None else Path(folder)
         size = sorted(dict(image_processor.size).items())

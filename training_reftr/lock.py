@@ -103,7 +103,7 @@ def acquire(path: Path) -> int | None:
     return descriptor
 
 
-def warn_of_no_locks(path: Path, reason: str):
+def warn_of_no_locks(path: Path, reason: str) -> None:
     """Say that nothing keeps other runs out of a folder."""
     logger.warning(
         f"Files in {str(path.parent)!r} cannot be locked ({reason}): see to it that no other run writes there."
@@ -128,7 +128,7 @@ def is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _close_in_child():
+def _close_in_child() -> None:
     """Leave the locks to the process that took them: a forked loader process may outlive it."""
     for descriptor in _held:
         os.close(descriptor)

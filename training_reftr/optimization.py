@@ -1,4 +1,4 @@
-"""Optimiser, its rates, and their schedules. Nothing here holds a collective."""
+"""The optimizer, its learning rates and their schedules. Nothing here is a collective."""
 
 import math
 
@@ -33,7 +33,7 @@ def learning_rate_setting(name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, optimization: OptimizationSettings) -> torch.optim.Optimizer:
-    """AdamW over what is trained, with a rate each for the backbones, the mask head and the rest."""
+    """Return AdamW with learning rates of their own for the backbones, the mask head and the other parameters."""
     groups = {setting: [] for setting in LEARNING_RATES.values()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -59,16 +59,16 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, schedule: ScheduleSettings, steps_per_epoch: int, num_steps: int, done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """
-    One factor of all rates, a function of the updates done, as the published code has it: `(step + 1) / warmup` before
-    the end of the warm-up; then 0.1 for each of `lr_drop_epochs` that is over (`step`), half a cosine down to the last
-    update (`cosine`), or 1 (`constant`). It is never under 0.01.
+    Return the learning rate schedule of the published code. It multiplies all learning rates by one factor:
+    `(step + 1) / warmup` during warm-up; then 0.1 for each of `lr_drop_epochs` that has passed (`step`), half a cosine
+    until the last step (`cosine`), or 1 (`constant`). The factor is at least 0.01.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): with the peak rates.
-        schedule ([`ScheduleSettings`]): of the run.
-        steps_per_epoch (`int`): updates an epoch.
-        num_steps (`int`): updates of the whole run.
-        done (`int`): updates that are over, where a run goes on.
+        optimizer (`torch.optim.Optimizer`): optimizer with the peak learning rates.
+        schedule ([`ScheduleSettings`]): settings of the schedule.
+        steps_per_epoch (`int`): optimizer steps per epoch.
+        num_steps (`int`): optimizer steps of the complete run.
+        done (`int`, *optional*, defaults to 0): optimizer steps that a resumed run has already taken.
     """
     warmup = num_warmup_steps(schedule, steps_per_epoch)
 

@@ -34,7 +34,7 @@ def part_of(name: str) -> str:
     return name.removeprefix("model.").split(".")[0]
 
 
-def refuse_untrained_parts(model: nn.Module, random_weights: set[str], optimization: OptimizationSettings):
+def refuse_untrained_parts(model: nn.Module, random_weights: set[str], optimization: OptimizationSettings) -> None:
     """
     Refuse a part with random weights that would keep them.
 
@@ -59,7 +59,7 @@ def refuse_untrained_parts(model: nn.Module, random_weights: set[str], optimizat
         )
 
 
-def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings):
+def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings) -> None:
     """
     Refuse a model of which nothing is trained, or a head without a loss.
 
@@ -92,7 +92,7 @@ def reason_not_to_learn(
     return None if getattr(optimization, setting) > 0 else f"{setting}=0"
 
 
-def refuse_empty_splits(rows: dict, data: DataSettings):
+def refuse_empty_splits(rows: dict, data: DataSettings) -> None:
     """
     Refuse a training or validation split without rows.
 
@@ -111,7 +111,7 @@ def refuse_empty_splits(rows: dict, data: DataSettings):
             raise ValueError(f"{setting}={name!r} of {data.dataset} has no rows: there is nothing to {use}.")
 
 
-def refuse_few_samples(num_batches: int, optimization: OptimizationSettings, num_processes: int):
+def refuse_few_samples(num_batches: int, optimization: OptimizationSettings, num_processes: int) -> None:
     """
     Refuse an epoch that is shorter than one optimizer step.
 

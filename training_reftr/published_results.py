@@ -115,7 +115,7 @@ def is_published(dataset: str) -> bool:
     return "/" not in dataset and all(name.strip().startswith(PUBLISHED_SETS) for name in dataset.split(","))
 
 
-def set_and_split(dataset: str, split: str) -> tuple[str, str]:
+def dataset_and_split(dataset: str, split: str) -> tuple[str, str]:
     """The set that a split is of, and its name there: splits of joined sets are called "set/split"."""
     return tuple(split.split("/", 1)) if "/" in split else (dataset, split)
 
@@ -139,10 +139,10 @@ def comparable_results(dataset: str, split: str) -> list[PublishedResult]:
     ([], [])
 
     ```"""
-    name, split = set_and_split(dataset, split)
+    name, split = dataset_and_split(dataset, split)
     return [result for result in RESULTS if name in NAMES_OF_SETS[result.dataset] and split in result.figures]
 
 
-def has_coco_pictures(dataset: str) -> bool:
+def has_coco_images(dataset: str) -> bool:
     """Whether the held-out pictures of a set, or of one of several joined by commas, are from COCO's train2014."""
     return any(name.strip().startswith(COCO_SETS) for name in dataset.split(","))

@@ -63,7 +63,7 @@ class Publisher:
         OSError: at once, if the Hub does not let us have the repository, and not after hours.
     """
 
-    def __init__(self, settings: TrainingSettings, accelerator: Accelerator):
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator) -> None:
         self.settings = settings
         self.is_active = bool(settings.hub.push_to_hub) and accelerator.is_main_process
         self.thread = None
@@ -76,7 +76,7 @@ class Publisher:
                     f"{reason_of(error)}"
                 ) from error
 
-    def push_best(self, step: int):
+    def push_best(self, step: int) -> None:
         """Push a copy of the folder as it is now; where the last one is still on its way, the next best will do."""
         if not self.is_active:
             return
@@ -92,7 +92,7 @@ class Publisher:
         self.thread = threading.Thread(target=self._push, args=(copy, f"Best model, step {step}"), daemon=True)
         self.thread.start()
 
-    def _push(self, copy: Path, message: str):
+    def _push(self, copy: Path, message: str) -> None:
         try:
             repository = self.settings.hub.push_to_hub
             revision = push_model(copy, repository, message=message, card=card_files(copy, repository))

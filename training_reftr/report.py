@@ -24,11 +24,11 @@ from training_reftr.data import EvaluationData
 from training_reftr.evaluation import evaluate, summarize
 from training_reftr.images import read_row_image
 from training_reftr.metrics import THRESHOLDS
-from training_reftr.published_results import comparable_results, has_coco_pictures, set_and_split
+from training_reftr.published_results import comparable_results, dataset_and_split, has_coco_images
 from training_reftr.sampling import has_positions
 from training_reftr.settings import DataSettings, TrainingSettings
 from training_reftr.sizes import image_size_of
-from training_reftr.visualization import draw_samples, validation_pictures
+from training_reftr.visualization import draw_samples, draw_validation_images
 
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def report(
     for name, split in splits.items():
         records = evaluate(model, processor, split, settings, accelerator, name, data=data)
         boxes = {"integer_boxes": has_integer_boxes(name, settings.data)} | count_targets(
-            split, records, set_and_split(settings.data.dataset, name)[1]
+            split, records, dataset_and_split(settings.data.dataset, name)[1]
         )
         metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, settings.data)
         if evaluation.visualize:
@@ -129,7 +129,7 @@ def report(
             with open(run.predictions, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(prediction(name, record), ensure_ascii=False) + "\n" for record in records)
             if evaluation.num_pictures and len(metrics["splits"]) == 1:
-                validation_pictures(records, split, evaluation.num_pictures).save(run.drawn_predictions)
+                draw_validation_images(records, split, evaluation.num_pictures).save(run.drawn_predictions)
                 undecoded = split.cast_column("image", datasets.Image(decode=False))
                 metrics["example"] = save_example(undecoded[0], run.example)
     if accelerator.is_main_process:
@@ -152,7 +152,7 @@ def has_integer_boxes(split: str, data: DataSettings) -> bool:
     """Whether the flags of the set that a split is of cut its boxes to whole pixels."""
     flags = data.dataset_config
     if "/" in split:  # of joined sets, which have flags each
-        flags = flags.get(set_and_split(data.dataset, split)[0], {})
+        flags = flags.get(dataset_and_split(data.dataset, split)[0], {})
     return bool(flags.get("integer_boxes", False))
 
 
@@ -246,7 +246,7 @@ def format_results(metrics: dict, heading: str) -> list[str]:
             f"Masks are resized {steps}; their figures are at the original size of the picture, but for the mIoU at "
             "the size that pictures are resized to, which is the published figure.",
         ]
-    if has_coco_pictures(metrics["dataset"]):
+    if has_coco_images(metrics["dataset"]):
         lines += [
             "",
             "The pictures of these sets are from COCO's train2014: where weights come from a detector trained on COCO "

@@ -72,7 +72,7 @@ def with_model_of(
     return with_sizes_of(settings.replace(**kept), processor)
 
 
-def refuse_changes(settings: TrainingSettings, checkpoint: Path | None):
+def refuse_changes(settings: TrainingSettings, checkpoint: Path | None) -> None:
     """Raise the ValueError of `with_model_of` for a checkpoint, None for none, without loading its weights."""
     if checkpoint is not None:
         config, processor = RefTRConfig.from_pretrained(checkpoint), RefTRProcessor.from_pretrained(checkpoint)

@@ -84,7 +84,7 @@ class Run:
         """Return whether no optimizer step comes after this one, also before its epoch is closed."""
         return self.is_done or self.state.schedule_step >= self.num_steps
 
-    def updates(self):
+    def steps(self):
         """The batches of each update that is still to come in this epoch; ends early where the run is done."""
         seen = [tuple(cut) for cut in self.state.seen]
         batches = self.data.batches(self.state.epoch, seen)
@@ -95,7 +95,7 @@ class Run:
                 return
         self.state.start_epoch(self.state.epoch + 1)
 
-    def advance(self):
+    def advance(self) -> None:
         """Note that an update was made, and set the rates for the next one."""
         self.scheduler.step()
         self.state.step += 1
@@ -282,7 +282,7 @@ def load_for_report(settings: TrainingSettings) -> tuple[RefTRForVisualGrounding
     return model, processor
 
 
-def note_data(state: TrainingState, fingerprint: Fingerprint):
+def note_data(state: TrainingState, fingerprint: Fingerprint) -> None:
     """Put the training data's fingerprint into the state of a run, with a warning if it was another one."""
     found = fingerprint.num_rows, fingerprint.hexdigest()
     if state.fingerprint and found != (state.num_rows, state.fingerprint):

@@ -1,11 +1,10 @@
 """
-The order of an epoch: which sentences of a picture come together, in what order, in which batch, on which process.
+The order of an epoch: which sentences of an image form a sample, in which order, in which batch, on which process.
 
-A sample is a *visit*: a picture with some of its sentences. The order of the visits is a function of (seed, epoch) and
-of the rows alone. Batches of all processes together are cut from it one after the other, so that neither the number
-of processes nor that of accumulation steps changes what an update sees, and a run that goes on with another number of
-them begins where the one before it ended. No function here holds a collective: each process knows the whole order
-and takes its part.
+A sample is an image with some of its sentences. The order of the samples depends only on the seed, the epoch and the
+rows. Global batches are cut from it one after the other, so that neither the number of processes nor that of
+accumulation steps changes what an optimizer step sees, and a run that resumes with other numbers starts where the
+former one ended. Nothing here is a collective: each process computes the complete order and takes its shard.
 """
 
 import itertools
@@ -19,22 +18,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_scripts.building import is_degenerate
+from modeling_reftr import RefTRImageProcessor
 from modeling_reftr.image_processing_reftr import resized_size
 from training_reftr.fingerprint import Fingerprint, annotations, fingerprint_of
 
 
-# visits of like shape that follow each other: a global batch of this size, or one that it is a multiple of, is cut
-# from one cell; of larger batches each part is
-CELL = 128
-# visits that are sorted by shape together; few enough for other neighbours in each epoch
-WINDOW = 32 * CELL
-# of a stream, whose rows are held in memory meanwhile: its shuffle buffer
-STREAM_WINDOW = 16 * CELL
-SHAPE_STEPS = 20  # a side is rounded to so many parts of the longer one
+# Number of consecutive samples of similar shape. A global batch that divides this size comes from one bucket.
+BUCKET_SIZE = 128
+# Number of samples sorted by shape together, small enough that each epoch has other neighbors.
+WINDOW = 32 * BUCKET_SIZE
+# The shuffle buffer of a stream, smaller because its rows are held in memory.
+STREAM_WINDOW = 16 * BUCKET_SIZE
+SHAPE_STEPS = 20  # the shorter side is rounded to a twentieth of the longer one
 
 
-class Visit(NamedTuple):
-    """A sample: a row and some of its sentences, by their places; the row itself where it is streamed."""
+class SampleIndex(NamedTuple):
+    """Identify a sample by its row and the indices of its sentences; a streamed sample has its row with it."""
 
     epoch: int
     index: int
@@ -43,13 +42,14 @@ class Visit(NamedTuple):
 
 
 def generator(*seeds: int) -> np.random.Generator:
-    """Random numbers that are a function of some whole numbers."""
+    """Return a random number generator seeded with several integers."""
     return np.random.Generator(np.random.PCG64(seeds))
 
 
-def shape_class(width, height):
+def shape_class(width: int | np.ndarray, height: int | np.ndarray) -> int | np.ndarray:
     """
-    Pictures of one class are resized to about the same size: from tall (negative) over square (0) to wide.
+    Return the class of an aspect ratio, from tall (negative) over square (0) to wide; images of one class are resized
+    to similar sizes.
 
     Example:
 
@@ -65,44 +65,45 @@ def shape_class(width, height):
     return steps.astype(int) if isinstance(steps, np.ndarray) else int(steps)
 
 
-def shuffle(shapes: np.ndarray, lengths: np.ndarray, draw: np.random.Generator, by_shape: bool) -> np.ndarray:
+def shuffle(shapes: np.ndarray, lengths: np.ndarray, rng: np.random.Generator, by_shape: bool) -> np.ndarray:
     """
-    An order of visits: shuffled, and with `by_shape` sorted within each `WINDOW` by shape and then by length of their
-    texts, cut into cells of `CELL` visits, and the cells shuffled. What does not fill a cell comes last, unsorted, so
-    that no kind of picture is what an epoch leaves over.
+    Return a shuffled order of samples. With `by_shape`, sort each `WINDOW` by image shape and then by text length, cut
+    it into buckets of `BUCKET_SIZE` samples, and shuffle the buckets. Samples that do not fill a bucket come last and
+    unsorted, so that the samples an epoch drops are not all of one shape.
 
     Args:
-        shapes, lengths (arrays of shape `(visits,)`): `shape_class` of the picture, characters of the longest text.
+        shapes, lengths (arrays of shape `(samples,)`): `shape_class` of the image, characters of the longest text.
     """
-    order = np.argsort(draw.random(len(shapes)), kind="stable")
+    order = np.argsort(rng.random(len(shapes)), kind="stable")
     if not by_shape:
         return order
-    num_cells = len(order) // CELL
+    num_buckets = len(order) // BUCKET_SIZE
     sorted_windows = []
-    for start in range(0, num_cells * CELL, WINDOW):
-        window = order[start : min(start + WINDOW, num_cells * CELL)]
+    for start in range(0, num_buckets * BUCKET_SIZE, WINDOW):
+        window = order[start : min(start + WINDOW, num_buckets * BUCKET_SIZE)]
         sorted_windows.append(window[np.lexsort((lengths[window], shapes[window]))])
     if not sorted_windows:
         return order
-    cells = np.concatenate(sorted_windows).reshape(num_cells, CELL)
-    cells = cells[np.argsort(draw.random(num_cells), kind="stable")]
-    return np.concatenate((cells.ravel(), order[num_cells * CELL :]))
+    buckets = np.concatenate(sorted_windows).reshape(num_buckets, BUCKET_SIZE)
+    buckets = buckets[np.argsort(rng.random(num_buckets), kind="stable")]
+    return np.concatenate((buckets.ravel(), order[num_buckets * BUCKET_SIZE :]))
 
 
-def deal(sizes: list[int], rank: int, world_size: int) -> list[int]:
+def shard_batch(sizes: list[int], rank: int, world_size: int) -> list[int]:
     """
-    Which visits of a global batch this process takes: dealt like cards, the largest first and each round the other
-    way about, so that all processes hold the same number of visits and about the same number of sentences.
+    Return the indices of a global batch's samples that this process takes. Samples are distributed from the largest
+    to the smallest, in alternating direction, so that all processes have the same number of samples and about the same
+    number of sentences.
 
     Args:
-        sizes (`list[int]`): sentences of each visit; a multiple of `world_size` of them.
+        sizes (`list[int]`): sentences of each sample; the length is a multiple of `world_size`.
 
     Example:
 
     ```python
-    >>> from training_reftr.sampling import deal
+    >>> from training_reftr.sampling import shard_batch
 
-    >>> [deal([1, 8, 2, 7, 3, 6], rank, 2) for rank in (0, 1)]
+    >>> [shard_batch([1, 8, 2, 7, 3, 6], rank, 2) for rank in (0, 1)]
     [[1, 2, 4], [0, 3, 5]]
 
     ```"""
@@ -128,111 +129,112 @@ def is_learnable(phrase: dict, objects: list[dict]) -> bool:
     return not (phrase["objects"] and is_degenerate(objects[phrase["objects"][0]]["box"]))
 
 
-def learnable_places(row: dict) -> list[int]:
-    """Return the places of a row's sentences that have something to train on, see `is_learnable`."""
+def learnable_indices(row: dict) -> list[int]:
+    """Return the indices of a row's sentences that can be trained on, see `is_learnable`."""
     return [
-        place
-        for place, sentence in enumerate(row["sentences"])
+        index
+        for index, sentence in enumerate(row["sentences"])
         if not sentence["phrases"] or any(is_learnable(phrase, row["objects"]) for phrase in sentence["phrases"])
     ]
 
 
 def learnable_sentences(table: pa.Table) -> list[np.ndarray]:
-    """Return `learnable_places` of each row of a table with the columns objects and sentences."""
+    """Return `learnable_indices` of each row of a table with the columns objects and sentences."""
     counts = pc.list_value_length(table["sentences"]).to_numpy()
-    places = [np.arange(count) for count in counts]
+    indices = [np.arange(count) for count in counts]
     first = 0
     for objects in table["objects"].chunks if "objects" in table.column_names else ():
         boxes = objects.flatten().field("box").flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
         is_miss = (boxes[:, 0] == boxes[:, 2]) | (boxes[:, 1] == boxes[:, 3])
-        if is_miss.any():  # seldom: rows become Python objects
+        if is_miss.any():  # rare, so that converting these rows to Python objects is cheap enough
             row_of_object = np.repeat(np.arange(len(objects)), pc.list_value_length(objects).to_numpy())
             for index in np.unique(row_of_object[is_miss]).tolist():
                 row = {"objects": objects[index].as_py(), "sentences": table["sentences"][first + index].as_py()}
-                places[first + index] = np.array(learnable_places(row), dtype=int)
+                indices[first + index] = np.array(learnable_indices(row), dtype=int)
         first += len(objects)
-    return places
+    return indices
 
 
 class BuiltOrder:
     """
-    The visits of rows that are built.
+    Order the samples of a dataset in memory.
 
-    An image of n sentences is visited ceil(n / limit) times an epoch, with as many of its sentences each time, drawn
-    without putting back: 9 sentences with a limit of 8 are 5 and 4.
+    An image with n sentences gives ceil(n / limit) samples per epoch, with its sentences distributed evenly and at
+    random among them: with a limit of 8, 9 sentences become 5 and 4.
 
     Args:
-        rows (`datasets.Dataset`): see `data_scripts.FEATURES`; no picture of them is read.
-        limit (`int`): sentences of a visit; 1 visits each sentence by itself.
-        seed (`int`): of the order.
-        by_shape (`bool`): bring like pictures and texts together, see `shuffle`.
+        rows (`datasets.Dataset`): see `data_scripts.FEATURES`; images are not read.
+        limit (`int`): maximum number of sentences per sample.
+        seed (`int`): seed of the order.
+        by_shape (`bool`): whether to group images of similar shape and texts of similar length, see `shuffle`.
     """
 
-    def __init__(self, rows: datasets.Dataset, limit: int, seed: int, by_shape: bool):
+    def __init__(self, rows: datasets.Dataset, limit: int, seed: int, by_shape: bool) -> None:
         self.rows = rows
         self.limit = limit
         self.seed = seed
         self.by_shape = by_shape
         none = np.zeros(0, int)
-        counts, places, lengths, shapes = [none], [none], [none], [none]
+        counts, indices, lengths, shapes = [none], [none], [none], [none]
         names = [name for name in ("width", "height", "objects", "sentences") if name in rows.column_names]
         columns = rows.select_columns(names).with_format("arrow")
         for table in columns.iter(10_000):
             sentences = table["sentences"].combine_chunks()
             taken = learnable_sentences(table)
             counts.append(np.array([len(row) for row in taken], dtype=int))
-            places.append(np.concatenate([none, *taken]))
+            indices.append(np.concatenate([none, *taken]))
             sizes = pc.list_value_length(sentences).to_numpy(zero_copy_only=False)
             firsts = np.repeat(np.cumsum(sizes) - sizes, counts[-1])
             text_lengths = pc.utf8_length(sentences.flatten().field("text")).to_numpy(zero_copy_only=False)
-            lengths.append(text_lengths[firsts + places[-1]])
+            lengths.append(text_lengths[firsts + indices[-1]])
             shapes.append(shape_class(table["width"].to_numpy(), table["height"].to_numpy()))
         self.counts = np.concatenate(counts)
-        self.places = np.concatenate(places)  # of each sentence that is learned from, in its row
+        self.indices = np.concatenate(indices)  # of each sentence that is trained on, in its row
         self.lengths = np.concatenate(lengths)
         self.shapes = np.concatenate(shapes)
 
     @property
-    def num_visits(self) -> int:
-        """Visits of an epoch."""
+    def num_samples(self) -> int:
+        """Return the number of samples per epoch."""
         return int((-(-self.counts // self.limit)).sum())
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Number and hash of the rows."""
+        """Return the number and the hash of the rows."""
         return fingerprint_of(self.rows)
 
-    def visits(self, epoch: int, start: int = 0) -> Iterator[Visit]:
-        """The epoch's visits in order, from the one at `start` on."""
-        draw = generator(self.seed, epoch)
+    def samples(self, epoch: int, start: int = 0) -> Iterator[SampleIndex]:
+        """Yield the samples of an epoch in order, from index `start` on."""
+        rng = generator(self.seed, epoch)
         row_of_sentence = np.repeat(np.arange(len(self.counts)), self.counts)
-        # the sentences of each row in an order of their own, row by row
-        drawn = np.lexsort((draw.random(len(row_of_sentence)), row_of_sentence))
-        places = self.places[drawn]
+        # Shuffle the sentences within each row.
+        shuffled = np.lexsort((rng.random(len(row_of_sentence)), row_of_sentence))
+        indices = self.indices[shuffled]
 
-        visits_of_row = -(-self.counts // self.limit)
-        rows = np.repeat(np.arange(len(self.counts)), visits_of_row)
-        number = np.arange(len(rows)) - np.repeat(np.cumsum(visits_of_row) - visits_of_row, visits_of_row)
-        size, remainder = np.divmod(self.counts, np.maximum(visits_of_row, 1))
+        samples_of_row = -(-self.counts // self.limit)
+        rows = np.repeat(np.arange(len(self.counts)), samples_of_row)
+        number = np.arange(len(rows)) - np.repeat(np.cumsum(samples_of_row) - samples_of_row, samples_of_row)
+        size, remainder = np.divmod(self.counts, np.maximum(samples_of_row, 1))
         sizes = size[rows] + (number < remainder[rows])
         ends = np.cumsum(sizes)
         begins = ends - sizes
-        longest = np.maximum.reduceat(self.lengths[drawn], begins) if len(rows) else begins
-        for visit in shuffle(self.shapes[rows], longest, draw, self.by_shape)[start:]:
-            yield Visit(epoch, int(rows[visit]), tuple(places[begins[visit] : ends[visit]].tolist()))
+        longest = np.maximum.reduceat(self.lengths[shuffled], begins) if len(rows) else begins
+        for sample in shuffle(self.shapes[rows], longest, rng, self.by_shape)[start:]:
+            yield SampleIndex(epoch, int(rows[sample]), tuple(indices[begins[sample] : ends[sample]].tolist()))
 
 
 class StreamedOrder:
     """
-    The visits of rows that are streamed: files in an order of the epoch's, visits shuffled within windows of
-    `STREAM_WINDOW`. Every process reads all rows, without decoding a picture, and decodes those of its own visits:
-    so the order is the same on any number of them, and none runs out before the others.
+    Order the samples of a stream: files are shuffled per epoch, samples within windows of `STREAM_WINDOW`.
+
+    Every process reads all rows but decodes only the images of its own samples. The order is therefore the same on any
+    number of processes, and all of them end together.
 
     Args:
         rows (`datasets.IterableDataset`), limit, seed, by_shape: see `BuiltOrder`.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, limit: int, seed: int, by_shape: bool):
+    def __init__(self, rows: datasets.IterableDataset, limit: int, seed: int, by_shape: bool) -> None:
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
         self.limit = limit
         self.seed = seed
@@ -240,136 +242,141 @@ class StreamedOrder:
 
     @cached_property
     def _contents(self) -> tuple[int, Fingerprint]:
-        """Visits of an epoch and fingerprint of the rows, by reading the stream once."""
-        num_visits, fingerprint = 0, Fingerprint()
+        """Return the number of samples per epoch and the fingerprint of the rows, reading the stream once."""
+        num_samples, fingerprint = 0, Fingerprint()
         for table in annotations(self.rows):
-            counts = np.array([len(places) for places in learnable_sentences(table)], dtype=int)
-            num_visits += int((-(-counts // self.limit)).sum())
+            counts = np.array([len(indices) for indices in learnable_sentences(table)], dtype=int)
+            num_samples += int((-(-counts // self.limit)).sum())
             fingerprint.add(table)
-        return num_visits, fingerprint
+        return num_samples, fingerprint
 
     @property
-    def num_visits(self) -> int:
-        """Visits of an epoch."""
+    def num_samples(self) -> int:
+        """Return the number of samples per epoch."""
         return self._contents[0]
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Number and hash of the rows."""
+        """Return the number and the hash of the rows."""
         return self._contents[1]
 
-    def visits(self, epoch: int, start: int = 0) -> Iterator[Visit]:
-        """The epoch's visits in order, from the one at `start` on."""
-        draw = generator(self.seed, epoch)
+    def samples(self, epoch: int, start: int = 0) -> Iterator[SampleIndex]:
+        """Yield the samples of an epoch in order, from index `start` on."""
+        rng = generator(self.seed, epoch)
         num_files = self.rows.num_shards
-        # one after the other: the library's own shuffling reads several at a time, by threads that it waits 5 s for
-        files = (self.rows.shard(num_files, index) for index in draw.permutation(num_files).tolist())
+        # Read files one after the other: the library's own shuffling uses threads that take 5 s to end.
+        files = (self.rows.shard(num_files, index) for index in rng.permutation(num_files).tolist())
         rows = itertools.chain.from_iterable(files)
-        return itertools.islice(self.shuffled(self.cut(rows, epoch, draw), draw), start, None)
+        return itertools.islice(self.shuffled(self.cut(rows, epoch, rng), rng), start, None)
 
-    def cut(self, rows: Iterable[dict], epoch: int, draw: np.random.Generator) -> Iterator[Visit]:
-        """The visits of each row, in the rows' order."""
+    def cut(self, rows: Iterable[dict], epoch: int, rng: np.random.Generator) -> Iterator[SampleIndex]:
+        """Yield the samples of each row, in the order of the rows."""
         for index, row in enumerate(rows):
-            places = learnable_places(row)
-            places = np.array(places, dtype=int)[draw.permutation(len(places))]
-            if len(places):
-                for part in np.array_split(places, -(-len(places) // self.limit)):
-                    yield Visit(epoch, index, tuple(part.tolist()), row)
+            indices = learnable_indices(row)
+            indices = np.array(indices, dtype=int)[rng.permutation(len(indices))]
+            if len(indices):
+                for part in np.array_split(indices, -(-len(indices) // self.limit)):
+                    yield SampleIndex(epoch, index, tuple(part.tolist()), row)
 
-    def shuffled(self, visits: Iterator[Visit], draw: np.random.Generator) -> Iterator[Visit]:
-        """Visits window by window, in the order of `shuffle`."""
-        while window := list(itertools.islice(visits, STREAM_WINDOW)):
-            shapes = np.array([shape_class(visit.row["width"], visit.row["height"]) for visit in window])
-            texts = [[len(visit.row["sentences"][place]["text"]) for place in visit.sentences] for visit in window]
-            for place in shuffle(shapes, np.array([max(lengths) for lengths in texts]), draw, self.by_shape):
-                yield window[place]
+    def shuffled(self, samples: Iterator[SampleIndex], rng: np.random.Generator) -> Iterator[SampleIndex]:
+        """Yield samples window by window, in the order of `shuffle`."""
+        while window := list(itertools.islice(samples, STREAM_WINDOW)):
+            shapes = np.array([shape_class(sample.row["width"], sample.row["height"]) for sample in window])
+            texts = [[len(sample.row["sentences"][index]["text"]) for index in sample.sentences] for sample in window]
+            for index in shuffle(shapes, np.array([max(lengths) for lengths in texts]), rng, self.by_shape):
+                yield window[index]
 
 
 class EpochSampler:
     """
-    This process's batches of an epoch, each a list of visits. What does not fill a global batch waits for another
-    epoch's order.
+    Yield the batches of this process in an epoch, each a list of samples. The incomplete last global batch is dropped;
+    reshuffling makes it a different one every epoch.
 
     Args:
-        order (`BuiltOrder` or `StreamedOrder`): the visits.
-        batch_size (`int`): visits of a process and batch.
-        rank, world_size (`int`): this process, and how many there are.
+        order (`BuiltOrder` or `StreamedOrder`): order of the samples.
+        batch_size (`int`): samples per process and batch.
+        rank, world_size (`int`): rank of this process and number of processes.
 
     Raises:
-        ValueError: if the visits do not fill one global batch.
+        ValueError: if the samples do not fill one global batch.
     """
 
-    def __init__(self, order, batch_size: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, order: BuiltOrder | StreamedOrder, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.order = order
         self.global_batch_size = batch_size * world_size
         self.rank = rank
         self.world_size = world_size
-        if order.num_visits == 0:
+        if order.num_samples == 0:
             raise ValueError("No row of the training split has a sentence: there is nothing to learn from.")
-        if order.num_visits < self.global_batch_size:
+        if order.num_samples < self.global_batch_size:
             raise ValueError(
-                f"{order.num_visits} training samples do not fill one global batch of {self.global_batch_size} "
+                f"{order.num_samples} training samples do not fill one global batch of {self.global_batch_size} "
                 f"({world_size} processes with batch_size={batch_size}); lower batch_size."
             )
         self.begin(0)
 
     def num_batches(self, progress: Iterable[tuple[int, int]] = ()) -> int:
-        """Batches still to come in an epoch of which (global batch size, number of batches) were seen, in turn."""
-        return max(0, self.order.num_visits - num_seen(progress)) // self.global_batch_size
+        """Return the number of batches left in an epoch after `progress`, (global batch size, batches) each."""
+        return max(0, self.order.num_samples - num_seen(progress)) // self.global_batch_size
 
-    def begin(self, epoch: int, progress: Iterable[tuple[int, int]] = ()):
-        """Set what the next iteration goes through: an epoch, without what it has seen before."""
+    def begin(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> None:
+        """Set the epoch of the next iteration and the progress to skip."""
         self.epoch = epoch
         self.progress = list(progress)
 
     def __len__(self) -> int:
         return self.num_batches(self.progress)
 
-    def __iter__(self) -> Iterator[list[Visit]]:
-        return self.cut(self.epoch, len(self), self.order.visits(self.epoch, num_seen(self.progress)))
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        return self.cut(self.epoch, len(self), self.order.samples(self.epoch, num_seen(self.progress)))
 
-    def cut(self, epoch: int, num_batches: int, visits: Iterator[Visit]) -> Iterator[list[Visit]]:
-        """This process's part of each global batch."""
+    def cut(self, epoch: int, num_batches: int, samples: Iterator[SampleIndex]) -> Iterator[list[SampleIndex]]:
+        """Yield the shard of this process of each global batch."""
         for number in range(num_batches):
-            batch = list(itertools.islice(visits, self.global_batch_size))
+            batch = list(itertools.islice(samples, self.global_batch_size))
             if len(batch) < self.global_batch_size:
                 raise ValueError(
                     f"Epoch {epoch} ended after {number} of {num_batches} batches: the training files have changed "
                     "since they were counted. Start the run again."
                 )
-            mine = deal([len(visit.sentences) for visit in batch], self.rank, self.world_size)
-            yield [batch[place] for place in mine]
+            mine = shard_batch([len(sample.sentences) for sample in batch], self.rank, self.world_size)
+            yield [batch[index] for index in mine]
 
 
 def num_seen(progress: Iterable[tuple[int, int]]) -> int:
-    """Visits of some batches of some sizes: each run cut its batches from where the one before it ended."""
+    """Return the number of samples in batches of several sizes, as left by runs that were resumed."""
     return sum(global_batch_size * num_batches for global_batch_size, num_batches in progress)
 
 
 def evaluation_batches(
-    rows: datasets.Dataset, batching: str, batch_size: int, image_processor, rank: int, world_size: int
-) -> list[list[Visit]]:
+    rows: datasets.Dataset,
+    batching: str,
+    batch_size: int,
+    image_processor: RefTRImageProcessor,
+    rank: int,
+    world_size: int,
+) -> list[list[SampleIndex]]:
     """
-    Return a process's batches of an evaluation. All processes have equally many: where they do not come out even, some
-    at the start are on two of them.
+    Return the evaluation batches of a process. All processes have the same number of batches: where they cannot be
+    distributed evenly, some batches from the start are evaluated on two processes.
 
     Args:
-        rows (`datasets.Dataset`): see `data_scripts.FEATURES`; no image of them is read.
+        rows (`datasets.Dataset`): see `data_scripts.FEATURES`; images are not read.
         batching (`str`):
-            "grouped": `batch_size` images, each with all its sentences, in the rows' order. "unpadded": the same of
-            images that are resized to one size, so that none is padded. "published": `batch_size` sentences that
-            follow each other in the annotations, their images padded to the largest; the batches are the same on any
-            number of processes.
-        batch_size (`int`): images, or with "published" sentences, of a batch.
-        image_processor ([`RefTRImageProcessor`]): what resizes.
-        rank, world_size (`int`): this process, and how many there are.
+            "grouped": `batch_size` images with all their sentences, in the order of the rows. "unpadded": the same
+            with images that are resized to one size, so that no image is padded. "published": `batch_size` consecutive
+            sentences of the annotations, with images padded to the largest; the batches are the same on any number of
+            processes.
+        batch_size (`int`): number of images per batch, or of sentences with "published".
+        image_processor ([`RefTRImageProcessor`]): image processor that resizes the images.
+        rank, world_size (`int`): rank of this process and number of processes.
 
     Raises:
         ValueError: see `source_order`.
     """
     if batching == "grouped":
         share = -(-len(rows) // world_size)
-        mine = [Visit(0, (rank + number * world_size) % len(rows), ()) for number in range(share)]
+        mine = [SampleIndex(0, (rank + number * world_size) % len(rows), ()) for number in range(share)]
         return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     if batching == "published":
         batches = published_batches(source_order(rows), batch_size)
@@ -380,16 +387,16 @@ def evaluation_batches(
 
 
 def has_positions(rows: datasets.Dataset) -> bool:
-    """Return whether rows have the column of positions, which exports of earlier versions lack."""
+    """Return whether rows have the column `positions`, which exports of earlier versions lack."""
     return "positions" in rows.column_names
 
 
 def source_order(rows: datasets.Dataset) -> list[tuple[int, int, int]]:
     """
-    Return (position in the annotations, row, place in the row) of every sentence that asks for something, by position.
+    Return (position in the annotations, row index, sentence index) of every sentence with phrases, sorted by position.
 
     Raises:
-        ValueError: if the rows do not tell, or two sentences are at one position.
+        ValueError: if the rows have no positions, or two sentences have the same one.
     """
     if not has_positions(rows):
         raise ValueError(
@@ -404,8 +411,8 @@ def source_order(rows: datasets.Dataset) -> list[tuple[int, int, int]]:
             positions = range(num_sentences, num_sentences + len(row["sentences"]))
         if len(positions) != len(row["sentences"]):
             raise ValueError(f"Row {index} has {len(positions)} positions for {len(row['sentences'])} sentences.")
-        asked = [place for place, sentence in enumerate(row["sentences"]) if sentence["phrases"]]
-        order += [(positions[place], index, place) for place in asked]
+        asked = [number for number, sentence in enumerate(row["sentences"]) if sentence["phrases"]]
+        order += [(positions[number], index, number) for number in asked]
         num_sentences += len(row["sentences"])
     order.sort()
     if len(with_positions) > 1 or len({position for position, *_ in order}) < len(order):
@@ -416,10 +423,10 @@ def source_order(rows: datasets.Dataset) -> list[tuple[int, int, int]]:
     return order
 
 
-def published_batches(order: list[tuple[int, int, int]], batch_size: int) -> list[list[Visit]]:
+def published_batches(order: list[tuple[int, int, int]], batch_size: int) -> list[list[SampleIndex]]:
     """
-    Cut `source_order` into batches of sentences that follow each other in the annotations. An image that comes several
-    times in a batch is visited once, with these sentences; what is not in the rows leaves a batch smaller.
+    Cut `source_order` into batches of consecutive sentences of the annotations. An image with several sentences in a
+    batch becomes one sample with these sentences; sentences that the rows lack make a batch smaller.
 
     Example:
 
@@ -427,17 +434,21 @@ def published_batches(order: list[tuple[int, int, int]], batch_size: int) -> lis
     >>> from training_reftr.sampling import published_batches
 
     >>> batches = published_batches([(0, 7, 0), (1, 4, 0), (2, 7, 2), (5, 7, 1)], batch_size=4)
-    >>> [[(visit.index, visit.sentences) for visit in batch] for batch in batches]
+    >>> [[(sample.index, sample.sentences) for sample in batch] for batch in batches]
     [[(7, (0, 2)), (4, (0,))], [(7, (1,))]]
 
     ```"""
     batches = {}
-    for position, index, place in order:
-        batches.setdefault(position // batch_size, {}).setdefault(index, []).append(place)
-    return [[Visit(0, index, tuple(places)) for index, places in batch.items()] for batch in batches.values()]
+    for position, index, sentence in order:
+        batches.setdefault(position // batch_size, {}).setdefault(index, []).append(sentence)
+    return [
+        [SampleIndex(0, index, tuple(sentences)) for index, sentences in batch.items()] for batch in batches.values()
+    ]
 
 
-def unpadded_batches(rows: datasets.Dataset, batch_size: int, image_processor) -> list[list[Visit]]:
+def unpadded_batches(
+    rows: datasets.Dataset, batch_size: int, image_processor: RefTRImageProcessor
+) -> list[list[SampleIndex]]:
     """Return batches of images that the image processor resizes to one size, each with all its sentences."""
     size = image_processor.size
     by_size = {}
@@ -446,9 +457,9 @@ def unpadded_batches(rows: datasets.Dataset, batch_size: int, image_processor) -
             height, width = resized_size(height, width, size["shortest_edge"], size["longest_edge"])
         elif image_processor.do_resize:
             height, width = size["height"], size["width"]
-        by_size.setdefault((height, width), []).append(Visit(0, index, ()))
+        by_size.setdefault((height, width), []).append(SampleIndex(0, index, ()))
     return [
-        visits[start : start + batch_size]
-        for visits in by_size.values()
-        for start in range(0, len(visits), batch_size)
+        samples[start : start + batch_size]
+        for samples in by_size.values()
+        for start in range(0, len(samples), batch_size)
     ]

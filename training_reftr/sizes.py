@@ -11,7 +11,7 @@ from training_reftr.settings import DataSettings
 logger = logging.getLogger(__name__)
 
 
-def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig):
+def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig) -> None:
     """
     Set the size and padding of images and the longest text in tokens, with phrases and without, where `data` names
     them; None leaves what the processor brings.

@@ -46,7 +46,7 @@ def load_rows(data: DataSettings, eval_only: bool = False) -> dict[str, datasets
     elif "," in data.dataset:
         rows = join_sets(data)
     else:
-        rows = dict(data_scripts.load(data.dataset, **{**places_of(data), **data.dataset_config}))
+        rows = dict(data_scripts.load(data.dataset, **{**folders_of(data), **data.dataset_config}))
     for name, part in rows.items():
         missing = sorted(set(data_scripts.FEATURES) - {*OPTIONAL, *(part.column_names or data_scripts.FEATURES)})
         if missing:
@@ -91,14 +91,14 @@ def stream_folder(data: DataSettings) -> dict[str, datasets.IterableDataset]:
     return rows
 
 
-def refuse_empty(builder: datasets.DatasetBuilder, dataset: str, empty: list[str]):
+def refuse_empty(builder: datasets.DatasetBuilder, dataset: str, empty: list[str]) -> None:
     """Raise a ValueError if a split of a folder has no rows, naming its files."""
     for name in empty:
         files = ", ".join(repr(str(file)) for file in builder.config.data_files[name])
         raise ValueError(f"The split {name!r} of {dataset!r} has no rows: {files} is empty. Fill or remove it.")
 
 
-def refuse_other_texts(rows: dict, dataset: str):
+def refuse_other_texts(rows: dict, dataset: str) -> None:
     """Raise a ValueError if a text of somebody's files is blank or refused by `check_text`, naming its image."""
     for name, part in rows.items():
         if not set(part.column_names or ()) >= TEXT_COLUMNS:
@@ -114,7 +114,7 @@ def refuse_other_texts(rows: dict, dataset: str):
             raise ValueError(f"{dataset!r} {name}, image {quote(image_id)} or after it: {explain(error)}.") from error
 
 
-def refuse_other_boxes(rows: dict, dataset: str):
+def refuse_other_boxes(rows: dict, dataset: str) -> None:
     """Raise a ValueError if the boxes of somebody's files are not xyxy in pixels; warn if they hardly look so."""
     if not all(set(data_scripts.FEATURES) <= set(part.column_names) for part in rows.values()):
         return  # named by the caller
@@ -138,7 +138,7 @@ def split_of(rows: dict, name: str):
     return rows[name] if len(names) == 1 else datasets.concatenate_datasets([rows[part] for part in names])
 
 
-def places_of(data: DataSettings) -> dict:
+def folders_of(data: DataSettings) -> dict:
     """Where `data_scripts.load` finds and keeps files, unless the flags of a set say it."""
     return {"data_dir": data.data_dir, "cache_dir": data.data_cache_dir}
 
@@ -166,7 +166,7 @@ def join_sets(data: DataSettings) -> dict[str, datasets.Dataset]:
     """The training splits of several sets joined, and each set's other splits by themselves."""
     names = data.dataset.split(",")
     check_names(data.dataset_config, names, "dataset_config")
-    sets = {name: {**places_of(data), **data.dataset_config.get(name, {})} for name in names}
+    sets = {name: {**folders_of(data), **data.dataset_config.get(name, {})} for name in names}
     splits = {name: data_scripts.load(name, **flags) for name, flags in sets.items()}
     training = data.train_split.split("+")
     rows = {
@@ -189,7 +189,9 @@ def stream_rows(data: DataSettings, eval_only: bool) -> dict[str, datasets.Datas
         )
     else:
         rows = dict(
-            data_scripts.load(data.dataset, streaming=True, decode=False, **{**places_of(data), **data.dataset_config})
+            data_scripts.load(
+                data.dataset, streaming=True, decode=False, **{**folders_of(data), **data.dataset_config}
+            )
         )
     training = set() if eval_only else set(data.train_split.split("+"))
     evaluated = {data.validation_split, *data.test_splits.split(",")}

@@ -18,7 +18,7 @@ from data_scripts.atomic_files import write_file
 from data_scripts.quoting import quote
 from training_reftr.json_files import read_json_lines
 from training_reftr.settings import TrainingSettings
-from training_reftr.visualization import validation_pictures
+from training_reftr.visualization import draw_validation_images
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Tracking:
         state (`TrainingState`): where the run is; what was written of later steps, before a crash, is taken out.
     """
 
-    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, state):
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, state) -> None:
         self.accelerator = accelerator
         self.settings = settings
         self.path = settings.checkpoints.folder.log
@@ -53,11 +53,11 @@ class Tracking:
         # last, so that a log is not touched by a run that does not start
         keep_until(self.path, state.step)
 
-    def restart_clock(self):
+    def restart_clock(self) -> None:
         """Measure speed from now on."""
         self.start, self.num_updates, self.num_expressions = time.perf_counter(), 0, 0
 
-    def log_update(self, run, losses: dict, num_expressions: int):
+    def log_step(self, run, losses: dict, num_expressions: int) -> None:
         """
         Losses, the gradient's norm and the rates of an update, and the speed since the last that was written: one of
         `log_every`, and the last.
@@ -84,7 +84,7 @@ class Tracking:
         self.write(state, {f"train/{name}": value for name, value in (values | speeds).items()})
         self.restart_clock()
 
-    def log_evaluation(self, state, split: str, metrics: dict, records: list[dict], rows):
+    def log_evaluation(self, state, split: str, metrics: dict, records: list[dict], rows) -> None:
         """Figures of a validation; trackers get pictures of some of its answers as well."""
         figures = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         text = " ".join(f"{name}={value:.3f}" for name, value in figures.items() if isinstance(value, float))
@@ -92,13 +92,13 @@ class Tracking:
         self.write(state, {f"{split}/{name}": value for name, value in figures.items()})
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
         if trackers and self.settings.evaluation.num_pictures and self.accelerator.is_main_process:
-            picture = validation_pictures(records, rows, self.settings.evaluation.num_pictures)
+            picture = draw_validation_images(records, rows, self.settings.evaluation.num_pictures)
             for tracker in trackers if picture else []:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"{split}/predictions": np.asarray(picture)[None]}, step=state.step, **layout)
         self.restart_clock()  # an evaluation is no time of training
 
-    def write(self, state, values: dict):
+    def write(self, state, values: dict) -> None:
         """A record for all places but the log."""
         if not self.accelerator.is_main_process:
             return
@@ -117,7 +117,7 @@ def tracker_settings(name: str, state) -> dict:
     }
 
 
-def keep_until(path: Path, step: int):
+def keep_until(path: Path, step: int) -> None:
     """
     Take the records of later steps out of a metrics.jsonl, and lines that are not records, each with a warning. Where
     these are more than a last line that was cut, the file as it was is kept beside it.

@@ -1,4 +1,9 @@
-"""The evaluation within a training, which keeps the best model. `validate` is a collective: all processes call it."""
+"""Evaluation during training, which keeps the best model. `validate` is a collective: all processes call it."""
+
+from collections.abc import Callable
+
+import datasets
+from accelerate import Accelerator
 
 from data_scripts.quoting import quote
 from training_reftr.checkpoints import save_best
@@ -9,17 +14,24 @@ from training_reftr.sources import split_of
 from training_reftr.tracking import Tracking
 
 
-def validate(run: Run, rows: dict, tracking: Tracking, publisher: Publisher, should_stop, accelerator) -> bool:
+def validate(
+    run: Run,
+    rows: dict[str, datasets.Dataset],
+    tracking: Tracking,
+    publisher: Publisher,
+    should_stop: Callable[[], bool],
+    accelerator: Accelerator,
+) -> bool:
     """
-    Evaluate on the validation split, and keep the model if it is the best so far. A collective.
+    Evaluate on the validation split and save the model if it is the best so far. A collective.
 
     Returns:
-        `bool`: whether it came to its end; False where `should_stop` said so.
+        `bool`: whether the evaluation was completed; False if `should_stop` ended it.
     """
     settings, state = run.settings, run.state
     split = split_of(rows, settings.data.validation_split)
-    asked = run.model, run.processor, split, settings, accelerator
-    records = evaluate(*asked, settings.data.validation_split, should_stop, run.evaluation)
+    arguments = run.model, run.processor, split, settings, accelerator
+    records = evaluate(*arguments, settings.data.validation_split, should_stop, run.evaluation)
     if records is None:
         return False
     metrics = summarize(records)

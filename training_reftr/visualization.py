@@ -25,7 +25,7 @@ PANEL_WIDTH = 480
 GAP = 8
 
 
-def validation_pictures(records: list[dict], rows, num: int) -> Image.Image | None:
+def draw_validation_images(records: list[dict], rows, num: int) -> Image.Image | None:
     """
     A grid of the first pictures of a split with a sentence each, the kinds of expression in turn: predicted boxes and
     masks in the colours of the words, true boxes in white. None where there is nothing to draw.
@@ -71,7 +71,9 @@ def draw_sentence(row: dict, records: list[dict]) -> Image.Image:
 
 
 @torch.no_grad()
-def draw_samples(model, processor, rows, records: list[dict], num: int, folder: Path, accelerator: Accelerator):
+def draw_samples(
+    model, processor, rows, records: list[dict], num: int, folder: Path, accelerator: Accelerator
+) -> None:
     """
     Phrases spread evenly over a split, a PNG each in `folder`: the answer, the truth, and where the last decoder layer
     looks from the phrase, in `NUM_HEADS` of its heads. All processes call it, the main one writes.

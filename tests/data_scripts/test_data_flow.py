@@ -30,7 +30,7 @@ from tests.helpers.tiny import ROOT, TINY_SET
 from training_reftr.data import EvaluationData, GroundingCollator, TrainingData, TrainingSamples
 from training_reftr.images import ImageReader, decode_array, encode_array
 from training_reftr.samples import make_sample, take_sentences
-from training_reftr.sampling import CELL, STREAM_WINDOW, BuiltOrder, EpochSampler, StreamedOrder, Visit
+from training_reftr.sampling import BUCKET_SIZE, STREAM_WINDOW, BuiltOrder, EpochSampler, SampleIndex, StreamedOrder
 from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows, split_of
 from training_reftr.tokenizer_training import train_tokenizer
@@ -55,12 +55,12 @@ def arguments(data_cache):
     return make
 
 
-def sentences_of(visits):
-    return [(visit.index, place) for visit in visits for place in visit.sentences]
+def sentences_of(samples):
+    return [(sample.index, place) for sample in samples for place in sample.sentences]
 
 
 def global_batches(order, batch_size, world_size, epoch=0, progress=()):
-    """The visits of each global batch, whichever process takes them."""
+    """The samples of each global batch, whichever process takes them."""
     parts = []
     for rank in range(world_size):
         sampler = EpochSampler(order, batch_size, rank, world_size)
@@ -68,7 +68,7 @@ def global_batches(order, batch_size, world_size, epoch=0, progress=()):
         parts.append(list(sampler))
         assert len(parts[-1]) == len(sampler) == sampler.num_batches(progress)
         assert all(len(batch) == batch_size for batch in parts[-1])
-    return [[visit for batch in batches for visit in batch] for batches in zip(*parts, strict=True)]
+    return [[sample for batch in batches for sample in batch] for batches in zip(*parts, strict=True)]
 
 
 # the order of an epoch
@@ -78,14 +78,14 @@ def global_batches(order, batch_size, world_size, epoch=0, progress=()):
 @pytest.mark.parametrize("by_shape", [False, True])
 def test_an_epoch_sees_every_sentence_once(sized_rows, limit, by_shape):
     order = BuiltOrder(sized_rows, limit, 0, by_shape)
-    visits = list(order.visits(3))
-    assert len(visits) == order.num_visits
+    samples = list(order.samples(3))
+    assert len(samples) == order.num_samples
     expected = [(row, place) for row, items in enumerate(sized_rows["sentences"]) for place in range(len(items))]
-    assert sorted(sentences_of(visits)) == expected
-    assert visits == list(order.visits(3)) == list(BuiltOrder(sized_rows, limit, 0, by_shape).visits(3))
-    assert visits[200:] == list(order.visits(3, 200))
-    for other in (order.visits(4), BuiltOrder(sized_rows, limit, 1, by_shape).visits(3)):
-        assert [visit[1:] for visit in other] != [visit[1:] for visit in visits]
+    assert sorted(sentences_of(samples)) == expected
+    assert samples == list(order.samples(3)) == list(BuiltOrder(sized_rows, limit, 0, by_shape).samples(3))
+    assert samples[200:] == list(order.samples(3, 200))
+    for other in (order.samples(4), BuiltOrder(sized_rows, limit, 1, by_shape).samples(3)):
+        assert [sample[1:] for sample in other] != [sample[1:] for sample in samples]
 
 
 def test_sentences_of_an_image_are_shared_out_evenly(sized_rows):
@@ -93,35 +93,35 @@ def test_sentences_of_an_image_are_shared_out_evenly(sized_rows):
     assert max(counts) > 8
     for limit in (4, 8):
         sizes = {}
-        for visit in BuiltOrder(sized_rows, limit, 0, True).visits(0):
-            sizes.setdefault(visit.index, []).append(len(visit.sentences))
+        for sample in BuiltOrder(sized_rows, limit, 0, True).samples(0):
+            sizes.setdefault(sample.index, []).append(len(sample.sentences))
         for row, count in enumerate(counts):
             assert len(sizes[row]) == -(-count // limit)
             assert sum(sizes[row]) == count
             assert max(sizes[row]) - min(sizes[row]) <= 1
     nine = make_rows(1).map(lambda row: {"sentences": [{"text": str(number)} for number in range(9)]})
-    visits = [list(BuiltOrder(nine, 8, seed, False).visits(0)) for seed in range(8)]
-    assert {tuple(sorted(len(visit.sentences) for visit in pair)) for pair in visits} == {(4, 5)}
+    samples = [list(BuiltOrder(nine, 8, seed, False).samples(0)) for seed in range(8)]
+    assert {tuple(sorted(len(sample.sentences) for sample in pair)) for pair in samples} == {(4, 5)}
     # drawn anew, not cut in the row's order
-    assert len({frozenset(visit.sentences) for pair in visits for visit in pair}) > 8
+    assert len({frozenset(sample.sentences) for pair in samples for sample in pair}) > 8
 
 
 def test_rows_that_are_chosen_or_have_nothing_said(sized_rows):
     chosen = sized_rows.select([5, 700, 2])
     counts = [len(items) for items in chosen["sentences"]]
-    assert Counter(index for index, _ in sentences_of(BuiltOrder(chosen, 8, 0, True).visits(0))) == dict(
+    assert Counter(index for index, _ in sentences_of(BuiltOrder(chosen, 8, 0, True).samples(0))) == dict(
         enumerate(counts)
     )
     silent = sized_rows.select(range(6)).map(lambda row, index: {"sentences": row["sentences"] if index % 2 else []},
                                              with_indices=True)  # fmt: skip
-    assert {visit.index for visit in BuiltOrder(silent, 8, 0, True).visits(0)} == {1, 3, 5}
+    assert {sample.index for sample in BuiltOrder(silent, 8, 0, True).samples(0)} == {1, 3, 5}
 
 
 @pytest.mark.parametrize("by_shape", [False, True])
 def test_processes_share_the_batches_of_one(sized_rows, by_shape):
     order = BuiltOrder(sized_rows, 8, 0, by_shape)
     alone = global_batches(order, 12, 1)
-    assert len(alone) == order.num_visits // 12
+    assert len(alone) == order.num_samples // 12
     for world_size in (2, 3, 4):
         shared = global_batches(order, 12 // world_size, world_size)
         assert [sorted(batch) for batch in shared] == [sorted(batch) for batch in alone]
@@ -137,9 +137,9 @@ def test_processes_hold_about_as_many_sentences(sized_rows):
     samplers = [list(EpochSampler(order, 8, rank, 4)) for rank in range(4)]
     dealt, cut = [], []
     for batches, batch in zip(zip(*samplers, strict=True), global_batches(order, 32, 1), strict=True):
-        counts = [sum(len(visit.sentences) for visit in part) for part in batches]
+        counts = [sum(len(sample.sentences) for sample in part) for part in batches]
         dealt.append(max(counts) / np.mean(counts))
-        counts = [sum(len(visit.sentences) for visit in batch[start : start + 8]) for start in range(0, 32, 8)]
+        counts = [sum(len(sample.sentences) for sample in batch[start : start + 8]) for start in range(0, 32, 8)]
         cut.append(max(counts) / np.mean(counts))
     print(f"the fullest process holds {np.mean(dealt):.3f} of the mean, cut in pieces {np.mean(cut):.3f}")
     assert np.mean(dealt) - 1 < 0.4 * (np.mean(cut) - 1)
@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_sees_what_was_left(sized_rows):
     rest = global_batches(order, 5, 1, epoch=1, progress=[(8, 5), (12, 7)])
     sentences = [item for batch in seen + rest for item in sentences_of(batch)]
     assert len(set(sentences)) == len(sentences)
-    assert order.num_visits - sum(map(len, seen + rest)) < 5
+    assert order.num_samples - sum(map(len, seen + rest)) < 5
 
 
 def test_like_pictures_and_texts_come_together():
@@ -173,11 +173,11 @@ def test_like_pictures_and_texts_come_together():
         assert fewer_tokens < tokens - 0.05
     # an epoch does not go from tall to wide pictures
     order = BuiltOrder(rows, 8, 0, True)
-    shapes = np.array([order.shapes[visit.index] for visit in order.visits(0)])
-    cells = shapes[: len(shapes) // CELL * CELL].reshape(-1, CELL).mean(axis=1)
-    assert abs(np.corrcoef(cells, np.arange(len(cells)))[0, 1]) < 0.5
+    shapes = np.array([order.shapes[sample.index] for sample in order.samples(0)])
+    buckets = shapes[: len(shapes) // BUCKET_SIZE * BUCKET_SIZE].reshape(-1, BUCKET_SIZE).mean(axis=1)
+    assert abs(np.corrcoef(buckets, np.arange(len(buckets)))[0, 1]) < 0.5
     # what is left over is of any kind
-    assert shapes[len(cells) * CELL :].std() > shapes.std() / 2
+    assert shapes[len(buckets) * BUCKET_SIZE :].std() > shapes.std() / 2
 
 
 def test_a_large_set_is_ordered_in_seconds():
@@ -185,7 +185,7 @@ def test_a_large_set_is_ordered_in_seconds():
     rows = make_rows(10_800, 50)
     start = time.perf_counter()
     order = BuiltOrder(rows, 8, 0, True)
-    next(order.visits(0))
+    next(order.samples(0))
     duration = time.perf_counter() - start
     print(f"{len(order.lengths)} sentences in {duration:.2f} s")
     assert len(order.lengths) > 500_000
@@ -283,7 +283,9 @@ def test_augmentation_differs_between_epochs_images_and_seeds(shapes, processor)
         image = np.asarray(shapes["train"][index]["image"])
         reader = ImageReader(processor.image_processor)
         rows = shapes["train"].cast_column("image", datasets.Image(decode=False))
-        sample = TrainingSamples(reader, "brightness", seed, with_masks=False)(rows[index], Visit(epoch, index, (0,)))
+        sample = TrainingSamples(reader, "brightness", seed, with_masks=False)(
+            rows[index], SampleIndex(epoch, index, (0,))
+        )
         return sample.image.mean() / image.mean()
 
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
@@ -302,7 +304,7 @@ def test_each_split_of_an_evaluation_has_its_own_rows(shapes, processor, argumen
         assert seen == set(splits[name]["image_id"])
 
 
-def test_a_visit_has_the_objects_that_its_sentences_name():
+def test_sample_has_the_objects_that_its_sentences_name():
     objects = [{"object_id": str(number)} for number in range(4)]
     named = [[0], [3, 1], [3]]
     sentences = [{"text": str(indices), "phrases": [{"objects": indices}]} for indices in named]
@@ -582,19 +584,19 @@ def test_streams(exported, shapes, arguments, processor, kind):
 
 
 def test_files_and_rows_of_a_stream_are_shuffled_anew_in_each_epoch():
-    """Of more visits than a window holds, the first ones are of other files in another epoch."""
+    """Of more samples than a window holds, the first ones are of other files in another epoch."""
     sentences = [{"text": "the star", "phrases": []}] * 5
     row = {"image": None, "width": 64, "height": 48, "objects": [], "sentences": sentences}
     rows = datasets.Dataset.from_list([{**row, "image_id": str(number)} for number in range(1000)])
     order = StreamedOrder(rows.to_iterable_dataset(num_shards=10), 1, 0, False)
     window = STREAM_WINDOW // 2
     first, again, second = (
-        [(visit.row["image_id"], visit.sentences) for visit in itertools.islice(order.visits(epoch), window)]
+        [(sample.row["image_id"], sample.sentences) for sample in itertools.islice(order.samples(epoch), window)]
         for epoch in (0, 0, 1)
     )
     assert 2 * STREAM_WINDOW < 1000 * 5
     assert first == again
-    images = [{image_id for image_id, _ in visits} for visits in (first, second)]
+    images = [{image_id for image_id, _ in samples} for samples in (first, second)]
     assert len(images[0] & images[1]) < 0.8 * min(map(len, images))
     neighbors = sum(one[0] == other[0] for one, other in itertools.pairwise(first))
     assert neighbors < 0.05 * window
@@ -605,8 +607,8 @@ def test_a_stream_decodes_no_picture_that_is_not_asked_for(toy, processor, argum
     for path in (tmp_path / "toy" / "pictures").glob("train_*"):
         path.write_bytes(b"no picture")
     order = StreamedOrder(rows, 8, 0, True)
-    assert order.num_visits == 6
-    assert len(list(order.visits(0))) == 6
+    assert order.num_samples == 6
+    assert len(list(order.samples(0))) == 6
     args = arguments(batch_size=2)
     with pytest.raises(OSError, match=r"train_\d\.jpg' cannot be read as an image"):
         list(TrainingData(rows, processor, args, 0, 1).batches(0))

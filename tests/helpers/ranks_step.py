@@ -12,7 +12,7 @@ from training_reftr.checkpoints import TrainingState
 from training_reftr.optimization import build_optimizer
 from training_reftr.run import Run
 from training_reftr.settings import TrainingSettings
-from training_reftr.step import update
+from training_reftr.step import train_step
 
 
 SHARES = [slice(0, 3), slice(3, 4)]  # of unlike numbers of sentences
@@ -59,7 +59,7 @@ def main(settings: dict):
         return clip(parameters, limit)
 
     accelerator.clip_grad_norm_ = look
-    totals, num_expressions = update(run, [share_of(batch, SHARES[accelerator.process_index])], accelerator)
+    totals, num_expressions = train_step(run, [share_of(batch, SHARES[accelerator.process_index])], accelerator)
     assert num_expressions == 5
     torch.testing.assert_close(totals["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(totals["gradient_norm"], norm, rtol=1e-4, atol=1e-6)

@@ -24,7 +24,7 @@ from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghos
 from tests.helpers.tiny import ROOT, trials
 from training_reftr.data import GroundingCollator, GroundingDataset, TrainingSamples
 from training_reftr.images import ImageReader
-from training_reftr.sampling import Visit
+from training_reftr.sampling import SampleIndex
 
 
 Image.init()
@@ -155,11 +155,11 @@ def make_doors(ground, folder):
         "dataset, mask": lambda path, content: load_jsonl(folder, mask=path.name),
         "training": lambda path, content: GroundingDataset(
             make_rows(str(path)), TrainingSamples(ImageReader(processor.image_processor), "none", 0, False)
-        )[Visit(0, 0, (0,))],
+        )[SampleIndex(0, 0, (0,))],
         "training, image cache": lambda path, content: GroundingDataset(
             make_rows({"bytes": content, "path": "1.jpg"}),
             TrainingSamples(ImageReader(processor.image_processor, str(folder / "kept")), "none", 0, False),
-        )[Visit(0, 0, (0,))],
+        )[SampleIndex(0, 0, (0,))],
         "collator": lambda path, content: GroundingCollator(processor)([undecoded(str(path))]),
         "preview": lambda path, content: draw_preview(make_rows({"bytes": content, "path": None}), 1, 0),
         "check": lambda path, content: raise_faults(undecoded(str(path))),

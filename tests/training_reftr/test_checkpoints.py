@@ -20,9 +20,9 @@ from training_reftr.checkpoints import (
     TrainingState,
     checkpoints_of,
     find_fault,
+    find_latest_valid_checkpoint,
     load_optimizer,
     load_state,
-    newest_whole,
     save_checkpoint,
 )
 from training_reftr.settings import CheckpointSettings
@@ -153,13 +153,13 @@ def test_latest_valid_checkpoint_skips_damaged_ones_and_loses_none(run_folder, c
         if not latest.exists():
             shutil.copytree(latest.with_name(f"{latest.name}.damaged"), latest)
         change_state(latest, **changes)
-        assert newest_whole(run_folder) == before
+        assert find_latest_valid_checkpoint(run_folder) == before
     assert "which adds the field 'later'" in caplog.text
     names = {path.name for path in before.parent.iterdir()}
     assert names == {before.name, f"{latest.name}.damaged", f"{latest.name}.damaged1"}
     change_state(before, epoch=-1)
     with pytest.raises(OSError, match=r"All 1 checkpoints .* are damaged, the latest because .*has epoch=-1"):
-        newest_whole(run_folder)
+        find_latest_valid_checkpoint(run_folder)
 
 
 def test_resume_takes_the_checkpoint_before_and_keeps_the_log(trained, recipe, run_folder, caplog):
@@ -264,7 +264,7 @@ def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)  # accelerate: on GPUs alone
     save_checkpoint(model, optimizer, processor, TrainingState(step=3), args, accelerator)
-    path = newest_whole(tmp_path)
+    path = find_latest_valid_checkpoint(tmp_path)
     accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
     load_optimizer(path, model, optimizer, load_state(path), accelerator)
     assert accelerator.scaler.get_scale() == 1024.0
@@ -286,7 +286,7 @@ def test_schedule_is_rescaled_to_the_steps_of_todays_epochs():
 
 
 def test_checkpoint_that_lacks_a_weight_is_refused(recipe, run_folder):
-    path = newest_whole(run_folder)
+    path = find_latest_valid_checkpoint(run_folder)
     name = "model.encoder.layers.0.mlp.fc1.weight"
     tensors = load_file(path / "model.safetensors")
     del tensors[name]

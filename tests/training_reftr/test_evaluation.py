@@ -25,7 +25,7 @@ from tests.helpers.ranks_evaluation import run_grid
 from tests.helpers.tiny import ROOT
 from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.data import GroundingCollator, move
-from training_reftr.evaluation import answer_batch, compare_boxes, evaluate, phrase_keys, put_in_order, summarize
+from training_reftr.evaluation import compare_boxes, evaluate, order_records, phrase_keys, predict_batch, summarize
 from training_reftr.published_results import NAMES_OF_SETS, RESULTS, comparable_results
 from training_reftr.report import (
     controls,
@@ -37,7 +37,7 @@ from training_reftr.report import (
     select_splits,
 )
 from training_reftr.settings import DataSettings, EvaluationSettings, TrainingSettings
-from training_reftr.visualization import attend, draw_sample, heat, validation_pictures
+from training_reftr.visualization import attend, draw_sample, draw_validation_images, heat
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,11 @@ def test_records_come_in_the_order_of_the_split(shapes):
     keys = phrase_keys(shapes["test"])
     records = [dict(zip(("image_id", "sentence_id", "phrase"), key, strict=True)) for key in keys]
     shuffled = [{**record, "copy": 0} for record in records[::-1]] + [{**record, "copy": 1} for record in records[:9]]
-    in_order = put_in_order(shuffled, keys)
+    in_order = order_records(shuffled, keys)
     assert [(record["image_id"], record["sentence_id"], record["phrase"]) for record in in_order] == keys
     assert {record["copy"] for record in in_order} == {0}
     with pytest.raises(ValueError, match=rf"1 of {len(keys)} phrases were not evaluated, the first of them \('shapes"):
-        put_in_order(records[1:], keys)
+        order_records(records[1:], keys)
 
 
 def test_a_phrase_that_is_there_twice_is_refused(shapes):
@@ -250,7 +250,7 @@ def test_answers_are_compared_with_their_own_phrases(make_model, processor, shap
     batch = GroundingCollator(processor)([row])
     with torch.no_grad():
         outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "targets")})
-        found = answer_batch(model, processor, batch, EvaluationSettings(), accelerator)
+        found = predict_batch(model, processor, batch, EvaluationSettings(), accelerator)
     size = (row["height"], row["width"])
     expected = processor.image_processor.post_process_boxes(outputs, [size])[0, 1]
     assert (found[0]["pred_box"], found[0]["iou"], found[0]["any_box_iou"]) == (None, 0.0, 0.0)
@@ -632,11 +632,11 @@ def test_masks_are_seen_on_things_of_any_colour():
 
 def test_validation_pictures(evaluated, shapes):
     _, records = evaluated
-    picture = validation_pictures(records, shapes["test"], 5)
+    picture = draw_validation_images(records, shapes["test"], 5)
     assert picture.width == 8 + 4 * 328
     assert picture.height > 2 * 320
-    assert validation_pictures(records, shapes["test"], 1).width == 336
-    assert validation_pictures([], Dataset.from_dict({"image_id": []}), 5) is None
+    assert draw_validation_images(records, shapes["test"], 1).width == 336
+    assert draw_validation_images([], Dataset.from_dict({"image_id": []}), 5) is None
 
 
 def test_a_picture_annotated_as_stored_is_drawn_as_stored(tmp_path):
@@ -648,6 +648,6 @@ def test_a_picture_annotated_as_stored_is_drawn_as_stored(tmp_path):
     (sentence,), (item,) = row["sentences"], row["objects"]
     record = {"image_id": "coco_50", "sentence_id": sentence["sentence_id"], "phrase": 0, "types": []}
     record |= {"words": sentence["text"], "box": item["box"], "pred_box": item["box"], "iou": 1.0}
-    picture = validation_pictures([record], rows, 1)
+    picture = draw_validation_images([record], rows, 1)
     assert (row["width"], row["height"]) == (40, 30)
     assert picture.height < picture.width

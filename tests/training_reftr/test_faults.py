@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests.helpers.faults import finish, kill, losses_of, start, steps_of, wait_for, write_recipe
 from tests.helpers.processes import start_ranks
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.checkpoints import checkpoints_of, find_fault, load_state, newest_whole
+from training_reftr.checkpoints import checkpoints_of, find_fault, find_latest_valid_checkpoint, load_state
 from training_reftr.settings import TrainingSettings
 
 
@@ -131,7 +131,7 @@ def test_a_flipped_byte_is_found(whole, tmp_path, trial, caplog):
     content = bytearray(file.read_bytes())
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     file.write_bytes(content)
-    assert newest_whole(tmp_path) == before
+    assert find_latest_valid_checkpoint(tmp_path) == before
     assert newest.name in caplog.text
 
 
@@ -207,7 +207,7 @@ def test_a_run_that_is_asked_to_end_saves_itself(recipe, whole, tmp_path, trial)
 # a moment of a run -> lines that make it last, and write a file in it
 MOMENTS = {
     "training": ("training_reftr.step", "check_finite"),
-    "evaluation": ("training_reftr.evaluation", "answer_batch"),
+    "evaluation": ("training_reftr.evaluation", "predict_batch"),
     "saving": ("data_scripts.atomic_files", "sync_tree"),
     "building": ("train_reftr", "load_rows"),
     "reporting": ("training_reftr.report", "format_report"),

@@ -10,7 +10,7 @@ from training_reftr.checkpoints import TrainingState
 from training_reftr.optimization import build_optimizer, build_scheduler
 from training_reftr.run import Run
 from training_reftr.settings import TrainingSettings
-from training_reftr.step import update
+from training_reftr.step import train_step
 
 
 PREFIXES = {"image_backbone": "model.backbone.", "text_backbone": "model.text_backbone.", "mask_branch": "mask_head."}
@@ -74,7 +74,7 @@ def golden_steps(request):
     model.train()
     ours = []
     for _ in steps["steps"]:
-        totals, num_expressions = update(run, [batch], accelerator)
+        totals, num_expressions = train_step(run, [batch], accelerator)
         run.advance()
         assert num_expressions == len(case["sizes"])
         ours.append(({name: value.item() for name, value in totals.items()}, norms_of_change(model, start)))

@@ -270,7 +270,7 @@ def resized(row):
 
 
 def batches_of(rows, processor, args, rank, ranks):
-    """The visits of each batch of a process."""
+    """The samples of each batch of a process."""
     return EvaluationData({"test": rows}, processor, args, rank, ranks).sampler.batches["test"]
 
 
@@ -282,17 +282,17 @@ def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batc
     batches = [batches_of(rows, processor, args, rank, ranks) for rank in range(ranks)]
     assert len({len(mine) for mine in batches}) == 1
     seen = {
-        (visit.index, place)
+        (sample.index, place)
         for mine in batches
         for batch in mine
-        for visit in batch
-        for place in visit.sentences or range(len(rows[visit.index]["sentences"]))
+        for sample in batch
+        for place in sample.sentences or range(len(rows[sample.index]["sentences"]))
     }
     assert len(seen) == 29
     if batching == "unpadded":
         for mine in batches:
             for batch in mine:
-                assert len({resized(rows[visit.index]) for visit in batch}) == 1
+                assert len({resized(rows[sample.index]) for sample in batch}) == 1
 
 
 def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor):
@@ -300,7 +300,7 @@ def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor
     assert len(rows) == 10
     args = TrainingSettings.from_flat(evaluation_batch_size=2, num_workers=0)
     batches = [batches_of(rows, processor, args, rank, 4) for rank in range(4)]
-    seen = Counter(visit.index for mine in batches for batch in mine for visit in batch)
+    seen = Counter(sample.index for mine in batches for batch in mine for sample in batch)
     assert seen == {index: 2 if index < 2 else 1 for index in range(10)}
 
 

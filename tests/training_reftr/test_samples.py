@@ -13,7 +13,7 @@ from modeling_reftr.rle_reftr import to_coco_rle
 from training_reftr import images, samples
 from training_reftr.data import GroundingCollator, GroundingDataset, TrainingSamples
 from training_reftr.images import ImageReader
-from training_reftr.sampling import Visit
+from training_reftr.sampling import SampleIndex
 
 
 NUM_ROWS = 3
@@ -86,7 +86,7 @@ def calls(monkeypatch):
 def test_image_is_opened_once_and_mask_decoded_once(rows, processor, calls):
     dataset = GroundingDataset(rows, TrainingSamples(ImageReader(processor.image_processor), "strong", 0, True))
     collate = GroundingCollator(processor, with_masks=True, are_resized=True)
-    batch = collate([dataset[Visit(0, index, (0, 1, 2, 3))] for index in range(NUM_ROWS)])
+    batch = collate([dataset[SampleIndex(0, index, (0, 1, 2, 3))] for index in range(NUM_ROWS)])
     assert [label["masks"].shape[0] for label in batch["labels"]] == [1] * 4 * NUM_ROWS
     assert calls["opened"] == NUM_ROWS
     assert calls["orientation applied"] == NUM_ROWS
@@ -98,14 +98,14 @@ def test_image_is_opened_once_and_mask_decoded_once(rows, processor, calls):
 def test_sample_has_the_arrays_of_its_row(rows, processor):
     reader = ImageReader(processor.image_processor)
     row = rows.cast_column("image", datasets.Image(decode=False))[0]
-    sample = TrainingSamples(reader, "none", 0, with_masks=True)(row, Visit(0, 0, (3, 0)))
+    sample = TrainingSamples(reader, "none", 0, with_masks=True)(row, SampleIndex(0, 0, (3, 0)))
     assert sample.image.shape == (64, 48, 3)
     assert sample.image.dtype == np.uint8
     assert sample.boxes_xyxy == pytest.approx(np.array([[20, 10, 70, 60], [20, 10, 70, 61]]) * 64 / 120)
     assert sample.masks.shape == (2, 64, 48)
     assert [sentence["sentence_id"] for sentence in sample.sentences] == ["0_3", "0_0"]
     assert sample.row["height"] == 120
-    without = TrainingSamples(reader, "none", 0, with_masks=False)(row, Visit(0, 0, (0,)))
+    without = TrainingSamples(reader, "none", 0, with_masks=False)(row, SampleIndex(0, 0, (0,)))
     assert without.masks is None
     assert len(without.boxes_xyxy) == 1
 
@@ -113,7 +113,9 @@ def test_sample_has_the_arrays_of_its_row(rows, processor):
 def test_rows_and_samples_make_the_same_batch(rows, processor):
     """A trainer may hand decoded rows to the collator."""
     row = rows.cast_column("image", datasets.Image(decode=False))[1]
-    sample = TrainingSamples(ImageReader(processor.image_processor), "none", 0, True)(row, Visit(0, 1, (0, 1, 2, 3)))
+    sample = TrainingSamples(ImageReader(processor.image_processor), "none", 0, True)(
+        row, SampleIndex(0, 1, (0, 1, 2, 3))
+    )
     of_sample = GroundingCollator(processor, with_masks=True, are_resized=True)([sample])
     of_row = GroundingCollator(processor, with_masks=True)([row])
     assert torch.equal(of_sample["pixel_values"], of_row["pixel_values"])

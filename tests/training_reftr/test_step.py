@@ -15,7 +15,7 @@ from training_reftr.data import GroundingCollator
 from training_reftr.optimization import build_optimizer, build_scheduler
 from training_reftr.run import Run
 from training_reftr.settings import ScheduleSettings, TrainingSettings
-from training_reftr.step import seed_of, update
+from training_reftr.step import seed_of, train_step
 
 
 # every one differs from its default and from the others
@@ -99,7 +99,7 @@ def test_two_steps_change_the_weights_as_adamw_written_out(make_run, batches, ac
     start, expected = copy.deepcopy(run.model.state_dict()), copy.deepcopy(run.model)
     told = adamw(expected, batches, 2)
     for number, (loss, norm) in enumerate(told):
-        totals, num_expressions = update(run, batches, accelerator)
+        totals, num_expressions = train_step(run, batches, accelerator)
         run.advance()
         assert totals["loss"].item() == pytest.approx(loss, rel=1e-4), number
         assert totals["gradient_norm"].item() == pytest.approx(norm, rel=1e-3)
@@ -136,7 +136,7 @@ def test_dropout_is_drawn_anew_in_each_step_and_again_after_a_resume(make_run, b
         run = make_run(dropout=0.5)
         run.state.step, run.settings.optimization.seed = step, seed
         torch.rand(7)  # what was drawn before does not matter
-        return update(run, batches, accelerator)[0]["loss"].item()
+        return train_step(run, batches, accelerator)[0]["loss"].item()
 
     losses = [first_loss(step, seed) for step, seed in ((0, 3), (1, 3), (0, 4))]
     assert len(set(losses)) == 3
@@ -158,7 +158,7 @@ def test_a_step_that_would_spoil_the_weights_is_refused(make_run, batches, accel
         message = "The gradient is not finite, though the loss is in step 1"
     before = copy.deepcopy(run.model.state_dict())
     with pytest.raises(FloatingPointError, match=re.escape(message)) as raised:
-        update(run, batches, accelerator)
+        train_step(run, batches, accelerator)
     targets = batches[1]["targets"][0][0]
     assert f"{targets['image_id']}/{targets['sentence_id']}" in str(raised.value)
     after = run.model.state_dict()

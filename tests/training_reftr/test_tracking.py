@@ -31,7 +31,7 @@ def test_speed_counts_all_steps_since_the_last_record_and_no_evaluation(tmp_path
     def step(num_expressions: int, seconds: float):
         clock.seconds += seconds
         state.step += 1
-        log.log_update(run, {"loss": torch.tensor(0.5)}, num_expressions)
+        log.log_step(run, {"loss": torch.tensor(0.5)}, num_expressions)
 
     step(5, seconds=1.0)
     step(7, seconds=2.0)

@@ -17,7 +17,7 @@ from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from tests.helpers.local_hub import Hub
 from tests.helpers.tiny import ROOT
 from training_reftr.data import GroundingCollator
-from training_reftr.evaluation import answer_batch, evaluate, summarize
+from training_reftr.evaluation import evaluate, predict_batch, summarize
 from training_reftr.settings import EvaluationSettings, TrainingSettings
 from training_reftr.trainer_metrics import compute_metrics, score_phrases
 
@@ -65,7 +65,7 @@ def own_metrics(model, processor, rows, batch_size: int) -> dict:
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-            records += answer_batch(model, processor, batch, EvaluationSettings(), accelerator)
+            records += predict_batch(model, processor, batch, EvaluationSettings(), accelerator)
     return summarize(records)
 
 
