@@ -1,18 +1,18 @@
 """
-Checkpoints that survive a crash at any moment. `save_checkpoint`, `load_checkpoint` and `find_checkpoint` hold
-collectives: all processes call them; only the main process writes.
+Checkpoints that survive a crash at any moment. `save_checkpoint`, `save_best`, `load_optimizer` and `find_checkpoint`
+are collectives: all processes call them; only the main process writes.
 
     output_dir/
         checkpoints/
             step_00001200/
                 config.json, model.safetensors, processor files    a folder for `from_pretrained`
                 optimizer.safetensors                               by the parameters' names
-                state.json                                          place in the run, see `TrainingState`
+                state.json                                          progress of the run, see `TrainingState`
                 manifest.json                                       sizes and SHA-256 of all the others, written last
         config.json, model.safetensors, ...                         the best model so far, with its processor
 
-A checkpoint is written under another name, brought to the disk, and renamed when it is whole. There is no random state
-in it: what is drawn in a step is a function of the seed, the step and the process.
+A checkpoint is written under another name, flushed to disk, and renamed when it is complete. It has no random state:
+the random numbers of a step depend only on the seed, the step and the process.
 """
 
 import contextlib
@@ -21,10 +21,11 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -54,27 +55,27 @@ MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetenso
 NAME = re.compile(r"step_(\d{8,})")
 # files without which a checkpoint is not complete
 REQUIRED = ("config.json", "model*.safetensors", OPTIMIZER, STATE, "processor_config.json", "tokenizer_config.json")
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
 class TrainingState:
     """
-    The place in a run.
+    Hold the progress of a run.
 
     Args:
-        step (`int`): updates done.
-        epoch (`int`): the epoch that is running, from 0.
-        seen (`list`): what the epoch has had, [global batch size, batches] for each cut of its order.
-        is_evaluation_due (`bool`): whether the model is to be evaluated before it is trained further.
-        best (`float`, *optional*): best validation figure so far; `best_step` is when.
-        schedule_step (`int`): place in the schedule of the rates; `steps_per_epoch` is what it counts in.
+        step (`int`): optimizer steps taken.
+        epoch (`int`): current epoch, from 0.
+        seen (`list`): progress of the epoch, [global batch size, batches] for each batch size it was trained with.
+        is_evaluation_due (`bool`): whether the model must be evaluated before it is trained further.
+        best (`float`, *optional*): best validation metric so far, reached at `best_step`.
+        schedule_step (`int`): step of the learning rate schedule, in epochs of `steps_per_epoch` steps.
         scaler (`dict`, *optional*): state of the gradient scaler of fp16.
-        run_id (`str`): what trackers know the run by.
-        settings (`dict`): the run's settings, to tell what was changed.
-        changes (`list[str]`): what was changed where the run was resumed, a sentence each time.
+        run_id (`str`): identifier of the run for trackers.
+        settings (`dict`): flat settings of the run, to detect changes when it resumes.
+        changes (`list[str]`): one sentence on the changed settings for each time the run was resumed.
         num_rows (`int`), fingerprint (`str`): rows of the training data and a hash of them, see
-            `training_reftr.fingerprint`; 0 and empty in checkpoints that do not say it.
+            `training_reftr.fingerprint`; 0 and empty in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -93,18 +94,18 @@ class TrainingState:
     fingerprint: str = ""
 
     def count(self, global_batch_size: int, num_batches: int) -> None:
-        """Note that the epoch had more batches."""
+        """Add batches to the progress of the epoch."""
         if self.seen and self.seen[-1][0] == global_batch_size:
             self.seen[-1][1] += num_batches
         else:
             self.seen.append([global_batch_size, num_batches])
 
     def start_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch."""
+        """Move to the start of an epoch."""
         self.epoch, self.seen = epoch, []
 
     def rescale_schedule(self, steps_per_epoch: int) -> None:
-        """Count the schedule in other steps: where batches or processes changed, an epoch has another number."""
+        """Convert the schedule to another number of steps per epoch, as after a change of batch size or processes."""
         if self.steps_per_epoch not in (0, steps_per_epoch):
             self.schedule_step = round(self.schedule_step * steps_per_epoch / self.steps_per_epoch)
         self.steps_per_epoch = steps_per_epoch
@@ -119,24 +120,24 @@ def save_checkpoint(
     accelerator: Accelerator,
 ) -> None:
     """
-    Write a checkpoint of this step, then delete those that are no longer to be kept. A collective.
+    Write a checkpoint of this step, then delete the oldest beyond `keep_checkpoints`. A collective.
 
     Raises:
-        OSError: on all processes, if it could not be written; those that are there stay.
+        OSError: on all processes, if it cannot be written; existing checkpoints stay.
     """
     weights = weights_of(model, accelerator)
     moments = {}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         logger.warning("DeepSpeed keeps AdamW's moments to itself: the checkpoint is without them.")
     else:
-        moments = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE).get("state", {})
+        moments = get_optimizer_state_dict(model, optimizer.optimizer, options=FULL).get("state", {})
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     path = checkpoints.folder.checkpoint(state.step)
 
     def write(folder: Path) -> None:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
-        # the rates and the like come from the settings
+        # Hyperparameters such as learning rates are not saved: they come from the settings.
         tensors = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
         save_tensors(tensors, folder / OPTIMIZER)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
@@ -152,45 +153,48 @@ def save_best(
     model: torch.nn.Module, processor: RefTRProcessor, output_dir: str | Path, accelerator: Accelerator
 ) -> None:
     """
-    Make this model the one that lies in the run's folder. A collective.
+    Save a model as the best one of the run. A collective.
 
-    The weights are replaced last and by one rename: the folder can be loaded at any moment once it was whole, for the
-    other files are the same throughout a run.
+    The weights are replaced last and by one rename. The other files are the same throughout a run, so that the folder
+    can be loaded at any moment.
 
     Raises:
-        OSError: on all processes, if it could not be written; the model that is there stays.
+        OSError: on all processes, if it cannot be written; the existing model stays.
     """
     weights = weights_of(model, accelerator)
     with on_main_process(accelerator, "The best model was not written"):
         if accelerator.is_main_process:
             output_dir = Path(output_dir)
-            remove_leftovers(output_dir)  # of a run that was killed while it wrote
+            remove_leftovers(output_dir)  # left by a run that was killed while writing
             with replaced_files(output_dir, last="*.safetensors") as folder:
                 accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
                 processor.save_pretrained(folder)
 
 
-def weights_of(model, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """All weights on the main process, wherever they are sharded. A collective."""
+def weights_of(model: torch.nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Return all weights on the main process, gathered if they are sharded. A collective."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.get_state_dict(model)
-    return get_model_state_dict(model, options=WHOLE)
+    return get_model_state_dict(model, options=FULL)
 
 
 def find_checkpoint(checkpoints: CheckpointSettings, accelerator: Accelerator) -> Path | None:
     """
-    The checkpoint that `resume` means: a folder, or with "auto" the newest whole one of the run, if there is any;
-    None for a run that starts anew. A collective: all processes get the same.
+    Return the checkpoint to resume from: the folder of `resume`, or with "auto" the latest valid checkpoint of the
+    run; None for a new run. A collective: all processes get the same checkpoint.
+
+    Later checkpoints of an "auto" run that are damaged are renamed, so that their names are free.
 
     Raises:
-        OSError: if the named one is not there or is damaged, with "auto" if all of them are, or if the run's folder
-            has checkpoints that would be mixed up with those that are to be written.
+        OSError: if the checkpoint is missing or damaged, if all checkpoints of an "auto" run are damaged, or if the
+            folder has checkpoints of another run or later ones.
     """
     found = [None]
     with on_main_process(accelerator):
         if accelerator.is_main_process:
             if checkpoints.resume == "auto":
                 found = [find_latest_valid_checkpoint(checkpoints.output_dir)]
+                rename_later(checkpoints.output_dir, found[0])
             elif checkpoints.resume is not None:
                 found = [Path(checkpoints.resume)]
                 fault = find_fault(found[0])
@@ -202,7 +206,7 @@ def find_checkpoint(checkpoints: CheckpointSettings, accelerator: Accelerator) -
 
 
 def refuse_others(output_dir: str | Path, checkpoint: Path | None) -> None:
-    """Raise an OSError where a run has checkpoints that are not those up to the one that it goes on from."""
+    """Raise an OSError if a folder has checkpoints of another run, or later ones than the one to resume from."""
     found = checkpoints_of(output_dir)
     known = [path for path in found if checkpoint is not None and path.resolve() == checkpoint.resolve()]
     others = found[: found.index(known[0])] if known else found
@@ -216,7 +220,7 @@ def refuse_others(output_dir: str | Path, checkpoint: Path | None) -> None:
 
 def load_state(path: Path) -> TrainingState:
     """
-    Return the place in the run that a checkpoint was written at.
+    Return the progress of the run that wrote a checkpoint.
 
     Raises:
         OSError: if the file cannot be read.
@@ -250,32 +254,32 @@ def load_state(path: Path) -> TrainingState:
     return state
 
 
-def is_count(value, minimum: int = 0) -> bool:
-    """Whether a JSON value is a whole number that is not below a minimum."""
+def is_count(value: Any, minimum: int = 0) -> bool:
+    """Return whether a JSON value is a whole number that is not below a minimum."""
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
 
 
-def is_finite(value) -> bool:
-    """Whether a JSON value is a finite number."""
+def is_finite(value: Any) -> bool:
+    """Return whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_progress(value) -> bool:
-    """Whether a JSON value is a list of [global batch size, number of batches]."""
+def is_progress(value: Any) -> bool:
+    """Return whether a JSON value is a list of [global batch size, number of batches]."""
     return isinstance(value, list) and all(
         isinstance(cut, list) and len(cut) == 2 and all(is_count(number, 1) for number in cut) for cut in value
     )
 
 
-def is_scaler(value) -> bool:
-    """Whether a JSON value is the state of a gradient scaler, or null."""
+def is_scaler(value: Any) -> bool:
+    """Return whether a JSON value is the state of a gradient scaler, or null."""
     return value is None or (
         isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
     )
 
 
-def is_texts(value) -> bool:
-    """Whether a JSON value is a list of texts."""
+def is_texts(value: Any) -> bool:
+    """Return whether a JSON value is a list of texts."""
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
@@ -297,11 +301,17 @@ STATE_FIELDS = {
     "num_rows": COUNT,
     "fingerprint": ("text", lambda value: isinstance(value, str)),
 }
-ADDED_FIELDS = ("changes", "num_rows", "fingerprint")  # not in every checkpoint
+ADDED_FIELDS = ("changes", "num_rows", "fingerprint")  # missing in checkpoints of earlier versions
 
 
-def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerator: Accelerator) -> None:
-    """Put a checkpoint's moments and gradient scaler into prepared ones; rates stay. A collective."""
+def load_optimizer(
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    accelerator: Accelerator,
+) -> None:
+    """Load the moments and gradient scaler of a checkpoint; learning rates are kept. A collective."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         logger.warning("AdamW's moments begin anew: DeepSpeed kept them to itself when the checkpoint was written.")
         return
@@ -314,7 +324,7 @@ def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerat
         return
     groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
     try:
-        set_optimizer_state_dict(model, optimizer.optimizer, {"state": moments, "param_groups": groups}, options=WHOLE)
+        set_optimizer_state_dict(model, optimizer.optimizer, {"state": moments, "param_groups": groups}, options=FULL)
     except (KeyError, RuntimeError, ValueError) as error:
         raise OSError(f"{str(path / OPTIMIZER)!r} does not fit the model: {error}.") from error
     if accelerator.scaler is not None and state.scaler is not None:
@@ -322,7 +332,7 @@ def load_optimizer(path: Path, model, optimizer, state: TrainingState, accelerat
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run, the newest first; whether they are whole is not looked at."""
+    """Return the checkpoints of a run, latest first, without validating them."""
     folder = RunFolder(Path(output_dir)).checkpoints
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
@@ -330,8 +340,7 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
 
 def find_latest_valid_checkpoint(output_dir: str | Path) -> Path | None:
     """
-    Return the latest valid checkpoint of a run, None if there is none. Later ones that are damaged are renamed, with a
-    warning.
+    Return the latest valid checkpoint of a run, None if there is none. Warn of later ones that are damaged.
 
     Raises:
         OSError: if there are checkpoints, but all of them are damaged.
@@ -340,8 +349,6 @@ def find_latest_valid_checkpoint(output_dir: str | Path) -> Path | None:
     for path in found:
         fault = find_fault(path)
         if fault is None:
-            for damaged in faults:
-                rename_damaged(damaged)
             return path
         logger.warning(f"{fault}; the checkpoint before it is taken.")
         faults[path] = fault
@@ -353,14 +360,15 @@ def find_latest_valid_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
-def rename_damaged(path: Path) -> None:
-    """Rename a damaged checkpoint, so that its name is free and nothing is lost."""
-    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
-    path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
+def rename_later(output_dir: str | Path, checkpoint: Path | None) -> None:
+    """Rename the damaged checkpoints after the latest valid one, so that their names are free and nothing is lost."""
+    for path in itertools.takewhile(lambda path: path != checkpoint, checkpoints_of(output_dir)):
+        names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+        path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
 
 
 def find_fault(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None if it is complete, as it was written, and can be continued."""
+    """Return what is wrong with a checkpoint, None if it is complete, unmodified and can be resumed."""
     try:
         manifest = read_json(path / MANIFEST)
         check_manifest(path, manifest)
@@ -435,7 +443,7 @@ def write_checkpoint(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: if it cannot be written; nothing is left of it.
     """
-    remove_leftovers(path.parent)  # of a run that was killed while it wrote
+    remove_leftovers(path.parent)  # left by a run that was killed while writing
     with atomic_folder(path) as folder:
         write(folder)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -444,21 +452,21 @@ def write_checkpoint(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def on_main_process(accelerator: Accelerator, what: str = ""):
+def on_main_process(accelerator: Accelerator, what: str = "") -> Iterator[None]:
     """
-    What the main process does and the others wait for: where it fails, all fail, with its sentence. A collective.
+    Run a block in which the main process writes files, and make all processes fail if it fails. A collective.
 
     Raises:
-        OSError: on all processes, where the main process raised an exception that is about files or their content.
+        OSError: on all processes, with the message of the exception that the main process raised.
     """
     error = [None]
     try:
         yield
-    except Exception as raised:  # safetensors and tokenizers have exceptions of their own for a full disk
+    except Exception as raised:  # safetensors and tokenizers raise their own exceptions for a full disk
         error = [raised]
     message = [None if error[0] is None else f"{what}: {error[0]}" if what else str(error[0])]
     if isinstance(error[0], RuntimeError) and (explained := explain(error[0])):
-        message = [str(explained)]  # torch reports a lost loader process wherever the main thread is
+        message = [str(explained)]  # torch raises for a lost loader process at any point of the main thread
     broadcast_object_list(message)
     if message[0] is not None:
         raise OSError(message[0]) from error[0]

@@ -1,6 +1,6 @@
 """
-What ends a run before it does harm, or before it is killed. `Signals.poll` and `check_finite` hold collectives: all
-processes call them; a `Watchdog` is a process's own.
+Guards that stop a run on signals, hangs and losses that are not finite. `Signals.poll` and `check_finite` are
+collectives: all processes call them.
 """
 
 import contextlib
@@ -11,6 +11,9 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Self
 
 import torch
 import torch.distributed
@@ -23,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 class Stopped(KeyboardInterrupt):
     """
-    The process was asked to end.
+    Raised when a signal asks the process to end.
 
     Args:
-        number (`int`): the signal.
-        is_saved (`bool`, *optional*, defaults to `False`): whether a checkpoint was written on its account.
+        number (`int`): number of the signal.
+        is_saved (`bool`, *optional*, defaults to `False`): whether a checkpoint was written before.
     """
 
     def __init__(self, number: int, is_saved: bool = False) -> None:
@@ -36,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """The exit code by which a shell knows it: 130 for SIGINT, 143 for SIGTERM."""
+        """Return the exit code of shells for a signal: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -46,24 +49,24 @@ class Stopped(KeyboardInterrupt):
 
 class Signals:
     """
-    SIGINT (Ctrl-C) and SIGTERM (a scheduler takes the machine back) end the process, SIGUSR1 asks for a checkpoint, on
-    whichever rank they come.
+    Handle signals: SIGINT (Ctrl-C) and SIGTERM (a scheduler reclaims the machine) end the process, SIGUSR1 asks for a
+    checkpoint, on any rank.
 
-    While signals are deferred, as in training, the first of SIGINT and SIGTERM is noted, to be acted upon between two
-    steps. Another SIGINT, or anything after a SIGINT, raises `Stopped` at once, and so does each one at other times. A
-    repeated SIGTERM changes nothing: launchers and schedulers both send it.
+    While signals are deferred, as in training, the first SIGINT or SIGTERM is recorded and acted upon between two
+    steps. Another SIGINT, or any signal after a SIGINT, raises `Stopped` at once, and so does every signal at other
+    times. A repeated SIGTERM is ignored, because launchers and schedulers both send it.
 
-    Signals reach a program's main thread alone. In another one, as executors of notebooks and of Ray have it, nothing
-    is caught, and the log says so.
+    Python delivers signals to the main thread only. In other threads, as in executors of notebooks and Ray, no signal
+    is handled and a warning is logged.
     """
 
     def __init__(self) -> None:
         self.is_save_asked = False
-        self.stop = None  # number of the first signal that asked to end
+        self.stop = None  # number of the first SIGINT or SIGTERM
         self.is_deferred = False
         self.before = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.process = os.getpid()
         self.is_main_thread = threading.current_thread() is threading.main_thread()
         if self.is_main_thread:
@@ -71,13 +74,13 @@ class Signals:
             self.before = {number: signal.signal(number, self._handle) for number in numbers if number is not None}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def deferred(self, is_announced: bool = True):
-        """Note signals, for `poll` to tell; with a line on stderr if `is_announced`."""
+    def deferred(self, is_announced: bool = True) -> Iterator[None]:
+        """Record signals for `poll`, and announce them on stderr if `is_announced`."""
         self.is_deferred, self.is_announced = True, is_announced
         if is_announced and not self.is_main_thread:
             logger.warning(
@@ -89,8 +92,8 @@ class Signals:
         finally:
             self.is_deferred = False
 
-    def _handle(self, number: int, _) -> None:
-        if os.getpid() != self.process:  # a forked process, which its parent ends by SIGTERM
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a forked process, which its parent ends with SIGTERM
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
@@ -99,18 +102,18 @@ class Signals:
             return
         is_first, self.stop = self.stop is None, self.stop or number
         if self.is_deferred and is_first:
-            if self.is_announced:  # not by the log, which may be writing right now
+            if self.is_announced:  # not by logging, whose lock the main thread may hold
                 text = f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C ends at once, unsaved.\n"
                 os.write(2, text.encode())
         elif not self.is_deferred or signal.SIGINT in (number, self.stop):
             raise Stopped(signal.SIGINT if signal.SIGINT in (number, self.stop) else number)
 
     def poll(self, accelerator: Accelerator) -> tuple[bool, bool]:
-        """Whether any rank was asked to (save, stop) since the last call. A collective."""
+        """Return whether any rank was asked to (save, stop) since the last call. A collective."""
         asked = [self.is_save_asked, self.stop == signal.SIGINT, self.stop == signal.SIGTERM]
         asked = torch.tensor(asked, dtype=torch.float32, device=accelerator.device)
         save, interrupt, terminate = (accelerator.reduce(asked, reduction="sum") > 0).tolist()
-        # a signal that comes meanwhile is seen by the next call
+        # A signal that arrives during the reduction is seen by the next call.
         self.is_save_asked = self.is_save_asked and not save
         if interrupt or terminate:
             self.stop = signal.SIGINT if interrupt else signal.SIGTERM
@@ -119,8 +122,7 @@ class Signals:
 
 def explain(error: RuntimeError) -> OSError | None:
     """
-    Return an error that says in a sentence what torch says in many lines, where another process is at fault, None
-    where this one is.
+    Return an error with a one-sentence explanation if another process caused a RuntimeError of torch, else None.
     """
     killed = re.match(
         r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [^.]+|exited[^.]*)", str(error)
@@ -140,37 +142,42 @@ def explain(error: RuntimeError) -> OSError | None:
 
 class Watchdog:
     """
-    Ends the process, with its stacks on stderr, when `feed` was not called for so long: a process that waits for one
-    that is gone, a loader that hangs. The launcher then ends the others.
+    End the process, with its stacks on stderr, if `feed` is not called in time, as when another process is gone or a
+    loader hangs. The launcher then ends the other processes.
     """
 
     def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.feed()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
     def feed(self) -> None:
-        """Start to count anew."""
+        """Restart the timer."""
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
 
 
 def check_finite(
-    loss: torch.Tensor, total, gradient_norm, batches: list[dict], step: int, accelerator: Accelerator
+    loss: torch.Tensor,
+    total: torch.Tensor,
+    gradient_norm: torch.Tensor | None,
+    batches: list[dict],
+    step: int,
+    accelerator: Accelerator,
 ) -> None:
     """
-    Stop before an update that would spoil the weights. A collective where something is wrong, and only there.
+    Raise before an optimizer step that would corrupt the weights. A collective only if a value is not finite.
 
     Args:
-        loss (`torch.Tensor`): this process's loss of the update.
-        total (`torch.Tensor`): the loss of all processes.
-        gradient_norm (`torch.Tensor`): the same on all processes; None where a gradient scaler looks after it.
-        batches (`list[dict]`): what this process computed it from, with `targets`.
-        step (`int`): the update's number.
+        loss (`torch.Tensor`): loss of this process.
+        total (`torch.Tensor`): loss of all processes.
+        gradient_norm (`torch.Tensor`, *optional*): norm on all processes; None if a gradient scaler checks it.
+        batches (`list[dict]`): batches of this process, with `targets`.
+        step (`int`): number of the optimizer step.
 
     Raises:
         FloatingPointError: on all processes, naming the step, the processes and their images and sentences.

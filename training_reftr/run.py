@@ -1,11 +1,10 @@
 """
-What a run of training is made of, put together. `build_accelerator` joins the processes, and `prepare_run` holds
-collectives: all processes call them.
+The parts of a training run. `build_accelerator` and `prepare_run` are collectives: all processes call them.
 """
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,16 +43,16 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Run:
     """
-    The parts of a run, and its place in `state`.
+    Hold the parts of a run and its progress.
 
     Args:
-        model, optimizer: as prepared by the accelerator.
-        processor (`RefTRProcessor`): of the model.
-        scheduler (`torch.optim.lr_scheduler.LRScheduler`): steps once an update.
-        data (`TrainingData`): batches of this process.
-        state (`TrainingState`): where the run is.
-        global_batch_size (`int`): samples of all processes in a batch.
-        settings ([`TrainingSettings`]): as they apply.
+        model, optimizer: model and optimizer, prepared by the accelerator.
+        processor (`RefTRProcessor`): processor of the model.
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`): learning rate schedule, stepped once per optimizer step.
+        data (`TrainingData`): training batches of this process.
+        state (`TrainingState`): progress of the run.
+        global_batch_size (`int`): number of samples per batch on all processes together.
+        settings ([`TrainingSettings`]): settings in effect.
         evaluation (`EvaluationData`, *optional*): batches of the validation split.
     """
 
@@ -69,13 +68,13 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Updates of the whole run, counted in epochs of today's length."""
+        """Return the optimizer steps of the complete run, with epochs of their current length."""
         num_steps = self.state.steps_per_epoch * self.settings.schedule.num_epochs
         return min(num_steps, self.settings.schedule.max_steps) if self.settings.schedule.max_steps else num_steps
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has had all its epochs or updates."""
+        """Return whether the run has completed all its epochs or optimizer steps."""
         state, settings = self.state, self.settings
         return state.epoch >= settings.schedule.num_epochs or 0 < settings.schedule.max_steps <= state.step
 
@@ -84,8 +83,8 @@ class Run:
         """Return whether no optimizer step comes after this one, also before its epoch is closed."""
         return self.is_done or self.state.schedule_step >= self.num_steps
 
-    def steps(self):
-        """The batches of each update that is still to come in this epoch; ends early where the run is done."""
+    def steps(self) -> Iterator[list[dict]]:
+        """Yield the batches of each optimizer step left in this epoch, until the run is done."""
         seen = [tuple(cut) for cut in self.state.seen]
         batches = self.data.batches(self.state.epoch, seen)
         accumulated = self.settings.optimization.gradient_accumulation_steps
@@ -96,7 +95,7 @@ class Run:
         self.state.start_epoch(self.state.epoch + 1)
 
     def advance(self) -> None:
-        """Note that an update was made, and set the rates for the next one."""
+        """Record an optimizer step and set the learning rates of the next one."""
         self.scheduler.step()
         self.state.step += 1
         self.state.schedule_step += 1
@@ -104,17 +103,17 @@ class Run:
 
 
 def build_accelerator(settings: TrainingSettings) -> Accelerator:
-    """The processes, as accelerate was configured or launched, and the log of this one."""
+    """Return the accelerator as accelerate was configured or launched, and set up logging."""
     accelerator = Accelerator(
-        # without it, processes that torchrun started on CPUs would each train alone
+        # Without this, CPU processes that torchrun started would each train alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=settings.optimization.mixed_precision,
         log_with=settings.tracking.tracker_names or None,
         project_dir=settings.checkpoints.output_dir,
-        # a process that waits longer for another one ends with an error
+        # A process that waits longer for another one fails.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=settings.checkpoints.watchdog_minutes))],
     )
-    disable_progress_bar()  # of every file that the library reads or writes
+    disable_progress_bar()  # the library shows one for every file it reads or writes
     handler = logging.StreamHandler()
     handler.setFormatter(TerminalFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(
@@ -126,12 +125,12 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
 
 def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator) -> Run:
     """
-    Build what is trained, or take it from the checkpoint that `resume` means. Nothing is written; the settings of
-    the returned run say what runs, where a model or a checkpoint decides it.
+    Build a run, or restore it from the checkpoint of `resume`. The returned run has the settings in effect, some of
+    which the model or the checkpoint decide. A collective; no file is written.
 
     Raises:
         OSError, ValueError: see `find_checkpoint`, `build_model`, `with_model_of`, `TrainingData`, and `preflight` for
-            runs that can learn nothing.
+            runs that cannot learn.
     """
     refuse_empty_splits(rows, settings.data)
     train_rows = split_of(rows, settings.data.train_split)
@@ -166,7 +165,8 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
     num_batches = data.num_batches(0)
     refuse_few_samples(num_batches, settings.optimization, accelerator.num_processes)
     warnings = [refuse_missing_labels(train_rows, settings.data, model.config.predict_masks)]
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # asks for what others see in a loader
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed cannot infer these, because the accelerator does not prepare the loader.
         plugin = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": settings.optimization.batch_size,
@@ -184,7 +184,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
         if changes:
             state.changes.append(f"from step {state.step} on: {changes}")
             warnings.append(f"This run is not quite the one of the checkpoint: {changes}.")
-    if accelerator.is_main_process:  # which alone writes it into checkpoints
+    if accelerator.is_main_process:  # the only one that writes checkpoints
         note_data(state, data.fingerprint)
     state.settings = settings.to_flat()
     state.rescale_schedule(num_batches // settings.optimization.gradient_accumulation_steps)
@@ -216,21 +216,21 @@ def load_checkpoint(path: Path, attn_implementation: str | None) -> tuple[RefTRF
     Load the model and the processor of a checkpoint.
 
     Raises:
-        OSError: if its files do not fit each other.
+        OSError: if a file cannot be loaded or weights are missing.
     """
     try:
         model, info = RefTRForVisualGrounding.from_pretrained(
             path, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True
         )
         processor = RefTRProcessor.from_pretrained(path)
-    except Exception as error:  # the library's own, of many kinds
+    except Exception as error:  # the library raises exceptions of many types
         raise OSError(f"The checkpoint {str(path)!r} cannot be loaded: {error}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise OSError(
             f"The checkpoint {str(path)!r} lacks {len(names)} weights of its model, the first is {names[0]!r}."
         )
-    # away from the file's memory, whose alignment changes how sums are rounded
+    # Copy tensors out of the mapped file, whose alignment changes how sums are rounded.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model, processor
@@ -238,11 +238,11 @@ def load_checkpoint(path: Path, attn_implementation: str | None) -> tuple[RefTRF
 
 def describe_best(settings: TrainingSettings, changes: Iterable[str] = ()) -> None:
     """
-    Write the recipe beside a model that is the best now; report and origin are of the one before, and go.
+    Write the recipe of a new best model into its folder, and remove the report and origin of the former one.
 
     Args:
-        settings ([`TrainingSettings`]): of the run.
-        changes (`list[str]`, *optional*): what was changed where it was resumed, see `TrainingState`.
+        settings ([`TrainingSettings`]): settings of the run.
+        changes (`list[str]`, *optional*): settings changed on resuming, see `TrainingState`.
     """
     folder = settings.checkpoints.folder
     folder.remove_report()
@@ -252,7 +252,7 @@ def describe_best(settings: TrainingSettings, changes: Iterable[str] = ()) -> No
 
 
 def with_local_paths(settings: TrainingSettings) -> TrainingSettings:
-    """Return settings whose starting weights cannot be taken for Hub ids where they are folders: "./runs/boxes"."""
+    """Return settings in which folders of starting weights cannot be mistaken for Hub ids: "./runs/boxes"."""
     names = ("init_from", "init_detr", "init_text", "tokenizer")
     starts = {name: getattr(settings.initialization, name) for name in names}
     folders = {name: f"./{start}" for name, start in starts.items() if start and is_folder_like_id(start)}
@@ -260,16 +260,16 @@ def with_local_paths(settings: TrainingSettings) -> TrainingSettings:
 
 
 def is_folder_like_id(start: str) -> bool:
-    """Return whether a start of weights is a folder that is here and written as a Hub id is."""
+    """Return whether starting weights are an existing folder whose path looks like a Hub id."""
     return HUB_ID.fullmatch(start) is not None and Path(start).exists()
 
 
 def load_for_report(settings: TrainingSettings) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
-    Return what the report is about: the run's best model, or with `eval_only` what `init_from` names, if it does.
+    Return the model of the report: the run's best model, or with `eval_only` the one of `init_from`, if given.
 
     Raises:
-        OSError, ValueError: see `load_reftr`, or if settings of an evaluation describe another model.
+        OSError, ValueError: see `load_reftr`, or if the settings of an evaluation describe another model.
     """
     output_dir, init_from = Path(settings.checkpoints.output_dir), settings.initialization.init_from
     if not settings.evaluation.eval_only:
@@ -283,7 +283,7 @@ def load_for_report(settings: TrainingSettings) -> tuple[RefTRForVisualGrounding
 
 
 def note_data(state: TrainingState, fingerprint: Fingerprint) -> None:
-    """Put the training data's fingerprint into the state of a run, with a warning if it was another one."""
+    """Record the fingerprint of the training data in the state of a run, and warn if it has changed."""
     found = fingerprint.num_rows, fingerprint.hexdigest()
     if state.fingerprint and found != (state.num_rows, state.fingerprint):
         logger.warning(

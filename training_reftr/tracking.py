@@ -1,7 +1,9 @@
 """
-Figures of a run while it goes: a line of the log, metrics.jsonl, TensorBoard and others. Nothing here holds a
-collective; what is written is written by the main process.
+Metrics of a run in progress: the log, metrics.jsonl, TensorBoard and other trackers. Nothing here is a collective;
+only the main process writes.
 """
+
+from __future__ import annotations
 
 import json
 import logging
@@ -9,7 +11,9 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -21,21 +25,26 @@ from training_reftr.settings import TrainingSettings
 from training_reftr.visualization import draw_validation_images
 
 
+if TYPE_CHECKING:
+    from training_reftr.checkpoints import TrainingState
+    from training_reftr.run import Run
+
+
 logger = logging.getLogger(__name__)
 
 
 class Tracking:
     """
-    Where the figures of a run go: `metrics.jsonl` in its folder (a line a record: `{"step", "epoch", "time", ...}`, in
-    seconds since 1970), the log, and the trackers of accelerate that `trackers` names.
+    Write the metrics of a run to `metrics.jsonl` in its folder (one record per line: `{"step", "epoch", "time", ...}`,
+    with the time in seconds since 1970), to the log, and to the trackers of accelerate that `trackers` names.
 
     Args:
-        settings: the run's settings.
-        accelerator (`Accelerator`): made by `log_with` of `settings.tracking.tracker_names`.
-        state (`TrainingState`): where the run is; what was written of later steps, before a crash, is taken out.
+        settings ([`TrainingSettings`]): settings of the run.
+        accelerator (`Accelerator`): accelerator built with `log_with` of `settings.tracking.tracker_names`.
+        state (`TrainingState`): progress of the run; records of later steps, written before a crash, are removed.
     """
 
-    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, state) -> None:
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, state: TrainingState) -> None:
         self.accelerator = accelerator
         self.settings = settings
         self.path = settings.checkpoints.folder.log
@@ -50,20 +59,20 @@ class Tracking:
                 for key, value in settings.to_flat().items()
             }
             accelerator.init_trackers("reftr", config=config, init_kwargs=tracker_settings(name, state))
-        # last, so that a log is not touched by a run that does not start
+        # Do this last, so that a run that fails to start does not modify the log.
         keep_until(self.path, state.step)
 
     def restart_clock(self) -> None:
-        """Measure speed from now on."""
-        self.start, self.num_updates, self.num_expressions = time.perf_counter(), 0, 0
+        """Restart the measurement of throughput."""
+        self.start, self.num_steps, self.num_expressions = time.perf_counter(), 0, 0
 
-    def log_step(self, run, losses: dict, num_expressions: int) -> None:
+    def log_step(self, run: Run, losses: dict[str, torch.Tensor], num_expressions: int) -> None:
         """
-        Losses, the gradient's norm and the rates of an update, and the speed since the last that was written: one of
-        `log_every`, and the last.
+        Log losses, gradient norm and learning rates of an optimizer step, and the throughput since the last record,
+        every `log_every` steps and at the last step.
         """
         state = run.state
-        self.num_updates += 1
+        self.num_steps += 1
         self.num_expressions += num_expressions
         if state.step % self.settings.tracking.log_every and not run.is_at_last_step:
             return
@@ -72,7 +81,7 @@ class Tracking:
         speeds = {
             "learning_rate": max(run.scheduler.get_last_lr()),
             "expressions_per_second": self.num_expressions / seconds,
-            "seconds_per_update": seconds / self.num_updates,
+            "seconds_per_update": seconds / self.num_steps,
             "memory_gb": memory_in_use(self.accelerator.device),
         }
         parts = " ".join(f"{name}={value:.6f}" for name, value in values.items())
@@ -84,22 +93,24 @@ class Tracking:
         self.write(state, {f"train/{name}": value for name, value in (values | speeds).items()})
         self.restart_clock()
 
-    def log_evaluation(self, state, split: str, metrics: dict, records: list[dict], rows) -> None:
-        """Figures of a validation; trackers get pictures of some of its answers as well."""
-        figures = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        text = " ".join(f"{name}={value:.3f}" for name, value in figures.items() if isinstance(value, float))
+    def log_evaluation(
+        self, state: TrainingState, split: str, metrics: dict, records: list[dict], rows: datasets.Dataset
+    ) -> None:
+        """Log the metrics of a validation, and images of some predictions to trackers."""
+        values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        text = " ".join(f"{name}={value:.3f}" for name, value in values.items() if isinstance(value, float))
         logger.info(f"step {state.step} {split} of {metrics['num_phrases']} phrases: {text}")
-        self.write(state, {f"{split}/{name}": value for name, value in figures.items()})
+        self.write(state, {f"{split}/{name}": value for name, value in values.items()})
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
         if trackers and self.settings.evaluation.num_pictures and self.accelerator.is_main_process:
-            picture = draw_validation_images(records, rows, self.settings.evaluation.num_pictures)
-            for tracker in trackers if picture else []:
+            image = draw_validation_images(records, rows, self.settings.evaluation.num_pictures)
+            for tracker in trackers if image else []:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({f"{split}/predictions": np.asarray(picture)[None]}, step=state.step, **layout)
-        self.restart_clock()  # an evaluation is no time of training
+                tracker.log_images({f"{split}/predictions": np.asarray(image)[None]}, step=state.step, **layout)
+        self.restart_clock()  # exclude evaluation from throughput
 
-    def write(self, state, values: dict) -> None:
-        """A record for all places but the log."""
+    def write(self, state: TrainingState, values: dict) -> None:
+        """Write a record to metrics.jsonl and the trackers."""
         if not self.accelerator.is_main_process:
             return
         with open(self.path, "a") as file:
@@ -108,8 +119,8 @@ class Tracking:
         self.accelerator.log(values, step=state.step)
 
 
-def tracker_settings(name: str, state) -> dict:
-    """What each tracker is to know, so that a run that goes on after a crash stays one run there."""
+def tracker_settings(name: str, state: TrainingState) -> dict:
+    """Return the arguments of each tracker with which a resumed run continues as one run."""
     return {
         "tensorboard": {"purge_step": state.step + 1},
         "wandb": {"name": name, "id": state.run_id, "resume": "allow"},
@@ -119,8 +130,8 @@ def tracker_settings(name: str, state) -> dict:
 
 def keep_until(path: Path, step: int) -> None:
     """
-    Take the records of later steps out of a metrics.jsonl, and lines that are not records, each with a warning. Where
-    these are more than a last line that was cut, the file as it was is kept beside it.
+    Remove records of later steps from a metrics.jsonl, and malformed lines with a warning. If more than an incomplete
+    last line is malformed, keep a copy of the file.
     """
     if not path.exists():
         return
@@ -144,7 +155,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Gigabytes: the most that was allocated on the GPU, or what the process holds now (0 where that is not Linux)."""
+    """Return the peak memory of the GPU, or the resident memory of the process (0 if not on Linux), in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

@@ -23,6 +23,7 @@ from training_reftr.checkpoints import (
     find_latest_valid_checkpoint,
     load_optimizer,
     load_state,
+    rename_later,
     save_checkpoint,
 )
 from training_reftr.settings import CheckpointSettings
@@ -154,6 +155,7 @@ def test_latest_valid_checkpoint_skips_damaged_ones_and_loses_none(run_folder, c
             shutil.copytree(latest.with_name(f"{latest.name}.damaged"), latest)
         change_state(latest, **changes)
         assert find_latest_valid_checkpoint(run_folder) == before
+        rename_later(run_folder, before)
     assert "which adds the field 'later'" in caplog.text
     names = {path.name for path in before.parent.iterdir()}
     assert names == {before.name, f"{latest.name}.damaged", f"{latest.name}.damaged1"}
