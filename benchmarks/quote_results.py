@@ -79,7 +79,7 @@ def table_of_newcomer(results: dict) -> str:
     lines = [f"| minutes | {' | '.join(seconds)} |", "|---" * (len(seconds) + 1) + "|"]
     lines.append("| | " + " | ".join(f"{value / 60:.1f}" for value in seconds.values()) + " |")
     answers = " and ".join(f"{answer['iou']:.2f}" for answer in results["answers"])
-    drawn = "in a picture of 320 x 200, where the demo has seen squares alone"
+    drawn = "in an image of 320 x 200, where the demo has seen squares alone"
     return "\n".join([*lines, "", f"Boxes' IoU with what was drawn, {drawn}: {answers}. On {machine['cores']} cores."])
 
 

@@ -28,7 +28,7 @@ from training_reftr.tokenizer_training import train_tokenizer
 
 PICTURES = 6
 QUESTIONS = ("the person left of the bus\nthe bus", "the red car\nthe tree behind it")
-GOALS = {"first question": 3.0, "second question on the same picture": 1.0}
+GOALS = {"first question": 3.0, "second question on the same image": 1.0}
 
 
 def save_model(folder: Path):
@@ -74,7 +74,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
         first, *others = save_pictures(folder)
         times = {"first question of all": [seconds(client, first, QUESTIONS[0])]}
         times["first question"] = [seconds(client, path, QUESTIONS[0]) for path in others]
-        times["second question on the same picture"] = [seconds(client, path, QUESTIONS[1]) for path in others]
+        times["second question on the same image"] = [seconds(client, path, QUESTIONS[1]) for path in others]
     finally:
         process.terminate()
         process.wait()

@@ -228,11 +228,11 @@ def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]
 
 def one_picture(count: int) -> tuple[str, dict, dict]:
     """
-    A name, and both sides' inputs for one picture of 640 x 480 and `count` expressions, each a picture of its own in
+    A name, and both sides' inputs for one image of 640 x 480 and `count` expressions, each a picture of its own in
     the published pattern.
     """
     picture, texts = torch.randn(3, *SIZES[0], generator=torch.Generator().manual_seed(1)), make_texts(count)
-    name = f"one picture, {count} expression{'s' * (count > 1)}"
+    name = f"one image, {count} expression{'s' * (count > 1)}"
     return name, collate([picture], texts, [0] * count), collate([picture] * count, texts, None, width=40)
 
 
@@ -418,7 +418,7 @@ def preparation(device: str, rounds: int) -> list[Row]:
     if "published, pictures a second" not in found:
         raise ValueError("The published steps need OpenCV: pip install opencv-python-headless.")
     ours, published = ([1 / found[f"{side}, pictures a second"]] for side in ("rows", "published"))
-    return [Row("JPEG file to batch, one core", "seconds a picture", ours, published, {})]
+    return [Row("JPEG file to batch, one core", "seconds per image", ours, published, {})]
 
 
 def loading(device: str, rounds: int) -> list[Row]:

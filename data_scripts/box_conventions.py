@@ -204,7 +204,7 @@ def judge_boxes(
     candidates = [(other, unit) for other in (*LAYOUTS, EXCHANGED) if other != layout]
     if wrong >= SUSPECTED_UNIT_SHARE:
         limits = {"pixels": np.inf, "fraction": LIMITS["fraction"], "thousand": LIMITS["thousand"]}
-        # fractions over 1 are slips, if they are no numbers of another size altogether, see `find_unit`
+        # fractions over 1 are slips, if they are not of another magnitude altogether, see `find_unit`
         others = [other for other in UNITS if unit not in (other, "fraction") and boxes.max() <= limits[other]]
         least = REACH_OF_MISFITS if len(boxes) >= MANY_BOXES else REACH_OF_FEW
         candidates += [

@@ -345,7 +345,7 @@ def image_id_of(value: dict) -> str:
     """Return the image id of a line, by default the path of its image."""
     image_id = value.get("image_id", value["image"])
     number = isinstance(image_id, int) and not isinstance(image_id, bool)
-    require(number or (isinstance(image_id, str) and image_id.strip()), "image_id", image_id, "text or a whole number")
+    require(number or (isinstance(image_id, str) and image_id.strip()), "image_id", image_id, "text or an integer")
     return str(image_id)
 
 
@@ -354,7 +354,7 @@ def annotated_size(value: dict) -> tuple[int, int] | None:
     if "width" not in value and "height" not in value:
         return None
     size = (value.get("width"), value.get("height"))
-    require(all(type(side) is int for side in size), "width, height", size, "two whole numbers")
+    require(all(type(side) is int for side in size), "width, height", size, "two integers")
     return size
 
 

@@ -13,7 +13,7 @@ MISSING = object()
 
 
 def is_whole(value: Any) -> bool:
-    """Return whether it is a whole number of 64 bits, and not true or false."""
+    """Return whether it is a 64-bit integer, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
@@ -23,10 +23,10 @@ def is_list(value: Any) -> bool:
 
 
 # (description of the expected value, predicate)
-WHOLE: Kind = ("a whole number", is_whole)
-WHOLE_OR_ABSENT: Kind = ("a whole number", lambda value: value is None or value is MISSING or is_whole(value))
+WHOLE: Kind = ("an integer", is_whole)
+WHOLE_OR_ABSENT: Kind = ("an integer", lambda value: value is None or value is MISSING or is_whole(value))
 DIGITS_OR_NONE: Kind = (
-    "a whole number, perhaps as text, or null",
+    "an integer, also as text, or null",
     lambda value: value is None or is_whole(value) or (isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value)),
 )
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
@@ -57,7 +57,7 @@ def check_fields(record: Any, kinds: dict[str, Kind], where: str) -> None:
 
     >>> check_fields({"id": [7]}, {"id": WHOLE}, "'instances.json', image 0")
     Traceback (most recent call last):
-    ValueError: 'instances.json', image 0 has id=[7]; expected a whole number.
+    ValueError: 'instances.json', image 0 has id=[7]; expected an integer.
 
     ```"""
     if not isinstance(record, dict):

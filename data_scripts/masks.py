@@ -53,7 +53,7 @@ def check_counts(counts: str | list[int], height: int, width: int) -> list[int]:
     is_size = all(type(side) is int and side > 0 for side in (height, width))
     if not is_size or height * width > MAX_PIXELS:
         raise ValueError(
-            f"its size is [{quote(height)}, {quote(width)}]; expected [height, width] of whole numbers, with at most "
+            f"its size is [{quote(height)}, {quote(width)}]; expected [height, width] of integers, with at most "
             f"{MAX_PIXELS:,} pixels"
         )
     lengths = uncompress_counts(counts) if isinstance(counts, str) else counts

@@ -22,7 +22,7 @@ from .quoting import explain, quote
 
 # keys of dicts and entries of sets: hashing them takes no time
 KEY_TYPES = (str, int, float, bool, bytes, type(None))
-MAX_KEY = 2**60  # of whole numbers: larger ones can be made to share one hash
+MAX_KEY = 2**60  # of integers: larger ones can be made to share one hash
 MAX_DEPTH = 100
 UNUSED_OPCODES = (  # they call classes, or require buffers of the caller
     *(pickle.INST + pickle.OBJ + pickle.NEWOBJ + pickle.NEWOBJ_EX + pickle.EXT1 + pickle.EXT2 + pickle.EXT4),

@@ -15,7 +15,7 @@ from data_scripts.pickles import BoundedUnpickler, refuse_packed
 from data_scripts.quoting import explain, quote
 
 
-MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # of files of torch.save before 1.6, which are no zip files
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # of files of torch.save before 1.6, which are not zip files
 ITEM_SIZES = {
     "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1,
     "Bool": 1, "ComplexFloat": 8, "ComplexDouble": 16,

@@ -257,7 +257,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if it is no such file, is damaged, claims more than its size can hold, or asks for anything but
+        ValueError: if it is not such a file, is damaged, claims more than its size can hold, or asks for anything but
             tensors, numbers, text, and the settings (`argparse.Namespace`) and NumPy values of a published checkpoint.
     """
     path = Path(path)
@@ -547,7 +547,7 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
         `Path`: the file.
 
     Raises:
-        OSError: if the folder is no model of ours, or the file is there already.
+        OSError: if the folder is not a saved RefTR, or the file exists.
         ValueError: if its weights are not complete or not finite, or the published code cannot build such a model.
     """
     folder, output = Path(model), Path(output)

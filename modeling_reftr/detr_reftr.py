@@ -124,7 +124,7 @@ def init_from_detr(model: RefTRPreTrainedModel, source: str | os.PathLike) -> DE
 
     Raises:
         OSError: if there is nothing at `source`.
-        ValueError: if it is no DETR, is refused (see `read_weights`), or does not fit the model; the model is as
+        ValueError: if it is not a DETR, is refused (see `read_weights`), or does not fit the model; the model is as
             before then.
     """
     base = model.base_model
@@ -138,7 +138,7 @@ def init_from_detr(model: RefTRPreTrainedModel, source: str | os.PathLike) -> DE
     for pattern, part in ((DETR_BACKBONE, "image backbone"), (DETR_ENCODER, "encoder")):
         if not any(pattern.fullmatch(key) for key in taken):
             raise ValueError(
-                f"{source} is no DETR: no key is of an {part}, the first key is {quote(next(iter(weights), None))}."
+                f"{source} is not a DETR: no key is of an {part}, the first key is {quote(next(iter(weights), None))}."
             )
     expected, own_names = {}, {}
     for name, value in base.state_dict().items():

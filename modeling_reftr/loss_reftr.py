@@ -132,7 +132,7 @@ def mask_losses(
         phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
         labels (`list[dict]` of length `S`): `masks` (P or fewer, *size), True where the phrase is; or none.
         num_sentences (`int` or `torch.Tensor`): sentences in the global batch.
-        size (`(height, width)`): of the padded pictures.
+        size (`(height, width)`): of the padded images.
         pixel_mask (`torch.Tensor` of shape `(S, *size)`, *optional*):
             Nonzero for the pixels that count; absent: all, padding as background.
 
@@ -140,7 +140,7 @@ def mask_losses(
         `dict[str, torch.Tensor]`: `loss_mask` (focal, mean over pixels) and `loss_dice`, each of shape ().
 
     Raises:
-        ValueError: if masks are not of the padded picture's size, or more than the sentence has slots.
+        ValueError: if masks are not of the padded image's size, or more than the sentence has slots.
 
     Example:
 
@@ -163,7 +163,7 @@ def mask_losses(
         if masks.ndim != 3 or masks.shape[1:] != tuple(size) or len(masks) > pred_masks.shape[1]:
             raise ValueError(
                 f"labels[{index}]['masks'] has shape {tuple(masks.shape)}, expected (phrases, {size[0]}, {size[1]}), "
-                f"the size of the padded picture, with at most {pred_masks.shape[1]} phrases."
+                f"the size of the padded image, with at most {pred_masks.shape[1]} phrases."
             )
         logits.append(pred_masks[index, : len(masks)])
         targets.append(masks.to(pred_masks.device).bool())
@@ -213,7 +213,7 @@ def grounding_loss(
         config (`RefTRConfig`): the losses' weights.
         auxiliary_outputs (`list[dict]`, *optional*): `pred_boxes` of each earlier decoder layer.
         pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`, *optional*): logits.
-        pixel_mask (`torch.Tensor` of shape `(I, H, W)`, with `pred_masks`): 1 for the picture, 0 for padding.
+        pixel_mask (`torch.Tensor` of shape `(I, H, W)`, with `pred_masks`): 1 for the image, 0 for padding.
         image_index (`torch.Tensor` of shape `(S,)`, *optional*): the image of each sentence; absent: in order.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S): sentences in the global batch.
 

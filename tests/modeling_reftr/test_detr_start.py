@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_named_and_nothing_changed(overrides, message, orig
 def test_what_is_no_detr_is_refused(tmp_path):
     model = make_model()
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
-    with pytest.raises(ValueError, match="is no DETR: no key is of an image backbone, the first key is 'weight'"):
+    with pytest.raises(ValueError, match="is not a DETR: no key is of an image backbone, the first key is 'weight'"):
         init_from_detr(model, tmp_path / "linear.pth")
     torch.save({"backbone.0.body.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "half.pth")
     with pytest.raises(ValueError, match="no key is of an encoder"):
