@@ -218,7 +218,7 @@ class RefCoco(GroundingBuilder):
 
     def find_image_paths(self, images: list[dict]) -> dict[int, str]:
         """Return the path of each image by its id, whether or not the file exists."""
-        if self.image_source == "coco":  # the refs' own file_name has a number at its end and is not the name of a file
+        if self.image_source == "coco":  # the refs' own file_name ends with a number and is not a file
             names = {image["id"]: (f"COCO_train2014_{image['id']:012d}.jpg",) for image in images}
         else:
             names = {image["id"]: (image["file_name"], Path(image["file_name"]).name) for image in images}

@@ -283,7 +283,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
             raise ValueError(f"{quote(key)} in {path} is not a dense floating-point tensor, as weights are.")
     if sum(value.nbytes for value in weights.values()) > path.stat().st_size:
-        raise ValueError(f"The tensors of {path} are larger than the file: they lie over each other, weights do not.")
+        raise ValueError(f"The tensors of {path} are larger than the file, so they overlap, which weights do not.")
     return weights
 
 

@@ -27,7 +27,7 @@ __all__ = [
 
 def recalls(merged_ious: list[float], any_box_ious: list[float]) -> dict[str, float]:
     """
-    Recall of the one answer, where objects have several boxes; two protocols whose figures do not compare:
+    Return the recall of one box for objects with several boxes, by two protocols that are not comparable:
     `merged_box_recall@1` (RefTR, TransVG: IoU strictly over 0.5 with the union of the boxes) and `any_box_recall@1`
     (Kosmos-2, Grounding DINO: with any one of them).
 
