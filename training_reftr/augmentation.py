@@ -42,7 +42,7 @@ MAX_CUT = 0.2  # of a side, from each of its ends
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
@@ -195,7 +195,7 @@ def mirror(sample: Sample) -> Sample | None:
 
 
 def mirror_sentence(sentence: dict) -> dict | None:
-    """A sentence of the schema with its directions swapped and its phrases at their new places, or None."""
+    """Return a sentence with its directions swapped and its phrases at their new offsets, or None."""
     words = mirrored_words(sentence["text"])
     if words is None:
         return None
@@ -279,7 +279,7 @@ def split_words(pieces: list[str]) -> list[str]:
 
 
 def match_capitals(word: str, model: str) -> str:
-    """A word with the capitals of another: all, the first, or none."""
+    """Return a word with the capitalization of another: all letters, the first, or none."""
     if model.isupper():
         return word.upper()
     return word.capitalize() if model[0].isupper() else word

@@ -1,4 +1,4 @@
-"""What a run says of itself at its beginning and at its end. Nothing here holds a collective."""
+"""Summaries of a run at its start and at its end. Nothing here is a collective."""
 
 import logging
 import os

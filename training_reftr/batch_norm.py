@@ -1,4 +1,4 @@
-"""Batch norm over the global batch of all processes. Its forward holds a collective in training."""
+"""Batch norm over the global batch of all processes. Its forward is a collective in training."""
 
 import torch
 from torch import distributed, nn
@@ -28,7 +28,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` by the statistics of all processes in training, for CPUs, which `nn.SyncBatchNorm` refuses."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, channels, height, width) -> the same, normalized."""
+        """Normalize a tensor of shape (N, channels, height, width)."""
         if not self.training:
             return super().forward(input)
         values = input.float()

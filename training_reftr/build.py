@@ -183,7 +183,7 @@ def load_weights(
 def new_model(
     settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset
 ) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
-    """A model as `model` and `init_text` say, with random weights, and its processor."""
+    """Return a model with random weights as `model` and `init_text` configure it, and its processor."""
     initialization = settings.initialization
     fields = dict(initialization.model)
     if initialization.init_text is not None:
@@ -213,7 +213,7 @@ def new_model(
 
 def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a folder or Hub id.
+    Return the tokenizer of a folder or Hub id.
 
     Raises:
         OSError: if there is none. (transformers makes one without words, where only a model's config.json is found.)
@@ -234,7 +234,7 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def text_config_of(source: str, changes: dict) -> dict:
     """
-    The configuration of a pretrained text model, with changes of what its weights leave open (dropout).
+    Return the configuration of a pretrained text model, with changes that do not affect its weights (dropout).
 
     Raises:
         OSError: if there is none.
@@ -340,7 +340,7 @@ def load_image_backbone(model: RefTRForVisualGrounding, source: str) -> None:
 
 def fetch_from_timm(config: PreTrainedConfig) -> tuple[str, Path]:
     """
-    The Hub id and the file of the weights that timm has for a backbone.
+    Return the Hub id and the weights file of a timm backbone.
 
     Raises:
         OSError: if the Hub does not give it.
@@ -355,7 +355,7 @@ def fetch_from_timm(config: PreTrainedConfig) -> tuple[str, Path]:
 
 def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
     """
-    A loaded configuration with other values of its own fields.
+    Return a loaded configuration with changed values.
 
     Raises:
         ValueError: if a change is about a backbone, whose weights are what they are.

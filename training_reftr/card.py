@@ -198,7 +198,7 @@ def read_facts(folder: Path) -> dict:
 
 
 def best_validation(path: Path, split: str) -> dict:
-    """The record of a run's metrics.jsonl with the best validation so far, by masks where there are masks."""
+    """Return the record of the best validation in a run's metrics.jsonl, by masks if there are any."""
     if not path.is_file():
         return {}
     records = [record for _, _, record in read_json_lines(path) if isinstance(record, dict)]
@@ -298,7 +298,7 @@ def is_hub_id(start: str) -> bool:
 
 
 def make_eval_results(facts: dict) -> list[EvalResultEntry]:
-    """The figures as `.eval_results/` has them, where the recipe names the set's Hub id."""
+    """Return the metrics in the format of `.eval_results/` if the recipe names the dataset's Hub id."""
     hub_dataset = facts["recipe"].get("hub_dataset")
     if not hub_dataset:
         return []
@@ -313,13 +313,13 @@ def make_eval_results(facts: dict) -> list[EvalResultEntry]:
 
 
 def pretty_name(dataset: str) -> str:
-    """What people call a set, or sets joined by commas."""
+    """Return the display name of a dataset, or of several joined by commas."""
     titles = {name: title for title, names in NAMES_OF_SETS.items() for name in names}
     return ", ".join(titles.get(name.strip(), name.strip()) for name in dataset.split(","))
 
 
 def describe_training(facts: dict) -> str:
-    """Data, starting weights, and what they may have seen of the held-out pictures."""
+    """Describe the data, the starting weights, and which held-out images they may have seen."""
     recipe, origin = facts["recipe"], facts["origin"]
     if origin:
         lines = [
@@ -363,7 +363,7 @@ def describe_start(recipe: dict) -> str:
 
 
 def leak_warnings(recipe: dict) -> list[str]:
-    """What the starting weights, or the training, may have seen of the pictures that figures are measured on."""
+    """Describe which evaluated images the starting weights or the training may have seen."""
     warnings = []
     if has_coco_images(recipe["dataset"]) and (recipe.get("init_detr") or recipe.get("init_from")):
         warnings.append(

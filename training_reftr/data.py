@@ -215,7 +215,7 @@ class GuardedDataset(Dataset):
         self.dataset = dataset
 
     def __getitems__(self, indices: list) -> list | Failure:
-        """The samples of a batch."""
+        """Return the samples of a batch."""
         try:
             return [self.dataset[index] for index in indices]
         except (ValueError, OSError) as error:
@@ -229,7 +229,7 @@ class GuardedCollator:
         self.collate_fn = collate_fn
 
     def __call__(self, samples: list | Failure) -> dict | Failure:
-        """The batch of samples."""
+        """Collate samples into a batch."""
         if isinstance(samples, Failure):
             return samples
         try:
@@ -374,7 +374,7 @@ class TrainingData:
 
     def batches(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> Iterator[dict]:
         """
-        The batches still to come in an epoch, as `GroundingCollator` gives them; asking for them ends those of an
+        Yield the batches left in an epoch, as `GroundingCollator` gives them; asking for them ends those of an
         earlier call.
 
         Args:
@@ -462,13 +462,13 @@ class EvaluationData:
         )
 
     def batches(self, split: str) -> SampleLoader:
-        """This process's batches of a split. Asking for those of another one ends it."""
+        """Yield the batches of this process of a split. Starting another split ends the iteration."""
         self.sampler.split = split
         return self.loader
 
 
 def move(batch: dict, device: torch.device) -> dict:
-    """The model's inputs of a batch on a device; targets are for the metrics and stay."""
+    """Move the model inputs of a batch to a device; drop the targets, which metrics use."""
     # on a GPU the batch is in pinned memory, and the host goes on while it is copied
     is_pinned = torch.device(device).type == "cuda"
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+import datasets
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -14,7 +15,7 @@ from training_reftr.resuming import refuse_changes
 from training_reftr.settings import TrainingSettings
 
 
-NUM_UPDATES = 4  # the first ones are slower than the rest
+NUM_STEPS = 4  # the first ones are slower than the rest
 
 
 @contextlib.contextmanager
@@ -22,8 +23,8 @@ def limited(
     settings: TrainingSettings, rows: dict, accelerator: Accelerator
 ) -> Iterator[tuple[TrainingSettings, dict]]:
     """
-    The settings and rows of a run; with `dry_run` those of its rehearsal: a few updates, a batch of evaluation a
-    split, a folder that is deleted at the end. A rehearsal starts anew, and refuses what `resume` would refuse.
+    Yield the settings and rows of a run. With `dry_run`, limit them to a few optimizer steps and one evaluation batch
+    per split, in a folder that is deleted at the end. A dry run does not resume, but validates `resume`.
 
     Raises:
         OSError, ValueError: see `find_checkpoint` and `with_model_of`.
@@ -37,7 +38,7 @@ def limited(
     broadcast_object_list(folder)
     settings = settings.replace(
         output_dir=folder[0],
-        max_steps=NUM_UPDATES,
+        max_steps=NUM_STEPS,
         log_every=1,
         resume=None,
         trackers="none",
@@ -53,12 +54,14 @@ def limited(
             shutil.rmtree(folder[0], ignore_errors=True)
 
 
-def _first(rows, count: int):
+def _first(
+    rows: datasets.Dataset | datasets.IterableDataset, count: int
+) -> datasets.Dataset | datasets.IterableDataset:
     return rows.take(count) if not hasattr(rows, "select") else rows.select(range(min(count, len(rows))))
 
 
 def estimate(settings: TrainingSettings) -> str:
-    """What a rehearsal tells about the run."""
+    """Return the estimated duration and memory of a run after its dry run."""
     lines = [json.loads(line) for line in settings.checkpoints.folder.log.read_text().splitlines()]
     last = [line for line in lines if "train/seconds_per_update" in line][-1]
     steps = load_state(checkpoints_of(settings.checkpoints.output_dir)[0]).steps_per_epoch

@@ -103,7 +103,7 @@ def commit_files(files: dict[str, Path | bytes], repository: str, kind: str, pat
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong and what to do, in sentences."""
+    """Return an explanation of an error and its remedy."""
     reason = " ".join(str(error).split()) or type(error).__name__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status in (401, 403):
@@ -138,7 +138,7 @@ def check_uploaded(files: dict[str, Path | bytes], repository: str, kind: str, c
 
 
 def select_files(folder: Path, patterns: list[str] | None) -> list[str]:
-    """The files of a folder that an upload takes, relative to it."""
+    """Return the files of a folder to upload, relative to it."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return [path for path in paths if is_selected(path, patterns)]
 

@@ -1,4 +1,4 @@
-"""How this process was started, to say how to continue. Nothing here holds a collective."""
+"""The command that started this process, and the one that resumes it. Nothing here is a collective."""
 
 import os
 import shlex
@@ -10,7 +10,7 @@ LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "torch.distribut
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for all ranks, also before they have found each other."""
+    """Return whether this is the main rank, also before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -19,7 +19,7 @@ def resume_command(argv: list[str]) -> str:
     Return the command that continues a run: the one that started it, launcher included, with `--resume auto`.
 
     Args:
-        argv (`list[str]`): the settings as they were given.
+        argv (`list[str]`): arguments of the command line.
 
     Example:
 
@@ -34,7 +34,7 @@ def resume_command(argv: list[str]) -> str:
 
 
 def without_resume(argv: list[str]) -> list[str]:
-    """Return settings without `--resume` and its value."""
+    """Return arguments without `--resume` and its value."""
     kept, is_value = [], False
     for word in argv:
         if is_value and not word.startswith("--"):
@@ -47,7 +47,7 @@ def without_resume(argv: list[str]) -> list[str]:
 
 
 def command_before(argv: list[str]) -> list[str]:
-    """Return the words in front of the settings, as they were typed."""
+    """Return the part of the command in front of the arguments, as it was typed."""
     command = sys.orig_argv
     if command[len(command) - len(argv) :] != list(argv) or "-c" in command[:2]:
         return ["python", "train_reftr.py"]

@@ -116,13 +116,13 @@ def is_published(dataset: str) -> bool:
 
 
 def dataset_and_split(dataset: str, split: str) -> tuple[str, str]:
-    """The set that a split is of, and its name there: splits of joined sets are called "set/split"."""
+    """Return the dataset and the name of a split; splits of joined datasets are called "dataset/split"."""
     return tuple(split.split("/", 1)) if "/" in split else (dataset, split)
 
 
 def comparable_results(dataset: str, split: str) -> list[PublishedResult]:
     """
-    Published results on exactly this split of exactly this set.
+    Return the published results on exactly this split of this dataset.
 
     Args:
         dataset (`str`): a name of `data_scripts`, or several joined by commas.
@@ -144,5 +144,5 @@ def comparable_results(dataset: str, split: str) -> list[PublishedResult]:
 
 
 def has_coco_images(dataset: str) -> bool:
-    """Whether the held-out pictures of a set, or of one of several joined by commas, are from COCO's train2014."""
+    """Return whether held-out images of a dataset, or of one joined by commas, are from COCO's train2014."""
     return any(name.strip().startswith(COCO_SETS) for name in dataset.split(","))

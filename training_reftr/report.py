@@ -1,6 +1,5 @@
 """
-What an evaluation leaves for people and for programs. All processes call `report` together, which evaluates; the other
-functions write what they are given.
+The report of an evaluation, for people and for programs. `report` is a collective: all processes call it.
 """
 
 import json
@@ -64,10 +63,10 @@ CONTROLS = {"constant_box": "best constant box", "swapped_expressions": "express
 
 def select_splits(rows: dict, data: DataSettings) -> dict[str, datasets.Dataset]:
     """
-    The splits that `test_splits` names, "testA,testB".
+    Return the splits that `test_splits` names, "testA,testB".
 
     Raises:
-        ValueError: if it names none, one that is not there, or one without rows.
+        ValueError: if it names no split, a missing split, or one without rows.
     """
     names = list(dict.fromkeys(name.strip() for name in data.test_splits.split(",") if name.strip()))
     if not names:
@@ -149,9 +148,9 @@ def save_example(row: dict, path: Path) -> dict:
 
 
 def has_integer_boxes(split: str, data: DataSettings) -> bool:
-    """Whether the flags of the set that a split is of cut its boxes to whole pixels."""
+    """Return whether the flags of a split's dataset truncate its boxes to whole pixels."""
     flags = data.dataset_config
-    if "/" in split:  # of joined sets, which have flags each
+    if "/" in split:  # joined datasets have flags of their own
         flags = flags.get(dataset_and_split(data.dataset, split)[0], {})
     return bool(flags.get("integer_boxes", False))
 
@@ -191,15 +190,18 @@ def count_targets(rows: datasets.Dataset, records: list[dict], split: str) -> di
 
 
 def find_training_rows(rows: dict, data: DataSettings) -> datasets.Dataset | None:
-    """The rows of `train_split` ("train+val" for two), or None where they are not there or streamed."""
+    """Return the rows of `train_split` ("train+val" for two), or None if they are missing or streamed."""
     parts = [rows.get(name) for name in data.train_split.split("+")]
     if not all(isinstance(part, datasets.Dataset) and len(part) for part in parts):
         return None
     return datasets.concatenate_datasets(parts)
 
 
-def controls(records: list[dict], training_rows, split: str, data: DataSettings) -> dict:
-    """Figures of answers that do not look, or do not read; one that cannot be had is left out, and the log says so."""
+def controls(records: list[dict], training_rows: datasets.Dataset | None, split: str, data: DataSettings) -> dict:
+    """
+    Return the metrics of blind baselines: a constant box ignores the image, shuffled expressions ignore the text. A
+    baseline that cannot be computed is left out with a warning.
+    """
     found = {}
     if training_rows is None:
         logger.warning(
@@ -232,13 +234,13 @@ def prediction(split: str, record: dict) -> dict:
 
 
 def format_report(metrics: dict) -> str:
-    """`report.md`: tables of every split, and what one must know to compare them."""
+    """Return the content of `report.md`: tables of every split, and the conditions to compare them under."""
     head = [f"# {for_markdown(metrics['dataset'])}", "", f"Model: {for_code(metrics['model'])}.", ""]
     return "\n".join([*head, *format_results(metrics, "##")]) + "\n"
 
 
 def format_results(metrics: dict, heading: str) -> list[str]:
-    """Tables of every split below headings of a level, "##", and what one must know to compare them."""
+    """Return tables of every split below headings of a level, "##", and the conditions to compare them under."""
     lines = ["A hit is an IoU over 0.5."]
     if any("mask_mean_iou" in values for values in metrics["splits"].values()):
         steps = "in two steps, as published" if metrics["two_step_masks"] else "once, from logits to the original size"
@@ -304,7 +306,7 @@ def format_targets(values: dict) -> list[str]:
 
 
 def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[str]:
-    """A Markdown table: a row for each entry that has all the columns, by their names in metrics.json."""
+    """Return a Markdown table with one row per entry that has all columns, keyed as in metrics.json."""
     lines = [f"| | {' | '.join(columns.values())} |", f"|---{'|---:' * len(columns)}|"]
     for label, values in entries.items():
         if columns.keys() <= values.keys():
@@ -314,7 +316,7 @@ def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[st
 
 
 def format_comparison(metrics: dict, heading: str) -> list[str]:
-    """Published figures of the same set, split and metric beside one's own, in percent, if there are any."""
+    """Return a table of the metrics beside published ones of the same dataset and split, in percent."""
     lines = []
     for split, values in metrics["splits"].items():
         for result in comparable_results(metrics["dataset"], split):
@@ -342,7 +344,7 @@ def format_comparison(metrics: dict, heading: str) -> list[str]:
 
 
 def format_table(metrics: dict) -> str:
-    """The figures of all splits as people read them in a terminal."""
+    """Return the metrics of all splits as a table for a terminal."""
     blocks = []
     for split, values in metrics["splits"].items():
         with_masks = "mask_mean_iou" in values

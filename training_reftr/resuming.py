@@ -1,6 +1,6 @@
 """
-What a run that resumes from a checkpoint may change: a checkpoint fixes the settings of `Scope.MODEL`; what the
-others change is said, and written down. Nothing here holds a collective.
+Settings that a resumed run may change: a checkpoint fixes those of `Scope.MODEL`; changes of others are logged and
+recorded. Nothing here is a collective.
 """
 
 import logging
@@ -10,7 +10,7 @@ from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRProcessor
 from training_reftr.arguments import merge
 from training_reftr.build import differences
-from training_reftr.checkpoints import load_state
+from training_reftr.checkpoints import TrainingState, load_state
 from training_reftr.settings import Scope, TrainingSettings, names_in_scope
 from training_reftr.sizes import describe_size, image_size_of, max_text_length_of
 
@@ -79,7 +79,7 @@ def refuse_changes(settings: TrainingSettings, checkpoint: Path | None) -> None:
         with_model_of(settings, config, processor, load_state(checkpoint).settings, checkpoint)
 
 
-def find_changes(state, settings: TrainingSettings, global_batch_size: int) -> list[str]:
+def find_changes(state: TrainingState, settings: TrainingSettings, global_batch_size: int) -> list[str]:
     """
     Return what differs from the run that wrote a checkpoint and changes what is learned, "learning_rate=0.1 (was
     0.01)".

@@ -1,4 +1,4 @@
-"""Sizes of images and texts that a processor brings and settings change. Nothing here holds a collective."""
+"""Sizes of images and texts that a processor brings and settings change. Nothing here is a collective."""
 
 import logging
 
@@ -43,7 +43,7 @@ def image_size_of(image_processor: RefTRImageProcessor) -> int | None:
 
 
 def describe_size(image_processor: RefTRImageProcessor) -> str:
-    """Return an image processor's size in words."""
+    """Return a description of an image processor's size."""
     return str({name: value for name, value in dict(image_processor.size).items() if value is not None})
 
 

@@ -124,12 +124,12 @@ def refuse_other_boxes(rows: dict, dataset: str) -> None:
         logger.warning(f"{dataset!r}: {judgement.message}.")
 
 
-def split_of(rows: dict, name: str):
+def split_of(rows: dict, name: str) -> datasets.Dataset | datasets.IterableDataset:
     """
-    The rows of a split, or of several: "train+val".
+    Return the rows of a split, or of several joined: "train+val".
 
     Raises:
-        ValueError: if there is no such split, naming those that there are.
+        ValueError: if there is no such split, naming the existing ones.
     """
     names = name.split("+")
     for part in names:
@@ -139,13 +139,13 @@ def split_of(rows: dict, name: str):
 
 
 def folders_of(data: DataSettings) -> dict:
-    """Where `data_scripts.load` finds and keeps files, unless the flags of a set say it."""
+    """Return the folders in which `data_scripts.load` finds and caches files, unless a dataset's flags set them."""
     return {"data_dir": data.data_dir, "cache_dir": data.data_cache_dir}
 
 
 def is_folder(dataset: str) -> bool:
     """
-    Whether it names a folder of Parquet files, not a set.
+    Return whether `dataset` is a folder of Parquet files, not the name of a dataset.
 
     Raises:
         OSError: if it is a path with no Parquet file in it.
@@ -163,14 +163,14 @@ def is_folder(dataset: str) -> bool:
 
 
 def join_sets(data: DataSettings) -> dict[str, datasets.Dataset]:
-    """The training splits of several sets joined, and each set's other splits by themselves."""
+    """Join the training splits of several datasets, and keep the other splits of each."""
     names = data.dataset.split(",")
     check_names(data.dataset_config, names, "dataset_config")
-    sets = {name: {**folders_of(data), **data.dataset_config.get(name, {})} for name in names}
-    splits = {name: data_scripts.load(name, **flags) for name, flags in sets.items()}
+    flags_of = {name: {**folders_of(data), **data.dataset_config.get(name, {})} for name in names}
+    splits = {name: data_scripts.load(name, **flags) for name, flags in flags_of.items()}
     training = data.train_split.split("+")
     rows = {
-        split: data_scripts.combine(list(sets.items()), split=split, trained=tuple(training)) for split in training
+        split: data_scripts.combine(list(flags_of.items()), split=split, trained=tuple(training)) for split in training
     }
     others = {
         f"{name}/{split}": part[split] for name, part in splits.items() for split in part if split not in training
@@ -179,7 +179,7 @@ def join_sets(data: DataSettings) -> dict[str, datasets.Dataset]:
 
 
 def stream_rows(data: DataSettings, eval_only: bool) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
-    """The training splits as streams, the others in memory."""
+    """Return the training splits as streams and the other splits in memory."""
     if is_folder(data.dataset):
         rows = stream_folder(data)
     elif "," in data.dataset:
@@ -205,8 +205,8 @@ def stream_rows(data: DataSettings, eval_only: bool) -> dict[str, datasets.Datas
 
 
 def in_memory(rows: datasets.IterableDataset) -> datasets.Dataset:
-    """All rows of a stream, pictures by their path or content."""
-    examples = list(rows)  # without any, a list does not tell its columns
+    """Read all rows of a stream into memory, images by their path or encoded content."""
+    examples = list(rows)  # an empty list would have no columns
     columns = {name: [example[name] for example in examples] for name in rows.features}
     rows = datasets.Dataset.from_dict(columns, features=rows.features)
     return rows.cast_column("image", datasets.Image())

@@ -1,6 +1,5 @@
 """
-Pictures of a model's answers. `draw_samples` runs the model, so every process calls it; the other functions draw what
-records say.
+Images of a model's predictions. `draw_samples` is a collective: all processes call it.
 """
 
 import copy
@@ -14,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
 from modeling_reftr.rle_reftr import from_coco_rle
 from training_reftr.data import GroundingCollator, move
@@ -25,15 +25,15 @@ PANEL_WIDTH = 480
 GAP = 8
 
 
-def draw_validation_images(records: list[dict], rows, num: int) -> Image.Image | None:
+def draw_validation_images(records: list[dict], rows: datasets.Dataset, num: int) -> Image.Image | None:
     """
-    A grid of the first pictures of a split with a sentence each, the kinds of expression in turn: predicted boxes and
-    masks in the colours of the words, true boxes in white. None where there is nothing to draw.
+    Draw a grid of the first images of a split with one sentence each, alternating between phrase types: predicted
+    boxes and masks in the colors of their phrases, target boxes in white. Return None if there is nothing to draw.
 
     Args:
-        records (`list[dict]`): what `evaluate` gives.
-        rows (`datasets.Dataset`): the split they are of.
-        num (`int`): pictures at most.
+        records (`list[dict]`): records of `evaluate`.
+        rows (`datasets.Dataset`): rows of the split.
+        num (`int`): maximum number of images.
     """
     sentences = defaultdict(list)
     for record in records:
@@ -43,23 +43,23 @@ def draw_validation_images(records: list[dict], rows, num: int) -> Image.Image |
         by_kind[group[0]["types"][0] if group[0]["types"] else ""].append(group)
     index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     undecoded = rows.cast_column("image", datasets.Image(decode=False))
-    used, pictures = set(), []
-    while len(pictures) < num and any(by_kind.values()):
+    used, images = set(), []
+    while len(images) < num and any(by_kind.values()):
         for kind in sorted(by_kind):
-            # one sentence a picture, while there are pictures
+            # Prefer images that are not drawn yet.
             fresh = (group for group in by_kind[kind] if group[0]["image_id"] not in used)
             group = next(fresh, None) or next(iter(by_kind[kind]), None)
-            if group is None or len(pictures) == num:
+            if group is None or len(images) == num:
                 continue
             by_kind[kind].remove(group)
             used.add(group[0]["image_id"])
             row = undecoded[index_of[group[0]["image_id"]]]
-            pictures.append(draw_sentence({**row, "image": Image.fromarray(read_row_image(row))}, group))
-    return make_grid(pictures, columns=4) if pictures else None
+            images.append(draw_sentence({**row, "image": Image.fromarray(read_row_image(row))}, group))
+    return make_grid(images, columns=4) if images else None
 
 
 def draw_sentence(row: dict, records: list[dict]) -> Image.Image:
-    """The answers to all phrases of a sentence in one picture."""
+    """Draw the predictions for all phrases of a sentence on one image."""
     return draw_answers(
         row["image"],
         [record["pred_box"] for record in records],
@@ -72,24 +72,30 @@ def draw_sentence(row: dict, records: list[dict]) -> Image.Image:
 
 @torch.no_grad()
 def draw_samples(
-    model, processor, rows, records: list[dict], num: int, folder: Path, accelerator: Accelerator
+    model: torch.nn.Module,
+    processor: RefTRProcessor,
+    rows: datasets.Dataset,
+    records: list[dict],
+    num: int,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> None:
     """
-    Phrases spread evenly over a split, a PNG each in `folder`: the answer, the truth, and where the last decoder layer
-    looks from the phrase, in `NUM_HEADS` of its heads. All processes call it, the main one writes.
+    Draw phrases spread evenly over a split, one PNG file per phrase in `folder`: the prediction, the target, and the
+    cross-attention of `NUM_HEADS` heads of the last decoder layer. A collective; the main process writes.
 
     Args:
-        records (`list[dict]`): what `evaluate` gives for `rows`.
-        num (`int`): phrases at most.
+        records (`list[dict]`): records of `evaluate` for `rows`.
+        num (`int`): maximum number of phrases.
     """
     model = copy.deepcopy(accelerator.unwrap_model(model)).eval()
-    model.set_attn_implementation({"": "eager"})  # the others do not tell where they look
+    model.set_attn_implementation({"": "eager"})  # the other implementations do not return attention weights
     index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
     undecoded = rows.cast_column("image", datasets.Image(decode=False))
     num = min(num, len(records))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.png"):  # of an earlier evaluation
+        for path in folder.glob("*.png"):  # left by an earlier evaluation
             path.unlink()
     for number in range(num):
         record = records[number * len(records) // num]
@@ -97,15 +103,17 @@ def draw_samples(
         row = {**row, "image": Image.fromarray(read_row_image(row))}
         maps = attend(model, processor, row, record, accelerator)
         if accelerator.is_main_process:
-            # a name has up to 255 bytes
+            # File names are limited to 255 bytes.
             name = re.sub(r"[^\w.+-]+", "_", f"{number:04d}_{record['sentence_id'][:60]}_{record['phrase']}")
             draw_sample(row, record, maps).save(folder / f"{name}.png")
 
 
-def attend(model, processor, row: dict, record: dict, accelerator: Accelerator) -> np.ndarray:
+def attend(
+    model: RefTRForVisualGrounding, processor: RefTRProcessor, row: dict, record: dict, accelerator: Accelerator
+) -> np.ndarray:
     """
-    The cross-attention of a phrase's query over the picture in the last decoder layer, (heads, h, w), without padding:
-    of each head the share of its attention that a cell gets; the rest goes to the words.
+    Return the cross-attention of a phrase's query to the image in the last decoder layer, of shape (heads, h, w)
+    without padding. The weights of a head sum to at most 1; the rest of its attention goes to the text.
     """
     sentence = find_sentence(row, record)
     inputs = move(GroundingCollator(processor)([{**row, "sentences": [sentence]}]), accelerator.device)
@@ -114,17 +122,17 @@ def attend(model, processor, row: dict, record: dict, accelerator: Accelerator) 
         outputs = model.model(**inputs, output_attentions=True)
     weights = outputs.cross_attentions[-1][0, :, record["phrase"], inputs["input_ids"].shape[1] :]
     weights = weights.unflatten(-1, outputs.feature_maps[-1].shape[-2:]).float().cpu().numpy()
-    is_picture = outputs.image_mask[0].unflatten(-1, weights.shape[-2:]).cpu().numpy()
-    return weights[:, is_picture.any(axis=1)][:, :, is_picture.any(axis=0)]
+    is_image = outputs.image_mask[0].unflatten(-1, weights.shape[-2:]).cpu().numpy()
+    return weights[:, is_image.any(axis=1)][:, :, is_image.any(axis=0)]
 
 
 def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
     """
-    A sheet about one phrase: answer and truth side by side, below them the heads' attention.
+    Draw one phrase: prediction and target side by side, the attention of the heads below.
 
     Args:
-        row (`dict`): of the split.
-        record (`dict`): of the phrase, see `evaluate`.
+        row (`dict`): row of the image.
+        record (`dict`): record of the phrase, see `evaluate`.
         maps (`np.ndarray` of shape `(heads, h, w)`): see `attend`.
     """
     sentence = find_sentence(row, record)["text"]
@@ -161,7 +169,7 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
 
 
 def heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
-    """A grey picture that is yellow where `weights` (h, w) are largest, red where they are half of that."""
+    """Color a gray image by `weights` (h, w): yellow at their maximum, red at half of it."""
     weights = weights / max(weights.max(), 1e-12)
     layer = Image.fromarray((weights * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     share = np.asarray(layer, dtype=np.float32)[..., None] / 255
@@ -172,10 +180,10 @@ def heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
 
 
 def find_sentence(row: dict, record: dict) -> dict:
-    """The sentence of a record in its row."""
+    """Return the sentence of a record in its row."""
     return next(sentence for sentence in row["sentences"] if sentence["sentence_id"] == record["sentence_id"])
 
 
 def decode(segmentation: dict | None) -> np.ndarray | None:
-    """A mask out of its run lengths, None where there is none."""
+    """Decode a mask from its run-length encoding; None stays None."""
     return None if segmentation is None else from_coco_rle(segmentation)
