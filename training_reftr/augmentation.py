@@ -1,26 +1,26 @@
 """
-Changes of pictures that keep what is said about them true. Nothing here holds a collective, and nothing draws from a
-random generator other than the one that it is given.
+Augmentations that keep texts, boxes and masks consistent with the image. Nothing here is a collective, and the given
+random generator is the only source of randomness.
 
 - `brightness`: HSV's V is multiplied by a factor between 0.5 and 1.5 and clipped.
-- `published`: the same. Settings turn it into `none` where the published loader leaves the images of a split as they
-  are, see `published_results.is_augmented_as_published`.
-- `strong`: the same, and of S as well; a crop that keeps every box whole; the longer side 0.8 to 1.2 of what it was;
-  and, one time of two, a mirrored picture where what is said can be mirrored with it.
+- `published`: the same. Settings turn it into `none` if the published loader does not augment the split,
+  see `published_results.is_augmented_as_published`.
+- `strong`: the same, and of S as well; a crop that keeps every box complete; the longer side scaled by 0.8 to 1.2;
+  and, with probability 0.5, a mirrored image if its texts can be mirrored.
 
 A mirrored English text has its directions swapped, in whole words and parts of hyphenated ones, with their capitals:
 left - right, leftmost - rightmost, lefthand, lefthanded, leftside, leftward(s), clockwise - counterclockwise
-(anticlockwise). A picture is not mirrored if one of its texts
+(anticlockwise). An image is not mirrored if one of its texts
 
 - has another word with "left" or "right" in it: bright, upright, leftover, copyright, a slip of the pen;
-- has "left" or "right" where it may be no direction: "two left", "has left", "left over", "right next to", "all
+- has "left" or "right" where it may not be a direction: "two left", "has left", "left over", "right next to", "all
   right" (`UNSURE_BEFORE`, `UNSURE_AFTER`), unless a word such as "the", "on" or "far" stands before it, or "of",
   "side", "hand" or "most" after it; or where it never is one: "the right angle" (`NEVER_AFTER`);
-- speaks of what can be read, or of what has a sense of rotation or a side of its own: digits other than ordinals
+- mentions something that can be read, or that has a sense of rotation or a side of its own: digits other than ordinals
   (2nd), single letters, quotation marks, "number", "letter", "word", "logo", "o'clock", "starboard", "east", ...
   (`READABLE`).
 
-Texts in other languages do not say by these words where left is: leave `strong` out for them.
+These words are English: do not use `strong` for texts in other languages.
 """
 
 import bisect
@@ -209,7 +209,7 @@ def mirror_sentence(sentence: dict) -> dict | None:
     text = "".join([*pieces, sentence["text"][done:]])
     phrases = []
     for phrase in sentence["phrases"]:
-        # a phrase that begins or ends within a swapped word has all of it
+        # a phrase that begins or ends within a swapped word is extended to all of it
         number = bisect.bisect_right(ends, phrase["start"])
         begin = min([phrase["start"], *starts[number : number + 1]])
         number = bisect.bisect_left(starts, phrase["end"])
@@ -222,8 +222,8 @@ def mirror_sentence(sentence: dict) -> dict | None:
 
 def mirrored_words(text: str) -> list[tuple[int, int, str]] | None:
     """
-    What to put in place of which characters of a text when its picture is mirrored, as (start, end, word) in order;
-    None if it must not be mirrored (see above).
+    Return the replacements of a text when its image is mirrored, as (start, end, word) in order; None if it must not
+    be mirrored (see above).
 
     Example:
 

@@ -5,8 +5,10 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import datasets
 from accelerate import Accelerator
 
 from modeling_reftr import RefTRForVisualGrounding
@@ -63,12 +65,12 @@ def announce(rows: dict, model: RefTRForVisualGrounding, settings: TrainingSetti
         )
 
 
-def describe_size(rows) -> str:
+def describe_size(rows: datasets.Dataset | datasets.IterableDataset) -> str:
     """Return the number of images of a split, as people read it."""
     return f"{len(rows):,} images" if hasattr(rows, "__len__") else "streamed"
 
 
-def is_alone_by_mistake(num_processes: int, environment) -> bool:
+def is_alone_by_mistake(num_processes: int, environment: Mapping[str, str]) -> bool:
     """
     Return whether the variables of a launcher are those of several processes where there is one.
 

@@ -1,5 +1,7 @@
 """Batch norm over the global batch of all processes. Its forward is a collective in training."""
 
+from typing import Any
+
 import torch
 from torch import distributed, nn
 from torch.autograd.function import once_differentiable
@@ -9,7 +11,7 @@ class SumOverProcesses(torch.autograd.Function):
     """Sum a tensor over all processes; the gradient of the sum is summed over them, too."""
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum, of the tensor's shape."""
         total = tensor.clone()
         distributed.all_reduce(total)
@@ -17,7 +19,7 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient of this process's tensor."""
         gradient = gradient.clone()
         distributed.all_reduce(gradient)

@@ -1,4 +1,4 @@
-"""Model and processor of a run, and where their weights come from. Nothing here holds a collective."""
+"""Model and processor of a run, and where their weights come from. Nothing here is a collective."""
 
 import logging
 import re
@@ -44,20 +44,19 @@ def build_model(
     settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset
 ) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
-    The model and its processor as a run starts, the same on all processes with the same seed. What was loaded, and
-    what is new, is logged.
+    Build the initial model of a run and its processor, the same on all processes. Log loaded and random weights.
 
     Raises:
-        OSError: if what a setting names is not there.
-        ValueError: if it does not fit, `model` has an unknown field or changes a backbone that is loaded, the
-            vocabulary is smaller than the tokenizer's, or a part that is random would stay so.
+        OSError: if something that a setting names does not exist.
+        ValueError: if it does not fit, `model` has an unknown field or changes a loaded backbone, the vocabulary is
+            smaller than the tokenizer's, or a part with random weights would not be trained.
     """
-    # Where weights come from. A line wins over those below it.
-    # 1. resume: the run's own checkpoint. It is laid over what this function gives.
+    # Sources of weights; a line takes precedence over those below it.
+    # 1. resume: the run's own checkpoint. It replaces the result of this function.
     # 2. init_from: a RefTR, all of it; what `model` adds to it (masks) is random.
     # 3. init_detr: image backbone and encoder; with init_text, the published start.
     # 4. init_backbone and init_text: the image backbone alone, and the text backbone with its tokenizer.
-    # 5. nothing: random weights, and a tokenizer trained on the set.
+    # 5. nothing: random weights, and a tokenizer trained on the dataset.
     initialization = settings.initialization
     if initialization.init_from is not None:
         refuse_tokenizer(initialization)
@@ -102,11 +101,12 @@ def is_weights_file(source: str | Path) -> bool:
 
 def local_or_hub(name: str | Path, what: str) -> Path | str:
     """
-    The path that a name is of, or the name itself if it can only be a Hub id. A `Path`, `./folder` and a file of
-    weights are always local.
+    Return a name as a path, or the name itself if it can only be a Hub id.
+
+    A `Path`, `./folder` and a file of weights are always local.
 
     Raises:
-        OSError: if there is no such path, and it is no Hub id.
+        OSError: if the path does not exist, and the name is not a Hub id.
     """
     if Path(name).exists():
         return Path(name)
@@ -316,7 +316,7 @@ def load_image_backbone(model: RefTRForVisualGrounding, source: str) -> None:
         file = Path(source)
         if not (file.is_file() and is_weights_file(file)):
             raise FileNotFoundError(
-                f"init_backbone={source!r} is no file of weights ({', '.join(WEIGHT_FILES)}) and not the word timm."
+                f"init_backbone={source!r} is neither a file of weights ({', '.join(WEIGHT_FILES)}) nor the word timm."
             )
     # counters of batch norm are not in every file, and begin anew
     weights = {name: value for name, value in read_weights(file).items() if not IGNORED.fullmatch(name)}

@@ -1,6 +1,6 @@
 """
 The model card, made from what lies in a model's folder: `config.json` and the weights, `recipe.yaml` of its training
-or `origin.json` of its conversion, `metrics.json`, `metrics.jsonl`, pictures. Nothing here holds a collective.
+or `origin.json` of its conversion, `metrics.json`, `metrics.jsonl`, images. Nothing here is a collective.
 """
 
 import json
@@ -39,9 +39,9 @@ TEMPLATE = (
 
 # {title}
 
-RefTR ("[Referring Transformer](https://arxiv.org/abs/2106.03089)", NeurIPS 2021) looks at a picture, reads words and
+RefTR ("[Referring Transformer](https://arxiv.org/abs/2106.03089)", NeurIPS 2021) looks at a image, reads words and
 answers with a box{and_mask}, for one expression or for every phrase of a caption, in one forward pass.
-{num_parameters} million parameters, {backbone} for the picture and {text_model} for the words.
+{num_parameters} million parameters, {backbone} for the image and {text_model} for the words.
 
 ## Ask it
 
@@ -70,7 +70,7 @@ ground.draw("photo.jpg", answers).save("answers.png")
 ## Limits
 
 It always answers: it has no score, and cannot say that a thing is not there. One box{and_one_mask} a phrase, also
-where the words mean several things. It knows the kinds of pictures and words that it was trained on, and repeats what
+where the words mean several things. It knows the kinds of images and words that it was trained on, and repeats what
 is wrong or unfair in them.
 {answers}
 ## Licence
@@ -92,7 +92,7 @@ is wrong or unfair in them.
     + MARK
     + "\n"
 )
-# figures of the whole split that a card's front matter tells, by their names in metrics.json
+# metrics of the complete split that a card's front matter tells, by their names in metrics.json
 METRICS = {
     "accuracy@0.5": "boxes: accuracy at IoU 0.5",
     "mean_iou": "boxes: mean IoU",
@@ -332,13 +332,13 @@ def describe_training(facts: dict) -> str:
     if not recipe:
         return "Nothing is written in this folder about its training."
     length = f"{recipe['max_steps']} updates" if recipe["max_steps"] else f"{recipe['num_epochs']} epochs"
-    size = f"pictures of {recipe['image_size']} pixels, " if recipe.get("image_size") else ""
+    size = f"images of {recipe['image_size']} pixels, " if recipe.get("image_size") else ""
     changes = for_markdown("; ".join(facts["changes"]))
     lines = [
         f"Trained on {for_markdown(pretty_name(recipe['dataset']))} ({for_code(recipe['dataset'])}, split "
         f"{for_code(recipe['train_split'])}) for "
         f"{length}, {size}{recipe['batch_size']} "
-        f"{'pictures' if recipe['group_by_image'] else 'sentences'} a process and step, peak learning rate "
+        f"{'images' if recipe['group_by_image'] else 'sentences'} a process and step, peak learning rate "
         f"{recipe['learning_rate']:g}; the best by the split {for_code(recipe['validation_split'])} was kept. "
         "[recipe.yaml](recipe.yaml) has all settings, for `train_reftr.py`.",
         f"It started from {describe_start(recipe)}.",
@@ -367,15 +367,15 @@ def leak_warnings(recipe: dict) -> list[str]:
     warnings = []
     if has_coco_images(recipe["dataset"]) and (recipe.get("init_detr") or recipe.get("init_from")):
         warnings.append(
-            "**Seen before:** the pictures of this set, held-out ones too, are from COCO's train2014, and a detector "
+            "**Seen before:** the images of this set, held-out ones too, are from COCO's train2014, and a detector "
             "trained on COCO (DETR is one) among the starting weights has seen them, though not what is said about "
             "them."
         )
     flags = recipe.get("dataset_config") or {}
     if "visual_genome" in recipe["dataset"] and not (flags.get("exclude") or flags.get("held_out_file")):
         warnings.append(
-            "**Seen before:** this run left no picture of Visual Genome out, and held-out pictures of RefCOCO, "
-            "RefCOCO+ and RefCOCOg are among them: figures of this model on those sets, and of others that start "
+            "**Seen before:** this run left no image of Visual Genome out, and held-out images of RefCOCO, "
+            "RefCOCO+ and RefCOCOg are among them: metrics of this model on those datasets, and of others that start "
             "from it, are too high."
         )
     return warnings
@@ -401,4 +401,4 @@ def describe_licence(facts: dict) -> str:
     """Of the weights and of the code."""
     if facts["origin"]:
         return "The weights are the authors', under the MIT licence; the code is under Apache-2.0."
-    return "Apache-2.0. Pictures and annotations of the training set stay under their authors' licences."
+    return "Apache-2.0. Images and annotations of the training set stay under their authors' licences."

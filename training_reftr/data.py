@@ -8,7 +8,7 @@ import pickle
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -268,7 +268,7 @@ class SampleLoader(DataLoader):
         ValueError, OSError: as its dataset or collator raised it, when the batch is asked for.
     """
 
-    def __init__(self, dataset: Dataset, collate_fn: Callable, num_workers: int, **settings) -> None:
+    def __init__(self, dataset: Dataset, collate_fn: Callable, num_workers: int, **settings: Any) -> None:
         if num_workers:
             # tokenizers warn, and stop using threads, where a process that used them is forked
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -314,7 +314,7 @@ class TrainingData:
 
     Args:
         rows (`datasets.Dataset` or `datasets.IterableDataset`): see `data_scripts.FEATURES`. A stream is read through
-            once to count its samples, which takes no picture's decoding.
+            once to count its samples, without decoding images.
         processor ([`RefTRProcessor`]): makes the batches.
         settings ([`TrainingSettings`]): the components `data` and `optimization`.
         rank, world_size (`int`): this process, and how many there are.

@@ -1,4 +1,4 @@
-"""A rehearsal: a few updates through everything, in a folder that is gone afterwards. `limited` holds a collective."""
+"""Dry run: a few optimizer steps of everything, in a temporary folder. `limited` is a collective."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from training_reftr.resuming import refuse_changes
 from training_reftr.settings import TrainingSettings
 
 
-NUM_STEPS = 4  # the first ones are slower than the rest
+NUM_STEPS = 4  # the first steps are slower than the rest
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """
-A hash of training data, to notice that it changed between two runs. Nothing here holds a collective.
+A hash of training data, to notice that it changed between two runs. Nothing here is a collective.
 
 It covers what the annotations say (ids, sizes, objects, sentences) in the order of the rows, and not where images or
 caches are: the same data, built again on another machine, has the same fingerprint. Pixels are not looked at.

@@ -1,9 +1,10 @@
-"""One way to the Hub for all that goes there: data sets, models, Spaces."""
+"""Push datasets, models and Spaces to the Hub."""
 
 import fnmatch
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -24,30 +25,31 @@ def upload(
     patterns: list[str] | None = None,
     message: str = "Upload",
     contents: dict[str, bytes] | None = None,
-    **settings,
+    **settings: Any,
 ) -> CommitInfo:
     """
-    Upload a folder in one commit: all of it is there afterwards, or nothing. Large files that are there already, as
-    after an upload that was broken off, are not sent again; files of the repository that match `patterns` and are not
-    in the folder go.
+    Upload a folder in one commit, completely or not at all.
+
+    Large files that the Hub already has, as after an interrupted upload, are not sent again. Files of the repository
+    that match `patterns` and are not in the folder are deleted.
 
     Args:
-        folder (`str` or `Path`): what to upload.
-        repository (`str`): "user/name"; made where it is not there.
+        folder (`str` or `Path`): the folder to upload.
+        repository (`str`): "user/name", created if it does not exist.
         kind (`str`): "model", "dataset" or "space".
         private (`bool`, *optional*): whether a new repository is private. True refuses one that is public.
-        patterns (`list[str]`, *optional*): which files of the folder; absent: all.
-        message (`str`, *optional*): of the commit.
-        contents (`dict[str, bytes]`, *optional*): more files by name, uploaded in place of those in the folder that
-            have the same name; the folder is not changed.
-        settings: others of `HfApi.create_repo`.
+        patterns (`list[str]`, *optional*): files of the folder to upload; defaults to all.
+        message (`str`, *optional*): commit message.
+        contents (`dict[str, bytes]`, *optional*): further files by name, uploaded instead of those in the folder with
+            the same name; the folder is not changed.
+        settings: further arguments of `HfApi.create_repo`.
 
     Returns:
-        `CommitInfo`: the commit, `oid` and `commit_url`.
+        `CommitInfo`: the commit with `oid` and `commit_url`.
 
     Raises:
-        OSError: if the Hub is out of reach, refuses it, or holds other files than were sent; the folder stays, and so
-            does what the repository held.
+        OSError: if the Hub cannot be reached, refuses it, or holds other files than were sent; folder and repository
+            are unchanged.
     """
     folder = Path(folder)
     for wait in (*WAITS, None):
@@ -78,13 +80,13 @@ def write_contents(folder: str | Path, contents: dict[str, bytes]) -> None:
         write_file(Path(folder) / name, content)
 
 
-def make_repository(repository: str, kind: str, private: bool | None = None, **settings) -> None:
+def make_repository(repository: str, kind: str, private: bool | None = None, **settings: Any) -> None:
     """
-    Make a repository where it is not there; `settings` are others of `HfApi.create_repo`.
+    Create a repository if it does not exist; `settings` are further arguments of `HfApi.create_repo`.
 
     Raises:
-        OSError: if it is there and public, and was to be private.
-        Exception: whatever the client raises, see `reason_of`.
+        OSError: if it exists and is public, but should be private.
+        Exception: any error of the client, see `reason_of`.
     """
     api = HfApi()
     api.create_repo(repository, repo_type=kind, private=private, exist_ok=True, **settings)
@@ -92,8 +94,10 @@ def make_repository(repository: str, kind: str, private: bool | None = None, **s
         raise OSError(f"{repository!r} is there and public. Make it private in its settings first, or push without.")
 
 
-def commit_files(files: dict[str, Path | bytes], repository: str, kind: str, patterns, message: str) -> CommitInfo:
-    """Make one commit that adds these files, by path or content, and removes what else matches the patterns."""
+def commit_files(
+    files: dict[str, Path | bytes], repository: str, kind: str, patterns: list[str] | None, message: str
+) -> CommitInfo:
+    """Make one commit that adds these files, by path or content, and deletes other files that match the patterns."""
     api = HfApi()
     there = api.list_repo_files(repository, repo_type=kind)
     stale = [path for path in there if is_selected(path, patterns) and path not in {*files, ".gitattributes"}]
@@ -114,7 +118,7 @@ def reason_of(error: Exception) -> str:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same call may succeed later: the server or the connection failed, and did not refuse."""
+    """Return whether the same call may succeed later, because the server or the connection failed."""
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and (error.response.status_code >= 500 or error.response.status_code == 429)
     return not isinstance(error, (OSError, ValueError, TypeError))
@@ -125,7 +129,7 @@ def check_uploaded(files: dict[str, Path | bytes], repository: str, kind: str, c
     Ask the Hub what the commit holds.
 
     Raises:
-        OSError: naming the files that are not there, or of another size.
+        OSError: if files are missing or have another size, naming them.
     """
     found = HfApi().get_paths_info(repository, list(files), revision=commit.oid, repo_type=kind)
     there = {item.path: item.size for item in found}
@@ -145,7 +149,7 @@ def select_files(folder: Path, patterns: list[str] | None) -> list[str]:
 
 def is_selected(path: str, patterns: list[str] | None) -> bool:
     """
-    Whether one of the patterns is of this path; in them a star stays within its folder.
+    Return whether a path matches one of the patterns, in which a star does not match a slash.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""JSON files of a run's folder, read with errors that name the file. Nothing here holds a collective."""
+"""JSON files of a run's folder, read with errors that name the file. Nothing here is a collective."""
 
 import json
 from collections.abc import Iterator

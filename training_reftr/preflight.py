@@ -1,12 +1,14 @@
 """
 Refuse a run in which a part that is asked for can learn nothing, before it starts and before anything is written.
-Nothing here holds a collective: all processes see the same, and all of them end.
+Nothing here is a collective: all processes see the same, and all of them end.
 """
 
 import logging
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
 
@@ -126,12 +128,14 @@ def refuse_few_samples(num_batches: int, optimization: OptimizationSettings, num
     if num_batches < optimization.gradient_accumulation_steps:
         raise ValueError(
             f"An epoch has {num_batches} batches (batch_size={optimization.batch_size}, {num_processes} processes), "
-            f"fewer than gradient_accumulation_steps={optimization.gradient_accumulation_steps}, so there would be no "
-            "optimizer step: lower one of the two."
+            f"fewer than gradient_accumulation_steps={optimization.gradient_accumulation_steps}, so no "
+            "optimizer step could be taken: lower one of the two."
         )
 
 
-def refuse_missing_labels(rows, data: DataSettings, with_masks: bool) -> str | None:
+def refuse_missing_labels(
+    rows: datasets.Dataset | datasets.IterableDataset, data: DataSettings, with_masks: bool
+) -> str | None:
     """
     Refuse training rows without a label for a head that is trained.
 
@@ -173,7 +177,7 @@ def refuse_missing_labels(rows, data: DataSettings, with_masks: bool) -> str | N
     return None
 
 
-def labels_of_row(row: dict):
+def labels_of_row(row: dict) -> Iterator[tuple[bool, bool]]:
     """Yield for each sentence of a row whether it has phrases, and whether each of them has a mask."""
     for sentence in row["sentences"]:
         named = [phrase["objects"] for phrase in sentence["phrases"]]
@@ -220,7 +224,7 @@ def count_labels(rows: datasets.Dataset, with_masks: bool) -> tuple[int, int]:
     return num_boxes, num_masks
 
 
-def lengths_of(lists) -> np.ndarray:
+def lengths_of(lists: pa.Array) -> np.ndarray:
     """Return how many items each list of an Arrow array has."""
     return pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(int)
 

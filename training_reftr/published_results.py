@@ -6,7 +6,7 @@ collective.
 from dataclasses import dataclass
 
 
-# sets of data_scripts with the pictures, expressions and splits of a published one. The index of ReSC has phrases of
+# sets of data_scripts with the images, expressions and splits of a published one. The index of ReSC has phrases of
 # Flickr30k where the others have captions, and is left out there.
 NAMES_OF_SETS = {
     "RefCOCO (unc)": ("refcoco_unc", "reftr_refcoco_unc", "resc_unc"),
@@ -35,7 +35,7 @@ class PublishedResult:
         metric (`str`): what is measured, by the name that it has in `metrics.json`.
         figures (`dict[str, float]`): percent, by split.
         model, backbone, pre_training, source (`str`): whose they are.
-        size (`str`): what the metric is measured at: the resized picture, the original one, or either (boxes).
+        size (`str`): what the metric is measured at: the resized image, the original one, or either (boxes).
         confirmed (`bool`): False for figures that were not checked against their source.
     """
 
@@ -60,7 +60,7 @@ def _val_test(*figures: float) -> dict[str, float]:
 
 _PRE_TRAINED = {"backbone": "ResNet-101", "pre_training": "Visual Genome"}
 _BOXES = {"metric": "accuracy@0.5", **_PRE_TRAINED}
-# the published evaluation compares masks at the size that pictures are resized to
+# the published evaluation compares masks at the size that images are resized to
 _MASKS = {"metric": "mask_mean_iou_resized", "size": "resized", **_PRE_TRAINED}
 _BOXES_ALONE = {"metric": "accuracy@0.5", "backbone": "ResNet-101", "pre_training": "none", "confirmed": False}
 _FLICKR = {"metric": "accuracy@0.5", "pre_training": "none", "confirmed": False}

@@ -1,4 +1,4 @@
-"""The run's model on the Hub. Nothing here holds a collective; the main process alone speaks to the Hub."""
+"""The run's model on the Hub. Nothing here is a collective; the main process alone speaks to the Hub."""
 
 import logging
 import shutil

@@ -211,7 +211,7 @@ def controls(records: list[dict], training_rows: datasets.Dataset | None, split:
         found["constant_box"] = constant_box(training_rows, records)
     swapped = shuffled_expressions(records)
     if swapped is None:
-        logger.warning(f"{split}: no swapped expressions, no picture is asked for two objects that were answered.")
+        logger.warning(f"{split}: no swapped expressions, because no image has two objects with predictions.")
     else:
         found["swapped_expressions"] = swapped
     return found
@@ -245,14 +245,14 @@ def format_results(metrics: dict, heading: str) -> list[str]:
     if any("mask_mean_iou" in values for values in metrics["splits"].values()):
         steps = "in two steps, as published" if metrics["two_step_masks"] else "once, from logits to the original size"
         lines += [
-            f"Masks are resized {steps}; their figures are at the original size of the picture, but for the mIoU at "
-            "the size that pictures are resized to, which is the published figure.",
+            f"Masks are resized {steps}; their metrics are at the original size of the image, except for the mIoU at "
+            "the size that images are resized to, which is the published metric.",
         ]
     if has_coco_images(metrics["dataset"]):
         lines += [
             "",
-            "The pictures of these sets are from COCO's train2014: where weights come from a detector trained on COCO "
-            "(DETR is one), it has seen the held-out pictures, though not what is said about them.",
+            "The images of these sets are from COCO's train2014: where weights come from a detector trained on COCO "
+            "(DETR is one), it has seen the held-out images, though not what is said about them.",
         ]
     if "evaluation_batching" in metrics:
         lines += ["", BATCHINGS[metrics["evaluation_batching"]].format(metrics["evaluation_batch_size"])]
@@ -332,13 +332,13 @@ def format_comparison(metrics: dict, heading: str) -> list[str]:
     if metrics.get("evaluation_batching", "published") != "published":
         lines += [
             "",
-            "Published figures are of images padded as --evaluation_batching published pads them: padding changes "
+            "Published metrics are of images padded as --evaluation_batching published pads them: padding changes "
             "answers.",
         ]
     if not all(values["integer_boxes"] for values in metrics["splits"].values()):
         lines += [
             "",
-            "Published figures are of true boxes cut to whole pixels; --dataset_config has integer_boxes for it.",
+            "Published metrics are of target boxes rounded to integers: --dataset_config.integer_boxes true.",
         ]
     return ["", f"{heading} Beside published figures", "", *head, *lines]
 

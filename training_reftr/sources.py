@@ -1,6 +1,6 @@
 """
 Where rows come from: sets of `data_scripts`, several joined, or a folder of Parquet files; built, or streamed. Nothing
-here holds a collective, but a set is built where it is not in the cache: let the main process come first.
+here is a collective, but a set is built where it is not in the cache: let the main process come first.
 """
 
 import logging
@@ -26,11 +26,11 @@ def load_rows(data: DataSettings, eval_only: bool = False) -> dict[str, datasets
 
     - A name of `data_scripts.SOURCES`, with `dataset_config` as its flags.
     - Several, "a,b", with `dataset_config` as {name: flags}: the splits of `train_split` are joined without
-      the pictures that any of the sets holds out (`data_scripts.combining`); all other splits are named "a/val".
+      the images that any of the sets holds out (`data_scripts.combining`); all other splits are named "a/val".
     - A folder of Parquet files as `python -m data_scripts export` writes them.
 
-    With `streaming` the splits of `train_split` are streams of rows whose pictures are not decoded, and the
-    others are read into memory, pictures by their path or content; nothing is built.
+    With `streaming` the splits of `train_split` are streams of rows whose images are not decoded, and the
+    others are read into memory, images by their path or content; nothing is built.
 
     Raises:
         ValueError: if there is no such set, flag or split, several sets are to be streamed, or a split is to be
@@ -185,7 +185,7 @@ def stream_rows(data: DataSettings, eval_only: bool) -> dict[str, datasets.Datas
     elif "," in data.dataset:
         raise ValueError(
             f"streaming takes one set, and dataset={data.dataset!r} is several: joining them needs to look through "
-            "all rows for pictures that one of them holds out. Leave streaming out."
+            "all rows for images that one of them holds out. Leave streaming out."
         )
     else:
         rows = dict(

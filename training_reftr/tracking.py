@@ -141,7 +141,7 @@ def keep_until(path: Path, step: int) -> None:
         if not isinstance(record, dict):
             reason = record
         elif not isinstance(record.get("step"), int):
-            reason = f"step={quote(record.get('step'))} is not a whole number"
+            reason = f"step={quote(record.get('step'))} is not an integer"
         else:
             kept += [line] if record["step"] <= step else []
             continue

@@ -160,7 +160,7 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
         draw_answers(
             heat(row["image"], head),
             [record["pred_box"]],
-            [f"head {number}: {head.sum():.0%} on picture"],
+            [f"head {number}: {head.sum():.0%} on image"],
             width=width,
         )
         for number, head in enumerate(heads, start=1)

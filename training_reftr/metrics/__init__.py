@@ -1,6 +1,6 @@
 """
 Metrics of grounding from what each phrase scored. The folders beside this file are modules of `evaluate` that work
-without the project; training computes with their functions. Nothing here holds a collective.
+without the project; training computes with their functions. Nothing here is a collective.
 """
 
 from training_reftr.metrics.referring_expression_comprehension.referring_expression_comprehension import (
