@@ -29,6 +29,20 @@ def check_required_inputs(
         )
 
 
+def check_kind(image_features: object | None, expected: type) -> None:
+    """
+    Check that image features are what `get_image_features` returns; None is allowed.
+
+    Raises:
+        ValueError: if they are of another type.
+    """
+    if image_features is not None and not isinstance(image_features, expected):
+        raise ValueError(
+            "`image_features` must be returned by `get_image_features(..., return_dict=True)`, got "
+            f"{type(image_features).__name__}."
+        )
+
+
 def check_image_shapes(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
     """
     Check that images and their mask fit together.

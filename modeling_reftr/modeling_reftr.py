@@ -44,7 +44,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_reftr import freeze_stages
 from .configuration_reftr import RefTRConfig
 from .fusing_reftr import fused_copy
-from .input_checks_reftr import check_image_shapes, check_phrase_shapes, check_required_inputs, check_text_shapes
+from .input_checks_reftr import (
+    check_image_shapes,
+    check_kind,
+    check_phrase_shapes,
+    check_required_inputs,
+    check_text_shapes,
+)
 from .loading_reftr import CONFIG_FILES, WEIGHT_FILES, check_index, naming_files
 from .loss_reftr import grounding_loss
 from .quoting_reftr import quote
@@ -1091,6 +1097,27 @@ class RefTRModel(RefTRPreTrainedModel):
         is_known = (input_ids >= 0) & (input_ids < self.config.text_config.vocab_size)
         return input_ids.where(is_known, 0), (is_known | ~attention_mask.bool()).all(dim=-1)
 
+    def replace_unknown(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor | None,
+        num_images: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """
+        Replace unknown tokens and images of sentences.
+
+        Their phrases are masked, because the host would have to wait for the device to raise an error.
+
+        Returns:
+            `tuple`: `input_ids`, `image_index`, and (S,) True for sentences without unknown tokens and image.
+        """
+        input_ids, is_answerable = self.replace_unknown_tokens(input_ids, attention_mask)
+        if image_index is not None:
+            is_image = (image_index >= 0) & (image_index < num_images)
+            image_index, is_answerable = image_index.where(is_image, 0), is_answerable & is_image
+        return input_ids, image_index, is_answerable
+
     def embed_token_type(self, token_type: int, device: torch.device) -> torch.Tensor:
         """Return the embedding (1, d) of a token type."""
         return self.token_type_embeddings(torch.full((1,), token_type, device=device)).to(device)
@@ -1233,54 +1260,44 @@ class RefTRModel(RefTRPreTrainedModel):
         """
         kwargs.pop("token_type_ids", None)  # returned by tokenizers, but a sentence of RefTR is one segment
         check_required_inputs(input_ids, kwargs.pop("inputs_embeds", None), pixel_values, pixel_mask, image_features)
-        image = image_features
-        if image is None:
-            image = self.get_image_features(
+        check_kind(image_features, RefTRImageFeatures)
+        if image_features is None:
+            image_features = self.get_image_features(
                 pixel_values, pixel_mask, output_hidden_states=False, output_attentions=False, return_dict=True
-            )
-        if not isinstance(image, RefTRImageFeatures):
-            raise ValueError(
-                "`image_features` must be returned by `get_image_features(..., return_dict=True)`, got "
-                f"{type(image).__name__}."
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         phrase_inputs = (phrase_input_ids, phrase_attention_mask, phrase_spans, phrase_index)
-        limit, num_images = self.config.max_text_positions, len(image.pooler_output)
+        limit, num_images = self.config.max_text_positions, len(image_features.pooler_output)
         check_text_shapes(limit, num_images, input_ids, attention_mask, image_index)
         check_phrase_shapes(limit, len(input_ids), *phrase_inputs)
-        # Phrases of unknown tokens and images are masked: the host would wait for the device to raise an error
-        input_ids, is_answerable = self.replace_unknown_tokens(input_ids, attention_mask)
-        if image_index is not None:
-            is_image = (image_index >= 0) & (image_index < num_images)
-            image_index, is_answerable = image_index.where(is_image, 0), is_answerable & is_image
+        input_ids, image_index, is_answered = self.replace_unknown(input_ids, attention_mask, image_index, num_images)
 
-        image_tokens = self.embed_images(image, image_index, input_ids.device)
+        image_tokens = self.embed_images(image_features, image_index, input_ids.device)
         text = self.encode_text(input_ids, attention_mask)
         text_tokens = self.embed_text(text.last_hidden_state, attention_mask)
         features, positions, mask = (torch.cat(pair, dim=1) for pair in zip(text_tokens, image_tokens, strict=True))
-        encoder_outputs = self.encoder(features, positions, mask, return_dict=True, **kwargs)
+        kwargs["return_dict"] = True
+        encoder_outputs = self.encoder(features, positions, mask, **kwargs)
         memory = encoder_outputs.last_hidden_state
 
         if phrase_input_ids is None:
             phrases = self.embed_sentences(text.pooler_output, attention_mask)
         else:
             phrases = self.embed_phrases(attention_mask, *phrase_inputs)
-        phrase_mask = phrases.mask & is_answerable[:, None]
+        phrase_mask = phrases.mask & is_answered[:, None]
         text_memory = memory[:, : input_ids.shape[1]]
         queries, query_positions = self.query_encoder(text_memory, phrases.context_mask, phrases.features)
-        decoder_outputs = self.decoder(
-            queries, query_positions, phrase_mask, memory, positions, mask, return_dict=True, **kwargs
-        )
+        decoder_outputs = self.decoder(queries, query_positions, phrase_mask, memory, positions, mask, **kwargs)
         return RefTRModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             intermediate_hidden_states=decoder_outputs.intermediate_hidden_states,
             phrase_mask=phrase_mask,
             phrase_slots=phrases.slots,
             encoder_last_hidden_state=memory,
-            feature_maps=image.feature_maps,
-            image_features=image.pooler_output,
-            image_mask=image.image_mask,
-            pixel_mask=image.pixel_mask,
+            feature_maps=image_features.feature_maps,
+            image_features=image_features.pooler_output,
+            image_mask=image_features.image_mask,
+            pixel_mask=image_features.pixel_mask,
             image_index=image_index,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,

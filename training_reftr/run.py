@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
@@ -33,7 +34,7 @@ from training_reftr.preflight import (
 )
 from training_reftr.recipes import to_recipe
 from training_reftr.resuming import find_changes, with_model_of, with_sizes_of
-from training_reftr.settings import Scope, TrainingSettings, names_in_scope
+from training_reftr.settings import OptimizationSettings, Scope, TrainingSettings, names_in_scope
 from training_reftr.sources import split_of
 
 
@@ -136,21 +137,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
     train_rows = split_of(rows, settings.data.train_split)
     checkpoint = find_checkpoint(settings.checkpoints, accelerator)
     set_seed(settings.optimization.seed)  # equal weights on all processes
-    if checkpoint is None:
-        model, processor = build_model(settings, train_rows)
-        run_id = [uuid.uuid4().hex]
-        broadcast_object_list(run_id)
-        state = TrainingState(run_id=run_id[0])
-        settings = with_sizes_of(settings, processor)
-        if settings.checkpoints.resume:
-            logger.info(f"There is no checkpoint in {settings.checkpoints.output_dir!r} yet: a new run.")
-    else:
-        model, processor = load_checkpoint(checkpoint, settings.initialization.attn_implementation)
-        state = load_state(checkpoint)
-        settings = with_model_of(settings, model.config, processor, state.settings, checkpoint)
-        if not settings.checkpoints.folder.weights.exists():
-            state.best = state.best_step = None  # the best so far is of another folder
-        logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
+    model, processor, state, settings = start_or_resume(settings, train_rows, checkpoint)
     refuse_idle_model(model, settings.optimization)
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
         synchronize_batch_norm(model, accelerator.device)
@@ -165,14 +152,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
     num_batches = data.num_batches(0)
     refuse_few_samples(num_batches, settings.optimization, accelerator.num_processes)
     warnings = [refuse_missing_labels(train_rows, settings.data, model.config.predict_masks)]
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed cannot infer these, because the accelerator does not prepare the loader.
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": settings.optimization.batch_size,
-            "gradient_accumulation_steps": settings.optimization.gradient_accumulation_steps,
-            "gradient_clipping": settings.optimization.max_grad_norm,
-        }
+    configure_deepspeed(settings.optimization, accelerator)
     announce(rows, model, settings, accelerator)
     if settings.optimization.compile:
         model.compile()
@@ -209,6 +189,41 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
             logger.warning(warning)
     model.train()
     return run
+
+
+def start_or_resume(
+    settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset, checkpoint: Path | None
+) -> tuple[RefTRForVisualGrounding, RefTRProcessor, TrainingState, TrainingSettings]:
+    """
+    Build the initial model of a run, or load that of a checkpoint. A collective.
+
+    Returns:
+        `tuple`: the model, its processor, the state of the run, and the settings with what the model decides.
+    """
+    if checkpoint is None:
+        model, processor = build_model(settings, train_rows)
+        run_id = [uuid.uuid4().hex]
+        broadcast_object_list(run_id)
+        if settings.checkpoints.resume:
+            logger.info(f"There is no checkpoint in {settings.checkpoints.output_dir!r} yet: a new run.")
+        return model, processor, TrainingState(run_id=run_id[0]), with_sizes_of(settings, processor)
+    model, processor = load_checkpoint(checkpoint, settings.initialization.attn_implementation)
+    state = load_state(checkpoint)
+    settings = with_model_of(settings, model.config, processor, state.settings, checkpoint)
+    if not settings.checkpoints.folder.weights.exists():
+        state.best = state.best_step = None  # the best so far is of another folder
+    logger.info(f"Going on from {str(checkpoint)!r}: step {state.step}, epoch {state.epoch}.")
+    return model, processor, state, settings
+
+
+def configure_deepspeed(optimization: OptimizationSettings, accelerator: Accelerator) -> None:
+    """Tell DeepSpeed what it cannot infer, because the accelerator does not prepare the loader."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": optimization.batch_size,
+            "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
+            "gradient_clipping": optimization.max_grad_norm,
+        }
 
 
 def load_checkpoint(path: Path, attn_implementation: str | None) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
