@@ -1155,7 +1155,7 @@ class RefTRModel(RefTRPreTrainedModel):
         token = torch.arange(attention_mask.shape[1], device=device)
         text_type = self.embed_token_type(TEXT_TYPE, device)
         position_embeddings = self.text_position_embeddings(token).to(device) + text_type
-        return RefTRTokens(features, position_embeddings.expand(len(features), -1, -1), attention_mask.bool())
+        return RefTRTokens(features, position_embeddings.expand(features.shape[0], -1, -1), attention_mask.bool())
 
     def embed_sentences(self, pooler_output: torch.Tensor, attention_mask: torch.Tensor) -> RefTRPhrases:
         """
@@ -1267,9 +1267,9 @@ class RefTRModel(RefTRPreTrainedModel):
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         phrase_inputs = (phrase_input_ids, phrase_attention_mask, phrase_spans, phrase_index)
-        limit, num_images = self.config.max_text_positions, len(image_features.pooler_output)
+        limit, num_images = self.config.max_text_positions, image_features.pooler_output.shape[0]
         check_text_shapes(limit, num_images, input_ids, attention_mask, image_index)
-        check_phrase_shapes(limit, len(input_ids), *phrase_inputs)
+        check_phrase_shapes(limit, input_ids.shape[0], *phrase_inputs)
         input_ids, image_index, is_answered = self.replace_unknown(input_ids, attention_mask, image_index, num_images)
 
         image_tokens = self.embed_images(image_features, image_index, input_ids.device)

@@ -496,7 +496,7 @@ def test_published_figures_stand_beside_the_same_set_split_and_metric():
     assert [row[3] for row in rows if row not in confirmed] == ["62.16"]
     assert "cut to whole pixels, as published" in text
     assert "in two steps, as published" in text
-    assert "it has seen the held-out pictures" in text
+    assert "it has seen the held-out images" in text
 
 
 def test_boxes_alone_are_not_held_against_masks():
@@ -504,7 +504,7 @@ def test_boxes_alone_are_not_held_against_masks():
     rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
     assert {row[1] for row in rows} == {"boxes, accuracy@0.5"}
     assert "against the true ones as annotated" in text
-    assert "Published figures are of true boxes cut to whole pixels" in text
+    assert "Published metrics are of target boxes rounded to integers" in text
 
 
 def test_boxes_are_cut_where_the_flags_of_their_set_say_so():

@@ -187,7 +187,7 @@ def test_recipe_card_and_report_say_the_size_that_ran(files, recipe, tmp_path):
         folder = tmp_path / name
         assert image_size_of(RefTRProcessor.from_pretrained(folder).image_processor) == size
         assert yaml.safe_load((folder / "recipe.yaml").read_text())["image_size"] == size
-        assert f"pictures of {size} pixels" in (folder / "README.md").read_text()
+        assert f"images of {size} pixels" in (folder / "README.md").read_text()
         assert json.loads((folder / "metrics.json").read_text())["image_size"] == size
     evaluation = ["--eval_only", "--dataset", "shapes", "--dataset_config", "{num_train: 48, image_size: 64}"]
     evaluation += ["--dataset_config.num_test", "2", "--dataset_config.num_validation", "9", "--num_workers", "0"]
@@ -195,5 +195,5 @@ def test_recipe_card_and_report_say_the_size_that_ran(files, recipe, tmp_path):
     train_reftr.main([*evaluation, "--output_dir", str(tmp_path / "said"), "--image_size", "48"])
     assert json.loads((tmp_path / "said" / "metrics.json").read_text())["image_size"] == 48
     card = (tmp_path / "said" / "README.md").read_text()
-    assert "pictures of 32 pixels" in card
+    assert "images of 32 pixels" in card
     assert "On shapes, images of 48 pixels:" in card

@@ -234,7 +234,9 @@ def test_image_backbones_that_do_not_fit_are_refused(build, tmp_path):
     ):
         build(init_backbone=str(tmp_path / "other.safetensors"))
     for name in (str(tmp_path), "resnet50", str(tmp_path / "none.pth")):
-        with pytest.raises(OSError, match=r"is no file of weights \(\.pth, \.pt, \.bin, \.safetensors\) and not the"):
+        with pytest.raises(
+            OSError, match=r"is neither a file of weights \(\.pth, \.pt, \.bin, \.safetensors\) nor the word"
+        ):
             build(init_backbone=name)
     transformers_resnet = {
         "model_type": "resnet",
