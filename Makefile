@@ -33,7 +33,7 @@ scorecard: $(VENV)/.installed
 mutation: $(VENV)/.installed
 	$(RUN)/python tests/mutation/run.py
 
-# speed beside the published pattern: minutes on a quiet machine; the published preparation needs OpenCV
+# speed compared with the published pattern: minutes on a quiet machine; the published preparation needs OpenCV
 benchmark: $(VENV)/.installed
 	$(RUN)/python benchmarks/speed.py --output runs/speed.json
 
@@ -92,7 +92,7 @@ test-wheel:
 	.wheel/bin/python -m pip install --quiet .wheel/dist/*.whl "pytest>=8.0"
 	OMP_NUM_THREADS=1 .wheel/bin/python -m pytest -c tests/lowest/pytest.ini tests/lowest/test_commands.py -k "not versions and not release"
 
-# the code beside DETR's in transformers: length of functions, types, docstrings, comments, mlinter
+# code metrics compared with DETR in transformers: length of functions, types, docstrings, comments, mlinter
 quality: $(VENV)/.installed
 	$(RUN)/python benchmarks/code_quality.py --output benchmarks/results/code_quality.json
 

@@ -1,5 +1,5 @@
 """
-Measure the code beside DETR's in transformers, by the same rules:
+Compare code metrics with DETR in transformers, by the same rules:
 
     python benchmarks/code_quality.py --output benchmarks/results/code_quality.json
 
@@ -142,7 +142,7 @@ def count_upward_imports() -> int:
 
 def main() -> None:
     """Print the measurements of both, and write them as JSON."""
-    parser = argparse.ArgumentParser(description="Measure the code beside DETR's in transformers.")
+    parser = argparse.ArgumentParser(description="Compare code metrics with DETR in transformers.")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
     detr = sorted(DETR.glob("*.py"))

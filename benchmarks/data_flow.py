@@ -23,13 +23,13 @@ from training_reftr.images import ImageReader
 from training_reftr.sampling import BuiltOrder, EpochSampler
 
 
-# (width, height) and how many of a hundred pictures have it; the rest are of any size up to 640
+# (width, height) and how many of a hundred images have it; the rest are of any size up to 640
 SIZES = {(640, 480): 42, (640, 427): 18, (480, 640): 12, (640, 426): 6, (427, 640): 5, (500, 375): 4, (640, 640): 3}
 WORDS = np.array(["man", "the", "left", "red", "umbrella", "on", "in", "shirt", "a", "second", "from", "standing"])
 
 
 def make_rows(num_rows: int, sentences_per_row: float = 7.1, seed: int = 0) -> datasets.Dataset:
-    """Rows without pictures: sizes of COCO's, texts of 1 to some 12 words, 3.5 on average."""
+    """Rows without images: sizes of COCO's, texts of 1 to some 12 words, 3.5 on average."""
     draw = np.random.default_rng(seed)
     sizes = draw.integers(300, 641, (num_rows, 2))
     weights = np.array([*SIZES.values(), 100 - sum(SIZES.values())]) / 100

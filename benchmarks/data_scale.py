@@ -3,8 +3,8 @@ Time and memory to build RefCOCO and Visual Genome, and to load them again: `pyt
 
 The sets are made up, in their authors' layout and of their size: RefCOCO with 20,000 images, 196,771 annotations with
 polygons, 50,000 of them referred to, and 142,210 expressions; Visual Genome with 108,077 images and 5.4 million
-regions (`--genome_share 0.2` for a fifth of it). All pictures are hard links to one JPEG of 640 x 480. Each figure is
-of a process of its own; no picture is decoded.
+regions (`--genome_share 0.2` for a fifth of it). All images are hard links to one JPEG of 640 x 480. Each figure is
+of a process of its own; no image is decoded.
 """
 
 import argparse

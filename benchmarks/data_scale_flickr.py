@@ -1,5 +1,5 @@
 """
-Time and memory to build a set of the size of Flickr30k Entities (31,783 pictures with five captions and about nine
+Time and memory to build a set of the size of Flickr30k Entities (31,783 images with five captions and about nine
 boxes each, as its authors' files) into an empty cache, and to open it once it is built:
 `python benchmarks/data_scale_flickr.py [--pictures 31783] [--num_proc 1]`. The files are made in a temporary folder
 first (about 400 MB on disk).
@@ -39,7 +39,7 @@ TYPES = ("people", "clothing", "bodyparts", "animals", "vehicles", "instruments"
 
 
 def write_set(folder: Path, num_pictures: int):
-    """As many pictures, boxes, phrases and words as the real set has on average."""
+    """As many images, boxes, phrases and words as the real set has on average."""
     draw = random.Random(0)
     for name in ("Annotations", "Sentences", "flickr30k-images"):
         (folder / name).mkdir()

@@ -1,5 +1,5 @@
 """
-JPEG files to a normalised batch at 640 pixels, pictures a second on one core: `python benchmarks/data_throughput.py`.
+JPEG files to a normalised batch at 640 pixels, images a second on one core: `python benchmarks/data_throughput.py`.
 
 Side by side in one run, by turns: the published steps (OpenCV decodes, PIL resizes with antialiasing, then to tensor
 and normalise, each on its own) and ours (rows of a data set, decoded by its `Image` feature, through
@@ -33,7 +33,7 @@ except ImportError:
     cv2 = None
 
 
-SIZES = {"640 x 480": ((640, 480), 8, 31), "4000 x 3000": ((4000, 3000), 4, 9)}  # size, pictures of a batch, rounds
+SIZES = {"640 x 480": ((640, 480), 8, 31), "4000 x 3000": ((4000, 3000), 4, 9)}  # size, images of a batch, rounds
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -1,6 +1,7 @@
 """
-Time to load a saved full-size RefTR, beside the time to load a BERT as large as it is without its image backbone, and
-that backbone; and time that importing `modeling_reftr` adds to importing transformers: `python benchmarks/loading.py`.
+Time to load a saved full-size RefTR, compared with the time to load a BERT as large as it is without its image
+backbone, and that backbone; and time that importing `modeling_reftr` adds to importing transformers:
+`python benchmarks/loading.py`.
 
 All are loaded by the library, in turn, in one run; the ratio of the shortest times counts, not the seconds. Random
 weights, no network.

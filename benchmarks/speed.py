@@ -1,6 +1,6 @@
 """
-Speed of a full-size RefTR (ResNet-50, BERT-base) beside the published pattern, with the same weights and the same
-answers, by turns in one run:
+Speed of a full-size RefTR (ResNet-50, BERT-base) compared with the published pattern, with the same weights and
+the same answers, by turns in one run:
 
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
     python benchmarks/speed.py --device cuda --output benchmarks/results/speed_gpu.json
@@ -58,7 +58,7 @@ TOKENS = (3, 4, 4, 5, 5, 6, 8, 11)  # lengths of RefCOCO's expressions with [CLS
 @dataclass
 class Row:
     """
-    A figure of ours beside the published pattern's.
+    One measurement, and that of the published pattern.
 
     Args:
         name, unit (`str`): of the figure; in every unit here less is better.
@@ -152,7 +152,7 @@ def make_questions(num_pictures: int, num_expressions: int, seed: int = 0) -> li
 
 
 def collate(pictures: list[torch.Tensor], texts: list[list], image_index: list[int] | None, width=None) -> dict:
-    """Inputs of the model; pictures padded to the largest of them."""
+    """Inputs of the model; images padded to the largest of them."""
     pixel_values, pixel_mask = pad_batch(pictures)
     ids, mask = pad(texts, width)
     inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "input_ids": ids, "attention_mask": mask}
@@ -228,7 +228,7 @@ def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]
 
 def one_picture(count: int) -> tuple[str, dict, dict]:
     """
-    A name, and both sides' inputs for one image of 640 x 480 and `count` expressions, each a picture of its own in
+    A name, and both sides' inputs for one image of 640 x 480 and `count` expressions, each with an image of its own in
     the published pattern.
     """
     picture, texts = torch.randn(3, *SIZES[0], generator=torch.Generator().manual_seed(1)), make_texts(count)
@@ -324,7 +324,7 @@ def difference_of(boxes: torch.Tensor, others: torch.Tensor) -> dict:
 
 
 def evaluation(device: str, rounds: int, predict_masks: bool = False, **kwargs) -> list[Row]:
-    """Forward passes over pictures with seven expressions each, of every expression; kwargs as of `compare`."""
+    """Forward passes over images with seven expressions each, of every expression; kwargs as of `compare`."""
     questions = make_questions(PICTURES[device], EXPRESSIONS)
     grouped, published = our_batches(questions, GROUPS[device]), published_batches(questions)
     # answers are compared at one padded size
@@ -337,7 +337,7 @@ def evaluation(device: str, rounds: int, predict_masks: bool = False, **kwargs) 
 
 
 def captions(device: str, rounds: int) -> list[Row]:
-    """Forward passes over pictures with five captions each, of three phrases."""
+    """Forward passes over images with five captions each, of three phrases."""
     pictures = [picture for picture, _ in make_questions(GROUPS[device], 1)]
     texts = make_captions(5 * len(pictures))
     inputs = collate(pictures, [ids for ids, _ in texts], [index // 5 for index in range(len(texts))])
@@ -413,7 +413,7 @@ def training_memory(device: str, rounds: int) -> list[Row]:
 
 
 def preparation(device: str, rounds: int) -> list[Row]:
-    """JPEG files to a batch on one core, beside the published steps; these need OpenCV."""
+    """JPEG files to a batch on one core, compared with the published steps; these need OpenCV."""
     found = run_script("data_throughput.py")["640 x 480"]
     if "published, pictures a second" not in found:
         raise ValueError("The published steps need OpenCV: pip install opencv-python-headless.")
@@ -422,7 +422,7 @@ def preparation(device: str, rounds: int) -> list[Row]:
 
 
 def loading(device: str, rounds: int) -> list[Row]:
-    """From a saved folder, beside a BERT as large as it is without its image backbone, and that backbone."""
+    """From a saved folder, compared with a BERT as large as it is without its image backbone, and that backbone."""
     seconds = run_script("loading.py")["seconds"]
     parts = [seconds["BERT"] + seconds["backbone"]]
     return [Row("loading a saved model, beside its parts by the library", "seconds", [seconds["RefTR"]], parts, {})]
@@ -503,7 +503,7 @@ def processor_name() -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Speed beside the published pattern.")
+    parser = argparse.ArgumentParser(description="Speed compared with the published pattern.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="absent: all that the device has")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, help="of each row, in place of its own number")

@@ -2,7 +2,7 @@
 Write files and folders that are never half written: whatever interrupts a process, readers find either the former
 content or the complete new one.
 
-Everything is written under a temporary name beside its target, `.<name>.<random>.incomplete`, brought to the disk and
+Everything is written under a temporary name next to its target, `.<name>.<random>.incomplete`, synced to disk and
 renamed. A killed process leaves the temporary name behind; see `remove_leftovers`.
 """
 
@@ -19,7 +19,7 @@ SUFFIX = ".incomplete"
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a new hidden name beside a path, on the same file system, so that it can be renamed to the path."""
+    """Return a new hidden name next to a path, on the same file system, so that it can be renamed to the path."""
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}{SUFFIX}")
 
 

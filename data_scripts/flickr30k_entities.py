@@ -35,7 +35,7 @@ __all__ = ["FEATURES", "SOURCES", "Flickr30kEntities", "Flickr30kEntitiesConfig"
 SPLITS = ("train", "val", "test")
 IMAGE_DIRS = ("flickr30k-images", "flickr30k_images", "f30k_images", "images", "flickr30k/f30k_images")
 DISTRIBUTION = (
-    "Annotations/ and Sentences/ are in annotations.zip, beside the lists train.txt, val.txt and test.txt and the "
+    "Annotations/ and Sentences/ are in annotations.zip, next to the lists train.txt, val.txt and test.txt and the "
     "file UNRELATED_CAPTIONS, at https://github.com/BryanPlummer/flickr30k_entities; the images are sent on "
     "request: https://shannon.cs.illinois.edu/DenotationGraph/."
 )

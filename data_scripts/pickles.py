@@ -193,7 +193,7 @@ TORCH_TYPES = {
 class DataUnpickler(BoundedUnpickler):
     """
     Reads NumPy arrays and numbers as well, of Python 2 too. Tensors become arrays over `storages`, key -> array, which
-    are stored beside the pickle and filled after it.
+    are stored next to the pickle and filled after it.
     """
 
     def __init__(self, file: BinaryIO, name: str, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Describe a dataset as text: counts beside the published ones, files, flags and statistics."""
+"""Describe a dataset as text: counts next to the published ones, files, flags and statistics."""
 
 import heapq
 import inspect
@@ -95,7 +95,7 @@ def published_counts(source: Source, split: str) -> dict[str, int | None]:
 
 
 def format_counts(source: Source, counts: dict[str, dict[str, int]]) -> str:
-    """Format the counts of each split beside the published ones."""
+    """Format the counts of each split next to the published ones."""
     if not any(value is not None for numbers in source.counts.values() for value in numbers):
         return format_table(
             [["split", *COUNTS], *([split, *map(found.get, COUNTS)] for split, found in counts.items())]

@@ -197,7 +197,7 @@ class RefTRConfig(PreTrainedConfig):
             0 trains the whole backbone; N > 0 freezes the stem and the first N stages. Training a backbone from
             scratch needs 0 here and `freeze_backbone_batch_norm=False`.
         predict_masks (`bool`, *optional*, defaults to `False`):
-            Whether the head predicts masks beside boxes, from the backbone's last four feature maps.
+            Whether the head predicts masks as well as boxes, from the backbone's last four feature maps.
         mask_head_group_norm_groups (`int`, *optional*, defaults to 8):
             Most groups of the mask head's group norms; fewer where they do not divide a layer's channels.
         freeze_grounding (`bool`, *optional*, defaults to `False`):

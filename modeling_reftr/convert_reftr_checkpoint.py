@@ -450,7 +450,7 @@ def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig) -> 
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """Yield a path beside `output` for a file or folder, and remove it at the end unless it was renamed."""
+    """Yield a path next to `output` for a file or folder, and remove it at the end unless it was renamed."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{os.getpid()}.partial")

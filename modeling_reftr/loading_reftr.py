@@ -161,7 +161,7 @@ def check_index(folder: str | os.PathLike, subfolder: str = "") -> None:
             raise ValueError("it must have a weight_map of names of weights to files, and metadata")
         for shard in shards.values():
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ValueError(f"weight_map names {quote(shard)}, which is not a safetensors file beside it")
+                raise ValueError(f"weight_map names {quote(shard)}, which is not a safetensors file next to it")
             if not path.with_name(shard).is_file():
                 raise ValueError(f"weight_map names {quote(shard)}, which is not there")
             if reason := find_damage(path.with_name(shard)):

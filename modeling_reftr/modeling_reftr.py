@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -220,19 +220,9 @@ class RefTRVisualGroundingOutput(ModelOutput):
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-# outputs of RefTRModel that RefTRForVisualGrounding returns as they are
-SHARED_OUTPUTS = (
-    "phrase_mask",
-    "image_index",
-    "pixel_mask",
-    "last_hidden_state",
-    "intermediate_hidden_states",
-    "encoder_last_hidden_state",
-    "decoder_hidden_states",
-    "decoder_attentions",
-    "cross_attentions",
-    "encoder_hidden_states",
-    "encoder_attentions",
+# outputs of RefTRModel that RefTRForVisualGrounding returns unchanged
+SHARED_OUTPUTS = tuple(
+    field.name for field in fields(RefTRModelOutput) if field.name in RefTRVisualGroundingOutput.__dataclass_fields__
 )
 
 

@@ -327,7 +327,7 @@ class RefTRProcessor(ProcessorMixin):
             `tuple`: token ids and (start, end) characters of each text, and the limit of each truncated text.
 
         Raises:
-            ValueError: if a limit leaves no room beside the special tokens.
+            ValueError: if a limit leaves no room besides the special tokens.
         """
         # A tokenizer.json can lack the very token that a text requires.
         with naming_files(self.tokenizer.name_or_path, ["tokenizer.json", "tokenizer_config.json"], {}):
@@ -350,7 +350,7 @@ class RefTRProcessor(ProcessorMixin):
                 room = limit - first - (len(ids) - last)
                 if room < 1:
                     raise ValueError(
-                        f"A length of {limit} tokens leaves no room for text beside the {len(ids) - last + first} "
+                        f"A length of {limit} tokens leaves no room for text besides the {len(ids) - last + first} "
                         "special tokens: give a larger max_length."
                     )
                 kept = (

@@ -3,7 +3,7 @@ Export a model as one graph that runs without this code:
 
     reftr export --model runs/demo --output runs/demo-onnx
 
-writes `model.onnx` for ONNX Runtime (`--format dynamo`: a program of `torch.export`), with the processor beside it.
+writes `model.onnx` for ONNX Runtime (`--format dynamo`: a program of `torch.export`), with the processor next to it.
 `--phrases` exports for captions with several phrases.
 """
 

@@ -5,7 +5,7 @@ Evaluate a published checkpoint as published, on its authors' files:
 
 converts the checkpoint and evaluates it on every split that is not for training: boxes rounded to integers, masks
 resized in two steps, images of 640 pixels, in batches of 8 consecutive expressions, padded to the largest image of the
-batch. `report.md` lists the metrics beside the published ones. It runs in one process.
+batch. `report.md` lists the metrics next to the published ones. It runs in one process.
 """
 
 import argparse

@@ -86,7 +86,7 @@ def build_model(
 
 
 def refuse_tokenizer(initialization: InitializationSettings) -> None:
-    """Raise a ValueError where a tokenizer is named beside a RefTR in `init_from` that brings its own."""
+    """Raise a ValueError where a tokenizer is named together with a RefTR in `init_from` that brings its own."""
     if initialization.tokenizer is not None and not is_weights_file(initialization.init_from):
         raise ValueError(
             f"tokenizer={quote(initialization.tokenizer)} has no effect on init_from="

@@ -255,7 +255,7 @@ def load_state(path: Path) -> TrainingState:
 
 
 def is_count(value: Any, minimum: int = 0) -> bool:
-    """Return whether a JSON value is an integer of at least a minimum."""
+    """Return whether a JSON value is an integer of at least a minimum that 64 bits hold."""
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
 
 
@@ -283,7 +283,7 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-COUNT = ("an integer of at least 0", is_count)
+COUNT = ("an integer from 0 to 2**63 - 1", is_count)
 # field of `TrainingState` -> (what its value must be, whether a JSON value is so)
 STATE_FIELDS = {
     "step": COUNT,
@@ -291,7 +291,7 @@ STATE_FIELDS = {
     "seen": ("a list of [global batch size, number of batches]", is_progress),
     "is_evaluation_due": ("true or false", lambda value: isinstance(value, bool)),
     "best": ("a finite number or null", lambda value: value is None or is_finite(value)),
-    "best_step": ("an integer of at least 0 or null", lambda value: value is None or is_count(value)),
+    "best_step": ("an integer from 0 to 2**63 - 1, or null", lambda value: value is None or is_count(value)),
     "schedule_step": COUNT,
     "steps_per_epoch": COUNT,
     "scaler": ("the numbers of a gradient scaler or null", is_scaler),

@@ -56,7 +56,7 @@ def push_model(
 
 class Publisher:
     """
-    Pushes `output_dir` to `push_to_hub`: the best model so far, beside the training, which neither waits for
+    Pushes `output_dir` to `push_to_hub`: the best model so far, in parallel to the training, which neither waits for
     the Hub nor ends with it, and the last word at the end. Does nothing where the setting is absent.
 
     Raises:

@@ -316,7 +316,7 @@ def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[st
 
 
 def format_comparison(metrics: dict, heading: str) -> list[str]:
-    """Return a table of the metrics beside published ones of the same dataset and split, in percent."""
+    """Return a table of the metrics next to published ones of the same dataset and split, in percent."""
     lines = []
     for split, values in metrics["splits"].items():
         for result in comparable_results(metrics["dataset"], split):

@@ -10,7 +10,7 @@ def resource_folder(name: str) -> Path:
     """
     Return the folder of the recipes ("recipes") or of the Space ("demo").
 
-    An installed copy has it inside this package, a checkout beside it.
+    An installed copy has it inside this package, a checkout next to it.
 
     Raises:
         OSError: if neither is there.

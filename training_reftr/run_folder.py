@@ -16,7 +16,7 @@ class RunFolder:
     origin.json                          what a model was converted from, instead of a recipe
     metrics.jsonl                        log: a line of metrics per record, see `training_reftr.tracking`
     metrics.json                         metrics by split; written last, so that the report is complete if it exists
-    report.md                            tables of metrics, beside published ones where they are comparable
+    report.md                            tables of metrics, next to published ones where they are comparable
     predictions.jsonl                    a line per phrase
     predictions.png                      images of the first split with their predictions
     example.png                          an image of the first split, for the card's example

@@ -16,6 +16,7 @@ from data_scripts.masks import uncompress_counts
 from data_scripts.schema import FEATURES
 from modeling_reftr import RefTRImageProcessor
 from tests.helpers.layout_jsonl import PICTURES, make_jsonl
+from tests.helpers.layout_orientation import STORING
 from training_reftr.data import GroundingCollator
 
 
@@ -373,17 +374,8 @@ def stored_picture(mode, orientation):
     """A dark image with a bright part, stored so that its EXIF orientation turns it upright."""
     upright = np.full((40, 60), 30, np.uint8)
     upright[SEEN[1] : SEEN[3], SEEN[0] : SEEN[2]] = 220
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
     picture = Image.fromarray(upright)
-    picture = picture.transpose(undo[orientation]) if orientation in undo else picture
+    picture = picture.transpose(STORING[orientation]) if orientation in STORING else picture
     if mode == "I;16":
         return Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     if mode == "I":

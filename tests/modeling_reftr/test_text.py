@@ -249,7 +249,7 @@ def test_padding_is_the_tokenizer_s(cased):
 
 
 def test_a_length_without_room_for_text_is_refused(processor):
-    with pytest.raises(ValueError, match="A length of 2 tokens leaves no room for text beside the 2 special tokens"):
+    with pytest.raises(ValueError, match="A length of 2 tokens leaves no room for text besides the 2 special tokens"):
         processor(IMAGE, "the red star", max_length=2)
 
 

@@ -47,13 +47,13 @@ def change_optimizer(path, change):
 
 STATES = {
     "later": ({"ema_step": 3}, "was written by a later version of this code, which adds the field 'ema_step'"),
-    "step negative": ({"step": -5}, "has step=-5, expected an integer of at least 0"),
+    "step negative": ({"step": -5}, "has step=-5, expected an integer from 0"),
     "step of another folder": ({"step": 7}, "is of step 7, but its folder is 'step_00000012'"),
     "step of an earlier folder": ({"step": 13}, "is of step 13, but its folder is 'step_00000012'"),
     "step text": ({"step": "12"}, "has step='12', expected an integer"),
     "step true": ({"step": True}, "has step=True, expected an integer"),
     "step fraction": ({"step": 12.0}, "has step=12.0, expected an integer"),
-    "step huge": ({"step": 10**30}, "expected an integer"),
+    "step huge": ({"step": 10**30}, r"expected an integer from 0 to 2\*\*63 - 1"),
     "epoch negative": ({"epoch": -1}, "has epoch=-1"),
     "seen of numbers": ({"seen": [8, 2]}, "expected a list of \\[global batch size, number of batches\\]"),
     "seen of three": ({"seen": [[8, 2, 1]]}, "expected a list of \\[global batch size, number of batches\\]"),

@@ -1,5 +1,5 @@
 """
-Metrics of grounding from what each phrase scored. The folders beside this file are modules of `evaluate` that work
+Metrics of grounding from what each phrase scored. The folders next to this file are modules of `evaluate` that work
 without the project; training computes with their functions. Nothing here is a collective.
 """
 
