@@ -1,4 +1,4 @@
-"""`reftr`: every command as one, help that fits a screen, errors as sentences, many pictures in one go."""
+"""`reftr`: one entry point for every command, help that fits a screen, errors as sentences, many images at once."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from tests.helpers.tiny import ROOT
 LINES, COLUMNS = 40, 120  # of a screen
 
 
-def test_the_commands(run):
+def test_reftr_lists_commands_and_refuses_unknown_one(run):
     text = run("-m", "reftr_cli").stdout
     assert text == run("-m", "reftr_cli", "--help").stdout
     for name in COMMANDS:
@@ -36,43 +36,41 @@ def test_the_commands(run):
         ("training_reftr.reproduce", "reftr reproduce", "usage: reftr reproduce"),
     ],
 )
-def test_former_command_runs_with_a_warning(former, command, text):
+def test_deprecated_command_runs_with_warning(former, command, text):
     result = subprocess.run([sys.executable, "-m", former, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert text in result.stdout
     assert f"`python -m {former}` is deprecated and will be removed: use `{command}`" in result.stderr
 
 
-def screen_of(capsys, *words):
-    """What a command prints, which ends there."""
+def screen_of(capsys, *argv):
+    """Return the output of a command that exits after printing it."""
     with pytest.raises(SystemExit) as end:
-        main([*words])
+        main([*argv])
     assert not end.value.code
     return capsys.readouterr().out
 
 
-def error_of(*words):
-    """The sentence that a command ends with."""
+def error_of(*argv):
+    """Return the error sentence that a command exits with."""
     with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
+        main([str(argument) for argument in argv])
     assert str(end.value.code).startswith("error: ")
     return end.value.code
 
 
-@pytest.mark.parametrize(
-    "words", [*([name] for name in COMMANDS), ["data", "build"], ["data", "export"]], ids="-".join
-)
-def test_help_fits_a_screen(capsys, monkeypatch, words):
-    if words == ["demo"]:
+@pytest.mark.parametrize("argv", [*([name] for name in COMMANDS), ["data", "build"], ["data", "export"]], ids="-".join)
+def test_command_help_fits_screen(capsys, monkeypatch, argv):
+    if argv == ["demo"]:
         pytest.importorskip("gradio")
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    text = screen_of(capsys, *words, "--help")
-    assert f"usage: reftr {' '.join(words)}" in text
+    text = screen_of(capsys, *argv, "--help")
+    assert f"usage: reftr {' '.join(argv)}" in text
     assert 3 <= len(text.splitlines()) <= LINES
     assert max(map(len, text.splitlines())) <= COLUMNS
 
 
-def test_settings_are_explained_one_by_one_and_all(capsys):
+def test_train_help_explains_given_or_all_settings(capsys):
     text = screen_of(capsys, "train", "--help", "learning_rate", "--num-epochs")
     assert "learning_rate = 0.0001\n" in text
     assert "num_epochs = 90\n" in text
@@ -80,8 +78,8 @@ def test_settings_are_explained_one_by_one_and_all(capsys):
     assert len(screen_of(capsys, "train", "--help", "all").splitlines()) > 100
 
 
-def test_errors_are_sentences(run, tmp_path):
-    for words in (
+def test_command_errors_are_sentences_without_traceback(run, tmp_path):
+    for argv in (
         ("predict", "--model", tmp_path, "--image", "none.png", "--text", "a cup"),
         ("train", "none.yaml"),
         ("train", "recipes/demo.yaml", "--learning_rates", "1"),
@@ -90,7 +88,7 @@ def test_errors_are_sentences(run, tmp_path):
         ("export", "--model", tmp_path, "--output", tmp_path / "out"),
         ("push", "--model", tmp_path),
     ):
-        error_of(*words)
+        error_of(*argv)
     result = run("-m", "reftr_cli", "push", "--model", tmp_path, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: ")
@@ -98,38 +96,39 @@ def test_errors_are_sentences(run, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path, shapes):
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path, shapes):
+    folder = tmp_path / "images"
     (folder / "inner").mkdir(parents=True)
     for index, name in enumerate(("a.png", "b.jpg", "inner/c.PNG")):
         shapes["test"][index]["image"].save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
-def predict(trained, image, *words):
-    """The words of a command that asks the trained model."""
-    return [str(word) for word in ("predict", "--model", trained[0], "--image", image, *words)]
+def predict(trained, image, *argv):
+    """Return the argv of a command that asks the trained model."""
+    return [str(argument) for argument in ("predict", "--model", trained[0], "--image", image, *argv)]
 
 
-def test_a_folder_of_pictures(capsys, trained, pictures, tmp_path):
-    main(predict(trained, pictures, "--text", "the star", "the circle", "--output", tmp_path / "answers"))
+def test_predict_answers_folder_of_images(capsys, trained, image_folder, tmp_path):
+    main(predict(trained, image_folder, "--text", "the star", "the circle", "--output", tmp_path / "answers"))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["image"] for line in lines] == [str(pictures / name) for name in ("a.png", "b.jpg", "inner/c.PNG")]
+    names = ("a.png", "b.jpg", "inner/c.PNG")
+    assert [line["image"] for line in lines] == [str(image_folder / name) for name in names]
     assert [[answer["phrase"] for answer in line["answers"]] for line in lines] == [["the star", "the circle"]] * 3
-    main(predict(trained, pictures / "b.jpg", "--text", "the star"))
+    main(predict(trained, image_folder / "b.jpg", "--text", "the star"))
     one = json.loads(capsys.readouterr().out)
     assert one[0]["box"] == pytest.approx(lines[1]["answers"][0]["box"], abs=0.02)
     drawn = sorted((tmp_path / "answers").iterdir())
     assert [path.name for path in drawn] == ["00001_a.png", "00002_b.png", "00003_c.png"]
     for path in drawn:
-        with Image.open(path) as picture:
-            assert picture.width == 320
+        with Image.open(path) as image:
+            assert image.width == 320
 
 
-def test_a_file_of_questions(capsys, trained, pictures, tmp_path):
-    """A broken picture or question is named in its line, and the others are answered."""
-    (pictures / "broken.png").write_text("no picture")
+def test_predict_answers_file_of_questions_despite_bad_ones(capsys, trained, image_folder, tmp_path):
+    """A broken image or question is named in its line, and the others are answered."""
+    (image_folder / "broken.png").write_text("not an image")
     questions = [
         {"image": "a.png", "text": "the star"},
         {"image": "broken.png", "text": "the star"},
@@ -137,7 +136,7 @@ def test_a_file_of_questions(capsys, trained, pictures, tmp_path):
         {"image": "b.jpg", "text": ["the star", "ein Würfel ☕"]},
         {"image": "b.jpg"},
     ]
-    path = pictures / "questions.jsonl"
+    path = image_folder / "questions.jsonl"
     path.write_text("\n".join(json.dumps(question) for question in questions) + "\n\n")
     error = error_of(*predict(trained, path, "--output", tmp_path / "answers"))
     assert "2 of 5 questions failed" in error
@@ -158,11 +157,11 @@ def test_a_file_of_questions(capsys, trained, pictures, tmp_path):
     assert "have their own texts" in error_of(*predict(trained, path, "--text", "the star"))
 
 
-def test_a_caption_with_phrases(capsys, trained, pictures):
+def test_predict_locates_phrases_of_caption(capsys, trained, image_folder):
     caption = ("--text", "the red circle is left of the star", "--phrases", "the star", "the red circle")
-    main(predict(trained, pictures / "a.png", *caption))
+    main(predict(trained, image_folder / "a.png", *caption))
     answers = json.loads(capsys.readouterr().out)
     assert [answer["phrase"] for answer in answers] == ["the star", "the red circle"]
-    picture = pictures / "a.png"
-    assert "--phrases requires one image" in error_of(*predict(trained, picture, "--text", "a", "b", "--phrases", "a"))
-    assert "An expression to locate is required" in error_of(*predict(trained, picture))
+    image = image_folder / "a.png"
+    assert "--phrases requires one image" in error_of(*predict(trained, image, "--text", "a", "b", "--phrases", "a"))
+    assert "An expression to locate is required" in error_of(*predict(trained, image))

@@ -1,4 +1,4 @@
-"""`python -m data_scripts` as it is typed, on drawn shapes and on a small source of files."""
+"""`reftr data` as a user types it, on drawn shapes and on a small source of files."""
 
 import base64
 import copy
@@ -31,12 +31,12 @@ SMALL = ("--num_train", "4", "--num_validation", "2", "--num_test", "2", "--imag
 
 @pytest.fixture
 def command(run, tmp_path):
-    """Runs a command on the toy source in a folder, with a cache of its own."""
+    """Return a function that runs a command on the toy source in a folder, with its own cache."""
 
-    def run_command(name, *words, folder=tmp_path / "toy", check=True, **environment):
-        where = ("--data_dir", folder, "--cache_dir", tmp_path / "cache")
+    def run_command(name, *argv, folder=tmp_path / "toy", check=True, **environment):
+        folders = ("--data_dir", folder, "--cache_dir", tmp_path / "cache")
         path = {"PYTHONPATH": ROOT} if environment else {}
-        return run(*WITH_TOY, name, "toy", *where, *words, check=check, **path, **environment)
+        return run(*WITH_TOY, name, "toy", *folders, *argv, check=check, **path, **environment)
 
     return run_command
 
@@ -47,24 +47,24 @@ def toy(tmp_path):
     return tmp_path / "toy"
 
 
-def refused(result, *words):
-    """A failed command says a sentence and shows no traceback; the sentence."""
+def refused(result, *parts):
+    """Check that a command failed with a sentence and without a traceback; return the sentence."""
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     errors = result.stderr[result.stderr.index("error: ") :]
-    for word in words:
-        assert word in errors
+    for part in parts:
+        assert part in errors
     return errors
 
 
 @pytest.mark.parametrize("name", [None, "list", "build", "check", "export", "preview", "stats", "held_out"])
-def test_help_fits_a_screen(run, name):
+def test_data_command_help_fits_screen(run, name):
     result = run("-m", "reftr_cli", "data", *([name] if name else []), "--help", COLUMNS="80")
     assert len(result.stdout.splitlines()) <= 40
     assert "usage: reftr data" in result.stdout
 
 
-def test_list(run, command, toy):
+def test_list_shows_datasets_and_their_flags(run, command, toy):
     lines = run("-m", "reftr_cli", "data", "list", COLUMNS="80").stdout.splitlines()
     assert lines[0].split()[:4] == ["name", "images", "expressions", "splits"]
     assert any(line.startswith("shapes ") for line in lines)
@@ -75,14 +75,14 @@ def test_list(run, command, toy):
     refused(run("-m", "reftr_cli", "data", "list", "shape", check=False), "'shape' is not a dataset", "shapes")
 
 
-def test_list_tells_where_files_come_from(run):
+def test_list_tells_origin_of_files(run):
     details = run(*WITH_TOY, "list", "toy").stdout
-    for words in ("testA.json", "pictures/", "made by the tests", "--limit (0)"):
-        assert words in details
+    for part in ("testA.json", "pictures/", "made by the tests", "--limit (0)"):
+        assert part in details
     assert ["testA", "2", "-", "-"] in [line.split() for line in details.splitlines()]
 
 
-def test_build_prints_counts_beside_the_published_ones(command, toy):
+def test_build_prints_counts_next_to_published_ones(command, toy):
     make_toy(toy)
     lines = command("build", "--num_proc", "2").stdout.splitlines()
     assert lines[1].split() == ["train", "6", "6", "6", "6", "6", "6"]
@@ -91,7 +91,7 @@ def test_build_prints_counts_beside_the_published_ones(command, toy):
     assert lines[1].split() == ["train", "1", "6", "1", "6", "1", "6"]
 
 
-def test_wrong_words_are_refused(command, toy):
+def test_data_commands_refuse_wrong_arguments(command, toy):
     make_toy(toy)
     refused(command("build", "--limits", "3", check=False), "'--limits'", "--limit, --prefix")
     refused(command("build", "again", check=False), "'again'")
@@ -100,7 +100,7 @@ def test_wrong_words_are_refused(command, toy):
     refused(command("build", "--limit", "[", check=False), "--limit '['")
 
 
-def test_missing_files_and_pictures_are_named(command, toy):
+def test_build_names_missing_files_and_images(command, toy):
     sentence = refused(command("build", check=False), "train.json", "Ask the tests")
     assert str(toy) in sentence
     make_toy(toy)
@@ -110,7 +110,7 @@ def test_missing_files_and_pictures_are_named(command, toy):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_what_a_builder_refuses_is_its_sentence(command, toy, num_proc):
+def test_build_ends_with_error_sentence_of_builder(command, toy, num_proc):
     rows = {"train": [make_row("train", i) for i in range(3)], "testA": [make_row("testA", 0)]}
     rows["train"][1]["image_id"] = "raises"
     make_toy(toy, rows)
@@ -118,22 +118,22 @@ def test_what_a_builder_refuses_is_its_sentence(command, toy, num_proc):
     assert errors.strip().endswith("error: The row 'raises' cannot be read: take it out.")
 
 
-def break_pictures(folder, rows) -> list[str]:
-    """Break one picture a row, in five ways by turns; returns their names."""
+def break_images(folder, rows) -> list[str]:
+    """Break the image of each row, in five alternating ways; return their names."""
     for index, row in enumerate(rows):
         path = folder / row["image"]
         content = path.read_bytes()
         share = (0, 0.3, 0.9, 0.999)
-        path.write_bytes(b"this is no picture" if index % 5 == 4 else content[: int(len(content) * share[index % 5])])
+        path.write_bytes(b"not an image" if index % 5 == 4 else content[: int(len(content) * share[index % 5])])
     return [row["image"] for row in rows]
 
 
 @pytest.mark.row("R2")
-def test_broken_pictures_are_found_and_good_ones_are_not(command, toy, record_property):
-    """20 of 20 broken ones, no false alarm in 1,000."""
+def test_build_and_check_find_only_broken_images(command, toy, record_property):
+    """All of 20 broken images are found, with no false alarm in 1,000."""
     rows = {"train": [make_row("train", index) for index in range(1020)], "testA": [make_row("testA", 0)]}
     make_toy(toy, rows)
-    for index, row in enumerate(rows["train"][:400]):  # every way that pictures are stored
+    for index, row in enumerate(rows["train"][:400]):  # every common way of storing images
         settings = [{"progressive": True}, {"quality": 40, "subsampling": 2}, {"optimize": True}, {"comment": b"x"}]
         save_picture(toy / row["image"], seed=index, **settings[index % 4])
     for row in rows["train"][400:420]:
@@ -141,8 +141,8 @@ def test_broken_pictures_are_found_and_good_ones_are_not(command, toy, record_pr
     for row in rows["train"][420:440]:
         Image.open(toy / row["image"]).convert("L").save(toy / row["image"])
     assert "All images decode." in command("build", "--verify", "--num_proc", "2").stdout
-    broken = break_pictures(toy, random.Random(0).sample(rows["train"], 20))
-    sentence = refused(command("build", check=False))  # headers alone
+    broken = break_images(toy, random.Random(0).sample(rows["train"], 20))
+    sentence = refused(command("build", check=False))  # only the headers are read
     assert all(name in sentence for name in (*broken[0::5], *broken[4::5]))
     sentence = refused(command("build", "--verify", "--num_proc", "2", check=False), "20 images")
     record_property("counted", (sum(name in sentence for name in broken), len(broken)))
@@ -155,12 +155,12 @@ def test_broken_pictures_are_found_and_good_ones_are_not(command, toy, record_pr
 
 
 def spoil(rows):
-    """Put one fault of each kind into rows; returns split -> [(kind, image id, words of the message)]."""
+    """Put one fault of each kind into rows; return [(kind, image id, part of the message)]."""
     train = rows["train"]
     expected = []
 
-    def fault(index, kind, words):
-        expected.append((kind, train[index]["image_id"], words))
+    def fault(index, kind, part):
+        expected.append((kind, train[index]["image_id"], part))
         return train[index]["objects"][0], train[index]["sentences"][0]
 
     fault(0, "box", "48 x 32")[0].update(box=[10, 8, 60, 20], boxes=[[10, 8, 60, 20]], segmentation=None)
@@ -207,11 +207,11 @@ def test_check_finds_every_kind_of_fault(command, toy):
         *((kind, image_id) for kind, image_id, _ in expected),
         ("id", None),
     }
-    for kind, image_id, words in expected:
+    for kind, image_id, part in expected:
         assert any(
-            (item["kind"], item["image_id"]) == (kind, image_id) and words in item["message"]
+            (item["kind"], item["image_id"]) == (kind, image_id) and part in item["message"]
             for item in report["errors"]
-        ), (kind, image_id, words)
+        ), (kind, image_id, part)
     assert len([item for item in report["errors"] if item["kind"] == "id"]) == 3
     warnings = [item["message"] for item in report["warnings"]]
     assert "1 image_ids are in 'train' as well" in warnings
@@ -233,15 +233,15 @@ def test_check_finds_every_kind_of_fault(command, toy):
 @pytest.mark.parametrize(
     ("box_xyxy", "expected"), [([0, 0, 40, 30], True), ([0, 0, 10, 31], False), ([0, 0, 41, 30], False)]
 )
-def test_box_within_an_image_ends_at_its_edges(box_xyxy, expected):
+def test_is_box_within_rejects_box_past_edge(box_xyxy, expected):
     assert is_box_within(box_xyxy, 40, 30) is expected
 
 
-def test_check_passes_what_is_right(command, toy, run, tmp_path):
+def test_check_accepts_valid_rows(command, toy, run, tmp_path):
     rows = {"train": [make_row("train", index) for index in range(6)], "testA": [make_row("testA", 0)]}
     rows["train"][0]["objects"][0]["segmentation"] = None
     make_toy(toy, rows)
-    # stored turned, with the tag that says so: the row has the upright size
+    # stored rotated, with its EXIF tag: the row has the upright size
     exif = Image.Exif()
     exif[0x0112] = 6
     save_picture(toy / rows["train"][1]["image"], size=(32, 48), exif=exif.tobytes())
@@ -253,7 +253,7 @@ def test_check_passes_what_is_right(command, toy, run, tmp_path):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_export_is_found_by_plain_datasets(command, toy, tmp_path, num_proc):
+def test_export_loads_with_plain_datasets(command, toy, tmp_path, num_proc):
     rows = make_toy(toy)
     output = tmp_path / "export"
     printed = command("export", "--output", output, "--num_proc", num_proc).stdout
@@ -277,7 +277,7 @@ def test_export_is_found_by_plain_datasets(command, toy, tmp_path, num_proc):
     assert "made by the tests" in card
 
 
-def test_export_by_path(command, toy, tmp_path, run):
+def test_export_by_path_stores_paths_and_refuses_drawn_images(command, toy, tmp_path, run):
     make_toy(toy)
     output = tmp_path / "export"
     command("export", "--output", output, "--by_path")
@@ -296,7 +296,7 @@ def test_export_by_path(command, toy, tmp_path, run):
     assert not (tmp_path / "shapes").exists()
 
 
-def test_export_cuts_large_splits(toy, tmp_path, monkeypatch):
+def test_export_shards_large_splits(toy, tmp_path, monkeypatch):
     make_toy(toy)
     monkeypatch.setattr(exporting, "MAX_SHARD_BYTES", 2000)
     rows = load("toy", data_dir=toy, cache_dir=str(tmp_path / "cache"))
@@ -308,7 +308,7 @@ def test_export_cuts_large_splits(toy, tmp_path, monkeypatch):
 
 
 def test_export_appears_by_one_rename(toy, tmp_path, monkeypatch):
-    """The folder that it is written into becomes the export: a copy would be seen half written."""
+    """The folder that is written becomes the export, as a copy could be seen half written."""
     make_toy(toy)
     rows = load("toy", data_dir=toy, cache_dir=str(tmp_path / "cache"))
     folders = []
@@ -322,7 +322,7 @@ def test_export_appears_by_one_rename(toy, tmp_path, monkeypatch):
     assert folders == [(tmp_path / "export").stat().st_ino]
 
 
-def test_export_replaces_nothing_unasked(command, toy, tmp_path):
+def test_export_replaces_only_exports_and_only_on_request(command, toy, tmp_path):
     make_toy(toy)
     output = tmp_path / "export"
     command("export", "--output", output)
@@ -334,7 +334,7 @@ def test_export_replaces_nothing_unasked(command, toy, tmp_path):
     assert (output / "mine.txt").exists()
 
 
-def test_a_failed_export_leaves_nothing(command, toy, tmp_path):
+def test_failed_export_leaves_nothing(command, toy, tmp_path):
     make_toy(toy)
     command("build")
     (toy / "pictures/train_5.jpg").unlink()
@@ -342,22 +342,22 @@ def test_a_failed_export_leaves_nothing(command, toy, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "toy"]
 
 
-def test_preview_draws_boxes_masks_and_words(command, toy, tmp_path, run):
+def test_preview_draws_boxes_masks_and_text(command, toy, tmp_path, run):
     rows = {"train": [make_row("train", index) for index in range(6)], "testA": [make_row("testA", 0)]}
     item = rows["testA"][0]["objects"][0]
     item["boxes"] = [[10.4, 8.2, 15, 20], [20, 9, 29.8, 20]]
     make_toy(toy, rows)
     command("preview", "--output", tmp_path / "train.png", "--num", "5")
-    picture = Image.open(tmp_path / "train.png")
-    assert picture.width == 8 + 4 * 328
+    image = Image.open(tmp_path / "train.png")
+    assert image.width == 8 + 4 * 328
     command("preview", "--output", tmp_path / "test.png", "--split", "testA")
     pixels = np.asarray(Image.open(tmp_path / "test.png")).astype(int)
     color = (0xD8, 0x1B, 0xBD)
     scale = 320 / 48
     row, column = 8 + round(14 * scale), 8 + round(10.4 * scale)
-    assert (pixels[row, column] == color).all()  # the box's left side
-    assert (pixels[row, 8 + round(15 * scale)] == 255).all()  # one of its boxes
-    assert (pixels[8 + round(32 * scale) :] == color).all(axis=-1).sum() > 50  # the words
+    assert (pixels[row, column] == color).all()  # left side of the box
+    assert (pixels[row, 8 + round(15 * scale)] == 255).all()  # one of the boxes of its object
+    assert (pixels[8 + round(32 * scale) :] == color).all(axis=-1).sum() > 50  # the text
     first = (tmp_path / "train.png").read_bytes()
     command("preview", "--output", tmp_path / "train.png", "--num", "5")
     assert (tmp_path / "train.png").read_bytes() == first
@@ -365,13 +365,13 @@ def test_preview_draws_boxes_masks_and_words(command, toy, tmp_path, run):
     refused(command("preview", "--output", tmp_path / "train.png", "--num", "0", check=False), "--num 0")
 
 
-def test_stats(command, toy):
+def test_stats_prints_statistics_of_each_split(command, toy):
     make_toy(toy)
     lines = command("stats").stdout.splitlines()
-    figures = {" ".join(line.split()[:-2]): line.split()[-2:] for line in lines if line}
-    assert figures["images"] == ["6", "2"]
-    assert figures["words per sentence, maximum"] == ["6", "6"]
-    assert figures["objects with a mask"] == ["100.0%", "100.0%"]
+    statistics = {" ".join(line.split()[:-2]): line.split()[-2:] for line in lines if line}
+    assert statistics["images"] == ["6", "2"]
+    assert statistics["words per sentence, maximum"] == ["6", "6"]
+    assert statistics["objects with a mask"] == ["100.0%", "100.0%"]
     assert "29 characters: the bright patch of picture 0" in lines
 
 
@@ -381,13 +381,13 @@ def hub():
         yield hub
 
 
-def test_export_to_the_hub(command, toy, tmp_path, hub, run):
+def test_export_pushes_to_hub_only_with_flag(command, toy, tmp_path, hub, run):
     make_toy(toy)
     online = hub.environment("hf_write", tmp_path / "home")
     command("export", "--output", tmp_path / "export", **online)
-    assert hub.requests == []  # nothing goes out without the flag
-    words = ("--overwrite", "--push_to_hub", "someone/toy", "--private")
-    printed = command("export", "--output", tmp_path / "export", *words, **online).stdout
+    assert hub.requests == []  # nothing is sent without the flag
+    flags = ("--overwrite", "--push_to_hub", "someone/toy", "--private")
+    printed = command("export", "--output", tmp_path / "export", *flags, **online).stdout
     assert "Pushed: " in printed
     assert hub.repositories["dataset", "someone/toy"].private
     files = hub.files("someone/toy", "dataset")
@@ -395,7 +395,7 @@ def test_export_to_the_hub(command, toy, tmp_path, hub, run):
         if path.is_file():
             assert files.pop(path.relative_to(tmp_path / "export").as_posix()) == path.read_bytes()
             assert b"hf_write" not in path.read_bytes()
-    # the card names the repository, there and here, once it is there
+    # after the push, the card names the repository on the Hub and on disk
     assert 'load_dataset("someone/toy", split="train")' in (tmp_path / "export" / "README.md").read_text()
     assert set(files) == {".gitattributes"}
     load = "import datasets; print(len(datasets.load_dataset('someone/toy', split='testA')))"
@@ -404,7 +404,7 @@ def test_export_to_the_hub(command, toy, tmp_path, hub, run):
 
 @pytest.fixture
 def exported(tmp_path, hub, monkeypatch):
-    """A folder like an export's, and the client of this process on its way to the Hub."""
+    """Write a folder like an export and connect the client of this process to the local Hub."""
     hub.use(monkeypatch, "hf_write")
     monkeypatch.setattr("training_reftr.hub.WAITS", (0, 0))
     (tmp_path / "exported" / "data").mkdir(parents=True)
@@ -415,7 +415,7 @@ def exported(tmp_path, hub, monkeypatch):
 
 
 def on_the_hub(hub):
-    """What the set's files are there: path -> content."""
+    """Return path -> content of the dataset's files on the Hub."""
     return {path: content for path, content in hub.files("someone/toy", "dataset").items() if path[0] != "."}
 
 
@@ -424,7 +424,7 @@ def on_disk(folder):
 
 
 @pytest.mark.parametrize(
-    ("token", "repository", "words"),
+    ("token", "repository", "reason"),
     [
         ("", "someone/toy", "401"),
         ("hf_bad", "someone/toy", "Invalid credentials"),
@@ -433,18 +433,18 @@ def on_disk(folder):
     ],
     ids=["none", "bad", "read", "of_others"],
 )
-def test_a_push_that_is_not_allowed(exported, hub, monkeypatch, token, repository, words):
+def test_push_export_without_rights_is_refused(exported, hub, monkeypatch, token, repository, reason):
     hub.use(monkeypatch, token)
-    with pytest.raises(OSError, match=words) as refused:
+    with pytest.raises(OSError, match=reason) as error:
         push_export(exported, repository)
-    assert f"not pushed to {repository!r}" in str(refused.value)
-    assert not token or token not in str(refused.value)
+    assert f"not pushed to {repository!r}" in str(error.value)
+    assert not token or token not in str(error.value)
     assert not hub.repositories
 
 
 @pytest.mark.parametrize("fault", ["status", "cut"])
 @pytest.mark.parametrize("pattern", ["POST .*/repos/create", "POST .*/preupload/", "PUT", "POST .*/commit/"])
-def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
+def test_push_export_with_failing_hub_raises_and_keeps_previous_files(exported, hub, fault, pattern):
     hub.fault(fault, pattern, times=100)
     with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
         push_export(exported, "someone/toy")
@@ -452,7 +452,7 @@ def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
     hub.faults.clear()
     assert push_export(exported, "someone/toy").endswith(hub.head("someone/toy", "dataset"))
     assert on_the_hub(hub) == on_disk(exported)
-    # nor when there is a former one, which stays
+    # a dataset on the Hub stays if a later push fails
     former = on_disk(exported)
     for path in (exported / "data").iterdir():
         path.write_bytes(b"new content of " + path.name.encode())
@@ -462,8 +462,8 @@ def test_a_push_that_fails_is_not_called_done(exported, hub, fault, pattern):
     assert on_the_hub(hub) == former
 
 
-def test_card_names_the_repository_that_it_is_pushed_to(exported, hub):
-    """The card of an export does, and one that somebody has written stays as it is."""
+def test_push_export_names_repository_in_generated_card(exported, hub):
+    """The card of an export names it; a card that a user has written stays unchanged."""
     card = f'---\npretty_name: toy\n---\n\nrows = load_dataset("{exported}", split="train")\n'
     (exported / "README.md").write_text(card)
     push_export(exported, "someone/toy")
@@ -477,28 +477,28 @@ def test_card_names_the_repository_that_it_is_pushed_to(exported, hub):
         assert (exported / "README.md").read_bytes() == pushed
 
 
-def test_files_of_a_former_set_go(exported, hub):
-    """A set of two files a split, and then of one: nothing is read twice."""
+def test_push_export_removes_files_of_previous_dataset(exported, hub):
+    """After a push of two files per split and one of a single file, nothing is read twice."""
     for number in range(2):
         (exported / "data" / f"train-0000{number}-of-00002.parquet").write_bytes(b"half")
-    (exported / "data" / "train-00000-of-00001.parquet").rename(exported / "whole")
+    (exported / "data" / "train-00000-of-00001.parquet").rename(exported / "single")
     push_export(exported, "someone/toy")
     assert sum(path.startswith("data/train") for path in on_the_hub(hub)) == 2
     for path in (exported / "data").glob("train-*-of-00002.parquet"):
         path.unlink()
-    (exported / "whole").rename(exported / "data" / "train-00000-of-00001.parquet")
+    (exported / "single").rename(exported / "data" / "train-00000-of-00001.parquet")
     push_export(exported, "someone/toy")
     assert on_the_hub(hub) == on_disk(exported)
 
 
-def test_a_public_set_is_not_taken_for_a_private_one(exported, hub):
+def test_push_export_refuses_public_repository_for_private_dataset(exported, hub):
     push_export(exported, "someone/toy")
     with pytest.raises(OSError, match="'someone/toy' is there and public"):
         push_export(exported, "someone/toy", private=True)
 
 
 @pytest.mark.parametrize("kind", ["corrupt", "lose"])
-def test_files_that_do_not_arrive_whole_are_not_called_pushed(exported, hub, kind):
+def test_push_export_with_damaged_upload_raises(exported, hub, kind):
     hub.fault(kind, "PUT", times=100)
     with pytest.raises(OSError, match="was not pushed to 'someone/toy'"):
         push_export(exported, "someone/toy")
@@ -509,53 +509,53 @@ def test_files_that_do_not_arrive_whole_are_not_called_pushed(exported, hub, kin
 
 
 @pytest.mark.parametrize("content", [None, b"---\n---\n# t"], ids=["missing", "short"])
-def test_push_refuses_a_commit_that_holds_other_files_than_were_sent(exported, hub, monkeypatch, content):
-    """The Hub says that all is well, and its commit lacks the card or holds half of it."""
+def test_push_export_refuses_commit_with_other_files(exported, hub, monkeypatch, content):
+    """The Hub reports success, but its commit lacks the card or contains half of it."""
     commit = hub.commit
 
-    def commit_less(repository, items, *words):
+    def commit_less(repository, items, *rest):
         kept = [item for item in items if item["value"].get("path") != "README.md"]
         if content is not None and len(kept) < len(items):
             value = {"path": "README.md", "content": base64.b64encode(content).decode()}
             kept.append({"key": "file", "value": value})
-        return commit(repository, kept, *words)
+        return commit(repository, kept, *rest)
 
     monkeypatch.setattr(hub, "commit", commit_less)
-    words = r"not pushed to 'someone/toy': the commit \w+ does not hold README\.md as they were sent"
-    with pytest.raises(OSError, match=words):
+    message = r"not pushed to 'someone/toy': the commit \w+ does not hold README\.md as they were sent"
+    with pytest.raises(OSError, match=message):
         push_export(exported, "someone/toy")
 
 
 @pytest.mark.parametrize("status", [500, 429])
-def test_push_is_repeated_where_the_hub_is_busy(exported, hub, status):
+def test_push_export_retries_if_hub_is_busy(exported, hub, status):
     fault = hub.fault("status", "POST .*/commit/", value=status)
     push_export(exported, "someone/toy")
     assert fault.happened == 1
     assert on_the_hub(hub) == on_disk(exported)
 
 
-def test_a_push_outlives_a_hub_that_stumbles(exported, hub):
+def test_push_export_survives_repeated_hub_errors(exported, hub):
     faults = [hub.fault("status", pattern, times=2) for pattern in ("/preupload/", "/objects/batch", "PUT")]
     push_export(exported, "someone/toy")
     assert [fault.happened for fault in faults] == [2, 2, 2]
     assert on_the_hub(hub) == on_disk(exported)
 
 
-def test_without_network_the_export_stays(command, toy, tmp_path):
+def test_export_without_network_is_kept_on_disk(command, toy, tmp_path):
     make_toy(toy)
-    words = ("--output", tmp_path / "export", "--push_to_hub", "someone/toy")
-    refused(command("export", *words, check=False), "complete", "'someone/toy'", "ush again")
+    flags = ("--output", tmp_path / "export", "--push_to_hub", "someone/toy")
+    refused(command("export", *flags, check=False), "complete", "'someone/toy'", "ush again")
     assert len(datasets.load_dataset(str(tmp_path / "export"), split="testA", cache_dir=str(tmp_path / "other"))) == 2
     assert "someone/toy" not in (tmp_path / "export" / "README.md").read_text()
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
-    result = command("export", *words, "--overwrite", check=False, **nowhere)
+    result = command("export", *flags, "--overwrite", check=False, **nowhere)
     assert "hf_secret" not in refused(result, "complete", "ush again")
-    refused(command("export", *words, "--overwrite", "--by_path", check=False), "--by_path")
+    refused(command("export", *flags, "--overwrite", "--by_path", check=False), "--by_path")
     refused(command("export", "--output", tmp_path / "other_export", "--private", check=False), "--private")
 
 
-def test_rows_keep_pictures_of_bytes(run, tmp_path):
-    """Pictures that are no files are embedded as well."""
+def test_export_embeds_images_without_files(run, tmp_path):
+    """Images that are not files are embedded as well."""
     run(
         "-m",
         "reftr_cli",
@@ -573,12 +573,12 @@ def test_rows_keep_pictures_of_bytes(run, tmp_path):
     assert Image.open(io.BytesIO(content)).size == (64, 64)
 
 
-def test_interrupted_build_ends_in_a_line(tmp_path):
-    """Ctrl-C in a terminal reaches the processes that build as well."""
-    words = [sys.executable, "-m", "reftr_cli", "data"]
-    words += ["build", "shapes", "--num_train", "200000", "--num_proc", "2", "--cache_dir", str(tmp_path)]
+def test_interrupted_build_ends_with_one_line(tmp_path):
+    """Ctrl-C in a terminal reaches the worker processes of the build as well."""
+    argv = [sys.executable, "-m", "reftr_cli", "data"]
+    argv += ["build", "shapes", "--num_train", "200000", "--num_proc", "2", "--cache_dir", str(tmp_path)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **streams)
+    process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **streams)
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("*.arrow")) and time.monotonic() < deadline:
         time.sleep(0.05)

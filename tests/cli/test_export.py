@@ -1,4 +1,4 @@
-"""Models as graphs that run without our code, and with weights of eight bits."""
+"""Exported graphs, which run without this project's code, and eight-bit weights."""
 
 import dataclasses
 import json
@@ -29,13 +29,13 @@ def checkpoint(make_model, processor, tmp_path):
     return tmp_path / "model"
 
 
-def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run):
-    """Written by the command, asked about pictures and words of other numbers and sizes."""
+def test_export_command_writes_onnx_graph_equal_to_model(checkpoint, tmp_path, run):
+    """The command writes the graph, which then reads other numbers and sizes of images and texts."""
     folder = tmp_path / "runs" / "demo-onnx"
     printed = run("-m", "reftr_cli", "export", "--model", checkpoint, "--output", folder).stdout
     assert json.loads(printed)["largest_differences"].keys() == {"pred_boxes", "pred_masks"}
 
-    assert_names_are_the_processors(folder)
+    assert_graph_accepts_processor_output(folder)
     exported = ExportedModel.from_pretrained(folder)
     processor = RefTRProcessor.from_pretrained(folder)
     model = RefTRForVisualGrounding.from_pretrained(checkpoint).eval()
@@ -43,8 +43,8 @@ def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run):
         ([(50, 40)], [["the red circle"]]),
         ([(64, 64), (90, 30), (31, 77)], [["the star", "the large blue square above it"], ["red"], ["a", "b", "c d"]]),
     ):
-        pictures = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
-        inputs = processor(pictures, texts)
+        images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+        inputs = processor(images, texts)
         answers = exported(**inputs)
         with torch.no_grad():
             expected = model(**inputs)
@@ -54,8 +54,8 @@ def test_an_onnx_graph_answers_as_the_model(checkpoint, tmp_path, run):
         assert [masks["masks"].shape[0] for masks in found] == [1] * sum(map(len, texts))
 
 
-def assert_names_are_the_processors(folder):
-    """Check the graph in ONNX Runtime itself, fed with what the processor gives, and with weights of eight bits."""
+def assert_graph_accepts_processor_output(folder):
+    """Check names, axes and eight-bit weights of the graph in ONNX Runtime, fed with the processor's output."""
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     processor = RefTRProcessor.from_pretrained(folder)
     images = [Image.effect_noise(size, 90).convert("RGB") for size in [(64, 48), (40, 60), (90, 20)]]
@@ -88,7 +88,7 @@ def assert_names_are_the_processors(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "dynamo"])
 @pytest.mark.parametrize("phrases", [False, True])
-def test_every_graph_answers_as_the_model(make_model, tmp_path, target, phrases):
+def test_exported_graph_of_every_target_equals_model(make_model, tmp_path, target, phrases):
     model = make_model(backbone_config=BACKBONE, predict_masks=True)
     exported = export(model, target, phrases)
     exported.save_pretrained(tmp_path)
@@ -106,16 +106,16 @@ def test_every_graph_answers_as_the_model(make_model, tmp_path, target, phrases)
 
 
 @pytest.mark.slow
-def test_what_torch_cannot_save_is_said(make_model, processor, tmp_path, run):
+def test_export_names_remedy_for_unsupported_dynamo_model(make_model, processor, tmp_path, run):
     make_model(backbone_config=TIMM).save_pretrained(tmp_path / "model")  # its pooling rounds sizes up
     processor.save_pretrained(tmp_path / "model")
-    words = ("--model", tmp_path / "model", "--output", tmp_path / "program", "--format", "dynamo")
-    error = run("-m", "reftr_cli", "export", *words, check=False).stderr
+    flags = ("--model", tmp_path / "model", "--output", tmp_path / "program", "--format", "dynamo")
+    error = run("-m", "reftr_cli", "export", *flags, check=False).stderr
     assert "use --format onnx" in error
 
 
 @pytest.mark.slow
-def test_weights_of_eight_bits(checkpoint, processor, tmp_path, monkeypatch):
+def test_eight_bit_weights_give_similar_boxes(checkpoint, processor, tmp_path, monkeypatch):
     pytest.importorskip("torchao")  # every process that finds it installed imports it, for seconds
     (tmp_path / "runs").mkdir()
     checkpoint.rename(tmp_path / "runs" / "demo")

@@ -1,4 +1,4 @@
-"""Models and Spaces on a Hub of this machine: pushed whole or not at all, and back in a clean process bit by bit."""
+"""Models and Spaces on a local Hub: pushed completely or not at all, and loaded bit by bit in a clean process."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def hub():
 
 @pytest.fixture
 def folder(trained, tmp_path):
-    """What a run leaves, with things beside it that are nobody's business."""
+    """Copy the output folder of a run and add private files to it."""
     folder = tmp_path / "model"
     shutil.copytree(trained[0], folder)
     (folder / ".env").write_text("HF_TOKEN=hf_write")
@@ -43,8 +43,8 @@ def folder(trained, tmp_path):
     return folder
 
 
-def push(run, hub, folder, home, *words, token="hf_write", **settings):
-    command = ("-m", "reftr_cli", "push", "--model", folder, "--repo", REPOSITORY, *words)
+def push(run, hub, folder, home, *argv, token="hf_write", **settings):
+    command = ("-m", "reftr_cli", "push", "--model", folder, "--repo", REPOSITORY, *argv)
     return run(*command, **hub.environment(token, home), **settings)
 
 
@@ -58,27 +58,27 @@ import json, sys
 import torch
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, pipeline
-repository, revision, picture, out = sys.argv[1:]
+repository, revision, image, out = sys.argv[1:]
 settings = {"revision": revision, "trust_remote_code": True}
 model = AutoModelForZeroShotObjectDetection.from_pretrained(repository, **settings)
 processor = AutoProcessor.from_pretrained(repository, **settings)
 ground = pipeline("visual-grounding", model=repository, **settings)
 texts = ["the red circle", "the star"]
 with torch.no_grad():
-    boxes = model(**processor(Image.open(picture), texts)).pred_boxes
+    boxes = model(**processor(Image.open(image), texts)).pred_boxes
 weights = {"boxes": boxes, **model.state_dict()}
 torch.save(weights, out)
-json.dump([answer["box"] for answer in ground(picture, text=texts)], sys.stdout)
+json.dump([answer["box"] for answer in ground(image, text=texts)], sys.stdout)
 assert not any(name.startswith("modeling_reftr") for name in sys.modules), "our package was imported"
 """
 
 
-def test_what_was_pushed_comes_back_in_a_clean_process(run, hub, folder, shapes, tmp_path):
+def test_pushed_model_loads_identically_in_clean_process(run, hub, folder, shapes, tmp_path):
     pushed = json.loads(push(run, hub, folder, tmp_path / "home", "--private").stdout)
     revision = hub.head(REPOSITORY)
     assert pushed == {"repo": REPOSITORY, "revision": revision}
     assert hub.repositories["model", REPOSITORY].private
-    assert len(hub.repositories["model", REPOSITORY].commits) == 2  # the Hub's own, and one
+    assert len(hub.repositories["model", REPOSITORY].commits) == 2  # the Hub's initial commit and one more
     files = hub.files(REPOSITORY)
     assert {"config.json", "model.safetensors", "modeling_reftr.py", "pipeline_reftr.py", "README.md"} <= files.keys()
     assert {"recipe.yaml", "metrics.json", "predictions.png", "processor_config.json"} <= files.keys()
@@ -87,29 +87,29 @@ def test_what_was_pushed_comes_back_in_a_clean_process(run, hub, folder, shapes,
     for name, content in files.items():
         if name != ".gitattributes":
             assert (folder / name).read_bytes() == content
-    # the next push changes the main branch, and not what was asked for
+    # the next push changes the main branch, but not the requested revision
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dropout": 0.25}))
     push(run, hub, folder, tmp_path / "home")
     assert hub.head(REPOSITORY) != revision
 
-    picture = tmp_path / "picture.png"
-    shapes["test"][0]["image"].save(picture)
+    image = tmp_path / "image.png"
+    shapes["test"][0]["image"].save(image)
     home = hub.environment("hf_write", tmp_path / "other_home")
     out = tmp_path / "weights.pt"
-    result = run("-I", "-c", ASK, REPOSITORY, revision, picture, out, cwd=tmp_path, **home)
+    result = run("-I", "-c", ASK, REPOSITORY, revision, image, out, cwd=tmp_path, **home)
     loaded = torch.load(out, weights_only=True)
     model, processor = RefTRForVisualGrounding.from_pretrained(folder), RefTRProcessor.from_pretrained(folder)
     texts = ["the red circle", "the star"]
     with torch.no_grad():
-        boxes = model(**processor(Image.open(picture), texts)).pred_boxes
+        boxes = model(**processor(Image.open(image), texts)).pred_boxes
     assert torch.equal(loaded.pop("boxes"), boxes)
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
     assert len(json.loads(result.stdout)) == 2
 
 
-def test_the_card_says_how_to_ask_and_its_snippet_runs(run, hub, folder, shapes, tmp_path):
+def test_pushed_card_has_metadata_and_working_snippet(run, hub, folder, shapes, tmp_path):
     push(run, hub, folder, tmp_path / "home")
     card = ModelCard(hub.files(REPOSITORY)["README.md"].decode())
     assert card.data.pipeline_tag == "zero-shot-object-detection"
@@ -131,9 +131,9 @@ def test_the_card_says_how_to_ask_and_its_snippet_runs(run, hub, folder, shapes,
         assert drawn.width >= 320
 
 
-def test_a_run_pushes_its_best_and_its_end(run, hub, recipe, tmp_path):
-    words = ("--push_to_hub", REPOSITORY, "--hub_private", "--output_dir", tmp_path / "run")
-    result = run("train_reftr.py", recipe, *words, **hub.environment("hf_write", tmp_path / "home"))
+def test_training_run_pushes_best_and_final_model(run, hub, recipe, tmp_path):
+    flags = ("--push_to_hub", REPOSITORY, "--hub_private", "--output_dir", tmp_path / "run")
+    result = run("train_reftr.py", recipe, *flags, **hub.environment("hf_write", tmp_path / "home"))
     repository = hub.repositories["model", REPOSITORY]
     assert repository.private
     assert f"Pushed to {REPOSITORY}, revision {hub.head(REPOSITORY)}" in result.stdout
@@ -141,7 +141,7 @@ def test_a_run_pushes_its_best_and_its_end(run, hub, recipe, tmp_path):
     assert messages[-1] == "Upload model"
     assert messages[:-1]
     assert all(message.startswith("Best model, step ") for message in messages[:-1])
-    # the best was a whole model with a card of its own
+    # the best model was complete and had its own card
     files = hub.files(REPOSITORY, revision=repository.commits[1].oid)
     assert b"The run is not over" in files["README.md"]
     assert "metrics.json" not in files
@@ -149,20 +149,20 @@ def test_a_run_pushes_its_best_and_its_end(run, hub, recipe, tmp_path):
     card = hub.files(REPOSITORY)["README.md"].decode()
     assert "The run is not over" not in card
     assert "It started from random weights" in card
-    # another of the same settings starts from the recipe that lies there
-    recipe_there = yaml.safe_load(hub.files(REPOSITORY)["recipe.yaml"])
-    assert recipe_there["dataset"] == "shapes"
-    assert not {"output_dir", "data_cache_dir", "push_to_hub"} & recipe_there.keys()
+    # another run with the same settings starts from the pushed recipe
+    pushed_recipe = yaml.safe_load(hub.files(REPOSITORY)["recipe.yaml"])
+    assert pushed_recipe["dataset"] == "shapes"
+    assert not {"output_dir", "data_cache_dir", "push_to_hub"} & pushed_recipe.keys()
 
 
 def test_dry_run_pushes_nothing(run, hub, recipe, tmp_path):
-    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--dry_run")
-    result = run("train_reftr.py", recipe, *words, **hub.environment("hf_write", tmp_path / "home"))
+    flags = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--dry_run")
+    result = run("train_reftr.py", recipe, *flags, **hub.environment("hf_write", tmp_path / "home"))
     assert "The run goes through." in result.stdout
     assert hub.repositories == {}
 
 
-def test_last_push_comes_after_the_best_that_is_on_its_way(hub, folder, monkeypatch):
+def test_publisher_waits_for_running_push_before_last_one(hub, folder, monkeypatch):
     hub.use(monkeypatch, "hf_write")
     settings = TrainingSettings.from_flat(output_dir=str(folder), push_to_hub=REPOSITORY)
     publisher = Publisher(settings, SimpleNamespace(is_main_process=True))
@@ -181,11 +181,11 @@ def test_last_push_comes_after_the_best_that_is_on_its_way(hub, folder, monkeypa
 
 
 @pytest.mark.row("S10")
-def test_the_token_is_in_no_file(run, hub, recipe, tmp_path):
-    """Neither in what is pushed nor in what a run, the client and the Hub leave."""
+def test_token_is_written_to_no_file(run, hub, recipe, tmp_path):
+    """Neither pushed files nor files of the run, the client and the Hub contain it."""
     token = "hf_write"
-    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--trackers", "tensorboard")
-    result = run("train_reftr.py", recipe, *words, **hub.environment(token, tmp_path / "home"))
+    flags = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--trackers", "tensorboard")
+    result = run("train_reftr.py", recipe, *flags, **hub.environment(token, tmp_path / "home"))
     push(run, hub, tmp_path / "run", tmp_path / "home", "--space", "someone/page")
     assert any(request.token == token for request in hub.requests)
     written = [path for folder in (tmp_path, hub.state) for path in folder.rglob("*") if path.is_file()]
@@ -198,7 +198,7 @@ def test_the_token_is_in_no_file(run, hub, recipe, tmp_path):
     ("token", "reason"),
     [("hf_wrong", "Invalid credentials"), ("hf_read", "write token"), ("hf_other", "rights"), ("", "401")],
 )
-def test_who_may_not_push_is_told(hub, monkeypatch, token, reason):
+def test_publisher_refuses_token_without_write_access(hub, monkeypatch, token, reason):
     hub.use(monkeypatch, token)
     main_process = SimpleNamespace(is_main_process=True)
     with pytest.raises(OSError, match=rf"cannot be pushed to, so the run did not start: .*{reason}.*hf auth login"):
@@ -206,20 +206,20 @@ def test_who_may_not_push_is_told(hub, monkeypatch, token, reason):
     assert hub.repositories == {}
 
 
-def test_it_is_told_before_training(run, hub, recipe, tmp_path):
-    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
-    result = run("train_reftr.py", recipe, *words, check=False, **hub.environment("hf_read", tmp_path / "home"))
+def test_training_without_push_rights_does_not_start(run, hub, recipe, tmp_path):
+    flags = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
+    result = run("train_reftr.py", recipe, *flags, check=False, **hub.environment("hf_read", tmp_path / "home"))
     assert result.returncode == 1
     assert "the run did not start" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path, monkeypatch):
-    """Nor does it keep anything from being written; the end says what was not pushed."""
+def test_training_run_with_failing_hub_still_writes_results(run, hub, recipe, tmp_path, monkeypatch):
+    """All results are written, and the last line says what was not pushed."""
     hub.fault("status", "POST .*/commit/", times=10_000)
-    words = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
-    result = run("train_reftr.py", recipe, *words, check=False, **hub.environment("hf_write", tmp_path / "home"))
+    flags = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
+    result = run("train_reftr.py", recipe, *flags, check=False, **hub.environment("hf_write", tmp_path / "home"))
     assert result.returncode == 1
     assert "The training goes on." in result.stderr
     assert f"was not pushed to '{REPOSITORY}'" in result.stderr.splitlines()[-1]
@@ -233,7 +233,7 @@ def test_a_hub_that_fails_does_not_end_a_training(run, hub, recipe, tmp_path, mo
     assert "model.safetensors" in hub.files(REPOSITORY)
 
 
-def test_a_push_that_was_broken_off_goes_on(hub, folder, monkeypatch):
+def test_failed_push_resumes_without_uploading_weights_again(hub, folder, monkeypatch):
     hub.use(monkeypatch, "hf_write")
     write_card(folder, REPOSITORY)
     first = push_model(folder, REPOSITORY)
@@ -249,13 +249,13 @@ def test_a_push_that_was_broken_off_goes_on(hub, folder, monkeypatch):
     second = push_model(folder, REPOSITORY)
     assert second == hub.head(REPOSITORY) != first
     assert hub.files(REPOSITORY)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    # the weights were there already
+    # the weights had been uploaded already
     assert not [request for request in hub.requests if request.method == "PUT"]
-    # once more changes nothing
+    # pushing again changes nothing
     assert push_model(folder, REPOSITORY) == second
 
 
-def test_push_keeps_files_that_are_not_of_a_model(hub, folder, monkeypatch):
+def test_push_keeps_unrelated_files(hub, folder, monkeypatch):
     hub.use(monkeypatch, "hf_write")
     write_card(folder, REPOSITORY)
     push_model(folder, REPOSITORY)
@@ -264,7 +264,7 @@ def test_push_keeps_files_that_are_not_of_a_model(hub, folder, monkeypatch):
     assert hub.files(REPOSITORY)["notes/mine.txt"] == b"mine"
 
 
-def test_files_that_are_gone_from_the_folder_go(hub, folder, monkeypatch):
+def test_push_deletes_files_missing_from_folder(hub, folder, monkeypatch):
     hub.use(monkeypatch, "hf_write")
     write_card(folder, REPOSITORY)
     push_model(folder, REPOSITORY)
@@ -276,7 +276,7 @@ def test_files_that_are_gone_from_the_folder_go(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "processor_config.json", "modeling_reftr.py"])
-def test_half_a_folder_is_not_pushed(hub, folder, monkeypatch, missing):
+def test_push_refuses_incomplete_folder(hub, folder, monkeypatch, missing):
     hub.use(monkeypatch, "hf_write")
     write_card(folder)
     (folder / missing).unlink()
@@ -285,8 +285,8 @@ def test_half_a_folder_is_not_pushed(hub, folder, monkeypatch, missing):
     assert hub.repositories == {}
 
 
-def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_path):
-    """Killed at one moment or another of an upload, and started again."""
+def test_hub_killed_during_push_serves_previous_model(folder, tmp_path):
+    """The server is killed at different moments of an upload and started again."""
     state = tmp_path / "hub"
     moments = ["POST .*/preupload/", "/objects/batch", "PUT", "WRITE .*/large/", "POST .*/commit/", "WRITE .*/small/"]
     moments += ["WRITE .*repository.json", "POST .*/repos/create", "PUT", "POST .*/commit/"]
@@ -299,8 +299,8 @@ def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_pa
 
     def push_to(hub):
         environment = hub.environment("hf_write", tmp_path / "home")
-        words = [sys.executable, "-c", command, str(folder), REPOSITORY]
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        argv = [sys.executable, "-c", command, str(folder), REPOSITORY]
+        return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
     with HubProcess(state) as hub:
         assert push_to(hub).returncode == 0
@@ -323,7 +323,7 @@ def test_a_server_that_dies_in_the_middle_serves_the_former_model(folder, tmp_pa
             assert after.files(REPOSITORY)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
-def test_a_space_that_asks_the_model(hub, folder, monkeypatch):
+def test_push_creates_space_for_model(hub, folder, monkeypatch):
     hub.use(monkeypatch, "hf_write")
     main(["--model", str(folder), "--repo", REPOSITORY, "--space", "someone/page", "--private"])
     space = hub.repositories["space", "someone/page"]
@@ -338,10 +338,10 @@ def test_a_space_that_asks_the_model(hub, folder, monkeypatch):
     assert card["app_file"] in files
 
 
-@pytest.mark.parametrize("door", ["command", "end_of_training"])
+@pytest.mark.parametrize("caller", ["command", "end_of_training"])
 @pytest.mark.parametrize("card", [None, "# Mine\n", "earlier"])
-def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door, card):
-    """Refused for want of rights, then taken: only then the card in the folder names the repository."""
+def test_failed_push_leaves_folder_unchanged(hub, folder, monkeypatch, caller, card):
+    """The card in the folder names the repository only once a push has succeeded."""
     monkeypatch.setattr("training_reftr.hub.WAITS", ())
     (folder / "README.md").unlink()
     if card == "earlier":
@@ -350,8 +350,8 @@ def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door,
         (folder / "README.md").write_text(card)
     before = content_of(folder)
 
-    def push_through_the_door():
-        if door == "command":
+    def push_by_caller():
+        if caller == "command":
             main(["--model", str(folder), "--repo", REPOSITORY])
         else:
             settings = TrainingSettings.from_flat(output_dir=str(folder), push_to_hub=REPOSITORY)
@@ -359,9 +359,9 @@ def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door,
             hub.fault("status", "POST .*/commit/", times=10_000)
             publisher.finish()
 
-    hub.use(monkeypatch, "hf_read" if door == "command" else "hf_write")
+    hub.use(monkeypatch, "hf_read" if caller == "command" else "hf_write")
     with pytest.raises(OSError, match="was not pushed"):
-        push_through_the_door()
+        push_by_caller()
     assert content_of(folder) == before
     hub.faults.clear()
     hub.use(monkeypatch, "hf_write")
@@ -373,12 +373,12 @@ def test_failed_push_leaves_the_folder_as_it_was(hub, folder, monkeypatch, door,
 
 
 def content_of(folder):
-    """Path -> content of the files in a folder."""
+    """Return path -> content of the files in a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("model", ["folder", "someone/nothing"])
-def test_space_of_a_model_that_is_not_on_the_hub_is_refused(hub, folder, monkeypatch, model):
+def test_push_refuses_space_of_model_missing_on_hub(hub, folder, monkeypatch, model):
     hub.use(monkeypatch, "hf_write")
     model = str(folder) if model == "folder" else model
     with pytest.raises(OSError, match=r"'someone/page' was not pushed because its model .* was not found on the Hub"):
@@ -386,12 +386,12 @@ def test_space_of_a_model_that_is_not_on_the_hub_is_refused(hub, folder, monkeyp
     assert hub.repositories == {}
 
 
-def test_nowhere_to_push_to(folder):
+def test_push_without_repository_is_refused(folder):
     with pytest.raises(ValueError, match="A repository is required"):
         main(["--model", str(folder)])
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(hub, folder, monkeypatch):
+def test_private_push_refuses_public_repository(hub, folder, monkeypatch):
     hub.use(monkeypatch, "hf_write")
     main(["--model", str(folder), "--repo", REPOSITORY])
     head = hub.head(REPOSITORY)

@@ -1,4 +1,4 @@
-"""The published table from miniature files of a user: the authors' layout, a checkpoint, one command."""
+"""Reproduction of the published table from miniature user files: the authors' layout, a checkpoint, one command."""
 
 import argparse
 import json
@@ -20,12 +20,12 @@ from training_reftr.arguments import parse_arguments
 
 @pytest.fixture(scope="module")
 def files(tokenizer, tmp_path_factory):
-    """What a user has: the refer API's files, a published checkpoint with masks, a tokenizer."""
+    """Write the files of a user: the refer API's files, a published checkpoint with masks and a tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     facts = make_refcoco(folder / "DATA")
     instances = json.loads(facts["instances_file"].read_text())
     for annotation in instances["annotations"]:
-        if annotation["image_id"] == 100:  # val's; fractions of pixels, as real boxes have
+        if annotation["image_id"] == 100:  # the image of val; fractions of pixels, as in real boxes
             annotation["bbox"] = [1.7, 2.6, 30.2, 20.3]
     facts["instances_file"].write_text(json.dumps(instances))
     weights = published_state_dict(load_case("res_bert")[0])
@@ -35,14 +35,14 @@ def files(tokenizer, tmp_path_factory):
     return folder
 
 
-def make(*words, **environment):
-    """`make` with this environment, which is taken as installed."""
-    command = ["make", f"VENV={sys.prefix}", f"--old-file={sys.prefix}/.installed", *map(str, words)]
+def make(*arguments, **environment):
+    """Run `make` with this environment, marked as installed."""
+    command = ["make", f"VENV={sys.prefix}", f"--old-file={sys.prefix}/.installed", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_one_command_converts_evaluates_and_compares(files, tmp_path):
+def test_make_reproduce_converts_evaluates_and_compares(files, tmp_path):
     output = tmp_path / "out"
     result = make(
         "reproduce", f"DATA={files / 'DATA'}", f"CHECKPOINT={files / 'refcoco.pth'}", f"OUTPUT={output}",
@@ -70,7 +70,7 @@ def test_one_command_converts_evaluates_and_compares(files, tmp_path):
         ("testA", "of testA"),
         ("testB", "of testB"),
     ]
-    # against the box cut to whole pixels, at the original size
+    # compared with the box truncated to integer pixels, at the original size
     answer = torch.tensor([lines[0]["pred_box_xyxy"]], dtype=torch.float64)
     assert lines[0]["iou"] == box_iou(answer, torch.tensor([[1.0, 2.0, 31.0, 22.0]])).item() > 0
     assert lines[0]["iou"] != box_iou(answer, torch.tensor([[1.7, 2.6, 31.9, 22.9]])).item()
@@ -86,29 +86,29 @@ def test_one_command_converts_evaluates_and_compares(files, tmp_path):
             assert f"| {split} | {metric} | {100 * values[name]:.2f} | {published} | RefTR, ResNet-101" in report
     assert "cut to whole pixels, as published" in report
     assert "in the published batches, of 8 expressions" in report
-    # the model stays for other uses
+    # the converted model is kept for other uses
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(output / "model"))
 
 
-def test_what_make_needs_is_said():
+def test_make_reproduce_names_missing_variables():
     result = make("reproduce", "DATA=somewhere")
     assert result.returncode != 0
     assert "make reproduce needs DATA=folder CHECKPOINT=file.pth" in result.stderr
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_reproduce_names_missing_checkpoint(tmp_path):
     with pytest.raises(OSError, match=r"none\.pth"):
         main(["--data_dir", "data", "--checkpoint", str(tmp_path / "none.pth"), "--output_dir", str(tmp_path / "out")])
 
 
-def test_published_settings_of_sets():
+def test_published_settings_fit_each_dataset():
     settings = published_settings("refcocog_umd")
     assert settings["test_splits"] == "val,test"
-    args = parse_arguments([word for name, value in settings.items() for word in (f"--{name}", value)])
+    args = parse_arguments([item for name, value in settings.items() for item in (f"--{name}", value)])
     assert args.data.dataset_config == {"integer_boxes": True}
     assert args.evaluation.two_step_masks
     assert (args.evaluation.evaluation_batching, args.evaluation.evaluation_batch_size) == ("published", 8)
-    # its annotations are whole pixels, and it has no such flag
+    # its annotations are integer pixels, and it has no such flag
     assert published_settings("flickr30k_entities")["dataset_config"] == "{}"
     assert published_settings("reftr_refcoco_unc")["test_splits"] == "val,testA,testB"
     with pytest.raises(ValueError, match="'refcoco' is not a dataset; use one of shapes"):

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, whatever interrupts the process that writes them."""
+"""Atomic files and folders: complete or absent, whatever interrupts the process that writes them."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ from tests.helpers.tiny import ROOT
 
 
 SIZE = 1 << 20
-# each writes one of two contents over and over, until it is killed; the line says that writing has begun
+# each script writes one of two contents repeatedly until it is killed; it prints a line once writing has begun
 WRITERS = {
     "file": "write_file(target, bytes([number % 2]) * SIZE, durable=False)",
     "folder": (
@@ -39,7 +39,7 @@ WRITERS = {
 
 @pytest.fixture
 def small_files():
-    """Let no file grow beyond 1,000 bytes, which fails as on a full disk."""
+    """Limit files to 1,000 bytes, so that a larger write fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     yield
@@ -48,9 +48,9 @@ def small_files():
 
 @pytest.fixture(params=[0o022, 0o027], ids=oct)
 def umask(request):
-    former = os.umask(request.param)
+    previous = os.umask(request.param)
     yield request.param
-    os.umask(former)
+    os.umask(previous)
 
 
 def mode_of(path):
@@ -74,7 +74,7 @@ for number in itertools.count():
         process.stdout.readline()
         time.sleep(0.003 * trial)
         process.kill()
-    # an exchange of folders that is cut in between leaves both of them beside the target, complete
+    # an interrupted exchange of folders leaves both of them, complete, next to the target
     target = target if target.exists() else max(tmp_path.iterdir(), key=lambda path: len(list(path.iterdir())))
     contents = [file.read_bytes() for file in ([target] if kind == "file" else [target / "a", target / "b"])]
     assert all(content in (bytes(SIZE), b"\1" * SIZE) for content in contents)
@@ -96,7 +96,7 @@ def write_files(path):
 
 
 @pytest.mark.parametrize("write", [write_folder, write_files])
-def test_full_disk_leaves_the_former_folder(tmp_path, small_files, write):
+def test_folder_writer_on_full_disk_keeps_previous_folder(tmp_path, small_files, write):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "content").write_bytes(b"former")
@@ -106,7 +106,7 @@ def test_full_disk_leaves_the_former_folder(tmp_path, small_files, write):
     assert [item.name for item in tmp_path.rglob("*")] == ["folder", "content"]
 
 
-def test_full_disk_leaves_the_former_file(tmp_path, small_files):
+def test_write_file_on_full_disk_keeps_previous_file(tmp_path, small_files):
     path = tmp_path / "file"
     write_file(path, "former")
     with pytest.raises(OSError, match="File too large"):
@@ -116,7 +116,7 @@ def test_full_disk_leaves_the_former_file(tmp_path, small_files):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_exception_in_the_block_leaves_nothing(tmp_path, overwrite):
+def test_atomic_writer_interrupted_in_block_leaves_nothing(tmp_path, overwrite):
     def interrupt(path):
         path.write_text("half")
         raise KeyboardInterrupt
@@ -128,7 +128,7 @@ def test_exception_in_the_block_leaves_nothing(tmp_path, overwrite):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_new_files_and_folders_have_the_permissions_of_the_umask(tmp_path, umask):
+def test_new_files_and_folders_follow_umask(tmp_path, umask):
     write_file(tmp_path / "parent" / "file", b"")
     with atomic_folder(tmp_path / "folder") as folder:
         (folder / "file").touch()
@@ -148,7 +148,7 @@ def test_replaced_file_keeps_its_permissions(tmp_path):
     assert mode_of(path) == 0o604
 
 
-def test_symbolic_links_are_followed(tmp_path):
+def test_writers_follow_symbolic_links(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for name in ("file", "folder"):
         (tmp_path / name).symlink_to(f"elsewhere/{name}")
@@ -161,14 +161,14 @@ def test_symbolic_links_are_followed(tmp_path):
     assert (tmp_path / "folder").is_symlink()
 
 
-def test_atomic_folder_refuses_to_replace_unasked(tmp_path):
+def test_atomic_folder_refuses_existing_folder_or_file(tmp_path):
     (tmp_path / "file").touch()
     for path, overwrite in ((tmp_path, False), (tmp_path / "file", True)):
         with pytest.raises(FileExistsError, match="Choose another folder"), atomic_folder(path, overwrite):
             pass
 
 
-def test_atomic_folder_replaces_all_that_was_there(tmp_path):
+def test_atomic_folder_with_overwrite_replaces_all_files(tmp_path):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "former").touch()
@@ -177,7 +177,7 @@ def test_atomic_folder_replaces_all_that_was_there(tmp_path):
     assert [item.name for item in tmp_path.rglob("*")] == ["folder", "new"]
 
 
-def test_folder_that_cannot_be_renamed_leaves_the_former_one(tmp_path, monkeypatch):
+def test_atomic_folder_with_failed_rename_keeps_previous_folder(tmp_path, monkeypatch):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "former").touch()
@@ -194,7 +194,7 @@ def test_folder_that_cannot_be_renamed_leaves_the_former_one(tmp_path, monkeypat
     assert [item.name for item in tmp_path.rglob("*")] == ["folder", "former"]
 
 
-def test_replaced_files_come_in_order_and_others_stay(tmp_path, monkeypatch):
+def test_replaced_files_follows_order_and_keeps_other_files(tmp_path, monkeypatch):
     (tmp_path / "other").touch()
     names, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: names.append(target.name) or replace(source, target))
@@ -206,7 +206,7 @@ def test_replaced_files_come_in_order_and_others_stay(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_durable_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch, durable):
+def test_write_file_syncs_before_rename_only_if_durable(tmp_path, monkeypatch, durable):
     events, fsync, replace = [], os.fsync, os.replace
 
     def record_fsync(descriptor):
@@ -238,6 +238,6 @@ def test_remove_leftovers_keeps_other_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"two.incomplete", ".three"}
 
 
-def test_digest_of_a_file_is_its_sha256(tmp_path):
+def test_sha256_of_returns_hex_digest_of_file(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

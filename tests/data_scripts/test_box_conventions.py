@@ -1,4 +1,4 @@
-"""In which convention boxes are written, and whether all of them together say that they are in another one."""
+"""Box conventions: read boxes in each of them, and recognize boxes written in another one than declared."""
 
 import json
 import logging
@@ -20,12 +20,12 @@ from training_reftr.sources import load_rows
 
 PHOTOS = ((640, 480), (480, 640), (640, 427), (500, 375))
 LARGE = ((4000, 3000), (3000, 4000))
-# conventions that are the same numbers, or nearly so, on these images: nobody can tell them apart
+# conventions that give the same or nearly the same numbers on these images and cannot be told apart
 EQUAL = {"square": {frozenset({layout, f"{layout}_thousand"}) for layout in ("xyxy", "xywh", "cxcywh")}}
 
 
 def draw_boxes(sizes, seed, num_images=50, num_boxes=4):
-    """Draw boxes_xyxy as annotators find them, mostly around the middle, and the (width, height) of their images."""
+    """Draw boxes_xyxy as annotators place them, mostly around the center, and the (width, height) of their images."""
     rng = np.random.default_rng(seed)
     boxes, sizes_of_boxes = [], []
     for size in rng.choice(sizes, num_images):
@@ -38,7 +38,7 @@ def draw_boxes(sizes, seed, num_images=50, num_boxes=4):
 
 
 def write_boxes(boxes_xyxy, sizes, box_format):
-    """Return boxes as a tool that exports them in a convention writes them."""
+    """Return boxes as an export tool writes them in a convention."""
     layout, unit = parse_box_format(box_format)
     first, last = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
     parts = {"xyxy": (first, last), "xywh": (first, last - first), "cxcywh": ((first + last) / 2, last - first)}
@@ -50,7 +50,7 @@ def write_boxes(boxes_xyxy, sizes, box_format):
 
 
 @pytest.mark.parametrize("true", BOX_FORMATS)
-def test_boxes_of_every_convention_are_the_same_pixels(true):
+def test_to_boxes_xyxy_maps_every_convention_to_same_pixels(true):
     boxes_xyxy, sizes = draw_boxes(PHOTOS, seed=1)
     found = to_boxes_xyxy(write_boxes(boxes_xyxy, sizes, true), sizes, *parse_box_format(true))
     assert np.abs(found - boxes_xyxy).max() <= 1.5
@@ -58,23 +58,23 @@ def test_boxes_of_every_convention_are_the_same_pixels(true):
 
 @pytest.mark.parametrize("kind", ["photos", "few photos", "large", "tiny", "square"])
 @pytest.mark.parametrize("true", BOX_FORMATS)
-def test_wrong_convention_is_named_and_the_right_one_is_not_suspected(kind, true):
+def test_judge_boxes_names_true_convention_only_if_declared_wrong(kind, true):
     sizes = {"large": LARGE, "tiny": ((64, 64),), "square": ((1000, 1000),)}.get(kind, PHOTOS)
     for seed in range(3):
         boxes_xyxy, sizes_of_boxes = draw_boxes(sizes, seed, num_images=8 if kind == "few photos" else 50)
         written = write_boxes(boxes_xyxy, sizes_of_boxes, true)
-        for said in BOX_FORMATS:
-            judgement = judge_boxes(written, sizes_of_boxes, said)
-            if said == true or frozenset({said, true}) in EQUAL.get(kind, ()):
-                assert judgement is None, (said, judgement)
+        for declared in BOX_FORMATS:
+            judgement = judge_boxes(written, sizes_of_boxes, declared)
+            if declared == true or frozenset({declared, true}) in EQUAL.get(kind, ()):
+                assert judgement is None, (declared, judgement)
             else:
                 same = {true, *(other for pair in EQUAL.get(kind, ()) if true in pair for other in pair)}
-                assert judgement is not None, said
-                assert judgement.box_format in same, (said, judgement)
-                assert f"said to be {said!r}, look like {judgement.box_format!r}" in judgement.message
+                assert judgement is not None, declared
+                assert judgement.box_format in same, (declared, judgement)
+                assert f"said to be {declared!r}, look like {judgement.box_format!r}" in judgement.message
 
 
-def test_y_before_x_is_named():
+def test_judge_boxes_names_y_before_x():
     boxes_xyxy, sizes = draw_boxes(PHOTOS, seed=2)
     judgement = judge_boxes(np.round(boxes_xyxy)[:, [1, 0, 3, 2]], sizes)
     assert judgement.box_format == "yxyx"
@@ -84,20 +84,20 @@ def test_y_before_x_is_named():
 @pytest.mark.parametrize(
     ("boxes", "size"),
     [
-        ([[0, 0, 640, 480]] * 40, (640, 480)),  # all over the image
+        ([[0, 0, 640, 480]] * 40, (640, 480)),  # covers the image
         ([[10, 20, 110, 90]], (640, 480)),
-        ([[0, 0, 1, 1]], (3, 2)),  # of an image of three pixels
-        ([[-3, 5, 645, 482]], (640, 480)),  # over its edge by what annotations round
-        ([[10, 20, 900, 90], *([[10, 20, 110, 90]] * 60)], (640, 480)),  # one slip
+        ([[0, 0, 1, 1]], (3, 2)),  # in an image three pixels wide
+        ([[-3, 5, 645, 482]], (640, 480)),  # exceeds the edges by a rounding error
+        ([[10, 20, 900, 90], *([[10, 20, 110, 90]] * 60)], (640, 480)),  # one outlier
         ([], (640, 480)),
     ],
 )
-def test_real_boxes_are_not_suspected(boxes, size):
+def test_judge_boxes_accepts_real_boxes(boxes, size):
     assert judge_boxes(boxes, [size] * len(boxes)) is None
 
 
 def make_lines(folder, box_format, field=None, num_images=12):
-    """Write train.jsonl and its images, with boxes of a convention; returns the boxes_xyxy in pixels."""
+    """Write train.jsonl with boxes in a convention and its images; return the boxes_xyxy in pixels."""
     boxes_xyxy, sizes = draw_boxes(((64, 48), (48, 64), (80, 40)), seed=3, num_images=num_images, num_boxes=3)
     written = write_boxes(np.round(boxes_xyxy), sizes, box_format).tolist()
     lines = []
@@ -120,7 +120,7 @@ def boxes_of(rows):
 
 @pytest.mark.parametrize("where", ["flag", "line"])
 @pytest.mark.parametrize("box_format", ["xyxy", "xywh_fraction", "cxcywh_thousand", "CXCYWH-fraction", "xyxy_pixels"])
-def test_lines_are_read_in_the_convention_that_is_said(tmp_path, where, box_format, caplog):
+def test_jsonl_builder_reads_boxes_in_declared_convention(tmp_path, where, box_format, caplog):
     expected = make_lines(tmp_path, box_format, field=box_format if where == "line" else None)
     rows = load(tmp_path, **({"box_format": box_format} if where == "flag" else {}))
     assert np.abs(boxes_of(rows) - expected).max() <= (1.1 if "thousand" in box_format else 1e-3)
@@ -128,7 +128,7 @@ def test_lines_are_read_in_the_convention_that_is_said(tmp_path, where, box_form
 
 
 @pytest.mark.parametrize("annotated", ["upright", "stored"])
-def test_fractions_are_of_the_image_as_it_was_annotated(tmp_path, annotated):
+def test_jsonl_builder_scales_fractions_to_annotated_orientation(tmp_path, annotated):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 40)).save(tmp_path / "1.jpg", exif=exif)
@@ -140,7 +140,7 @@ def test_fractions_are_of_the_image_as_it_was_annotated(tmp_path, annotated):
     assert row["objects"][0]["box"] == [width / 4, height / 2, width / 2, 3 * height / 4]
 
 
-def test_fractions_read_as_pixels_are_refused(tmp_path):
+def test_jsonl_builder_refuses_fractions_read_as_pixels(tmp_path):
     make_lines(tmp_path, "xyxy_fraction", num_images=2)
     with pytest.raises(
         ValueError, match=r"look like 'xyxy_fraction': all numbers of 6 boxes .*set box_format='xyxy_f"
@@ -148,18 +148,18 @@ def test_fractions_read_as_pixels_are_refused(tmp_path):
         load(tmp_path)
 
 
-def test_layout_is_named_beside_the_lines_that_make_no_sense(tmp_path):
+def test_jsonl_builder_names_layout_with_bad_lines(tmp_path):
     make_lines(tmp_path, "xywh")
     with pytest.raises(ValueError, match=r"bad lines(.|\n)*look like 'xywh'"):
         load(tmp_path)
 
 
-def test_unit_is_named_where_every_line_makes_sense(tmp_path, caplog):
+def test_jsonl_builder_warns_of_wrong_unit_in_valid_lines(tmp_path, caplog):
     make_lines(tmp_path, "xyxy")
     with caplog.at_level(logging.WARNING):
         load(tmp_path, box_format="xyxy_thousand")
     assert "said to be 'xyxy_thousand', look like 'xyxy': no number of 36 boxes is over the size" in caplog.text
-    # the cache keeps it
+    # check reports it for the cached rows as well
     flags = {"data_dir": tmp_path, "cache_dir": str(tmp_path / "cache"), "box_format": "xyxy_thousand"}
     splits, build_report = load_with_report("jsonl", **flags)
     report = check(data_scripts.SOURCES["jsonl"], splits, build_report=build_report)
@@ -168,7 +168,7 @@ def test_unit_is_named_where_every_line_makes_sense(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["shapes", "jsonl", "refcoco_unc", "flickr30k_entities"])
-def test_good_datasets_are_not_suspected(name, tmp_path, shapes):
+def test_check_finds_no_convention_fault_in_good_dataset(name, tmp_path, shapes):
     splits = shapes
     if name != "shapes":
         {"jsonl": make_jsonl, "refcoco_unc": make_refcoco, "flickr30k_entities": make_flickr30k}[name](tmp_path)
@@ -177,7 +177,7 @@ def test_good_datasets_are_not_suspected(name, tmp_path, shapes):
     assert [finding for finding in report["errors"] + report["warnings"] if finding["kind"] == "convention"] == []
 
 
-def test_slip_does_not_hide_a_convention_and_some_boxes_of_another_are_named():
+def test_judge_boxes_tolerates_slip_and_names_mixed_convention():
     boxes_xyxy, sizes = draw_boxes(PHOTOS, seed=5)
     fractions = write_boxes(boxes_xyxy, sizes, "cxcywh_fraction")
     fractions[7] = [10, 20, 110, 90]
@@ -191,20 +191,20 @@ def test_slip_does_not_hide_a_convention_and_some_boxes_of_another_are_named():
     assert not judgement.is_certain
 
 
-@pytest.mark.parametrize("said", ["xyxy", "xywh_thousand", "cxcywh_fraction"])
+@pytest.mark.parametrize("declared", ["xyxy", "xywh_thousand", "cxcywh_fraction"])
 @pytest.mark.parametrize("size", [(4000, 3000), (1920, 1080), (640, 480), (20, 16)])
-def test_objects_in_a_corner_are_not_taken_for_another_unit(size, said):
-    """As the logo on each page, or the clock of a screen."""
+def test_judge_boxes_accepts_objects_in_corner(size, declared):
+    """Such objects are the logo of each page or the clock of a screen."""
     rng = np.random.default_rng(0)
     first = rng.uniform(0.01, 0.1, (200, 2)) * size
     boxes_xyxy = np.concatenate((first, first + rng.uniform(0.06, 0.15, (200, 2)) * size), axis=1)
     sizes = np.tile(size, (200, 1))
-    assert judge_boxes(write_boxes(boxes_xyxy, sizes, said), sizes, said) is None
+    assert judge_boxes(write_boxes(boxes_xyxy, sizes, declared), sizes, declared) is None
 
 
 @pytest.mark.parametrize("true", ["xyxy_fraction", "xywh"])
-def test_split_in_another_convention_is_named(tmp_path, true):
-    """The boxes of validation are too few to be seen among those of train."""
+def test_jsonl_builder_names_split_in_another_convention(tmp_path, true):
+    """Each split is judged on its own, as few boxes of validation would disappear among those of train."""
     make_lines(tmp_path, "xyxy", num_images=60)
     (tmp_path / "train.jsonl").rename(tmp_path / "large.jsonl")
     make_lines(tmp_path, true, num_images=4)
@@ -213,8 +213,8 @@ def test_split_in_another_convention_is_named(tmp_path, true):
         load(tmp_path)
 
 
-def test_polygons_in_fractions_are_refused(tmp_path):
-    """They would be masks of one pixel."""
+def test_jsonl_builder_refuses_polygons_in_fractions(tmp_path):
+    """They would become masks of one pixel."""
     Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
     polygons = [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8], [[0.2, 0.1, 0.9, 0.3, 0.5, 0.9]]]
     expressions = [{"text": f"thing {k}", "box": [4, 4, 40, 40], "polygon": polygons[k]} for k in range(2)]
@@ -223,11 +223,11 @@ def test_polygons_in_fractions_are_refused(tmp_path):
         load(tmp_path)
 
 
-def test_sums_of_fractions_that_end_at_the_edge_are_not_cut_there(tmp_path):
+def test_jsonl_builder_does_not_clip_fractions_ending_at_edge(tmp_path):
     Image.new("RGB", (640, 480)).save(tmp_path / "1.png")
     # right and bottom sides at the edges, six decimals
     boxes = [[round(value, 6) for value in (1 - x / 2, 1 - x / 4, x, x / 2)] for x in np.arange(1, 60) / 61]
-    assert any(x + width / 2 > 1 for x, _, width, _ in boxes)  # else the numbers prove nothing
+    assert any(x + width / 2 > 1 for x, _, width, _ in boxes)  # otherwise the test proves nothing
     expressions = [{"text": f"thing {k}", "box": box} for k, box in enumerate(boxes)]
     line = {"image": "1.png", "box_format": "cxcywh_fraction", "expressions": expressions}
     (tmp_path / "train.jsonl").write_text(json.dumps(line))
@@ -236,7 +236,7 @@ def test_sums_of_fractions_that_end_at_the_edge_are_not_cut_there(tmp_path):
 
 
 def change_boxes(rows, box_format):
-    """Return rows whose boxes are of another convention than the schema says."""
+    """Return rows with boxes in another convention than the schema's."""
 
     def change(row):
         size = np.array([[row["width"], row["height"]]])
@@ -248,8 +248,8 @@ def change_boxes(rows, box_format):
     return rows.map(change, features=rows.features)
 
 
-def test_check_and_training_say_what_the_boxes_of_rows_look_like(shapes, tmp_path):
-    """As of somebody's own Parquet files, which no builder has read."""
+def test_check_and_load_rows_name_wrong_convention_of_rows(shapes, tmp_path):
+    """Parquet files of a user pass no builder, so check and training judge their boxes."""
     rows = change_boxes(shapes["train"], "cxcywh_fraction")
     report = check(data_scripts.SOURCES["shapes"], {"train": rows})
     (finding,) = [finding for finding in report["errors"] if finding["kind"] == "convention"]

@@ -1,4 +1,4 @@
-"""What a build left out or changed is kept with the cache, and every command shows it."""
+"""Build reports: dropped and changed annotations are counted, kept with the cache and shown by every command."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def make_bad_jsonl(folder: Path):
 
 
 def make_bad_refcoco(folder: Path):
-    """Write the files of `layout_refcoco`; two masks of train and one of val cannot be read."""
+    """Write the files of `layout_refcoco` with two unreadable masks in train and one in val."""
     facts = make_refcoco(folder)
     instances = json.loads(facts["instances_file"].read_text())
     for annotation in instances["annotations"]:
@@ -45,12 +45,12 @@ def make_bad_refcoco(folder: Path):
 
 
 def make_held_out_visual_genome(folder: Path):
-    """Write Visual Genome's files, and those of RefCOCO that hold out three of its images."""
+    """Write Visual Genome's files and those of RefCOCO, which hold out three of its images."""
     make_visual_genome(folder, (581857, 100, 20, 101, 102))
     make_refcoco(folder)
 
 
-# name -> (what makes its files, its flags, the report)
+# name -> (function that writes its files, its flags, the expected report)
 BUILDS = {
     "jsonl": (
         make_bad_jsonl,
@@ -134,13 +134,13 @@ BUILDS = {
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """Run a command of `python -m data_scripts` in this process: its exit code and what it prints."""
+    """Return a function that runs `reftr data` in this process and returns its exit code and output."""
 
     def run_command(*argv):
         logger = logging.getLogger("data_scripts")
         handlers = list(logger.handlers)
         try:
-            code = main([str(word) for word in (*argv, "--cache_dir", tmp_path / "cache")])
+            code = main([str(argument) for argument in (*argv, "--cache_dir", tmp_path / "cache")])
         finally:
             logger.handlers[:] = handlers
         return code, capsys.readouterr().out
@@ -149,7 +149,7 @@ def command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_the_report_is_kept_with_the_cache(name, tmp_path, monkeypatch, caplog):
+def test_build_report_is_kept_with_cache(name, tmp_path, monkeypatch, caplog):
     make, flags, expected = BUILDS[name]
     make(tmp_path / "files")
     monkeypatch.setattr(visual_genome, "IMAGES_A_SHARD", 2)
@@ -164,11 +164,11 @@ def test_the_report_is_kept_with_the_cache(name, tmp_path, monkeypatch, caplog):
     apart, report = load_with_report(name, cache_dir=str(tmp_path / "other"), num_proc=2, **settings)
     assert report == expected
     assert {split: len(rows) for split, rows in apart.items()} == {split: len(rows) for split, rows in splits.items()}
-    for folder in ("cache", "other"):  # no file of a process is left
+    for folder in ("cache", "other"):  # no file of a worker process is left
         assert [path.name for path in (tmp_path / folder).rglob(f"{BUILD_REPORT}*")] == [BUILD_REPORT]
 
 
-def test_every_command_shows_the_report(command, tmp_path):
+def test_data_commands_show_build_report(command, tmp_path):
     make_bad_jsonl(tmp_path / "files")
     make_bad_jsonl(tmp_path / "more")
     (tmp_path / "more" / "train.jsonl").unlink()
@@ -179,7 +179,7 @@ def test_every_command_shows_the_report(command, tmp_path):
     )
     files = ("jsonl", "--data_dir", tmp_path / "files", "--drop_bad_lines")
     assert shown in command("build", *files)[1]
-    # another dataset in the same cache has a report of its own
+    # another dataset in the same cache has its own report
     more = command("build", "jsonl", "--data_dir", tmp_path / "more", "--drop_bad_lines")[1]
     assert "Left out or changed by the build:\n- validation: left out 2 bad lines\nAll images" in more
     assert shown in command("build", *files)[1]
@@ -190,12 +190,12 @@ def test_every_command_shows_the_report(command, tmp_path):
     assert f"\n\n{shown}\n" in (tmp_path / "export" / "README.md").read_text()
 
 
-def test_a_build_without_losses_says_so(command):
+def test_build_command_reports_build_without_losses(command):
     small = ("--num_train", 1, "--num_validation", 1, "--num_test", 1, "--image_size", 64)
     assert NOTHING in command("build", "shapes", *small)[1].splitlines()
 
 
-def test_a_cache_without_a_report_loads(command, tmp_path):
+def test_data_commands_accept_cache_without_report(command, tmp_path):
     make_bad_jsonl(tmp_path / "files")
     files = ("jsonl", "--data_dir", tmp_path / "files", "--drop_bad_lines")
     command("build", *files)
@@ -210,13 +210,13 @@ def test_a_cache_without_a_report_loads(command, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"train": 3}', '{"train": {"left_out": {"bad lines": "x"}}}', "\x00"])
-def test_a_damaged_report_is_named(content, tmp_path):
+def test_read_build_report_names_damaged_file(content, tmp_path):
     (tmp_path / BUILD_REPORT).write_text(content)
     with pytest.raises(OSError, match=f"{BUILD_REPORT}' is damaged"):
         read_build_report(tmp_path)
 
 
-def test_nothing_is_counted_from_a_build_that_was_killed(tmp_path):
+def test_build_report_ignores_counts_of_killed_build(tmp_path):
     make_bad_jsonl(tmp_path / "files")
     settings = {"data_dir": str(tmp_path / "files"), "cache_dir": str(tmp_path / "cache"), "drop_bad_lines": True}
     builder = data_scripts.SOURCES["jsonl"].builder(config_name="jsonl", **settings)
@@ -226,7 +226,7 @@ def test_nothing_is_counted_from_a_build_that_was_killed(tmp_path):
     assert load_with_report("jsonl", **settings)[1] == BUILDS["jsonl"][2]
 
 
-def test_a_stream_logs_and_writes_nothing(tmp_path, caplog):
+def test_stream_logs_losses_and_writes_no_report(tmp_path, caplog):
     make_bad_jsonl(tmp_path / "files")
     settings = {"data_dir": str(tmp_path / "files"), "cache_dir": str(tmp_path / "cache"), "drop_bad_lines": True}
     rows = data_scripts.load("jsonl", streaming=True, **settings)
@@ -234,26 +234,26 @@ def test_a_stream_logs_and_writes_nothing(tmp_path, caplog):
     assert "jsonl train: left out 3 bad lines." in caplog.text
     assert f"jsonl train: 1 {CUT}." in caplog.text
     assert not list((tmp_path / "cache").rglob(f"{BUILD_REPORT}*"))
-    # nor does it count in a build of the same builder
+    # a stream adds nothing to the counts of a later build of the same builder either
     builder = data_scripts.SOURCES["jsonl"].builder(config_name="jsonl", **settings)
     list(builder.as_streaming_dataset(split="train"))
     builder.download_and_prepare()
     assert read_build_report(builder.cache_dir) == BUILDS["jsonl"][2]
 
 
-def test_whole_pixel_boxes_that_are_cut_are_counted(tmp_path):
+def test_build_report_counts_clipped_integer_boxes(tmp_path):
     make_refcoco(tmp_path / "files")
     settings = {"data_dir": str(tmp_path / "files"), "cache_dir": str(tmp_path / "cache")}
     _, report = load_with_report("refcoco_unc", integer_boxes=True, **settings)
     assert report["train"]["changed"][CUT] == 2
 
 
-def test_a_split_of_which_nothing_is_left_says_why(command, tmp_path):
+def test_load_refuses_split_left_empty_and_says_why(command, tmp_path):
     make_bad_jsonl(tmp_path / "files")
     (tmp_path / "files" / "test.jsonl").write_text('{"image": 7}\n')
     read_from = f"read from '{tmp_path}/files/test.jsonl'"
     expected = rf"(?s)Nothing is left in test of 'jsonl', {read_from}\. .*- test: left out 1 bad lines"
-    for _ in range(2):  # from the cache as well
+    for _ in range(2):  # the second time from the cache
         with pytest.raises(ValueError, match=expected):
             command("build", "jsonl", "--data_dir", tmp_path / "files", "--drop_bad_lines")
     settings = {"data_dir": tmp_path / "files", "cache_dir": str(tmp_path / "cache"), "drop_bad_lines": True}
@@ -262,11 +262,11 @@ def test_a_split_of_which_nothing_is_left_says_why(command, tmp_path):
     assert len(data_scripts.load("jsonl", "train", **settings)) == 8
 
 
-def test_an_empty_report_is_one_line():
+def test_format_build_report_of_empty_report_is_one_line():
     assert format_build_report({}) == NOTHING
 
 
-def test_split_without_a_line_is_named_with_its_file(tmp_path):
+def test_load_names_file_of_split_without_lines(tmp_path):
     make_jsonl(tmp_path / "files")
     file = tmp_path / "files" / "validation.jsonl"
     file.write_text("")
@@ -280,7 +280,7 @@ def test_split_without_a_line_is_named_with_its_file(tmp_path):
         data_scripts.load("jsonl", path={"train": "train.jsonl", "validation": []}, **settings)
 
 
-def test_stream_of_which_nothing_is_left_says_why(tmp_path):
+def test_load_refuses_stream_left_empty_and_says_why(tmp_path):
     make_bad_jsonl(tmp_path / "files")
     (tmp_path / "files" / "test.jsonl").write_text('{"image": 7}\n')
     with pytest.raises(ValueError, match=r"(?s)Nothing is left in test of 'jsonl'.*- test: left out 1 bad lines"):

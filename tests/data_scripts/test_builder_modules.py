@@ -1,4 +1,4 @@
-"""What a builder module must be for every version of datasets that it works with."""
+"""Rules for builder modules, which keep them loadable in every supported version of datasets."""
 
 import ast
 import subprocess
@@ -21,21 +21,21 @@ def siblings(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_sibling_is_imported_directly(module):
-    """datasets 3.6 copies the siblings that a script imports, and not what those import."""
+def test_builder_module_imports_every_sibling_directly(module):
+    """datasets 3.6 copies the siblings that a script imports, but not the imports of those siblings."""
     direct = siblings(module.rpartition(".")[2])
     for sibling in direct:
         assert siblings(sibling) <= direct, f"{module} must import from .{siblings(sibling) - direct} as well"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_nothing_stands_behind_the_import_of_a_sibling(module):
-    """datasets 3.6 takes a comment there for the address of a file to download."""
+def test_builder_module_has_no_comment_after_sibling_import(module):
+    """datasets 3.6 reads a comment there as the URL of a file to download."""
     lines = (ROOT / "data_scripts" / f"{module.rpartition('.')[2]}.py").read_text().splitlines()
     assert not [line for line in lines if line.startswith("from .") and "#" in line]
 
 
-def test_the_package_is_light():
+def test_data_scripts_import_loads_no_torch_or_model():
     code = (
         "import sys, data_scripts; sys.exit(' '.join({'torch', 'transformers', 'modeling_reftr'} & set(sys.modules)))"
     )

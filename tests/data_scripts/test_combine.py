@@ -1,4 +1,4 @@
-"""Several sets joined, without what any of them holds out."""
+"""Several datasets combined, without the images that any of them holds out."""
 
 import datasets
 import pytest
@@ -13,7 +13,7 @@ from tests.helpers.layout_visual_genome import make_visual_genome
 
 @pytest.fixture
 def settings(tmp_path):
-    """RefCOCO, RefCOCOg (google), whose val shares an image with its train, and Visual Genome in one folder."""
+    """Write RefCOCO, RefCOCOg (google), whose val shares an image with its train, and Visual Genome to one folder."""
     make_refcoco(tmp_path, "refcoco_unc")
     make_refcoco(tmp_path, "refcocog_google")
     make_visual_genome(tmp_path, (581857, 100, 102))
@@ -21,7 +21,7 @@ def settings(tmp_path):
 
 
 @pytest.mark.row("R21")
-def test_no_row_is_held_out_anywhere(settings, caplog):
+def test_combine_leaves_out_images_held_out_by_any_dataset(settings, caplog):
     names = ["refcoco_unc", "refcocog_google", "visual_genome"]
     joined = combine(names, **settings)
     assert joined.features == data_scripts.FEATURES
@@ -42,25 +42,25 @@ def test_no_row_is_held_out_anywhere(settings, caplog):
     assert len(set(sentence_ids)) == len(sentence_ids)
 
 
-def test_rows_and_flags_of_ones_own(settings):
+def test_combine_accepts_loaded_rows_and_dataset_flags(settings):
     google = data_scripts.load("refcocog_google", **settings)
     joined = combine([google, ("refcoco_unc", {"integer_boxes": True})], **settings)
     assert len(joined) == 20
     assert joined[9]["objects"][0]["box"] != joined[19]["objects"][0]["box"] == [103, 299, 238, 477]
-    # bare rows hold nothing out
+    # rows without other splits hold nothing out
     assert len(combine([google["train"]])) == 11
     assert len(combine([google["train"], google])) == 20
     assert len(combine([google], held_out=())) == 11
     assert combine([google], split="val")["image_id"] == ["coco_100"]
 
 
-def test_pictures_are_matched_by_file_name_where_the_id_does_not_tell(settings):
+def test_combine_matches_images_by_file_name_without_coco_id(settings):
     google = data_scripts.load("refcocog_google", **settings)
     renamed = google["train"].map(lambda row, index: {"image_id": f"row_{index}"}, with_indices=True)
     assert len(combine([renamed, google])) == 20
 
 
-def test_wrong_sets_are_refused(settings):
+def test_combine_refuses_wrong_datasets(settings):
     with pytest.raises(ValueError, match="requires at least one dataset"):
         combine([])
     with pytest.raises(ValueError, match=r"visual_genome has no split 'testA'; it has: train\."):
@@ -73,7 +73,7 @@ def test_wrong_sets_are_refused(settings):
 
 @pytest.fixture
 def two_builders(tmp_path):
-    """An index of ReSC, which has a trainval of its own, and the refer API's files, which have none."""
+    """Write an index of ReSC, which has its own trainval, and the refer API's files, which have none."""
     make_reftr_index(tmp_path)
     folder = tmp_path / "annotations_resc" / "referit"
     records = [record for split in ("train", "val") for record in read_pickle(folder / f"referit_{split}.pth")]
@@ -86,21 +86,21 @@ def keys_of(rows):
     return {coco_id(image_id) or image_id for image_id in rows["image_id"]}
 
 
-def test_what_is_trained_on_is_not_held_out_by_its_name(two_builders, caplog):
-    """`val` is part of trainval: by its expressions, for ids and files differ (ReferIt's trainval is its own file)."""
+def test_combine_with_trainval_does_not_hold_out_val(two_builders, caplog):
+    """`val` is recognized as part of trainval by its expressions: ids and files differ (ReferIt's is its own file)."""
     for name in ("resc_referit", "refcoco_unc"):
         splits = data_scripts.load(name, **two_builders)
         if name == "refcoco_unc":  # its train and its val
             expected = keys_of(splits["train"]) | keys_of(splits["val"])
         else:
-            splits["test"] = splits["test"].select([])  # of the images of train, in this fixture
+            splits["test"] = splits["test"].select([])  # its images are those of train in this fixture
             expected = keys_of(splits["trainval"])
         assert keys_of(combine([splits], split="trainval")) == expected
     assert "left out" not in [record.message for record in caplog.records if record.name == "data_scripts.combining"]
 
 
-def test_miss_in_val_does_not_hold_out_what_trainval_has(two_builders):
-    """An object without extent is kept in val, to be counted, and left out of trainval, where it cannot be learned."""
+def test_combine_with_miss_in_val_keeps_trainval_images(two_builders):
+    """An empty box stays in val, where it counts as a miss, but not in trainval, where it cannot be learned."""
     splits = data_scripts.load("resc_referit", **two_builders)
     splits["test"] = splits["test"].select([])
 
@@ -115,13 +115,13 @@ def test_miss_in_val_does_not_hold_out_what_trainval_has(two_builders):
     assert keys_of(combine([splits], split="trainval")) == keys_of(splits["trainval"])
 
 
-def test_trainval_and_train_with_val_are_the_same_rows(two_builders):
+def test_combine_of_trainval_equals_train_with_val(two_builders):
     refer = data_scripts.load("refcoco_unc", **two_builders)
     index = {
         name: rows.filter(lambda row, name=name: row["image_id"] != "coco_9" or not name.startswith("test"))
         for name, rows in data_scripts.load("resc_unc", **two_builders).items()
     }
-    # an image that is tested on in one dataset is left out of the other's val, and of its trainval
+    # a test image of one dataset is left out of the other's val and trainval
     tested = refer["val"].select([0]).map(lambda row: {"image_id": "coco_25"})
     index["testA"], index["testB"] = tested, tested
     at_once = combine([index, refer], split="trainval")
@@ -134,32 +134,32 @@ def test_trainval_and_train_with_val_are_the_same_rows(two_builders):
 
     assert expressions(at_once) == expressions(joined)
     images = keys_of(at_once)
-    assert {100, 9, 20, 40} <= images  # val of the one, all of the other
+    assert {100, 9, 20, 40} <= images  # val of one dataset, all of the other
     assert not {25, 101, 102} & images  # test splits of either
-    # trained on alone, val is held out
+    # val is held out if only train is trained on
     assert 100 not in keys_of(combine([index, refer], split="train"))
 
 
-def test_a_split_that_is_called_test_can_be_trained_on(two_builders):
+def test_combine_can_train_on_split_named_test(two_builders):
     splits = data_scripts.load("refcoco_unc", **two_builders)
     parts = {"test": datasets.concatenate_datasets([splits["testA"], splits["testB"]]), **splits}
     assert keys_of(combine([parts], split="test")) == {101, 102}
     assert keys_of(combine([{name: parts[name] for name in ("test", "train", "val")}], split="test")) == {101, 102}
-    # held out by another one all the same
+    # another dataset still holds its test split out
     assert keys_of(combine([parts, {"test": parts["test"].select([]), "testA": splits["testA"]}], split="test")) == {
         102
     }
-    # a part of a split is held out with all of it: here testA has an expression that is not trained on
+    # all of testA is held out if one of its expressions is not trained on
     more = datasets.concatenate_datasets([splits["testA"], splits["train"].select([0])])
     assert keys_of(combine([{**parts, "testA": more}], split="test")) == {102}
 
 
-def test_rows_of_an_earlier_export_join_others(two_builders):
+def test_combine_accepts_rows_of_earlier_export(two_builders):
     splits = data_scripts.load("refcoco_unc", **two_builders)
     earlier = splits["train"].remove_columns("positions")
     assert len(combine([earlier, splits["train"]])) == 20
 
 
-def test_former_parameter_name_of_coco_id_warns():
+def test_coco_id_warns_of_deprecated_parameter_name():
     with pytest.warns(FutureWarning, match="`picture` is deprecated, use `path`"):
         assert coco_id("17", picture="COCO_train2014_000000000042.jpg") == 42

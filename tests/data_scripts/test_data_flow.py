@@ -1,4 +1,4 @@
-"""Rows on their way to training: order, batches, workers, sources, and pictures that are kept."""
+"""Data flow from rows to training batches: order, batches, workers, the image cache and sources."""
 
 import gc
 import hashlib
@@ -38,13 +38,13 @@ from training_reftr.tokenizer_training import train_tokenizer
 
 @pytest.fixture(scope="module")
 def sized_rows():
-    """Rows without pictures, of many sizes and with 1 to some 17 sentences."""
+    """Return rows without images, of many sizes and with 1 to about 17 sentences."""
     return make_rows(1000)
 
 
 @pytest.fixture
 def arguments(data_cache):
-    """Settings of a tiny run on the shapes; overrides are fields."""
+    """Return a function that makes settings of a tiny run on the shapes; its arguments override fields."""
 
     def make(**overrides):
         settings = {"dataset_config": TINY_SET, "data_cache_dir": data_cache, "image_size": 64}
@@ -56,11 +56,11 @@ def arguments(data_cache):
 
 
 def sentences_of(samples):
-    return [(sample.index, place) for sample in samples for place in sample.sentences]
+    return [(sample.index, sentence) for sample in samples for sentence in sample.sentences]
 
 
 def global_batches(order, batch_size, world_size, epoch=0, progress=()):
-    """The samples of each global batch, whichever process takes them."""
+    """Return the samples of each global batch, whichever process receives them."""
     parts = []
     for rank in range(world_size):
         sampler = EpochSampler(order, batch_size, rank, world_size)
@@ -76,11 +76,11 @@ def global_batches(order, batch_size, world_size, epoch=0, progress=()):
 
 @pytest.mark.parametrize("limit", [1, 3, 8, 100])
 @pytest.mark.parametrize("by_shape", [False, True])
-def test_an_epoch_sees_every_sentence_once(sized_rows, limit, by_shape):
+def test_epoch_order_contains_every_sentence_once(sized_rows, limit, by_shape):
     order = BuiltOrder(sized_rows, limit, 0, by_shape)
     samples = list(order.samples(3))
     assert len(samples) == order.num_samples
-    expected = [(row, place) for row, items in enumerate(sized_rows["sentences"]) for place in range(len(items))]
+    expected = [(row, index) for row, items in enumerate(sized_rows["sentences"]) for index in range(len(items))]
     assert sorted(sentences_of(samples)) == expected
     assert samples == list(order.samples(3)) == list(BuiltOrder(sized_rows, limit, 0, by_shape).samples(3))
     assert samples[200:] == list(order.samples(3, 200))
@@ -88,7 +88,7 @@ def test_an_epoch_sees_every_sentence_once(sized_rows, limit, by_shape):
         assert [sample[1:] for sample in other] != [sample[1:] for sample in samples]
 
 
-def test_sentences_of_an_image_are_shared_out_evenly(sized_rows):
+def test_epoch_order_splits_sentences_of_image_evenly(sized_rows):
     counts = [len(items) for items in sized_rows["sentences"]]
     assert max(counts) > 8
     for limit in (4, 8):
@@ -102,11 +102,11 @@ def test_sentences_of_an_image_are_shared_out_evenly(sized_rows):
     nine = make_rows(1).map(lambda row: {"sentences": [{"text": str(number)} for number in range(9)]})
     samples = [list(BuiltOrder(nine, 8, seed, False).samples(0)) for seed in range(8)]
     assert {tuple(sorted(len(sample.sentences) for sample in pair)) for pair in samples} == {(4, 5)}
-    # drawn anew, not cut in the row's order
+    # drawn at random rather than cut in the order of the row
     assert len({frozenset(sample.sentences) for pair in samples for sample in pair}) > 8
 
 
-def test_rows_that_are_chosen_or_have_nothing_said(sized_rows):
+def test_epoch_order_follows_selected_rows_and_skips_empty_ones(sized_rows):
     chosen = sized_rows.select([5, 700, 2])
     counts = [len(items) for items in chosen["sentences"]]
     assert Counter(index for index, _ in sentences_of(BuiltOrder(chosen, 8, 0, True).samples(0))) == dict(
@@ -118,21 +118,21 @@ def test_rows_that_are_chosen_or_have_nothing_said(sized_rows):
 
 
 @pytest.mark.parametrize("by_shape", [False, True])
-def test_processes_share_the_batches_of_one(sized_rows, by_shape):
+def test_epoch_sampler_ranks_share_batches_of_one_process(sized_rows, by_shape):
     order = BuiltOrder(sized_rows, 8, 0, by_shape)
     alone = global_batches(order, 12, 1)
     assert len(alone) == order.num_samples // 12
     for world_size in (2, 3, 4):
         shared = global_batches(order, 12 // world_size, world_size)
         assert [sorted(batch) for batch in shared] == [sorted(batch) for batch in alone]
-    # accumulated: half the batch, twice as often, is the same
+    # gradient accumulation: half batches, two at a time, make the same global batches
     halves = global_batches(order, 6, 1)
     assert [sorted(a + b) for a, b in zip(halves[::2], halves[1::2], strict=False)] == [sorted(b) for b in alone]
     with pytest.raises(ValueError, match=r"\d+ training samples do not fill one global batch of 4000 \(2 processes"):
         EpochSampler(order, 2000, 0, 2)
 
 
-def test_processes_hold_about_as_many_sentences(sized_rows):
+def test_epoch_sampler_balances_sentences_across_processes(sized_rows):
     order = BuiltOrder(sized_rows, 8, 0, False)
     samplers = [list(EpochSampler(order, 8, rank, 4)) for rank in range(4)]
     dealt, cut = [], []
@@ -145,14 +145,14 @@ def test_processes_hold_about_as_many_sentences(sized_rows):
     assert np.mean(dealt) - 1 < 0.4 * (np.mean(cut) - 1)
 
 
-def test_a_run_that_goes_on_sees_what_was_left(sized_rows):
+def test_epoch_sampler_resumes_with_remaining_samples(sized_rows):
     order = BuiltOrder(sized_rows, 8, 0, True)
-    whole = global_batches(order, 4, 2, epoch=1)
-    assert global_batches(order, 4, 2, epoch=1, progress=[(8, 5)]) == whole[5:]
-    assert global_batches(order, 4, 2, epoch=1, progress=[(8, 5), (8, 2)]) == whole[7:]
-    assert global_batches(order, 4, 2, epoch=1, progress=[(8, len(whole))]) == []
-    # another number of processes, and yet another
-    seen = whole[:5]
+    complete = global_batches(order, 4, 2, epoch=1)
+    assert global_batches(order, 4, 2, epoch=1, progress=[(8, 5)]) == complete[5:]
+    assert global_batches(order, 4, 2, epoch=1, progress=[(8, 5), (8, 2)]) == complete[7:]
+    assert global_batches(order, 4, 2, epoch=1, progress=[(8, len(complete))]) == []
+    # resume with two other numbers of processes
+    seen = complete[:5]
     seen += global_batches(order, 4, 3, epoch=1, progress=[(8, 5)])[:7]
     rest = global_batches(order, 5, 1, epoch=1, progress=[(8, 5), (12, 7)])
     sentences = [item for batch in seen + rest for item in sentences_of(batch)]
@@ -160,8 +160,8 @@ def test_a_run_that_goes_on_sees_what_was_left(sized_rows):
     assert order.num_samples - sum(map(len, seen + rest)) < 5
 
 
-def test_like_pictures_and_texts_come_together():
-    """RefCOCO's sizes: from a quarter of all pixels being padding to next to nothing."""
+def test_epoch_order_groups_similar_images_and_texts():
+    """With RefCOCO's sizes, padding drops from a quarter of all pixels to almost none."""
     rows = make_rows(3000)
     for batch_size, world_size in ((8, 1), (8, 4)):
         pixels, tokens = padded_shares(rows, batch_size, world_size, by_shape=False)
@@ -171,17 +171,17 @@ def test_like_pictures_and_texts_come_together():
         assert pixels > 0.2
         assert fewer_pixels < 0.05
         assert fewer_tokens < tokens - 0.05
-    # an epoch does not go from tall to wide pictures
+    # an epoch does not go from tall to wide images
     order = BuiltOrder(rows, 8, 0, True)
     shapes = np.array([order.shapes[sample.index] for sample in order.samples(0)])
     buckets = shapes[: len(shapes) // BUCKET_SIZE * BUCKET_SIZE].reshape(-1, BUCKET_SIZE).mean(axis=1)
     assert abs(np.corrcoef(buckets, np.arange(len(buckets)))[0, 1]) < 0.5
-    # what is left over is of any kind
+    # samples outside complete buckets have any shape
     assert shapes[len(buckets) * BUCKET_SIZE :].std() > shapes.std() / 2
 
 
-def test_a_large_set_is_ordered_in_seconds():
-    """A tenth of Visual Genome; benchmarks/data_flow.py does all of it."""
+def test_epoch_order_of_large_dataset_takes_seconds():
+    """Order a tenth of Visual Genome; benchmarks/data_flow.py orders all of it."""
     rows = make_rows(10_800, 50)
     start = time.perf_counter()
     order = BuiltOrder(rows, 8, 0, True)
@@ -196,7 +196,7 @@ def test_a_large_set_is_ordered_in_seconds():
 
 
 def contents(batch):
-    """All of a batch as one comparable thing."""
+    """Return the tensors and targets of a batch for comparison."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     for number, label in enumerate(batch["labels"]):
         tensors |= {f"{number} {name}": value for name, value in label.items()}
@@ -217,7 +217,7 @@ def sentence_ids(batches):
 
 
 @pytest.mark.parametrize("augmentation", ["none", "published", "strong"])
-def test_workers_change_nothing_and_stay(shapes, processor, arguments, augmentation):
+def test_training_data_workers_change_no_batch_and_persist(shapes, processor, arguments, augmentation):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
@@ -231,7 +231,7 @@ def test_workers_change_nothing_and_stay(shapes, processor, arguments, augmentat
         assert data.num_batches(epoch) == len(batches)
         workers.add(frozenset(process.pid for process in multiprocessing.active_children()))
     assert_same(data.batches(1, [(4, 3)]), batches[3:])
-    next(data.batches(0))  # left in the middle of an epoch
+    next(data.batches(0))  # abandoned in the middle of an epoch
     assert_same(data.batches(1), batches)
     assert len(workers) == 1
     assert len(workers.pop()) >= 2
@@ -239,13 +239,13 @@ def test_workers_change_nothing_and_stay(shapes, processor, arguments, augmentat
     del data
     gc.collect()
     assert before - len(multiprocessing.active_children()) == 2
-    # the generators of weights and dropout are untouched
+    # the global generators, used for weights and dropout, are untouched
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python_state
     assert np.random.get_state()[1].tolist() == numpy_state
 
 
-def test_asking_for_the_number_of_batches_does_not_touch_the_running_epoch(shapes, processor, arguments):
+def test_num_batches_does_not_disturb_running_epoch(shapes, processor, arguments):
     data = TrainingData(shapes["train"], processor, arguments(), 0, 1)
     expected = sentence_ids(data.batches(1))
     batches = data.batches(1)
@@ -253,26 +253,26 @@ def test_asking_for_the_number_of_batches_does_not_touch_the_running_epoch(shape
     assert sentence_ids(batches) == expected
 
 
-def test_batches_are_what_the_collator_gives(shapes, processor, arguments):
-    """Grouped, unchanged: the same pixels, boxes and masks as rows that a user gives to the processor."""
+def test_training_data_batches_equal_collator_output(shapes, processor, arguments):
+    """Without augmentation, batches have the pixels, boxes and masks of rows given to the collator directly."""
     data = TrainingData(shapes["train"], processor, arguments(), 0, 1, with_masks=True)
     rows = {row["image_id"]: row for row in shapes["train"]}
     collator = GroundingCollator(processor, with_masks=True)
     for batch in data.batches(0):
         images = list(dict.fromkeys(target[0]["image_id"] for target in batch["targets"]))
-        named = {target[0]["sentence_id"]: place for place, target in enumerate(batch["targets"])}
+        slots = {target[0]["sentence_id"]: slot for slot, target in enumerate(batch["targets"])}
         expected = collator([rows[name] for name in images])
         assert torch.equal(batch["pixel_values"], expected["pixel_values"])
-        places = [place for place, target in enumerate(expected["targets"]) if target[0]["sentence_id"] in named]
-        assert len(places) == len(named)
-        for place in places:
-            mine = named[expected["targets"][place][0]["sentence_id"]]
-            assert batch["targets"][mine] == expected["targets"][place]
+        shared = [slot for slot, target in enumerate(expected["targets"]) if target[0]["sentence_id"] in slots]
+        assert len(shared) == len(slots)
+        for other in shared:
+            slot = slots[expected["targets"][other][0]["sentence_id"]]
+            assert batch["targets"][slot] == expected["targets"][other]
             for name in ("boxes", "masks"):
-                assert torch.equal(batch["labels"][mine][name], expected["labels"][place][name])
+                assert torch.equal(batch["labels"][slot][name], expected["labels"][other][name])
 
 
-def test_every_epoch_has_an_order_of_its_own(shapes, processor, arguments):
+def test_training_data_reshuffles_each_epoch_reproducibly(shapes, processor, arguments):
     data = TrainingData(shapes["train"], processor, arguments(), 0, 1)
     epochs = [sentence_ids(data.batches(epoch)) for epoch in (0, 1, 0)]
     assert epochs[0] == epochs[2] != epochs[1]
@@ -288,13 +288,13 @@ def test_augmentation_differs_between_epochs_images_and_seeds(shapes, processor)
         )
         return sample.image.mean() / image.mean()
 
-    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    gains = [brightness(*place) for place in places]
-    assert gains == [brightness(*place) for place in places]
+    cases = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    gains = [brightness(*case) for case in cases]
+    assert gains == [brightness(*case) for case in cases]
     assert len({round(gain, 3) for gain in gains}) == 4
 
 
-def test_each_split_of_an_evaluation_has_its_own_rows(shapes, processor, arguments):
+def test_evaluation_data_serves_rows_of_requested_split(shapes, processor, arguments):
     splits = {name: shapes[name].select(range(2)) for name in ("test", "validation")}
     data = EvaluationData(splits, processor, arguments(), 0, 1)
     for name in ("validation", "test", "validation"):
@@ -304,7 +304,7 @@ def test_each_split_of_an_evaluation_has_its_own_rows(shapes, processor, argumen
         assert seen == set(splits[name]["image_id"])
 
 
-def test_sample_has_the_objects_that_its_sentences_name():
+def test_take_sentences_keeps_only_named_objects():
     objects = [{"object_id": str(number)} for number in range(4)]
     named = [[0], [3, 1], [3]]
     sentences = [{"text": str(indices), "phrases": [{"objects": indices}]} for indices in named]
@@ -314,28 +314,28 @@ def test_sample_has_the_objects_that_its_sentences_name():
     assert [sentence["phrases"][0]["objects"] for sentence in taken["sentences"]] == [[1], [1, 0]]
 
 
-def test_empty_masks_are_no_labels(shapes, processor):
+def test_collator_drops_empty_masks_from_labels(shapes, processor):
     row = shapes["train"][0]
-    whole = GroundingCollator(processor, with_masks=True)([row])["labels"]
-    assert all("masks" in label for label in whole)
+    complete = GroundingCollator(processor, with_masks=True)([row])["labels"]
+    assert all("masks" in label for label in complete)
     empty = to_coco_rle(torch.zeros(row["height"], row["width"], dtype=torch.bool))
     row = {**row, "objects": [{**item, "segmentation": empty} for item in row["objects"]]}
     labels = GroundingCollator(processor, with_masks=True)([row])["labels"]
-    assert [set(label) for label in labels] == [{"boxes"}] * len(whole)
+    assert [set(label) for label in labels] == [{"boxes"}] * len(complete)
 
 
-def test_boxes_follow_an_image_that_is_resized(processor):
+def test_make_sample_scales_boxes_to_resized_image(processor):
     objects = [
         {"box": box, "segmentation": None} for box in ([10.0, 5, 50, 30], [-0.5, 5, 100.5, 30], [-5, 5, 50, 30])
     ]
     row = {"width": 100, "height": 40, "objects": objects, "sentences": []}
     sample = make_sample(row, np.zeros((80, 50, 3), np.uint8), processor.image_processor)
-    # what exceeds the image by up to a pixel is clipped; more is not
+    # a box is clipped if it exceeds the image by at most one pixel
     assert sample.boxes_xyxy.tolist() == [[5, 10, 25, 60], [0, 10, 50, 60], [-2.5, 10, 25, 60]]
     assert sample.masks is None
 
 
-def test_the_published_order_takes_sentences_one_by_one(shapes, processor, arguments):
+def test_published_order_takes_sentences_one_by_one(shapes, processor, arguments):
     args = arguments(group_by_image=False, bucket_by_shape=False)
     batches = list(TrainingData(shapes["train"], processor, args, 0, 1).batches(0))
     assert {len(batch["labels"]) for batch in batches} == {4}
@@ -348,7 +348,7 @@ def test_the_published_order_takes_sentences_one_by_one(shapes, processor, argum
     assert sum(a == b for a, b in itertools.pairwise(images)) < len(ids) / 10
 
 
-def test_ranks_together_have_the_batches_of_one(shapes, processor, arguments):
+def test_training_data_ranks_share_batches_of_one_process(shapes, processor, arguments):
     def ids(batch_size, rank, world_size):
         args = arguments(batch_size=batch_size)
         data = TrainingData(shapes["train"], processor, args, rank, world_size)
@@ -358,18 +358,18 @@ def test_ranks_together_have_the_batches_of_one(shapes, processor, arguments):
     assert [sorted(first + second) for first, second in pairs] == [sorted(batch) for batch in ids(4, 0, 1)]
 
 
-# pictures that are kept
+# the image cache
 
 
 @pytest.fixture
 def toy(tmp_path):
-    """Files of another size than the model's."""
+    """Write the toy source, whose images have another size than the model's."""
     (tmp_path / "toy").mkdir()
     make_toy(tmp_path / "toy")
     return {"data_dir": str(tmp_path / "toy"), "cache_dir": str(tmp_path / "built")}
 
 
-def test_kept_pictures_are_the_same(toy, processor, arguments, tmp_path, caplog):
+def test_image_cache_gives_identical_batches(toy, processor, arguments, tmp_path, caplog):
     rows = data_scripts.load("toy", **toy)
     assert rows["train"][0]["width"] != 64
     for augmentation in ("none", "strong"):
@@ -382,7 +382,7 @@ def test_kept_pictures_are_the_same(toy, processor, arguments, tmp_path, caplog)
         data = TrainingData(rows["train"], processor, arguments(**cached), 0, 1, with_masks=True)
         for epoch in (0, 1):
             assert_same(data.batches(epoch), plain[epoch])
-    # straight from the rows, as a user of the processor has them
+    # rows given to the collator directly
     collator = GroundingCollator(processor, with_masks=True)
     by_id = {row["image_id"]: row for row in rows["train"]}
     data = TrainingData(rows["train"], processor, arguments(batch_size=2), 0, 1, with_masks=True)
@@ -393,7 +393,7 @@ def test_kept_pictures_are_the_same(toy, processor, arguments, tmp_path, caplog)
         for label, other in zip(batch["labels"], expected["labels"], strict=True):
             assert torch.allclose(label["boxes"], other["boxes"], atol=1e-6)
             assert torch.equal(label["masks"], other["masks"])
-    # and in evaluation, whose targets keep their own size
+    # evaluation, whose targets keep their own size
     evaluated = [
         list(EvaluationData(rows, processor, arguments(image_cache=folder), 0, 1).batches("testA"))
         for folder in (None, str(tmp_path / "kept"))
@@ -413,29 +413,29 @@ def test_kept_pictures_are_the_same(toy, processor, arguments, tmp_path, caplog)
     assert not caplog.records
 
 
-def make_picture_row(path, size=(90, 60), color=(10, 200, 30)):
+def make_image_row(path, size=(90, 60), color=(10, 200, 30)):
     Image.new("RGB", size, color).save(path)
     return {"image_id": "a", "image": {"path": str(path), "bytes": None}, "width": size[0], "height": size[1]}
 
 
-def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
-    row = make_picture_row(tmp_path / "a.png")
+def test_image_cache_rebuilds_damaged_and_changed_images(tmp_path, caplog):
+    row = make_image_row(tmp_path / "a.png")
     reader = ImageReader(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), str(tmp_path / "kept"))
-    picture = np.asarray(reader(row))
-    assert picture.shape == (43, 64, 3)
+    image = np.asarray(reader(row))
+    assert image.shape == (43, 64, 3)
     (path,) = (tmp_path / "kept").rglob("*.npy")
-    whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", content[:200] + bytes([content[200] ^ 1]) + content[201:]):
         caplog.clear()
         path.write_bytes(damaged)
-        assert (np.asarray(reader(row)) == picture).all()
+        assert (np.asarray(reader(row)) == image).all()
         assert "is damaged (its checksum differs) and is read again" in caplog.text
-        assert path.read_bytes() == whole
-    # what is kept is read, not the picture
+        assert path.read_bytes() == content
+    # the cached array is read instead of the image
     path.write_bytes(encode_array(np.zeros((43, 64, 3), np.uint8)))
     assert not np.asarray(reader(row)).any()
-    # another picture, another size
-    row = make_picture_row(tmp_path / "a.png", color=(200, 0, 0))
+    # another image and another size have their own cache entries
+    row = make_image_row(tmp_path / "a.png", color=(200, 0, 0))
     assert np.asarray(reader(row))[0, 0].tolist() == [200, 0, 0]
     larger = ImageReader(RefTRImageProcessor(size={"shortest_edge": 80, "longest_edge": 80}), str(tmp_path / "kept"))
     assert larger(row).shape == (53, 79, 3)
@@ -447,8 +447,8 @@ def test_damaged_and_changed_pictures_are_made_again(tmp_path, caplog):
         decode_array(b"")
 
 
-def test_processes_share_a_folder_of_kept_pictures(tmp_path, run):
-    row = make_picture_row(tmp_path / "a.jpg", size=(800, 600))
+def test_image_cache_folder_is_safe_across_processes(tmp_path, run):
+    row = make_image_row(tmp_path / "a.jpg", size=(800, 600))
     program = (
         "import sys, json; from modeling_reftr import RefTRImageProcessor\n"
         "from training_reftr.images import ImageReader\n"
@@ -466,7 +466,7 @@ def test_processes_share_a_folder_of_kept_pictures(tmp_path, run):
     assert len([path for path in (tmp_path / "kept").rglob("*") if path.is_file()]) == 1
 
 
-def test_a_kept_picture_is_read_many_times_faster(tmp_path):
+def test_image_cache_reads_many_times_faster_than_decoding(tmp_path):
     plain, cached, png = cache_seconds(tmp_path)
     print(f"4000 x 3000 read in {plain * 1000:.1f} ms, kept {cached * 1000:.2f} ms, as PNG {png * 1000:.1f} ms")
     assert plain / cached > 20
@@ -476,7 +476,7 @@ def test_a_kept_picture_is_read_many_times_faster(tmp_path):
 # sources
 
 
-def test_sets_flags_and_splits(arguments):
+def test_load_rows_validates_dataset_flags_and_splits(arguments):
     rows = load_rows(arguments().data)
     assert set(rows) == {"train", "validation", "test"}
     assert len(split_of(rows, "train+validation")) == TINY_SET["num_train"] + TINY_SET["num_validation"]
@@ -492,7 +492,7 @@ def test_sets_flags_and_splits(arguments):
         load_rows(arguments(dataset_config={"colour": 1}).data)
 
 
-def test_joined_sets(tmp_path):
+def test_load_rows_joins_datasets_without_held_out_images(tmp_path):
     for name in ("refcoco_unc", "refcocog_google"):
         make_refcoco(tmp_path, name)
     args = TrainingSettings.from_flat(
@@ -508,7 +508,7 @@ def test_joined_sets(tmp_path):
     assert len(rows["train"]) == 20
     boxes = [rows["train"][index]["objects"][0]["box"] for index in (9, 19)]
     assert boxes[0] == [103, 299, 238, 477] != boxes[1]
-    # validation pictures are trained on as well, test pictures are not
+    # validation images are trained on as well, test images are not
     args.data.train_split = "train+val"
     joined = load_rows(args.data)
     assert list(joined) == ["train", "val", "refcoco_unc/testA", "refcoco_unc/testB"]
@@ -516,12 +516,12 @@ def test_joined_sets(tmp_path):
     trained = set(split_of(joined, "train+val")["image_id"])
     assert "coco_100" in trained
     assert not tested & trained
-    # trainval of a dataset that has none is train and val: the same pictures
+    # trainval of a dataset without one is train and val, so it has the same images
     args.data.train_split = "trainval"
-    whole = load_rows(args.data)
-    assert next(iter(whole)) == "trainval"
-    assert set(whole["trainval"]["image_id"]) == trained
-    assert len(whole["trainval"]) == len(split_of(joined, "train+val"))
+    at_once = load_rows(args.data)
+    assert next(iter(at_once)) == "trainval"
+    assert set(at_once["trainval"]["image_id"]) == trained
+    assert len(at_once["trainval"]) == len(split_of(joined, "train+val"))
     args.data.dataset_config = {"refcoco": {}}
     with pytest.raises(ValueError, match=r"dataset_config has no field 'refcoco'. Did you mean 'refcoco_unc'"):
         load_rows(args.data)
@@ -532,11 +532,12 @@ def test_joined_sets(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(shapes, tmp_path_factory):
+    """Export the shapes to a folder of Parquet files."""
     folder = tmp_path_factory.mktemp("exported") / "shapes"
     return str(export_dataset(data_scripts.SOURCES["shapes"], shapes, folder))
 
 
-def test_a_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_path):
+def test_load_rows_reads_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_path):
     args = arguments(dataset=exported, data_cache_dir=str(tmp_path))
     rows = load_rows(args.data)
     assert {name: len(part) for name, part in rows.items()} == {name: len(part) for name, part in shapes.items()}
@@ -552,7 +553,7 @@ def test_a_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["parquet", "builder"])
-def test_streams(exported, shapes, arguments, processor, kind):
+def test_training_data_streams_each_sentence_at_most_once(exported, shapes, arguments, processor, kind):
     source = {"dataset": exported, "dataset_config": "{}"} if kind == "parquet" else {}
     args = arguments(**source, streaming=True, expressions_per_image=3)
     rows = load_rows(args.data)
@@ -575,7 +576,7 @@ def test_streams(exported, shapes, arguments, processor, kind):
     assert_same(data.batches(0, [(4, 3)]), epochs[0][3:])
     with_workers = arguments(**source, streaming=True, expressions_per_image=3, num_workers=2)
     assert_same(TrainingData(rows["train"], processor, with_workers, 0, 1, with_masks=True).batches(0), epochs[0])
-    # three processes: as many batches each, no sentence twice
+    # three processes have equally many batches and no sentence twice
     thirds = arguments(**source, streaming=True, expressions_per_image=3, batch_size=2)
     ranks = [list(TrainingData(rows["train"], processor, thirds, rank, 3).batches(0)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -583,8 +584,8 @@ def test_streams(exported, shapes, arguments, processor, kind):
     assert len(set(ids)) == len(ids)
 
 
-def test_files_and_rows_of_a_stream_are_shuffled_anew_in_each_epoch():
-    """Of more samples than a window holds, the first ones are of other files in another epoch."""
+def test_streamed_order_reshuffles_files_and_rows_each_epoch():
+    """With more samples than the shuffle window holds, the first ones come from other files in each epoch."""
     sentences = [{"text": "the star", "phrases": []}] * 5
     row = {"image": None, "width": 64, "height": 48, "objects": [], "sentences": sentences}
     rows = datasets.Dataset.from_list([{**row, "image_id": str(number)} for number in range(1000)])
@@ -602,10 +603,10 @@ def test_files_and_rows_of_a_stream_are_shuffled_anew_in_each_epoch():
     assert neighbors < 0.05 * window
 
 
-def test_a_stream_decodes_no_picture_that_is_not_asked_for(toy, processor, arguments, tmp_path):
+def test_streamed_order_does_not_decode_images(toy, processor, arguments, tmp_path):
     rows = data_scripts.load("toy", streaming=True, decode=False, **toy)["train"]
     for path in (tmp_path / "toy" / "pictures").glob("train_*"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"not an image")
     order = StreamedOrder(rows, 8, 0, True)
     assert order.num_samples == 6
     assert len(list(order.samples(0))) == 6
@@ -614,7 +615,7 @@ def test_a_stream_decodes_no_picture_that_is_not_asked_for(toy, processor, argum
         list(TrainingData(rows, processor, args, 0, 1).batches(0))
 
 
-def test_a_stream_that_got_shorter_is_refused(shapes, processor, arguments):
+def test_training_data_refuses_shortened_stream(shapes, processor, arguments):
     rows = shapes["train"].to_iterable_dataset()
     data = TrainingData(rows, processor, arguments(), 0, 1)
     data.sampler.order.rows = data.sampler.order.rows.take(10)
@@ -622,7 +623,7 @@ def test_a_stream_that_got_shorter_is_refused(shapes, processor, arguments):
         list(data.batches(0))
 
 
-def test_what_cannot_be_streamed_is_refused(arguments):
+def test_streaming_rejects_training_on_evaluated_split(arguments):
     with pytest.raises(ValueError, match="'validation' is streamed for training and evaluated too"):
         load_rows(arguments(streaming=True, train_split="train+validation").data)
 
@@ -630,8 +631,8 @@ def test_what_cannot_be_streamed_is_refused(arguments):
 # the script
 
 
-def test_the_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_path):
-    """All of it at the door: a folder of Parquet files, streamed, workers, strong augmentation, kept pictures."""
+def test_train_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_path):
+    """End to end: a streamed folder of Parquet files, workers, strong augmentation and the image cache."""
     settings = yaml.safe_load(recipe.read_text())
     settings |= {
         "dataset": exported, "dataset_config": {}, "train_split": "train", "streaming": True, "num_workers": 2,
@@ -653,7 +654,7 @@ def test_the_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_
     assert list((tmp_path / "kept").rglob("*.npy"))
 
 
-def test_every_process_learns_the_same_words(run, data_cache, tokenizer):
+def test_tokenizer_training_is_equal_in_every_process(run, data_cache, tokenizer):
     code = (
         "import hashlib, data_scripts; from tests.helpers.tiny import TINY_SET; "
         "from training_reftr.tokenizer_training import all_sentences, train_tokenizer; "
@@ -662,11 +663,11 @@ def test_every_process_learns_the_same_words(run, data_cache, tokenizer):
     )
     path = str(ROOT)
     here = hashlib.md5(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"  # strings have another order in sets
+    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"  # changes the order of strings in sets
     assert run("-c", code, PYTHONPATH=path, PYTHONHASHSEED=seed).stdout.split() == [here]
 
 
-def test_a_learned_tokenizer_knows_frequent_words_and_spells_the_others():
+def test_trained_tokenizer_spells_rare_words():
     tokenizer = train_tokenizer(["the star", "The star left of the bus", "überall"], max_length=8, vocab_size=28)
     assert tokenizer.tokenize("The STAR") == ["the", "star"]
     assert tokenizer.tokenize("tease") == ["t", "##e", "##a", "##s", "##e"]

@@ -1,4 +1,4 @@
-"""Flickr30k Entities from files in its authors' layout: phrases at their characters, boxes from 0, faults counted."""
+"""Flickr30k Entities from files in its authors' layout: phrase spans, zero-based boxes, counted faults."""
 
 import logging
 import os
@@ -21,15 +21,15 @@ def folder(tmp_path):
 
 @pytest.fixture
 def load(folder, tmp_path):
-    def load_set(split=None, **flags):
+    def load_split(split=None, **flags):
         cache = str(tmp_path / "cache")
         return data_scripts.load("flickr30k_entities", split, cache_dir=cache, data_dir=str(folder), **flags)
 
-    return load_set
+    return load_split
 
 
-def said(row):
-    """(words, object id, types) of every phrase of a row."""
+def phrases_of(row):
+    """Return (text, object id, types) of every phrase of a row."""
     return [
         [
             (sentence["text"][phrase["start"] : phrase["end"]], row["objects"][index]["object_id"], phrase["types"])
@@ -40,7 +40,7 @@ def said(row):
     ]
 
 
-def test_rows_have_the_schema_and_the_order_of_the_lists(load, folder):
+def test_builder_rows_follow_schema_and_split_lists(load, folder):
     rows = load()
     assert len(list(folder.glob("flickr30k-images/*.jpg"))) == 12
     assert rows["train"].features == FEATURES
@@ -54,7 +54,7 @@ def test_rows_have_the_schema_and_the_order_of_the_lists(load, folder):
     assert row["image"].size == (row["width"], row["height"]) == (50, 40)
 
 
-def test_phrases_are_at_their_characters_of_the_plain_caption(load):
+def test_builder_maps_phrases_to_characters_of_plain_caption(load):
     row = load("train")[0]
     assert [sentence["sentence_id"] for sentence in row["sentences"]] == [
         "flickr30k_36979_1",
@@ -66,21 +66,21 @@ def test_phrases_are_at_their_characters_of_the_plain_caption(load):
         "A man near the edge and a bus .",
         "A thin line and Zoë 's café .",
     ]
-    assert said(row) == [
+    assert phrases_of(row) == [
         [("A man", "11", ["people"]), ("two buses", "12", ["vehicles", "scene"])],
         [("the edge", "15", ["other"]), ("a bus", "13", ["vehicles"])],
         [("Zoë 's café", "11", ["people"])],
     ]
 
 
-def test_boxes_count_from_0_and_a_chain_is_one_object_with_all_its_boxes(load):
+def test_builder_shifts_boxes_to_zero_and_merges_chains(load):
     objects = {item["object_id"]: item for item in load("train")[0]["objects"]}
-    assert set(objects) == {"11", "12", "13", "15"}  # not 0, not the scene, not the box without extent
+    assert set(objects) == {"11", "12", "13", "15"}  # without 0, the scene and the empty box
     assert objects["11"]["box"] == [0, 0, 10, 20]
     assert objects["12"]["boxes"] == [[4, 5, 29, 25], [20, 1, 40, 11]]
     assert objects["12"]["box"] == [4, 1, 40, 25]
     assert objects["13"]["boxes"] == [[20, 1, 40, 11]] == [objects["13"]["box"]]
-    assert objects["15"]["box"] == [39, 29, 50, 40]  # cut at the edge
+    assert objects["15"]["box"] == [39, 29, 50, 40]  # clipped at the edge
     assert objects["12"]["category"] == "vehicles"
     assert objects["11"]["segmentation"] is None
 
@@ -116,15 +116,15 @@ def test_boxes_count_from_0_and_a_chain_is_one_object_with_all_its_boxes(load):
         ),
     ],
 )
-def test_oddities_of_single_pictures(load, image_id, phrases, boxes):
+def test_builder_reads_unusual_annotations(load, image_id, phrases, boxes):
     rows = [row for part in load().values() for row in part]
     (row,) = [row for row in rows if row["image_id"] == f"flickr30k_{image_id}"]
-    assert said(row) == phrases
+    assert phrases_of(row) == phrases
     assert {item["object_id"]: item["boxes"] for item in row["objects"]} == boxes
     assert row["image"].size == (row["width"], row["height"]) == (30, 20 if image_id == "1008" else 30)
 
 
-def test_what_is_left_out_is_counted(load, caplog):
+def test_builder_counts_dropped_annotations(load, caplog):
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         load()
     message, changes = [record.getMessage() for record in caplog.records if " train: " in record.getMessage()]
@@ -139,13 +139,13 @@ def test_what_is_left_out_is_counted(load, caplog):
         assert reason in message
 
 
-def test_a_picture_with_an_orientation_has_its_upright_size(load):
+def test_builder_gives_oriented_image_its_upright_size(load):
     row = load("val")[0]
     assert (row["width"], row["height"]) == (40, 60) == row["image"].size
     assert row["objects"][0]["box"] == [1, 2, 11, 12]
 
 
-def test_boxes_are_scaled_to_a_picture_of_another_size(load, folder, caplog):
+def test_builder_scales_boxes_to_image_of_another_size(load, folder, caplog):
     Image.new("RGB", (60, 60)).save(folder / "flickr30k-images" / "1004.jpg")  # annotated as 30 x 20
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         row = load("test")[0]
@@ -154,7 +154,7 @@ def test_boxes_are_scaled_to_a_picture_of_another_size(load, folder, caplog):
     assert "test: 1 images have another size than annotated, boxes are scaled to it" in caplog.text
 
 
-def test_unrelated_captions_are_left_out_where_asked(load, folder):
+def test_builder_drops_unrelated_captions_on_request(load, folder):
     rows = load("train", drop_unrelated_captions=True)
     assert rows["image_id"] == [f"flickr30k_{number}" for number in (36979, 1005, 1006, 1007)]
     assert [sentence["sentence_id"] for sentence in rows[0]["sentences"]] == ["flickr30k_36979_1", "flickr30k_36979_4"]
@@ -168,7 +168,7 @@ def test_unrelated_captions_are_left_out_where_asked(load, folder):
 
 
 @pytest.mark.parametrize("image_dir", ["f30k_images", "images", "elsewhere/pictures"])
-def test_pictures_lie_in_one_of_several_folders(tmp_path, image_dir):
+def test_builder_finds_images_in_known_and_given_folders(tmp_path, image_dir):
     make_flickr30k(tmp_path, image_dir)
     flags = {"image_dir": image_dir} if "/" in image_dir else {}
     cache = str(tmp_path / "cache")
@@ -178,7 +178,7 @@ def test_pictures_lie_in_one_of_several_folders(tmp_path, image_dir):
 
 
 @pytest.mark.row("R1")
-def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_path):
+def test_builder_names_missing_files_before_writing(load, folder, tmp_path):
     with pytest.raises(ValueError, match=r"data_dir=\.\.\."):
         data_scripts.load("flickr30k_entities", cache_dir=str(tmp_path / "cache"))
     for name in ("36979", "1004"):
@@ -194,7 +194,7 @@ def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_pa
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_a_changed_annotation_makes_another_cache(load, folder):
+def test_builder_with_changed_annotation_rebuilds_cache(load, folder):
     assert load("test")[0]["objects"][0]["box"] == [0, 0, 30, 20]
     path = folder / "Annotations" / "1004.xml"
     status = path.stat()
@@ -221,7 +221,7 @@ BOMB = "<!DOCTYPE a [<!ENTITY b0 'ha'>{}]>".format("".join(f"<!ENTITY b{n + 1} '
     ],
     ids=["bomb", "bomb in UTF-16", "outside file", "deep", "empty", "width", "box", "nothing", "jpeg"],
 )
-def test_hostile_and_broken_annotations_are_refused(load, folder, content):
+def test_builder_refuses_hostile_and_broken_annotations(load, folder, content):
     (folder / "Annotations" / "1004.xml").write_bytes(content)
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"1004\.xml' is not an annotation of Flickr30k Entities"):
@@ -236,27 +236,27 @@ def test_builder_refuses_valid_annotation_with_document_type(load, folder):
         load()
 
 
-def test_caption_has_one_blank_where_a_phrase_without_words_was(load, folder):
+def test_builder_replaces_empty_phrase_by_one_blank(load, folder):
     (folder / "Sentences" / "36979.txt").write_text("A [/EN#12/other ] [/EN#11/people man] runs .\n")
     row = load("train")[0]
     assert row["sentences"][0]["text"] == "A man runs ."
-    assert said(row) == [[("man", "11", ["people"])]]
+    assert phrases_of(row) == [[("man", "11", ["people"])]]
 
 
-def test_category_of_an_object_is_the_first_type_that_a_phrase_gives(load, folder):
+def test_builder_takes_category_from_first_phrase_type(load, folder):
     caption = "[/EN#11/people A man] , [/EN#11/other who] runs ."
     (folder / "Sentences" / "36979.txt").write_text(f"{caption}\n")
     (item,) = [item for item in load("train")[0]["objects"] if item["object_id"] == "11"]
     assert item["category"] == "people"
 
 
-def test_a_list_that_leaves_the_folder_is_refused(load, folder):
+def test_builder_refuses_split_list_with_path_outside_folder(load, folder):
     (folder / "test.txt").write_text("../../outside\n")
     with pytest.raises(ValueError, match=r"test\.txt': '\.\./\.\./outside' is not an image id"):
         load()
 
 
-def test_several_processes_and_streaming_give_the_same_rows(load, folder, tmp_path):
+def test_builder_gives_same_rows_in_processes_and_streaming(load, folder, tmp_path):
     rows = load()
     builder = Flickr30kEntities(data_dir=str(folder), cache_dir=str(tmp_path / "other"))
     builder.download_and_prepare(num_proc=2)

@@ -1,4 +1,4 @@
-"""One's own data: every field of a line, boxes on the right pixels, every fault named, training without code."""
+"""Own data in JSON Lines: every field of a line, boxes on the right pixels, named faults, training without code."""
 
 import json
 import logging
@@ -39,22 +39,22 @@ def box(text="the red car", **fields):
 
 @pytest.fixture
 def folder(tmp_path):
-    pictures = tmp_path / "own" / "pictures"
-    pictures.mkdir(parents=True)
+    images = tmp_path / "own" / "pictures"
+    images.mkdir(parents=True)
     for name in ("a", "b", "c"):
-        Image.new("RGB", (40, 30), "gray").save(pictures / f"{name}.png")
-    Image.fromarray(MASK * 255).save(pictures / "mask.png")
+        Image.new("RGB", (40, 30), "gray").save(images / f"{name}.png")
+    Image.fromarray(MASK * 255).save(images / "mask.png")
     return tmp_path / "own"
 
 
 @pytest.fixture
 def load(folder, tmp_path):
-    def load_set(*lines, split="train", **flags):
+    def load_split(*lines, split="train", **flags):
         if lines:
             write(folder / "train.jsonl", *lines)
         return data_scripts.load("jsonl", split, cache_dir=str(tmp_path / "cache"), data_dir=str(folder), **flags)
 
-    return load_set
+    return load_split
 
 
 def masks_of(row):
@@ -64,7 +64,7 @@ def masks_of(row):
     ]
 
 
-def test_a_line_is_a_row_of_the_schema(load, folder):
+def test_builder_turns_line_into_row_of_schema(load, folder):
     write(folder / "validation.jsonl", line(box("on the left"), image="pictures/c.png"))
     two = {"text": "two cars", "boxes": [[0, 0, 5, 5], [9, 9, 12, 12.5]]}
     rows = load(
@@ -88,7 +88,7 @@ def test_a_line_is_a_row_of_the_schema(load, folder):
     }
 
 
-def test_a_dozen_pictures_of_every_kind(tmp_path, caplog):
+def test_builder_reads_images_of_every_kind(tmp_path, caplog):
     make_jsonl(tmp_path / "own")
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         rows = data_scripts.load("jsonl", cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path / "own"))
@@ -113,14 +113,14 @@ def test_a_dozen_pictures_of_every_kind(tmp_path, caplog):
     assert seen["17"]["sentences"][0]["text"] == "die Tür ☕"
     assert boxes("pictures/b.png") == [[1, 2, 11, 12], [0, 0, 12, 12]]
     assert seen["d1"]["objects"][0]["boxes"] == [[1, 2, 11, 12], [0, 0, 2, 2]]
-    # a mask's box is the pixels that it holds
+    # the box of a mask is the extent of its pixels
     assert boxes("pictures/c.png") == [[10, 5, 30, 15], [10, 5, 11, 15], [2, 2, 12, 9]]
     assert boxes("pictures/e.png") == [[3, 2, 12, 9]]
     assert masks_of(seen["pictures/g.png"]) == [MASK.tolist()]
     assert boxes("pictures/g.png") == [[1, 2, 11, 12]]
 
 
-def test_captions_have_phrases_by_words_or_characters(load):
+def test_builder_finds_phrases_by_text_or_characters(load):
     caption = {
         "text": "a car near a big car",
         "phrases": [
@@ -140,7 +140,7 @@ def test_captions_have_phrases_by_words_or_characters(load):
 
 
 @pytest.mark.parametrize("where", ["flag", "line"])
-def test_boxes_may_be_x_y_width_height(load, where):
+def test_builder_accepts_boxes_in_xywh(load, where):
     fields = {"box_format": "xywh"}
     row = load(line(box(), **(fields if where == "line" else {})), **(fields if where == "flag" else {}))[0]
     assert row["objects"][0]["box"] == [1, 2, 12, 14]
@@ -162,15 +162,15 @@ UNCOMPRESSED = coco_mask.encode(np.asfortranarray(MASK))
     ],
     ids=["polygon", "polygons", "COCO polygons", "run lengths", "compressed", "file"],
 )
-def test_masks_of_every_kind_are_on_the_same_pixels(load, mask):
+def test_builder_maps_every_mask_format_to_same_pixels(load, mask):
     row = load(line({"text": "the car", **mask}, box("in a box", **mask)))[0]
     assert masks_of(row) == [MASK.tolist()] * 2
-    # the first box is the mask's own
+    # the first box is derived from the mask
     assert [item["box"] for item in row["objects"]] == [[10, 5, 30, 15], [1, 2, 11, 12]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16"])
-def test_mask_files_of_any_single_channel(load, folder, mode):
+def test_builder_reads_mask_file_of_any_single_channel_mode(load, folder, mode):
     image = Image.fromarray(MASK.astype(np.uint16) * 300) if mode == "I;16" else Image.fromarray(MASK).convert("L")
     image = Image.fromarray(MASK * 255).convert("1") if mode == "1" else image
     image = image if mode in ("1", "I;16") else image.convert(mode)
@@ -179,10 +179,10 @@ def test_mask_files_of_any_single_channel(load, folder, mode):
     assert masks_of(load(line({"text": "it", "mask": "pictures/mask.png"}))[0]) == [MASK.tolist()]
 
 
-def test_compressed_run_lengths_are_read_as_the_library_writes_them():
-    random = np.random.default_rng(0)
+def test_uncompress_counts_inverts_pycocotools_encoding():
+    rng = np.random.default_rng(0)
     for _ in range(200):
-        lengths = random.integers(1, 10 ** random.integers(1, 5), size=random.integers(1, 30)).tolist()
+        lengths = rng.integers(1, 10 ** rng.integers(1, 5), size=rng.integers(1, 30)).tolist()
         height, width = sum(lengths), 1
         encoded = coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
         assert uncompress_counts(encoded["counts"].decode()) == lengths
@@ -205,7 +205,7 @@ BAD = {
     "text": (line(box(7)), "expressions[0].text is 7; expected words"),
     "blank text": (line(box(" \t")), "expressions[0].text is ' \\t'; expected words"),
     "no box": (line({"text": "a"}), "expressions[0] has no field 'box'"),
-    "three figures": (line(box(box=[1, 2, 3])), "box is [1, 2, 3]; expected [left, top, right, bottom]"),
+    "three numbers": (line(box(box=[1, 2, 3])), "box is [1, 2, 3]; expected [left, top, right, bottom]"),
     "text in box": (line(box(box=["1", 2, 3, 4])), "expressions[0].box is ['1', 2, 3, 4]"),
     "true in box": (line(box(box=[True, 2, 3, 4])), "expressions[0].box is [True, 2, 3, 4]"),
     "endless": ('{"image": "pictures/a.png", "expressions": [{"text": "a", "box": [1e999, 1, 2, 3]}]}', "box is [inf"),
@@ -262,7 +262,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_bad_line_is_named_with_field_value_and_what_is_expected(load, folder, tmp_path, fault):
+def test_builder_names_field_value_and_expectation_of_bad_line(load, folder, tmp_path, fault):
     bad, message = BAD[fault]
     (folder / "pictures" / "text.png").write_text("no image")
     Image.new("L", (4, 3)).save(folder / "pictures" / "small.png")
@@ -276,7 +276,7 @@ def test_a_bad_line_is_named_with_field_value_and_what_is_expected(load, folder,
     assert len(rows) == 1
 
 
-def test_up_to_a_hundred_bad_lines_are_listed_and_counted_where_dropped(load, caplog):
+def test_builder_lists_hundred_bad_lines_and_counts_dropped_ones(load, caplog):
     lines = [line(box(""), image="pictures/b.png")] * 125 + [line(box())]
     with pytest.raises(ValueError, match="125 bad lines") as raised:
         load(*lines)
@@ -288,14 +288,14 @@ def test_up_to_a_hundred_bad_lines_are_listed_and_counted_where_dropped(load, ca
 
 
 @pytest.mark.row("R1")
-def test_every_missing_picture_is_named(load, tmp_path):
+def test_builder_names_every_missing_image(load, tmp_path):
     with pytest.raises(OSError, match="23 images of 'jsonl' do not exist") as raised:
         load(*(line(box(), image=f"pictures/{number:02d}.jpg") for number in range(23)), line(box()))
     assert all(f"{number:02d}.jpg" in str(raised.value) for number in range(23))
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_missing_files_are_named(folder, tmp_path):
+def test_builder_names_missing_files_and_invalid_split(folder, tmp_path):
     cache = str(tmp_path / "cache")
     with pytest.raises(OSError, match=r"(?s)no \.jsonl file in .*own'.*A folder of your own data contains"):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder))
@@ -308,14 +308,14 @@ def test_missing_files_are_named(folder, tmp_path):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder))
 
 
-def test_boxes_past_the_edge_are_cut_and_counted(load, caplog):
+def test_builder_clips_and_counts_boxes_past_edge(load, caplog):
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
         row = load(line(box(box=[-5, 2, 900, 12])))[0]
     assert row["objects"][0]["box"] == [0, 2, 40, 12]
     assert "train: 1 boxes are cut at their image's edge." in caplog.text
 
 
-def test_files_by_name(folder, tmp_path):
+def test_builder_reads_files_given_by_name(folder, tmp_path):
     cache = str(tmp_path / "cache")
     write(folder / "a.jsonl", line(box("one")))
     write(folder / "b.jsonl", line(box("two"), image="a.png"))
@@ -328,13 +328,13 @@ def test_files_by_name(folder, tmp_path):
     files = {"train": str(folder / "a.jsonl"), "held_out": [str(folder / "a.jsonl")]}
     rows = data_scripts.load("jsonl", None, cache_dir=cache, path=files)
     assert {split: len(part) for split, part in rows.items()} == {"train": 1, "held_out": 1}
-    # the library's own name for it
+    # the name that datasets uses for the files
     builder = JsonLines(cache_dir=cache, data_files=files)
     builder.download_and_prepare()
     assert builder.as_dataset(split="held_out").to_dict() == rows["held_out"].to_dict()
 
 
-def test_outside_paths_where_allowed(load, folder, tmp_path):
+def test_builder_with_outside_paths_allowed_still_refuses_urls(load, folder, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "outside.png")
     lines = [line(box(), image="../outside.png"), line(box(), image=str(folder / "pictures" / "a.png"))]
     assert len(load(*lines, allow_outside_paths=True)) == 2
@@ -342,7 +342,7 @@ def test_outside_paths_where_allowed(load, folder, tmp_path):
         load(line(box(), image="file:///etc/passwd"), allow_outside_paths=True)
 
 
-def test_changed_lines_and_masks_make_another_cache(load, folder):
+def test_builder_with_changed_lines_or_masks_rebuilds_cache(load, folder):
     assert load(line({"text": "one", "mask": "pictures/mask.png"}))[0]["objects"][0]["box"] == [10, 5, 30, 15]
     changed = MASK.copy()
     changed[0] = 1
@@ -351,7 +351,7 @@ def test_changed_lines_and_masks_make_another_cache(load, folder):
     assert load(line(box("two")))[0]["sentences"][0]["text"] == "two"
 
 
-def test_several_processes_and_streaming_give_the_same_rows(load, folder, tmp_path):
+def test_builder_gives_same_rows_in_processes_and_streaming(load, folder, tmp_path):
     rows = load(line(box()), line(box("it"), image="pictures/b.png"), line(box("she"), image="pictures/c.png"))
     builder = JsonLines(data_dir=str(folder), cache_dir=str(tmp_path / "other"))
     builder.download_and_prepare(num_proc=2)
@@ -359,10 +359,10 @@ def test_several_processes_and_streaming_give_the_same_rows(load, folder, tmp_pa
     assert [row["sentences"] for row in builder.as_streaming_dataset(split="train")] == rows["sentences"][:]
 
 
-def test_boxes_of_a_stream_are_those_of_the_cache(load, folder):
+def test_stream_boxes_equal_cached_boxes(load, folder):
     rows = load(line({"text": "it", "box": [0.1, 2.3, 20.7, 12.9]}))
     streamed = next(iter(data_scripts.load("jsonl", "train", data_dir=str(folder), streaming=True)))
-    assert rows[0]["objects"][0]["box"] != [0.1, 2.3, 20.7, 12.9]  # in single precision
+    assert rows[0]["objects"][0]["box"] != [0.1, 2.3, 20.7, 12.9]  # stored in single precision
     assert streamed["objects"] == rows[0]["objects"]
 
 
@@ -370,28 +370,28 @@ MODES = {"RGB": "jpg", "L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "LA
 SEEN = (8, 4, 32, 20)  # xyxy of the bright part of an image of 60 x 40
 
 
-def stored_picture(mode, orientation):
-    """A dark image with a bright part, stored so that its EXIF orientation turns it upright."""
+def make_stored_image(mode, orientation):
+    """Return a dark image with a bright part, stored so that its EXIF orientation turns it upright."""
     upright = np.full((40, 60), 30, np.uint8)
     upright[SEEN[1] : SEEN[3], SEEN[0] : SEEN[2]] = 220
-    picture = Image.fromarray(upright)
-    picture = picture.transpose(STORING[orientation]) if orientation in STORING else picture
+    image = Image.fromarray(upright)
+    image = image.transpose(STORING[orientation]) if orientation in STORING else image
     if mode == "I;16":
-        return Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+        return Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     if mode == "I":
-        return Image.fromarray(np.asarray(picture).astype(np.int32) * 257)
-    return picture.convert("RGB").quantize(8) if mode == "P" else picture.convert(mode)
+        return Image.fromarray(np.asarray(image).astype(np.int32) * 257)
+    return image.convert("RGB").quantize(8) if mode == "P" else image.convert(mode)
 
 
 @pytest.mark.row("R3")
-def test_64_kinds_of_pictures_have_three_channels_and_boxes_on_the_right_pixels(folder, tmp_path, record_property):
+def test_processor_aligns_boxes_for_64_image_modes_and_orientations(folder, tmp_path, record_property):
     lines = []
     for mode, ending in MODES.items():
         for orientation in range(1, 9):
             name = f"{mode.replace(';', '')}_{orientation}.{ending}"
             exif = Image.Exif()
             exif[0x0112] = orientation
-            stored_picture(mode, orientation).save(folder / name, exif=exif)
+            make_stored_image(mode, orientation).save(folder / name, exif=exif)
             lines.append(line({"text": "the bright part", "box": list(SEEN)}, image=name))
     write(folder / "train.jsonl", *lines)
     rows = data_scripts.load("jsonl", "train", cache_dir=str(tmp_path / "cache"), data_dir=str(folder))
@@ -412,7 +412,7 @@ def test_64_kinds_of_pictures_have_three_channels_and_boxes_on_the_right_pixels(
     assert right == 64
 
 
-def test_the_size_that_boxes_were_drawn_at_tells_whether_the_picture_is_turned(load, folder):
+def test_builder_decides_orientation_by_annotated_size(load, folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(folder / "turned.jpg", exif=exif)
@@ -424,7 +424,7 @@ def test_the_size_that_boxes_were_drawn_at_tells_whether_the_picture_is_turned(l
 
 
 @pytest.mark.row("R5")
-def test_captions_longer_than_the_limit_are_cut(load, processor, caplog):
+def test_collator_truncates_captions_longer_than_limit(load, processor, caplog):
     text = "the car " * 500
     caption = {
         "text": text,
@@ -437,18 +437,18 @@ def test_captions_longer_than_the_limit_are_cut(load, processor, caplog):
     assert "64 tokens and were truncated" in caplog.text
 
 
-def test_training_on_ones_own_pictures_needs_no_code(recipe, run, tmp_path):
+def test_train_script_trains_on_own_images_without_code(recipe, run, tmp_path):
     settings = yaml.safe_load(recipe.read_text())
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("validation", 4), ("test", 4)):
         lines = []
         for number in range(count):
-            picture = np.full((48, 64, 3), 90, np.uint8)
-            x, y = random.integers(0, 32), random.integers(0, 24)
-            picture[y : y + 20, x : x + 24] = (220, 40, 40)
+            image = np.full((48, 64, 3), 90, np.uint8)
+            x, y = rng.integers(0, 32), rng.integers(0, 24)
+            image[y : y + 20, x : x + 24] = (220, 40, 40)
             name = f"{split}_{number}.png"
             (tmp_path / "own").mkdir(exist_ok=True)
-            Image.fromarray(picture).save(tmp_path / "own" / name)
+            Image.fromarray(image).save(tmp_path / "own" / name)
             target = {"box": [int(x), int(y), 24, 20], "types": ["colour"]}
             lines.append(line({"text": "the red part", **target}, {"text": "red", **target}, image=name))
         write(tmp_path / "own" / f"{split}.jsonl", *lines)

@@ -1,4 +1,4 @@
-"""Annotation files of which one value is of another kind: a complete build, or one sentence that names the file."""
+"""Mutated annotation files: a builder builds a complete dataset or raises one sentence that names the file."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from tests.helpers.tiny import trials
 
 
 VALUES = [None, "", "words", 7, -1, 10**30, 0.5, float("nan"), True, [], [[1]], [1, 2, 3, 4], {}, {"a": 1}, ...]
-# what a text may have in place of a part of it
+# replacements for a part of a text
 PIECES = [
     "",
     " ",
@@ -46,7 +46,7 @@ PIECES = [
 ]
 
 
-# what a pickle may hold as well
+# values that a pickle can contain as well
 OBJECTS = [
     *VALUES,
     b"words",
@@ -60,8 +60,8 @@ OBJECTS = [
 ]
 
 
-def places(value, path=(), limit=3):
-    """Every place in a value as JSON has it, of lists the first entries."""
+def paths_in(value, path=(), limit=3):
+    """Yield the path of every entry in a nested value, of lists only of the first entries."""
     if isinstance(value, dict):
         entries = list(value.items())
     elif isinstance(value, list | tuple):
@@ -70,11 +70,11 @@ def places(value, path=(), limit=3):
         return
     for key, entry in entries:
         yield (*path, key)
-        yield from places(entry, (*path, key), limit)
+        yield from paths_in(entry, (*path, key), limit)
 
 
 def replaced(content, path, value):
-    """A copy with another value at a place; `...` takes the entry out."""
+    """Return a copy with another value at a path; `...` removes the entry."""
     if not path:
         return value
     key, *rest = path
@@ -86,16 +86,16 @@ def replaced(content, path, value):
 
 
 def mutations(content, values, seed: int, count: int):
-    """Some of all (place, value) of a file's content."""
+    """Draw mutations of a file's content, each one or two pairs (path, value)."""
     rng = random.Random(seed)
-    found = [(path, value) for path in ((), *places(content)) for value in values if path or value is not ...]
-    # again, with two at a time, where there are not enough
+    found = [(path, value) for path in ((), *paths_in(content)) for value in values if path or value is not ...]
+    # add pairs of mutations if there are not enough single ones
     twice = [(rng.choice(found), rng.choice(found)) for _ in range(max(0, count - len(found)))]
     return [(one,) for one in rng.sample(found, min(count, len(found)))] + twice
 
 
 def build(name: str, folder, cache, is_streamed: bool, flags: dict) -> str | None:
-    """Build a dataset, or stream it; the sentence of a refusal, None where it was built."""
+    """Build or stream a dataset; return the error message, or None on success."""
     settings = {"data_dir": folder, "cache_dir": str(cache), **flags}
     try:
         splits = data_scripts.load(name, streaming=is_streamed, decode=not is_streamed, **settings)
@@ -106,7 +106,7 @@ def build(name: str, folder, cache, is_streamed: bool, flags: dict) -> str | Non
     return None
 
 
-# how the content of a file is read into lists and mappings, and written
+# readers of a file's content into lists and mappings, and their writers
 
 
 def read_lines(content: bytes) -> list:
@@ -119,7 +119,7 @@ def write_lines(lines) -> bytes:
 
 
 def read_pieces(content: bytes) -> list:
-    """Lines as lists of the words and signs in them."""
+    """Return lines as lists of their words and signs."""
     return [re.findall(r"\w+|\W", line) for line in content.decode().splitlines()]
 
 
@@ -147,7 +147,7 @@ def write_xml(node) -> bytes:
 
 
 class Layout(NamedTuple):
-    """Where a file is that is mutated, and how; `prepare` changes the folder before."""
+    """Describe the file to mutate and how to read and write it; `prepare` changes the folder first."""
 
     make: object
     name: str
@@ -168,7 +168,7 @@ def write_pickle(content) -> bytes:
 
 
 def name_several_objects(folder):
-    """References to several objects and to none, as gRefCOCO has them."""
+    """Rewrite references to name one, two or no objects, as in gRefCOCO."""
     path = folder / "refcoco" / "refs(unc).p"
     refs = read_pickle(path.read_bytes())
     for number, ref in enumerate(refs):
@@ -177,7 +177,7 @@ def name_several_objects(folder):
 
 
 def hold_out(folder):
-    """A list of images that are held out, as `held_out` writes it."""
+    """Write a list of held-out images, as the command `held_out` does."""
     (folder / "held_out.json").write_text(json.dumps({"sets": ["refcoco_unc"], "coco_ids": [20, 100]}))
 
 
@@ -238,7 +238,7 @@ LAYOUTS = {
 
 @pytest.mark.row("S16")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_value_of_another_kind_ends_in_a_build_or_a_sentence(layout, tmp_path, record_property):
+def test_builder_with_mutated_value_succeeds_or_names_file(layout, tmp_path, record_property):
     layout.make(tmp_path / "data")
     layout.prepare(tmp_path / "data")
     path = tmp_path / "data" / layout.file
@@ -248,22 +248,22 @@ def test_value_of_another_kind_ends_in_a_build_or_a_sentence(layout, tmp_path, r
     wrong = []
     for number, mutation in enumerate(chosen):
         changed = content
-        for place, value in mutation:
-            changed = replaced_where_it_is(changed, place, value)
+        for keys, value in mutation:
+            changed = replaced_if_present(changed, keys, value)
         path.write_bytes(layout.write(changed))
         try:
-            sentence = build(layout.name, tmp_path / "data", tmp_path / f"cache{number}", number % 2 == 1, flags)
+            message = build(layout.name, tmp_path / "data", tmp_path / f"cache{number}", number % 2 == 1, flags)
         except Exception as error:
             wrong.append((mutation, f"{type(error).__name__}: {error}"))
             continue
-        # of a file that is named and is not there, its own name is told
+        # a message about a missing file names that file instead
         names = (path.name, path.stem, " do not exist")
-        if sentence is not None and not any(name in sentence for name in names):
-            wrong.append((mutation, sentence))
+        if message is not None and not any(name in message for name in names):
+            wrong.append((mutation, message))
     record_property("counted", (len(chosen) - len(wrong), len(chosen)))
     assert wrong == []
 
 
-def replaced_where_it_is(content, path, value):
-    """As `replaced`; what an earlier mutation took out stays out."""
-    return replaced(content, path, value) if path in {(), *places(content)} else content
+def replaced_if_present(content, path, value):
+    """Apply `replaced` unless an earlier mutation removed the entry."""
+    return replaced(content, path, value) if path in {(), *paths_in(content)} else content

@@ -1,4 +1,4 @@
-"""The refer API's sets from files as their authors lay them out, with every trap in them."""
+"""The refer API's datasets from files in their authors' layout, with every known irregularity."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ from tests.helpers.layout_refcoco import FIRST_REF, SPLITS, make_refcoco, python
 
 @pytest.fixture
 def refcoco(tmp_path):
-    """(facts, load) of a set in a folder of its own."""
+    """Write RefCOCO to its own folder; return (facts, load)."""
     facts = make_refcoco(tmp_path / "DATA")
 
     def load(split=None, **flags):
@@ -36,7 +36,7 @@ def decode(segmentation):
 
 
 def built(tmp_path):
-    """What a build leaves in the cache."""
+    """Return the files that a build leaves in the cache."""
     return [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".arrow", ".incomplete")]
 
 
@@ -44,7 +44,7 @@ def expressions(row):
     return [sentence["text"] for sentence in row["sentences"]]
 
 
-def test_the_first_real_record(refcoco):
+def test_builder_reads_first_published_record(refcoco):
     row = refcoco[1]("train")[-1]  # rows are sorted by image id
     assert row["image_id"] == "coco_581857"
     assert row["image"].size == (row["width"], row["height"]) == (427, 640)
@@ -59,7 +59,7 @@ def test_the_first_real_record(refcoco):
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_every_set_and_split(tmp_path, name):
+def test_builder_builds_every_dataset_and_split(tmp_path, name):
     facts = make_refcoco(tmp_path, name)
     rows = data_scripts.load(name, data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
     assert len(list(facts["image_dir"].rglob("*.jpg"))) >= 12
@@ -78,8 +78,8 @@ def test_every_set_and_split(tmp_path, name):
     assert expressions(rows["train"][0]) == ["a crowd", "the corner", "the same corner"]
 
 
-def test_refclef_references_of_several_test_splits_count_in_each(tmp_path, run):
-    """The refer API takes the references of testA by the letter A in their split: testA, testAB and testAC."""
+def test_builder_puts_refclef_reference_in_each_of_its_splits(tmp_path, run):
+    """The refer API selects testA by the letter A in the split of a reference: testA, testAB and testAC."""
     make_refcoco(tmp_path, "refclef_unc")
     rows = data_scripts.load("refclef_unc", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
     found = {}
@@ -89,7 +89,7 @@ def test_refclef_references_of_several_test_splits_count_in_each(tmp_path, run):
         found[split] = list(zip(expressions(row), row["positions"], strict=True))
         sentence_ids = [sentence["sentence_id"] for sentence in row["sentences"]]
         assert len(set(sentence_ids)) == len(sentence_ids)
-    # positions go on behind the split's own reference
+    # positions continue after the split's own reference
     assert found == {
         "testA": [("testAB of 110", 1), ("testAC of 110", 2), ("testA of 110", 3)],
         "testB": [("testAB of 110", 1), ("testBC of 110", 2)],
@@ -102,19 +102,19 @@ def test_refclef_references_of_several_test_splits_count_in_each(tmp_path, run):
     assert {split: numbers[2] for split, numbers in counts.items()} == {"testA": "4", "testB": "3", "testC": "3"}
 
 
-def test_two_references_of_one_object_and_two_objects_of_one_box(refcoco):
+def test_builder_merges_references_by_object_and_not_by_box(refcoco):
     rows = {row["image_id"]: row for row in refcoco[1]("train")}
 
-    def said(row):
+    def texts_with_objects(row):
         return [(sentence["text"], sentence["phrases"][0]["objects"]) for sentence in row["sentences"]]
 
-    assert said(rows["coco_71"]) == [("said once", [0]), ("another", [1]), ("said again", [0])]
-    assert said(rows["coco_74"]) == [("one", [0]), ("the one", [0]), ("it", [0]), ("its two ends", [1])]
-    assert said(rows["coco_70"]) == [("a café, don't ask", [0])]
+    assert texts_with_objects(rows["coco_71"]) == [("said once", [0]), ("another", [1]), ("said again", [0])]
+    assert texts_with_objects(rows["coco_74"]) == [("one", [0]), ("the one", [0]), ("it", [0]), ("its two ends", [1])]
+    assert texts_with_objects(rows["coco_70"]) == [("a café, don't ask", [0])]
     assert [item["category"] for item in rows["coco_72"]["objects"]] == ["cup", None]
 
 
-def test_masks_and_boxes_are_at_the_real_size(tmp_path):
+def test_builder_scales_masks_and_boxes_to_real_image_size(tmp_path):
     for name in ("refcocog_umd", "refclef_berkeley"):
         facts = make_refcoco(tmp_path / name, name)
         rows = data_scripts.load(name, "train", data_dir=tmp_path / name, cache_dir=str(tmp_path / "cache"))
@@ -129,14 +129,14 @@ def test_masks_and_boxes_are_at_the_real_size(tmp_path):
                     continue
                 assert item["segmentation"]["size"] == [row["height"], row["width"]]
                 assert (decode(item["segmentation"]) == mask).all(), number
-        # pixels agree with the annotation: turned unless only the stored size is the annotated one
+        # an image is turned upright unless only its stored size equals the annotated one
         stored = {number: seen[number]["image"].size for number in (40, 50)}
         assert stored[40] == (seen[40]["width"], seen[40]["height"]) == (30, 40)
         assert (seen[50]["width"], seen[50]["height"]) == (40, 30)
 
 
 @pytest.mark.row("R6")
-def test_boxes_are_scaled_by_the_factor_of_their_side(refcoco):
+def test_builder_scales_boxes_by_factor_of_each_side(refcoco):
     facts, load = refcoco
     (row,) = [row for row in load("train") if row["image_id"] == "coco_71"]
     instances = json.loads(facts["instances_file"].read_text())
@@ -149,7 +149,7 @@ def test_boxes_are_scaled_by_the_factor_of_their_side(refcoco):
         assert after["box"] == pytest.approx([x0 / 2, y0 / 4, x1 / 2, y1 / 4], abs=1e-4)
 
 
-def test_bad_annotations_are_dropped_and_counted(refcoco, caplog):
+def test_builder_drops_and_counts_bad_annotations(refcoco, caplog):
     facts, load = refcoco
     rows = load("train")
     assert "coco_60" not in rows["image_id"]
@@ -164,12 +164,12 @@ def test_bad_annotations_are_dropped_and_counted(refcoco, caplog):
 
 
 @pytest.mark.row("R6")
-def test_what_the_published_evaluation_counts_is_kept_with_its_boxes(refcoco, caplog):
-    """A box without extent and a mask without a pixel are misses there; what is not a box or a mask stays left out."""
+def test_builder_with_integer_boxes_keeps_empty_boxes_and_masks(refcoco, caplog):
+    """The published evaluation counts empty boxes and masks as misses; invalid ones are dropped all the same."""
     facts, load = refcoco
     instances = json.loads(facts["instances_file"].read_text())
     for annotation in instances["annotations"]:
-        if annotation["image_id"] == 40:  # beside its image, in pixels
+        if annotation["image_id"] == 40:  # outside its image, in pixels
             annotation["segmentation"] = [[100, 100, 110, 100, 110, 110]]
     facts["instances_file"].write_text(json.dumps(instances))
     refs = read_refs(facts["refs_file"])
@@ -189,8 +189,8 @@ def test_what_the_published_evaluation_counts_is_kept_with_its_boxes(refcoco, ca
     assert without["coco_40"]["objects"][0]["segmentation"] is None
 
 
-def test_positions_are_those_of_the_references_across_images(refcoco):
-    """Rows are sorted by image, the refer API's order is that of the file; what is left out leaves a gap."""
+def test_builder_positions_follow_order_of_references(refcoco):
+    """Rows are sorted by image; positions follow the order of the file, with gaps for dropped references."""
     facts, load = refcoco
     refs = read_refs(facts["refs_file"])
     expected = [item["sent"].strip() for ref in refs if ref["split"] == "train" for item in ref["sentences"]]
@@ -202,7 +202,7 @@ def test_positions_are_those_of_the_references_across_images(refcoco):
     assert list(found) != sorted(found)
 
 
-def test_a_damaged_mask_is_left_out_and_counted(refcoco, caplog):
+def test_builder_drops_and_counts_damaged_masks(refcoco, caplog):
     facts, load = refcoco
     instances = json.loads(facts["instances_file"].read_text())
     for annotation, segmentation in zip(
@@ -223,7 +223,7 @@ def test_a_damaged_mask_is_left_out_and_counted(refcoco, caplog):
     assert "4 objects lost a mask that is empty or cannot be read" in caplog.text
 
 
-def test_streaming_and_processes_give_the_same_rows(tmp_path, refcoco):
+def test_builder_gives_same_rows_in_processes_and_streaming(tmp_path, refcoco):
     load = refcoco[1]
     rows = load()
     streamed = load(streaming=True)
@@ -231,29 +231,29 @@ def test_streaming_and_processes_give_the_same_rows(tmp_path, refcoco):
     assert streamed["train"].features == data_scripts.FEATURES
     apart = load(num_proc=2, cache_dir=str(tmp_path / "other"))
     for split in rows:
-        plain = [without_picture(row) for row in rows[split]]
-        assert [without_picture(row) for row in streamed[split]] == plain
-        assert [without_picture(row) for row in apart[split]] == plain
+        plain = [without_image(row) for row in rows[split]]
+        assert [without_image(row) for row in streamed[split]] == plain
+        assert [without_image(row) for row in apart[split]] == plain
     assert next(iter(load("testA", streaming=True)))["image"].size == (40, 30)
 
 
-def without_picture(row):
+def without_image(row):
     return {key: value for key, value in row.items() if key != "image"}
 
 
-def test_whole_pixel_boxes_behind_a_flag(refcoco):
+def test_builder_truncates_boxes_with_integer_boxes_flag(refcoco):
     assert refcoco[1]("train", integer_boxes=True)[-1]["objects"][0]["box"] == [103, 299, 238, 477]
 
 
-def test_a_changed_annotation_file_is_noticed(refcoco):
-    """Of the same size, by its time of change."""
+def test_builder_with_changed_annotation_file_rebuilds_cache(refcoco):
+    """A file of the same size is recognized by its modification time."""
     facts, load = refcoco
     assert load("train")[-1]["objects"][0]["category"] == "person"
     facts["instances_file"].write_text(facts["instances_file"].read_text().replace("person", "people"))
     assert load("train")[-1]["objects"][0]["category"] == "people"
 
 
-def test_an_edited_builder_is_noticed(tmp_path, refcoco, monkeypatch):
+def test_edited_builder_rebuilds_cache(tmp_path, refcoco, monkeypatch):
     load = refcoco[1]
     load("val")
     before = len(built(tmp_path))
@@ -267,15 +267,15 @@ def test_an_edited_builder_is_noticed(tmp_path, refcoco, monkeypatch):
     assert len(built(tmp_path)) == 2 * before
 
 
-@pytest.mark.parametrize("place", IMAGE_FOLDERS["coco"])
-def test_pictures_lie_where_people_have_them(tmp_path, place):
+@pytest.mark.parametrize("images", IMAGE_FOLDERS["coco"])
+def test_builder_finds_images_in_usual_folders(tmp_path, images):
     folder = tmp_path / "all" / "refer"
-    make_refcoco(folder, images=place)
+    make_refcoco(folder, images=images)
     rows = data_scripts.load("refcoco_unc", "testB", data_dir=folder, cache_dir=str(tmp_path / "cache"))
     assert rows[0]["image"].size == (40, 30)
 
 
-def test_pictures_in_a_folder_of_ones_own_and_flat(tmp_path):
+def test_builder_finds_images_in_flat_image_dir(tmp_path):
     facts = make_refcoco(tmp_path / "DATA", "refclef_unc", images="../mine")
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -287,7 +287,7 @@ def test_pictures_in_a_folder_of_ones_own_and_flat(tmp_path):
     assert len(data_scripts.load("refclef_unc", "train", image_dir=str(flat), **settings)) == 10
 
 
-def test_missing_annotation_files_are_named(tmp_path):
+def test_builder_names_missing_annotation_files(tmp_path):
     with pytest.raises(ValueError, match=r"data_dir=.*refcoco\.zip"):
         data_scripts.load("refcoco_unc", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(OSError, match="requires files that do not exist") as error:
@@ -297,7 +297,7 @@ def test_missing_annotation_files_are_named(tmp_path):
 
 
 @pytest.mark.row("R1")
-def test_missing_pictures_are_named_before_anything_is_written(tmp_path, refcoco):
+def test_builder_names_missing_images_before_writing(tmp_path, refcoco):
     facts, load = refcoco
     instances = json.loads(facts["instances_file"].read_text())
     refs = pickle.loads(facts["refs_file"].read_bytes(), encoding="latin-1")
@@ -314,13 +314,13 @@ def test_missing_pictures_are_named_before_anything_is_written(tmp_path, refcoco
         for part in ("train2014.zip", str(facts["image_dir"]), "image_dir", "images/mscoco/images/train2014"):
             assert part in str(error.value)
     assert not built(tmp_path)
-    # the two files of different sets
+    # references and instances of different datasets
     facts["instances_file"].write_text(json.dumps({**instances, "images": instances["images"][:3]}))
     with pytest.raises(OSError, match="do not belong together"):
         load()
 
 
-def test_pictures_without_a_header_are_named(tmp_path, refcoco):
+def test_builder_names_images_without_header(tmp_path, refcoco):
     facts, load = refcoco
     paths = sorted(facts["image_dir"].iterdir())[:2]
     paths[0].write_bytes(b"")
@@ -347,7 +347,7 @@ def test_pictures_without_a_header_are_named(tmp_path, refcoco):
     ids=["os.system", "eval", "Popen", "getattr", "nested"],
 )
 @pytest.mark.row("S1")
-def test_malicious_references_are_refused_without_a_trace(tmp_path, refcoco, content):
+def test_builder_refuses_malicious_references_without_running_them(tmp_path, refcoco, content):
     facts, load = refcoco
     trace = tmp_path / "trace"
     facts["refs_file"].write_bytes(content(trace))
@@ -366,25 +366,26 @@ class Touch:
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other"])
-def test_damaged_annotation_files_are_named(refcoco, damage):
+def test_builder_names_damaged_annotation_files(refcoco, damage):
     facts, load = refcoco
     for file in (facts["refs_file"], facts["instances_file"]):
-        whole = file.read_bytes()
+        original = file.read_bytes()
+        half = original[: len(original) // 2]
         other = pickle.dumps([1]) if file.suffix == ".p" else b'{"images": [{"id": 1}]}'
-        content = {"cut": whole[: len(whole) // 2], "noise": b"\x00\xff" * 50, "empty": b"", "other": other}[damage]
+        content = {"cut": half, "noise": b"\x00\xff" * 50, "empty": b"", "other": other}[damage]
         file.write_bytes(content)
         with pytest.raises((OSError, ValueError)) as error:
             load()
         assert str(file) in str(error.value)
-        file.write_bytes(whole)
+        file.write_bytes(original)
 
 
-def test_wrong_flags_are_refused(refcoco):
+def test_builder_refuses_unknown_flag(refcoco):
     with pytest.raises(ValueError, match="no flag whole_boxes; it has: image_dir, integer_boxes"):
         refcoco[1](whole_boxes=True)
 
 
-def test_builder_leaves_out_box_upside_down_in_whole_pixels(refcoco):
+def test_builder_drops_upside_down_box_with_integer_boxes(refcoco):
     facts, load = refcoco
     instances = json.loads(facts["instances_file"].read_text())
     (annotation,) = [annotation for annotation in instances["annotations"] if annotation["id"] == 710]
@@ -396,8 +397,8 @@ def test_builder_leaves_out_box_upside_down_in_whole_pixels(refcoco):
 
 
 @pytest.mark.row("R6")
-def test_ten_thousand_bad_boxes_and_masks():
-    """What is kept lies in the image and has an extent; nothing raises."""
+def test_clip_box_and_mask_encoder_survive_ten_thousand_bad_values():
+    """Kept boxes lie in the image and are not empty; nothing raises."""
     rng = random.Random(0)
     odd = [math.nan, math.inf, -math.inf, 0, -1, 1e30, -1e30, 5, 0.5, 39.99, None, "7"]
     kept = 0
@@ -417,8 +418,8 @@ def test_ten_thousand_bad_boxes_and_masks():
     assert 500 < kept < 9000
 
 
-def test_polygon_that_reaches_far_beyond_the_image_is_encoded(tmp_path, refcoco, run):
-    """In a process of its own with 8 GB of memory: the fault ends the process."""
+def test_builder_encodes_polygon_far_beyond_image(tmp_path, refcoco, run):
+    """Run in a subprocess with 8 GB of memory, because the fault kills the process."""
     facts, _ = refcoco
     instances = json.loads(facts["instances_file"].read_text())
     (annotation,) = [annotation for annotation in instances["annotations"] if annotation["id"] == 710]
@@ -435,12 +436,12 @@ def test_polygon_that_reaches_far_beyond_the_image_is_encoded(tmp_path, refcoco,
     assert run("-c", code).stdout == "True"
 
 
-def test_importing_the_sets_imports_no_torch(run):
+def test_data_scripts_import_loads_no_torch(run):
     code = "import sys, data_scripts; sys.stdout.write(str({'torch', 'transformers'} & set(sys.modules)))"
     assert run("-c", code).stdout == "set()"
 
 
-def test_turned_pictures_decode_as_annotated(refcoco):
-    """The library turns what EXIF says on decoding; the sizes of a row are those that boxes speak of."""
+def test_builder_decodes_rotated_images_as_annotated(refcoco):
+    """datasets applies the EXIF orientation on decoding; the boxes of a row refer to the row's width and height."""
     row = next(row for row in refcoco[1]("train") if row["image_id"] == "coco_40")
     assert np.asarray(row["image"]).shape[:2] == (row["height"], row["width"])

@@ -1,4 +1,4 @@
-"""The published indexes in the published tree: every layout, its boxes, masks and splits; hostile files refused."""
+"""The published indexes in their folder tree: boxes, masks and splits of every layout; hostile files are refused."""
 
 import logging
 import operator
@@ -43,10 +43,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def load(folder, tmp_path):
-    def load_set(name, split=None, **flags):
+    def load_split(name, split=None, **flags):
         return data_scripts.load(name, split, cache_dir=str(tmp_path / "cache"), data_dir=str(folder), **flags)
 
-    return load_set
+    return load_split
 
 
 def texts(rows):
@@ -58,7 +58,7 @@ def decode(segmentation):
 
 
 @pytest.mark.parametrize("name", RESC_SPLITS)
-def test_resc_expressions_of_a_picture_are_one_row(load, name):
+def test_builder_groups_resc_expressions_of_image_in_one_row(load, name):
     rows = load(f"resc_{name}")
     trainval = ("trainval",) if name.startswith("unc") else ()
     assert set(rows) == {*RESC_SPLITS[name], *trainval}
@@ -74,14 +74,14 @@ def test_resc_expressions_of_a_picture_are_one_row(load, name):
     row = train[0]
     assert row["image"].size == (row["width"], row["height"]) == (64, 48)
     assert [sentence["sentence_id"] for sentence in row["sentences"]] == [f"{name}_train_{n}" for n in (0, 2, 3)]
-    # xywh, floats kept, one object for equal boxes, cut at the edge
+    # xywh with fractions, one object for equal boxes, clipped at the edge
     assert [item["box"] for item in row["objects"]] == [FACTS["coco_box_xyxy"], [60, 40, 64, 48]]
     assert [item["object_id"] for item in row["objects"]] == ["coco_581857_0", "coco_581857_1"]
     assert [sentence["phrases"][0]["objects"] for sentence in row["sentences"]] == [[0], [0], [1]]
     assert row["sentences"][1]["phrases"] == [{"start": 0, "end": 10, "objects": [0], "types": []}]
 
 
-def test_trainval_is_train_and_val_and_a_file_of_its_own_in_referit(load):
+def test_builder_joins_trainval_or_reads_own_file_for_referit(load):
     rows = load("resc_unc", "trainval")
     assert texts(rows)[0] == [
         "the lady with the blue shirt train", "blue shirt", "corner",
@@ -92,7 +92,7 @@ def test_trainval_is_train_and_val_and_a_file_of_its_own_in_referit(load):
     assert texts(load("resc_referit", "test")) == [["sky test"], ["top half"]]
 
 
-def test_box_formats_differ_between_sets(load):
+def test_builder_reads_box_format_of_each_dataset(load):
     assert load("resc_referit", "val")[0]["objects"][0]["box"] == [4, 5, 20, 30]
     flickr = load("resc_flickr", "test")
     assert [row["objects"][0]["box"] for row in flickr] == [
@@ -107,12 +107,12 @@ def test_box_formats_differ_between_sets(load):
         [0, 0, 30, 30],
         [1, 1, 2, 2],
     ]
-    # of two folders
+    # images come from two folders
     assert [row["image"].size for row in genome] == [(80, 60), (60, 80), (30, 30), (30, 30)]
     assert texts(genome)[0] == ["tree", "tree"]
 
 
-def test_boxes_are_cut_to_whole_pixels_as_published_where_asked(load):
+def test_builder_truncates_boxes_with_integer_boxes_flag(load):
     assert load("resc_unc", "val", integer_boxes=True)[0]["objects"][0]["box"] == FACTS["coco_box_whole_xyxy"]
     boxes = [item["box"] for item in load("reftr_refcoco_unc", "val", integer_boxes=True)[0]["objects"]]
     assert boxes == [[10, 20, 41, 37], [0, 0, 10, 10]]
@@ -120,7 +120,7 @@ def test_boxes_are_cut_to_whole_pixels_as_published_where_asked(load):
     assert [item["box"] for item in caption["objects"]] == [[1, 2, 30, 20], [5, 6, 10, 12]]
 
 
-def test_captions_have_their_phrases(load):
+def test_builder_gives_captions_their_phrases(load):
     rows = load("reftr_flickr")
     assert set(rows) == {"train", "val", "test", "trainval"}
     row, twice = rows["test"]
@@ -136,7 +136,7 @@ def test_captions_have_their_phrases(load):
 
 
 @pytest.mark.parametrize("name", MASK_SPLITS)
-def test_masks_are_those_of_the_files(load, name):
+def test_builder_reads_masks_from_files(load, name):
     rows = load(f"reftr_{name}", "train")
     first, second, third = rows
     assert [item["box"] for item in first["objects"]] == [FACTS["coco_box_xyxy"], [0, 0, 10, 10]]
@@ -144,27 +144,27 @@ def test_masks_are_those_of_the_files(load, name):
     assert (decode(first["objects"][0]["segmentation"]) == rectangle(48, 64, (10, 20, 41, 37))).all()
     assert (decode(second["objects"][0]["segmentation"]) == rectangle(30, 40, (5, 5, 15, 15))).all()
     assert (decode(third["objects"][0]["segmentation"]) == rectangle(50, 30, (2, 3, 22, 43))).all()
-    assert first["objects"][1]["segmentation"] is None  # a mask without a pixel
+    assert first["objects"][1]["segmentation"] is None  # an empty mask
 
 
-def test_a_mask_of_a_picture_with_an_orientation_is_on_its_pixels(load, folder):
+def test_builder_aligns_mask_with_oriented_image(load, folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = folder / "refcoco" / "images" / "train2014" / COCO
-    Image.new("RGB", (48, 64)).save(path, exif=exif)  # upright 64 x 48, as cv2 and the masks have it
+    Image.new("RGB", (48, 64)).save(path, exif=exif)  # upright 64 x 48, as in cv2 and the masks
     row = load("reftr_refcoco_unc", "train")[0]
     assert (row["width"], row["height"]) == (64, 48)
-    # where only the stored size agrees with the mask, it is not turned
+    # the image is not turned if only its stored size agrees with the mask
     Image.new("RGB", (64, 48)).save(path, exif=exif)
     row = load("reftr_refcocog_umd", "train")[0]
     assert (row["width"], row["height"]) == (64, 48)
 
 
 @pytest.mark.parametrize("size", [(31, 40), (40, 30)])
-def test_a_mask_of_another_size_is_refused(load, folder, size):
+def test_builder_refuses_mask_of_another_size(load, folder, size):
     np.save(folder / "refcoco/masks/refcoco/1.npy", np.ones(size))
-    words = rf"mask '1\.npy' has .* {re.escape(str(size))} and its image .*000009\.jpg' \(30, 40\)"
-    with pytest.raises(ValueError, match=words):
+    message = rf"mask '1\.npy' has .* {re.escape(str(size))} and its image .*000009\.jpg' \(30, 40\)"
+    with pytest.raises(ValueError, match=message):
         load("reftr_refcoco_unc", "train")
 
 
@@ -177,7 +177,7 @@ class Evil:
 
 
 @pytest.mark.row("S8")
-def test_hostile_masks_are_refused(load, folder, tmp_path):
+def test_builder_refuses_hostile_masks(load, folder, tmp_path):
     path = folder / "refcoco/masks/refcoco/1.npy"
     np.save(path, np.array([[Evil(tmp_path / "ran")]], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"1\.npy' is refused: it contains objects"):
@@ -199,7 +199,7 @@ def test_hostile_masks_are_refused(load, folder, tmp_path):
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.row("S1")
-def test_hostile_indexes_are_refused(load, folder, tmp_path, legacy):
+def test_builder_refuses_hostile_indexes(load, folder, tmp_path, legacy):
     path = folder / "annotations_resc/unc/unc_val.pth"
     for call in (Evil(tmp_path / "ran"), subprocess.Popen, eval, operator.attrgetter, torch.hub.load):
         save([(COCO, "", [1, 2, 3, 4], "words", call)], path, legacy)
@@ -223,7 +223,7 @@ def test_builder_refuses_index_naming_function_of_allowed_package(load, folder, 
 
 
 class OrderedDictOf:
-    """Pickled as an `OrderedDict` that is made of pairs."""
+    """Pickle as an `OrderedDict` of the given pairs."""
 
     def __init__(self, *pairs):
         self.pairs = pairs
@@ -232,7 +232,7 @@ class OrderedDictOf:
         return OrderedDict, (list(self.pairs),)
 
 
-def test_index_with_keys_that_share_a_hash_is_refused(folder):
+def test_read_pickle_refuses_colliding_integer_key(folder):
     path = folder / "annotations_resc/unc/unc_train.pth"
     path.write_bytes(pickle.dumps(OrderedDictOf((2**61, 1)), protocol=4))
     with pytest.raises(ValueError, match=f"has the key {2**61}; expected text or a number"):
@@ -240,15 +240,15 @@ def test_index_with_keys_that_share_a_hash_is_refused(folder):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_tensors_of_an_index_become_arrays(tmp_path, legacy):
-    whole = torch.arange(12.0)
-    parts = [whole.view(3, 4)[1], whole[2:6], torch.tensor(3.5), whole.half(), torch.zeros(0, 4)]
+def test_read_pickle_turns_tensors_into_arrays(tmp_path, legacy):
+    base = torch.arange(12.0)
+    parts = [base.view(3, 4)[1], base[2:6], torch.tensor(3.5), base.half(), torch.zeros(0, 4)]
     records = [("a.jpg", torch.tensor([[1, 2, 3, 4]])), *parts]
     save(records, tmp_path / "index.pth", legacy)
     (_, box), *read = read_pickle(tmp_path / "index.pth")
     assert box.tolist() == [[1, 2, 3, 4]]
     assert [array.tolist() for array in read] == [tensor.tolist() for tensor in parts]
-    save([whole.view(3, 4).T], tmp_path / "index.pth", legacy)
+    save([base.view(3, 4).T], tmp_path / "index.pth", legacy)
     with pytest.raises(OSError, match="is not contiguous"):
         read_pickle(tmp_path / "index.pth")
 
@@ -273,26 +273,26 @@ def test_tensors_of_an_index_become_arrays(tmp_path, legacy):
         ((COCO, "", [1, 2, 3, 4], None, ""), "record 1: its text is None"),
     ],
 )
-def test_wrong_records_are_named(load, folder, record, reason):
+def test_builder_names_wrong_records(load, folder, record, reason):
     save([(COCO, "", [1, 2, 3, 4], "words", ""), record], folder / "annotations_resc/unc/unc_val.pth")
     with pytest.raises(ValueError, match=f"unc_val.*{reason}"):
         load("resc_unc")
 
 
-def test_not_a_list_and_damaged_files_are_named(load, folder):
+def test_builder_names_index_damaged_or_not_a_list(load, folder):
     path = folder / "annotations_resc/unc/unc_val.pth"
     save({"a": 1}, path)
     with pytest.raises(ValueError, match=r"unc_val\.pth' is {'a': 1}; expected a list of records"):
         load("resc_unc")
-    whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"<html>sign in</html>"):
+    original = path.read_bytes()
+    for content in (b"", original[: len(original) // 2], b"<html>sign in</html>"):
         path.write_bytes(content)
         with pytest.raises(OSError, match=r"unc_val\.pth' is damaged"):
             load("resc_unc")
 
 
 @pytest.mark.row("R6")
-def test_bad_boxes_and_texts_are_dropped_and_counted(load, folder, caplog):
+def test_builder_drops_and_counts_bad_boxes_and_texts(load, folder, caplog):
     nan = float("nan")
     boxes = [[nan, 2, 3, 4], [9, 9, 0, 4], [9, 9, -4, 4], [500, 2, 3, 4], [1, 2, float("inf"), 4], [-5, -5, 10, 10]]
     records = [(COCO, "", box, f"number {number}", "") for number, box in enumerate(boxes)]
@@ -316,8 +316,8 @@ def test_bad_boxes_and_texts_are_dropped_and_counted(load, folder, caplog):
 
 
 @pytest.mark.row("R6")
-def test_boxes_and_masks_that_the_published_evaluation_counts_are_kept_with_its_boxes(load, folder, caplog):
-    """Without extent in whole pixels, or without a pixel, they are misses there; what is not a box stays left out."""
+def test_builder_with_integer_boxes_keeps_empty_boxes_and_masks(load, folder, caplog):
+    """The published evaluation counts empty boxes and masks as misses; invalid boxes are dropped all the same."""
     boxes = [[10.2, 9, 0.7, 4], [9, 9, 0, 4], [500, 2, 3, 4], [9, 9, -4, 4], [float("nan"), 2, 3, 4], [1, 2, 3, 4]]
     records = [(COCO, "", box, f"number {number}", "") for number, box in enumerate(boxes)]
     save(records, folder / "annotations_resc/unc/unc_val.pth")
@@ -339,7 +339,7 @@ def test_boxes_and_masks_that_the_published_evaluation_counts_are_kept_with_its_
     assert not decode_segmentation(item["segmentation"]).any()
 
 
-def test_trainval_leaves_out_box_without_extent_that_val_keeps(load, folder):
+def test_builder_drops_empty_box_from_trainval_but_keeps_it_in_val(load, folder):
     records = [(COCO, "", box, text, "") for box, text in (([9, 9, 0, 4], "a line"), ([1, 2, 3, 4], "a box"))]
     save(records, folder / "annotations_resc/unc/unc_val.pth")
     rows = load("resc_unc", integer_boxes=True)
@@ -350,11 +350,11 @@ def test_trainval_leaves_out_box_without_extent_that_val_keeps(load, folder):
 
 
 @pytest.mark.row("R6")
-def test_of_10000_random_boxes_those_that_are_kept_are_boxes_in_their_picture(load, folder, caplog):
-    random = np.random.default_rng(0)
-    boxes = random.normal(20, 40, size=(10_000, 4)).round(1)
-    boxes[random.random(boxes.shape) < 0.02] = np.nan
-    boxes[random.random(boxes.shape) < 0.02] = np.inf
+def test_builder_keeps_only_valid_boxes_of_10000_random_ones(load, folder, caplog):
+    rng = np.random.default_rng(0)
+    boxes = rng.normal(20, 40, size=(10_000, 4)).round(1)
+    boxes[rng.random(boxes.shape) < 0.02] = np.nan
+    boxes[rng.random(boxes.shape) < 0.02] = np.inf
     records = [(COCO, "", box, f"number {number}", "") for number, box in enumerate(boxes)]
     save(records, folder / "annotations_resc/unc/unc_val.pth")
     with caplog.at_level(logging.WARNING, "data_scripts.building"):
@@ -369,7 +369,7 @@ def test_of_10000_random_boxes_those_that_are_kept_are_boxes_in_their_picture(lo
     assert 1_000 < len(row["sentences"]) < 9_000
 
 
-def test_phrases_that_are_not_where_they_should_be_are_dropped(load, folder, caplog):
+def test_builder_drops_phrases_at_wrong_position(load, folder, caplog):
     starts, phrases = [0, 11, 90, -5], ["A man", "Two Buses", "bus", "bus"]
     record = ("36979.jpg", starts, [[1, 2, 30, 20]] * 4, phrases, None, "A man with two buses .")
     save([record], folder / "annotations/flickr/flickr_val.pth")
@@ -380,7 +380,7 @@ def test_phrases_that_are_not_where_they_should_be_are_dropped(load, folder, cap
 
 
 @pytest.mark.row("R1")
-def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_path):
+def test_builder_names_missing_files_before_writing(load, folder, tmp_path):
     (folder / "refcoco/masks/refcoco/1.npy").unlink()
     with pytest.raises(OSError, match=r"(?s)1 masks of 'reftr_refcoco_unc'.*1\.npy.*ubc-vision/RefTR"):
         load("reftr_refcoco_unc")
@@ -393,7 +393,7 @@ def test_missing_files_are_named_before_anything_is_written(load, folder, tmp_pa
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_changed_files_make_another_cache(load, folder):
+def test_builder_with_changed_files_rebuilds_cache(load, folder):
     assert texts(load("reftr_refcoco_unc", "val"))[1] == ["left man"]
     path = folder / "refcoco/anns/refcoco/refcoco_unc_val.pth"
     save([(COCO, "0.npy", [1, 2, 3, 4], "another")], path)
@@ -403,13 +403,13 @@ def test_changed_files_make_another_cache(load, folder):
     assert coco_mask.area({**segmentation, "counts": segmentation["counts"].encode()}) == 2
 
 
-def test_pictures_may_lie_elsewhere(load, folder, tmp_path):
-    (folder / "referit/images").rename(tmp_path / "pictures")
-    rows = load("resc_referit", "test", image_dir=str(tmp_path / "pictures"))
+def test_builder_finds_images_in_given_image_dir(load, folder, tmp_path):
+    (folder / "referit/images").rename(tmp_path / "elsewhere")
+    rows = load("resc_referit", "test", image_dir=str(tmp_path / "elsewhere"))
     assert rows[0]["image"].size == (48, 36)
 
 
-def test_several_processes_and_streaming_give_the_same_rows(load, folder, tmp_path):
+def test_builder_gives_same_rows_in_processes_and_streaming(load, folder, tmp_path):
     rows = load("reftr_refcoco_unc", "train")
     flags = {"config_name": "reftr_refcoco_unc", "data_dir": str(folder), "cache_dir": str(tmp_path / "other")}
     builder = RefTRIndex(**flags)
@@ -420,14 +420,14 @@ def test_several_processes_and_streaming_give_the_same_rows(load, folder, tmp_pa
 
 
 @pytest.mark.row("R5")
-def test_captions_longer_than_the_limit_are_cut_and_their_phrases_masked(load, folder, processor):
-    words = "a man " * 100
-    record = ("36979.jpg", [0, 594], [[1, 2, 30, 20]] * 2, ["a man", "a man"], None, words)
+def test_collator_truncates_long_captions_and_masks_their_phrases(load, folder, processor):
+    caption = "a man " * 100
+    record = ("36979.jpg", [0, 594], [[1, 2, 30, 20]] * 2, ["a man", "a man"], None, caption)
     save([record], folder / "annotations/flickr/flickr_val.pth")
     rows = load("reftr_flickr", "val")
     batch = GroundingCollator(processor)([rows[0]])
     assert batch["input_ids"].shape[1] <= 64
-    # the second is past the cut: an empty phrase
+    # the second phrase lies after the truncation and is empty
     assert batch["phrase_spans"][0, 0, 0] == 1
     assert batch["phrase_spans"][0, 1].tolist() == [0, 1]
     assert batch["phrase_attention_mask"][0, 1].sum() == 2

@@ -1,4 +1,4 @@
-"""Visual Genome from files as its authors lay them out, and what is held out of it."""
+"""Visual Genome from files in its authors' layout, with and without held-out images."""
 
 import json
 
@@ -16,7 +16,7 @@ COCO_IDS = (581857, 100, 20, 101, 102)
 
 @pytest.fixture
 def genome(tmp_path):
-    """(facts, load) of the set in a folder of its own, RefCOCO's files beside it."""
+    """Write Visual Genome with RefCOCO's files next to it; return (facts, load)."""
     facts = make_visual_genome(tmp_path / "vg", COCO_IDS)
     make_refcoco(tmp_path / "refer")
 
@@ -27,11 +27,11 @@ def genome(tmp_path):
     return facts, load
 
 
-def without_picture(row):
+def without_image(row):
     return {key: value for key, value in row.items() if key != "image"}
 
 
-def test_rows(genome, tmp_path, caplog):
+def test_builder_reads_regions_into_rows(genome, tmp_path, caplog):
     facts, load = genome
     rows = load("train")
     assert rows.features == data_scripts.FEATURES
@@ -61,9 +61,9 @@ def test_rows(genome, tmp_path, caplog):
     assert "1 images without a region" in caplog.text
     assert "1 images that are there twice" in caplog.text
     assert "2 boxes are cut" in caplog.text
-    assert "nothing is left out" in caplog.text  # no set was named
+    assert "nothing is left out" in caplog.text  # no dataset to exclude was named
 
-    def said(number):
+    def texts_with_boxes(number):
         row = seen[f"vg_{number}"]
         return [
             (sentence["text"], row["objects"][phrase["objects"][0]]["box"])
@@ -71,16 +71,16 @@ def test_rows(genome, tmp_path, caplog):
             for phrase in sentence["phrases"]
         ]
 
-    assert said(54) == [("all of it", [0, 0, 40, 30])]
-    assert said(55) == [("turned", [2, 3, 22, 38])]
+    assert texts_with_boxes(54) == [("all of it", [0, 0, 40, 30])]
+    assert texts_with_boxes(55) == [("turned", [2, 3, 22, 38])]
     assert (seen["vg_55"]["width"], seen["vg_55"]["height"]) == (30, 40)
-    assert said(56) == [("a tree", [1, 1, 10, 10])] * 3 + [("a tree", [20, 1, 29, 10])]
-    assert said(58) == [("the corner", [30.5, 20.25, 40, 30])]
-    assert said(60) == [("the first", [5, 5, 15, 15])]
+    assert texts_with_boxes(56) == [("a tree", [1, 1, 10, 10])] * 3 + [("a tree", [20, 1, 29, 10])]
+    assert texts_with_boxes(58) == [("the corner", [30.5, 20.25, 40, 30])]
+    assert texts_with_boxes(60) == [("the first", [5, 5, 15, 15])]
 
 
 @pytest.mark.row("R21")
-def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
+def test_builder_leaves_out_held_out_images(tmp_path, genome, caplog):
     facts, load = genome
     excluded = {"exclude": ["refcoco_unc"], "exclude_data_dir": str(tmp_path / "refer")}
     rows = load("train", **excluded)
@@ -91,7 +91,7 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     assert kept == {581857, 20, 581900, None}
     assert not kept & held_out
     assert "3 images that are held out in refcoco_unc" in caplog.text
-    # and by a list, without the sets at hand; another list, another cache
+    # the same by a list, without the excluded dataset; another list rebuilds the cache
     path = tmp_path / "held_out.json"
     assert write_held_out(path, ["refcoco_unc"], tmp_path / "refer") == 3
     assert read_held_out(path) == held_out
@@ -103,26 +103,26 @@ def test_held_out_pictures_stay_out(tmp_path, genome, caplog):
     assert load("train", held_out_file=str(path))["image_id"] == rows["image_id"]
     path.write_text(json.dumps({"coco_ids": [20]}))
     assert len(load("train", held_out_file=str(path))) == len(facts["image_ids"]) - 1
-    # held-out images need not be there
+    # files of held-out images are not required
     for number in (2, 4, 5):
         next((tmp_path / "vg").glob(f"*/{number}.jpg")).unlink()
     assert len(load("train", validation_images=0, **excluded, seed=1)) == len(rows)
 
 
-def test_the_list_of_held_out_pictures_is_a_command(tmp_path, genome, run):
+def test_held_out_command_writes_list_of_images(tmp_path, genome, run):
     path, refer = tmp_path / "held_out.json", tmp_path / "refer"
-    words = ("-m", "reftr_cli", "data", "held_out", "refcoco_unc", "--data_dir", refer, "--output", path)
-    assert "3 images" in run(*words).stdout
+    argv = ("-m", "reftr_cli", "data", "held_out", "refcoco_unc", "--data_dir", refer, "--output", path)
+    assert "3 images" in run(*argv).stdout
     assert read_held_out(path) == {100, 101, 102}
-    where = ("--data_dir", tmp_path / "vg", "--cache_dir", tmp_path / "cache")
-    result = run("-m", "reftr_cli", "data", "check", "visual_genome", *where, "--held_out_file", path)
+    folders = ("--data_dir", tmp_path / "vg", "--cache_dir", tmp_path / "cache")
+    result = run("-m", "reftr_cli", "data", "check", "visual_genome", *folders, "--held_out_file", path)
     assert "visual_genome: 0 errors" in result.stdout
     refused = run("-m", "reftr_cli", "data", "held_out", "shapes", "--data_dir", refer, "--output", path, check=False)
     assert refused.returncode == 1
     assert "error: 'shapes' is not a dataset with images of COCO" in refused.stderr
 
 
-def test_what_cannot_be_excluded_is_refused(tmp_path, genome):
+def test_builder_refuses_invalid_exclusions(tmp_path, genome):
     load = genome[1]
     with pytest.raises(ValueError, match="'refclef_unc' is not a dataset with images of COCO"):
         load(exclude=["refclef_unc"])
@@ -135,7 +135,7 @@ def test_what_cannot_be_excluded_is_refused(tmp_path, genome):
             load(held_out_file=str(path))
 
 
-def test_a_validation_split_is_drawn(genome):
+def test_builder_draws_validation_split(genome):
     load = genome[1]
     rows = load(validation_images=2)
     again = load(validation_images=2, streaming=True)
@@ -143,14 +143,14 @@ def test_a_validation_split_is_drawn(genome):
     assert {split: len(part) for split, part in rows.items()} == {"train": 11, "validation": 2}
     assert set(rows["train"]["image_id"]) | set(rows["validation"]["image_id"]) == set(genome[0]["image_ids"])
     for split, part in rows.items():
-        assert [without_picture(row) for row in again[split]] == [without_picture(row) for row in part]
+        assert [without_image(row) for row in again[split]] == [without_image(row) for row in part]
     assert other["image_id"] != rows["validation"]["image_id"]
     with pytest.raises(ValueError, match="validation_images=15"):
         load(validation_images=15)
 
 
 @pytest.mark.row("R1")
-def test_missing_pictures_are_named(tmp_path, genome):
+def test_builder_names_missing_images_and_region_faults(tmp_path, genome):
     next((tmp_path / "vg").glob("*/50.jpg")).unlink()
     with pytest.raises(OSError, match="1 images of 'visual_genome' do not exist") as error:
         genome[1]()
@@ -167,7 +167,7 @@ def test_missing_pictures_are_named(tmp_path, genome):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 100, 1 << 20])
-def test_a_list_is_read_in_pieces(tmp_path, chunk_bytes):
+def test_scan_list_reads_json_in_chunks(tmp_path, chunk_bytes):
     entries = [{"id": 1, "text": "é☕, ] } {"}, {"id": 2, "inner": [{"a": [1, 2]}, "}"]}, {}]
     path = tmp_path / "list.json"
     for text in (json.dumps(entries), json.dumps(entries, indent=1, ensure_ascii=False)):
@@ -183,7 +183,7 @@ def test_a_list_is_read_in_pieces(tmp_path, chunk_bytes):
 @pytest.mark.parametrize(
     "content", ["", "{}", "[1]", '[{"id": 1}', '[{"id": 1}, ]', '[{"id": ', '[{"id": 1} {}]', "[,{}]"]
 )
-def test_a_damaged_list_is_named(tmp_path, content):
+def test_scan_list_names_damaged_file(tmp_path, content):
     path = tmp_path / "list.json"
     path.write_text(content)
     with pytest.raises(OSError, match=r"list\.json' is damaged at byte \d"):
