@@ -137,7 +137,7 @@ def gray(tmp_path):
     return tmp_path / "gray.png"
 
 
-def test_boxes_masks_and_legend_are_seen_in_their_colors_and_json_is_copied(browser, space, gray):
+def test_page_shows_answers_in_their_colors_and_copies_json(browser, space, gray):
     upload_and_ask(browser, gray, "\n".join(EXPRESSIONS))
     answers = copied(browser)
     assert [answer["phrase"] for answer in answers] == EXPRESSIONS
@@ -160,7 +160,7 @@ def test_boxes_masks_and_legend_are_seen_in_their_colors_and_json_is_copied(brow
     assert share(screen, film[0]) > 0.1
 
 
-def test_the_example_is_a_click_away(browser):
+def test_example_is_filled_in_by_one_click(browser):
     wait(browser, lambda: is_loaded(browser, ".gallery-item img, table img"))
     find(browser, ".gallery-item img, table img")[0].click()
     wait(browser, lambda: find(browser, "textarea")[0].get_attribute("value").count("\n") == 2)
@@ -171,7 +171,7 @@ def test_the_example_is_a_click_away(browser):
         browser.save_screenshot(os.environ["SCREENSHOT"])
 
 
-def test_nothing_leaves_the_machine(browser, address, gray):
+def test_page_requests_only_its_own_server(browser, address, gray):
     upload_and_ask(browser, gray, "the star")
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
@@ -180,7 +180,7 @@ def test_nothing_leaves_the_machine(browser, address, gray):
     assert [url for url in asked if not url.startswith(address)] == []
 
 
-def test_a_file_that_is_no_picture_gets_a_sentence(browser, tmp_path):
+def test_unreadable_upload_shows_message(browser, tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     upload(browser, tmp_path / "notes.png")
     wait(browser, lambda: find(browser, "#picture img"))
@@ -189,12 +189,12 @@ def test_a_file_that_is_no_picture_gets_a_sentence(browser, tmp_path):
     assert not find(browser, ".legend-item")
 
 
-def test_a_file_over_5_mb_gets_a_sentence(browser, tmp_path):
+def test_upload_over_5_mb_shows_message(browser, tmp_path):
     Image.effect_noise((2600, 2600), 100).save(tmp_path / "large.png")
     upload(browser, tmp_path / "large.png")
     assert "exceed the maximum allowed size of 5.0 Mb" in sentence(browser)
 
 
-def test_a_question_without_a_picture_or_words_gets_a_sentence(browser, gray):
+def test_question_without_image_shows_message(browser, gray):
     ask(browser, "the star")
     assert "There is no image: upload one, or use the example." in sentence(browser)

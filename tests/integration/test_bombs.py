@@ -220,7 +220,7 @@ def answers(tmp_path_factory):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which Linux has")
 @pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.row(row)) for row in ("S12", "S13")])
-def test_checkpoints_that_claim_or_unfold_to_more_than_they_have(row, answers, record_property):
+def test_checkpoint_claiming_or_unfolding_too_much_is_refused(row, answers, record_property):
     names = [name for name, (its_row, _) in CHECKPOINTS.items() if its_row == row]
     assert answers["zip"]["weights"] == answers["legacy"]["weights"] == ["vl_transformer.level_embed"]
     said = (" is refused: ", " cannot be read ", " holds no weights", " is not a dense")
@@ -240,7 +240,7 @@ def test_checkpoints_that_claim_or_unfold_to_more_than_they_have(row, answers, r
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize("asked", [{}, {"use_safetensors": False}])
-def test_pickles_of_a_folder_are_not_read(make_model, name, asked, tmp_path):
+def test_model_folder_with_pickled_weights_is_refused(make_model, name, asked, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -283,7 +283,7 @@ SAFETENSORS = {
 
 
 @pytest.mark.row("S13")
-def test_safetensors_that_claim_more_than_they_have(tmp_path, record_property):
+def test_safetensors_claiming_too_much_are_refused(tmp_path, record_property):
     path, passed = tmp_path / "weights.safetensors", {}
     path.write_bytes(safetensors_of(entry([4], 0, 16)))
     assert list(read_weights(path)) == ["vl_transformer.level_embed"]
@@ -376,7 +376,7 @@ MASK_DOORS = {
 
 
 @pytest.mark.row("S13")
-def test_run_lengths_that_claim_a_size(processor, tmp_path, record_property):
+def test_run_lengths_of_wrong_size_are_refused_in_little_memory(processor, tmp_path, record_property):
     """Also where a mask of such a size would be a legal thing to count, nothing of it is allocated."""
     tools = SimpleNamespace(processor=processor, metric=ReferringSegmentation(cache_dir=str(tmp_path)))
     for door in MASK_DOORS.values():
@@ -452,7 +452,7 @@ VALUE_DOORS = {
 
 
 @pytest.mark.row("S12")
-def test_arguments_that_unfold_without_end(processor, record_property):
+def test_unfolding_arguments_are_refused_with_short_message(processor, record_property):
     """Every message quotes what it refuses as far as it fits."""
     tools, failed = SimpleNamespace(processor=processor), []
     for door, call in VALUE_DOORS.items():
@@ -467,7 +467,7 @@ def test_arguments_that_unfold_without_end(processor, record_property):
     assert not failed, "\n".join(map(str, failed))
 
 
-def test_both_packages_quote_the_same():
+def test_both_packages_have_same_quoting_module():
     """data_scripts does without modeling_reftr, which travels to the Hub without data_scripts."""
     copies = (ROOT / "data_scripts/quoting.py", ROOT / "modeling_reftr/quoting_reftr.py")
     first, second = (path.read_text(encoding="utf-8") for path in copies)
@@ -501,7 +501,7 @@ PICKLES = {
 
 
 @pytest.mark.row("S12")
-def test_pickles_of_datasets_that_unfold(tmp_path, record_property):
+def test_unfolding_dataset_pickles_are_refused(tmp_path, record_property):
     """Through the reader of references, that of the published index, and `combine`."""
     make_refcoco(tmp_path / "refs", "refcoco_unc")
     make_reftr_index(tmp_path / "index")
@@ -546,7 +546,7 @@ RECIPES = {
 
 
 @pytest.mark.row("S12")
-def test_recipes_that_unfold(tmp_path, record_property):
+def test_unfolding_recipes_are_refused(tmp_path, record_property):
     path, failed = tmp_path / "recipe.yaml", []
     for name, text in RECIPES.items():
         path.write_text(text)
@@ -559,7 +559,7 @@ def test_recipes_that_unfold(tmp_path, record_property):
 
 
 @pytest.mark.row("S12")
-def test_the_command_that_converts_ends_with_a_sentence(tmp_path, run, record_property):
+def test_convert_refuses_unfolding_checkpoint_without_traceback(tmp_path, run, record_property):
     names = [name for name, (row, _) in CHECKPOINTS.items() if row == "S12"][: len(trials(5, short=1))]
     for name in names:
         path = tmp_path / "bomb.pth"

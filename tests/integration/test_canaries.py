@@ -22,7 +22,7 @@ from tests.helpers.processes import free_port
 pytestmark = pytest.mark.row("R20")
 
 
-def test_optimizer_states_are_named_by_parameters():
+def test_optimizer_state_dict_is_keyed_by_parameter_name():
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.ones(1, 2)).sum().backward()
@@ -35,14 +35,14 @@ def test_optimizer_states_are_named_by_parameters():
     assert whole["state"]["weight"].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_schedule_can_start_in_its_middle():
+def test_lambda_lr_starts_at_last_epoch():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     optimizer.param_groups[0]["initial_lr"] = 2.0
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step), last_epoch=2)
     assert scheduler.get_last_lr() == [0.5]
 
 
-def test_accelerate_has_the_loop_the_script_is_written_for(tmp_path):
+def test_accelerate_has_methods_of_training_loop(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     model = torch.nn.Linear(2, 1)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
@@ -54,7 +54,7 @@ def test_accelerate_has_the_loop_the_script_is_written_for(tmp_path):
     assert accelerator.scaler is None
 
 
-def test_two_objects_of_two_processes_are_gathered_in_one_list(run, tmp_path):
+def test_accelerate_gathers_objects_of_two_processes(run, tmp_path):
     code = (
         "import accelerate, sys; a = accelerate.Accelerator(cpu=True); n = a.process_index;"
         "o = accelerate.utils.gather_object([n] * (n + 1)); box = [n]; accelerate.utils.broadcast_object_list(box);"
@@ -67,14 +67,14 @@ def test_two_objects_of_two_processes_are_gathered_in_one_list(run, tmp_path):
     run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, path)
 
 
-def test_a_watchdog_ends_a_process_with_its_stacks():
+def test_faulthandler_ends_process_with_stack_traces():
     code = "import faulthandler, time; faulthandler.dump_traceback_later(0.2, exit=True); time.sleep(60)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert result.returncode == 1
     assert "Timeout" in result.stderr
 
 
-def test_freezing_is_lost_by_the_library_and_kept_by_us(make_model, tmp_path):
+def test_from_pretrained_keeps_frozen_parameters_of_reftr_only(make_model, tmp_path):
     model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     model.requires_grad_(False).save_pretrained(tmp_path / "bert")
     assert all(parameter.requires_grad for parameter in BertModel.from_pretrained(tmp_path / "bert").parameters())
@@ -84,13 +84,13 @@ def test_freezing_is_lost_by_the_library_and_kept_by_us(make_model, tmp_path):
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
-def test_configurations_and_outputs_are_what_ours_derive_from(tmp_path):
+def test_transformers_has_base_classes_of_config_and_output(tmp_path):
     DetrConfig().save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "detr"
     assert ModelOutput.__subclasses__()
 
 
-def test_a_builder_without_another_hash_takes_the_old_cache(tmp_path):
+def test_builder_with_same_hash_reuses_cache(tmp_path):
     class Builder(datasets.GeneratorBasedBuilder):
         value = 1
 
@@ -119,7 +119,7 @@ def test_a_builder_without_another_hash_takes_the_old_cache(tmp_path):
     assert "a sentence" in str(error.value.__cause__)
 
 
-def test_the_image_feature_turns_pictures(tmp_path):
+def test_image_feature_applies_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
@@ -128,7 +128,7 @@ def test_the_image_feature_turns_pictures(tmp_path):
         assert picture.size == (20, 10)
 
 
-def test_safetensors_give_back_the_same_bits(tmp_path):
+def test_safetensors_round_trip_is_bit_identical(tmp_path):
     values = {"a": torch.tensor([0.1, float("nan"), -0.0]), "b": torch.tensor(3.0)}
     save_file(values, tmp_path / "a.safetensors")
     loaded = load_file(tmp_path / "a.safetensors")

@@ -210,7 +210,7 @@ def sentence_of(door, path, content) -> str:
 
 
 @pytest.mark.row("S11")
-def test_other_formats_are_refused_at_every_door(ground, folder, monkeypatch, record_property):
+def test_refused_formats_are_never_decoded(ground, folder, monkeypatch, record_property):
     """Format by format through all doors; the everyday suite takes EPS and a few of the others."""
     mark = stand_in_for_ghostscript(folder, monkeypatch)
     with pytest.raises(OSError, match="cannot identify"):
@@ -235,7 +235,7 @@ def test_other_formats_are_refused_at_every_door(ground, folder, monkeypatch, re
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_accepted_formats_are_taken_under_any_name(ground, tmp_path, name):
+def test_accepted_format_is_decoded_under_any_name(ground, tmp_path, name):
     path = tmp_path / "picture.eps"
     Image.new("RGB", (64, 48), "red").save(path, name)
     assert reading.read_image_size(path) == (64, 48)
@@ -244,7 +244,7 @@ def test_accepted_formats_are_taken_under_any_name(ground, tmp_path, name):
     assert len(ground(Image.open(path), text="the star")) == 1
 
 
-def test_an_mpo_is_taken_for_its_first_image(ground, tmp_path):
+def test_mpo_is_decoded_as_its_first_image(ground, tmp_path):
     images = [Image.new("RGB", (64, 48), color) for color in ("red", "green")]
     images[0].save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=images[1:])
     image = Image.open(tmp_path / "two.jpg")
@@ -253,7 +253,7 @@ def test_an_mpo_is_taken_for_its_first_image(ground, tmp_path):
     assert open_image(tmp_path / "two.jpg").convert("RGB").getpixel((5, 5))[0] > 200
 
 
-def test_images_of_datasets_are_taken_by_the_pipeline(ground, folder):
+def test_pipeline_accepts_datasets_and_columns(ground, folder):
     path = str(folder / "picture.png")
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = datasets.Dataset.from_dict({"image": [path] * 2, "text": ["the star", "the circle"]}, features=features)
@@ -267,7 +267,7 @@ def test_images_of_datasets_are_taken_by_the_pipeline(ground, folder):
 
 
 @pytest.mark.parametrize("image", ["http://127.0.0.1:9/1.jpg", "data:image/png;base64,iVBORw0KGgo="])
-def test_a_path_in_a_row_is_never_a_url(processor, image):
+def test_path_in_row_is_never_opened_as_url(processor, image):
     with pytest.raises(OSError, match="There is no image at"):
         processor({"bytes": None, "path": image}, "the star")
     with pytest.raises(OSError, match="There is no image at"):
@@ -285,12 +285,12 @@ def test_a_path_in_a_row_is_never_a_url(processor, image):
         (b"BM", "it begins as BMP"),
     ],
 )
-def test_what_a_file_begins_with_is_named(content, found):
+def test_open_image_names_format_of_refused_content(content, found):
     with pytest.raises(OSError, match=found):
         open_image(content)
 
 
-def test_predict_takes_the_images_of_a_folder_by_the_accepted_names(folder):
+def test_predict_reads_accepted_image_names_of_folder(folder):
     for name in ("drawing.eps", "text.pdf", "scan.TIFF"):
         (folder / name).write_bytes(b"")
     questions = predict.read_questions(folder, ["the star"])
@@ -298,12 +298,12 @@ def test_predict_takes_the_images_of_a_folder_by_the_accepted_names(folder):
     assert found == {"picture.png", "scan.TIFF", *(f"{name}.jpg" for name in REFUSED)}
 
 
-def test_both_packages_accept_the_same_formats():
+def test_both_packages_accept_same_image_formats():
     """data_scripts does without modeling_reftr, which travels to the Hub without data_scripts."""
     assert decoding_reftr.IMAGE_FORMATS == reading.IMAGE_FORMATS
 
 
-def test_every_image_is_opened_by_the_one_function():
+def test_images_are_opened_in_one_function_per_package():
     """In the product, in benchmarks and in what documents tell people to write."""
     paths = [path for folder in ("modeling_reftr", "data_scripts", "training_reftr", "metrics", "demo", "benchmarks")
              for path in (ROOT / folder).rglob("*.py")]  # fmt: skip

@@ -10,7 +10,7 @@ from tests.helpers.tiny import ROOT
 
 
 @pytest.mark.slow
-def test_the_demo_learns_to_find_what_the_words_say(run, tmp_path):
+def test_demo_learns_to_locate_expressions(run, tmp_path):
     start = time.monotonic()
     result = run("train_reftr.py", "recipes/demo.yaml", "--output_dir", tmp_path, timeout=1500, OMP_NUM_THREADS="2")
     minutes = (time.monotonic() - start) / 60
@@ -41,7 +41,7 @@ def test_the_demo_learns_to_find_what_the_words_say(run, tmp_path):
     assert answers[0]["box"][0] < answers[1]["box"][0]
 
 
-def test_the_demo_is_small_enough_for_everybody():
+def test_demo_recipe_needs_no_download():
     """No download, no pretrained part: the recipe names none."""
     recipe = (ROOT / "recipes" / "demo.yaml").read_text()
     assert "init_" not in recipe.replace("init_std", "")

@@ -84,7 +84,7 @@ def user_folder(tokenizer, tmp_path_factory):
 
 @pytest.mark.slow
 @by_name
-def test_every_block_runs(document, user_folder, tmp_path):
+def test_document_blocks_run(document, user_folder, tmp_path):
     name = str(document.relative_to(ROOT))
     if not any(block.is_run for block in blocks_of(document)):
         assert name not in EXPECTED
@@ -116,7 +116,7 @@ def test_every_block_runs(document, user_folder, tmp_path):
             assert f"| {name} | {shape} |" in document.read_text()
 
 
-def test_a_block_that_fails_is_named(tmp_path):
+def test_failing_block_is_named_with_its_line(tmp_path):
     for code, line, error in (
         ("```bash\ntrue\nfalse | true\n```", 2, "failed"),
         ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```", 6, "assert x == 2"),
@@ -141,13 +141,13 @@ def test_a_block_that_fails_is_named(tmp_path):
         "<!-- skip: no time -->\n```bash\nreftr --help\n```",
     ],
 )
-def test_a_block_that_nothing_runs_is_refused(text, tmp_path):
+def test_block_without_runner_is_refused(text, tmp_path):
     (tmp_path / "page.md").write_text(f"# Page\n\n{text}\n")
     with pytest.raises(ValueError, match=r"page\.md"):
         blocks_of(tmp_path / "page.md")
 
 
-def test_marks_are_read(tmp_path):
+def test_blocks_of_reads_marks(tmp_path):
     text = "<!-- file: a/b.yaml -->\n```yaml\na: 1\n```\n\n<!-- not run: a cluster -->\n```bash\nsbatch x\n```\n"
     (tmp_path / "page.md").write_text(text)
     first, second = blocks_of(tmp_path / "page.md")
@@ -162,7 +162,7 @@ NOTEBOOK = ROOT / "docs" / "quick_start.ipynb"
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(user_folder, tmp_path, monkeypatch):
+def test_notebook_runs(user_folder, tmp_path, monkeypatch):
     folder = tmp_path / "user"
     shutil.copytree(user_folder, folder, symlinks=True)
     (folder / "docs").mkdir()
@@ -176,7 +176,7 @@ def test_the_notebook_runs(user_folder, tmp_path, monkeypatch):
     assert (folder / "runs" / "quick_start" / "report.md").exists()
 
 
-def test_the_notebook_is_without_outputs():
+def test_notebook_has_no_outputs():
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
@@ -186,7 +186,7 @@ def test_the_notebook_is_without_outputs():
 
 
 @pytest.mark.slow
-def test_a_newcomer_gets_an_answer(user_folder, tmp_path, run):
+def test_newcomer_benchmark_gets_answers(user_folder, tmp_path, run):
     """The pieces of the script that times it, in an environment that is there and with a training of two updates."""
     words = ("--environment", user_folder / ".venv", "--max_steps", 2, "--output", tmp_path / "result.json")
     run("benchmarks/newcomer.py", *words, timeout=900)
@@ -199,21 +199,21 @@ def test_a_newcomer_gets_an_answer(user_folder, tmp_path, run):
 # versions
 
 
-def test_the_version_is_the_same_everywhere():
+def test_version_is_same_in_package_changelog_and_citation():
     version = modeling_reftr.__version__
     # what is not released yet stands above the latest version
     assert re.search(r"^## (\d\S*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
 
 
-def test_the_citation_is_that_of_the_readme():
+def test_citation_file_matches_readme():
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
     (entry,) = [block.code for block in blocks_of(ROOT / "README.md") if block.language == "bibtex"]
     assert f"title={{{paper['title']}}}" in entry
     assert f"year={{{paper['year']}}}" in entry
 
 
-def test_the_workflow_runs_what_must_pass():
+def test_workflow_runs_ci_script_and_known_make_targets():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     assert (ROOT / ".ci" / "run").exists()
@@ -335,7 +335,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 @by_name
-def test_every_command_knows_its_words(document, checkout):
+def test_document_commands_accept_their_arguments(document, checkout):
     for block in blocks_of(document):
         if block.language == "python":
             compile(block.code, str(block), "exec")
@@ -346,7 +346,7 @@ def test_every_command_knows_its_words(document, checkout):
         check(command)
 
 
-def test_a_command_that_is_wrong_is_found(checkout):
+def test_check_finds_wrong_commands(checkout):
     for command, error in (
         ("reftr train recipes/demo.yaml --num_epoch 3", ValueError),
         ("reftr train recipes/none.yaml", OSError),
@@ -361,7 +361,7 @@ def test_a_command_that_is_wrong_is_found(checkout):
             check(command)
 
 
-def test_every_way_to_launch_is_shown(checkout):
+def test_many_gpus_page_shows_every_launcher(checkout):
     commands = [command for block in blocks_of(ROOT / "docs" / "many_gpus.md") for command in all_commands(block)]
     met = sum(map(check, commands), Counter())
     files = {f"recipes/accelerate/{path.name}" for path in (ROOT / "recipes" / "accelerate").iterdir()}
@@ -380,7 +380,7 @@ def slug(title: str) -> str:
 
 
 @by_name
-def test_links_lead_somewhere(document):
+def test_document_links_have_targets(document):
     for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
         if "://" in link:
             continue
@@ -392,13 +392,13 @@ def test_links_lead_somewhere(document):
             assert anchor in map(slug, headings), link
 
 
-def test_every_document_is_in_the_index_and_in_the_readme():
+def test_documents_are_linked_in_index_and_readme():
     pages = {path.name for path in (ROOT / "docs").iterdir()} - {"README.md"}
     assert pages == set(re.findall(r"\]\((\w+\.\w+)\)", (ROOT / "docs" / "README.md").read_text()))
     assert pages <= set(re.findall(r"\]\(docs/([\w.]+)\)", (ROOT / "README.md").read_text()))
 
 
-def test_figures_are_the_committed_results():
+def test_documents_quote_committed_results():
     texts = [document.read_text() for document in DOCUMENTS]
     assert sorted(name for text in texts for name in results_in(text)) == [
         "demo",

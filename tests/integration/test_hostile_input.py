@@ -43,7 +43,7 @@ def check_finite(outputs, model):
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("text", ["x" * 10_000, "the star " * 1_100, "😀😀 the star 😀", "ﷺ", "a", "?!"])
 @pytest.mark.row("R4")
-def test_strange_texts_give_numbers(processor, make_model, text, attn_implementation):
+def test_strange_text_gives_finite_outputs(processor, make_model, text, attn_implementation):
     model = make_model()
     model.set_attn_implementation(attn_implementation)
     for phrases in (None, [text[:9]]):
@@ -53,7 +53,7 @@ def test_strange_texts_give_numbers(processor, make_model, text, attn_implementa
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.row("R4")
-def test_text_without_words_and_picture_without_pixels_give_numbers(two_phrases, make_model, attn_implementation):
+def test_fully_masked_text_or_image_gives_finite_outputs(two_phrases, make_model, attn_implementation):
     """What the processor refuses, made by hand: no real token, no word between the special tokens, only padding."""
     model = make_model()
     model.set_attn_implementation(attn_implementation)
@@ -75,7 +75,7 @@ def test_text_without_words_and_picture_without_pixels_give_numbers(two_phrases,
 
 
 @pytest.mark.parametrize("image_index", [[0, 5], [0, -1], [0, 2**40]])
-def test_an_image_that_is_not_there_masks_its_sentence(processor, make_model, image_index):
+def test_unknown_image_index_masks_its_sentence(processor, make_model, image_index):
     model = make_model()
     inputs = dict(processor(PICTURE, ["the star", "the circle"], boxes=[BOX, BOX]))
     right = model(**inputs)
@@ -86,7 +86,7 @@ def test_an_image_that_is_not_there_masks_its_sentence(processor, make_model, im
 
 
 @pytest.mark.parametrize("span", [(5, 50), (50, 60), (4, 2), (3, 3), (-2, 3), (0, 2**40)])
-def test_a_span_that_leaves_its_sentence_masks_its_phrase(two_phrases, make_model, span):
+def test_span_outside_sentence_masks_its_phrase(two_phrases, make_model, span):
     model = make_model()
     two_phrases["phrase_spans"] = torch.tensor([[[1, 3], span]])
     outputs = model(**two_phrases)
@@ -95,7 +95,7 @@ def test_a_span_that_leaves_its_sentence_masks_its_phrase(two_phrases, make_mode
 
 
 @pytest.mark.parametrize("phrase_index", [[[0, 0], [0, 9]], [[0, 0], [7, 1]], [[0, 0], [0, -1]], [[0, 0]]])
-def test_a_phrase_index_that_misses_a_phrase_masks_it(two_phrases, make_model, phrase_index):
+def test_invalid_phrase_index_masks_its_phrase(two_phrases, make_model, phrase_index):
     model = make_model()
     right = model(**two_phrases | {"phrase_attention_mask": two_phrases["phrase_attention_mask"] * 1})
     outputs = model(**two_phrases | {"phrase_index": torch.tensor(phrase_index)})
@@ -104,7 +104,7 @@ def test_a_phrase_index_that_misses_a_phrase_masks_it(two_phrases, make_model, p
     assert outputs.phrase_mask.tolist() == [[True, False]]
 
 
-def test_a_phrase_index_that_points_nowhere_trains_nothing(two_phrases, make_model):
+def test_invalid_phrase_index_adds_no_gradient(two_phrases, make_model):
     """A place that is not there is not moved to one that is: its gradient would count twice."""
     model = make_model()
     gradients = []
@@ -116,7 +116,7 @@ def test_a_phrase_index_that_points_nowhere_trains_nothing(two_phrases, make_mod
 
 
 @pytest.mark.parametrize("token", [None, 10**6, -1, -100])
-def test_a_token_outside_the_vocabulary_masks_its_phrases(two_phrases, make_model, token):
+def test_token_outside_vocabulary_masks_its_phrases(two_phrases, make_model, token):
     model = make_model()
     token = model.config.text_config.vocab_size if token is None else token
     for name, expected in (("phrase_input_ids", [[True, False]]), ("input_ids", [[False, False]])):
@@ -145,7 +145,7 @@ def test_a_token_outside_the_vocabulary_masks_its_phrases(two_phrases, make_mode
         [300.0, 200.0, 50.0, 40.0],
     ],
 )
-def test_a_label_that_is_no_box_has_no_part_in_the_loss(two_phrases, make_model, box_cxcywh):
+def test_invalid_box_label_is_excluded_from_loss(two_phrases, make_model, box_cxcywh):
     model = make_model()
     good = two_phrases["labels"][0]["boxes"][:1]
     one = model(**two_phrases | {"labels": [{"boxes": good}]})
@@ -155,7 +155,7 @@ def test_a_label_that_is_no_box_has_no_part_in_the_loss(two_phrases, make_model,
 
 
 @pytest.mark.row("R6")
-def test_loss_is_a_number_on_random_boxes(make_model):
+def test_loss_is_finite_on_random_boxes(make_model):
     """10,000 boxes without extent, inverted, not numbers, outside, on either side of what is taken."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randn(10_000, 1, 4, generator=generator)
@@ -176,7 +176,7 @@ def test_loss_is_a_number_on_random_boxes(make_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit", [1e4, -1e4])
 @pytest.mark.row("R8")
-def test_extreme_logits_give_a_loss(two_phrases, make_model, logit, dtype):
+def test_extreme_logits_give_finite_loss(two_phrases, make_model, logit, dtype):
     model = make_model()
     torch.nn.init.constant_(model.box_head.layers[-1].bias, logit)
     model = model.to(dtype)
@@ -188,14 +188,14 @@ def test_labels_without_boxes_are_refused(two_phrases, make_model):
         make_model()(**two_phrases | {"labels": [{"box": torch.ones(2, 4)}]})
 
 
-def test_phrases_longer_than_the_text_encoder_reads_are_refused(two_phrases, make_model):
+def test_phrase_longer_than_text_encoder_limit_is_refused(two_phrases, make_model):
     long = torch.ones(1, 2, 65, dtype=torch.long)
     with pytest.raises(ValueError, match="has 65 tokens per phrase, more than max_text_positions=64"):
         make_model()(**two_phrases | {"phrase_input_ids": long, "phrase_attention_mask": long})
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 1300), (1300, 1), (2, 3)])
-def test_pictures_of_a_pixel_or_a_line_give_numbers(processor, make_model, size):
+def test_image_of_one_pixel_or_line_gives_finite_outputs(processor, make_model, size):
     model = make_model()
     box = [0, 0, *size]
     inputs = processor(Image.new("RGB", size, "red"), "the star", boxes=box)
@@ -204,7 +204,7 @@ def test_pictures_of_a_pixel_or_a_line_give_numbers(processor, make_model, size)
     assert answer["boxes"].isfinite().all()
 
 
-def test_a_missing_file_and_files_that_are_no_pictures(processor, tmp_path):
+def test_missing_or_unreadable_image_file_is_refused(processor, tmp_path):
     with pytest.raises(OSError, match=r"There is no image at '.*nothing\.jpg'"):
         processor(tmp_path / "nothing.jpg", "the star")
     whole = io.BytesIO()
@@ -226,12 +226,12 @@ def test_a_missing_file_and_files_that_are_no_pictures(processor, tmp_path):
         processor("data:image/png;base64,%%%", "the star")
 
 
-def test_a_picture_by_its_content(processor):
+def test_processor_accepts_image_as_data_url(processor):
     content = base64.b64encode(png(64, 48)).decode()
     assert processor(f"data:image/png;base64,{content}", "the star")["pixel_values"].shape == (1, 3, 48, 64)
 
 
-def test_arrays_that_are_no_pictures_are_refused(processor):
+def test_non_finite_or_empty_image_array_is_refused(processor):
     for bad in (float("nan"), float("inf")):
         picture = np.zeros((48, 64, 3), dtype=np.float32)
         picture[3, 3] = bad
@@ -266,7 +266,7 @@ for path in sys.argv[2:]:
 
 
 @pytest.mark.row("S5")
-def test_picture_bombs_are_refused_before_they_are_decoded(processor, tmp_path, run):
+def test_image_bombs_are_refused_before_decoding(processor, tmp_path, run):
     """By path, by content and opened; in a process of its own, whose largest memory tells what was decoded."""
     processor.save_pretrained(tmp_path)
     sizes = {"just": (7072, 7072), "line": (50_000_001, 1), "warned": (12_000, 12_000), "unopened": (30_000, 30_000)}
@@ -282,12 +282,12 @@ def test_picture_bombs_are_refused_before_they_are_decoded(processor, tmp_path, 
         assert int(kilobytes) < 200_000
 
 
-def test_the_largest_picture_is_taken(processor):
+def test_largest_allowed_image_is_accepted(processor):
     assert MAX_PIXELS == 50_000_000
     assert processor(Image.new("1", (50_000, 1_000)), "the star")["pixel_values"].shape[-1] <= 64
 
 
-def test_a_folder_without_processor_or_model_is_said(make_model, tmp_path):
+def test_folder_without_processor_or_model_is_named(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "model")
     with pytest.raises((OSError, ValueError), match="model"):
         RefTRProcessor.from_pretrained(tmp_path / "model")

@@ -111,7 +111,7 @@ def visible(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_report(name):
+def test_report_escapes_hostile_names(name):
     report = format_report(make_metrics(name))
     words = check_shown(report, format_report(make_metrics("harmless")))
     # in the title, as the model's name, as the split and the kind of three tables, and among what was left out
@@ -140,7 +140,7 @@ def make_card(folder, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_card(folder, name):
+def test_card_escapes_hostile_names(folder, name):
     card, harmless = ModelCard(make_card(folder, name)), ModelCard(make_card(folder, "harmless"))
     words = check_shown(card.text, harmless.text)
     assert visible(name) in words
@@ -159,7 +159,7 @@ def test_card(folder, name):
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_card_of_a_converted_model(folder, name, tmp_path):
+def test_card_of_converted_model_escapes_hostile_names(folder, name, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     pages = []
     for text in (name, "harmless"):
@@ -169,7 +169,7 @@ def test_card_of_a_converted_model(folder, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_card_of_an_exported_dataset(shapes, tmp_path, name):
+def test_card_of_exported_dataset_escapes_hostile_names(shapes, tmp_path, name):
     pages = []
     for text in (name, "harmless"):
         report = {"train": {"left_out": {f"lines of {text}": 2}, "suspected": {f"{text} looks odd": 1}}}
@@ -181,7 +181,7 @@ def test_card_of_an_exported_dataset(shapes, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_commands_about_data(tmp_path, capsys, name):
+def test_data_commands_escape_hostile_names(tmp_path, capsys, name):
     """Texts and types of one's own, in what the commands print and draw."""
     Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
     phrases = [{"start": 0, "end": len(name), "box": [8, 8, 24, 24], "types": [name], "category": name}]
@@ -197,7 +197,7 @@ def test_commands_about_data(tmp_path, capsys, name):
     assert Image.open(tmp_path / "preview.png").width > 64
 
 
-def test_answers_of_predict(make_model, processor, tmp_path, capsys):
+def test_predict_escapes_hostile_texts_in_json(make_model, processor, tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
@@ -209,14 +209,14 @@ def test_answers_of_predict(make_model, processor, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_log_lines_and_tables(name):
+def test_log_and_table_escape_hostile_names(name):
     record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "%s is odd", (name,), None)
     line = TerminalFormatter("%(levelname)s: %(message)s").format(record)
     assert line == f"WARNING: {for_terminal(name)} is odd"
     assert for_terminal(format_table(make_metrics(name))).count(for_terminal(name)) >= 2
 
 
-def test_both_commands_log_through_the_formatter(run, tmp_path):
+def test_data_and_train_commands_escape_log_lines(run, tmp_path):
     """A file whose name is hostile, in a warning on the terminal."""
     name = "a\x1b[31m\u202e"
     for command in (("-m", "reftr_cli", "data", "stats", name), ("train_reftr.py", "--dataset", name)):
@@ -226,7 +226,7 @@ def test_both_commands_log_through_the_formatter(run, tmp_path):
         assert "\x1b[31m" not in result.stderr + result.stdout
 
 
-def test_code_is_shown_as_it_is():
+def test_for_code_renders_hostile_names_literally():
     for name in NAMES.values():
         (shown,) = MarkdownIt().parseInline(for_code(name))[0].children
         assert (shown.type, shown.content) == ("code_inline", visible(name).strip())

@@ -48,11 +48,11 @@ def module_of(path) -> str:
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=module_of)
-def test_module_imports_nothing_from_a_higher_floor(path):
+def test_module_imports_nothing_from_higher_layer(path):
     assert upward_imports(module_of(path), path.read_text()) == set()
 
 
-def test_upward_import_is_found_inside_functions():
+def test_upward_imports_finds_imports_inside_functions():
     source = "def load():\n    from modeling_reftr import RefTRConfig\n    import training_reftr.run\n"
     expected = {"modeling_reftr", "modeling_reftr.RefTRConfig", "training_reftr.run"}
     assert upward_imports("data_scripts.loading", source) == expected
@@ -60,13 +60,13 @@ def test_upward_import_is_found_inside_functions():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "modeling_reftr").glob("*.py")), ids=module_of)
-def test_module_that_travels_imports_siblings_alone(path):
+def test_hub_module_imports_only_siblings(path):
     if path.stem not in STAY_AT_HOME:
         assert {name for name in imports_of(path.read_text()) if floor_of(name) in FLOORS} == set()
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ""])
-def test_help_comes_before_torch(command):
+def test_help_is_printed_without_importing_torch(command):
     code = (
         "import sys, time; start = time.process_time()\n"
         "from reftr_cli.__main__ import main\n"
@@ -87,7 +87,7 @@ def test_help_comes_before_torch(command):
     assert "usage: reftr" in result.stdout
 
 
-def test_wrong_arguments_are_refused_before_torch():
+def test_wrong_recipe_name_is_refused_before_importing_torch():
     start = time.monotonic()
     result = subprocess.run([sys.executable, "train_reftr.py", "none"], cwd=ROOT, capture_output=True, text=True)
     light = time.monotonic() - start

@@ -50,7 +50,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_modules_and_package_data(wheel):
+def test_wheel_contains_modules_and_package_data(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {*PACKAGES, "train_reftr.py"}
     assert {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")} <= names
@@ -95,7 +95,7 @@ def test_installed_command_finds_recipes_by_name(installed, tmp_path):
     assert "Did you mean 'refcoco/r50_boxes'?" in unknown.stderr
 
 
-def test_former_recipe_name_works_with_a_warning(installed, tmp_path):
+def test_former_recipe_name_works_with_warning(installed, tmp_path):
     result = run_installed(installed, tmp_path, "train", "recipes/refcoco+_r50_masks.yaml", "--print_config")
     assert yaml.safe_load(result.stdout)["dataset"] == "refcoco+_unc"
     assert "is now called 'refcoco+/r50_masks'" in result.stderr
@@ -111,13 +111,13 @@ def test_installed_commands_train_and_predict(installed, recipe, shapes, tmp_pat
     assert "shapes" in run_installed(installed, tmp_path, "data", "list").stdout
 
 
-def test_installed_package_carries_the_page_of_the_space(installed, tmp_path):
+def test_installed_package_contains_space_files(installed, tmp_path):
     code = "from reftr_cli.demo import space_files; print(*space_files('someone/toy'))"
     result = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert {"app.py", "README.md", "requirements.txt"} <= set(result.stdout.split()), result.stderr
 
 
-def test_training_computes_with_its_metrics_where_a_wheel_is_installed(wheel, tmp_path):
+def test_installed_metrics_match_installed_evaluation(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = f"""
 import sys; sys.path += [sys.argv[1], *{SITES!r}]
@@ -134,7 +134,7 @@ print(json.dumps([metrics.__file__, found == evaluation.grounding_metrics([0.6])
     assert is_equal
 
 
-def test_metrics_have_a_short_path():
+def test_metrics_link_points_to_metrics_package():
     assert (ROOT / "metrics").resolve() == ROOT / "training_reftr" / "metrics"
 
 
@@ -161,7 +161,7 @@ def imports_of(paths) -> set[str]:
     return found - {*PACKAGES, "train_reftr"} - sys.stdlib_module_names
 
 
-def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+def test_declared_requirements_match_imports():
     product = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + [ROOT / "train_reftr.py"]
     required, extras = declared(), declared("export", "demo", "quantization")
     imported, by_demo = imports_of(product), imports_of((ROOT / "demo").glob("*.py"))
@@ -172,7 +172,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert declared("export", "demo") <= declared("test")
 
 
-def test_version_of_transformers_is_the_same_everywhere():
+def test_transformers_version_is_same_everywhere():
     """What the code asks for is what setup.cfg and the Space install."""
     line = f"transformers>={MINIMUM_TRANSFORMERS},<6"
     assert f"    {line}\n" in (ROOT / "setup.cfg").read_text()
@@ -201,7 +201,7 @@ for call in calls:
 """
 
 
-def test_an_older_transformers_is_told_what_it_lacks(trained, tmp_path):
+def test_older_transformers_is_refused_with_required_version(trained, tmp_path):
     """The code beside a model, by every door of the library, where its distribution says that it is older."""
     metadata = tmp_path / "older" / "transformers-5.22.2.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)

@@ -56,7 +56,7 @@ def pushed(hub, id="someone/toy", revision="main"):
     return files
 
 
-def test_a_folder_goes_up_and_comes_down(hub, api, folder, tmp_path):
+def test_folder_survives_upload_and_download(hub, api, folder, tmp_path):
     assert api.whoami()["name"] == "someone"
     address = api.create_repo("someone/toy", private=True)
     assert address == api.create_repo("someone/toy", exist_ok=True) == f"{hub.address}/someone/toy"
@@ -87,7 +87,7 @@ def toy(api):
     return api.create_commit("someone/toy", operations, commit_message="first").oid
 
 
-def test_a_commit_of_several_operations(hub, api, toy):
+def test_commit_applies_several_operations(hub, api, toy):
     operations = [
         CommitOperationAdd("config.json", b"[]"),
         CommitOperationAdd("sub/sub/new.png", b"new"),
@@ -115,7 +115,7 @@ def test_a_commit_of_several_operations(hub, api, toy):
     ],
     ids=["file", "folder", "parent"],
 )
-def test_a_commit_is_whole_or_not(hub, api, toy, operations, parent, status):
+def test_commit_with_invalid_operation_changes_nothing(hub, api, toy, operations, parent, status):
     operations = [CommitOperationAdd("config.json", b"changed"), *operations]
     with pytest.raises(HfHubHTTPError) as refused:
         api.create_commit("someone/toy", operations, commit_message="half", parent_commit=parent)
@@ -123,7 +123,7 @@ def test_a_commit_is_whole_or_not(hub, api, toy, operations, parent, status):
     assert hub.head("someone/toy") == toy
 
 
-def test_commits_at_once_are_all_there(hub, api, toy):
+def test_concurrent_commits_are_all_kept(hub, api, toy):
     def upload(number):
         api.upload_file(repo_id="someone/toy", path_in_repo=f"{number}.bin", path_or_fileobj=bytes([number]))
 
@@ -135,7 +135,7 @@ def test_commits_at_once_are_all_there(hub, api, toy):
     assert len(hub.repositories["model", "someone/toy"].commits) == 10
 
 
-def test_what_is_there_is_not_sent_again(hub, api, folder):
+def test_existing_content_is_not_uploaded_again(hub, api, folder):
     api.create_repo("someone/toy")
     api.upload_folder(repo_id="someone/toy", folder_path=folder)
     head, before = hub.head("someone/toy"), len(hub.requests)
@@ -155,7 +155,7 @@ def test_what_is_there_is_not_sent_again(hub, api, folder):
     assert pushed(hub) == content(folder)
 
 
-def test_kinds_are_apart(hub, api):
+def test_models_datasets_and_spaces_are_separate(hub, api):
     for kind in ("model", "dataset", "space"):
         api.create_repo("someone/toy", repo_type=kind, space_sdk="gradio" if kind == "space" else None)
         api.upload_file(
@@ -169,7 +169,7 @@ def test_kinds_are_apart(hub, api):
     assert api.space_info("someone/toy").sdk == "gradio"
 
 
-def test_revisions(hub, api, toy, tmp_path):
+def test_revisions_give_their_own_content(hub, api, toy, tmp_path):
     api.create_branch("someone/toy", branch="a/branch")
     api.create_tag("someone/toy", tag="v1", revision=toy)
     api.upload_file(repo_id="someone/toy", path_in_repo="config.json", path_or_fileobj=b"main")
@@ -191,7 +191,7 @@ def test_revisions(hub, api, toy, tmp_path):
     assert pushed(hub, revision=toy)["config.json"] == b"{}"
 
 
-def test_lists(hub, api, toy):
+def test_file_listings_match_repository(hub, api, toy):
     assert api.file_exists("someone/toy", "sub/model.safetensors")
     assert not api.file_exists("someone/toy", "sub")
     assert api.repo_exists("someone/toy")
@@ -210,7 +210,7 @@ def test_lists(hub, api, toy):
 
 
 @pytest.mark.parametrize(("token", "status"), [(False, 401), ("hf_bad", 401), ("hf_read", 403), ("hf_other", 403)])
-def test_who_may_not_write(hub, toy, folder, token, status):
+def test_write_without_permission_is_refused(hub, toy, folder, token, status):
     api = HfApi(endpoint=hub.address, token=token)
     for push in (
         lambda: api.create_repo("someone/new"),
@@ -226,7 +226,7 @@ def test_who_may_not_write(hub, toy, folder, token, status):
 
 
 @pytest.mark.parametrize(("token", "status"), [(False, 401), ("hf_bad", 401), ("hf_read", 200), ("hf_other", 404)])
-def test_who_may_not_read(hub, toy, tmp_path, token, status):
+def test_read_of_private_repository_without_permission_is_refused(hub, toy, tmp_path, token, status):
     api = HfApi(endpoint=hub.address, token=token)
     hub.repositories["model", "someone/toy"].private = True
     for read in (
@@ -245,7 +245,7 @@ def test_who_may_not_read(hub, toy, tmp_path, token, status):
         assert isinstance(refused.value, RepositoryNotFoundError) == (token != "hf_bad")
 
 
-def test_what_is_not_there(api, toy, folder, tmp_path):
+def test_missing_files_revisions_and_repositories_raise(api, toy, folder, tmp_path):
     options = {"cache_dir": tmp_path / "cache"}
     with pytest.raises(EntryNotFoundError):
         api.hf_hub_download("someone/toy", "nothing.json", **options)
@@ -267,7 +267,7 @@ def test_what_is_not_there(api, toy, folder, tmp_path):
         api.dataset_info("someone/toy")
 
 
-def test_a_card_without_an_end_and_files_too_large_are_refused(api, toy, folder, hub):
+def test_unclosed_card_and_oversized_files_are_refused(api, toy, folder, hub):
     (folder / "README.md").write_text("---\ntags: [one]\n# A model\n")
     with pytest.raises(ValueError, match="metadata without an end"):
         api.upload_folder(repo_id="someone/toy", folder_path=folder)
@@ -295,7 +295,7 @@ def push(api, folder):
 
 @pytest.mark.parametrize("pattern", AGAIN)
 @pytest.mark.parametrize("kind", ["status", "cut", "mute"])
-def test_the_client_tries_again(hub, api, toy, folder, kind, pattern):
+def test_client_retries_upload_after_faults(hub, api, toy, folder, kind, pattern):
     fault = hub.fault(kind, pattern, times=2)
     assert push(api, folder).oid == hub.head("someone/toy")
     assert fault.happened == 2
@@ -304,7 +304,7 @@ def test_the_client_tries_again(hub, api, toy, folder, kind, pattern):
 
 @pytest.mark.parametrize("pattern", [*AGAIN, *ONCE])
 @pytest.mark.parametrize("kind", ["status", "cut"])
-def test_a_push_that_fails_changes_nothing(hub, api, toy, folder, kind, pattern):
+def test_failed_push_changes_nothing(hub, api, toy, folder, kind, pattern):
     fault = hub.fault(kind, pattern, times=100)
     with pytest.raises((HfHubHTTPError, httpx2.TransportError, RuntimeError)):
         push(api, folder)
@@ -315,7 +315,7 @@ def test_a_push_that_fails_changes_nothing(hub, api, toy, folder, kind, pattern)
     assert content(folder).items() <= pushed(hub).items()
 
 
-def test_a_commit_whose_answer_is_lost_is_there(hub, api, toy, folder):
+def test_commit_with_lost_response_is_found_on_next_push(hub, api, toy, folder):
     """The client knows nothing of it, and finds it when it pushes again."""
     hub.fault("mute", "POST .*/commit/")
     with pytest.raises(httpx2.TransportError):
@@ -325,7 +325,7 @@ def test_a_commit_whose_answer_is_lost_is_there(hub, api, toy, folder):
     assert push(api, folder).oid == head == hub.head("someone/toy")
 
 
-def test_large_files_that_change_on_the_way_are_refused(hub, api, toy, folder):
+def test_corrupted_large_files_are_refused(hub, api, toy, folder):
     fault = hub.fault("corrupt", "PUT")
     with pytest.raises(RuntimeError) as refused:
         push(api, folder)
@@ -336,7 +336,7 @@ def test_large_files_that_change_on_the_way_are_refused(hub, api, toy, folder):
     assert content(folder).items() <= pushed(hub).items()
 
 
-def test_a_commit_of_large_files_that_are_lost_is_refused(hub, api, toy, folder):
+def test_commit_of_lost_large_files_is_refused(hub, api, toy, folder):
     fault = hub.fault("lose", "PUT")
     with pytest.raises(BadRequestError, match=r"LFS object of .* does not exist"):
         push(api, folder)
@@ -346,7 +346,7 @@ def test_a_commit_of_large_files_that_are_lost_is_refused(hub, api, toy, folder)
     assert content(folder).items() <= pushed(hub).items()
 
 
-def test_a_client_that_ends_in_the_middle_changes_nothing(hub, toy):
+def test_aborted_commit_request_changes_nothing(hub, toy):
     """Not even with a commit that reads as if it were whole."""
     items = [{"key": "header", "value": {"summary": "half"}}]
     items.append({"key": "file", "value": {"path": "half.txt", "content": "aGFsZg==", "encoding": "base64"}})
@@ -362,7 +362,7 @@ def test_a_client_that_ends_in_the_middle_changes_nothing(hub, toy):
     assert pushed(hub)["half.txt"] == b"half"
 
 
-def test_a_slow_answer_is_not_waited_for(hub, api, toy):
+def test_slow_response_times_out(hub, api, toy):
     fault = hub.fault("slow", "GET /api/models", value=0.5)
     with pytest.raises(httpx2.TimeoutException):
         api.model_info("someone/toy", timeout=0.1)
@@ -371,7 +371,7 @@ def test_a_slow_answer_is_not_waited_for(hub, api, toy):
 
 
 @pytest.mark.parametrize("name", ["config.json", "sub/model.safetensors"])
-def test_a_download_goes_on_where_it_was_cut(hub, api, toy, tmp_path, monkeypatch, name):
+def test_cut_download_resumes_at_its_offset(hub, api, toy, tmp_path, monkeypatch, name):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
     content = bytes(range(250)) * 100
     api.upload_file(repo_id="someone/toy", path_in_repo=name, path_or_fileobj=content)
@@ -381,13 +381,13 @@ def test_a_download_goes_on_where_it_was_cut(hub, api, toy, tmp_path, monkeypatc
     assert hub.requests[-1].headers["Range"] == "bytes=12500-"
 
 
-def test_a_download_tries_again(hub, api, toy, tmp_path):
+def test_download_retries_after_faults(hub, api, toy, tmp_path):
     fault = hub.fault("status", "HEAD", times=3)
     assert Path(api.hf_hub_download("someone/toy", "config.json", cache_dir=tmp_path)).read_bytes() == b"{}"
     assert fault.happened == 3
 
 
-def test_what_the_server_itself_does_wrong_is_not_swallowed():
+def test_hub_raises_errors_of_server():
     with pytest.raises(KeyError), Hub() as hub:
         httpx2.put(f"{hub.address}/models/no/one/{'0' * 64}", content=b"")
 
@@ -407,7 +407,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=[moment[1] for moment in MOMENTS])
-def test_a_killed_server_serves_the_former_revision(folder, tmp_path, monkeypatch, moment):
+def test_killed_server_serves_previous_revision_after_restart(folder, tmp_path, monkeypatch, moment):
     with HubProcess(tmp_path / "state") as hub:
         hub.use(monkeypatch, "hf_write")
         push(HfApi(), folder)
@@ -445,7 +445,7 @@ torch.save(model.state_dict(), output)
 
 
 @pytest.mark.parametrize("way", ["folder", "push_to_hub"])
-def test_a_model_comes_back_in_a_clean_process(hub, api, make_model, processor, run, tmp_path, way):
+def test_pushed_model_loads_in_clean_process(hub, api, make_model, processor, run, tmp_path, way):
     model, saved = make_model(), tmp_path / "saved"
     environment = hub.environment("hf_read", tmp_path / "home")
     model.save_pretrained(saved)

@@ -224,7 +224,7 @@ DOORS = (
 
 @pytest.mark.row("O1")
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_pixels_and_boxes_agree(door, folder, rows, undecoded, own_processor, make_model, tmp_path, record_property):
+def test_pixels_and_boxes_agree_for_every_orientation(door, folder, rows, undecoded, own_processor, make_model, tmp_path, record_property):
     """8 orientations x 4 ways of annotating, at every door."""
     results = list(
         door(
@@ -240,7 +240,7 @@ def test_pixels_and_boxes_agree(door, folder, rows, undecoded, own_processor, ma
     assert [case for case, is_right in zip(CASES, results, strict=True) if not is_right] == []
 
 
-def test_both_islands_decide_alike():
+def test_both_packages_keep_same_stored_orientations():
     sizes = [(30, 40), (40, 30), (30, 30), (40, 40), (60, 80), (1, 1)]
     for orientation, stored, annotated in itertools.product(range(1, 9), sizes, [None, *sizes]):
         mine = orientation_reftr.keeps_stored_orientation(orientation, stored, annotated)
@@ -250,7 +250,7 @@ def test_both_islands_decide_alike():
     assert orientation_reftr.INVERSE_TRANSPOSES == reading.UNDONE_TURNS
 
 
-def test_an_image_opened_twice_is_opened_once(tmp_path):
+def test_open_images_returns_opened_image_unchanged(tmp_path):
     save_jpeg(tmp_path / "6.jpg", 6)
     image_processor = RefTRImageProcessor()
     stored, upright = draw_stored(6).shape[:2], draw_upright().shape[:2]
@@ -262,7 +262,7 @@ def test_an_image_opened_twice_is_opened_once(tmp_path):
             assert same is image
 
 
-def test_the_given_image_is_not_changed(tmp_path):
+def test_turn_upright_does_not_change_its_input(tmp_path):
     save_jpeg(tmp_path / "6.jpg", 6)
     with Image.open(tmp_path / "6.jpg") as image:
         image.load()
@@ -273,7 +273,7 @@ def test_the_given_image_is_not_changed(tmp_path):
         assert image.getexif()[0x0112] == 6
 
 
-def test_threads_that_share_an_image_turn_it_alike(tmp_path):
+def test_turn_upright_is_thread_safe_on_shared_image(tmp_path):
     exif = orientation_exif(6)
     exif[0x010E] = "a description that takes a moment to read " * 10
     Image.new("RGB", (8, 4)).save(tmp_path / "6.jpg", exif=exif)
@@ -358,7 +358,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_is_in_the_frame_of_its_boxes(kind, tmp_path):
+def test_file_of_every_kind_is_in_frame_of_its_boxes(kind, tmp_path):
     """Wherever Pillow finds an orientation; by the image processor, and as a row of the datasets library."""
     image_processor = RefTRImageProcessor()
     for orientation in (3, 5, 6, 8):
@@ -385,7 +385,7 @@ def test_every_kind_of_file_is_in_the_frame_of_its_boxes(kind, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_an_image_without_its_orientation_has_the_same_pixels(mode):
+def test_drop_orientation_keeps_pixels_and_mode(mode):
     image = Image.fromarray(draw_stored(6))
     image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else image
     image = image if image.mode == mode else image.convert(mode)
@@ -398,7 +398,7 @@ def test_an_image_without_its_orientation_has_the_same_pixels(mode):
         assert np.array_equal(np.asarray(stripped), np.asarray(image))
 
 
-def test_a_jpeg_without_its_orientation_is_not_encoded_again(tmp_path):
+def test_drop_orientation_does_not_reencode_jpeg(tmp_path):
     save_jpeg(tmp_path / "6.jpg", 6)
     content = (tmp_path / "6.jpg").read_bytes()
     stripped, ending = drop_orientation(content)
@@ -409,14 +409,14 @@ def test_a_jpeg_without_its_orientation_is_not_encoded_again(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [3, 30, 200])
-def test_a_damaged_jpeg_is_named(tmp_path, cut):
+def test_damaged_jpeg_is_named(tmp_path, cut):
     save_jpeg(tmp_path / "6.jpg", 6)
     (tmp_path / "6.jpg").write_bytes((tmp_path / "6.jpg").read_bytes()[:cut])
     with pytest.raises(OSError, match=r"6\.jpg' is damaged"):
         image_of(tmp_path / "6.jpg", Frame(80, 64, is_stored=True))
 
 
-def test_damaged_exif_is_said(tmp_path):
+def test_damaged_exif_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF here")
     with pytest.raises(OSError, match=r"a\.png' cannot be read as an image: .*EXIF data"):
         RefTRImageProcessor()(str(tmp_path / "a.png"))
@@ -444,7 +444,7 @@ def with_tags(undecoded, folder, by_content):
 
 
 @pytest.mark.parametrize("by_content", [False, True])
-def test_rows_of_others_agree_as_well(undecoded, folder, own_processor, tmp_path, by_content):
+def test_rows_with_oriented_files_agree_with_boxes(undecoded, folder, own_processor, tmp_path, by_content):
     rows = with_tags(undecoded, folder, by_content)
     parts = {"rows": rows, "undecoded": rows.cast_column("image", datasets.Image(decode=False))}
     for door in (at_the_reader, at_the_cache, at_the_training_loader, at_the_evaluation_loader, at_the_preview):
@@ -453,14 +453,14 @@ def test_rows_of_others_agree_as_well(undecoded, folder, own_processor, tmp_path
         assert results == [True] * len(CASES), door.__name__
 
 
-def test_boxes_of_the_stored_image_on_a_turned_one_are_refused(undecoded, folder, own_processor):
+def test_collator_refuses_stored_boxes_on_turned_image(undecoded, folder, own_processor):
     rows = with_tags(undecoded, folder, by_content=False)
     (place,) = [index for index, case in enumerate(CASES) if case == (6, "stored")]
     with pytest.raises(ValueError, match=r"coco_602' has .* \(64, 80\) and its boxes are in \(80, 64\)"):
         GroundingCollator(own_processor)([rows[place]])
 
 
-def test_reader_refuses_image_of_another_frame_than_its_row(own_processor):
+def test_image_reader_refuses_image_of_other_frame_than_row(own_processor):
     content = io.BytesIO()
     Image.new("RGB", (80, 64)).save(content, "PNG")
     row = {"image_id": "one", "image": {"bytes": content.getvalue(), "path": None}, "height": 80, "width": 64}
@@ -468,7 +468,7 @@ def test_reader_refuses_image_of_another_frame_than_its_row(own_processor):
         ImageReader(own_processor.image_processor)(row)
 
 
-def test_labels_of_rows_that_tell_another_size_are_scaled(rows, own_processor):
+def test_collator_scales_labels_to_size_of_image(rows, own_processor):
     row = rows[0]
     doubled = [value * 2 for value in UPRIGHT_BOX]
     objects = [{**row["objects"][0], "box": doubled, "boxes": [doubled], "segmentation": None}]
@@ -477,12 +477,12 @@ def test_labels_of_rows_that_tell_another_size_are_scaled(rows, own_processor):
     assert label_agrees(batch["pixel_values"][0], batch["labels"][0])
 
 
-def test_rows_of_every_frame_pass_the_check(rows):
+def test_check_accepts_rows_of_every_orientation(rows):
     report = check(data_scripts.SOURCES["refcoco_unc"], {"train": rows})
     assert report["errors"] == []
 
 
-def test_sets_that_share_an_image_know_it_in_either_frame(undecoded):
+def test_coco_id_is_found_in_either_frame(undecoded):
     for row, case in zip(undecoded, CASES, strict=True):
         assert is_as_stored(row["image"]) == case.is_stored
         assert data_scripts.coco_id("of somebody", row["image"]["path"]) == case.number

@@ -78,7 +78,7 @@ def refusal(client, path, text="\n".join(EXPRESSIONS)) -> str:
     return str(error.value)
 
 
-def test_answers_are_those_of_the_pipeline(client, folder, shapes, tmp_path):
+def test_space_answers_match_pipeline(client, folder, shapes, tmp_path):
     picture = tmp_path / "wide.png"
     shapes["test"][0]["image"].resize((64, 40)).save(picture)
     shown, answers = ask(client, picture)
@@ -94,7 +94,7 @@ def test_answers_are_those_of_the_pipeline(client, folder, shapes, tmp_path):
     assert [layer["label"] for layer in shown["value"]["annotations"]] == EXPRESSIONS
 
 
-def test_box_and_mask_of_an_expression_have_its_color(client, space, folder, picture):
+def test_space_draws_box_and_mask_in_color_of_expression(client, space, folder, picture):
     shown, answers = ask(client, picture)
     colors = [tuple(bytes.fromhex(color[1:])) for color in space.COLORS[:2]]
     assert list(shown["color_map"].items()) == list(zip(EXPRESSIONS, space.COLORS, strict=False))
@@ -112,20 +112,20 @@ def test_box_and_mask_of_an_expression_have_its_color(client, space, folder, pic
         assert film.sum() > 0.7 * mask.sum()  # but for what the frame covers
 
 
-def test_a_box_without_a_mask_is_a_frame_within_the_picture(space):
+def test_draw_without_mask_draws_frame_within_image(space):
     opacity = space.draw(np.array([-9.0, 10.0, 50.0, 400.0]), None, 100, 80)
     assert opacity.shape == (100, 80)
     assert opacity[10:, 0].min() == opacity[99, :50].min() == 1
     assert opacity[16:94, 6:44].max() == opacity[:10].max() == opacity[:, 50:].max() == 0
 
 
-def test_a_model_without_masks_gives_boxes(space, trained, picture):
+def test_model_without_masks_answers_with_boxes(space, trained, picture):
     _, opacities, answers = space.Answerer(str(trained[0])).answer(str(picture), EXPRESSIONS)
     assert [set(answer) for answer in answers] == [{"label", "phrase", "score", "box"}] * 2
     assert set(np.unique(np.stack(opacities))) <= {0, 1}
 
 
-def test_a_picture_is_encoded_once_and_few_are_kept(client, page, space, picture, tmp_path, monkeypatch):
+def test_image_is_encoded_once_and_cache_is_limited(client, page, space, picture, tmp_path, monkeypatch):
     looks, answerer = [], page.answerer
     monkeypatch.setattr(answerer, "predictors", type(answerer.predictors)())
     look = answerer.model.model.backbone.register_forward_hook(lambda *_: looks.append(1))
@@ -146,7 +146,7 @@ def test_a_picture_is_encoded_once_and_few_are_kept(client, page, space, picture
     look.remove()
 
 
-def test_sideways_pictures_are_turned_and_modes_taken(client, tmp_path):
+def test_space_applies_orientation_and_accepts_image_modes(client, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20), "red").save(tmp_path / "sideways.jpg", exif=exif)
@@ -165,16 +165,16 @@ def test_sideways_pictures_are_turned_and_modes_taken(client, tmp_path):
         ("the star\n" * 17, "There are 17 expressions, more than 16: enter fewer of them at once."),
     ],
 )
-def test_texts_that_ask_nothing_or_too_much_get_a_sentence(client, picture, text, sentence):
+def test_empty_or_excessive_text_is_refused_with_message(client, picture, text, sentence):
     assert refusal(client, picture, text) == sentence
 
 
-def test_a_question_without_a_picture_gets_a_sentence(client):
+def test_question_without_image_is_refused_with_message(client):
     with pytest.raises(gradio_client.exceptions.AppError, match="There is no image: upload one"):
         client.predict(None, "the star", api_name="/ask")
 
 
-def test_files_that_are_no_pictures_get_a_sentence(client, tmp_path):
+def test_unreadable_upload_is_refused_with_message(client, tmp_path):
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(whole, "JPEG")
     for name, content in {"text.png": b"no picture", "cut.jpg": whole.getvalue()[:700], "empty.png": b""}.items():
@@ -186,7 +186,7 @@ def test_files_that_are_no_pictures_get_a_sentence(client, tmp_path):
 
 
 @pytest.mark.row("S11")
-def test_uploads_of_other_formats_are_refused_and_start_nothing(
+def test_upload_of_refused_format_starts_no_program(
     client, tmp_path_factory, monkeypatch, record_property
 ):
     folder = tmp_path_factory.mktemp("formats")
@@ -201,7 +201,7 @@ def test_uploads_of_other_formats_are_refused_and_start_nothing(
     assert not mark.exists()
 
 
-def test_what_a_message_quotes_is_no_markup(page):
+def test_error_message_escapes_markup(page):
     """Gradio's client and its upload change such names, and a request of one's own does not."""
     file = {"path": f"{os.environ['GRADIO_TEMP_DIR']}/<b>.png", "meta": {"_type": "gradio.FileData"}}
     text = outcome(page, [file, "the star"])
@@ -213,7 +213,7 @@ def test_what_a_message_quotes_is_no_markup(page):
 
 
 @pytest.mark.row("S9")
-def test_uploads_over_5_mb_are_refused_with_a_sentence(client, page, space, tmp_path):
+def test_upload_over_5_mb_is_refused_with_message(client, page, space, tmp_path):
     """By gradio as they arrive, and by the page should they have come some other way."""
     noise = Image.effect_noise((2600, 2600), 100)
     noise.save(tmp_path / "large.png")
@@ -233,7 +233,7 @@ def test_uploads_over_5_mb_are_refused_with_a_sentence(client, page, space, tmp_
 
 @pytest.mark.parametrize("size", [(7072, 7072), (30_000, 30_000)])
 @pytest.mark.row("S9")
-def test_pictures_of_too_many_pixels_are_refused_with_the_processors_sentence(client, tmp_path, size):
+def test_upload_with_too_many_pixels_is_refused_with_message(client, tmp_path, size):
     Image.new("1", size).save(tmp_path / "bomb.png")
     begin = time.monotonic()
     sentence = refusal(client, tmp_path / "bomb.png")
@@ -251,7 +251,7 @@ def test_expressions_are_cut_at_512_characters(client, space, picture):
 
 
 @pytest.mark.row("S9")
-def test_the_queue_takes_20(page, client, picture):
+def test_queue_accepts_20_waiting_questions(page, client, picture):
     """While one question is answered, 20 wait, and the next is told so; none goes round the queue."""
     free, begun = threading.Event(), threading.Event()
     answer = page.answerer.answer
@@ -337,7 +337,7 @@ def outcome(page, data) -> str:
 
 
 @pytest.mark.row("S6")
-def test_an_upload_is_answered_through_the_http_api(page, picture, watch):
+def test_http_api_answers_upload(page, picture, watch):
     """The same way as what is refused below, so that it is not refused for its form; and the watch does see."""
     with watch:
         file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
@@ -368,7 +368,7 @@ def test_an_upload_is_answered_through_the_http_api(page, picture, watch):
     ],
 )
 @pytest.mark.row("S6")
-def test_addresses_and_paths_are_refused_unopened(page, picture, listener, watch, place, path):
+def test_http_api_refuses_urls_and_paths_unopened(page, picture, listener, watch, place, path):
     upload = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
     uploads = os.environ["GRADIO_TEMP_DIR"]
     shutil.copy(picture, f"{uploads}/../secret.png")  # beside what may be read
@@ -387,7 +387,7 @@ def test_addresses_and_paths_are_refused_unopened(page, picture, listener, watch
 
 
 @pytest.mark.row("S6")
-def test_a_picture_by_its_content_is_no_way_round_the_limit(page):
+def test_http_api_refuses_data_url_and_missing_path(page):
     file = {"path": "x.png", "url": "data:image/png;base64,AAAA", "meta": {"_type": "gradio.FileData"}}
     assert NOT_UPLOADED in outcome(page, [file, "the star"])
     text = outcome(page, [{**file, "path": None}, "the star"])
@@ -397,7 +397,7 @@ def test_a_picture_by_its_content_is_no_way_round_the_limit(page):
 @pytest.mark.parametrize("scheme", ["http://", "http%3A%2F%2F", "https://"])
 @pytest.mark.parametrize("route", ["file=", "file/", "proxy="])
 @pytest.mark.row("S6")
-def test_the_server_fetches_nothing_for_others(page, listener, watch, route, scheme):
+def test_server_fetches_no_urls_for_callers(page, listener, watch, route, scheme):
     for host in (f"127.0.0.1:{listener.getsockname()[1]}", "pictures.example.com", "huggingface.co"):
         with watch:
             answer = httpx.get(f"{page.address}/gradio_api/{route}{scheme}{host}/x.png", timeout=30)
@@ -409,7 +409,7 @@ def test_the_server_fetches_nothing_for_others(page, listener, watch, route, sch
 
 @pytest.mark.parametrize("path", ["/etc/passwd", f"{DEMO}/app.py", "demo/app.py", "app.py", f"{ROOT}/setup.cfg"])
 @pytest.mark.row("S6")
-def test_no_file_but_the_pages_own_is_served(page, path):
+def test_server_serves_only_files_of_page(page, path):
     for route in ("file=", "file/"):
         answer = httpx.get(f"{page.address}/gradio_api/{route}{path}")
         assert answer.status_code in (403, 404)
@@ -423,7 +423,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def test_it_runs_as_a_space_does_without_this_package(folder, picture, tmp_path):
+def test_copied_space_folder_runs_without_package(folder, picture, tmp_path):
     """A copy of the folder, Python without this project's package, the model by its variable, its code beside it."""
     shutil.copytree(DEMO, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     port = free_port()
@@ -465,7 +465,7 @@ def test_it_runs_as_a_space_does_without_this_package(folder, picture, tmp_path)
         process.wait(30)
 
 
-def test_without_a_model_a_sentence_says_what_to_set(run, tmp_path):
+def test_space_without_model_names_reftr_model_variable(run, tmp_path):
     result = run("demo/app.py", check=False, REFTR_MODEL="")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: There is no model: give --model, or set the variable REFTR_MODEL")
@@ -473,7 +473,7 @@ def test_without_a_model_a_sentence_says_what_to_set(run, tmp_path):
         import_app().main(["--model", str(tmp_path / "nothing")])
 
 
-def test_the_snippet_for_clients_runs(page, picture, tmp_path, monkeypatch, capsys):
+def test_client_snippet_of_readme_runs(page, picture, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (DEMO / "README.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
@@ -482,7 +482,7 @@ def test_the_snippet_for_clients_runs(page, picture, tmp_path, monkeypatch, caps
     assert "'label': 'the red cup', 'score': 1.0, 'box': [" in capsys.readouterr().out
 
 
-def test_the_space_names_what_there_is():
+def test_space_metadata_and_requirements_are_valid():
     """Front matter of the page of a Space, the example, and what has to be installed for the model's code."""
     _, front, text = (DEMO / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(front)

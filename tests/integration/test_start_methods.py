@@ -52,7 +52,7 @@ def expected(long_recipe, tmp_path_factory):
 
 @pytest.mark.row("S15")
 @pytest.mark.parametrize("trial", trials(len(MATRIX), short=1))
-def test_threads_and_start_methods_change_nothing(long_recipe, expected, tmp_path, trial, record_property):
+def test_results_are_independent_of_thread_and_start_method(long_recipe, expected, tmp_path, trial, record_property):
     method, thread, num_workers = MATRIX[trial]
     found = run_case(method, thread, num_workers, long_recipe, tmp_path / "run")
     good = [
@@ -68,7 +68,7 @@ def test_threads_and_start_methods_change_nothing(long_recipe, expected, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_evaluations_start_their_workers_once(shapes, processor, method, monkeypatch):
+def test_evaluation_data_starts_its_workers_once(shapes, processor, method, monkeypatch):
     start_server()
     before = multiprocessing.get_start_method()
     starts, start = [], BaseProcess.start
@@ -93,7 +93,7 @@ def test_evaluations_start_their_workers_once(shapes, processor, method, monkeyp
     assert len(starts) == NUM_WORKERS
 
 
-def test_readings_take_no_random_numbers_with_any_number_of_workers(shapes, processor):
+def test_data_loading_leaves_global_rng_unchanged(shapes, processor):
     for number in (0, NUM_WORKERS):
         args = TrainingSettings.from_flat(num_workers=number, batch_size=2)
         torch.manual_seed(3)
@@ -104,7 +104,7 @@ def test_readings_take_no_random_numbers_with_any_number_of_workers(shapes, proc
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_script_starts_in_another_thread(tmp_path):
+def test_script_runs_outside_main_thread(tmp_path):
     script = tmp_path / "executor.py"
     script.write_text(
         "import runpy, sys\n"

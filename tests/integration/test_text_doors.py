@@ -269,7 +269,7 @@ def chosen() -> list[str]:
 
 @pytest.mark.row("S14")
 @pytest.mark.parametrize("file", FILES)
-def test_texts_in_files_are_taken_or_refused_with_their_file(file, tmp_path, record_property):
+def test_text_in_dataset_file_is_accepted_or_refused_with_file(file, tmp_path, record_property):
     wrong = []
     for number, name in enumerate(chosen()):
         folder, mentioned = tmp_path / str(number), []
@@ -343,7 +343,7 @@ def read_parquet(folder, text):
 
 
 @pytest.mark.row("S14")
-def test_texts_in_parquet_are_taken_or_refused_with_their_image(tmp_path, record_property):
+def test_text_in_parquet_is_accepted_or_refused_with_image(tmp_path, record_property):
     wrong = []
     for number, name in enumerate(chosen()):
         folder = tmp_path / str(number)
@@ -353,7 +353,7 @@ def test_texts_in_parquet_are_taken_or_refused_with_their_image(tmp_path, record
 
 
 @pytest.mark.row("S14")
-def test_texts_that_are_built_are_exported_as_they_are(tmp_path, record_property):
+def test_export_keeps_accepted_texts_unchanged(tmp_path, record_property):
     names = [name for name in chosen() if name in TAKEN]
     wrong = []
     for number, name in enumerate(names):
@@ -416,7 +416,7 @@ def ground(make_model, processor):
 
 
 @pytest.mark.row("S14")
-def test_texts_in_calls_are_taken_or_refused(ground, record_property):
+def test_text_in_call_is_accepted_or_refused(ground, record_property):
     wrong, doors = [], make_doors(ground)
     for name in chosen():
         # of a list of texts each may be one, and a phrase may be any sequence
@@ -425,7 +425,7 @@ def test_texts_in_calls_are_taken_or_refused(ground, record_property):
 
 
 @pytest.mark.row("S14")
-def test_labels_are_drawn_or_refused(record_property):
+def test_draw_answers_draws_or_refuses_labels(record_property):
     """Also those that nothing asked for: blank ones are drawn."""
     blank = {"empty", "spaces", "invisible"}
     wrong = [
@@ -457,7 +457,7 @@ def ask_in_a_file(folder, text, capsys):
 
 
 @pytest.mark.row("S14")
-def test_texts_in_questions_do_not_end_the_others(ground, tmp_path, capsys, record_property):
+def test_refused_text_in_questions_file_keeps_other_answers(ground, tmp_path, capsys, record_property):
     ground.model.save_pretrained(tmp_path / "model")
     ground.processor.save_pretrained(tmp_path / "model")
     wrong = []
@@ -468,7 +468,7 @@ def test_texts_in_questions_do_not_end_the_others(ground, tmp_path, capsys, reco
 
 
 @pytest.mark.row("S14")
-def test_texts_on_the_page_are_taken_or_refused(ground, tmp_path, record_property):
+def test_text_on_space_page_is_accepted_or_refused(ground, tmp_path, record_property):
     """It cuts expressions, each line of a text is one, and blank ones are left out."""
     pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
     from tests.helpers.space_app import import_app
@@ -504,7 +504,7 @@ METRICS = {
 
 
 @pytest.mark.row("S14")
-def test_texts_in_metrics_are_refused(record_property, tmp_path):
+def test_text_in_metrics_is_refused(record_property, tmp_path):
     """No text is a box or a mask; an empty one is a list without any."""
     wrong, names = [], chosen()
     for name in names:
@@ -520,7 +520,7 @@ def test_texts_in_metrics_are_refused(record_property, tmp_path):
 
 
 @pytest.mark.row("S14")
-def test_texts_in_recipes_and_settings_are_taken_or_refused(tmp_path, record_property):
+def test_text_in_recipe_or_argv_is_accepted_or_refused(tmp_path, record_property):
     """Many settings are names of others' files, of which only what no file may be called is refused."""
     other = {*TAKEN, *(name for name in REFUSED if name not in SPELLED)}
     wrong = []
@@ -552,7 +552,7 @@ def outcome(function, text) -> str | None:
         return str(error)
 
 
-def test_both_packages_take_the_same_texts():
+def test_both_packages_accept_same_texts():
     """data_scripts does without modeling_reftr, which travels to the Hub without data_scripts."""
     assert reading.MAX_CHARACTERS == text_reftr.MAX_CHARACTERS
     rng = random.Random(0)

@@ -94,7 +94,7 @@ def trained(folder):
     return folder / "model"
 
 
-def test_versions_are_the_lowest_declared():
+def test_installed_versions_are_the_lowest_declared():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     lines = settings["options"]["install_requires"].split("\n")
@@ -108,19 +108,19 @@ def test_versions_are_the_lowest_declared():
     assert installed == lowest
 
 
-def test_product_is_the_installed_one(folder):
+def test_imported_product_is_the_installed_one(folder):
     found = run(sys.executable, "-c", "import train_reftr; print(train_reftr.__file__)", cwd=folder).stdout.strip()
     assert Path(found).is_relative_to(sys.prefix)
 
 
-def test_train_evaluates_and_writes_everything(trained):
+def test_train_writes_model_report_and_metrics(trained):
     assert {"model.safetensors", "README.md", "report.md", "predictions.png"} <= {
         file.name for file in trained.iterdir()
     }
     assert json.loads((trained / "metrics.json").read_text())["splits"]["test"]["num_phrases"] > 0
 
 
-def test_resume_goes_on_where_the_run_ended(trained, folder):
+def test_resume_continues_at_last_step(trained, folder):
     before = load_file(trained / "model.safetensors")
     run(REFTR, "train", "small.yaml", "--output_dir", "model", "--max_steps", "6", "--resume", "auto", cwd=folder)
     steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -130,7 +130,7 @@ def test_resume_goes_on_where_the_run_ended(trained, folder):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_predict_prints_and_draws(trained, folder):
+def test_predict_prints_and_draws_answer(trained, folder):
     printed = run(REFTR, "predict", "--model", "model", *QUESTION, "--output", "answer.png", cwd=folder).stdout
     (answer,) = json.loads(printed)
     assert np.isfinite(answer["box"]).all()
@@ -138,7 +138,7 @@ def test_predict_prints_and_draws(trained, folder):
     assert (folder / "answer.png").is_file()
 
 
-def test_convert_to_a_folder_and_back(trained, folder):
+def test_convert_to_folder_and_back_keeps_weights(trained, folder):
     case = load_case("rec_bert")[0]
     weights = published_state_dict(case)
     torch.save({"model": weights, "epoch": 3}, folder / "published.pth")
@@ -152,7 +152,7 @@ def test_convert_to_a_folder_and_back(trained, folder):
     assert all(torch.equal(back[name], weights[name]) for name in back)
 
 
-def test_what_was_pushed_answers_with_its_own_code(trained, folder, tmp_path):
+def test_pushed_model_answers_with_its_own_code(trained, folder, tmp_path):
     code = (
         "import json, sys; from transformers import pipeline;"
         "ground = pipeline('visual-grounding', model='someone/toy', trust_remote_code=True);"
@@ -169,7 +169,7 @@ def test_what_was_pushed_answers_with_its_own_code(trained, folder, tmp_path):
 
 
 @pytest.mark.parametrize("door", ["AutoConfig", "AutoProcessor", "AutoModelForZeroShotObjectDetection"])
-def test_the_release_before_is_named(trained, tmp_path, door):
+def test_unsupported_transformers_release_is_named(trained, tmp_path, door):
     code = f"import sys; from transformers import {door}; {door}.from_pretrained(sys.argv[1], trust_remote_code=True)"
     environment = {"PYTHONPATH": os.environ["LOWEST_BEFORE"], "HF_HOME": str(tmp_path)}
     result = run(sys.executable, "-c", code, trained, cwd=tmp_path, check=False, **environment)

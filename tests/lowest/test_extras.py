@@ -5,7 +5,7 @@ import sys
 from test_commands import IMAGE, REFTR, ROOT, folder, run, trained  # noqa: F401 -- fixtures
 
 
-def test_export_answers_on_onnx_runtime(trained, folder):  # noqa: F811 -- a fixture
+def test_exported_model_answers_on_onnx_runtime(trained, folder):  # noqa: F811 -- a fixture
     run(REFTR, "export", "--model", "model", "--output", "graph", cwd=folder)
     code = (
         "import sys, onnxruntime; from PIL import Image; from modeling_reftr import RefTRProcessor;"
@@ -15,13 +15,13 @@ def test_export_answers_on_onnx_runtime(trained, folder):  # noqa: F811 -- a fix
     assert run(sys.executable, "-c", code, IMAGE, cwd=folder).stdout.strip() == "(1, 1, 4)"
 
 
-def test_page_of_the_demo_is_built(trained, folder):  # noqa: F811 -- a fixture
+def test_space_page_is_built(trained, folder):  # noqa: F811 -- a fixture
     code = "import sys; sys.path.insert(0, sys.argv[1]); import app; print(type(app.build_app('model')).__name__)"
     environment = {"GRADIO_ANALYTICS_ENABLED": "False"}
     assert run(sys.executable, "-c", code, ROOT / "demo", cwd=folder, **environment).stdout.strip() == "UploadsOnly"
 
 
-def test_weights_of_eight_bits(trained, folder):  # noqa: F811 -- a fixture
+def test_model_loads_with_int8_weights(trained, folder):  # noqa: F811 -- a fixture
     code = (
         "import torch; from torchao.quantization import Int8DynamicActivationInt8WeightConfig as Int8;"
         "from transformers import TorchAoConfig; from modeling_reftr import RefTRForVisualGrounding as Model;"

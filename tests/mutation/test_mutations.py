@@ -18,14 +18,14 @@ def mutations():
     return mutation.load_mutations()
 
 
-def test_lists_cover_all_packages(mutations):
+def test_mutation_lists_cover_all_packages(mutations):
     packages = Counter(entry["file"].partition("/")[0] for entry in mutations)
     assert len(mutations) >= 150
     assert {"modeling_reftr", "training_reftr", "data_scripts", "demo", "train_reftr.py"} <= set(packages)
     assert any("/metrics/" in entry["file"] for entry in mutations)
 
 
-def test_survivor_without_a_reason_is_reported(tmp_path, capsys, monkeypatch):
+def test_survivor_without_reason_is_reported(tmp_path, capsys, monkeypatch):
     entry = {
         "file": "LICENSE",
         "old": "Apache License",
@@ -40,7 +40,7 @@ def test_survivor_without_a_reason_is_reported(tmp_path, capsys, monkeypatch):
     assert "unexplained:\nLICENSE: y" in capsys.readouterr().out
 
 
-def test_table_is_of_the_lists_and_explains_every_survivor(mutations):
+def test_mutation_table_matches_lists_and_explains_survivors(mutations):
     lines = mutation.TABLE.read_text().splitlines()
     rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines if line.startswith("| `")]
     assert all(outcome in ("killed", "survived") for _, _, outcome, _ in rows)

@@ -42,7 +42,7 @@ def ground(model, processor):
     ],
 )
 @pytest.mark.parametrize("kind", [list, torch.tensor, np.array], ids=["list", "tensor", "array"])
-def test_sizes_are_those_of_the_images(processor, model, texts, images, kind):
+def test_target_sizes_belong_to_images_not_sentences(processor, model, texts, images, kind):
     sizes = [(480, 640), (100, 50), (7, 9)][:images]
     with torch.no_grad():
         outputs = model(**processor([WIDE, TALL, WIDE][:images], texts))
@@ -58,7 +58,7 @@ def test_sizes_are_those_of_the_images(processor, model, texts, images, kind):
 
 @pytest.mark.parametrize("from_features", [False, True])
 @pytest.mark.parametrize("asked", [[0, 0], [1], [1, 0, 1, 0], [0, 0, 0]])
-def test_sizes_are_those_of_all_images_where_only_some_are_asked_about(processor, model, asked, from_features):
+def test_target_sizes_cover_images_without_a_sentence(processor, model, asked, from_features):
     """As many sentences as images, fewer and more: the number of sentences says nothing."""
     inputs = processor([WIDE, TALL], ["a star", "a star"])
     images = {name: inputs.pop(name) for name in ("pixel_values", "pixel_mask")}
@@ -94,7 +94,7 @@ def test_sizes_are_those_of_all_images_where_only_some_are_asked_about(processor
         ({"a": (48, 64), "b": (48, 64)}, "must be a list, got dict"),
     ],
 )
-def test_sizes_of_another_count_or_form_are_refused(processor, model, sizes, message):
+def test_target_sizes_of_wrong_count_or_form_are_refused(processor, model, sizes, message):
     with torch.no_grad():
         outputs = model(**processor([WIDE, TALL], [["the star"], ["the circle", "a square"]]))
     for door in (
@@ -117,7 +117,7 @@ def test_sizes_of_another_count_or_form_are_refused(processor, model, sizes, mes
         ([(48, 64), (48, -1)], "positive numbers of pixels"),
     ],
 )
-def test_annotated_sizes_are_those_of_the_images(processor, sizes, message):
+def test_original_sizes_of_wrong_count_or_form_are_refused(processor, sizes, message):
     for door in (
         lambda sizes: processor([WIDE, TALL], [["the star"], ["it"]], original_sizes=sizes),
         lambda sizes: processor.image_processor([WIDE, TALL], original_sizes=sizes),
@@ -129,12 +129,12 @@ def test_annotated_sizes_are_those_of_the_images(processor, sizes, message):
             door(form)
 
 
-def test_one_pair_is_no_list_of_annotated_sizes(processor):
+def test_original_sizes_given_as_single_pair_are_refused(processor):
     with pytest.raises(ValueError, match="2 original_sizes for 1 images"):
         processor(WIDE, "the star", original_sizes=(48, 64))
 
 
-def test_outputs_that_do_not_tell_the_number_of_images(processor, model):
+def test_post_processing_without_image_count_is_refused(processor, model):
     with torch.no_grad():
         outputs = model(**processor([WIDE, TALL], [["the star"], ["the circle", "a square"]]))
     outputs.pixel_mask = None
@@ -171,7 +171,7 @@ def sequences(values: list) -> list:
         (None, [["the star"], ["the square", "it"]], [0, 1, 1]),
     ],
 )
-def test_which_image_a_text_is_about(processor, images, text, image_index):
+def test_processor_assigns_each_text_to_its_image(processor, images, text, image_index):
     assert processor(images, text)["image_index"].tolist() == image_index
     if isinstance(text, list) and isinstance(text[0], str):
         for form in sequences(text):
@@ -200,7 +200,7 @@ def test_which_image_a_text_is_about(processor, images, text, image_index):
         (WIDE, [["the star", 7]], "must be a str, got int"),
     ],
 )
-def test_texts_that_fit_no_reading_are_refused(processor, images, text, message):
+def test_processor_refuses_texts_of_wrong_nesting(processor, images, text, message):
     with pytest.raises(ValueError, match=message):
         processor(images, text)
 
@@ -227,7 +227,7 @@ SPANS = [[1, 3], [4, 6]]
         ([[CAPTION], ["the star"]], [[["the star", "the square"]], [["the star"]]], [SPANS, [[1, 3], [0, 1]]]),
     ],
 )
-def test_phrases_are_nested_under_their_text(processor, text, phrases, spans):
+def test_processor_accepts_phrases_nested_like_their_text(processor, text, phrases, spans):
     images = [WIDE, TALL] if isinstance(text[0], list) else WIDE
     assert processor(images, text, phrases=phrases)["phrase_spans"].tolist() == spans
 
@@ -252,7 +252,7 @@ def test_phrases_are_nested_under_their_text(processor, text, phrases, spans):
         ([[CAPTION]], [7], "must be a list, got int"),
     ],
 )
-def test_phrases_that_fit_no_reading_are_refused(processor, text, phrases, message):
+def test_processor_refuses_phrases_of_wrong_nesting(processor, text, phrases, message):
     with pytest.raises(ValueError, match=message):
         processor(WIDE, text, phrases=phrases)
 
@@ -276,7 +276,7 @@ def test_phrases_that_fit_no_reading_are_refused(processor, text, phrases, messa
         ([CAPTION, "it"], [["the star", "the square"], None], [[BOX, OTHER_BOX], BOX], [2, 1]),
     ],
 )
-def test_boxes_are_nested_under_their_text(processor, text, phrases, boxes, counts):
+def test_processor_accepts_boxes_nested_like_their_text(processor, text, phrases, boxes, counts):
     labels = processor(WIDE, text, phrases=phrases, boxes=boxes)["labels"]
     found = [label.get("boxes", torch.zeros(0, 4)) for label in labels]
     assert [len(item) for item in found] == counts
@@ -303,7 +303,7 @@ def test_boxes_are_nested_under_their_text(processor, text, phrases, boxes, coun
         (["the star"], None, BOX, "4 entries of boxes for 1 sentences"),
     ],
 )
-def test_boxes_that_fit_no_reading_are_refused(processor, text, phrases, boxes, message):
+def test_processor_refuses_boxes_of_wrong_nesting(processor, text, phrases, boxes, message):
     with pytest.raises(ValueError, match=message):
         processor(WIDE, text, phrases=phrases, boxes=boxes)
 
@@ -324,13 +324,13 @@ def test_boxes_that_fit_no_reading_are_refused(processor, text, phrases, boxes, 
         ([["the star"]], [[MASK[None]]]),
     ],
 )
-def test_a_mask_is_one_with_and_without_its_axis_of_phrases(processor, text, masks):
+def test_processor_accepts_mask_with_or_without_phrase_axis(processor, text, masks):
     (label,) = processor(WIDE, text, masks=masks)["labels"]
     assert label["masks"].shape == (1, 48, 64)
     assert (label["masks"][0].numpy() == MASK).all()
 
 
-def test_a_mask_of_an_image_one_pixel_high_is_no_list_of_masks(processor):
+def test_processor_reads_mask_of_one_row_as_one_mask(processor):
     image, mask = Image.new("RGB", (64, 1)), np.arange(64)[None] < 9
     for form in (mask, mask[None]):
         (label,) = processor(image, "the star", masks=form, do_resize=False)["labels"]
@@ -351,7 +351,7 @@ def test_a_mask_of_an_image_one_pixel_high_is_no_list_of_masks(processor):
         ("a b", ["a", "b"], MASK, "48 masks for the 2 phrases"),
     ],
 )
-def test_masks_that_fit_no_reading_are_refused(processor, text, phrases, masks, message):
+def test_processor_refuses_masks_of_wrong_nesting(processor, text, phrases, masks, message):
     with pytest.raises(ValueError, match=message):
         processor(WIDE, text, phrases=phrases, masks=masks)
 
@@ -374,7 +374,7 @@ def test_masks_that_fit_no_reading_are_refused(processor, text, phrases, masks, 
         (iter([WIDE, TALL]), "the star", [["the star"]] * 2),
     ],
 )
-def test_which_image_the_pipeline_asks_about(ground, images, text, asked):
+def test_pipeline_assigns_each_text_to_its_image(ground, images, text, asked):
     found = ground(images, text=text)
     phrases = [
         answer["phrase"] if isinstance(answer, dict) else [part["phrase"] for part in answer] for answer in found
@@ -395,6 +395,6 @@ def test_which_image_the_pipeline_asks_about(ground, images, text, asked):
         (WIDE, {"text": "the star", "phrases": (0, 8)}, "must be a str or a pair of int"),
     ],
 )
-def test_questions_that_fit_no_reading_are_refused(ground, images, asked, message):
+def test_pipeline_refuses_questions_of_wrong_nesting(ground, images, asked, message):
     with pytest.raises(ValueError, match=message):
         list(ground(images, **asked))

@@ -56,7 +56,7 @@ def colored_box(picture, channel):
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.83, 1.0, 1.3, 1.5])
-def test_brightness_and_saturation_are_those_of_hsv(factor):
+def test_brightness_and_saturation_changes_follow_hsv(factor):
     bright, saturated = change_brightness(COLORS, factor), change_saturation(COLORS, factor)
     for pixel, brighter, stronger in zip(*(a.reshape(-1, 3) for a in (COLORS, bright, saturated)), strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255))
@@ -69,14 +69,14 @@ def test_brightness_and_saturation_are_those_of_hsv(factor):
     assert np.abs(np.clip(values[0] * factor, 0, 255) - values[1]).max() <= 1
 
 
-def test_grey_and_black_have_no_hue_to_change():
+def test_saturation_change_leaves_grey_and_black_unchanged():
     grey = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     assert (change_saturation(grey, 1.5) == grey).all()
     assert (change_brightness(grey, 1.0) == grey).all()
     assert change_brightness(grey, 1.5).max() == 255
 
 
-def test_published_changes_nothing_but_brightness():
+def test_published_augmentation_changes_only_brightness():
     sample = make_sample()
     changed = augment(sample, "published", random.Random(1))
     assert (augment(sample, "brightness", random.Random(1)).image == changed.image).all()
@@ -99,7 +99,7 @@ def test_published_changes_nothing_but_brightness():
 # geometry
 
 
-def test_boxes_and_masks_follow_the_pixels():
+def test_strong_augmentation_keeps_boxes_and_masks_on_pixels():
     mirrored_count, sizes = 0, set()
     for seed in range(60):
         changed = augment(make_sample(), "strong", random.Random(seed))
@@ -122,7 +122,7 @@ def test_boxes_and_masks_follow_the_pixels():
     assert len(sizes) > 40
 
 
-def test_the_crop_keeps_boxes_whole_and_the_scale_its_range():
+def test_crop_keeps_boxes_complete_and_scale_in_range():
     for seed in range(100):
         changed = crop_and_scale(make_sample(width=100, height=40, box=(3, 2, 99, 39)), random.Random(seed))
         height, width = changed.image.shape[:2]
@@ -135,7 +135,7 @@ def test_the_crop_keeps_boxes_whole_and_the_scale_its_range():
     assert crop_and_scale(without_objects, random.Random(0)).boxes_xyxy.shape == (0, 4)
 
 
-def test_mirrored_twice_is_as_it_was():
+def test_mirror_applied_twice_restores_sample():
     sample = make_sample("Left of the box, clockwise")
     again = mirror(mirror(sample))
     assert again.sentences == sample.sentences
@@ -144,7 +144,7 @@ def test_mirrored_twice_is_as_it_was():
         assert not (getattr(mirror(sample), name) == getattr(sample, name)).all()
 
 
-def test_a_picture_is_mirrored_only_if_all_that_is_said_allows_it():
+def test_mirror_is_skipped_if_any_sentence_forbids_it():
     sample = make_sample("the box on the left")
     sample.sentences.append({"sentence_id": "a_1", "text": "number 7", "phrases": []})
     assert mirror(sample) is None
@@ -206,11 +206,11 @@ def test_a_picture_is_mirrored_only_if_all_that_is_said_allows_it():
         ("the east wall", None),
     ],
 )  # fmt: skip
-def test_directions_in_words(text, expected):
+def test_mirror_sentence_swaps_directions_or_returns_none(text, expected):
     assert swapped(text) == expected
 
 
-def test_phrases_stay_on_their_words():
+def test_mirror_sentence_keeps_phrase_spans_on_their_text():
     text = "Left-most man is left of the clockwise wheel on the RIGHT"
     names = ["Left-most man", "the clockwise wheel", "wheel", "the RIGHT", text, "t-mo"]
     phrases = [
@@ -226,7 +226,7 @@ def test_phrases_stay_on_their_words():
     assert sentence["sentence_id"] == "1"
 
 
-def test_what_the_embedded_set_says_can_be_mirrored(shapes):
+def test_mirror_accepts_every_sentence_of_shapes_dataset(shapes):
     """Places and relations of the shapes, checked against the picture: the leftmost is the leftmost still."""
     checked = 0
     for row in shapes["train"].select(range(20)):

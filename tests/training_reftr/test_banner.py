@@ -25,7 +25,7 @@ def last_lines(stdout: str) -> dict[str, str]:
     return dict(line.split(": ", 1) for line in stdout.strip().split("\n\n")[-1].splitlines())
 
 
-def test_a_run_begins_with_what_runs(trained):
+def test_run_starts_by_logging_dataset_and_batch_sizes(trained):
     log = trained[1].stderr
     assert "Dataset shapes: train 48 images, validation 9 images, test 10 images." in log
     assert re.search(
@@ -37,7 +37,7 @@ def test_a_run_begins_with_what_runs(trained):
     assert "Several processes were asked for" not in log
 
 
-def test_announcement_counts_processes_batches_and_trained_parameters(shapes, make_model, caplog):
+def test_announce_counts_processes_batches_and_trained_parameters(shapes, make_model, caplog):
     model = make_model()
     frozen = model.base_model.text_backbone.requires_grad_(False)
     total, untrained = (sum(value.numel() for value in part.parameters()) for part in (model, frozen))
@@ -58,7 +58,7 @@ def test_announcement_counts_processes_batches_and_trained_parameters(shapes, ma
 
 
 @pytest.mark.parametrize("asked", [1, 2])
-def test_one_process_of_accelerate_that_should_be_two_is_noticed(asked, monkeypatch):
+def test_is_alone_by_mistake_detects_missing_second_process(asked, monkeypatch):
     """The variables are accelerate's own."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -73,7 +73,7 @@ def test_one_process_of_accelerate_that_should_be_two_is_noticed(asked, monkeypa
     assert not is_alone_by_mistake(2, {"WORLD_SIZE": "2"})
 
 
-def test_a_run_ends_with_its_places_and_a_command_that_works(trained):
+def test_run_ends_with_its_paths_and_a_working_command(trained):
     folder, result = trained
     lines = last_lines(result.stdout)
     assert list(lines) == ["Model", "Report", "Images", "Next"]
@@ -90,7 +90,7 @@ def test_a_run_ends_with_its_places_and_a_command_that_works(trained):
         answer.unlink(missing_ok=True)
 
 
-def test_only_what_exists_is_named(trained, recipe, tmp_path):
+def test_evaluation_ends_with_only_existing_paths(trained, recipe, tmp_path):
     folder, _ = trained
     words = ["train_reftr.py", recipe, "--eval_only", "--init_from", folder, "--output_dir", tmp_path / "out"]
     variables = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -101,7 +101,7 @@ def test_only_what_exists_is_named(trained, recipe, tmp_path):
     assert "1 process on cpu" in stderr
 
 
-def test_no_command_that_would_fail_is_named(tmp_path):
+def test_describe_results_omits_commands_that_would_fail(tmp_path):
     args = TrainingSettings.from_flat(output_dir=str(tmp_path))
     metrics = {"model": "published.pth", "example": {"image": "example.png", "texts": ["the star"]}}
     assert describe_results(args.checkpoints.folder, metrics) == "Model: published.pth"

@@ -14,14 +14,14 @@ from training_reftr.batch_norm import CpuSyncBatchNorm2d, synchronize_batch_norm
 TIMM = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}
 
 
-def test_two_processes_normalize_as_one_without_a_deprecated_call(run):
+def test_batch_norm_on_two_processes_equals_one_process(run):
     ranks = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
     printed = run(*ranks, "-m", "tests.helpers.ranks_batch_norm", PYTHONPATH=str(ROOT)).stdout
     assert printed.count("equal") == 2
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", CpuSyncBatchNorm2d), ("cuda", nn.SyncBatchNorm)])
-def test_norms_are_replaced_and_weights_keep_their_names(make_model, device, kind):
+def test_synchronize_batch_norm_keeps_weights_and_names(make_model, device, kind):
     model = make_model(backbone_config=TIMM).train()
     before = {name: id(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     num_norms = sum(type(module) is nn.BatchNorm2d for module in model.modules())
@@ -36,7 +36,7 @@ def test_norms_are_replaced_and_weights_keep_their_names(make_model, device, kin
     assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
 
 
-def test_a_norm_that_does_more_is_refused():
+def test_synchronize_batch_norm_refuses_unknown_subclass():
     class NormWithActivation(nn.BatchNorm2d):
         pass
 

@@ -44,7 +44,7 @@ METRICS = {
 }
 
 
-def test_figures_are_those_of_the_report_beside_the_published_ones(folder):
+def test_card_lists_report_metrics_next_to_published_ones(folder):
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     card = card_of(folder, dataset="refcoco_unc", init_detr="facebook/detr-resnet-50", hub_dataset="someone/refcoco")
     assert "| testA | boxes, accuracy@0.5 | 81.23 | 88.73 |" in card.text
@@ -63,11 +63,11 @@ def test_figures_are_those_of_the_report_beside_the_published_ones(folder):
     }
 
 
-def test_card_names_the_oldest_transformers_that_works(folder):
+def test_card_names_minimum_transformers_version(folder):
     assert f"transformers {MINIMUM_TRANSFORMERS} or newer" in card_of(folder).text
 
 
-def test_without_a_hub_id_of_the_set_there_are_no_leaderboard_entries(folder):
+def test_card_without_dataset_hub_id_has_no_leaderboard_entries(folder):
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     card = card_of(folder, dataset="refcoco_unc")
     assert not (folder / ".eval_results").exists()
@@ -89,7 +89,7 @@ def test_without_a_hub_id_of_the_set_there_are_no_leaderboard_entries(folder):
         ({"dataset": "shapes"}, False),
     ],
 )
-def test_what_was_seen_before_is_said_where_it_was(folder, settings, is_warned):
+def test_card_warns_of_pretraining_on_held_out_images(folder, settings, is_warned):
     assert ("**Seen before:**" in card_of(folder, **settings).text) == is_warned
 
 
@@ -108,13 +108,13 @@ def test_what_was_seen_before_is_said_where_it_was(folder, settings, is_warned):
         ({"init_from": "refcoco.pth"}, "the RefTR `refcoco.pth`", None),
     ],
 )
-def test_starting_weights(folder, settings, start, base_model):
+def test_card_names_starting_weights(folder, settings, start, base_model):
     card = card_of(folder, dataset="shapes", **settings)
     assert f"It started from {start}." in card.text
     assert card.data.base_model == base_model
 
 
-def test_a_folder_that_says_little(folder):
+def test_card_of_model_without_training_files_is_complete(folder):
     card = card_of(folder)
     assert "Nothing is written in this folder about its training." in card.text
     assert "Not evaluated yet" in card.text
@@ -123,14 +123,14 @@ def test_a_folder_that_says_little(folder):
     assert card.data.eval_results is None
 
 
-def test_a_model_without_masks(make_model, processor, tmp_path):
+def test_card_of_model_without_masks_mentions_no_masks(make_model, processor, tmp_path):
     make_model().save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert "mask" not in card.text.split("## Training")[0]
     assert "referring-image-segmentation" not in card.data.tags
 
 
-def test_a_converted_checkpoint_keeps_its_licence(folder):
+def test_card_of_converted_checkpoint_keeps_its_license(folder):
     (folder / "origin.json").write_text(json.dumps({"converted_from": "refcoco.pth", "sha256": "0" * 64}))
     card = card_of(folder)
     assert card.data.license == "mit"
@@ -138,7 +138,7 @@ def test_a_converted_checkpoint_keeps_its_licence(folder):
     assert "**Seen before:**" in card.text
 
 
-def test_a_conversion_that_is_trained_further_is_none_any_more(folder):
+def test_card_of_fine_tuned_conversion_names_its_start(folder):
     (folder / "origin.json").write_text(json.dumps({"converted_from": "refcoco.pth", "sha256": "0" * 64}))
     describe_best(TrainingSettings.from_flat(output_dir=str(folder), init_from="refcoco.pth"))
     card = card_of(folder)
@@ -146,12 +146,12 @@ def test_a_conversion_that_is_trained_further_is_none_any_more(folder):
     assert "not trained further" not in card.text
 
 
-def test_a_card_of_ones_own_stays(folder):
+def test_write_card_keeps_handwritten_card(folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     assert write_card(folder).read_text() == "---\nlicense: mit\n---\n\n# Mine\n"
 
 
-def test_card_that_was_not_pushed_names_nothing_that_does_not_exist(folder, monkeypatch, shapes):
+def test_card_of_local_folder_names_no_hub_addresses(folder, monkeypatch, shapes):
     """The snippet runs in the folder, and no id or address is made of its name."""
     image = shapes["test"][0]["image"]
     image.save(folder / "photo.jpg")
@@ -167,7 +167,7 @@ def test_card_that_was_not_pushed_names_nothing_that_does_not_exist(folder, monk
     assert (folder / "answers.png").is_file()
 
 
-def test_card_has_no_ids_made_of_files_and_folders(folder, monkeypatch):
+def test_card_makes_no_hub_ids_of_files_and_folders(folder, monkeypatch):
     """Not where the folders are gone either, and no address of an example that the folder lacks."""
     (folder / "metrics.json").write_text(json.dumps({**METRICS, "dataset": "exported/mine"}))
     card = card_of(folder, dataset="exported/mine", init_detr="weights/detr.pth", init_text="some/bert")
@@ -179,7 +179,7 @@ def test_card_has_no_ids_made_of_files_and_folders(folder, monkeypatch):
     assert widget["src"] == "https://huggingface.co/someone/reftr/resolve/main/example.png"
 
 
-def test_card_is_replaced_as_a_whole(folder):
+def test_write_card_replaces_file_atomically(folder):
     """Half a card would be without the mark, and be left alone from then on."""
     path = write_card(folder)
     (folder / "earlier.md").hardlink_to(path)
@@ -189,7 +189,7 @@ def test_card_is_replaced_as_a_whole(folder):
     assert not list(folder.glob(".*"))
 
 
-def test_folder_of_starting_weights_is_not_taken_for_a_hub_id(folder, tmp_path, monkeypatch):
+def test_card_does_not_take_removed_weights_folder_for_hub_id(folder, tmp_path, monkeypatch):
     """Neither where the run was nor where the folder is gone, as on another machine."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "boxes").mkdir(parents=True)
@@ -200,14 +200,14 @@ def test_folder_of_starting_weights_is_not_taken_for_a_hub_id(folder, tmp_path, 
     assert card.data.base_model is None
 
 
-def test_folder_that_is_there_is_no_base_model_on_the_hub(folder, tmp_path, monkeypatch):
+def test_card_does_not_take_existing_folder_for_base_model(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "boxes").mkdir(parents=True)
     assert card_of(folder, init_from="runs/boxes").data.base_model is None
     assert card_of(folder, init_from="runs/others").data.base_model == ["runs/others"]
 
 
-def test_card_of_a_run_tells_its_best_validation_so_far(folder):
+def test_card_of_unfinished_run_reports_best_validation(folder):
     values = {4: 0.25, 8: 0.625, 12: 0.5}
     lines = [json.dumps({"step": step, "validation/accuracy@0.5": value}) for step, value in values.items()]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -215,6 +215,6 @@ def test_card_of_a_run_tells_its_best_validation_so_far(folder):
     assert "Its best validation so far, at update 8: boxes: accuracy at IoU 0.5 0.625." in text
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_write_card_refuses_folder_without_model(tmp_path):
     with pytest.raises(OSError, match=r"no config\.json"):
         write_card(tmp_path)

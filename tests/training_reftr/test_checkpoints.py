@@ -75,7 +75,7 @@ STATES = {
 
 
 @pytest.mark.parametrize(("changes", "sentence"), STATES.values(), ids=STATES)
-def test_state_is_validated(run_folder, changes, sentence):
+def test_checkpoint_with_invalid_state_is_refused(run_folder, changes, sentence):
     latest, before = checkpoints_of(run_folder)
     change_state(latest, **changes)
     assert re.search(sentence, find_fault(latest))
@@ -92,7 +92,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("name", "content", "sentence"), FILES.values(), ids=FILES)
-def test_files_are_validated(run_folder, name, content, sentence):
+def test_checkpoint_with_damaged_file_is_refused(run_folder, name, content, sentence):
     latest = checkpoints_of(run_folder)[0]
     (latest / name).write_bytes(content)
     write_manifest(latest)
@@ -128,7 +128,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize(("change", "sentence"), MANIFESTS.values(), ids=MANIFESTS)
-def test_manifest_is_validated(run_folder, change, sentence):
+def test_checkpoint_with_invalid_manifest_is_refused(run_folder, change, sentence):
     latest = checkpoints_of(run_folder)[0]
     manifest = json.loads((latest / MANIFEST).read_text())
     change(manifest)
@@ -139,7 +139,7 @@ def test_manifest_is_validated(run_folder, change, sentence):
         assert "manifest.json' is damaged" in find_fault(latest)
 
 
-def test_optimizer_must_fit_the_weights(run_folder):
+def test_checkpoint_with_mismatched_optimizer_is_refused(run_folder):
     latest, before = checkpoints_of(run_folder)
     change_optimizer(latest, lambda tensors: tensors.update({"model.unknown/exp_avg": torch.zeros(2)}))
     assert "does not fit the model, which has no weight 'model.unknown'" in find_fault(latest)
@@ -148,7 +148,7 @@ def test_optimizer_must_fit_the_weights(run_folder):
     assert f"{key!r} has shape [1, " in find_fault(before)
 
 
-def test_latest_valid_checkpoint_skips_damaged_ones_and_loses_none(run_folder, caplog):
+def test_find_latest_valid_checkpoint_skips_damaged_ones(run_folder, caplog):
     latest, before = checkpoints_of(run_folder)
     for changes in ({"step": -5}, {"later": 1}):  # twice, as after a run that wrote the step again
         if not latest.exists():
@@ -164,7 +164,7 @@ def test_latest_valid_checkpoint_skips_damaged_ones_and_loses_none(run_folder, c
         find_latest_valid_checkpoint(run_folder)
 
 
-def test_resume_takes_the_checkpoint_before_and_keeps_the_log(trained, recipe, run_folder, caplog):
+def test_resume_takes_previous_valid_checkpoint_and_keeps_log(trained, recipe, run_folder, caplog):
     latest = checkpoints_of(run_folder)[0]
     change_state(latest, of_later=True)
     log = run_folder / "metrics.jsonl"
@@ -189,7 +189,7 @@ def test_resume_takes_the_checkpoint_before_and_keeps_the_log(trained, recipe, r
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def test_resume_says_that_the_training_data_changed(recipe, run_folder, caplog):
+def test_resume_warns_of_changed_training_data(recipe, run_folder, caplog):
     before = load_state(checkpoints_of(run_folder)[0])
     words = ["--output_dir", str(run_folder), "--resume", "auto", "--dataset_config.num_train", "47", "--test_splits"]
     train_reftr.main([str(recipe), *words, "validation"])
@@ -200,7 +200,7 @@ def test_resume_says_that_the_training_data_changed(recipe, run_folder, caplog):
     assert now[1] != then[1]
 
 
-def test_a_cut_last_line_of_the_log_needs_no_copy(tmp_path):
+def test_keep_until_drops_cut_last_line_without_copy(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_bytes(b'{"step": 1, "text": "\xe2\x80\xa8"}\n{"step": 2}\n{"st')
     keep_until(log, 1)
@@ -210,7 +210,7 @@ def test_a_cut_last_line_of_the_log_needs_no_copy(tmp_path):
 
 @pytest.mark.parametrize("content", [b"\xff", b"[1]", b"{", b'"text"'])
 @pytest.mark.parametrize("name", ["metrics.json", "origin.json", "recipe.yaml"])
-def test_card_names_a_damaged_file(make_model, tmp_path, name, content):
+def test_write_card_names_damaged_file(make_model, tmp_path, name, content):
     make_model().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
     message = rf"{name}('(, line 1)? is (damaged|not UTF-8|not YAML)| of .* cannot be used: )"
@@ -238,7 +238,7 @@ def disk(monkeypatch):
     return events
 
 
-def test_files_are_on_the_disk_before_they_have_their_names(recipe, tmp_path, disk):
+def test_checkpoint_files_are_synced_before_rename(recipe, tmp_path, disk):
     assert train_reftr.main([str(recipe), "--output_dir", str(tmp_path), "--max_steps", "1"]) == 0
 
     path = str(tmp_path / "checkpoints" / "step_00000001")
@@ -273,13 +273,13 @@ def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
     assert accelerator.scaler.get_growth_interval() == 7
 
 
-def test_new_run_is_refused_where_another_has_its_checkpoints(recipe, run_folder):
+def test_new_run_in_folder_with_checkpoints_is_refused(recipe, run_folder):
     with pytest.raises(OSError, match=r"has checkpoints of another run.*step_00000012.*choose another --output_dir"):
         train_reftr.main([str(recipe), "--output_dir", str(run_folder)])
     assert len(checkpoints_of(run_folder)) == 2
 
 
-def test_schedule_is_rescaled_to_the_steps_of_todays_epochs():
+def test_rescale_schedule_follows_new_steps_per_epoch():
     state = TrainingState(schedule_step=12, steps_per_epoch=6)
     state.rescale_schedule(3)
     assert (state.schedule_step, state.steps_per_epoch) == (6, 3)
@@ -287,7 +287,7 @@ def test_schedule_is_rescaled_to_the_steps_of_todays_epochs():
     assert (state.schedule_step, state.steps_per_epoch) == (18, 9)
 
 
-def test_checkpoint_that_lacks_a_weight_is_refused(recipe, run_folder):
+def test_checkpoint_with_missing_weight_is_refused(recipe, run_folder):
     path = find_latest_valid_checkpoint(run_folder)
     name = "model.encoder.layers.0.mlp.fc1.weight"
     tensors = load_file(path / "model.safetensors")

@@ -75,26 +75,26 @@ def tables_of(text):
 # every phrase once
 
 
-def test_every_phrase_counts_once_on_any_number_of_processes():
+def test_evaluation_counts_every_phrase_once_on_any_process_count():
     """In short; `run_grid()` is all of it: 1 to 41 images, 1 to 4 processes, batches of 1 to 8."""
     result = run_grid(counts=(1, 2, 7), ranks=(1, 2, 3, 4), batch_sizes=(1, 3), timeout=200)
     assert (result["failed"], result["passed"], result["of"]) == ([], 28, 28)
 
 
-def test_a_hang_is_a_failure():
+def test_evaluation_grid_reports_hang_as_failure():
     result = run_grid(counts=(1,), ranks=(1,), batch_sizes=(1,), timeout=0.5)
     assert result == {"passed": 0, "of": 2, "failed": ["no end after 0.5 s"]}
 
 
 @pytest.mark.slow
 @pytest.mark.row("R9")
-def test_every_phrase_counts_once_in_full(record_property):
+def test_evaluation_counts_every_phrase_once_in_full_grid(record_property):
     result = run_grid(timeout=2400)
     record_property("counted", (result["passed"], result["of"]))
     assert (result["failed"], result["passed"]) == ([], 4 * (41 * 8 + 1))
 
 
-def test_records_come_in_the_order_of_the_split(shapes):
+def test_order_records_follows_split_and_drops_duplicates(shapes):
     keys = phrase_keys(shapes["test"])
     records = [dict(zip(("image_id", "sentence_id", "phrase"), key, strict=True)) for key in keys]
     shuffled = [{**record, "copy": 0} for record in records[::-1]] + [{**record, "copy": 1} for record in records[:9]]
@@ -105,7 +105,7 @@ def test_records_come_in_the_order_of_the_split(shapes):
         order_records(records[1:], keys)
 
 
-def test_a_phrase_that_is_there_twice_is_refused(shapes):
+def test_phrase_keys_refuses_duplicate_phrase(shapes):
     rows = shapes["test"].select([0, 1, 0])
     with pytest.raises(ValueError, match=r"phrases twice, the first in the sentence 'shapes_test_\w+' of the image"):
         phrase_keys(rows)
@@ -119,7 +119,7 @@ def record_of(**fields):
     return {"image_id": "a", "image_size": (10, 20), "types": [], "boxes": [box], "box": box, "iou": 1.0, **fields}
 
 
-def test_metrics_by_hand():
+def test_summarize_matches_metrics_by_hand():
     box, other = [0, 0, 10, 10], [10, 0, 20, 10]
     records = [
         record_of(object_id="x", pred_box=box, types=["place"]),
@@ -136,7 +136,7 @@ def test_metrics_by_hand():
     assert shuffled_expressions(records[::2]) is None
 
 
-def test_merged_and_any_box_recall_by_hand():
+def test_summarize_matches_merged_and_any_box_recall_by_hand():
     """Two buses, merged one box: an answer on one of them is a hit for the other protocol alone."""
     bus, merged = [0.0, 0, 10, 10], [0.0, 0, 40, 10]
     target = {"words": "two buses", "sentence_id": "s", "box": merged, "boxes": [bus, [30.0, 0, 40, 10]]}
@@ -163,7 +163,7 @@ def test_merged_and_any_box_recall_by_hand():
     assert by_kind == {"people": (0.5, 0.0, 2), "scene": (0.0, 1.0, 1), "vehicles": (0.0, 1.0, 2)}
 
 
-def test_phrases_without_answer_or_truth_in_the_mask_figures():
+def test_mask_metrics_count_missing_answers_not_missing_targets():
     records = [
         record_of(mask_pixels=(50, 100), resized_mask_pixels=(3, 4)),
         record_of(mask_pixels=(0, 100), resized_mask_pixels=(0, 4)),
@@ -175,13 +175,13 @@ def test_phrases_without_answer_or_truth_in_the_mask_figures():
     assert summary["mask_overall_iou"] == 0.25
 
 
-def test_a_box_that_is_no_number_is_not_counted_as_a_miss():
+def test_compare_boxes_refuses_nan_box():
     target = {"words": "the star", "sentence_id": "s_1", "box": [0, 0, 1, 1], "boxes": [[0, 0, 1, 1]]}
     with pytest.raises(ValueError, match=r"box for 'the star' \(s_1\) is \[nan"):
         compare_boxes(torch.tensor([float("nan"), 0, 1, 1]), target)
 
 
-def test_the_best_constant_box_is_the_commonest(shapes):
+def test_constant_box_of_shapes_is_valid_box(shapes):
     rows = shapes["train"]
     records = [
         {"image_size": (row["height"], row["width"]), "box": item["box"]} for row in rows for item in row["objects"]
@@ -193,7 +193,7 @@ def test_the_best_constant_box_is_the_commonest(shapes):
     assert 0 <= y0 < y1 <= 1
 
 
-def test_the_best_constant_box_is_the_one_that_hits_most():
+def test_constant_box_is_box_with_most_hits():
     """Most boxes are in the same part of images that are not square."""
     parts = [[0.1, 0.2, 0.4, 0.9]] * 4 + [[0.6, 0.1, 0.9, 0.3], [0.0, 0.0, 1.0, 0.1]]
     rows, records = [], []
@@ -209,7 +209,7 @@ def test_the_best_constant_box_is_the_one_that_hits_most():
     assert answer["precision@0.9"] == pytest.approx(4 / 6)
 
 
-def test_mean_box_is_the_constant_one_where_it_hits_more_than_any():
+def test_constant_box_is_mean_box_if_it_hits_most():
     boxes = [[0.0, 0.0, 60.0, 100.0], [30.0, 0.0, 90.0, 100.0]]  # of which neither hits the other
     sentence = {"phrases": [{"objects": [0]}]}
     rows = [{"width": 100, "height": 100, "objects": [{"box": box}], "sentences": [sentence]} for box in boxes]
@@ -218,7 +218,7 @@ def test_mean_box_is_the_constant_one_where_it_hits_more_than_any():
     assert answer["accuracy@0.5"] == 1
 
 
-def test_expressions_are_swapped_between_objects_alone():
+def test_shuffled_expressions_swaps_only_different_objects():
     box, other = [0, 0, 10, 10], [10, 0, 20, 10]
     records = [
         record_of(object_id="x", pred_box=box),
@@ -230,13 +230,13 @@ def test_expressions_are_swapped_between_objects_alone():
     assert (swapped["num_phrases"], swapped["mean_iou"]) == (3, 0.0)
 
 
-def test_a_box_without_extent_is_a_miss():
+def test_compare_boxes_counts_box_without_extent_as_miss():
     target = {"words": "a", "sentence_id": "s", "box": [5.0, 5, 5, 5], "boxes": [[5.0, 5, 5, 5]]}
     found = compare_boxes(torch.tensor([5.0, 5, 5, 5]), target)
     assert (found["iou"], found["any_box_iou"]) == (0.0, 0.0)
 
 
-def test_answers_are_compared_with_their_own_phrases(make_model, processor, shapes, accelerator):
+def test_predict_batch_matches_answers_to_phrases_after_truncation(make_model, processor, shapes, accelerator):
     """Where the first phrase is cut away, the only answer is that of the second."""
     row = shapes["test"][0]
     text = "a star " * 20 + "a circle"
@@ -258,7 +258,7 @@ def test_answers_are_compared_with_their_own_phrases(make_model, processor, shap
     assert [record["object_id"] for record in found] == [item["object_id"] for item in row["objects"][:2]]
 
 
-def test_evaluation_asks_without_dropout_and_leaves_the_model_training(make_model, processor, shapes, accelerator):
+def test_evaluate_disables_dropout_and_restores_training_mode(make_model, processor, shapes, accelerator):
     model = make_model(dropout=0.5, attention_dropout=0.5).train()
     args = TrainingSettings.from_flat(num_workers=0)
     first, again = (evaluate(model, processor, shapes["test"], args, accelerator, "test") for _ in range(2))
@@ -266,13 +266,13 @@ def test_evaluation_asks_without_dropout_and_leaves_the_model_training(make_mode
     assert all(module.training for module in (model, model.model.encoder, model.model.text_backbone))
 
 
-def test_mask_pixels_are_intersection_and_union(evaluated):
+def test_evaluate_records_mask_intersection_and_union(evaluated):
     for record in evaluated[1][:5]:
         answer, truth = (from_coco_rle(record[name]) for name in ("pred_segmentation", "segmentation"))
         assert record["mask_pixels"] == ((answer & truth).sum(), (answer | truth).sum())
 
 
-def test_masks_are_resized_in_two_steps_where_that_is_asked(make_model, processor, shapes, accelerator):
+def test_evaluate_with_two_step_masks_resizes_twice(make_model, processor, shapes, accelerator):
     processor.image_processor.size = {"shortest_edge": 24, "longest_edge": 24}
     model, rows = make_model(predict_masks=True), shapes["test"].select([0])
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_masks_are_resized_in_two_steps_where_that_is_asked(make_model, processo
     assert (masks[0] != masks[1]).mean() > 0.02
 
 
-def test_controls_that_cannot_be_had_are_left_out_and_said(shapes, caplog):
+def test_evaluation_omits_unavailable_baselines_with_warning(shapes, caplog):
     args = TrainingSettings.from_flat(train_split="train+none")
     assert find_training_rows(shapes, args.data) is None
     assert controls([record_of(object_id="x", pred_box=[0, 0, 1, 1])], None, "testA", args.data) == {}
@@ -326,7 +326,7 @@ def test_constant_box_is_chosen_on_all_training_rows(shapes, make_model, process
     assert found != constant_box(shapes["train"].select(range(1)), records)
 
 
-def test_eval_only_gives_the_same_figures(trained, recipe, run, tmp_path):
+def test_eval_only_reproduces_metrics_of_training_run(trained, recipe, run, tmp_path):
     output, _ = trained
     run("train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--eval_only")
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path))
@@ -338,7 +338,7 @@ def test_eval_only_gives_the_same_figures(trained, recipe, run, tmp_path):
     assert not (tmp_path / "visualizations").exists()
 
 
-def test_several_splits_in_one_report(two_splits, shapes):
+def test_report_covers_several_splits(two_splits, shapes):
     output, result = two_splits
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["model"] == str(output / "model")
@@ -383,7 +383,7 @@ def test_predictions_are_keyed_by_sentence_and_phrase(two_splits, shapes):
         assert values["accuracy@0.5"] == sum(iou > 0.5 for iou in ious) / len(ious)
 
 
-def test_pictures_of_samples(two_splits, shapes):
+def test_report_draws_samples_spread_over_split(two_splits, shapes):
     for name in ("validation", "test"):
         files = sorted((two_splits[0] / "visualizations" / name).iterdir())
         assert len(files) == 3
@@ -397,7 +397,7 @@ def test_pictures_of_samples(two_splits, shapes):
                 assert picture.height > picture.width * 0.7
 
 
-def test_flickr_figures_of_real_files(trained, recipe, run, tmp_path):
+def test_report_of_flickr30k_names_both_recalls(trained, recipe, run, tmp_path):
     """The authors' layout, objects with several boxes: two recalls, named apart, and by phrase type."""
     make_flickr30k(tmp_path / "data")
     (tmp_path / "data" / "test.txt").write_text("1004\n")  # one picture of one object of one box
@@ -430,7 +430,7 @@ def test_flickr_figures_of_real_files(trained, recipe, run, tmp_path):
     assert "train2014" not in text
 
 
-def test_a_run_that_fails_before_its_first_best_leaves_what_describes_the_model_that_is_there(
+def test_failed_run_keeps_files_of_existing_best_model(
     trained, recipe, run, tmp_path
 ):
     folder = tmp_path / "run"
@@ -443,7 +443,7 @@ def test_a_run_that_fails_before_its_first_best_leaves_what_describes_the_model_
     assert {name: (folder / name).read_bytes() for name in names} == before
 
 
-def test_a_split_that_is_not_there_is_named(recipe, run, tmp_path):
+def test_run_with_unknown_test_split_is_refused_before_training(recipe, run, tmp_path):
     words = ("train_reftr.py", recipe, "--output_dir", tmp_path, "--test_splits", "test,testC")
     result = run(*words, check=False)
     assert result.returncode != 0
@@ -451,7 +451,7 @@ def test_a_split_that_is_not_there_is_named(recipe, run, tmp_path):
     assert not list(tmp_path.iterdir())  # known before training
 
 
-def test_splits_that_cannot_be_evaluated(shapes):
+def test_select_splits_refuses_no_split_and_empty_split(shapes):
     with pytest.raises(ValueError, match=r"test_splits=' ,' names no split; there are: train, validation, test"):
         select_splits(shapes, DataSettings(test_splits=" ,"))
     empty = DatasetDict(test=shapes["test"].select([]))
@@ -463,7 +463,7 @@ def test_splits_that_cannot_be_evaluated(shapes):
     ]
 
 
-def test_a_report_that_fails_leaves_no_earlier_one(make_model, processor, shapes, accelerator, tmp_path):
+def test_failed_report_removes_previous_metrics(make_model, processor, shapes, accelerator, tmp_path):
     (tmp_path / "metrics.json").write_text("{}")
     model = make_model()
     torch.nn.init.constant_(model.box_head.layers[-1].bias, float("nan"))
@@ -484,7 +484,7 @@ def metrics_of(dataset, split, integer_boxes=True, **figures):
     return {"model": "m", "dataset": dataset, "two_step_masks": True, "splits": {split: figures}}
 
 
-def test_published_figures_stand_beside_the_same_set_split_and_metric():
+def test_report_lists_published_metrics_of_same_dataset_and_split():
     text = format_report(metrics_of("refcoco+_unc", "testB", mask_mean_iou=0.9, mask_mean_iou_resized=0.61234))
     rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
     confirmed = [row for row in rows if "not confirmed" not in row[-1]]
@@ -499,7 +499,7 @@ def test_published_figures_stand_beside_the_same_set_split_and_metric():
     assert "it has seen the held-out images" in text
 
 
-def test_boxes_alone_are_not_held_against_masks():
+def test_report_without_masks_lists_no_published_mask_metrics():
     text = format_report(metrics_of("refcocog_umd", "test", integer_boxes=False))
     rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
     assert {row[1] for row in rows} == {"boxes, accuracy@0.5"}
@@ -507,7 +507,7 @@ def test_boxes_alone_are_not_held_against_masks():
     assert "Published metrics are of target boxes rounded to integers" in text
 
 
-def test_boxes_are_cut_where_the_flags_of_their_set_say_so():
+def test_has_integer_boxes_follows_flags_of_each_dataset():
     args = TrainingSettings.from_flat(dataset="refcoco_unc", dataset_config={"integer_boxes": True})
     assert has_integer_boxes("val", args.data)
     flags = {"refcoco_unc": {"integer_boxes": True}, "refcocog_umd": {}}
@@ -529,11 +529,11 @@ def test_boxes_are_cut_where_the_flags_of_their_set_say_so():
         ("shapes", "test"),
     ],
 )
-def test_nothing_stands_beside_what_is_not_comparable(dataset, split):
+def test_report_lists_no_published_metrics_if_not_comparable(dataset, split):
     assert "published figures" not in format_report(metrics_of(dataset, split))
 
 
-def test_a_split_of_joined_sets_is_that_sets():
+def test_comparable_results_of_joined_datasets_use_own_dataset():
     joined, alone = (
         comparable_results("refcoco_unc,shapes", "refcoco_unc/val"),
         comparable_results("refcoco_unc", "val"),
@@ -542,7 +542,7 @@ def test_a_split_of_joined_sets_is_that_sets():
     assert comparable_results("refcoco_unc,shapes", "shapes/val") == []
 
 
-def test_published_figures_are_percent_and_of_known_sets():
+def test_published_results_are_percent_of_known_datasets():
     import data_scripts
 
     for names in NAMES_OF_SETS.values():
@@ -559,7 +559,7 @@ def test_published_figures_are_percent_and_of_known_sets():
 # pictures
 
 
-def test_attention_is_that_of_the_last_decoder_layer(evaluated, processor, shapes, accelerator):
+def test_attend_returns_attention_of_last_decoder_layer(evaluated, processor, shapes, accelerator):
     model, records = evaluated
     model.eval()
     record = next(record for record in records if record["phrase"] == 1)
@@ -576,7 +576,7 @@ def test_attention_is_that_of_the_last_decoder_layer(evaluated, processor, shape
     np.testing.assert_allclose(maps.reshape(2, -1), expected.numpy(), atol=1e-6)
 
 
-def test_padding_is_not_drawn(evaluated, processor, shapes, accelerator):
+def test_attend_crops_padding(evaluated, processor, shapes, accelerator):
     model, records = evaluated
     model.set_attn_implementation("eager")
     processor.image_processor.pad_size = {"height": 96, "width": 80}
@@ -585,7 +585,7 @@ def test_padding_is_not_drawn(evaluated, processor, shapes, accelerator):
     assert maps.shape[1:] == (8, 8)  # of 12 x 10
 
 
-def test_report_leaves_the_attention_implementation(make_model, processor, shapes, accelerator, tmp_path):
+def test_report_restores_attention_implementation(make_model, processor, shapes, accelerator, tmp_path):
     model = make_model()
     model.set_attn_implementation("sdpa")
     args = TrainingSettings.from_flat(output_dir=str(tmp_path), num_workers=0, visualize=1, num_pictures=0)
@@ -601,7 +601,7 @@ def test_report_leaves_the_attention_implementation(make_model, processor, shape
     assert metrics["model"] == str(tmp_path)
 
 
-def test_heat_is_where_the_weights_are():
+def test_heat_colors_largest_weights():
     weights = np.zeros((4, 4), np.float32)
     weights[3, 0] = 0.02  # however small, the largest
     picture = np.asarray(heat(Image.new("RGB", (80, 40), "gray"), weights)).astype(int)
@@ -611,7 +611,7 @@ def test_heat_is_where_the_weights_are():
     assert heat(Image.new("RGB", (8, 8)), np.zeros((2, 2))).size == (8, 8)
 
 
-def test_a_sample_without_an_answer_is_drawn(shapes):
+def test_draw_sample_accepts_missing_answer(shapes):
     row = shapes["test"][0]
     sentence = row["sentences"][0]
     words = {"sentence_id": sentence["sentence_id"], "phrase": 0, "words": sentence["text"]}
@@ -620,7 +620,7 @@ def test_a_sample_without_an_answer_is_drawn(shapes):
     assert draw_sample(row, record, np.ones((3, 4, 4))).width > 960
 
 
-def test_masks_are_seen_on_things_of_any_colour():
+def test_draw_answers_outlines_masks_on_any_color():
     """The tint of the first colour on its opposite is as good as grey: the outline is not."""
     mask = np.zeros((40, 40), bool)
     mask[10:30, 10:30] = True
@@ -630,7 +630,7 @@ def test_masks_are_seen_on_things_of_any_colour():
     assert not is_color[90:230, 90:230].any()
 
 
-def test_validation_pictures(evaluated, shapes):
+def test_draw_validation_images_arranges_grid_of_samples(evaluated, shapes):
     _, records = evaluated
     picture = draw_validation_images(records, shapes["test"], 5)
     assert picture.width == 8 + 4 * 328
@@ -639,7 +639,7 @@ def test_validation_pictures(evaluated, shapes):
     assert draw_validation_images([], Dataset.from_dict({"image_id": []}), 5) is None
 
 
-def test_a_picture_annotated_as_stored_is_drawn_as_stored(tmp_path):
+def test_draw_validation_images_keeps_stored_orientation(tmp_path):
     """Its EXIF orientation would turn it, and the boxes away from what they are about."""
     make_refcoco(tmp_path)
     rows = data_scripts.load("refcoco_unc", "train", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))

@@ -67,7 +67,7 @@ def assert_same(first: Path, second: Path):
 @pytest.mark.row("R12")
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trial", trials(10, short=1))
-def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe, whole, tmp_path, ranks, trial):
+def test_resume_after_kill_repeats_every_loss(recipe, whole, tmp_path, ranks, trial):
     step = random.Random(f"{ranks}/{trial}").randint(1, LAST_STEP - 4)
     process = run(recipe, tmp_path, ranks)
     wait_for(lambda: step in steps_of(tmp_path), process)
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(recipe, whole, tmp_path, ra
 
 @pytest.mark.row("R13")
 @pytest.mark.parametrize("trial", trials(20, short=1))
-def test_a_run_killed_while_it_saves_goes_on(recipe, whole, tmp_path, trial):
+def test_resume_after_kill_while_saving_repeats_every_loss(recipe, whole, tmp_path, trial):
     step = 1 + trial % (LAST_STEP - 4)
     incomplete = f"checkpoints/.step_{step:08d}.*.incomplete"
     process = run(recipe, tmp_path)
@@ -98,7 +98,7 @@ def test_a_run_killed_while_it_saves_goes_on(recipe, whole, tmp_path, trial):
 @pytest.mark.slow
 @pytest.mark.row("R14")
 @pytest.mark.parametrize("trial", trials(5, short=1))
-def test_a_full_disk_leaves_the_checkpoint_before(recipe, whole, tmp_path, trial):
+def test_run_on_full_disk_keeps_previous_checkpoint(recipe, whole, tmp_path, trial):
     """No file may be larger than a limit that is set after two checkpoints: the write fails as on a full disk."""
     size = (whole[1] / "checkpoints" / f"step_{LAST_STEP:08d}" / "optimizer.safetensors").stat().st_size
     limit = [size // 2, size - 1, 100, size // 10, size // 3][trial]
@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(recipe, whole, tmp_path, trial
 
 @pytest.mark.row("R15")
 @pytest.mark.parametrize("trial", trials(10, short=10))
-def test_a_flipped_byte_is_found(whole, tmp_path, trial, caplog):
+def test_checkpoint_with_flipped_bit_is_skipped(whole, tmp_path, trial, caplog):
     shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
     newest, before = checkpoints_of(tmp_path)[:2]
     draw = random.Random(trial)
@@ -136,7 +136,7 @@ def test_a_flipped_byte_is_found(whole, tmp_path, trial, caplog):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(recipe, whole, tmp_path):
+def test_resume_skips_damaged_checkpoint_and_keeps_it(recipe, whole, tmp_path):
     shutil.copytree(whole[1], tmp_path / "run")
     newest, before = checkpoints_of(tmp_path / "run")
     with open(newest / "model.safetensors", "r+b") as file:
@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(recipe, whole, t
 
 @pytest.mark.row("R16")
 @pytest.mark.parametrize("keep", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
-def test_the_newest_and_the_best_are_kept(recipe, tmp_path, keep):
+def test_run_keeps_latest_checkpoints_and_best_model(recipe, tmp_path, keep):
     finish(run(recipe, tmp_path, 1, "--keep_checkpoints", keep))
     assert steps_of(tmp_path) == list(range(LAST_STEP, LAST_STEP - keep, -1))
     assert all(find_fault(path) is None for path in checkpoints_of(tmp_path))
@@ -171,7 +171,7 @@ def test_the_newest_and_the_best_are_kept(recipe, tmp_path, keep):
 
 @pytest.mark.row("R17")
 @pytest.mark.parametrize("trial", trials(20, short=1))
-def test_a_run_that_is_asked_to_end_saves_itself(recipe, whole, tmp_path, trial):
+def test_run_saves_checkpoint_on_sigterm_to_one_rank(recipe, whole, tmp_path, trial):
     """SIGTERM to one process of two, or to the only one, in training or in evaluation, saves and ends them all."""
     ranks, in_evaluation = 2 - trial % 2, trial % 4 < 2
     slow = (
@@ -235,7 +235,7 @@ def linger(moment: str, tmp_path: Path, seconds: float = 0.3) -> str:
 
 @pytest.mark.row("R24")
 @pytest.mark.parametrize("trial", trials(20, short=2))
-def test_interrupted_run_saves_itself_and_resumes_to_the_same_bits(recipe, whole, tmp_path, trial):
+def test_interrupted_run_saves_itself_and_resumes_bit_identically(recipe, whole, tmp_path, trial):
     """SIGINT or SIGTERM, to the only process or to the launcher of two ranks, with and without loader processes."""
     number = [signal.SIGINT, signal.SIGTERM][trial % 2]
     ranks = 2 if trial % 4 == 3 else 1
@@ -260,7 +260,7 @@ def test_interrupted_run_saves_itself_and_resumes_to_the_same_bits(recipe, whole
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["building", "reporting"])
-def test_interrupt_outside_of_training_ends_the_run_at_once(recipe, tmp_path, moment, number):
+def test_interrupt_outside_training_ends_run_at_once(recipe, tmp_path, moment, number):
     process = run(recipe, tmp_path / "run", 1, "--max_steps", 1, before=linger(moment, tmp_path, seconds=100))
     wait_for((tmp_path / moment).exists, process)
     os.kill(process.pid, number)
@@ -272,7 +272,7 @@ def test_interrupt_outside_of_training_ends_the_run_at_once(recipe, tmp_path, mo
     assert (tmp_path / "run").exists() == (moment == "reporting")
 
 
-def test_interrupt_while_importing_ends_the_run_without_a_traceback(recipe, tmp_path):
+def test_interrupt_during_import_ends_run_without_traceback(recipe, tmp_path):
     words = [sys.executable, "train_reftr.py", recipe, "--output_dir", tmp_path / "run"]
     started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(1)
@@ -281,7 +281,7 @@ def test_interrupt_while_importing_ends_the_run_without_a_traceback(recipe, tmp_
     assert started.returncode == 130
 
 
-def test_signal_of_one_rank_ends_all_ranks_with_its_exit_code(recipe, tmp_path):
+def test_signal_to_one_rank_ends_all_ranks_with_its_exit_code(recipe, tmp_path):
     """Without a launcher that would hand it on, as on a cluster that takes one node back."""
     words = ["train_reftr.py", recipe, "--output_dir", tmp_path, "--batch_size", 4]
     ranks = start_ranks(words, 2)
@@ -294,7 +294,7 @@ def test_signal_of_one_rank_ends_all_ranks_with_its_exit_code(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["training", "saving"])
-def test_second_interrupt_ends_the_run_at_once(recipe, whole, tmp_path, moment):
+def test_second_interrupt_ends_run_at_once(recipe, whole, tmp_path, moment):
     process = run(recipe, tmp_path / "run", 1, "--checkpoint_every", 2, before=linger(moment, tmp_path, seconds=100))
     wait_for((tmp_path / moment).exists, process)
     os.kill(process.pid, signal.SIGINT)
@@ -313,7 +313,7 @@ def test_second_interrupt_ends_the_run_at_once(recipe, whole, tmp_path, moment):
 
 @pytest.mark.row("R23")
 @pytest.mark.parametrize("trial", trials(20, short=2))
-def test_second_run_in_a_folder_is_refused_and_the_first_one_unharmed(recipe, whole, tmp_path, trial):
+def test_second_run_in_folder_is_refused_and_first_unharmed(recipe, whole, tmp_path, trial):
     """Two runs that start together, or one that starts while another one is there, in every way to write there."""
     words = [(), (), ("--resume", "auto"), ("--eval_only",)][trial % 4]
     ranks = 2 if trial % 8 == 6 else 1
@@ -340,7 +340,7 @@ def test_second_run_in_a_folder_is_refused_and_the_first_one_unharmed(recipe, wh
 
 
 @pytest.mark.parametrize("moment", [pytest.param("training", marks=pytest.mark.slow), "saving"])
-def test_killed_loader_process_is_said_to_be_one(recipe, tmp_path, moment):
+def test_killed_loader_process_is_named_in_error(recipe, tmp_path, moment):
     kill_loader = (
         "import os, psutil, signal\n"
         f"{linger(moment, tmp_path, seconds=3)}\n"
@@ -361,7 +361,7 @@ def test_killed_loader_process_is_said_to_be_one(recipe, tmp_path, moment):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_asked_to_save_goes_on(recipe, whole, tmp_path):
+def test_run_saves_extra_checkpoint_on_sigusr1(recipe, whole, tmp_path):
     process = run(recipe, tmp_path, 1, "--checkpoint_every", 0, "--keep_checkpoints", 9)
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text(), process)
@@ -374,7 +374,7 @@ def test_a_run_that_is_asked_to_save_goes_on(recipe, whole, tmp_path):
 @pytest.mark.row("R7")
 @pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trial", trials(3, short=1))
-def test_a_loss_that_is_no_number_stops_all_before_the_update(recipe, whole, tmp_path, value, trial):
+def test_non_finite_loss_stops_all_ranks_before_step(recipe, whole, tmp_path, value, trial):
     step, rank = 2 + trial, 1
     before = (
         "import os, torch, modeling_reftr.modeling_reftr as modeling\n"
@@ -400,7 +400,7 @@ def test_a_loss_that_is_no_number_stops_all_before_the_update(recipe, whole, tmp
 @pytest.mark.slow
 @pytest.mark.row("R11")
 @pytest.mark.parametrize("trial", trials(5, short=1))
-def test_a_dead_process_ends_the_job(recipe, tmp_path, trial):
+def test_run_ends_when_one_rank_is_killed(recipe, tmp_path, trial):
     process = run(recipe, tmp_path, 2, "--num_epochs", 1000)
     wait_for(lambda: len(steps_of(tmp_path)) > 0, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -412,7 +412,7 @@ def test_a_dead_process_ends_the_job(recipe, tmp_path, trial):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_with_its_stacks(recipe, tmp_path):
+def test_hanging_run_ends_with_stack_traces(recipe, tmp_path):
     before = "import time, training_reftr.step as step\nmove = step.move\nstep.move = lambda *words: time.sleep(1000)"
     process = run(recipe, tmp_path, 1, "--watchdog_minutes", 0.05, before=before)
     output = finish(process, expected=None, timeout=60)
@@ -423,7 +423,7 @@ def test_a_process_that_hangs_ends_with_its_stacks(recipe, tmp_path):
 
 @pytest.mark.row("R19")
 @pytest.mark.parametrize(("first", "second"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_another_number_of_processes_goes_on(recipe, whole, tmp_path, first, second):
+def test_resume_with_other_process_count_repeats_no_sample(recipe, whole, tmp_path, first, second):
     """With 8 images a process, so that the global batch changes; what each update saw is written down."""
     before = (
         "import os, training_reftr.step as step\n"
@@ -445,7 +445,7 @@ def test_another_number_of_processes_goes_on(recipe, whole, tmp_path, first, sec
     assert len(images) > 30
 
 
-def test_a_run_without_a_checkpoint_starts_anew(recipe, tmp_path):
+def test_resume_auto_without_checkpoint_starts_new_run(recipe, tmp_path):
     output = finish(run(recipe, tmp_path, 1, "--resume", "auto", "--max_steps", 1))
     assert "There is no checkpoint" in output
     refused = finish(run(recipe, tmp_path, 1, "--resume", tmp_path / "nowhere"), expected=1)
@@ -453,19 +453,19 @@ def test_a_run_without_a_checkpoint_starts_anew(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(("split", "updates"), [("train", 6), ("train+validation", 7)])
-def test_a_dry_run_goes_through_everything_and_leaves_nothing(recipe, tmp_path, split, updates):
+def test_dry_run_estimates_time_and_writes_nothing(recipe, tmp_path, split, updates):
     output = finish(run(recipe, tmp_path / "none", 1, "--dry_run", "--train_split", split))
     assert re.search(rf"An epoch of {updates} updates takes about [\d.]+ hours", output)
     assert not (tmp_path / "none").exists()
 
 
-def test_a_dry_run_of_an_evaluation_is_refused():
+def test_dry_run_of_evaluation_is_refused():
     with pytest.raises(ValueError, match="dry_run rehearses training"):
         TrainingSettings.from_flat(dry_run=True, eval_only=True)
 
 
 @pytest.mark.slow
-def test_trackers_get_the_figures(recipe, tmp_path):
+def test_tracker_receives_losses_and_images_across_resume(recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     finish(run(recipe, tmp_path, 1, "--trackers", "tensorboard", "--num_pictures", 2, "--max_steps", 7))
@@ -480,7 +480,7 @@ def test_trackers_get_the_figures(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_are_not_mixed_up(recipe, whole, tmp_path):
+def test_run_refuses_checkpoints_of_another_run(recipe, whole, tmp_path):
     """Checkpoints of an earlier run are neither taken for this one's nor written over."""
     shutil.copytree(whole[1], tmp_path / "run")
     older = checkpoints_of(tmp_path / "run")[1]

@@ -31,7 +31,7 @@ def rows(tmp_path_factory):
     return build(tmp_path_factory.mktemp("first"))
 
 
-def test_same_data_has_the_same_fingerprint_wherever_it_is(rows, tmp_path):
+def test_fingerprint_is_independent_of_storage(rows, tmp_path):
     expected = describe(rows)
     assert expected[0] == len(LINES["train"])
     middle = len(rows) // 2
@@ -72,7 +72,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_data_has_another_fingerprint(rows, tmp_path, change):
+def test_fingerprint_changes_with_annotations(rows, tmp_path, change):
     number, fingerprint = describe(build(tmp_path, change(LINES["train"])))
     assert fingerprint != describe(rows)[1]
     assert number == len(change(LINES["train"]))
@@ -88,9 +88,9 @@ def fingerprint_of_texts(*texts, category="dog"):
     return fingerprint.hexdigest()
 
 
-def test_words_that_move_to_the_next_sentence_are_noticed():
+def test_fingerprint_detects_text_moved_to_next_sentence():
     assert fingerprint_of_texts("the dog", "s") != fingerprint_of_texts("the do", "gs")
 
 
-def test_what_is_absent_is_not_what_is_empty():
+def test_fingerprint_distinguishes_null_from_empty():
     assert fingerprint_of_texts("the dog", category=None) != fingerprint_of_texts("the dog", category="")

@@ -81,7 +81,7 @@ def golden_steps(request):
     return steps, ours, run
 
 
-def test_the_same_parameters_are_trained(golden_steps):
+def test_golden_steps_train_published_parameters(golden_steps):
     steps, _, run = golden_steps
     counts = {}
     for name, parameter in run.model.named_parameters():
@@ -90,7 +90,7 @@ def test_the_same_parameters_are_trained(golden_steps):
     assert counts == steps["parameters"]
 
 
-def test_every_group_has_the_published_hyperparameters(golden_steps):
+def test_optimizer_groups_have_published_hyperparameters(golden_steps):
     """Four steps cannot tell weight decay: 1e-4 of a learning rate of 1e-4 is less than float32 resolves."""
     steps, _, run = golden_steps
     for group in run.optimizer.param_groups:
@@ -99,7 +99,7 @@ def test_every_group_has_the_published_hyperparameters(golden_steps):
     assert learning_rates_of(run.model, run.optimizer) == pytest.approx(steps["learning_rates"])
 
 
-def test_each_learning_rate_reaches_its_own_group(golden_steps):
+def test_optimizer_assigns_each_learning_rate_to_its_group(golden_steps):
     """The published steps have one learning rate for both backbones, and would not tell them apart."""
     settings = {"learning_rate": 0.1, "backbone_learning_rate": 0.2, "text_learning_rate": 0.3}
     args = TrainingSettings.from_flat(**settings, mask_head_learning_rate=0.4)
@@ -109,7 +109,7 @@ def test_each_learning_rate_reaches_its_own_group(golden_steps):
     assert found == {group: expected[group] for group in steps["parameters"]}
 
 
-def test_losses_of_four_steps(golden_steps):
+def test_golden_steps_match_published_losses(golden_steps):
     """
     With the threads of the published run (two) all losses are within 3e-6. With another number sums are rounded in
     another order, which AdamW amplifies from the second step on where a gradient is zero in theory: 3e-5 for boxes,
@@ -126,13 +126,13 @@ def test_losses_of_four_steps(golden_steps):
         assert totals["loss"] == pytest.approx(expected["weighted_total"], rel=tolerance), number
 
 
-def test_gradient_norms_before_clipping(golden_steps):
+def test_golden_steps_match_published_gradient_norms(golden_steps):
     steps, ours, _ = golden_steps
     for number, (expected, (totals, _)) in enumerate(zip(steps["steps"], ours, strict=True)):
         assert totals["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=3e-4), number
 
 
-def test_each_group_moves_as_far(golden_steps):
+def test_golden_steps_match_published_weight_changes(golden_steps):
     """To 2 %: AdamW amplifies rounding where a gradient is zero in theory."""
     steps, ours, _ = golden_steps
     for number, (expected, (_, norms)) in enumerate(zip(steps["steps"], ours, strict=True)):

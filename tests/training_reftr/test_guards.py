@@ -29,7 +29,7 @@ def send_in_vain(number: int):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_is_noted_in_training_and_ends_the_process_at_other_times(accelerator, number, capfd):
+def test_signals_defers_first_signal_only_during_training(accelerator, number, capfd):
     with Signals() as signals:
         with signals.deferred():
             assert signals.poll(accelerator) == (False, False)
@@ -47,7 +47,7 @@ def test_first_signal_is_noted_in_training_and_ends_the_process_at_other_times(a
     assert str(Stopped(number, is_saved=True)) == f"{number.name}: the run is saved."
 
 
-def test_second_interrupt_ends_at_once_and_a_second_sigterm_changes_nothing(accelerator):
+def test_signals_raises_on_second_interrupt_not_second_sigterm(accelerator):
     with Signals() as signals, signals.deferred(is_announced=False):
         send_in_vain(signal.SIGTERM)
         send_in_vain(signal.SIGTERM)
@@ -62,7 +62,7 @@ def test_second_interrupt_ends_at_once_and_a_second_sigterm_changes_nothing(acce
     assert raised.value.number == signal.SIGINT
 
 
-def test_a_checkpoint_is_asked_for_once(accelerator, capfd):
+def test_signals_requests_one_checkpoint_per_sigusr1(accelerator, capfd):
     with Signals() as signals, signals.deferred():
         send(signal.SIGUSR1)
         assert signals.poll(accelerator) == (True, False)
@@ -70,7 +70,7 @@ def test_a_checkpoint_is_asked_for_once(accelerator, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_handlers_are_those_of_before_afterwards():
+def test_signals_restores_previous_handlers():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with Signals():
@@ -78,7 +78,7 @@ def test_handlers_are_those_of_before_afterwards():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_a_forked_process_ends_by_sigterm_and_leaves_interrupts_to_its_parent():
+def test_signals_in_forked_process_ignores_interrupt_not_sigterm():
     with Signals():
         child = os.fork()
         if child == 0:
@@ -88,7 +88,7 @@ def test_a_forked_process_ends_by_sigterm_and_leaves_interrupts_to_its_parent():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
 
 
-def test_watchdog_ends_a_process_that_does_not_feed_it(capfd):
+def test_watchdog_ends_process_that_stops_feeding(capfd):
     def exit_code(feed: bool) -> int:
         child = os.fork()
         if child == 0:
@@ -107,7 +107,7 @@ def test_watchdog_ends_a_process_that_does_not_feed_it(capfd):
     assert "Timeout" in capfd.readouterr().err
 
 
-def test_errors_of_other_processes_are_explained():
+def test_explain_names_errors_of_other_processes():
     killed = explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
     assert isinstance(killed, ChildProcessError)
     assert "(pid 7) was killed by signal: Killed; most often memory is full" in str(killed)

@@ -95,7 +95,7 @@ def assert_refused(recipe, tmp_path, message, *words):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_settings_that_learn_nothing_are_refused(recipe, tmp_path, words, message):
+def test_run_with_settings_that_learn_nothing_is_refused(recipe, tmp_path, words, message):
     assert_refused(recipe, tmp_path, message, *words)
 
 
@@ -108,12 +108,12 @@ def test_settings_that_learn_nothing_are_refused(recipe, tmp_path, words, messag
         ("no phrases", "No sentence of train_split='train' has a phrase that names an object"),
     ],
 )
-def test_data_without_labels_are_refused(recipe, folders, tmp_path, name, message, streaming):
+def test_run_on_data_without_labels_is_refused(recipe, folders, tmp_path, name, message, streaming):
     words = (*of_folder(folders[name]), "--streaming", streaming, "--model.predict_masks", "true")
     assert_refused(recipe, tmp_path, message, *words, "--data_cache_dir", str(tmp_path / "cache"))
 
 
-def test_splits_without_rows_are_refused(recipe, folders, shapes, tmp_path):
+def test_run_with_empty_split_is_refused(recipe, folders, shapes, tmp_path):
     words = (*of_folder(folders["no validation"]), "--data_cache_dir", str(tmp_path / "cache"), "--streaming")
     message = r"The split 'validation' of '.*' has no rows: '.*validation\.parquet' is empty\. Fill or remove it\."
     for streaming in ("true", "false"):
@@ -128,7 +128,7 @@ def test_splits_without_rows_are_refused(recipe, folders, shapes, tmp_path):
     refuse_empty_splits(empty, DataSettings(train_split="train+test"))
 
 
-def test_a_loaded_model_may_keep_what_it_has_learned(trained, recipe, tmp_path):
+def test_run_may_freeze_loaded_parts_but_not_new_ones(trained, recipe, tmp_path):
     """Without learning rate a loaded part stays as it is; but not all of it, and no head that is new."""
     words = ["--init_from", str(trained[0]), "--model.predict_masks", "true"]
     assert_refused(
@@ -140,12 +140,12 @@ def test_a_loaded_model_may_keep_what_it_has_learned(trained, recipe, tmp_path):
     assert (tmp_path / "masks" / "model.safetensors").exists()
 
 
-def test_a_resume_is_not_exempt(trained, recipe, tmp_path):
+def test_resume_with_zero_learning_rates_is_refused(trained, recipe, tmp_path):
     with pytest.raises(ValueError, match="Nothing would be learned: "):
         train_reftr.main([str(recipe), "--output_dir", str(trained[0]), "--resume", "auto", *NO_RATES])
 
 
-def test_masks_of_some_train_and_the_others_are_counted(recipe, folders, shapes, tmp_path, caplog):
+def test_run_with_some_masks_trains_and_counts_missing(recipe, folders, shapes, tmp_path, caplog):
     rows = change(shapes["train"], segmentation=lambda index: index % 3 == 0)
     num_sentences = sum(map(len, shapes["train"]["sentences"]))
     num_masked = sum(len(row["sentences"]) for index, row in enumerate(rows) if index % 3 == 0)
@@ -162,7 +162,7 @@ def test_masks_of_some_train_and_the_others_are_counted(recipe, folders, shapes,
     assert f"{num_sentences - num_masked:,} of {num_sentences:,} training sentences have no mask" in caplog.text
 
 
-def test_a_caption_has_a_mask_where_each_of_its_phrases_has_one(shapes):
+def test_count_labels_requires_mask_for_every_phrase(shapes):
     """The first object of each phrase is what it is answered with."""
     features = shapes["train"].features
     segmentation = {"size": [1, 1], "counts": "0"}
@@ -201,7 +201,7 @@ def test_a_caption_has_a_mask_where_each_of_its_phrases_has_one(shapes):
     assert refuse_missing_labels(built.to_iterable_dataset(), args.data, True) is None
 
 
-def test_a_warm_up_that_does_not_end_is_said(recipe, tmp_path, caplog):
+def test_run_warns_of_unfinished_warmup(recipe, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train_reftr.main(
             [
@@ -220,7 +220,7 @@ def test_a_warm_up_that_does_not_end_is_said(recipe, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_two_processes_are_both_refused(run, recipe, folders, tmp_path):
+def test_idle_run_on_two_processes_is_refused_on_both(run, recipe, folders, tmp_path):
     settings = yaml.safe_load(recipe.read_text()) | {"model": {**yaml.safe_load(recipe.read_text())["model"]}}
     path = tmp_path / "masks.yaml"
     path.write_text(yaml.safe_dump(settings | {"data_cache_dir": str(tmp_path / "cache")}))
@@ -237,6 +237,6 @@ def test_two_processes_are_both_refused(run, recipe, folders, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_warmup_that_ends_with_the_run_is_said():
+def test_find_unfinished_warmup_includes_last_step():
     assert find_unfinished_warmup(5, 6) is None
     assert find_unfinished_warmup(6, 6).startswith("The warm-up of 6 steps is not over when the run ends after 6")

@@ -24,12 +24,12 @@ from training_reftr.tracking import memory_in_use
         (["--resume_what", "x"], ["--resume_what", "x"]),
     ],
 )
-def test_a_run_that_resumes_is_continued_by_its_newest_checkpoint(words, kept):
+def test_resume_command_replaces_resume_by_auto(words, kept):
     assert without_resume(words) == kept
     assert resume_command(words).endswith(" ".join(["train_reftr.py", *kept, "--resume auto"]))
 
 
-def test_rank_0_of_all_machines_speaks_for_all(monkeypatch):
+def test_is_main_rank_prefers_global_over_local_rank(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert is_main_rank()
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -42,7 +42,7 @@ def test_rank_0_of_all_machines_speaks_for_all(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="only Linux tells the parent's command")
 @pytest.mark.parametrize("name", ["torchrun", "another"])
-def test_command_of_a_launcher_is_repeated(tmp_path, name):
+def test_resume_command_repeats_launcher(tmp_path, name):
     """With words that hold spaces; another parent is no launcher."""
     launcher, script = tmp_path / name, tmp_path / "train.py"
     launcher.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[3:]], check=True)")
@@ -58,6 +58,6 @@ def test_command_of_a_launcher_is_repeated(tmp_path, name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells the memory of a process")
-def test_memory_of_a_run_is_what_its_process_holds():
+def test_memory_in_use_matches_resident_memory():
     expected = psutil.Process().memory_info().rss / 2**30
     assert memory_in_use(torch.device("cpu")) == pytest.approx(expected, rel=0.1)

@@ -35,7 +35,7 @@ def own_recipe(recipe, tmp_path):
 
 # b is an image of training, e one of validation
 @pytest.mark.parametrize(("image", "damage"), [("b", "cut"), ("e", "missing")])
-def test_error_of_an_image_does_not_depend_on_loader_processes(own_recipe, tmp_path, image, damage):
+def test_image_error_is_independent_of_loader_processes(own_recipe, tmp_path, image, damage):
     recipe, folder = own_recipe
     path = folder / f"{image}.png"
     content = path.read_bytes()
@@ -76,7 +76,7 @@ def collate(samples):
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
-def test_errors_keep_type_and_sentence(error, workers):
+def test_loader_error_keeps_type_and_message(error, workers):
     loader = SampleLoader(Reading(), collate, batch_sampler=[[error]], num_workers=workers)
     with pytest.raises(type(error)) as raised:
         next(iter(loader))
@@ -84,7 +84,7 @@ def test_errors_keep_type_and_sentence(error, workers):
     assert str(raised.value) == str(error)
 
 
-def test_error_that_cannot_be_pickled_keeps_its_sentence():
+def test_portable_keeps_message_of_unpicklable_error():
     class LocalError(OSError):
         pass
 
@@ -93,13 +93,13 @@ def test_error_that_cannot_be_pickled_keeps_its_sentence():
     assert str(sent) == "The disk is gone."
 
 
-def test_faults_of_the_code_keep_their_traceback():
+def test_loader_bug_keeps_original_traceback():
     loader = SampleLoader(Reading(), collate, batch_sampler=[[KeyError("text")]], num_workers=1)
     with pytest.raises(KeyError, match=r"Original Traceback"):
         next(iter(loader))
 
 
-def test_loader_ends_its_processes_at_once_after_an_error():
+def test_loader_ends_its_processes_at_once_after_error():
     """Where the garbage collector ends a loader, each of its processes waits for five seconds."""
     loader = SampleLoader(Reading(), collate, batch_sampler=[[ValueError("x")]], num_workers=1)
     with contextlib.suppress(ValueError):
@@ -110,7 +110,7 @@ def test_loader_ends_its_processes_at_once_after_an_error():
 
 
 @pytest.mark.slow
-def test_each_of_two_ranks_says_it_in_a_sentence(own_recipe, tmp_path):
+def test_image_error_on_two_ranks_has_no_traceback(own_recipe, tmp_path):
     recipe, folder = own_recipe
     (folder / "b.png").write_bytes(b"")
     words = [

@@ -26,7 +26,7 @@ def test_locked_folder_is_refused_with_process_and_host(tmp_path):
         pass
 
 
-def test_file_that_is_removed_meanwhile_is_locked_anew(tmp_path, monkeypatch):
+def test_lock_survives_removal_of_its_file_before_locking(tmp_path, monkeypatch):
     """A run that ends removes its file: between the opening and the locking of it by another one, too."""
     flock, removed = lock.fcntl.flock, []
 
@@ -43,13 +43,13 @@ def test_file_that_is_removed_meanwhile_is_locked_anew(tmp_path, monkeypatch):
     assert removed
 
 
-def test_lock_tells_its_holder_and_not_the_one_before(tmp_path):
+def test_lock_file_names_current_holder_only(tmp_path):
     (tmp_path / ".lock").write_text("process 1 on a machine with a long name " * 9)
     with lock.locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
-def test_unused_new_folder_is_removed(tmp_path):
+def test_lock_removes_unused_new_folder(tmp_path):
     with pytest.raises(ValueError, match="refused"), lock.locked(tmp_path / "new"):
         raise ValueError("refused")
     (tmp_path / "old").mkdir()
@@ -58,7 +58,7 @@ def test_unused_new_folder_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_killed_process_leaves_no_lock_though_its_loader_process_lives_on(tmp_path):
+def test_lock_is_released_on_kill_despite_living_loader_process(tmp_path):
     reading, writing = os.pipe()
     holder = os.fork()
     if holder == 0:
@@ -84,7 +84,7 @@ def test_killed_process_leaves_no_lock_though_its_loader_process_lives_on(tmp_pa
         os.kill(loader, signal.SIGKILL)
 
 
-def test_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+def test_folder_without_lock_support_is_used_with_warning(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise OSError(38, "Function not implemented")
 

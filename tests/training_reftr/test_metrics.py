@@ -44,7 +44,7 @@ def random_masks(number, seed):
     return masks
 
 
-def test_masks_against_pycocotools():
+def test_mask_metrics_match_pycocotools():
     """1,000 pairs of random masks."""
     predicted, true = random_masks(1000, 0), random_masks(1000, 1)
     expected = [coco_mask.iou([a], [b], [False]).item() for a, b in zip(predicted, true, strict=True)]
@@ -65,7 +65,7 @@ def test_masks_against_pycocotools():
     assert values["overall_iou"] == pytest.approx(both / (sum(pixels) - both), abs=1e-12)
 
 
-def test_a_hit_is_strictly_more():
+def test_metrics_count_hit_only_above_threshold():
     boxes, masks = BoxMetrics(), MaskMetrics()
     boxes.update([0.5, 0.5 + 1e-9, 0.9, 0.0])
     masks.update([1, 51, 90, 0], [2, 100, 100, 0])
@@ -75,7 +75,7 @@ def test_a_hit_is_strictly_more():
     assert boxes.compute()["accuracy@0.5"] == 0.5
 
 
-def test_order_and_parts_change_no_bit():
+def test_box_metrics_are_independent_of_order_and_parts():
     draw = random.Random(0)
     ious = [draw.random() for _ in range(10_001)]
     whole = BoxMetrics()
@@ -88,12 +88,12 @@ def test_order_and_parts_change_no_bit():
         assert parts.compute() == whole.compute()
 
 
-def test_nothing_is_zero():
+def test_metrics_without_records_are_zero():
     assert set(BoxMetrics().compute().values()) == {0}
     assert set(MaskMetrics().compute().values()) == {0}
 
 
-def test_masks_of_two_sizes_are_refused():
+def test_count_pixels_refuses_masks_of_two_sizes():
     masks = [coco_mask.encode(np.asfortranarray(np.ones(size, np.uint8))) for size in ((2, 3), (3, 2))]
     with pytest.raises(ValueError, match=r"Masks of \(2, 3\) and \(3, 2\)"):
         count_pixels(*masks)
@@ -129,7 +129,7 @@ def run_alone(tmp_path):
     return run
 
 
-def test_modules_compute_what_training_does(clone, run_alone, trained, shapes, tmp_path):
+def test_evaluate_modules_match_training_metrics(clone, run_alone, trained, shapes, tmp_path):
     """By path, offline, without the project: on the answers of a run, and on masks that training compares."""
     lines = [json.loads(line) for line in (trained[0] / "predictions.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["split"] == "test"]
@@ -187,7 +187,7 @@ class FakeProcessor:
             return masks[:, : size[0], : size[1]]
 
 
-def test_modules_share_what_both_have():
+def test_evaluate_modules_share_identical_helpers():
     """Each file works alone, so both hold these; they must stay the same."""
     for name in ("mean", "entries", "precisions"):
         assert len({inspect.getsource(getattr(module, name)) for module in MODULES.values()}) == 1
@@ -196,7 +196,7 @@ def test_modules_share_what_both_have():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_folder_of_a_module_is_a_space(name):
+def test_evaluate_module_folder_is_complete_space(name):
     """What the Hub shows of it, and what it needs; nothing else is imported."""
     folder = ROOT / "training_reftr" / "metrics" / name
     assert "- metric\n" in (folder / "README.md").read_text()
@@ -205,7 +205,7 @@ def test_folder_of_a_module_is_a_space(name):
     assert imported - sys.stdlib_module_names == {"datasets", "evaluate", "numpy"} == set(needed)
 
 
-def test_box_ious_are_those_of_torchvision():
+def test_box_ious_match_torchvision():
     generator = np.random.default_rng(0)
     boxes, others = np.sort(generator.normal(50, 20, (2, 300, 2, 2)), axis=2).reshape(2, 300, 4)
     expected = box_iou(torch.from_numpy(boxes), torch.from_numpy(others))
@@ -224,13 +224,13 @@ def test_box_ious_are_those_of_torchvision():
     ],
     ids=["tuple", "array", "tensor", "tensors"],
 )
-def test_boxes_of_every_form_are_taken(change, tmp_path):
+def test_box_metric_accepts_every_box_type(change, tmp_path):
     metric = boxes_alone.ReferringExpressionComprehension(cache_dir=str(tmp_path))
     values = metric.compute(predictions=change([BOX, [2, 2, 2, 2]]), references=change([[0, 0, 10, 10], [2, 2, 2, 2]]))
     assert values["mean_iou"] == 0.4
 
 
-def test_masks_of_every_form_are_taken(tmp_path):
+def test_mask_metric_accepts_every_mask_type(tmp_path):
     metric = masks_alone.ReferringSegmentation(cache_dir=str(tmp_path))
     array = np.array([[0, 1], [1, 1]])
     forms = [MASK, {**MASK, "counts": b"13"}, {"size": (2, 2), "counts": [1, 3]}, array, array.astype(float)]
@@ -258,7 +258,7 @@ def test_masks_of_every_form_are_taken(tmp_path):
         ([BOX, BOX], "must have the same length, got 2 and 1"),
     ],
 )
-def test_what_is_not_a_box_is_refused(bad, message, tmp_path):
+def test_box_metric_refuses_invalid_boxes(bad, message, tmp_path):
     metric = boxes_alone.ReferringExpressionComprehension(cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=bad, references=[BOX])
@@ -287,7 +287,7 @@ def test_what_is_not_a_box_is_refused(bad, message, tmp_path):
         (3, "booleans or zeros and ones"),
     ],
 )
-def test_what_is_not_a_mask_is_refused(bad, message, tmp_path):
+def test_mask_metric_refuses_invalid_masks(bad, message, tmp_path):
     metric = masks_alone.ReferringSegmentation(cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=rf"predictions\[1\] .*{message}"):
         metric.compute(predictions=[MASK, bad], references=[MASK, MASK])
@@ -300,7 +300,7 @@ def test_what_is_not_a_mask_is_refused(bad, message, tmp_path):
     assert metric.compute(predictions=[MASK], references=[MASK])["mean_iou"] == 1
 
 
-def test_astronomical_masks_need_no_memory():
+def test_count_pixels_of_huge_masks_allocates_no_pixels():
     """Masks are compared by their run lengths; pycocotools would not end, or allocate each pixel."""
     start = time.perf_counter()
     huge = {"size": [10**6, 10**6], "counts": [10**11, 9 * 10**11]}
@@ -309,7 +309,7 @@ def test_astronomical_masks_need_no_memory():
     assert time.perf_counter() - start < 1
 
 
-def test_run_lengths_are_read_as_the_datasets_are():
+def test_run_lengths_are_decoded_alike_in_all_packages():
     for mask in random_masks(50, 4):
         text = mask["counts"].decode()
         assert masks_alone.uncompress_counts(text) == data_masks.uncompress_counts(text)
@@ -317,7 +317,7 @@ def test_run_lengths_are_read_as_the_datasets_are():
         assert masks_alone.array_to_counts(from_coco_rle(mask)) == masks_alone.uncompress_counts(text)
 
 
-def test_summary_has_the_modules_values():
+def test_summarize_matches_evaluate_modules():
     """`metrics.json` of a run holds what the modules give, under the same names."""
     record = {"iou": 0.6, "any_box_iou": 0.6, "boxes": [BOX], "types": [], "mask_pixels": (1, 2)}
     values = summarize([record | {"resized_mask_pixels": (3, 4)}])

@@ -107,7 +107,7 @@ def load(files, recipe, shapes):
     return load_path
 
 
-def test_every_setting_has_a_scope_and_every_one_of_the_model_a_row():
+def test_every_setting_has_scope_and_model_settings_have_rows():
     assert {item.metadata["scope"] for item in FIELDS.values()} == set(Scope)
     assert all(item.metadata["help"].endswith((".", ":")) for item in FIELDS.values())
     assert TABLE.keys() == {*names_in_scope(Scope.MODEL), "attn_implementation"}
@@ -118,7 +118,7 @@ def test_every_setting_has_a_scope_and_every_one_of_the_model_a_row():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_setting_applies_or_is_refused(load, path):
+def test_model_setting_applies_or_is_refused(load, path):
     before = load(path)  # as the recipe has it, everything is taken
     applied = []
     for setting, row in TABLE.items():
@@ -135,7 +135,7 @@ def test_a_setting_applies_or_is_refused(load, path):
             assert not VALUES[setting][1](*before), (setting, path)
 
 
-def test_what_is_not_given_is_what_the_model_brings(files, tmp_path, shapes):
+def test_loaded_model_keeps_its_sizes_if_none_are_given(files, tmp_path, shapes):
     processor = RefTRProcessor.from_pretrained(files.run)
     processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 48}
     processor.image_processor.size_divisor = 16
@@ -151,7 +151,7 @@ def test_what_is_not_given_is_what_the_model_brings(files, tmp_path, shapes):
         assert (loaded.image_processor.size_divisor, loaded.max_caption_length) == (16, 9)
 
 
-def test_a_recipe_s_model_is_not_that_of_another_model_that_is_evaluated(files, recipe):
+def test_evaluation_replaces_recipe_model_or_refuses_contradiction(files, recipe):
     """Named on the command line, the evaluated model replaces the recipe's; a recipe that names both must agree."""
     args = parse_arguments([str(recipe), "--eval_only", "--init_from", str(files.run)])
     assert args.initialization.model == {}
@@ -162,7 +162,7 @@ def test_a_recipe_s_model_is_not_that_of_another_model_that_is_evaluated(files, 
         load_for_report(other)
 
 
-def test_weights_that_are_missing_are_not_evaluated_as_random_ones(files, tmp_path):
+def test_evaluation_of_model_with_missing_weights_is_refused(files, tmp_path):
     for file in files.run.iterdir():
         if file.suffix in (".json", ".safetensors"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -172,13 +172,13 @@ def test_weights_that_are_missing_are_not_evaluated_as_random_ones(files, tmp_pa
         load_for_report(parse_arguments(["--eval_only", "--init_from", str(tmp_path)]))
 
 
-def test_a_checkpoint_of_an_evaluation_is_refused_where_it_would_be_ignored(recipe):
+def test_evaluation_with_resume_file_is_refused(recipe):
     with pytest.raises(ValueError, match=r"resume='refcoco.pth' initializes training, and eval_only"):
         parse_arguments([str(recipe), "--eval_only", "--resume", "refcoco.pth"])
     assert parse_arguments([str(recipe), "--eval_only", "--resume", "auto"]).evaluation.eval_only
 
 
-def test_recipe_card_and_report_say_the_size_that_ran(files, recipe, tmp_path):
+def test_recipe_card_and_report_state_actual_image_size(files, recipe, tmp_path):
     """At the door: fine-tuned at 32 px over a model of 64 px, with and without saying so, then evaluated at 48."""
     words = [str(recipe), "--init_from", str(files.run), "--max_steps", "1", "--num_pictures", "0", "--output_dir"]
     train_reftr.main([*words, str(tmp_path / "said"), "--image_size", "32"])

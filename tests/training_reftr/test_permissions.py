@@ -30,14 +30,14 @@ def unexpected_modes(folder, umask):
     return {path: oct(mode) for path, mode in found.items() if mode != expected[os.path.isdir(path)]}
 
 
-def test_a_run_can_be_read_by_those_whom_the_umask_lets(trained):
+def test_run_files_follow_umask(trained):
     folder, _ = trained
     assert (folder / "checkpoints").is_dir()
     folder.chmod(0o750)  # made by pytest
     assert unexpected_modes(folder, 0o027) == {}
 
 
-def test_saved_models_have_the_permissions_of_the_umask(make_model, processor, tmp_path, umask):
+def test_saved_model_files_follow_umask(make_model, processor, tmp_path, umask):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "mine.safetensors").touch(0o600)
@@ -51,7 +51,7 @@ def test_saved_models_have_the_permissions_of_the_umask(make_model, processor, t
         assert unexpected_modes(path, umask) == {}
 
 
-def test_tensors_have_the_permissions_of_the_umask(tmp_path, umask):
+def test_saved_tensors_follow_umask(tmp_path, umask):
     (tmp_path / "folder").mkdir()
     path = tmp_path / "folder" / "tensors.safetensors"
     path.touch(0o600)
@@ -60,7 +60,7 @@ def test_tensors_have_the_permissions_of_the_umask(tmp_path, umask):
     assert list((tmp_path / "folder").iterdir()) == [path]
 
 
-def test_built_and_exported_datasets_have_the_permissions_of_the_umask(tmp_path, umask):
+def test_built_and_exported_datasets_follow_umask(tmp_path, umask):
     (tmp_path / "cache").mkdir()
     splits = data_scripts.load("shapes", cache_dir=str(tmp_path / "cache"), **TINY_SET, num_proc=2)
     export_dataset(data_scripts.SOURCES["shapes"], splits, tmp_path / "export")
@@ -68,7 +68,7 @@ def test_built_and_exported_datasets_have_the_permissions_of_the_umask(tmp_path,
         assert unexpected_modes(tmp_path / name, umask) == {}
 
 
-def test_cached_images_have_the_permissions_of_the_umask(processor, tmp_path, umask):
+def test_cached_images_follow_umask(processor, tmp_path, umask):
     Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "one.png")
     read = ImageReader(processor.image_processor, str(tmp_path / "cache"))
     read({"image": {"bytes": None, "path": str(tmp_path / "one.png")}, "height": 40, "width": 30})

@@ -132,7 +132,7 @@ def furthest(lines, boxes):
     return max(np.abs(np.subtract(lines[text]["pred_box_xyxy"], box)).max() for text, box in boxes.items())
 
 
-def test_published_batches_are_composed_as_published(index, model_folder, evaluate_as):
+def test_evaluation_in_published_batches_matches_published_boxes(index, model_folder, evaluate_as):
     folder, records = index
     expected = published_boxes(folder, records, model_folder, BATCH_SIZE)
     found = {name: evaluate_as("--evaluation_batching", name) for name in ("published", "grouped", "unpadded")}
@@ -173,7 +173,7 @@ def test_published_batches_are_composed_as_published(index, model_folder, evalua
         assert "2 phrases whose mask has no pixel count with a mask IoU of 0, as published" in report
 
 
-def test_ranks_take_the_published_batches_as_they_are(index, model_folder, evaluate_as):
+def test_evaluation_on_two_ranks_keeps_published_batches(index, model_folder, evaluate_as):
     folder, records = index
     _, lines, _ = evaluate_as("--evaluation_batching", "published", "--evaluation_batch_size", "5", ranks=2)
     assert furthest(lines, published_boxes(folder, records, model_folder, 5)) < 1e-3
@@ -186,7 +186,7 @@ def rows_of(index, **flags):
     )
 
 
-def test_what_is_left_out_without_the_published_boxes_is_said(evaluate_as, index):
+def test_report_states_omissions_without_integer_boxes(evaluate_as, index):
     """Boxes as annotated: each has an extent, and the empty masks do not count."""
     metrics, _, report = evaluate_as(dataset_config="")
     values = metrics["splits"]["val"]
@@ -201,7 +201,7 @@ def test_what_is_left_out_without_the_published_boxes_is_said(evaluate_as, index
 # the order
 
 
-def test_the_order_is_that_of_the_index_whatever_the_rows(index):
+def test_source_order_follows_index_whatever_row_order(index):
     rows = rows_of(index)
     texts = [text for *_, text in index[1]]
     for mixed in (rows, rows.shuffle(seed=1)):
@@ -222,7 +222,7 @@ def test_the_order_is_that_of_the_index_whatever_the_rows(index):
     assert texts_of(part, fewer) == [batch for batch in expected if batch]
 
 
-def test_the_order_survives_export_and_streaming(index, tmp_path):
+def test_source_order_survives_export_and_streaming(index, tmp_path):
     rows = rows_of(index)
     export_dataset(data_scripts.SOURCES["reftr_refcoco_unc"], {"val": rows}, tmp_path / "export")
     args = TrainingSettings.from_flat(
@@ -236,13 +236,13 @@ def test_the_order_survives_export_and_streaming(index, tmp_path):
     assert source_order(load_rows(args.data, eval_only=True)["val"]) == source_order(rows)
 
 
-def test_rows_in_their_own_order_need_no_positions(shapes):
+def test_source_order_of_rows_without_positions_is_row_order(shapes):
     order = source_order(shapes["test"])
     assert [position for position, *_ in order] == list(range(len(order)))
     assert [row for _, row, _ in order] == sorted(row for _, row, _ in order)
 
 
-def test_an_order_that_is_not_known_is_refused(index, processor):
+def test_published_batching_refuses_rows_of_unknown_order(index, processor):
     rows = rows_of(index)
     args = TrainingSettings.from_flat(evaluation_batching="published", num_workers=0)
     earlier = rows.remove_columns("positions")
@@ -255,7 +255,7 @@ def test_an_order_that_is_not_known_is_refused(index, processor):
 
 
 @pytest.mark.parametrize("batching", ["published", "unpadded"])
-def test_padding_that_the_batches_do_not_mean_is_refused(index, processor, batching):
+def test_exact_batching_refuses_size_divisor(index, processor, batching):
     with pytest.raises(ValueError, match=r"size_divisor=32 pads them further: remove one of them"):
         TrainingSettings.from_flat(evaluation_batching=batching, size_divisor=32)
     processor.image_processor.size_divisor = 32
@@ -276,7 +276,7 @@ def batches_of(rows, processor, args, rank, ranks):
 
 @pytest.mark.parametrize("batching", ["grouped", "published", "unpadded"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batching, ranks):
+def test_evaluation_gives_ranks_equal_batches_and_every_phrase(index, processor, batching, ranks):
     rows = rows_of(index)
     args = TrainingSettings.from_flat(evaluation_batching=batching, evaluation_batch_size=4, num_workers=0)
     batches = [batches_of(rows, processor, args, rank, ranks) for rank in range(ranks)]
@@ -295,7 +295,7 @@ def test_ranks_have_equally_many_batches_and_every_phrase(index, processor, batc
                 assert len({resized(rows[sample.index]) for sample in batch}) == 1
 
 
-def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor):
+def test_evaluation_pads_uneven_ranks_with_first_rows(shapes, processor):
     rows = shapes["test"]
     assert len(rows) == 10
     args = TrainingSettings.from_flat(evaluation_batch_size=2, num_workers=0)
@@ -304,7 +304,7 @@ def test_what_does_not_come_out_even_begins_again_at_the_start(shapes, processor
     assert seen == {index: 2 if index < 2 else 1 for index in range(10)}
 
 
-def test_check_says_why_a_miss_is_there(index, capsys, tmp_path):
+def test_check_warns_of_published_misses_with_reason(index, capsys, tmp_path):
     words = ["check", "reftr_refcoco_unc", "--data_dir", str(index[0]), "--cache_dir", str(tmp_path / "cache")]
     assert data_main([*words, "--integer_boxes"]) == 0
     printed = capsys.readouterr().out
@@ -316,7 +316,7 @@ def test_check_says_why_a_miss_is_there(index, capsys, tmp_path):
     assert [kind for kind, message in find_box_faults(row) if "no extent" in message] == ["box"]
 
 
-def test_misses_are_drawn_counted_and_exported(index, tmp_path):
+def test_statistics_and_preview_accept_published_misses(index, tmp_path):
     """What else reads the rows takes them as they are: statistics, previews."""
     rows = rows_of(index)
     assert "val" in format_statistics({"val": rows})
@@ -327,7 +327,7 @@ def test_misses_are_drawn_counted_and_exported(index, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_training_drops_what_only_an_evaluation_counts(index, processor, streaming):
+def test_training_drops_boxes_without_extent_and_empty_masks(index, processor, streaming):
     """Trained on with its published boxes, val gives 28 of 29 expressions, and empty masks give no labels."""
     rows = rows_of(index)
     if streaming:
@@ -342,6 +342,6 @@ def test_training_drops_what_only_an_evaluation_counts(index, processor, streami
     assert [text for text, label in labels.items() if "masks" not in label] == [index[1][12][-1]]
 
 
-def test_labels_refuse_a_box_without_extent(index, processor):
+def test_processor_refuses_box_without_extent(index, processor):
     with pytest.raises(ValueError, match=r"must be \(x0, y0, x1, y1\) with x0 < x1"):
         processor(images=Image.new("RGB", (64, 48)), text="a dot", boxes=[[5, 6, 5, 9]])

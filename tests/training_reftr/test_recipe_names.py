@@ -32,7 +32,7 @@ def start(*command, cwd):
 
 
 @PROGRAMS
-def test_without_arguments_the_demo_runs_and_the_first_line_says_so(tmp_path, program):
+def test_train_without_arguments_announces_demo(tmp_path, program):
     process = start(*program, cwd=tmp_path)
     line = process.stdout.readline()
     process.kill()
@@ -40,7 +40,7 @@ def test_without_arguments_the_demo_runs_and_the_first_line_says_so(tmp_path, pr
     assert line == f"# No recipe is given, so the demo runs: {DEMO}.\n"
 
 
-def test_without_arguments_what_is_printed_is_the_demo(capsys):
+def test_print_config_without_arguments_prints_demo(capsys):
     with pytest.raises(SystemExit) as end:
         reftr(["train", "--print_config"])
     assert not end.value.code
@@ -70,7 +70,7 @@ SETTINGS_ALONE = [
 
 
 @pytest.mark.parametrize("words", SETTINGS_ALONE, ids=" ".join)
-def test_settings_without_a_recipe_end_with_code_2(capsys, words):
+def test_settings_without_recipe_exit_with_code_2(capsys, words):
     with pytest.raises(SystemExit) as end:
         with_recipe(words)
     assert end.value.code == 2
@@ -81,7 +81,7 @@ def test_settings_without_a_recipe_end_with_code_2(capsys, words):
     assert f"  reftr train demo {words[0]}" in text
 
 
-def test_the_example_of_a_resume_is_the_run_s_own_recipe(capsys, tmp_path):
+def test_resume_without_recipe_suggests_recipe_of_run(capsys, tmp_path):
     (tmp_path / "recipe.yaml").write_text("dataset: shapes\n")
     with pytest.raises(SystemExit):
         with_recipe(["--resume", "auto", "--output_dir", str(tmp_path)])
@@ -102,12 +102,12 @@ def test_the_example_of_a_resume_is_the_run_s_own_recipe(capsys, tmp_path):
     ],
     ids=" ".join,
 )
-def test_recipes_help_and_evaluations_that_say_all_are_left_alone(words):
+def test_with_recipe_keeps_complete_command_lines(words):
     assert with_recipe(words) == words
 
 
 @PROGRAMS
-def test_the_process_ends_with_code_2_before_torch_is_imported(tmp_path, program):
+def test_train_without_recipe_exits_before_importing_torch(tmp_path, program):
     process = start("-X", "importtime", *program, "--num_epochs", "3", cwd=tmp_path)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 2, text
@@ -117,7 +117,7 @@ def test_the_process_ends_with_code_2_before_torch_is_imported(tmp_path, program
     assert not imported & {"torch", "transformers", "numpy"}
 
 
-def test_one_process_of_several_speaks(capsys, monkeypatch):
+def test_with_recipe_prints_only_on_main_rank(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as end:
         with_recipe(["--num_epochs", "3"])
@@ -128,7 +128,7 @@ def test_one_process_of_several_speaks(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_without_arguments_runs_the_demo(tmp_path):
+def test_accelerate_launch_without_arguments_runs_demo(tmp_path):
     """The command of the project's first lines, word by word; ended once it has made its first steps."""
     process = start("-m", "accelerate.commands.launch", "--cpu", *SCRIPT, cwd=tmp_path)
     lines = []

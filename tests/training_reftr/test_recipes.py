@@ -119,12 +119,12 @@ def recipe_of(name):
     return parse_arguments([str(RECIPES / f"{name}.yaml")])
 
 
-def test_there_is_a_recipe_for_every_published_run():
+def test_recipes_cover_every_published_run():
     assert set(NAMES) == PUBLISHED.keys() | {"demo", "shapes/small"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_recipe_sets_what_was_published(name):
+def test_recipe_sets_published_values(name):
     args = recipe_of(name)
     for field, value in (COMMON | PUBLISHED[name]).items():
         assert args.to_flat()[field] == value, field
@@ -133,7 +133,7 @@ def test_a_recipe_sets_what_was_published(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_recipe_is_of_the_published_size(name):
+def test_recipe_builds_model_of_published_size(name):
     with torch.device("meta"):
         model = RefTRForVisualGrounding(RefTRConfig(**recipe_of(name).initialization.model))
     config = model.config
@@ -151,7 +151,7 @@ def recipe_that_writes(output_dir: str) -> str:
     return next(name for name in PUBLISHED if output_dir == f"./runs/{name.replace('/', '_')}")
 
 
-def test_runs_that_start_from_runs_name_what_those_write():
+def test_recipe_starts_from_output_folder_of_another_recipe():
     """A start that another recipe writes, by a path that is never taken for a Hub id."""
     for name in PUBLISHED:
         start = recipe_of(name).initialization.init_from
@@ -160,7 +160,7 @@ def test_runs_that_start_from_runs_name_what_those_write():
             assert recipe_of(recipe_that_writes(start)).checkpoints.output_dir == start.removeprefix("./")
 
 
-def test_published_ways_are_switched_by_name():
+def test_common_recipes_switch_published_settings():
     switches = [str(RECIPES / "common" / name) for name in ("trainval.yaml", "published_order.yaml")]
     args = parse_arguments([str(RECIPES / "flickr30k/r50.yaml"), *switches])
     assert (args.data.train_split, args.data.validation_split, args.data.test_splits) == ("train+val", "test", "test")
@@ -198,7 +198,7 @@ def loader_of(name):
 
 
 @pytest.mark.parametrize("split", ["train", "train+val", "trainval", "val"])
-def test_a_recipe_follows_its_published_loader(split):
+def test_recipe_follows_its_published_loader(split):
     """Brightness changes where it does there: not for Flickr30k's trainval, nor for masks of any trainval."""
     overlay = [str(RECIPES / "common" / "trainval.yaml")] if split == "train+val" else ["--train_split", split]
     for name in PUBLISHED:
@@ -213,7 +213,7 @@ def test_a_recipe_follows_its_published_loader(split):
         assert chosen.data.augmentation == "brightness"
 
 
-def test_datasets_of_ones_own_keep_the_published_augmentation():
+def test_custom_datasets_keep_published_augmentation():
     for dataset in ("shapes", "jsonl", "exports/flickr30k_entities", "./refcoco_unc"):
         args = TrainingSettings.from_flat(
             dataset=dataset, train_split="train+validation", model={"predict_masks": True}
@@ -228,7 +228,7 @@ def test_datasets_of_ones_own_keep_the_published_augmentation():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_printed_is_a_recipe_again(name, tmp_path, capsys):
+def test_print_config_prints_equivalent_recipe(name, tmp_path, capsys):
     words = [str(RECIPES / f"{name}.yaml"), "--model.dropout", "0.2", "--run_name", "3"]
     with pytest.raises(SystemExit) as end:
         parse_arguments([*words, "--print_config"])
@@ -239,7 +239,7 @@ def test_what_is_printed_is_a_recipe_again(name, tmp_path, capsys):
     assert (args.initialization.model["dropout"], args.tracking.run_name) == (0.2, "3")
 
 
-def test_print_config_at_the_door(run):
+def test_print_config_prints_only_yaml_on_stdout(run):
     """YAML alone on stdout, and nothing is built."""
     result = run("train_reftr.py", RECIPES / "referit/r50.yaml", "--print_config", "--model.decoder_layers", "4")
     settings = yaml.safe_load(result.stdout)
@@ -266,7 +266,7 @@ def write(folder, **recipes):
     return folder
 
 
-def test_recipes_lie_over_what_they_inherit(tmp_path):
+def test_recipe_overrides_inherited_settings(tmp_path):
     (tmp_path / "below").mkdir()
     write(tmp_path / "below", a="batch_size: 2\nseed: 1\nmodel: {d_model: 32, text_config: {hidden_size: 8}}")
     write(
@@ -282,7 +282,7 @@ def test_recipes_lie_over_what_they_inherit(tmp_path):
     assert args.initialization.model == {"d_model": 32, "text_config": text_config, "decoder_layers": 2}
 
 
-def test_several_recipes_on_the_command_line(tmp_path):
+def test_later_recipe_on_command_line_overrides_earlier(tmp_path):
     write(tmp_path, a="batch_size: 2\nseed: 1", b="batch_size: 3")
     args = parse_arguments([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
     assert (args.optimization.batch_size, args.optimization.seed) == (3, 1)
@@ -330,7 +330,7 @@ def test_several_recipes_on_the_command_line(tmp_path):
         ({"a": "a: ["}, ValueError, r"The recipe '\S+a\.yaml' is not YAML"),
     ],
 )
-def test_wrong_recipes_are_refused(tmp_path, recipes, error, message):
+def test_invalid_recipe_is_refused(tmp_path, recipes, error, message):
     write(tmp_path, **recipes)
     with pytest.raises(error, match=message):
         parse_arguments([str(tmp_path / "a.yaml")])
@@ -339,7 +339,7 @@ def test_wrong_recipes_are_refused(tmp_path, recipes, error, message):
 # the command line
 
 
-def test_recipe_and_command_line(recipe):
+def test_command_line_overrides_recipe(recipe):
     args = parse_arguments([str(recipe), "--batch_size", "3", "--learning_rate=5e-4", "--eval_only"])
     assert (args.optimization.batch_size, args.optimization.learning_rate, args.evaluation.eval_only) == (
         3,
@@ -356,7 +356,7 @@ def test_recipe_and_command_line(recipe):
     }
 
 
-def test_values_have_their_yaml_type():
+def test_command_line_values_have_yaml_types():
     words = ["--dataset_config.exclude", '["refcoco_unc"]', "--dataset_config.refcocog_umd.integer_boxes", "true"]
     words += ["--model.decoder_layers=3", "--model.dropout", "1e-1", "--model.backbone_config.backbone", "resnet101"]
     args = parse_arguments([*words, "--lr_drop_epochs", "[6, 12]", "--max_grad_norm", "inf", "--seed", "7"])
@@ -392,17 +392,17 @@ def test_values_have_their_yaml_type():
         (["--model", "[1]"], "model=[1] must be a mapping"),
     ],
 )
-def test_wrong_words_are_refused(words, message):
+def test_invalid_command_line_is_refused(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_arguments(words)
 
 
-def test_a_missing_recipe_is_named():
+def test_missing_recipe_is_named():
     with pytest.raises(OSError, match=r"'nowhere\.yaml' is neither"):
         parse_arguments(["nowhere.yaml"])
 
 
-def test_unknown_fields_of_the_backbones_are_refused(recipe, run, tmp_path):
+def test_unknown_backbone_field_is_refused(recipe, run, tmp_path):
     command = ("train_reftr.py", recipe, "--output_dir", tmp_path, "--model.text_config.hidden_sise", "8")
     result = run(*command, check=False)
     assert result.returncode != 0
@@ -412,7 +412,7 @@ def test_unknown_fields_of_the_backbones_are_refused(recipe, run, tmp_path):
 # starts that contradict each other
 
 
-def test_a_start_that_is_named_replaces_the_inherited_one(tmp_path):
+def test_init_setting_replaces_inherited_initialization(tmp_path):
     boxes, masks = (str(RECIPES / f"refcoco/r50_{stage}.yaml") for stage in ("boxes", "masks"))
     args = parse_arguments([boxes, "--init_from", "published.pth", "--eval_only"])
     assert (args.initialization.init_from, args.initialization.init_detr, args.initialization.init_text) == (
@@ -435,7 +435,7 @@ def test_a_start_that_is_named_replaces_the_inherited_one(tmp_path):
         (["--init_detr", "a", "--init_backbone", "b"], "contradict each other: a DETR has the image backbone"),
     ],
 )
-def test_starts_that_contradict_each_other_are_refused(words, reason):
+def test_contradicting_init_settings_are_refused(words, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse_arguments(words)
 
@@ -455,7 +455,7 @@ def factors(num_steps=100, **settings):
     return values
 
 
-def test_schedules():
+def test_scheduler_follows_step_cosine_and_constant():
     step = factors(lr_drop_epochs=[6])
     assert (step[0], step[59], step[60], step[99]) == (1, 1, pytest.approx(0.1), pytest.approx(0.1))
     cosine = factors(lr_schedule="cosine", warmup_steps=20)
@@ -466,7 +466,7 @@ def test_schedules():
     assert set(factors(lr_schedule="constant")) == {1}
 
 
-def test_several_drops_after_a_warmup():
+def test_scheduler_drops_after_warmup_to_a_hundredth_at_least():
     """Visual Genome's schedule: 3 epochs of warm-up, a drop at 6; and no drop goes under a hundredth."""
     rates = factors(150, lr_drop_epochs=[6], warmup_epochs=3)
     assert rates[:30] == pytest.approx([(step + 1) / 30 for step in range(30)])
@@ -475,7 +475,7 @@ def test_several_drops_after_a_warmup():
     assert factors(lr_drop_epochs=[2, 4, 6])[60:] == pytest.approx([0.01] * 40)
 
 
-def test_each_part_has_its_rate(make_model):
+def test_optimizer_gives_each_part_its_learning_rate(make_model):
     args = recipe_of("refcoco/r50_masks")
     model = make_model(predict_masks=True)
     rates = {}
@@ -514,7 +514,7 @@ PUBLISHED_FILES = [
 ]
 
 
-def test_every_published_file_has_its_recipes_in_the_table():
+def test_recipes_page_maps_every_published_file():
     table = PAGE.split("| published | here, in `recipes/` |")[1].split("\n\n")[0]
     rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
     for file in PUBLISHED_FILES:
@@ -541,7 +541,7 @@ def test_every_published_file_has_its_recipes_in_the_table():
         ("deepspeed", {"distributed_type": "DEEPSPEED"}),
     ],
 )
-def test_accelerate_reads_its_files(name, expected):
+def test_accelerate_reads_its_config_files(name, expected):
     path = str(RECIPES / "accelerate" / f"{name}.yaml")
     config = load_config_from_file(path)  # refuses unknown keys
     assert {key: getattr(config, key) for key in expected} == expected
@@ -593,7 +593,7 @@ def submit(tmp_path):
     return run_batch
 
 
-def test_slurm_starts_a_process_for_each_gpu(submit):
+def test_slurm_script_starts_one_process_per_gpu(submit):
     words = [str(RECIPES / "referit/r50.yaml"), "--data_dir", "two words"]
     launcher, *launched = submit(*words, MASTER_PORT="29501")
     launch = torchrun_parser().parse_args(launched)
@@ -607,7 +607,7 @@ def test_slurm_starts_a_process_for_each_gpu(submit):
     assert launch.training_script_args == [*words, "--resume=runs/x"]
 
 
-def test_slurm_takes_a_file_of_accelerate(submit):
+def test_slurm_script_accepts_accelerate_config(submit):
     path = str(RECIPES / "accelerate" / "fsdp2.yaml")
     launcher, command, *launched = submit(str(RECIPES / "referit/r50.yaml"), ACCELERATE_CONFIG=path)
     launch = launch_command_parser().parse_args(launched)
@@ -617,13 +617,13 @@ def test_slurm_takes_a_file_of_accelerate(submit):
     assert launch.training_script_args == [str(RECIPES / "referit/r50.yaml"), "--resume", "auto"]
 
 
-def test_slurm_says_what_it_needs():
+def test_slurm_script_requests_signal_before_time_limit():
     settings = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", (RECIPES / "slurm.sbatch").read_text()))
     assert settings["signal"] == "USR1@300"
     assert settings["ntasks-per-node"] == "1"
 
 
-def test_recipe_inherits_an_installed_one_by_name(tmp_path):
+def test_recipe_inherits_installed_recipe_by_name(tmp_path):
     (tmp_path / "own.yaml").write_text("inherit: [refcoco/r50_boxes, other.yaml]\nseed: 7\n")
     (tmp_path / "other.yaml").write_text("batch_size: 3\n")
     settings = parse_arguments([str(tmp_path / "own.yaml")])

@@ -84,7 +84,7 @@ def resume(recipe, folder, *words):
 
 @pytest.mark.row("R22")
 @pytest.mark.parametrize("trial", trials(len(CHANGES), short=3))
-def test_one_thing_changed_is_refused_or_written_as_it_ran(recipe, stopped, trial, caplog):
+def test_resume_with_changed_setting_is_refused_or_recorded(recipe, stopped, trial, caplog):
     setting, value = CHANGES[trial]
     name = setting.split(".")[0]
     before, old = digests(stopped), load_state(checkpoints_of(stopped)[0])
@@ -124,7 +124,7 @@ def test_one_thing_changed_is_refused_or_written_as_it_ran(recipe, stopped, tria
         assert "Settings were changed" not in card
 
 
-def test_every_setting_of_the_model_is_tried():
+def test_resume_changes_cover_every_model_setting():
     assert set(names_in_scope(Scope.MODEL)) <= {setting.split(".")[0] for setting, _ in CHANGES}
     assert len(CHANGES) == 40
 
@@ -139,14 +139,14 @@ def kept(folder, settings=None, **given):
     )
 
 
-def test_another_global_batch_is_said():
+def test_find_changes_reports_other_global_batch_size():
     args = TrainingSettings.from_flat()
     state = TrainingState(settings=vars(args), seen=[[16, 2], [8, 3]])
     assert find_changes(state, args, 8) == []
     assert find_changes(state, args, 16) == ["16 samples of all processes in a batch (was 8)"]
 
 
-def test_what_is_not_given_is_the_checkpoint_s(trained):
+def test_resume_takes_missing_settings_from_checkpoint(trained):
     """Without the recipe's model and sizes, and with the same ones given again."""
     settings = load_state(checkpoints_of(trained[0])[0]).settings
     for given in ({}, {"image_size": 64, "model": settings["model"]}):
@@ -156,7 +156,7 @@ def test_what_is_not_given_is_the_checkpoint_s(trained):
     assert kept(trained[0], learning_rate=3.0).optimization.learning_rate == 3.0
 
 
-def test_an_older_checkpoint_is_not_refused_for_what_it_does_not_say(trained):
+def test_resume_accepts_older_checkpoint_with_fewer_settings(trained):
     """A setting that its version did not have, and a default that was another one, are no change."""
     settings = load_state(checkpoints_of(trained[0])[0]).settings
     older = {name: value for name, value in settings.items() if name not in ("tokenizer", "size_divisor", "init_text")}
@@ -168,19 +168,19 @@ def test_an_older_checkpoint_is_not_refused_for_what_it_does_not_say(trained):
         kept(trained[0], settings=older, image_size=640)
 
 
-def test_all_that_differs_is_named_at_once(trained):
+def test_resume_names_all_changed_model_settings_at_once(trained):
     with pytest.raises(ValueError, match=r"size_divisor=32 \(the checkpoint has None\), model\.dropout=0\.5 \(the"):
         kept(trained[0], size_divisor=32, model={"dropout": 0.5})
 
 
-def test_a_dry_run_refuses_what_the_resume_would(recipe, stopped):
+def test_dry_run_refuses_same_changes_as_resume(recipe, stopped):
     before = digests(stopped)
     with pytest.raises(ValueError, match="fixes image_size=32"):
         resume(recipe, stopped, "--dry_run", "--image_size", "32")
     assert digests(stopped) == before
 
 
-def test_settings_in_a_checkpoint_are_those_that_ran(trained):
+def test_checkpoint_records_actual_settings(trained):
     """Sizes that nobody gave are written as the processor has them, in the checkpoint and in recipe.yaml."""
     settings = load_state(checkpoints_of(trained[0])[0]).settings
     assert settings.keys() == TrainingSettings().to_flat().keys()

@@ -110,7 +110,7 @@ def test_sample_has_the_arrays_of_its_row(rows, processor):
     assert len(without.boxes_xyxy) == 1
 
 
-def test_rows_and_samples_make_the_same_batch(rows, processor):
+def test_collator_makes_same_batch_of_rows_and_samples(rows, processor):
     """A trainer may hand decoded rows to the collator."""
     row = rows.cast_column("image", datasets.Image(decode=False))[1]
     sample = TrainingSamples(ImageReader(processor.image_processor), "none", 0, True)(
@@ -125,7 +125,7 @@ def test_rows_and_samples_make_the_same_batch(rows, processor):
         torch.testing.assert_close(first["boxes"], second["boxes"])
 
 
-def test_sample_keeps_images_of_the_size_of_a_channel(processor):
+def test_collator_keeps_axes_of_images_three_pixels_wide(processor):
     """Three pixels wide or high, an image could be taken for one with other axes."""
     for size in ((3, 40), (40, 3), (3, 3)):
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

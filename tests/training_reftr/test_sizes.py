@@ -7,7 +7,7 @@ from training_reftr.settings import DataSettings
 from training_reftr.sizes import image_size_of, max_text_length_of, set_sizes
 
 
-def test_sizes_that_are_named_are_set_and_others_stay(processor):
+def test_set_sizes_changes_only_given_sizes(processor):
     config = RefTRConfig(max_text_positions=60)
     image_processor = processor.image_processor
     set_sizes(processor, DataSettings(), config)
@@ -23,6 +23,6 @@ def test_sizes_that_are_named_are_set_and_others_stay(processor):
     assert (image_size_of(image_processor), max_text_length_of(processor)) == (48, 60)
 
 
-def test_texts_longer_than_the_model_reads_are_refused(processor):
+def test_set_sizes_refuses_text_length_above_model_limit(processor):
     with pytest.raises(ValueError, match=r"max_text_length=61 is more than model\.max_text_positions=60"):
         set_sizes(processor, DataSettings(max_text_length=61), RefTRConfig(max_text_positions=60))

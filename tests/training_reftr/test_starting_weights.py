@@ -89,7 +89,7 @@ def assert_frozen_as_configured(model):
 # 5. nothing
 
 
-def test_nothing_gives_random_weights_by_the_seed(build):
+def test_model_without_init_has_random_weights_of_seed(build):
     first, again, other = build(), build(), build(seed=1)
     weights = first.model.state_dict()
     assert same(again.model.state_dict(), weights)
@@ -100,7 +100,7 @@ def test_nothing_gives_random_weights_by_the_seed(build):
 # 4. image and text backbones
 
 
-def test_text_backbone_with_its_tokenizer(build, text_folder, tokenizer):
+def test_init_text_loads_weights_and_tokenizer(build, text_folder, tokenizer):
     pretrained = BertModel.from_pretrained(text_folder)
     built = build(init_text=str(text_folder), model=TINY_MODEL)
     assert same(part(built.model, "model.text_backbone."), pretrained.state_dict())
@@ -116,7 +116,7 @@ def test_text_backbone_with_its_tokenizer(build, text_folder, tokenizer):
     assert same(part(changed.model, "model.text_backbone."), pretrained.state_dict())
 
 
-def test_text_backbone_of_an_old_file(build, text_folder, tmp_path):
+def test_init_text_reads_old_file_with_restricted_reader(build, text_folder, tmp_path):
     """pytorch_model.bin, without a pooler, is read by the reader that runs nothing."""
     shutil.copytree(text_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
@@ -134,7 +134,7 @@ def test_text_backbone_of_an_old_file(build, text_folder, tmp_path):
 
 
 @pytest.mark.parametrize("read", ["tokenizer", "configuration", "conversion"])
-def test_text_model_that_claims_many_labels_is_refused(text_folder, tmp_path, read):
+def test_text_model_claiming_many_labels_is_refused(text_folder, tmp_path, read):
     """The library makes a name for each label."""
     shutil.copytree(text_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -148,7 +148,7 @@ def test_text_model_that_claims_many_labels_is_refused(text_folder, tmp_path, re
         readers[read](str(tmp_path))
 
 
-def test_text_backbone_whose_index_names_files_elsewhere_is_refused(build, text_folder, tmp_path):
+def test_init_text_refuses_index_naming_files_elsewhere(build, text_folder, tmp_path):
     shutil.copytree(text_folder, tmp_path / "bert")
     (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     names = dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), "../elsewhere.safetensors")
@@ -162,7 +162,7 @@ def test_text_backbone_whose_index_names_files_elsewhere_is_refused(build, text_
         )
 
 
-def test_text_backbones_that_do_not_fit_are_refused(build, text_folder, tmp_path):
+def test_init_text_refuses_mismatched_or_incomplete_model(build, text_folder, tmp_path):
     with pytest.raises(ValueError, match=r"model_type='roberta', but init_text='.*' is of type 'bert'"):
         build(init_text=str(text_folder), model={**TINY_MODEL, "text_config": {"model_type": "roberta"}})
     with pytest.raises(ValueError, match=r"does not fit the text backbone: \d+ weights.*intermediate\.dense\.weight"):
@@ -182,7 +182,7 @@ def test_text_backbones_that_do_not_fit_are_refused(build, text_folder, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "stride", "learning norms", "counted norms"])
-def test_image_backbone_of_a_file(build, kind, tmp_path):
+def test_init_backbone_loads_weights_from_file(build, kind, tmp_path):
     imagenet = randomise(timm.create_model("test_resnet")).state_dict()
     if kind != "counted norms":  # torchvision's older files have no counters, timm's have
         imagenet = {name: value for name, value in imagenet.items() if "num_batches" not in name}
@@ -199,7 +199,7 @@ def test_image_backbone_of_a_file(build, kind, tmp_path):
     assert f"weights of the image backbone from {file}. Left: fc.bias, fc.weight." in built.log
 
 
-def test_image_backbone_from_timm(build, tmp_path, monkeypatch):
+def test_init_backbone_timm_loads_weights_from_hub(build, tmp_path, monkeypatch):
     """The word timm asks the Hub for what timm has, and for nothing else."""
     imagenet = randomise(timm.create_model("test_efficientnet_gn")).state_dict()
     save_file(imagenet, tmp_path / "model.safetensors")
@@ -216,7 +216,7 @@ def test_image_backbone_from_timm(build, tmp_path, monkeypatch):
     assert "from timm/test_efficientnet_gn.r160_in1k. Left: bn2.bias" in built.log
 
 
-def test_image_backbone_of_flattened_names(build, tmp_path):
+def test_init_backbone_maps_flattened_timm_names(build, tmp_path):
     """timm writes stages_0 for stages.0 where it takes features off such a network."""
     imagenet = randomise(timm.create_model("test_convnext")).state_dict()
     save_file(imagenet, tmp_path / "convnext.safetensors")
@@ -227,7 +227,7 @@ def test_image_backbone_of_flattened_names(build, tmp_path):
     assert same(part(built.model, "model.backbone._backbone."), flat)
 
 
-def test_image_backbones_that_do_not_fit_are_refused(build, tmp_path):
+def test_init_backbone_refuses_mismatched_weights(build, tmp_path):
     save_file({"conv1.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(
         ValueError, match=r"init_backbone='.*other.safetensors' does not fit the image backbone. .*blocks"
@@ -252,7 +252,7 @@ def test_image_backbones_that_do_not_fit_are_refused(build, tmp_path):
 # 3. DETR
 
 
-def test_the_published_start(build, detr_file, text_folder):
+def test_init_detr_and_text_load_published_start(build, detr_file, text_folder):
     """Backbone and encoder of a DETR, text backbone and tokenizer of BERT; the rest is new."""
     backbone = {"backbone": "resnet50", "out_indices": [1, 2, 3, 4]}
     model = {**RESNET_MODEL, "backbone_config": backbone, "num_frozen_backbone_stages": 1}
@@ -279,7 +279,7 @@ def published(tokenizer, tmp_path_factory):
     return folder
 
 
-def test_a_published_file_gives_what_its_conversion_gives(build, published, tmp_path):
+def test_init_from_published_file_equals_its_conversion(build, published, tmp_path):
     file, words = published / "refcoco.pth", str(published / "tokenizer")
     convert_checkpoint(file, tmp_path / "converted", tokenizer=words)
     built = build(init_from=str(file), tokenizer=words, model={})
@@ -304,7 +304,7 @@ def test_a_published_file_gives_what_its_conversion_gives(build, published, tmp_
     assert head.requires_grad
 
 
-def test_fields_change_over_a_loaded_model(trained, build):
+def test_init_from_applies_changed_model_fields(trained, build):
     output, _ = trained
     built = build(init_from=str(output), model={"dropout": 0.3, "num_frozen_backbone_stages": 1}, max_text_length=12)
     assert built.model.config.dropout == 0.3
@@ -314,7 +314,7 @@ def test_fields_change_over_a_loaded_model(trained, build):
     assert same(built.model.state_dict(), saved)
 
 
-def test_timm_s_weights_are_no_other_backbone(build, tmp_path):
+def test_init_from_accepts_completed_timm_name(build, tmp_path):
     """timm completes the name that a saved configuration has; a recipe names the network alone."""
     first = build(model={**RESNET_MODEL, "text_config": TINY_TEXT})
     first.model.config.backbone_config.backbone = "test_resnet.r160_in1k"
@@ -328,13 +328,13 @@ def test_timm_s_weights_are_no_other_backbone(build, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./runs/nothing", "/nowhere/at/all", "nothing.pth", "runs/nothing/deeper"])
-def test_a_reftr_that_is_not_there_is_named_without_a_network(build, name, monkeypatch):
+def test_init_from_missing_path_fails_without_network(build, name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
     with pytest.raises(OSError, match=f"There is no RefTR at '{name}'"):
         build(init_from=name, model={})
 
 
-def test_pickles_of_a_folder_are_not_read(build, trained, tmp_path):
+def test_init_from_refuses_pickled_weights_in_folder(build, trained, tmp_path):
     output, _ = trained
     for name in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(output / name, tmp_path)
@@ -343,7 +343,7 @@ def test_pickles_of_a_folder_are_not_read(build, trained, tmp_path):
         build(init_from=str(tmp_path), model={})
 
 
-def test_settings_that_do_not_go_together(build, trained, published):
+def test_build_model_refuses_contradicting_settings(build, trained, published):
     output, _ = trained
     with pytest.raises(ValueError, match=r"has no effect on init_from=.* has its own"):
         build(init_from=str(output), tokenizer="bert-base-uncased", model={})
@@ -358,7 +358,7 @@ def test_settings_that_do_not_go_together(build, trained, published):
 # at the door
 
 
-def test_the_log_says_it_and_a_published_file_is_evaluated(recipe, run, published, tmp_path):
+def test_eval_only_evaluates_published_file(recipe, run, published, tmp_path):
     """`--eval_only --init_from FILE.pth`, the seed's `--eval --resume=FILE.pth`."""
     words = ("--init_from", published / "refcoco.pth", "--tokenizer", published / "tokenizer")
     result = run(
@@ -371,13 +371,13 @@ def test_the_log_says_it_and_a_published_file_is_evaluated(recipe, run, publishe
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_backbone_that_differs_is_refused(trained, recipe, run, tmp_path):
+def test_init_from_refuses_changed_text_backbone(trained, recipe, run, tmp_path):
     command = ("train_reftr.py", recipe, "--init_from", trained[0], "--output_dir", tmp_path)
     result = run(*command, "--model.text_config.hidden_size", "48", check=False)
     assert "model.text_config.hidden_size=48, but init_from has 32 there" in result.stderr
 
 
-def test_what_is_loaded_for_evaluation_is_not_changed(trained):
+def test_load_reftr_ignores_recipe_model(trained):
     """A recipe's model is for training: an evaluation takes the model as it was saved."""
     output, _ = trained
     model, _ = load_reftr(output, TrainingSettings.from_flat(model={"predict_masks": True}))

@@ -94,7 +94,7 @@ def adamw(model, batches, steps: int):
     return told
 
 
-def test_two_steps_change_the_weights_as_adamw_written_out(make_run, batches, accelerator):
+def test_train_step_matches_adamw_written_out(make_run, batches, accelerator):
     run = make_run()
     start, expected = copy.deepcopy(run.model.state_dict()), copy.deepcopy(run.model)
     told = adamw(expected, batches, 2)
@@ -119,19 +119,19 @@ def test_two_steps_change_the_weights_as_adamw_written_out(make_run, batches, ac
     assert compared > 100, "weights that move"
 
 
-def test_two_processes_with_unequal_shares_have_the_gradients_of_one():
+def test_train_step_on_unequal_ranks_has_gradients_of_one():
     settings = json.dumps({"model": TINY_MODEL, "text_config": TINY_TEXT})
     assert run_ranks(["-m", "tests.helpers.ranks_step", settings], 2).stdout == "equal\n"
 
 
-def test_only_parameters_that_require_gradients_are_in_the_optimizer(make_run):
+def test_optimizer_has_only_parameters_requiring_gradients(make_run):
     run = make_run(num_frozen_backbone_stages=1)
     trained = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(parameter) for parameter in run.model.parameters() if parameter.requires_grad}
     assert len(trained) < len(list(run.model.parameters()))
 
 
-def test_dropout_is_drawn_anew_in_each_step_and_again_after_a_resume(make_run, batches, accelerator):
+def test_train_step_seeds_dropout_by_step_and_seed(make_run, batches, accelerator):
     def first_loss(step, seed=3):
         run = make_run(dropout=0.5)
         run.state.step, run.settings.optimization.seed = step, seed
@@ -147,7 +147,7 @@ def test_dropout_is_drawn_anew_in_each_step_and_again_after_a_resume(make_run, b
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_would_spoil_the_weights_is_refused(make_run, batches, accelerator, what):
+def test_train_step_refuses_non_finite_loss_or_gradient(make_run, batches, accelerator, what):
     run = make_run()
     last = run.model.box_head.layers[-1]
     if what == "loss":
@@ -178,13 +178,13 @@ def schedule(steps_per_epoch=10, num_steps=100, done=0, **settings):
     return factors
 
 
-def test_learning_rates_fall_by_ten_after_each_drop():
+def test_step_schedule_divides_by_ten_after_each_drop():
     factors = schedule(lr_drop_epochs=[3, 5])
     assert factors == pytest.approx([1] * 30 + [0.1] * 20 + [0.01] * 50)
     assert schedule(lr_drop_epochs=[1, 2, 3])[-1] == pytest.approx(0.01), "and never under a hundredth"
 
 
-def test_learning_rates_follow_half_a_cosine_down_to_a_hundredth():
+def test_cosine_schedule_falls_to_a_hundredth():
     factors = schedule(lr_schedule="cosine", warmup_steps=20)
     assert factors[20] == pytest.approx(1)
     assert factors[60] == pytest.approx(0.5)
@@ -194,7 +194,7 @@ def test_learning_rates_follow_half_a_cosine_down_to_a_hundredth():
 
 
 @pytest.mark.parametrize("lr_schedule", ["step", "cosine", "constant"])
-def test_learning_rates_grow_in_the_warm_up_and_go_on_where_they_were(lr_schedule):
+def test_schedule_warms_up_and_continues_after_resume(lr_schedule):
     by_steps = schedule(lr_schedule=lr_schedule, warmup_steps=5)
     assert by_steps[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert by_steps == schedule(lr_schedule=lr_schedule, warmup_epochs=0.5)

@@ -21,7 +21,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_speed_counts_all_steps_since_the_last_record_and_no_evaluation(tmp_path, clock):
+def test_tracking_excludes_evaluation_from_throughput(tmp_path, clock):
     args = TrainingSettings.from_flat(output_dir=str(tmp_path), log_every=2, num_pictures=0)
     state = TrainingState()
     scheduler = SimpleNamespace(get_last_lr=lambda: [1e-3, 1e-5])

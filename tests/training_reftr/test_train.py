@@ -24,7 +24,7 @@ def logged_losses(log):
     return [(int(step), {k: float(v) for k, v in (p.split("=") for p in parts.split())}) for step, parts in lines]
 
 
-def test_a_run_leaves_model_processor_and_report(trained):
+def test_run_writes_model_processor_and_report(trained):
     output, result = trained
     names = {path.name for path in output.iterdir()}
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= names
@@ -44,14 +44,14 @@ def test_a_run_leaves_model_processor_and_report(trained):
     assert all(np.isfinite(list(parts.values())).all() for _, parts in losses)
 
 
-def test_training_goes_on_from_a_saved_model(trained, recipe, run, tmp_path):
+def test_run_from_saved_model_starts_with_lower_loss(trained, recipe, run, tmp_path):
     output, _ = trained
     result = run("train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--max_steps", "1")
     first_loss = logged_losses(result.stderr)[0][1]["loss"]
     assert first_loss < logged_losses(trained[1].stderr)[0][1]["loss"]
 
 
-def test_prediction_on_ones_own_picture(trained, run, tmp_path):
+def test_predict_answers_on_own_image(trained, run, tmp_path):
     output, _ = trained
     Image.fromarray(np.full((90, 150, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
     result = run(
@@ -69,7 +69,7 @@ def test_prediction_on_ones_own_picture(trained, run, tmp_path):
         assert drawn.width >= 320
 
 
-def test_prediction_says_what_is_missing(trained, run, tmp_path):
+def test_predict_names_missing_image(trained, run, tmp_path):
     command = ("-m", "reftr_cli", "predict", "--model", trained[0], "--text", "the star", "--image")
     result = run(*command, tmp_path / "none.jpg", check=False)
     assert result.returncode != 0
@@ -93,7 +93,7 @@ def test_prediction_says_what_is_missing(trained, run, tmp_path):
         ),
     ],
 )
-def test_several_ranks_train_as_one_process(run, tmp_path, ranks, accumulation, grouped, masks, steps, data_cache):
+def test_several_ranks_train_like_one_process(run, tmp_path, ranks, accumulation, grouped, masks, steps, data_cache):
     """
     The demo's first steps: the same losses (1e-5) with the same global batch, at a tenth of its rates: at its own,
     what the order of a sum rounds grows to some 1e-4 in 20 steps. With masks it grows faster.
@@ -129,7 +129,7 @@ def test_several_ranks_train_as_one_process(run, tmp_path, ranks, accumulation, 
 MASKS = {"predict_masks": True, "auxiliary_loss": False}
 
 
-def test_boxes_then_masks(trained, recipe, run, tmp_path):
+def test_mask_stage_keeps_boxes_of_first_stage(trained, recipe, run, tmp_path):
     """The published two stages: masks over the boxes run's best, the mask head alone if it is said."""
     output, _ = trained
     stage = {**MASKS, "freeze_grounding": True}
@@ -159,7 +159,7 @@ def test_boxes_then_masks(trained, recipe, run, tmp_path):
         assert answer["segmentation"]["size"] == [picture.height, picture.width]
 
 
-def test_two_ranks_give_the_masks_of_one_process(recipe, run, tmp_path):
+def test_two_ranks_train_and_evaluate_masks_like_one_process(recipe, run, tmp_path):
     """Joint training, grouped images, shares of unlike size: the same losses and the same figures."""
     settings = yaml.safe_load(recipe.read_text())
     settings["model"] |= MASKS
@@ -182,7 +182,7 @@ def test_two_ranks_give_the_masks_of_one_process(recipe, run, tmp_path):
         assert evaluated[0][name] == pytest.approx(evaluated[1][name], abs=1e-3)
 
 
-def test_a_figure_that_is_not_there_cannot_choose_the_best(recipe, run, tmp_path):
+def test_unavailable_best_metric_is_refused(recipe, run, tmp_path):
     command = (
         "train_reftr.py",
         recipe,
@@ -197,7 +197,7 @@ def test_a_figure_that_is_not_there_cannot_choose_the_best(recipe, run, tmp_path
 
 
 @pytest.mark.slow
-def test_sharded_by_fsdp2_a_run_goes_on_too(recipe, run, tmp_path):
+def test_fsdp2_run_resumes(recipe, run, tmp_path):
     """Two processes on CPUs, whose sums FSDP2 does not round alike from run to run: no bits are compared."""
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     sharded |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
@@ -217,7 +217,7 @@ def test_sharded_by_fsdp2_a_run_goes_on_too(recipe, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_trains_alike(recipe, run, tmp_path):
+def test_compiled_run_matches_losses_of_plain_run(recipe, run, tmp_path):
     """The same losses but for rounding, and a model that loads as any other."""
     words = ("train_reftr.py", recipe, "--log_every", 1, "--max_steps", 3, "--size_divisor", 32, "--output_dir")
     run(*words, tmp_path / "plain")

@@ -77,7 +77,7 @@ def assert_same_metrics(found: dict, expected: dict, prefix: str, tolerance: flo
 
 
 @pytest.mark.parametrize(("predict_masks", "concatenated"), [(False, True), (False, False), (True, False)])
-def test_metrics_are_those_of_our_own_evaluation(make_model, processor, rows, tmp_path, predict_masks, concatenated):
+def test_trainer_metrics_match_own_evaluation(make_model, processor, rows, tmp_path, predict_masks, concatenated):
     """Where the last batch is smaller, too, and batches have other numbers of sentences and phrases."""
     model = make_model(predict_masks=predict_masks)
     torch.nn.init.normal_(model.box_head.layers[-1].weight, std=0.1)
@@ -100,7 +100,7 @@ def test_metrics_are_those_of_our_own_evaluation(make_model, processor, rows, tm
             assert_same_metrics(found, summarize(records), "eval", tolerance=1e-5)
 
 
-def test_predictions_are_boxes_phrases_and_masks(make_model, processor, rows, shapes, tmp_path):
+def test_trainer_predictions_are_boxes_phrase_mask_and_masks(make_model, processor, rows, shapes, tmp_path):
     fields = set(RefTRVisualGroundingOutput.__dataclass_fields__)
     model = make_model(predict_masks=True)
     ignored = model.config.keys_to_ignore_at_inference
@@ -122,13 +122,13 @@ def test_predictions_are_boxes_phrases_and_masks(make_model, processor, rows, sh
     assert boxes.shape[:2] == phrase_mask.shape == (sum(map(len, rows["sentences"])), 3)
 
 
-def test_predictions_that_are_not_scores_are_refused(make_model, processor, rows, tmp_path):
+def test_compute_metrics_refuses_unscored_predictions(make_model, processor, rows, tmp_path):
     trainer = make_trainer(make_model(), processor, tmp_path, rows, compute_metrics=compute_metrics)
     with pytest.raises(ValueError, match="preprocess_logits_for_metrics=score_phrases"):
         trainer.evaluate()
 
 
-def test_a_phrase_without_an_answer_counts_as_missed():
+def test_score_phrases_counts_missing_answer_as_miss():
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 1.0, 1.0]]])
     labels = [{"boxes": boxes[0], "masks": torch.ones(2, 8, 8, dtype=torch.bool), "size": torch.tensor([8, 6])}]
     scores = score_phrases((boxes, torch.tensor([[True, False]]), torch.ones(1, 2, 4, 4)), labels)
@@ -144,7 +144,7 @@ def moments_of(checkpoint: Path) -> torch.Tensor:
     return torch.cat([moments["exp_avg"].flatten() for moments in state.values()])
 
 
-def test_a_run_of_trainer_goes_on(make_model, processor, shapes, tmp_path):
+def test_trainer_resumes_to_same_optimizer_moments(make_model, processor, shapes, tmp_path):
     """Six steps at once are four and two more, and the best by our metrics is loaded."""
     settings = {
         "train_dataset": shapes["train"],
@@ -187,7 +187,7 @@ assert all((value == model.state_dict()[name]).all() for name, value in loaded.s
 
 
 @pytest.mark.slow
-def test_trainer_pushes_what_loads_again(trained, tmp_path, run):
+def test_trainer_pushes_loadable_model(trained, tmp_path, run):
     with Hub() as hub:
         paths = {"PYTHONPATH": str(ROOT)}
         run("-c", PUSH, trained[0], tmp_path / "out", **hub.environment("hf_write", tmp_path / "home"), **paths)

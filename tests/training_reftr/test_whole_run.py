@@ -60,7 +60,7 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def test_best_model_is_that_of_the_highest_validation(finished):
+def test_best_model_has_highest_validation_metric(finished):
     validations = records(finished, "validation/mean_iou")
     assert list(validations) == [12, LAST], "every second epoch, and the last one"
     best = max(validations, key=validations.get)
@@ -72,7 +72,7 @@ def test_best_model_is_that_of_the_highest_validation(finished):
     assert_equal(weights(finished), weights(finished / "checkpoints" / f"step_{best:08d}"))
 
 
-def test_best_model_has_its_recipe_beside_it(finished, recipe):
+def test_best_model_folder_contains_its_recipe(finished, recipe):
     written, given = (yaml.safe_load(path.read_text()) for path in (finished / "recipe.yaml", recipe))
     machine = names_in_scope(Scope.MACHINE)
     assert {name: written[name] for name in given if name not in machine} == {
@@ -80,21 +80,21 @@ def test_best_model_has_its_recipe_beside_it(finished, recipe):
     }
 
 
-def test_checkpoints_are_the_newest_at_the_steps_asked_for(finished):
+def test_run_keeps_latest_checkpoints_at_given_steps(finished):
     assert [load_state(path).step for path in checkpoints_of(finished)] == [LAST, 16, 12]
     state = load_state(finished / "checkpoints" / "step_00000016")
     assert not state.is_evaluation_due
     assert (state.best, state.best_step) == (records(finished, "validation/mean_iou")[12], 12)
 
 
-def test_log_has_the_last_step_and_learning_rates_of_the_schedule(finished):
+def test_log_has_last_step_and_scheduled_learning_rates(finished):
     rates = records(finished, "train/learning_rate")
     assert list(rates) == [4, 8, 12, 16, LAST]
     assert rates[8] == pytest.approx(2e-3)
     assert rates[16] == rates[LAST] == pytest.approx(2e-4)
 
 
-def test_resumed_run_ends_in_the_same_bits_and_in_one_tensorboard_run(finished, recipe, tmp_path):
+def test_resumed_run_is_bit_identical_with_one_tensorboard_run(finished, recipe, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     shutil.rmtree(checkpoints_of(folder)[0])
@@ -107,7 +107,7 @@ def test_resumed_run_ends_in_the_same_bits_and_in_one_tensorboard_run(finished, 
     assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 12, 16, LAST]
 
 
-def test_run_that_goes_on_in_a_new_folder_keeps_a_best_model_of_its_own(finished, recipe, tmp_path):
+def test_resume_in_new_folder_keeps_own_best_model(finished, recipe, tmp_path):
     checkpoint = tmp_path / "step_00000016"
     shutil.copytree(finished / "checkpoints" / checkpoint.name, checkpoint)
     change_state(checkpoint, best=0.99)
@@ -116,7 +116,7 @@ def test_run_that_goes_on_in_a_new_folder_keeps_a_best_model_of_its_own(finished
     assert_equal(weights(tmp_path / "new"), weights(checkpoints_of(finished)[0]))
 
 
-def test_seed_decides_the_first_weights(recipe, tmp_path):
+def test_seed_determines_initial_weights(recipe, tmp_path):
     still = [f"--{name}_rate=1e-12" for name in ("learning", "backbone_learning", "text_learning")]
     words = [str(recipe), *still, "--max_steps", "1", "--trackers", "none"]
     found = []
