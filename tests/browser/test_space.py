@@ -1,7 +1,6 @@
 """
-The page of the Space in a real browser: what is seen on screen. `make test-browser`, which needs the system's chromium
-and chromium-driver. With REFTR_MODEL=folder and SCREENSHOT=file.png what a trained model answers about the example is
-kept as a picture.
+The page of the Space in a real browser. Run by `make test-browser`, which needs chromium and chromium-driver of the
+system. With REFTR_MODEL=folder and SCREENSHOT=file.png a screenshot of a trained model's answers is saved.
 """
 
 import io
@@ -35,7 +34,7 @@ def space():
 
 @pytest.fixture(scope="module")
 def address(space, request, tmp_path_factory):
-    """Of a page that is served, with the model that REFTR_MODEL names, or a tiny one."""
+    """Serve the page with the model in REFTR_MODEL or a tiny one, and return its address."""
     folder = os.environ.get("REFTR_MODEL")
     if not folder:
         trained, _ = request.getfixturevalue("trained")
@@ -49,7 +48,7 @@ def address(space, request, tmp_path_factory):
 
 @pytest.fixture
 def browser(address, tmp_path):
-    """A new browser with the page open."""
+    """Open the page in a new browser."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.fail("These tests need a browser: install chromium and chromium-driver (their names in Debian).")
@@ -109,8 +108,8 @@ def pixels(element) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB")).astype(int)
 
 
-def share(screen, color) -> float:
-    """The part of the pixels that have a color, but for what resizing does to it."""
+def share_of_color(screen, color) -> float:
+    """Return the share of pixels with a color, up to changes by resizing."""
     return (np.abs(screen - np.array(color)).max(axis=-1) <= 20).mean()
 
 
@@ -118,8 +117,8 @@ def rgb(color: str) -> np.ndarray:
     return np.array(list(bytes.fromhex(color[1:])))
 
 
-def copied(browser) -> list[dict]:
-    """What the JSON's copy button leaves in the clipboard."""
+def copy_json(browser) -> list[dict]:
+    """Press the copy button of the JSON and return the content of the clipboard."""
     browser.execute_cdp_cmd(
         "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     )
@@ -127,19 +126,19 @@ def copied(browser) -> list[dict]:
     return json.loads(browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])"))
 
 
-def sentence(browser) -> str:
+def wait_for_message(browser) -> str:
     return wait(browser, lambda: " ".join(toast.text for toast in find(browser, ".toast-body")))
 
 
 @pytest.fixture
-def gray(tmp_path):
+def gray_image(tmp_path):
     Image.new("RGB", (64, 64), (GRAY, GRAY, GRAY)).save(tmp_path / "gray.png")
     return tmp_path / "gray.png"
 
 
-def test_page_shows_answers_in_their_colors_and_copies_json(browser, space, gray):
-    upload_and_ask(browser, gray, "\n".join(EXPRESSIONS))
-    answers = copied(browser)
+def test_page_shows_answers_in_their_colors_and_copies_json(browser, space, gray_image):
+    upload_and_ask(browser, gray_image, "\n".join(EXPRESSIONS))
+    answers = copy_json(browser)
     assert [answer["phrase"] for answer in answers] == EXPRESSIONS
     assert [len(answer["box"]) for answer in answers] == [4, 4]
     legend = find(browser, ".legend-item")
@@ -148,16 +147,18 @@ def test_page_shows_answers_in_their_colors_and_copies_json(browser, space, gray
     screen = pixels(image)
     frames = [rgb(color) for color in space.COLORS[:2]]
     for item, color in zip(legend, frames, strict=True):
-        assert share(screen, color) > 0.001  # frames may lie over each other
+        assert share_of_color(screen, color) > 0.001  # frames may overlap
         assert "rgb" in item.value_of_css_property("background-color")
     masks = [from_coco_rle(answer["segmentation"]) for answer in answers]
-    film = [np.full(3, GRAY)]
+    mask_colors = [np.full(3, GRAY)]
     for color in frames:
-        film.append(film[-1] + (color - film[-1]) * space.MASK_OPACITY)  # the second lies over the first
+        # the second mask is drawn on top of the first
+        mask_colors.append(mask_colors[-1] + (color - mask_colors[-1]) * space.MASK_OPACITY)
     both = (masks[0] & masks[1]).mean()
     assert both > 0.05
-    assert share(screen, film[-1]) > 0.5 * both  # but for what frames cover, and the margin around the picture
-    assert share(screen, film[0]) > 0.1
+    # frames cover a part of the masks, and the image has a margin
+    assert share_of_color(screen, mask_colors[-1]) > 0.5 * both
+    assert share_of_color(screen, mask_colors[0]) > 0.1
 
 
 def test_example_is_filled_in_by_one_click(browser):
@@ -171,30 +172,30 @@ def test_example_is_filled_in_by_one_click(browser):
         browser.save_screenshot(os.environ["SCREENSHOT"])
 
 
-def test_page_requests_only_its_own_server(browser, address, gray):
-    upload_and_ask(browser, gray, "the star")
+def test_page_requests_only_its_own_server(browser, address, gray_image):
+    upload_and_ask(browser, gray_image, "the star")
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    asked = [url for url in asked if url.startswith(("http", "ws"))]
-    assert len(asked) > 10
-    assert [url for url in asked if not url.startswith(address)] == []
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [url for url in urls if url.startswith(("http", "ws"))]
+    assert len(urls) > 10
+    assert [url for url in urls if not url.startswith(address)] == []
 
 
 def test_unreadable_upload_shows_message(browser, tmp_path):
-    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.png").write_text("not an image")
     upload(browser, tmp_path / "notes.png")
     wait(browser, lambda: find(browser, "#picture img"))
     ask(browser, "the star")
-    assert "The file 'notes.png' cannot be read as an image" in sentence(browser)
+    assert "The file 'notes.png' cannot be read as an image" in wait_for_message(browser)
     assert not find(browser, ".legend-item")
 
 
 def test_upload_over_5_mb_shows_message(browser, tmp_path):
     Image.effect_noise((2600, 2600), 100).save(tmp_path / "large.png")
     upload(browser, tmp_path / "large.png")
-    assert "exceed the maximum allowed size of 5.0 Mb" in sentence(browser)
+    assert "exceed the maximum allowed size of 5.0 Mb" in wait_for_message(browser)
 
 
-def test_question_without_image_shows_message(browser, gray):
+def test_question_without_image_shows_message(browser, gray_image):
     ask(browser, "the star")
-    assert "There is no image: upload one, or use the example." in sentence(browser)
+    assert "There is no image: upload one, or use the example." in wait_for_message(browser)

@@ -1,6 +1,6 @@
 """
-Files that are small and unfold to anything: zip bombs, lists in themselves, sizes that are only claimed. Every door
-says a sentence, soon, and takes little memory.
+Small files that unfold to huge values: zip bombs, nested references and false size claims. Every entry point refuses
+them with a message, quickly and in little memory.
 """
 
 import codecs
@@ -42,22 +42,22 @@ from training_reftr.metrics.referring_segmentation.referring_segmentation import
 from training_reftr.settings import TrainingSettings
 
 
-PICTURE = Image.new("RGB", (64, 48))
+IMAGE = Image.new("RGB", (64, 48))
 MAGIC = 0x1950A86A20F9469CFC6C
-# a tuple of itself twice, forty times over: 2 ** 40 entries in 160 bytes
+# a tuple that contains its predecessor twice, forty times over: 2 ** 40 entries in 160 bytes
 UNFOLDING = b"N" + b"q\x00h\x00\x86" * 40
 LIST_OF_LISTS = b"]q\x00" + b"]q\x01(h\x00h\x00eq\x00" * 40
 
 
 class Claim:
-    """A storage in a pickle, of a number of elements."""
+    """A storage in a pickle that claims a number of elements."""
 
     def __init__(self, count, key="0"):
         self.pid = ("storage", torch.FloatStorage, key, "cpu", count)
 
 
 class Call:
-    """Calls a function when it is unpickled."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -88,7 +88,7 @@ def weights(value):
 
 
 def zipped(content: bytes, size=16, packing=zipfile.ZIP_STORED, entries=(), comment=b"", change=lambda archive: None):
-    """A file of torch.save, with this pickle and one storage of so many bytes."""
+    """Return a file of torch.save with this pickle and one storage of `size` bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", packing) as archive:
         for name, data in [("a/data.pkl", content), ("a/version", b"3\n"), ("a/data/0", bytes(size)), *entries]:
@@ -99,13 +99,13 @@ def zipped(content: bytes, size=16, packing=zipfile.ZIP_STORED, entries=(), comm
 
 
 def legacy(content: bytes, keys=("0",), rest=b"") -> bytes:
-    """A file of torch.save before 1.6."""
+    """Return a file in the format of torch.save before 1.6."""
     first = [pickle.dumps(value, 2) for value in (MAGIC, 1001, {"little_endian": True})]
     return b"".join([*first, content, keys if isinstance(keys, bytes) else dump(list(keys)), rest])
 
 
 def overlap(archive):
-    """Let fifty more entries of the directory point to the one storage."""
+    """Add fifty directory entries that point to the same storage."""
     for number in range(50):
         entry = zipfile.ZipInfo(f"a/data/{number + 1}")
         for name in ("header_offset", "CRC", "compress_size", "file_size"):
@@ -159,14 +159,14 @@ CHECKPOINTS = {
 
 
 def doubling_text() -> bytes:
-    """A pickle that encodes a text in hexadecimal digits, forty times over."""
+    """Return a pickle that encodes a text as hexadecimal digits forty times."""
     value = b"ab"
     for _ in range(40):
         value = Call(codecs.encode, value, "hex")
     return dump(value)
 
 
-# answers a line of JSON per file; address space is bounded, for what is reserved and not used is not in the peak
+# prints a line of JSON per file; limits the address space, because the peak does not show reserved memory
 READ_ALL = """
 import json, re, resource, sys, time, warnings
 from pathlib import Path
@@ -187,7 +187,7 @@ for path in sys.argv[1:]:
 """
 
 
-def read_in_a_process(paths) -> list[dict]:
+def read_in_process(paths) -> list[dict]:
     result = subprocess.run(
         [sys.executable, "-c", READ_ALL, *map(str, paths)],
         cwd=ROOT,
@@ -203,7 +203,7 @@ def read_in_a_process(paths) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What is said of each checkpoint, and of two that are read."""
+    """Read every malicious checkpoint and two valid ones in one process; return the answers by name."""
     folder = tmp_path_factory.mktemp("checkpoints")
     contents = {
         **{name: make() for name, (_, make) in CHECKPOINTS.items()},
@@ -215,7 +215,7 @@ def answers(tmp_path_factory):
         assert len(content) < 1_200_000
         paths.append(folder / f"{number}.pth")
         paths[-1].write_bytes(content)
-    return dict(zip(contents, read_in_a_process(paths), strict=True))
+    return dict(zip(contents, read_in_process(paths), strict=True))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which Linux has")
@@ -223,12 +223,12 @@ def answers(tmp_path_factory):
 def test_checkpoint_claiming_or_unfolding_too_much_is_refused(row, answers, record_property):
     names = [name for name, (its_row, _) in CHECKPOINTS.items() if its_row == row]
     assert answers["zip"]["weights"] == answers["legacy"]["weights"] == ["vl_transformer.level_embed"]
-    said = (" is refused: ", " cannot be read ", " holds no weights", " is not a dense")
+    refusals = (" is refused: ", " cannot be read ", " holds no weights", " is not a dense")
     faults = {
         name: answer
         for name, answer in ((name, answers[name]) for name in names)
         if answer.get("error") != "ValueError"
-        or not any(words in answer["said"] for words in said)
+        or not any(phrase in answer["said"] for phrase in refusals)
         or "emory" in answer["said"]
         or len(answer["said"]) > 1000
         or answer["grown"] > 50_000_000
@@ -256,7 +256,7 @@ def test_model_folder_with_pickled_weights_is_refused(make_model, name, asked, t
 
 
 def safetensors_of(header, size=16) -> bytes:
-    """A file of safetensors with this header, or a claim of its length, and so many bytes of weights."""
+    """Return a safetensors file with this header, or with a claimed header length, and `size` bytes of weights."""
     if isinstance(header, int):
         return struct.pack("<Q", header) + b"{}" + bytes(size)
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -289,20 +289,20 @@ def test_safetensors_claiming_too_much_are_refused(tmp_path, record_property):
     assert list(read_weights(path)) == ["vl_transformer.level_embed"]
     for name, header in SAFETENSORS.items():
         path.write_bytes(safetensors_of(header))
-        sentence, peak = refusal_of(lambda: read_weights(path))
-        passed[name] = "cannot be read as a checkpoint of weights" in sentence and peak < 10_000_000
+        message, peak = measure_refusal(lambda: read_weights(path))
+        passed[name] = "cannot be read as a checkpoint of weights" in message and peak < 10_000_000
     record_property("counted", (sum(passed.values()), len(passed)))
     assert all(passed.values()), passed
 
 
-# run lengths, through every door that takes masks
+# run lengths, through every function that accepts masks
 
 
-def refusal_of(call, is_measured=True) -> tuple[str, int]:
-    """The sentence of a ValueError or OSError, which comes soon, and the peak of the memory of Python and NumPy."""
-    if is_measured:  # which takes time
+def measure_refusal(call, is_measured=True) -> tuple[str, int]:
+    """Return the message of a fast ValueError or OSError and the peak memory of Python and NumPy."""
+    if is_measured:  # tracing is slow
         tracemalloc.start()
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it has no end"))
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the call did not end"))
     signal.alarm(6)
     started = time.perf_counter()
     try:
@@ -312,13 +312,13 @@ def refusal_of(call, is_measured=True) -> tuple[str, int]:
     finally:
         signal.alarm(0)
         tracemalloc.stop()
-    sentence = str(caught.value)
-    assert len(sentence) < 2000, sentence[:2000]
+    message = str(caught.value)
+    assert len(message) < 2000, message[:2000]
     assert time.perf_counter() - started < 5
-    return sentence, peak
+    return message, peak
 
 
-WHOLE_MASK = {"size": [48, 64], "counts": [100, 48 * 64 - 100]}
+VALID_MASK = {"size": [48, 64], "counts": [100, 48 * 64 - 100]}
 RUN_LENGTHS = {
     "a size of 100,000 x 100,000": {"size": [100_000, 100_000], "counts": [10**10]},
     "the same, compressed": {"size": [100_000, 100_000], "counts": "P2"},
@@ -330,7 +330,7 @@ RUN_LENGTHS = {
     "three sides": {"size": [48, 64, 1], "counts": [48 * 64]},
     "a size in text": {"size": "48", "counts": [48 * 64]},
     "sides in text": {"size": ["48", "64x"], "counts": [48 * 64]},
-    "sides that are not whole": {"size": [float("inf"), 64], "counts": [48 * 64]},
+    "sides that are not integers": {"size": [float("inf"), 64], "counts": [48 * 64]},
     "sides of nothing": {"size": [0, 64], "counts": []},
     "negative sides": {"size": [-48, -64], "counts": [48 * 64]},
     "sides that are None": {"size": [None, None], "counts": [48 * 64]},
@@ -345,46 +345,48 @@ RUN_LENGTHS = {
 }
 
 
-def unfolding(depth=40):
-    """A list whose 2 ** 40 entries are one, or that holds itself."""
+def make_unfolding_list(depth=40):
+    """Return a list of 2 ** 40 nested references to one list."""
     value = []
     for _ in range(depth):
         value = [value, value]
     return value
 
 
-def holding_itself():
+def make_cyclic_list():
+    """Return a list that contains itself."""
     value = []
     value.append(value)
     return value
 
 
-def filled(value):
+def expand_placeholders(value):
+    """Replace the placeholder "UNFOLDING" by an unfolding list."""
     if value == "UNFOLDING":
-        return unfolding()
-    return {name: filled(part) for name, part in value.items()} if isinstance(value, dict) else value
+        return make_unfolding_list()
+    return {name: expand_placeholders(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 MASK_DOORS = {
     "from_coco_rle": lambda mask, tools: from_coco_rle(mask),
-    "processor": lambda mask, tools: tools.processor(PICTURE, "the star", masks=mask),
-    "metric": lambda mask, tools: tools.metric.compute(predictions=[mask], references=[WHOLE_MASK]),
-    "metric's truth": lambda mask, tools: tools.metric.compute(predictions=[WHOLE_MASK], references=[mask]),
-    "count_pixels": lambda mask, tools: count_pixels(mask, WHOLE_MASK),
+    "processor": lambda mask, tools: tools.processor(IMAGE, "the star", masks=mask),
+    "metric": lambda mask, tools: tools.metric.compute(predictions=[mask], references=[VALID_MASK]),
+    "metric's truth": lambda mask, tools: tools.metric.compute(predictions=[VALID_MASK], references=[mask]),
+    "count_pixels": lambda mask, tools: count_pixels(mask, VALID_MASK),
     "a dataset": lambda mask, tools: decode_segmentation(mask),
 }
 
 
 @pytest.mark.row("S13")
 def test_run_lengths_of_wrong_size_are_refused_in_little_memory(processor, tmp_path, record_property):
-    """Also where a mask of such a size would be a legal thing to count, nothing of it is allocated."""
+    """Allocate nothing of the claimed size, even where counting such a mask would be legal."""
     tools = SimpleNamespace(processor=processor, metric=ReferringSegmentation(cache_dir=str(tmp_path)))
     for door in MASK_DOORS.values():
-        door(WHOLE_MASK, tools)
+        door(VALID_MASK, tools)
     passed = {}
     for name, mask in RUN_LENGTHS.items():
         for door in MASK_DOORS if name not in HUGE_BUT_COUNTED else ("from_coco_rle", "processor", "a dataset"):
-            _, peak = refusal_of(lambda door=door, mask=mask: MASK_DOORS[door](filled(mask), tools))
+            _, peak = measure_refusal(lambda door=door, mask=mask: MASK_DOORS[door](expand_placeholders(mask), tools))
             passed[name, door] = peak < 20_000_000
     record_property("counted", (sum(passed.values()), len(passed)))
     assert all(passed.values()), [trial for trial, is_good in passed.items() if not is_good]
@@ -393,46 +395,46 @@ def test_run_lengths_of_wrong_size_are_refused_in_little_memory(processor, tmp_p
 HUGE_BUT_COUNTED = ("a size of 100,000 x 100,000", "the same, compressed")
 
 
-# values in messages
+# values quoted in messages
 
 
-def nested_in_dicts():
+def make_unfolding_dict():
     value = {}
     for _ in range(40):
         value = {"a": value, "b": value}
     return value
 
 
-def array_of_lists():
+def make_array_of_unfolding_lists():
     array = np.empty(2, dtype=object)
-    array[0] = unfolding()
+    array[0] = make_unfolding_list()
     return array
 
 
 BOMBS = {
-    "lists that are there twice": unfolding,
-    "dicts that are there twice": nested_in_dicts,
-    "a list that holds itself": holding_itself,
+    "lists that are there twice": make_unfolding_list,
+    "dicts that are there twice": make_unfolding_dict,
+    "a list that holds itself": make_cyclic_list,
     "10 MB of text": lambda: "x" * 10**7,
-    "a whole number of 5,000 digits": lambda: 10**5000,
+    "an integer of 5,000 digits": lambda: 10**5000,
     "a tuple nested 10,000 times": lambda: functools.reduce(lambda inner, _: (inner,), range(10_000), ()),
-    "a NumPy array of such lists": array_of_lists,
+    "a NumPy array of such lists": make_array_of_unfolding_lists,
 }
 VALUE_DOORS = {
-    "text": lambda value, tools: tools.processor(PICTURE, value),
-    "texts": lambda value, tools: tools.processor(PICTURE, [value]),
-    "phrases": lambda value, tools: tools.processor(PICTURE, "the star", phrases=value),
-    "a phrase": lambda value, tools: tools.processor(PICTURE, "the star", phrases=[value]),
-    "boxes": lambda value, tools: tools.processor(PICTURE, "the star", boxes=value),
-    "a side of a box": lambda value, tools: tools.processor(PICTURE, "the star", boxes=[value, 1, 2, 3]),
-    "masks": lambda value, tools: tools.processor(PICTURE, "the star", masks=value),
+    "text": lambda value, tools: tools.processor(IMAGE, value),
+    "texts": lambda value, tools: tools.processor(IMAGE, [value]),
+    "phrases": lambda value, tools: tools.processor(IMAGE, "the star", phrases=value),
+    "a phrase": lambda value, tools: tools.processor(IMAGE, "the star", phrases=[value]),
+    "boxes": lambda value, tools: tools.processor(IMAGE, "the star", boxes=value),
+    "a side of a box": lambda value, tools: tools.processor(IMAGE, "the star", boxes=[value, 1, 2, 3]),
+    "masks": lambda value, tools: tools.processor(IMAGE, "the star", masks=value),
     "images": lambda value, tools: tools.processor(value, "the star"),
-    "original_sizes": lambda value, tools: tools.processor(PICTURE, "the star", original_sizes=value),
-    "padding": lambda value, tools: tools.processor(PICTURE, "the star", padding=value),
-    "size": lambda value, tools: tools.processor.image_processor(PICTURE, size=value),
-    "image_mean": lambda value, tools: tools.processor.image_processor(PICTURE, image_mean=value),
-    "device": lambda value, tools: tools.processor.image_processor(PICTURE, device=value),
-    "do_pad": lambda value, tools: tools.processor.image_processor(PICTURE, do_pad=value),
+    "original_sizes": lambda value, tools: tools.processor(IMAGE, "the star", original_sizes=value),
+    "padding": lambda value, tools: tools.processor(IMAGE, "the star", padding=value),
+    "size": lambda value, tools: tools.processor.image_processor(IMAGE, size=value),
+    "image_mean": lambda value, tools: tools.processor.image_processor(IMAGE, image_mean=value),
+    "device": lambda value, tools: tools.processor.image_processor(IMAGE, device=value),
+    "do_pad": lambda value, tools: tools.processor.image_processor(IMAGE, do_pad=value),
     "to_list": lambda value, tools: to_list(value if isinstance(value, (dict, str, int)) else {1: value}, "text"),
     "to_threshold": lambda value, tools: to_threshold(value),
     "to_sizes": lambda value, tools: to_sizes([value], 1, "target_sizes"),
@@ -440,7 +442,7 @@ VALUE_DOORS = {
     "d_model": lambda value, tools: RefTRConfig(d_model=value),
     "backbone": lambda value, tools: RefTRConfig(backbone=value),
     "question": lambda value, tools: make_question(
-        PICTURE, value if isinstance(value, (int, dict)) else {1: value}, None
+        IMAGE, value if isinstance(value, (int, dict)) else {1: value}, None
     ),
     "metric of boxes": lambda value, tools: to_box(value, "predictions[0]"),
     "metric of masks": lambda value, tools: to_metric_mask(value, "predictions[0]"),
@@ -453,13 +455,13 @@ VALUE_DOORS = {
 
 @pytest.mark.row("S12")
 def test_unfolding_arguments_are_refused_with_short_message(processor, record_property):
-    """Every message quotes what it refuses as far as it fits."""
+    """Shorten the quoted value in every message."""
     tools, failed = SimpleNamespace(processor=processor), []
     for door, call in VALUE_DOORS.items():
         for name, make in BOMBS.items():
             value = make()
             try:
-                refusal_of(lambda call=call, value=value: call(value, tools))
+                measure_refusal(lambda call=call, value=value: call(value, tools))
             except BaseException as error:
                 failed.append((door, name, f"{type(error).__name__}: {str(error)[:200]}"))
     count = len(VALUE_DOORS) * len(BOMBS)
@@ -468,17 +470,17 @@ def test_unfolding_arguments_are_refused_with_short_message(processor, record_pr
 
 
 def test_both_packages_have_same_quoting_module():
-    """data_scripts does without modeling_reftr, which travels to the Hub without data_scripts."""
+    """Compare the copies: modeling_reftr is uploaded to the Hub without data_scripts, so they share no code."""
     copies = (ROOT / "data_scripts/quoting.py", ROOT / "modeling_reftr/quoting_reftr.py")
     first, second = (path.read_text(encoding="utf-8") for path in copies)
     assert first == second.replace("modeling_reftr.quoting_reftr", "data_scripts.quoting")
 
 
-# files of datasets, recipes and the command that converts
+# dataset files, recipes and the convert command
 
 
 def record_with(opcodes: bytes) -> bytes:
-    """A pickle of one reference whose every field is a value in opcodes, of which none uses the memo above 200."""
+    """Return a pickle of one reference with the same value, given as opcodes, in every field; memo 200 is taken."""
     names = ("ref_id", "image_id", "split", "sentences", "file_name", "category_id", "ann_id", "sent_ids")
     fields = b"".join(b"X" + struct.pack("<I", len(name)) + name.encode() + b"h\xc8" for name in names)
     return b"\x80\x02" + opcodes + b"q\xc80](}(" + fields + b"ue."
@@ -493,8 +495,8 @@ PICKLES = {
     "a set that unfolds": b"\x80\x02c__builtin__\nset\n](" + UNFOLDING + b"e\x85R.",
     "nesting without end": b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
     "text of 4 GB": b"\x80\x02X\xff\xff\xff\xff.",
-    "a memo of 2 ** 32 places": b"\x80\x02Nr\xff\xff\xff\xff.",
-    "a whole number of 5,000 digits": record_with(b"\x8b" + struct.pack("<I", 2100) + b"\x7f" * 2100),
+    "a memo of 2 ** 32 entries": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "an integer of 5,000 digits": record_with(b"\x8b" + struct.pack("<I", 2100) + b"\x7f" * 2100),
     "a zip that unpacks": zipped(dump([{"ref_id": 1}]) + bytes(10**7), 16, zipfile.ZIP_DEFLATED),
     "a tensor of a terabyte": zipped(dump([tensor(10**12, 0, (10**12,), (1,))])),
 }
@@ -502,7 +504,7 @@ PICKLES = {
 
 @pytest.mark.row("S12")
 def test_unfolding_dataset_pickles_are_refused(tmp_path, record_property):
-    """Through the reader of references, that of the published index, and `combine`."""
+    """Use the reader of references, the reader of the published index, and `combine`."""
     make_refcoco(tmp_path / "refs", "refcoco_unc")
     make_reftr_index(tmp_path / "index")
     paths = {
@@ -520,9 +522,9 @@ def test_unfolding_dataset_pickles_are_refused(tmp_path, record_property):
         for path in paths.values():
             path.write_bytes(content)
         for door, call in doors.items():
-            sentence, peak = refusal_of(call)
-            if paths.get(door, paths["refs"]).name not in sentence or peak > 100_000_000:
-                failed.append((name, door, sentence, peak))
+            message, peak = measure_refusal(call)
+            if paths.get(door, paths["refs"]).name not in message or peak > 100_000_000:
+                failed.append((name, door, message, peak))
     count = 3 * len(list(PICKLES)[: len(trials(99, short=4))])
     record_property("counted", (count - len(failed), count))
     assert not failed
@@ -540,7 +542,7 @@ RECIPES = {
     "a flag of 5,000 digits, hexadecimal": f"eval_only: 0x{'f' * 5000}\n",
     "text of 900 kB": f"evaluation_batching: {'x' * 900_000}\n",
     "a name of 900 kB": f"? {'x' * 900_000}\n: 1\n",
-    "lists in place of a number": f"batch_size: [{'1, ' * 1000}1]\n",
+    "a list instead of a number": f"batch_size: [{'1, ' * 1000}1]\n",
     "a list of 900 kB to inherit": f"inherit: [{'1, ' * 9000}1]\n",
 }
 
@@ -551,7 +553,9 @@ def test_unfolding_recipes_are_refused(tmp_path, record_property):
     for name, text in RECIPES.items():
         path.write_text(text)
         try:
-            refusal_of(lambda: parse_arguments([str(path), "--output_dir", str(tmp_path / "run")]), is_measured=False)
+            measure_refusal(
+                lambda: parse_arguments([str(path), "--output_dir", str(tmp_path / "run")]), is_measured=False
+            )
         except BaseException as error:
             failed.append((name, f"{type(error).__name__}: {str(error)[:200]}"))
     record_property("counted", (len(RECIPES) - len(failed), len(RECIPES)))

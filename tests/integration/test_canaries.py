@@ -1,4 +1,4 @@
-"""Behaviours of libraries that the project leans on: where one of these changes, this is where it is seen first."""
+"""Canaries for library behavior that the project relies on, so that a change is noticed here first."""
 
 import subprocess
 import sys
@@ -27,12 +27,12 @@ def test_optimizer_state_dict_is_keyed_by_parameter_name():
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    whole = get_optimizer_state_dict(
+    state_dict = get_optimizer_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    assert whole.keys() == {"state", "param_groups"}
-    assert whole["state"].keys() == {"weight", "bias"}
-    assert whole["state"]["weight"].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert state_dict.keys() == {"state", "param_groups"}
+    assert state_dict["state"].keys() == {"weight", "bias"}
+    assert state_dict["state"]["weight"].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_lambda_lr_starts_at_last_epoch():
@@ -58,7 +58,7 @@ def test_accelerate_gathers_objects_of_two_processes(run, tmp_path):
     code = (
         "import accelerate, sys; a = accelerate.Accelerator(cpu=True); n = a.process_index;"
         "o = accelerate.utils.gather_object([n] * (n + 1)); box = [n]; accelerate.utils.broadcast_object_list(box);"
-        "a.end_training();"  # a process that leaves the group open may be aborted at its end
+        "a.end_training();"  # a process may be aborted at exit if its group is still open
         "sys.exit(o != [0, 1, 1] or box != [0])"
     )
     path = tmp_path / "gather.py"
@@ -124,8 +124,8 @@ def test_image_feature_applies_exif_orientation(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
     assert datasets.Image().decode_example({"path": str(tmp_path / "a.jpg"), "bytes": None}).size == (10, 20)
-    with Image.open(tmp_path / "a.jpg") as picture:
-        assert picture.size == (20, 10)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.size == (20, 10)
 
 
 def test_safetensors_round_trip_is_bit_identical(tmp_path):

@@ -1,4 +1,4 @@
-"""Images in formats that are not accepted, wherever an image comes in: a sentence, and nothing is decoded."""
+"""Images in formats that are not accepted are refused at every entry point before they are decoded."""
 
 import base64
 import io
@@ -40,15 +40,15 @@ def ground(make_model, processor):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Each content under the name of a JPEG, and a picture."""
+    """Write every refused content under the name of a JPEG, and one valid image."""
     for name, content in REFUSED.items():
         (tmp_path / f"{name}.jpg").write_bytes(content)
-    Image.new("RGB", (64, 48)).save(tmp_path / "picture.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
     return tmp_path
 
 
 def make_rows(image, column="image"):
-    """Rows of the schema whose image is the path, or the bytes, that a dataset of somebody's may hold."""
+    """Return rows of the schema with this image, a path or bytes, as a foreign dataset may have them."""
     row = {
         "image_id": "1",
         column: image,
@@ -68,15 +68,15 @@ def make_rows(image, column="image"):
 
 
 def load_jsonl(folder, **target):
-    """The first rows of a dataset of one line."""
-    image = target.pop("image", "picture.png")
+    """Build a JSON Lines dataset of one line."""
+    image = target.pop("image", "image.png")
     line = {"image": image, "expressions": [{"text": "the star", **(target or {"box": BOX})}]}
     (folder / "train.jsonl").write_text(json.dumps(line) + "\n")
     return data_scripts.load("jsonl", data_dir=str(folder), cache_dir=str(folder / "cache"))
 
 
 def serve(content):
-    """Open the URL at which a server of this machine gives the content."""
+    """Open the URL of a local server that returns the content."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -97,27 +97,27 @@ def serve(content):
 
 
 def check_jsonl(folder, image):
-    """Run the command that checks a dataset of one line."""
+    """Run `reftr data check` on a dataset of one line."""
     line = {"image": image, "expressions": [{"text": "the star", "box": BOX}]}
     (folder / "train.jsonl").write_text(json.dumps(line) + "\n")
-    words = ["--data_dir", str(folder), "--cache_dir", str(folder / "cache")]
-    data_command.main(["check", "jsonl", *words])
+    argv = ["--data_dir", str(folder), "--cache_dir", str(folder / "cache")]
+    data_command.main(["check", "jsonl", *argv])
 
 
 def raise_faults(row):
-    """What `reftr data check` says of a row, as an error."""
+    """Raise the faults that `reftr data check` finds in a row."""
     for _, message in find_image_faults(row, decode=True):
         raise ValueError(message)
 
 
-def undecoded(image):
-    """Return the one row of a dataset, its image not decoded."""
+def make_undecoded_row(image):
+    """Return a row with an undecoded image."""
     return make_rows(image).cast_column("image", datasets.Image(decode=False))[0]
 
 
 def make_doors(ground, folder):
-    """Name of a door -> what a file (its path and its content) is given to there."""
-    processor, picture = ground.processor, Image.new("RGB", (64, 48))
+    """Return every entry point for images as a function of a path and its content, by name."""
+    processor, image = ground.processor, Image.new("RGB", (64, 48))
     texts = ["the star"]
 
     def questions(path):
@@ -141,7 +141,7 @@ def make_doors(ground, folder):
         "pipeline, stream": lambda path, content: list(ground(questions(path).to_iterable_dataset())),
         "processor, column": lambda path, content: processor(questions(path)["image"], ["the star"]),
         "processor, column of masks": lambda path, content: processor(
-            picture, ["the star"], boxes=[[BOX]], masks=questions(path)["image"]
+            image, ["the star"], boxes=[[BOX]], masks=questions(path)["image"]
         ),
         "pipeline, columns": lambda path, content: ground(
             {"image": questions(path)["image"], "text": questions(path)["text"]}
@@ -160,48 +160,50 @@ def make_doors(ground, folder):
             make_rows({"bytes": content, "path": "1.jpg"}),
             TrainingSamples(ImageReader(processor.image_processor, str(folder / "kept")), "none", 0, False),
         )[SampleIndex(0, 0, (0,))],
-        "collator": lambda path, content: GroundingCollator(processor)([undecoded(str(path))]),
+        "collator": lambda path, content: GroundingCollator(processor)([make_undecoded_row(str(path))]),
         "preview": lambda path, content: draw_preview(make_rows({"bytes": content, "path": None}), 1, 0),
-        "check": lambda path, content: raise_faults(undecoded(str(path))),
+        "check": lambda path, content: raise_faults(make_undecoded_row(str(path))),
         "header": lambda path, content: reading.read_frame(path),
         "orientation": lambda path, content: reading.drop_orientation(content),
         "predict": lambda path, content: predict.main(
             ["--model", str(folder / "model"), "--image", str(path), "--text", "the star"]
         ),
         "data check": lambda path, content: check_jsonl(folder, path.name),
-        "PIL image": lambda path, content: processor(unopened(path), "the star"),
-        "pipeline, PIL image": lambda path, content: ground(unopened(path), text="the star"),
+        "PIL image": lambda path, content: processor(make_undecodable_image(path), "the star"),
+        "pipeline, PIL image": lambda path, content: ground(make_undecodable_image(path), text="the star"),
         "collator, PIL image": lambda path, content: GroundingCollator(processor)(
-            [{**make_rows("1.jpg").remove_columns("image")[0], "image": unopened(path)}]
+            [{**make_rows("1.jpg").remove_columns("image")[0], "image": make_undecodable_image(path)}]
         ),
-        "PIL mask": lambda path, content: processor(picture, "the star", boxes=[BOX], masks=[unopened(path)]),
-        "PIL image, drawing": lambda path, content: draw_answers(unopened(path), [], []),
+        "PIL mask": lambda path, content: processor(
+            image, "the star", boxes=[BOX], masks=[make_undecodable_image(path)]
+        ),
+        "PIL image, drawing": lambda path, content: draw_answers(make_undecodable_image(path), [], []),
     }
 
 
 def fail_to_open(name):
-    """In place of a format's decoder: one that must not be asked."""
+    """Return a replacement of a decoder that fails when it is called."""
 
     def factory(*_):
-        raise AssertionError(f"the decoder of {name} was asked")
+        raise AssertionError(f"the decoder of {name} was called")
 
     return factory
 
 
-def unopened(path) -> Image.Image:
-    """A PIL image of which only the header was read, which fails when it is decoded."""
+def make_undecodable_image(path) -> Image.Image:
+    """Open only the header of an image, so that decoding it fails."""
     image = FACTORIES[path.stem](io.BytesIO(path.read_bytes()), "")
 
     def load():
         raise AssertionError(f"{path.name} was decoded")
 
-    if image.format != "EPS":  # which shows by the program that it starts
+    if image.format != "EPS":  # EPS is detected by the program that it starts
         image.load = load
     return image
 
 
-def sentence_of(door, path, content) -> str:
-    """What a door says of a file that it refuses; empty if it takes it."""
+def refusal_message(door, path, content) -> str:
+    """Return the error message of an entry point for a file, or an empty text if it accepts the file."""
     try:
         door(path, content)
     except (ValueError, OSError) as error:
@@ -211,32 +213,32 @@ def sentence_of(door, path, content) -> str:
 
 @pytest.mark.row("S11")
 def test_refused_formats_are_never_decoded(ground, folder, monkeypatch, record_property):
-    """Format by format through all doors; the everyday suite takes EPS and a few of the others."""
-    mark = stand_in_for_ghostscript(folder, monkeypatch)
+    """Try every format at every entry point; without the scorecard only EPS and another one."""
+    program_log = stand_in_for_ghostscript(folder, monkeypatch)
     with pytest.raises(OSError, match="cannot identify"):
         Image.open(folder / "EPS.jpg").load()
-    assert mark.exists()  # so that its absence says something
-    mark.unlink()
+    assert program_log.exists()  # the stand-in works, so its absence below is meaningful
+    program_log.unlink()
     ground.model.save_pretrained(folder / "model")
     ground.processor.save_pretrained(folder / "model")
     doors, failed = make_doors(ground, folder), []
     formats = [list(REFUSED)[index] for index in trials(len(REFUSED), short=2)]
     for name in formats:
-        if name != "EPS":  # whose own shows by the program that it starts
+        if name != "EPS":  # the decoder of EPS is detected by the program that it starts
             monkeypatch.setitem(Image.OPEN, name, (fail_to_open(name), Image.OPEN[name][1]))
-        for door, take in doors.items():
-            sentence = sentence_of(take, folder / f"{name}.jpg", REFUSED[name])
-            if not is_refusal(sentence, name) or mark.exists():
-                failed.append((name, door, sentence))
-                mark.unlink(missing_ok=True)
-    number = len(formats) * len(doors)
-    record_property("counted", (number - len(failed), number))
+        for door, call in doors.items():
+            message = refusal_message(call, folder / f"{name}.jpg", REFUSED[name])
+            if not is_refusal(message, name) or program_log.exists():
+                failed.append((name, door, message))
+                program_log.unlink(missing_ok=True)
+    count = len(formats) * len(doors)
+    record_property("counted", (count - len(failed), count))
     assert not failed
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_format_is_decoded_under_any_name(ground, tmp_path, name):
-    path = tmp_path / "picture.eps"
+    path = tmp_path / "image.eps"
     Image.new("RGB", (64, 48), "red").save(path, name)
     assert reading.read_image_size(path) == (64, 48)
     reading.check_decodes(path)
@@ -254,7 +256,7 @@ def test_mpo_is_decoded_as_its_first_image(ground, tmp_path):
 
 
 def test_pipeline_accepts_datasets_and_columns(ground, folder):
-    path = str(folder / "picture.png")
+    path = str(folder / "image.png")
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = datasets.Dataset.from_dict({"image": [path] * 2, "text": ["the star", "the circle"]}, features=features)
     expected = ground([path] * 2, text=["the star", "the circle"])
@@ -263,7 +265,7 @@ def test_pipeline_accepts_datasets_and_columns(ground, folder):
         assert list(ground(dataset)) == expected
     for column in (rows["image"], KeyDataset(rows, "image"), rows.to_iterable_dataset()["image"]):
         assert next(iter(ground(column, text="the star"))) == expected[0]
-    assert isinstance(rows[0]["image"], Image.Image)  # the dataset itself is as it was
+    assert isinstance(rows[0]["image"], Image.Image)  # the dataset itself is unchanged
 
 
 @pytest.mark.parametrize("image", ["http://127.0.0.1:9/1.jpg", "data:image/png;base64,iVBORw0KGgo="])
@@ -271,7 +273,7 @@ def test_path_in_row_is_never_opened_as_url(processor, image):
     with pytest.raises(OSError, match="There is no image at"):
         processor({"bytes": None, "path": image}, "the star")
     with pytest.raises(OSError, match="There is no image at"):
-        ImageReader(processor.image_processor)(undecoded(image))
+        ImageReader(processor.image_processor)(make_undecoded_row(image))
     with pytest.raises(ValueError, match="must have bytes or a path"):
         processor({"bytes": None, "path": None}, "the star")
 
@@ -295,16 +297,16 @@ def test_predict_reads_accepted_image_names_of_folder(folder):
         (folder / name).write_bytes(b"")
     questions = predict.read_questions(folder, ["the star"])
     found = {question["image"].rpartition("/")[2] for _, question in questions}
-    assert found == {"picture.png", "scan.TIFF", *(f"{name}.jpg" for name in REFUSED)}
+    assert found == {"image.png", "scan.TIFF", *(f"{name}.jpg" for name in REFUSED)}
 
 
 def test_both_packages_accept_same_image_formats():
-    """data_scripts does without modeling_reftr, which travels to the Hub without data_scripts."""
+    """Compare the copies: modeling_reftr is uploaded to the Hub without data_scripts, so they share no code."""
     assert decoding_reftr.IMAGE_FORMATS == reading.IMAGE_FORMATS
 
 
 def test_images_are_opened_in_one_function_per_package():
-    """In the product, in benchmarks and in what documents tell people to write."""
+    """Search the product, the benchmarks and the code in documents."""
     paths = [path for folder in ("modeling_reftr", "data_scripts", "training_reftr", "metrics", "demo", "benchmarks")
              for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
     paths += [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").iterdir(), *(ROOT / "demo").glob("*.md")]

@@ -1,4 +1,4 @@
-"""The demo's figures. Minutes; run by make test-all."""
+"""The demo reaches its metrics. Takes minutes; run by `make test-all`."""
 
 import json
 import time
@@ -23,18 +23,18 @@ def test_demo_learns_to_locate_expressions(run, tmp_path):
     assert metrics["mask_mean_iou"] >= 0.60
     assert metrics["swapped_expressions"]["accuracy@0.5"] < 0.3
     assert metrics["constant_box"]["accuracy@0.5"] < 0.3
-    with Image.open(tmp_path / "predictions.png") as picture:
-        assert picture.width > 1000
+    with Image.open(tmp_path / "predictions.png") as image:
+        assert image.width > 1000
 
-    # one's own picture: the answer to words about another object is another box
-    picture = tmp_path / "photo.png"
+    # on another image, expressions about different objects give different boxes
+    photo = tmp_path / "photo.png"
     canvas = Image.new("RGB", (64, 64), (110, 110, 110))
     canvas.paste((215, 45, 40), (6, 8, 26, 28))
     canvas.paste((45, 85, 215), (38, 36, 58, 56))
-    canvas.save(picture)
+    canvas.save(photo)
     answers = json.loads(
         run(
-            "-m", "reftr_cli", "predict", "--model", tmp_path, "--image", picture, "--text", "the red square",
+            "-m", "reftr_cli", "predict", "--model", tmp_path, "--image", photo, "--text", "the red square",
             "the blue square",
         ).stdout
     )  # fmt: skip
@@ -42,7 +42,7 @@ def test_demo_learns_to_locate_expressions(run, tmp_path):
 
 
 def test_demo_recipe_needs_no_download():
-    """No download, no pretrained part: the recipe names none."""
+    """Name no pretrained weights in the recipe, so that nothing is downloaded."""
     recipe = (ROOT / "recipes" / "demo.yaml").read_text()
     assert "init_" not in recipe.replace("init_std", "")
     assert "tokenizer" not in recipe

@@ -1,4 +1,4 @@
-"""What the documents say is what there is: every command and snippet runs, figures are the committed ones."""
+"""Documents are true: every command and snippet runs, and metrics equal the committed results."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ from tests.helpers.tiny import ROOT
 from training_reftr.arguments import parse_arguments
 
 
-# what a document's run prints, and the files it leaves
+# expected output and files of the blocks of a document
 EXPECTED = {
     "README.md": (["'phrase': 'the green star'"], ["out.png", "runs/demo/predictions.png"]),
     "docs/train_refcoco.md": (
@@ -95,7 +95,7 @@ def test_document_blocks_run(document, user_folder, tmp_path):
     if name == "docs/published_checkpoints.md":
         make_published_sizes(folder)
     with Hub() as hub:
-        # only what is about the Hub has one
+        # only this document uses the Hub
         environment = hub.environment("hf_write", tmp_path / "home") if name == "docs/hub.md" else {}
         result = subprocess.run(
             [sys.executable, ROOT / "tests" / "helpers" / "documents.py", document],
@@ -171,8 +171,8 @@ def test_notebook_runs(user_folder, tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder / "docs"}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 3
     assert (folder / "runs" / "quick_start" / "report.md").exists()
 
 
@@ -187,9 +187,9 @@ def test_notebook_has_no_outputs():
 
 @pytest.mark.slow
 def test_newcomer_benchmark_gets_answers(user_folder, tmp_path, run):
-    """The pieces of the script that times it, in an environment that is there and with a training of two updates."""
-    words = ("--environment", user_folder / ".venv", "--max_steps", 2, "--output", tmp_path / "result.json")
-    run("benchmarks/newcomer.py", *words, timeout=900)
+    """Run the newcomer benchmark in an existing environment with a training of two steps."""
+    argv = ("--environment", user_folder / ".venv", "--max_steps", 2, "--output", tmp_path / "result.json")
+    run("benchmarks/newcomer.py", *argv, timeout=900)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["seconds"].keys() == {"clone", "install", "demo", "answer", "all"}
     assert [answer["phrase"] for answer in result["answers"]] == ["the red square", "the green star"]
@@ -201,7 +201,7 @@ def test_newcomer_benchmark_gets_answers(user_folder, tmp_path, run):
 
 def test_version_is_same_in_package_changelog_and_citation():
     version = modeling_reftr.__version__
-    # what is not released yet stands above the latest version
+    # unreleased changes stand above the latest version
     assert re.search(r"^## (\d\S*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
 
@@ -221,17 +221,17 @@ def test_workflow_runs_ci_script_and_known_make_targets():
     for command in commands:
         if command.startswith("make "):
             check_make(command.split()[1:])
-    assert workflow[True].keys() == {"push", "pull_request"}  # "on" is a truth in YAML 1.1
+    assert workflow[True].keys() == {"push", "pull_request"}  # YAML 1.1 reads the key "on" as true
 
 
-# without running them
+# commands, checked without running them
 
 
 @functools.cache
-def help_of(*words) -> str:
-    """What a command of `reftr` says of itself."""
+def help_of(*argv) -> str:
+    """Return the help of a command of `reftr`."""
     output, before = io.StringIO(), sys.argv
-    sys.argv = ["reftr", *words, "--help"]
+    sys.argv = ["reftr", *argv, "--help"]
     try:
         with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
             runpy.run_module("modeling_reftr", run_name="__main__")
@@ -240,91 +240,91 @@ def help_of(*words) -> str:
     return output.getvalue()
 
 
-def names_of_options(words) -> list[str]:
-    return [word.partition("=")[0] for word in words if word.startswith("--")]
+def names_of_options(argv) -> list[str]:
+    return [word.partition("=")[0] for word in argv if word.startswith("--")]
 
 
-def check_settings(words):
-    """Settings of the training script, by its own reader."""
-    parse_arguments([word for word in words if word not in ("--print_config", "--help")])
+def check_settings(argv):
+    """Parse the settings of the training script."""
+    parse_arguments([word for word in argv if word not in ("--print_config", "--help")])
 
 
-def check_reftr(words):
-    if not words or words[0] == "--help":
+def check_reftr(argv):
+    if not argv or argv[0] == "--help":
         assert "usage" in help_of()
-    elif words[0] == "train":
-        check_settings(words[1:])
+    elif argv[0] == "train":
+        check_settings(argv[1:])
     else:
-        depth = 2 if words[0] == "data" else 1
-        text = help_of(*words[:depth])
-        assert "usage" in text, words
+        depth = 2 if argv[0] == "data" else 1
+        text = help_of(*argv[:depth])
+        assert "usage" in text, argv
         known = set(re.findall(r"--\w+", text))
-        if words[0] == "data" and len(words) > 2 and words[2] in data_scripts.SOURCES:
-            known |= {f"--{flag}" for flag in flags_of(data_scripts.SOURCES[words[2]])}
-        assert known >= set(names_of_options(words)), words
+        if argv[0] == "data" and len(argv) > 2 and argv[2] in data_scripts.SOURCES:
+            known |= {f"--{flag}" for flag in flags_of(data_scripts.SOURCES[argv[2]])}
+        assert known >= set(names_of_options(argv)), argv
 
 
-def check_launch(program, words):
-    """A launcher's words, by its own reader; the script's, by ours. Returns accelerate's file of settings."""
+def check_launch(program, argv):
+    """Parse the arguments of a launcher and of the script; return the config file of accelerate."""
     if program == "sbatch":
-        check_settings(words[words.index("recipes/slurm.sbatch") + 1 :])
+        check_settings(argv[argv.index("recipes/slurm.sbatch") + 1 :])
         return None
     if program == "accelerate":
-        assert words.pop(0) == "launch"
-    settings = words[words.index("train_reftr.py") + 1 :]
-    launch = (launch_command_parser() if program == "accelerate" else torchrun_parser()).parse_args(words)
+        assert argv.pop(0) == "launch"
+    settings = argv[argv.index("train_reftr.py") + 1 :]
+    launch = (launch_command_parser() if program == "accelerate" else torchrun_parser()).parse_args(argv)
     assert (launch.training_script, launch.training_script_args) == ("train_reftr.py", settings)
     check_settings(settings)
     return getattr(launch, "config_file", None)
 
 
-def check_make(words):
+def check_make(argv):
     makefile = (ROOT / "Makefile").read_text()
-    for word in words:
+    for word in argv:
         name, is_variable, _ = word.partition("=")
         assert f"$({name})" in makefile if is_variable else re.search(rf"^{name}:", makefile, flags=re.MULTILINE), word
 
 
-def check_python(words):
-    if words[0] == "-c":
-        compile(words[1], "-c", "exec")
-    elif words[0] in TRAINING:
-        check_settings(words[1:])
-    elif words[0] == "-m":
-        assert importlib.util.find_spec(words[1])
+def check_python(argv):
+    if argv[0] == "-c":
+        compile(argv[1], "-c", "exec")
+    elif argv[0] in TRAINING:
+        check_settings(argv[1:])
+    elif argv[0] == "-m":
+        assert importlib.util.find_spec(argv[1])
     else:
-        text = (ROOT / words[0]).read_text()
-        for option in names_of_options(words):
+        text = (ROOT / argv[0]).read_text()
+        for option in names_of_options(argv):
             assert f'"{option}"' in text, option
 
 
 def check(command: str) -> Counter:
-    """See that a command's program is there and knows its words; returns what was met."""
-    words = shlex.split(command, comments=True)
-    while re.match(r"[A-Z_]+=", words[0]):
-        words.pop(0)
-    program, *words = words
+    """Check that the program of a command exists and accepts its arguments; return a count of programs."""
+    argv = shlex.split(command, comments=True)
+    while re.match(r"[A-Z_]+=", argv[0]):
+        argv.pop(0)
+    program, *argv = argv
     program = program.removeprefix(".venv/bin/")
-    met = Counter([program])
+    programs = Counter([program])
     match program:
         case "reftr":
-            check_reftr(words)
+            check_reftr(argv)
         case "make":
-            check_make(words)
+            check_make(argv)
         case "python":
-            check_python(words)
+            check_python(argv)
         case "accelerate" | "torchrun" | "sbatch":
-            met[check_launch(program, words)] += 1
+            programs[check_launch(program, argv)] += 1
         case "pip" | "curl":
             assert shutil.which(program)
         case _:
-            raise AssertionError(f"Nothing here can tell whether {program!r} is right: {command}")
-    return met
+            raise AssertionError(f"No check for {program!r}: {command}")
+    return programs
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A folder with the recipes as they are, and the files that the documents write."""
+    """Enter a folder with the recipes and the files that the documents write."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     for document in DOCUMENTS:
@@ -363,11 +363,11 @@ def test_check_finds_wrong_commands(checkout):
 
 def test_many_gpus_page_shows_every_launcher(checkout):
     commands = [command for block in blocks_of(ROOT / "docs" / "many_gpus.md") for command in all_commands(block)]
-    met = sum(map(check, commands), Counter())
+    programs = sum(map(check, commands), Counter())
     files = {f"recipes/accelerate/{path.name}" for path in (ROOT / "recipes" / "accelerate").iterdir()}
-    assert {name for name in met if name and "/" in name} == files
-    assert met["sbatch"] == 2
-    assert met["torchrun"] >= 3
+    assert {name for name in programs if name and "/" in name} == files
+    assert programs["sbatch"] == 2
+    assert programs["torchrun"] >= 3
 
 
 def all_commands(block):
@@ -375,7 +375,7 @@ def all_commands(block):
 
 
 def slug(title: str) -> str:
-    """The address of a heading, as GitHub makes it."""
+    """Return the anchor that GitHub makes of a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 

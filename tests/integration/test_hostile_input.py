@@ -1,4 +1,4 @@
-"""Input by somebody careless or mean: the processor says a sentence, the model stays finite and masks the phrase."""
+"""Hostile input: the processor refuses it with a message, the model stays finite and masks the phrase."""
 
 import base64
 import io
@@ -13,13 +13,13 @@ from modeling_reftr.decoding_reftr import MAX_PIXELS
 from modeling_reftr.loss_reftr import grounding_loss
 
 
-PICTURE = Image.new("RGB", (64, 48), "gray")
+IMAGE = Image.new("RGB", (64, 48), "gray")
 TEXT = "the star is left of the circle"
 BOX = [8, 8, 24, 24]
 
 
 def png(width, height):
-    """A picture in one bit a pixel, which packs to next to nothing, as bytes."""
+    """Return a PNG of one bit per pixel, which compresses to a few bytes."""
     content = io.BytesIO()
     Image.new("1", (width, height)).save(content, "PNG")
     return content.getvalue()
@@ -27,11 +27,11 @@ def png(width, height):
 
 @pytest.fixture
 def two_phrases(processor):
-    return dict(processor(PICTURE, TEXT, phrases=["the star", "the circle"], boxes=[BOX, BOX]))
+    return dict(processor(IMAGE, TEXT, phrases=["the star", "the circle"], boxes=[BOX, BOX]))
 
 
 def check_finite(outputs, model):
-    """Outputs, losses and gradients are numbers."""
+    """Assert that outputs, losses and gradients are finite."""
     assert outputs.pred_boxes.isfinite().all()
     assert all(value.isfinite() for value in outputs.loss_dict.values())
     model.zero_grad()
@@ -47,14 +47,14 @@ def test_strange_text_gives_finite_outputs(processor, make_model, text, attn_imp
     model = make_model()
     model.set_attn_implementation(attn_implementation)
     for phrases in (None, [text[:9]]):
-        inputs = processor(PICTURE, text, phrases=phrases, boxes=BOX if phrases is None else [BOX])
+        inputs = processor(IMAGE, text, phrases=phrases, boxes=BOX if phrases is None else [BOX])
         check_finite(model(**inputs), model)
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.row("R4")
 def test_fully_masked_text_or_image_gives_finite_outputs(two_phrases, make_model, attn_implementation):
-    """What the processor refuses, made by hand: no real token, no word between the special tokens, only padding."""
+    """Make masks that the processor never returns: no real token, only special tokens, only padding."""
     model = make_model()
     model.set_attn_implementation(attn_implementation)
     for name in ("attention_mask", "phrase_attention_mask", "pixel_mask"):
@@ -77,7 +77,7 @@ def test_fully_masked_text_or_image_gives_finite_outputs(two_phrases, make_model
 @pytest.mark.parametrize("image_index", [[0, 5], [0, -1], [0, 2**40]])
 def test_unknown_image_index_masks_its_sentence(processor, make_model, image_index):
     model = make_model()
-    inputs = dict(processor(PICTURE, ["the star", "the circle"], boxes=[BOX, BOX]))
+    inputs = dict(processor(IMAGE, ["the star", "the circle"], boxes=[BOX, BOX]))
     right = model(**inputs)
     outputs = model(**inputs | {"image_index": torch.tensor(image_index)})
     check_finite(outputs, model)
@@ -105,7 +105,7 @@ def test_invalid_phrase_index_masks_its_phrase(two_phrases, make_model, phrase_i
 
 
 def test_invalid_phrase_index_adds_no_gradient(two_phrases, make_model):
-    """A place that is not there is not moved to one that is: its gradient would count twice."""
+    """Do not clamp an invalid index to a valid phrase, whose gradient would count twice."""
     model = make_model()
     gradients = []
     for phrase_index in ([[0, 0]], [[0, 0], [0, 9], [3, 0], [0, -1]]):
@@ -131,7 +131,7 @@ def test_token_outside_vocabulary_masks_its_phrases(two_phrases, make_model, tok
     ids[:, -1] = token
     spans = torch.tensor([[[1, 3], [3, 5]]])
     outputs = model(**two_phrases | {"attention_mask": padding, "input_ids": ids, "phrase_spans": spans})
-    assert outputs.phrase_mask.all()  # what stands in padding does not matter
+    assert outputs.phrase_mask.all()  # tokens in padding do not matter
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_invalid_box_label_is_excluded_from_loss(two_phrases, make_model, box_cx
 
 @pytest.mark.row("R6")
 def test_loss_is_finite_on_random_boxes(make_model):
-    """10,000 boxes without extent, inverted, not numbers, outside, on either side of what is taken."""
+    """Draw 10,000 boxes: valid ones and boxes without extent, inverted, not finite or outside the image."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randn(10_000, 1, 4, generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.1] = 0
@@ -207,12 +207,12 @@ def test_image_of_one_pixel_or_line_gives_finite_outputs(processor, make_model, 
 def test_missing_or_unreadable_image_file_is_refused(processor, tmp_path):
     with pytest.raises(OSError, match=r"There is no image at '.*nothing\.jpg'"):
         processor(tmp_path / "nothing.jpg", "the star")
-    whole = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(whole, "JPEG")
+    complete = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(complete, "JPEG")
     contents = {
         "empty.jpg": b"",
-        "text.jpg": b"no picture",
-        "cut.jpg": whole.getvalue()[:700],
+        "text.jpg": b"not an image",
+        "cut.jpg": complete.getvalue()[:700],
         "cut.png": png(640, 640)[:60],
         "header.png": png(64, 64)[:20],
     }
@@ -233,9 +233,9 @@ def test_processor_accepts_image_as_data_url(processor):
 
 def test_non_finite_or_empty_image_array_is_refused(processor):
     for bad in (float("nan"), float("inf")):
-        picture = np.zeros((48, 64, 3), dtype=np.float32)
-        picture[3, 3] = bad
-        for kind in (picture, torch.from_numpy(picture).permute(2, 0, 1)):
+        image = np.zeros((48, 64, 3), dtype=np.float32)
+        image[3, 3] = bad
+        for kind in (image, torch.from_numpy(image).permute(2, 0, 1)):
             with pytest.raises(ValueError, match="of 64 x 48 pixels has values that are not finite"):
                 processor(kind, "the star")
     for empty in (np.zeros((0, 64, 3), dtype=np.uint8), Image.new("RGB", (0, 7))):
@@ -252,13 +252,13 @@ processor = RefTRProcessor.from_pretrained(sys.argv[1])
 processor(Image.new("RGB", (640, 640)), "the star")
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[2:]:
-    pictures = [path, "data:image/png;base64," + base64.b64encode(pathlib.Path(path).read_bytes()).decode()]
+    images = [path, "data:image/png;base64," + base64.b64encode(pathlib.Path(path).read_bytes()).decode()]
     if not path.endswith("unopened.png"):
-        pictures.append(Image.open(path))
-    for picture in pictures:
+        images.append(Image.open(path))
+    for image in images:
         begin = time.monotonic()
         try:
-            processor(picture, "the star")
+            processor(image, "the star")
         except ValueError as error:
             extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used
             print(path, "50,000,000" in str(error), time.monotonic() - begin, extra)
@@ -267,14 +267,14 @@ for path in sys.argv[2:]:
 
 @pytest.mark.row("S5")
 def test_image_bombs_are_refused_before_decoding(processor, tmp_path, run):
-    """By path, by content and opened; in a process of its own, whose largest memory tells what was decoded."""
+    """Give images by path, by content and opened, in a separate process whose peak memory shows decoding."""
     processor.save_pretrained(tmp_path)
     sizes = {"just": (7072, 7072), "line": (50_000_001, 1), "warned": (12_000, 12_000), "unopened": (30_000, 30_000)}
     paths = [tmp_path / f"{name}.png" for name in sizes]
     for path, size in zip(paths, sizes.values(), strict=True):
         path.write_bytes(png(*size))
     lines = run("-c", BOMBS, tmp_path, *paths).stdout.splitlines()
-    assert len(lines) == 3 * 3 + 2  # PIL itself does not open the last
+    assert len(lines) == 3 * 3 + 2  # PIL itself refuses to open the last one
     for line in lines:
         _, is_named, seconds, kilobytes = line.split()
         assert is_named == "True"

@@ -1,4 +1,4 @@
-"""Types, words and names of one's own data in what people look at: shown as they are, and nothing of them acts."""
+"""Hostile names, types and texts of user data are shown literally in reports, cards and terminals."""
 
 import html.parser
 import json
@@ -33,7 +33,7 @@ NAMES = {
     "carriage returns": "a\r\n---\r\nb: c",
     "backticks": "a ``` b ` c",
     "link": "x](javascript:alert(1)) [y](http://evil.example)",
-    "picture": "![x](http://evil.example/x.png)",
+    "image link": "![x](http://evil.example/x.png)",
     "reference": "[x]: http://evil.example",
     "braces": "{{ 7 * 7 }} {front_matter} {0}",
     "YAML": "a: b #c, [d] {e}: *f &g !!python/name:os.system",
@@ -53,11 +53,11 @@ NAMES = {
 
 
 class Shown(html.parser.HTMLParser):
-    """Collect the elements, addresses and words of a page."""
+    """Collect the elements, addresses and texts of a page."""
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.addresses, self.words = set(), [], []
+        self.tags, self.addresses, self.texts = set(), [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -67,27 +67,27 @@ class Shown(html.parser.HTMLParser):
             assert name in ("href", "src", "alt", "class", "style"), name
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
 
 def show(text: str) -> Shown:
-    """Render Markdown as the Hub does, with the HTML in it."""
+    """Render Markdown with embedded HTML, as the Hub does."""
     return Shown(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(text))
 
 
 def check_shown(text: str, harmless: str):
-    """Check that a page has the elements, the addresses and the headings of the same page about harmless names."""
+    """Check that a page has the structure of the same page with harmless names; return its visible text."""
     shown, expected = show(text), show(harmless)
     assert shown.tags == expected.tags
     assert shown.addresses == expected.addresses
     tokens, wanted = ([token.type for token in MarkdownIt().enable("table").parse(part)] for part in (text, harmless))
     assert tokens == wanted
     assert for_terminal(text) == text
-    return " ".join("".join(shown.words).split())
+    return " ".join("".join(shown.texts).split())
 
 
 def make_metrics(name: str) -> dict:
-    """Metrics of a run whose words are all hostile."""
+    """Return metrics of a run with a hostile name wherever there is text."""
     values = {
         "integer_boxes": True,
         "accuracy@0.5": 0.8,
@@ -113,21 +113,21 @@ def visible(name: str) -> str:
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_report_escapes_hostile_names(name):
     report = format_report(make_metrics(name))
-    words = check_shown(report, format_report(make_metrics("harmless")))
-    # in the title, as the model's name, as the split and the kind of three tables, and among what was left out
-    assert words.count(visible(name)) >= 5
+    text = check_shown(report, format_report(make_metrics("harmless")))
+    # in the title, as model, as split and as kind of the tables, and in the list of omissions
+    assert text.count(visible(name)) >= 5
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the configuration of a model."""
+    """Save the configuration of a model."""
     folder = tmp_path_factory.mktemp("model")
     RefTRConfig(**TINY_MODEL, text_config=TINY_TEXT).save_pretrained(folder)
     return folder
 
 
 def make_card(folder, name: str) -> str:
-    """Return the card of a folder whose recipe and metrics speak of hostile names."""
+    """Return the card of a folder whose recipe and metrics contain a hostile name."""
     names = ("dataset", "init_text", "init_backbone", "train_split", "validation_split")
     (folder / "recipe.yaml").write_text(
         to_recipe(TrainingSettings.from_flat(**dict.fromkeys(names, name)), [f"from step 7 on: dataset={name}"]),
@@ -142,8 +142,8 @@ def make_card(folder, name: str) -> str:
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_card_escapes_hostile_names(folder, name):
     card, harmless = ModelCard(make_card(folder, name)), ModelCard(make_card(folder, "harmless"))
-    words = check_shown(card.text, harmless.text)
-    assert visible(name) in words
+    text = check_shown(card.text, harmless.text)
+    assert visible(name) in text
     values = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card.content, re.DOTALL)[1])
     assert values.keys() == yaml.safe_load(re.match(r"---\n(.*?)\n---\n", harmless.content, re.DOTALL)[1]).keys()
     assert values["license"] == "apache-2.0"
@@ -176,23 +176,23 @@ def test_card_of_exported_dataset_escapes_hostile_names(shapes, tmp_path, name):
         settings = {"embed": True, "flags": {"exclude": text}, "build_report": report}
         write_dataset_card(tmp_path / "README.md", tmp_path, SOURCES["shapes"], {"test": shapes["test"]}, **settings)
         pages.append(DatasetCard.load(tmp_path / "README.md").text)
-    words = check_shown(*pages)
-    assert words.count(visible(name)) >= 2
+    text = check_shown(*pages)
+    assert text.count(visible(name)) >= 2
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_data_commands_escape_hostile_names(tmp_path, capsys, name):
-    """Texts and types of one's own, in what the commands print and draw."""
+    """Print and draw hostile texts and types with the data commands."""
     Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
     phrases = [{"start": 0, "end": len(name), "box": [8, 8, 24, 24], "types": [name], "category": name}]
     line = {"image": "1.png", "image_id": name, "expressions": [{"text": f"{name} here", "phrases": phrases}]}
     (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n")
-    words = ["jsonl", "--data_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]
+    argv = ["jsonl", "--data_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]
     for command in (["stats"], ["check"], ["preview", "--output", str(tmp_path / "preview.png")]):
-        data_command.main([command[0], *words, *command[1:]])
+        data_command.main([command[0], *argv, *command[1:]])
         printed = capsys.readouterr()
         assert for_terminal(printed.out) == printed.out, command
-        errors = printed.err.replace("\r", "")  # of progress bars
+        errors = printed.err.replace("\r", "")  # progress bars use it
         assert for_terminal(errors) == errors, command
     assert Image.open(tmp_path / "preview.png").width > 64
 
@@ -201,8 +201,8 @@ def test_predict_escapes_hostile_texts_in_json(make_model, processor, tmp_path, 
     make_model().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
-    words = ["--model", str(tmp_path / "model"), "--image", str(tmp_path / "1.png")]
-    predict.main([*words, "--output", str(tmp_path / "out.png"), "--text", *NAMES.values()])
+    argv = ["--model", str(tmp_path / "model"), "--image", str(tmp_path / "1.png")]
+    predict.main([*argv, "--output", str(tmp_path / "out.png"), "--text", *NAMES.values()])
     printed = capsys.readouterr().out
     assert for_terminal(printed) == printed
     assert [answer["phrase"] for answer in json.loads(printed)] == list(NAMES.values())
@@ -217,7 +217,7 @@ def test_log_and_table_escape_hostile_names(name):
 
 
 def test_data_and_train_commands_escape_log_lines(run, tmp_path):
-    """A file whose name is hostile, in a warning on the terminal."""
+    """Name a hostile dataset, which both commands quote in an error."""
     name = "a\x1b[31m\u202e"
     for command in (("-m", "reftr_cli", "data", "stats", name), ("train_reftr.py", "--dataset", name)):
         result = run(*command, cwd=ROOT, check=False)

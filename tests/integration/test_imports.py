@@ -1,4 +1,4 @@
-"""The floors of the project: no module imports from a floor above its own, and commands start without torch."""
+"""Layers of the project: no module imports from a higher layer, and commands start without torch."""
 
 import ast
 import subprocess
@@ -11,23 +11,23 @@ from reftr_cli.__main__ import COMMANDS
 from tests.helpers.tiny import ROOT
 
 
-# from the lowest floor to the highest; the modules of the Hub folder, *_reftr.py, import siblings alone
-FLOORS = ["data_scripts", "modeling_reftr", "metrics", "training_reftr", "train_reftr", "reftr_cli"]
+# from the lowest layer to the highest; the modules uploaded to the Hub, *_reftr.py, import only siblings
+LAYERS = ["data_scripts", "modeling_reftr", "metrics", "training_reftr", "train_reftr", "reftr_cli"]
 PRODUCT = [
     path
-    for floor in FLOORS
-    for path in ([ROOT / f"{floor}.py"] if floor == "train_reftr" else sorted((ROOT / floor).rglob("*.py")))
+    for layer in LAYERS
+    for path in ([ROOT / f"{layer}.py"] if layer == "train_reftr" else sorted((ROOT / layer).rglob("*.py")))
 ]
-# conversion reads pickles with the restricted reader of data_scripts, and does not travel
-STAY_AT_HOME = {"convert_reftr_checkpoint", "checkpoint_claims", "__init__", "__main__", "export", "predict"}
+# not uploaded: conversion reads pickles with the restricted reader of data_scripts
+NOT_UPLOADED = {"convert_reftr_checkpoint", "checkpoint_claims", "__init__", "__main__", "export", "predict"}
 
 
-def floor_of(module: str) -> str:
+def layer_of(module: str) -> str:
     return "metrics" if module.startswith("training_reftr.metrics") else module.partition(".")[0]
 
 
 def imports_of(source: str) -> set[str]:
-    """Absolute names of the modules that a source imports anywhere in it."""
+    """Return the absolute names of all modules that a source imports."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -38,9 +38,9 @@ def imports_of(source: str) -> set[str]:
 
 
 def upward_imports(module: str, source: str) -> set[str]:
-    """Modules of higher floors that a module imports."""
-    own = FLOORS.index(floor_of(module))
-    return {name for name in imports_of(source) if floor_of(name) in FLOORS[own + 1 :]}
+    """Return the imported modules of higher layers."""
+    own = LAYERS.index(layer_of(module))
+    return {name for name in imports_of(source) if layer_of(name) in LAYERS[own + 1 :]}
 
 
 def module_of(path) -> str:
@@ -61,8 +61,8 @@ def test_upward_imports_finds_imports_inside_functions():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "modeling_reftr").glob("*.py")), ids=module_of)
 def test_hub_module_imports_only_siblings(path):
-    if path.stem not in STAY_AT_HOME:
-        assert {name for name in imports_of(path.read_text()) if floor_of(name) in FLOORS} == set()
+    if path.stem not in NOT_UPLOADED:
+        assert {name for name in imports_of(path.read_text()) if layer_of(name) in LAYERS} == set()
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ""])

@@ -1,4 +1,4 @@
-"""What installing the project puts where, and that it declares what it imports."""
+"""The installed project is complete, and its declared requirements match its imports."""
 
 import ast
 import configparser
@@ -19,17 +19,17 @@ from tests.helpers.tiny import ROOT
 
 PACKAGES = ("modeling_reftr", "data_scripts", "training_reftr", "reftr_cli")
 DATA = ("recipes", "demo")  # carried as package data
-SITES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-# names of distributions that are imported by another one
+SITE_PACKAGES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+# distributions whose module has another name
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
-# imported, but brought by a package that is declared
-BROUGHT = {"starlette": "gradio", "gradio_client": "gradio", "fsspec": "datasets"}
-# declared, but imported by transformers: to export, and for weights of eight bits
-OTHERS_IMPORT = {"onnx", "onnxruntime", "onnxscript", "torchao"}
+# imported, but installed as a dependency of a declared package
+TRANSITIVE = {"starlette": "gradio", "gradio_client": "gradio", "fsspec": "datasets"}
+# declared, but imported by transformers, for export and int8 weights
+IMPORTED_BY_TRANSFORMERS = {"onnx", "onnxruntime", "onnxscript", "torchao"}
 
 
 def run_alone(code, folder, *arguments, **environment):
-    """Run code in a process that finds the installed packages, but no checkout that is installed as editable."""
+    """Run code in a process that finds installed packages but no editable checkout."""
     command = [sys.executable, "-I", "-S", "-c", code, *map(str, arguments)]  # -S: no .pth files
     environment = {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -64,14 +64,14 @@ def test_wheel_contains_modules_and_package_data(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The commands of an environment with the wheel, in which only the dependencies are shared with this one."""
+    """Install the wheel in an environment that shares the dependencies of this one; return its bin folder."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, timeout=300)
     (site_packages,) = folder.glob("lib/python*/site-packages")
-    # the .pth files of these folders, with it the checkout's, are not read
-    (site_packages / "dependencies.pth").write_text("\n".join(SITES) + "\n")
+    # the .pth files of these folders, and so the editable checkout, are ignored
+    (site_packages / "dependencies.pth").write_text("\n".join(SITE_PACKAGES) + "\n")
     return folder / "bin"
 
 
@@ -120,7 +120,7 @@ def test_installed_package_contains_space_files(installed, tmp_path):
 def test_installed_metrics_match_installed_evaluation(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = f"""
-import sys; sys.path += [sys.argv[1], *{SITES!r}]
+import sys; sys.path += [sys.argv[1], *{SITE_PACKAGES!r}]
 import json, evaluate, training_reftr.evaluation as evaluation, training_reftr.metrics as metrics
 from pathlib import Path
 module = evaluate.load(str(Path(metrics.__file__).parent / "referring_expression_comprehension"))
@@ -139,7 +139,7 @@ def test_metrics_link_points_to_metrics_package():
 
 
 def declared(*extras: str) -> set[str]:
-    """Modules of the requirements of setup.cfg, or of some of its extras."""
+    """Return the modules of the requirements in setup.cfg, or of some extras."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     options = [settings["options.extras_require"][extra] for extra in extras] or [
@@ -150,7 +150,7 @@ def declared(*extras: str) -> set[str]:
 
 
 def imports_of(paths) -> set[str]:
-    """Top-level modules that files import anywhere, but the standard library's and the project's."""
+    """Return the imported top-level modules, except those of the standard library and the project."""
     found = set()
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -165,33 +165,33 @@ def test_declared_requirements_match_imports():
     product = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + [ROOT / "train_reftr.py"]
     required, extras = declared(), declared("export", "demo", "quantization")
     imported, by_demo = imports_of(product), imports_of((ROOT / "demo").glob("*.py"))
-    assert imported - set(BROUGHT) == required
-    assert by_demo - set(BROUGHT) <= required | {"gradio"}
-    assert {BROUGHT[name] for name in (imported | by_demo) & set(BROUGHT)} <= required | {"gradio"}
-    assert extras == OTHERS_IMPORT | {"gradio", "torch", "torchvision"}
+    assert imported - set(TRANSITIVE) == required
+    assert by_demo - set(TRANSITIVE) <= required | {"gradio"}
+    assert {TRANSITIVE[name] for name in (imported | by_demo) & set(TRANSITIVE)} <= required | {"gradio"}
+    assert extras == IMPORTED_BY_TRANSFORMERS | {"gradio", "torch", "torchvision"}
     assert declared("export", "demo") <= declared("test")
 
 
 def test_transformers_version_is_same_everywhere():
-    """What the code asks for is what setup.cfg and the Space install."""
+    """Compare the version required by the code with setup.cfg and the Space."""
     line = f"transformers>={MINIMUM_TRANSFORMERS},<6"
     assert f"    {line}\n" in (ROOT / "setup.cfg").read_text()
     assert line in (ROOT / "demo" / "requirements.txt").read_text().splitlines()
 
 
-OLDER = """
+LOAD_WITH_OLDER_TRANSFORMERS = """
 import importlib
 import transformers.configuration_utils, transformers.image_processing_backends
 from pathlib import Path
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoProcessor, pipeline
-del transformers.configuration_utils.SubConfigSpec  # as in older releases
+del transformers.configuration_utils.SubConfigSpec  # missing in older releases
 del transformers.image_processing_backends.TorchvisionBackend
 folder = Path(sys.argv[1])
 sys.path.append(str(folder.parent))
 doors = [AutoConfig, AutoProcessor, AutoImageProcessor, AutoModelForZeroShotObjectDetection]
 calls = [lambda door=door: door.from_pretrained(folder, trust_remote_code=True) for door in doors]
 calls.append(lambda: pipeline("visual-grounding", model=str(folder), trust_remote_code=True))
-for name in ("configuration", "image_processing", "processing"):  # what a door may import first
+for name in ("configuration", "image_processing", "processing"):  # modules that a loader may import first
     calls.append(lambda name=name: importlib.import_module(f"{folder.name}.{name}_reftr"))
 for call in calls:
     try:
@@ -202,11 +202,11 @@ for call in calls:
 
 
 def test_older_transformers_is_refused_with_required_version(trained, tmp_path):
-    """The code beside a model, by every door of the library, where its distribution says that it is older."""
+    """Load the code of a model with every auto class and the pipeline while metadata gives an older version."""
     metadata = tmp_path / "older" / "transformers-5.22.2.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.22.2\n")
-    code = f"import sys; sys.path += [{str(tmp_path / 'older')!r}, *{SITES!r}]" + OLDER
+    code = f"import sys; sys.path += [{str(tmp_path / 'older')!r}, *{SITE_PACKAGES!r}]" + LOAD_WITH_OLDER_TRANSFORMERS
     result = run_alone(code, tmp_path, trained[0], HF_HUB_OFFLINE="1")
     expected = (
         f"transformers>={MINIMUM_TRANSFORMERS} is required for a normal functioning of this module, but found "

@@ -1,4 +1,4 @@
-"""The Hub on this machine, by the real client: what the other tests of pushing and loading stand on."""
+"""The local Hub server behaves like the Hub for the real client, as other push and load tests require."""
 
 import contextlib
 import hashlib
@@ -37,7 +37,7 @@ def api(hub):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Small and large files, in folders, one empty."""
+    """Write small, large and empty files into folders."""
     files = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 1000, "pictures/one.png": b"\x89PNG"}
     files |= {"README.md": b"---\nlibrary_name: transformers\n---\n# A model\n", "empty.bin": b""}
     for path, content in files.items():
@@ -70,17 +70,19 @@ def test_folder_survives_upload_and_download(hub, api, folder, tmp_path):
     assert (info.sha, info.private, info.library_name) == (commit.oid, True, "transformers")
     large = {sibling.rfilename for sibling in info.siblings if sibling.lfs}
     assert large == {"model.safetensors", "pictures/one.png"}
-    came = api.snapshot_download("someone/toy", local_dir=tmp_path / "came", cache_dir=tmp_path / "cache")
-    assert {path: bytes for path, bytes in content(tmp_path / "came").items() if path[0] != "."} == content(folder)
-    assert came == str(tmp_path / "came")
-    # no token goes where large files are
+    downloaded = api.snapshot_download("someone/toy", local_dir=tmp_path / "downloaded", cache_dir=tmp_path / "cache")
+    assert {path: bytes for path, bytes in content(tmp_path / "downloaded").items() if path[0] != "."} == content(
+        folder
+    )
+    assert downloaded == str(tmp_path / "downloaded")
+    # requests for large files carry no token
     assert {request.method for request in hub.requests if request.large} == {"PUT", "GET"}
     assert not any(request.token for request in hub.requests if request.large)
 
 
 @pytest.fixture
 def toy(api):
-    """A repository with a small and a large file, and the id of its commit."""
+    """Create a repository with a small and a large file; return the id of its commit."""
     api.create_repo("someone/toy")
     files = {"config.json": b"{}", "sub/model.safetensors": b"first"}
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
@@ -144,7 +146,7 @@ def test_existing_content_is_not_uploaded_again(hub, api, folder):
     api.upload_folder(repo_id="someone/toy", folder_path=folder)
     assert pushed(hub) == content(folder)
     assert not [request for request in hub.requests[before:] if request.method == "PUT"]
-    # nor what was sent before a commit failed
+    # content uploaded before a failed commit is not sent again either
     hub.fault("status", "POST .*/commit/")
     (folder / "other.safetensors").write_bytes(b"other")
     for number in range(2):
@@ -164,7 +166,7 @@ def test_models_datasets_and_spaces_are_separate(hub, api):
     for kind in ("model", "dataset", "space"):
         assert api.list_repo_files("someone/toy", repo_type=kind) == [".gitattributes", f"{kind}.png"]
         assert hub.files("someone/toy", kind)[f"{kind}.png"] == kind.encode()
-        path = api.hf_hub_download("someone/toy", f"{kind}.png", repo_type=kind, local_dir=hub.state / "came")
+        path = api.hf_hub_download("someone/toy", f"{kind}.png", repo_type=kind, local_dir=hub.state / "downloaded")
         assert Path(path).read_bytes() == kind.encode()
     assert api.space_info("someone/toy").sdk == "gradio"
 
@@ -206,7 +208,7 @@ def test_file_listings_match_repository(hub, api, toy):
     assert (item.size, item.lfs.sha256) == (5, hashlib.sha256(b"first").hexdigest())
 
 
-# who may not, and what is not there
+# missing permissions and missing content
 
 
 @pytest.mark.parametrize(("token", "status"), [(False, 401), ("hf_bad", 401), ("hf_read", 403), ("hf_other", 403)])
@@ -241,7 +243,7 @@ def test_read_of_private_repository_without_permission_is_refused(hub, toy, tmp_
         with pytest.raises(HfHubHTTPError) as refused:
             read()
         assert refused.value.response.status_code == status
-        # a token that is not known is another matter than a repository that is not
+        # an unknown token is another error than an unknown repository
         assert isinstance(refused.value, RepositoryNotFoundError) == (token != "hf_bad")
 
 
@@ -281,11 +283,11 @@ def test_unclosed_card_and_oversized_files_are_refused(api, toy, folder, hub):
     assert api.get_paths_info("someone/toy", "config.json")[0].lfs.size == 2
 
 
-# what goes wrong on the way
+# network faults
 
-# where the client tries again by itself, and where it does not
-AGAIN = ["POST .*/preupload/", "POST .*/objects/batch", "PUT", "POST .*/objects/verify"]
-ONCE = ["POST .*/repos/create", "POST .*/commit/"]
+# requests that the client retries, and requests that it does not
+RETRIED = ["POST .*/preupload/", "POST .*/objects/batch", "PUT", "POST .*/objects/verify"]
+NOT_RETRIED = ["POST .*/repos/create", "POST .*/commit/"]
 
 
 def push(api, folder):
@@ -293,7 +295,7 @@ def push(api, folder):
     return api.upload_folder(repo_id="someone/toy", folder_path=folder)
 
 
-@pytest.mark.parametrize("pattern", AGAIN)
+@pytest.mark.parametrize("pattern", RETRIED)
 @pytest.mark.parametrize("kind", ["status", "cut", "mute"])
 def test_client_retries_upload_after_faults(hub, api, toy, folder, kind, pattern):
     fault = hub.fault(kind, pattern, times=2)
@@ -302,13 +304,13 @@ def test_client_retries_upload_after_faults(hub, api, toy, folder, kind, pattern
     assert content(folder).items() <= pushed(hub).items()
 
 
-@pytest.mark.parametrize("pattern", [*AGAIN, *ONCE])
+@pytest.mark.parametrize("pattern", [*RETRIED, *NOT_RETRIED])
 @pytest.mark.parametrize("kind", ["status", "cut"])
 def test_failed_push_changes_nothing(hub, api, toy, folder, kind, pattern):
     fault = hub.fault(kind, pattern, times=100)
     with pytest.raises((HfHubHTTPError, httpx2.TransportError, RuntimeError)):
         push(api, folder)
-    assert fault.happened == 1 if pattern in ONCE else fault.happened > 5
+    assert fault.happened == 1 if pattern in NOT_RETRIED else fault.happened > 5
     assert hub.head("someone/toy") == toy
     hub.faults.clear()
     assert push(api, folder).oid == hub.head("someone/toy")
@@ -316,7 +318,7 @@ def test_failed_push_changes_nothing(hub, api, toy, folder, kind, pattern):
 
 
 def test_commit_with_lost_response_is_found_on_next_push(hub, api, toy, folder):
-    """The client knows nothing of it, and finds it when it pushes again."""
+    """Find the commit on the next push, because the client did not receive the response."""
     hub.fault("mute", "POST .*/commit/")
     with pytest.raises(httpx2.TransportError):
         push(api, folder)
@@ -347,7 +349,7 @@ def test_commit_of_lost_large_files_is_refused(hub, api, toy, folder):
 
 
 def test_aborted_commit_request_changes_nothing(hub, toy):
-    """Not even with a commit that reads as if it were whole."""
+    """Ignore a shortened body even if it reads like a complete commit."""
     items = [{"key": "header", "value": {"summary": "half"}}]
     items.append({"key": "file", "value": {"path": "half.txt", "content": "aGFsZg==", "encoding": "base64"}})
     body = "".join(json.dumps(item) + "\n" for item in items).encode()
@@ -392,9 +394,9 @@ def test_hub_raises_errors_of_server():
         httpx2.put(f"{hub.address}/models/no/one/{'0' * 64}", content=b"")
 
 
-# a server that is killed
+# killed server
 
-MOMENTS = [
+FAULTS = [
     ("die", "POST .*/preupload/"),
     ("die", "POST .*/objects/batch"),
     ("die", "PUT"),
@@ -406,28 +408,28 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=[moment[1] for moment in MOMENTS])
-def test_killed_server_serves_previous_revision_after_restart(folder, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault[1] for fault in FAULTS])
+def test_killed_server_serves_previous_revision_after_restart(folder, tmp_path, monkeypatch, fault):
     with HubProcess(tmp_path / "state") as hub:
         hub.use(monkeypatch, "hf_write")
         push(HfApi(), folder)
-    former = content(folder)
+    previous = content(folder)
     for name in ("config.json", "model.safetensors", "new.txt"):
         (folder / name).write_bytes(b"new content of " + name.encode())
-    with HubProcess(tmp_path / "state", [moment], hub.port) as hub:
+    with HubProcess(tmp_path / "state", [fault], hub.port) as hub:
         with pytest.raises((httpx2.TransportError, RuntimeError)):
             push(HfApi(), folder)
         assert hub.process.wait(10) == -signal.SIGKILL
     with HubProcess(tmp_path / "state", port=hub.port) as hub:
-        came = Path(HfApi().snapshot_download("someone/toy", cache_dir=tmp_path / "cache"))
-        assert {path: (came / path).read_bytes() for path in former} == former
-        assert not (came / "new.txt").exists()
+        downloaded = Path(HfApi().snapshot_download("someone/toy", cache_dir=tmp_path / "cache"))
+        assert {path: (downloaded / path).read_bytes() for path in previous} == previous
+        assert not (downloaded / "new.txt").exists()
         push(HfApi(), folder)
-        came = Path(HfApi().snapshot_download("someone/toy", cache_dir=tmp_path / "cache"))
-        assert {path: (came / path).read_bytes() for path in content(folder)} == content(folder)
+        downloaded = Path(HfApi().snapshot_download("someone/toy", cache_dir=tmp_path / "cache"))
+        assert {path: (downloaded / path).read_bytes() for path in content(folder)} == content(folder)
 
 
-# a model
+# loading a model
 
 LOAD = """
 import sys, torch
@@ -444,13 +446,13 @@ torch.save(model.state_dict(), output)
 """
 
 
-@pytest.mark.parametrize("way", ["folder", "push_to_hub"])
-def test_pushed_model_loads_in_clean_process(hub, api, make_model, processor, run, tmp_path, way):
+@pytest.mark.parametrize("method", ["folder", "push_to_hub"])
+def test_pushed_model_loads_in_clean_process(hub, api, make_model, processor, run, tmp_path, method):
     model, saved = make_model(), tmp_path / "saved"
     environment = hub.environment("hf_read", tmp_path / "home")
     model.save_pretrained(saved)
     processor.save_pretrained(saved)
-    if way == "folder":
+    if method == "folder":
         api.create_repo("someone/toy", private=True)
         api.upload_folder(repo_id="someone/toy", folder_path=saved)
     else:
@@ -459,7 +461,7 @@ def test_pushed_model_loads_in_clean_process(hub, api, make_model, processor, ru
         code += "RefTRProcessor.from_pretrained(folder).push_to_hub(name)"
         run("-c", code, saved, "someone/toy", **hub.environment("hf_write", tmp_path / "home_of_author"))
     revision = hub.head("someone/toy")
-    # a later commit is not what was asked for
+    # the requested revision is older than this commit
     api.upload_file(repo_id="someone/toy", path_in_repo="config.json", path_or_fileobj=b"{}")
     output = tmp_path / "weights.pt"
     run("-I", "-c", LOAD, "someone/toy", revision, output, cwd=tmp_path, **environment)

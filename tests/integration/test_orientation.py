@@ -1,4 +1,4 @@
-"""Pixels and boxes are in one frame, whatever the EXIF orientation and the annotated size, at every door."""
+"""Pixels and boxes share one frame at every entry point, for any EXIF orientation and annotated size."""
 
 import io
 import itertools
@@ -39,7 +39,7 @@ from training_reftr.images import ImageReader
 from training_reftr.settings import TrainingSettings
 
 
-SIDE = 160  # what the longer side is resized to: twice that of the images
+SIDE = 160  # the longer side after resizing, twice that of the images
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def undecoded(rows):
 
 
 @pytest.fixture(scope="module")
-def own_processor(tokenizer):
+def large_processor(tokenizer):
     return RefTRProcessor(RefTRImageProcessor(size={"shortest_edge": SIDE, "longest_edge": SIDE}), tokenizer)
 
 
@@ -69,8 +69,8 @@ def path_of(case, folder):
     return str(folder / "images" / "train2014" / case.file_name)
 
 
-def agrees(pixels, box_xyxy, size) -> bool:
-    """Whether a box in pixels of (height, width) `size` holds exactly what is red in `pixels` (height, width, 3)."""
+def box_matches_red(pixels, box_xyxy, size) -> bool:
+    """Return whether a box in an image of (height, width) `size` bounds the red area of `pixels`."""
     height, width = pixels.shape[:2]
     if width * size[0] != height * size[1]:
         return False
@@ -78,8 +78,8 @@ def agrees(pixels, box_xyxy, size) -> bool:
     return bool(np.abs(found - np.array(box_xyxy)).max() < 0.6)
 
 
-def label_agrees(pixel_values, label) -> bool:
-    """Whether the first box and mask of a label hold exactly what is red in normalized pixels, padding included."""
+def label_matches_red(pixel_values, label) -> bool:
+    """Return whether the first box and mask of a label bound the red area of normalized, padded pixels."""
     mean, std = (torch.tensor(values)[:, None, None] for values in modeling_mean_and_std())
     is_padding = (pixel_values == 0).all(0)
     pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255)
@@ -87,30 +87,30 @@ def label_agrees(pixel_values, label) -> bool:
     pixels = pixels[:, :height, :width].permute(1, 2, 0).numpy()
     cx, cy, w, h = label["boxes"][0].tolist()
     box = np.array([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]) * [width, height, width, height]
-    is_right = agrees(pixels, box, (height, width))
+    is_correct = box_matches_red(pixels, box, (height, width))
     if "masks" in label:
         colored = label["masks"][0, :height, :width, None].numpy() * np.array([255, 0, 0])
-        is_right = is_right and find_red(colored) == find_red(pixels)
-    return is_right
+        is_correct = is_correct and find_red(colored) == find_red(pixels)
+    return is_correct
 
 
 def modeling_mean_and_std():
     return RefTRImageProcessor.image_mean, RefTRImageProcessor.image_std
 
 
-def image_is_right(image, case) -> bool:
-    """Whether a decoded image is the frame of its annotation, up to what a JPEG changes."""
+def image_matches_frame(image, case) -> bool:
+    """Return whether a decoded image equals the annotated frame, up to JPEG artifacts."""
     pixels = np.asarray(image.convert("RGB")).astype(int)
     return pixels.shape == case.frame.shape and bool(np.abs(pixels - case.frame).max() < 12)
 
 
-def row_is_right(row, case) -> bool:
-    """Whether a decoded row shows its frame and has its box there."""
+def row_matches_case(row, case) -> bool:
+    """Return whether image, size and box of a decoded row match a case."""
     is_own = row["image_id"] == f"coco_{case.number}" and (row["height"], row["width"]) == case.size
-    return is_own and image_is_right(row["image"], case) and row["objects"][0]["box"] == case.box
+    return is_own and image_matches_frame(row["image"], case) and row["objects"][0]["box"] == case.box
 
 
-def at_the_processor(folder, own_processor, **_):
+def at_the_processor(folder, large_processor, **_):
     for case in CASES:
         mask = np.zeros(case.size, bool)
         x0, y0, x1, y1 = case.box
@@ -119,14 +119,14 @@ def at_the_processor(folder, own_processor, **_):
         path = path_of(case, folder)
         with Image.open(path) as opened:
             batches = [
-                own_processor(image, TEXT, boxes=case.box, masks=mask, original_sizes=sizes)
+                large_processor(image, TEXT, boxes=case.box, masks=mask, original_sizes=sizes)
                 for image in (path, opened)
             ]
-        yield all(label_agrees(batch["pixel_values"][0], batch["labels"][0]) for batch in batches)
+        yield all(label_matches_red(batch["pixel_values"][0], batch["labels"][0]) for batch in batches)
 
 
-def at_the_pipeline(rows, folder, own_processor, make_model, **_):
-    ground = pipeline("visual-grounding", model=make_model(), processor=own_processor)
+def at_the_pipeline(rows, folder, large_processor, make_model, **_):
+    ground = pipeline("visual-grounding", model=make_model(), processor=large_processor)
     for row, case in zip(rows, CASES, strict=True):
         image = path_of(case, folder) if case.annotated_size is None else row["image"]
         seen = {}
@@ -134,25 +134,25 @@ def at_the_pipeline(rows, folder, own_processor, make_model, **_):
         (answer,) = ground(image, TEXT)
         cx, cy = (case.box[0] + case.box[2]) / 2 / case.size[1], (case.box[1] + case.box[3]) / 2 / case.size[0]
         w, h = (case.box[2] - case.box[0]) / case.size[1], (case.box[3] - case.box[1]) / case.size[0]
-        is_right = label_agrees(seen["pixel_values"][0], {"boxes": torch.tensor([[cx, cy, w, h]])})
+        is_correct = label_matches_red(seen["pixel_values"][0], {"boxes": torch.tensor([[cx, cy, w, h]])})
         # the answer is in pixels of the same frame
         (asked,) = ground.processor.post_process_grounding(ground.model(**seen), [case.size])
         box = torch.tensor(list(answer["box"].values()))
-        yield is_right and torch.allclose(asked["boxes"][0], box, atol=1e-2)
+        yield is_correct and torch.allclose(asked["boxes"][0], box, atol=1e-2)
 
 
-def at_the_reader(undecoded, own_processor, **_):
-    reader = ImageReader(own_processor.image_processor)
+def at_the_reader(undecoded, large_processor, **_):
+    reader = ImageReader(large_processor.image_processor)
     for row in undecoded:
-        yield agrees(np.asarray(reader(row)), row["objects"][0]["box"], (row["height"], row["width"]))
+        yield box_matches_red(np.asarray(reader(row)), row["objects"][0]["box"], (row["height"], row["width"]))
 
 
-def at_the_cache(undecoded, own_processor, tmp_path, **_):
-    reader = ImageReader(own_processor.image_processor, str(tmp_path))
+def at_the_cache(undecoded, large_processor, tmp_path, **_):
+    reader = ImageReader(large_processor.image_processor, str(tmp_path))
     for row in undecoded:
         written, read = np.asarray(reader(row)), np.asarray(reader(row))
-        is_right = agrees(read, row["objects"][0]["box"], (row["height"], row["width"]))
-        yield is_right and (written == read).all()
+        is_correct = box_matches_red(read, row["objects"][0]["box"], (row["height"], row["width"]))
+        yield is_correct and (written == read).all()
     assert list(tmp_path.rglob("*.npy"))
 
 
@@ -160,24 +160,24 @@ def arguments(**settings):
     return TrainingSettings.from_flat(**{"num_workers": 0, "augmentation": "none", "image_size": SIDE, **settings})
 
 
-def at_the_training_loader(rows, own_processor, **_):
-    data = TrainingData(rows, own_processor, arguments(batch_size=4), 0, 1, with_masks=True)
-    yield from batches_are_right(data.batches(0))
+def at_the_training_loader(rows, large_processor, **_):
+    data = TrainingData(rows, large_processor, arguments(batch_size=4), 0, 1, with_masks=True)
+    yield from check_batches(data.batches(0))
 
 
-def at_the_evaluation_loader(rows, own_processor, **_):
-    data = EvaluationData({"test": rows}, own_processor, arguments(evaluation_batch_size=4), 0, 1)
-    yield from batches_are_right(data.batches("test"))
+def at_the_evaluation_loader(rows, large_processor, **_):
+    data = EvaluationData({"test": rows}, large_processor, arguments(evaluation_batch_size=4), 0, 1)
+    yield from check_batches(data.batches("test"))
 
 
-def batches_are_right(batches):
-    """Of each image, in the order of the cases."""
+def check_batches(batches):
+    """Return whether the label of each image is correct, in the order of the cases."""
     results = {}
     for batch in batches:
         for index, label, targets in zip(
             batch["image_index"].tolist(), batch["labels"], batch["targets"], strict=True
         ):
-            results[targets[0]["image_id"]] = label_agrees(batch["pixel_values"][index], label)
+            results[targets[0]["image_id"]] = label_matches_red(batch["pixel_values"][index], label)
     return [results[f"coco_{case.number}"] for case in CASES]
 
 
@@ -185,7 +185,7 @@ def at_load(rows, folder, **_):
     streamed = data_scripts.load("refcoco_unc", "train", data_dir=str(folder), streaming=True)
     for row, other, case in zip(rows, streamed, CASES, strict=True):
         is_same = np.array_equal(np.asarray(row["image"]), np.asarray(other["image"]))
-        yield row_is_right(row, case) and row_is_right(other, case) and is_same
+        yield row_matches_case(row, case) and row_matches_case(other, case) and is_same
 
 
 def at_an_export(rows, tmp_path, **_):
@@ -196,13 +196,13 @@ def at_an_export(rows, tmp_path, **_):
         loaded.append(datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache")))
         loaded.append(datasets.load_dataset(str(output), split="train", streaming=True))
     for *copies, case in zip(*loaded, CASES, strict=True):
-        yield all(row_is_right(row, case) for row in copies)
+        yield all(row_matches_case(row, case) for row in copies)
 
 
 def at_the_preview(rows, **_):
     for index, case in enumerate(CASES):
         drawn = np.asarray(draw_preview(rows.select([index]), num=1, seed=0)).astype(int)
-        color = [int(COLORS[0][place : place + 2], 16) for place in (1, 3, 5)]
+        color = [int(COLORS[0][start : start + 2], 16) for start in (1, 3, 5)]
         is_frame = (np.abs(drawn - color) < 12).all(axis=-1)
         ys, xs = is_frame[: 8 + 320 * case.size[0] // case.size[1]].nonzero()
         frame = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - 8  # the gap around the grid
@@ -224,20 +224,22 @@ DOORS = (
 
 @pytest.mark.row("O1")
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_pixels_and_boxes_agree_for_every_orientation(door, folder, rows, undecoded, own_processor, make_model, tmp_path, record_property):
-    """8 orientations x 4 ways of annotating, at every door."""
+def test_pixels_and_boxes_agree_for_every_orientation(
+    door, folder, rows, undecoded, large_processor, make_model, tmp_path, record_property
+):
+    """Try 8 orientations with 4 kinds of annotation at every entry point."""
     results = list(
         door(
             folder=folder,
             rows=rows,
             undecoded=undecoded,
-            own_processor=own_processor,
+            large_processor=large_processor,
             make_model=make_model,
             tmp_path=tmp_path,
         )
     )
     record_property("counted", (sum(map(bool, results)), len(CASES)))
-    assert [case for case, is_right in zip(CASES, results, strict=True) if not is_right] == []
+    assert [case for case, is_correct in zip(CASES, results, strict=True) if not is_correct] == []
 
 
 def test_both_packages_keep_same_stored_orientations():
@@ -302,7 +304,7 @@ def png_chunk(kind, content):
 
 
 def save_png_with_late_exif(image, path, orientation):
-    """Its eXIf stands behind the pixels."""
+    """Save a PNG whose eXIf chunk follows the pixels."""
     file = io.BytesIO()
     image.save(file, "PNG")
     content, end = file.getvalue()[:-12], file.getvalue()[-12:]
@@ -311,7 +313,7 @@ def save_png_with_late_exif(image, path, orientation):
 
 
 def save_png_with_raw_profile(image, path, orientation):
-    """As ImageMagick writes EXIF."""
+    """Save EXIF in a PNG as ImageMagick does."""
     exif = orientation_exif(orientation).tobytes()
     info = PngImagePlugin.PngInfo()
     info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8d}\n{exif.hex()}\n", zip=True)
@@ -359,7 +361,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_of_every_kind_is_in_frame_of_its_boxes(kind, tmp_path):
-    """Wherever Pillow finds an orientation; by the image processor, and as a row of the datasets library."""
+    """Apply the orientation in every file that Pillow finds it in, in the image processor and in `datasets`."""
     image_processor = RefTRImageProcessor()
     for orientation in (3, 5, 6, 8):
         path = tmp_path / f"{orientation}.{kind}"
@@ -374,7 +376,7 @@ def test_file_of_every_kind_is_in_frame_of_its_boxes(kind, tmp_path):
             (again,) = image_processor.open_images([by_path])
             for image in (by_path, by_image, again):
                 assert np.abs(np.asarray(image).astype(int) - expected).max() < 12, (orientation, size)
-                # nothing would turn it once more
+                # the orientation is removed, so the image is not rotated again
                 assert ImageOps.exif_transpose(image).size == image.size
             frame = read_frame(path, None if size is None else size[::-1])
             assert frame == Frame(*expected.shape[1::-1], is_stored)
@@ -403,7 +405,7 @@ def test_drop_orientation_does_not_reencode_jpeg(tmp_path):
     content = (tmp_path / "6.jpg").read_bytes()
     stripped, ending = drop_orientation(content)
     assert ending == "jpg"
-    start = content.index(b"\xff\xdb")  # what the pixels depend on begins with the quantization tables
+    start = content.index(b"\xff\xdb")  # the compressed pixels start with the quantization tables
     assert stripped.endswith(content[start:])
     assert len(stripped) < len(content)
 
@@ -426,11 +428,11 @@ def test_damaged_exif_is_named(tmp_path):
         read_frame(tmp_path / "a.png")
 
 
-# rows that others made
+# rows of other programs
 
 
-def with_tags(undecoded, folder, by_content):
-    """The rows as a Parquet file of somebody may have them: with the files as they are."""
+def make_foreign_rows(undecoded, folder, by_content):
+    """Return the rows with unmodified image files, as other programs write them to Parquet."""
     images = []
     for case in CASES:
         path = path_of(case, folder)
@@ -444,37 +446,37 @@ def with_tags(undecoded, folder, by_content):
 
 
 @pytest.mark.parametrize("by_content", [False, True])
-def test_rows_with_oriented_files_agree_with_boxes(undecoded, folder, own_processor, tmp_path, by_content):
-    rows = with_tags(undecoded, folder, by_content)
+def test_rows_with_oriented_files_agree_with_boxes(undecoded, folder, large_processor, tmp_path, by_content):
+    rows = make_foreign_rows(undecoded, folder, by_content)
     parts = {"rows": rows, "undecoded": rows.cast_column("image", datasets.Image(decode=False))}
     for door in (at_the_reader, at_the_cache, at_the_training_loader, at_the_evaluation_loader, at_the_preview):
         (tmp_path / door.__name__).mkdir()
-        results = list(door(**parts, own_processor=own_processor, tmp_path=tmp_path / door.__name__))
+        results = list(door(**parts, large_processor=large_processor, tmp_path=tmp_path / door.__name__))
         assert results == [True] * len(CASES), door.__name__
 
 
-def test_collator_refuses_stored_boxes_on_turned_image(undecoded, folder, own_processor):
-    rows = with_tags(undecoded, folder, by_content=False)
-    (place,) = [index for index, case in enumerate(CASES) if case == (6, "stored")]
+def test_collator_refuses_stored_boxes_on_turned_image(undecoded, folder, large_processor):
+    rows = make_foreign_rows(undecoded, folder, by_content=False)
+    (row_index,) = [index for index, case in enumerate(CASES) if case == (6, "stored")]
     with pytest.raises(ValueError, match=r"coco_602' has .* \(64, 80\) and its boxes are in \(80, 64\)"):
-        GroundingCollator(own_processor)([rows[place]])
+        GroundingCollator(large_processor)([rows[row_index]])
 
 
-def test_image_reader_refuses_image_of_other_frame_than_row(own_processor):
+def test_image_reader_refuses_image_of_other_frame_than_row(large_processor):
     content = io.BytesIO()
     Image.new("RGB", (80, 64)).save(content, "PNG")
     row = {"image_id": "one", "image": {"bytes": content.getvalue(), "path": None}, "height": 80, "width": 64}
     with pytest.raises(ValueError, match=r"'one' has .* \(64, 80\) and its boxes are in \(80, 64\)"):
-        ImageReader(own_processor.image_processor)(row)
+        ImageReader(large_processor.image_processor)(row)
 
 
-def test_collator_scales_labels_to_size_of_image(rows, own_processor):
+def test_collator_scales_labels_to_size_of_image(rows, large_processor):
     row = rows[0]
     doubled = [value * 2 for value in UPRIGHT_BOX]
     objects = [{**row["objects"][0], "box": doubled, "boxes": [doubled], "segmentation": None}]
     row = {**row, "width": row["width"] * 2, "height": row["height"] * 2, "objects": objects}
-    batch = GroundingCollator(own_processor)([row])
-    assert label_agrees(batch["pixel_values"][0], batch["labels"][0])
+    batch = GroundingCollator(large_processor)([row])
+    assert label_matches_red(batch["pixel_values"][0], batch["labels"][0])
 
 
 def test_check_accepts_rows_of_every_orientation(rows):

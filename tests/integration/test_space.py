@@ -1,4 +1,4 @@
-"""The page of the Space, served for real: what it answers, and what it does not take."""
+"""The page of the Space on a local server: answers, limits and refused requests."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from tests.helpers.tiny import ROOT, trials
 
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
-gradio_client = pytest.importorskip("gradio_client")  # which gradio brings
+gradio_client = pytest.importorskip("gradio_client")  # a dependency of gradio
 pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting", "ignore:The copy keyword is deprecated")
 
 
@@ -40,16 +40,17 @@ def space():
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
-    """A tiny model with masks, its processor and their code."""
+    """Save a tiny model with masks, its processor and their code."""
     return copy_with_masks(trained[0], tmp_path_factory.mktemp("space") / "model")
 
 
 @pytest.fixture(scope="module")
 def page(space, folder, tmp_path_factory):
-    """The page on a port of this machine, as the command serves it: the app with its address."""
+    """Serve the page on a local port as the command does; return the app with its address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        patch.setitem(sys.modules, "uvloop", None)  # its connections would be hidden from the watch below
+        # connections of uvloop raise no audit events, which the watch below needs
+        patch.setitem(sys.modules, "uvloop", None)
         app = space.build_app(str(folder))
         app.address = space.launch(app, wait=False).rstrip("/")
         yield app
@@ -63,39 +64,39 @@ def client(page, tmp_path_factory):
 
 
 @pytest.fixture
-def picture(tmp_path, shapes):
-    shapes["test"][0]["image"].save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def image(tmp_path, shapes):
+    shapes["test"][0]["image"].save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 def ask(client, path, text="\n".join(EXPRESSIONS)):
     return client.predict(gradio_client.handle_file(str(path)), text, api_name="/ask")
 
 
-def refusal(client, path, text="\n".join(EXPRESSIONS)) -> str:
+def ask_and_get_error(client, path, text="\n".join(EXPRESSIONS)) -> str:
     with pytest.raises(gradio_client.exceptions.AppError) as error:
         ask(client, path, text)
     return str(error.value)
 
 
 def test_space_answers_match_pipeline(client, folder, shapes, tmp_path):
-    picture = tmp_path / "wide.png"
-    shapes["test"][0]["image"].resize((64, 40)).save(picture)
-    shown, answers = ask(client, picture)
+    image = tmp_path / "wide.png"
+    shapes["test"][0]["image"].resize((64, 40)).save(image)
+    shown, answers = ask(client, image)
     ground = pipeline("visual-grounding", model=str(folder))
-    expected = [answer_to_json(answer) for answer in ground(picture, text=EXPRESSIONS)]
+    expected = [answer_to_json(answer) for answer in ground(image, text=EXPRESSIONS)]
     assert [answer["phrase"] for answer in answers] == EXPRESSIONS
-    for answer, right in zip(answers, expected, strict=True):
-        assert answer["box"] == pytest.approx(right["box"], abs=0.02)
-        masks = [from_coco_rle(value["segmentation"]) for value in (answer, right)]
+    for answer, reference in zip(answers, expected, strict=True):
+        assert answer["box"] == pytest.approx(reference["box"], abs=0.02)
+        masks = [from_coco_rle(value["segmentation"]) for value in (answer, reference)]
         assert masks[0].shape == (40, 64)
         assert (masks[0] != masks[1]).mean() < 0.01
     assert json.loads(json.dumps(answers)) == answers
     assert [layer["label"] for layer in shown["value"]["annotations"]] == EXPRESSIONS
 
 
-def test_space_draws_box_and_mask_in_color_of_expression(client, space, folder, picture):
-    shown, answers = ask(client, picture)
+def test_space_draws_box_and_mask_in_color_of_expression(client, space, folder, image):
+    shown, answers = ask(client, image)
     colors = [tuple(bytes.fromhex(color[1:])) for color in space.COLORS[:2]]
     assert list(shown["color_map"].items()) == list(zip(EXPRESSIONS, space.COLORS, strict=False))
     scale = space.DISPLAY_SIDE / 64
@@ -109,7 +110,7 @@ def test_space_draws_box_and_mask_in_color_of_expression(client, space, folder, 
         assert frame == pytest.approx(np.clip(np.array(answer["box"]) * scale, 0, space.DISPLAY_SIDE), abs=1)
         film = (pixels[..., 3] > 0) & (pixels[..., 3] < 255)
         mask = np.kron(from_coco_rle(answer["segmentation"]), np.ones((13, 13)))[: len(film), : len(film)]
-        assert film.sum() > 0.7 * mask.sum()  # but for what the frame covers
+        assert film.sum() > 0.7 * mask.sum()  # except where the frame covers the mask
 
 
 def test_draw_without_mask_draws_frame_within_image(space):
@@ -119,31 +120,31 @@ def test_draw_without_mask_draws_frame_within_image(space):
     assert opacity[16:94, 6:44].max() == opacity[:10].max() == opacity[:, 50:].max() == 0
 
 
-def test_model_without_masks_answers_with_boxes(space, trained, picture):
-    _, opacities, answers = space.Answerer(str(trained[0])).answer(str(picture), EXPRESSIONS)
+def test_model_without_masks_answers_with_boxes(space, trained, image):
+    _, opacities, answers = space.Answerer(str(trained[0])).answer(str(image), EXPRESSIONS)
     assert [set(answer) for answer in answers] == [{"label", "phrase", "score", "box"}] * 2
     assert set(np.unique(np.stack(opacities))) <= {0, 1}
 
 
-def test_image_is_encoded_once_and_cache_is_limited(client, page, space, picture, tmp_path, monkeypatch):
-    looks, answerer = [], page.answerer
+def test_image_is_encoded_once_and_cache_is_limited(client, page, space, image, tmp_path, monkeypatch):
+    encodings, answerer = [], page.answerer
     monkeypatch.setattr(answerer, "predictors", type(answerer.predictors)())
-    look = answerer.model.model.backbone.register_forward_hook(lambda *_: looks.append(1))
-    first = ask(client, picture, "the star")[1]
-    shutil.copy(picture, tmp_path / "another name.png")
+    hook = answerer.model.model.backbone.register_forward_hook(lambda *_: encodings.append(1))
+    first = ask(client, image, "the star")[1]
+    shutil.copy(image, tmp_path / "another name.png")
     assert ask(client, tmp_path / "another name.png", "the star")[1] == first
-    ask(client, picture, "the circle")
-    assert len(looks) == 1
+    ask(client, image, "the circle")
+    assert len(encodings) == 1
     shades = [tmp_path / f"{shade}.png" for shade in range(space.MAX_IMAGES)]
     for shade, path in enumerate(shades):
         Image.new("RGB", (40, 30), (shade, 0, 0)).save(path)
-    for path in (*shades[:-1], picture, shades[-1], picture):  # the first shade goes, not the one asked for since
+    for path in (*shades[:-1], image, shades[-1], image):  # the first shade is evicted, not the recently used image
         ask(client, path, "the star")
     assert len(answerer.predictors) == space.MAX_IMAGES
-    assert len(looks) == space.MAX_IMAGES + 1
+    assert len(encodings) == space.MAX_IMAGES + 1
     ask(client, shades[0], "the star")
-    assert len(looks) == space.MAX_IMAGES + 2
-    look.remove()
+    assert len(encodings) == space.MAX_IMAGES + 2
+    hook.remove()
 
 
 def test_space_applies_orientation_and_accepts_image_modes(client, tmp_path):
@@ -158,15 +159,15 @@ def test_space_applies_orientation_and_accepts_image_modes(client, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("", "There is no expression: enter the expressions to locate, one per line."),
         (" \n\t\n", "There is no expression: enter the expressions to locate, one per line."),
         ("the star\n" * 17, "There are 17 expressions, more than 16: enter fewer of them at once."),
     ],
 )
-def test_empty_or_excessive_text_is_refused_with_message(client, picture, text, sentence):
-    assert refusal(client, picture, text) == sentence
+def test_empty_or_excessive_text_is_refused_with_message(client, image, text, message):
+    assert ask_and_get_error(client, image, text) == message
 
 
 def test_question_without_image_is_refused_with_message(client):
@@ -175,36 +176,34 @@ def test_question_without_image_is_refused_with_message(client):
 
 
 def test_unreadable_upload_is_refused_with_message(client, tmp_path):
-    whole = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(whole, "JPEG")
-    for name, content in {"text.png": b"no picture", "cut.jpg": whole.getvalue()[:700], "empty.png": b""}.items():
+    complete = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(complete, "JPEG")
+    for name, content in {"text.png": b"not an image", "cut.jpg": complete.getvalue()[:700], "empty.png": b""}.items():
         (tmp_path / name).write_bytes(content)
-        sentence = refusal(client, tmp_path / name)
-        assert re.match(f"The file '{name}' cannot be read as an image: ", sentence), sentence
-        assert "/" not in sentence  # no folder of the server's
-        assert "Traceback" not in sentence
+        message = ask_and_get_error(client, tmp_path / name)
+        assert re.match(f"The file '{name}' cannot be read as an image: ", message), message
+        assert "/" not in message  # the message does not reveal a folder of the server
+        assert "Traceback" not in message
 
 
 @pytest.mark.row("S11")
-def test_upload_of_refused_format_starts_no_program(
-    client, tmp_path_factory, monkeypatch, record_property
-):
+def test_upload_of_refused_format_starts_no_program(client, tmp_path_factory, monkeypatch, record_property):
     folder = tmp_path_factory.mktemp("formats")
-    mark, passed = stand_in_for_ghostscript(folder, monkeypatch), 0
+    program_log, passed = stand_in_for_ghostscript(folder, monkeypatch), 0
     names = [list(REFUSED)[index] for index in trials(len(REFUSED), short=2)]
     for name in names:
         (folder / "photo.jpg").write_bytes(REFUSED[name])
-        sentence = refusal(client, folder / "photo.jpg")
-        passed += is_refusal(sentence, name) and sentence.startswith("The file 'photo.jpg' cannot be read")
+        message = ask_and_get_error(client, folder / "photo.jpg")
+        passed += is_refusal(message, name) and message.startswith("The file 'photo.jpg' cannot be read")
     record_property("counted", (passed, len(names)))
     assert passed == len(names)
-    assert not mark.exists()
+    assert not program_log.exists()
 
 
 def test_error_message_escapes_markup(page):
-    """Gradio's client and its upload change such names, and a request of one's own does not."""
+    """Send a raw request, because the client and the upload of gradio change such names."""
     file = {"path": f"{os.environ['GRADIO_TEMP_DIR']}/<b>.png", "meta": {"_type": "gradio.FileData"}}
-    text = outcome(page, [file, "the star"])
+    text = post_question(page, [file, "the star"])
     assert "There is no image '&lt;b&gt;.png' here" in text
     assert "<b>" not in text
 
@@ -214,7 +213,7 @@ def test_error_message_escapes_markup(page):
 
 @pytest.mark.row("S9")
 def test_upload_over_5_mb_is_refused_with_message(client, page, space, tmp_path):
-    """By gradio as they arrive, and by the page should they have come some other way."""
+    """Refuse the upload in gradio, and in the page if a file came another way."""
     noise = Image.effect_noise((2600, 2600), 100)
     noise.save(tmp_path / "large.png")
     size = (tmp_path / "large.png").stat().st_size
@@ -224,7 +223,7 @@ def test_upload_over_5_mb_is_refused_with_message(client, page, space, tmp_path)
     assert (answer.status_code, answer.text) == (413, "File size exceeded maximum allowed size of 5242880 bytes.")
     with pytest.raises(ValueError, match=r"^The file 'large.png' has more than 5 MB: make it smaller first\.$"):
         page.answerer.encode(str(tmp_path / "large.png"))
-    # as large as can be
+    # the largest accepted file
     content = io.BytesIO()
     noise.crop((0, 0, 600, 600)).save(content, "PNG")
     (tmp_path / "just.png").write_bytes(content.getvalue().ljust(space.MAX_FILE_BYTES, b"\0"))
@@ -235,24 +234,24 @@ def test_upload_over_5_mb_is_refused_with_message(client, page, space, tmp_path)
 @pytest.mark.row("S9")
 def test_upload_with_too_many_pixels_is_refused_with_message(client, tmp_path, size):
     Image.new("1", size).save(tmp_path / "bomb.png")
-    begin = time.monotonic()
-    sentence = refusal(client, tmp_path / "bomb.png")
-    assert time.monotonic() - begin < 2
-    assert "50,000,000" in sentence
-    assert sentence.endswith("resize it to a smaller size first.")
+    start = time.monotonic()
+    message = ask_and_get_error(client, tmp_path / "bomb.png")
+    assert time.monotonic() - start < 2
+    assert "50,000,000" in message
+    assert message.endswith("resize it to a smaller size first.")
 
 
 @pytest.mark.row("S9")
-def test_expressions_are_cut_at_512_characters(client, space, picture):
+def test_expressions_are_cut_at_512_characters(client, space, image):
     long = "the star " * 100
-    answers = ask(client, picture, f"the circle\n{long}")[1]
+    answers = ask(client, image, f"the circle\n{long}")[1]
     assert [answer["phrase"] for answer in answers] == ["the circle", long[:512]]
     assert "512 characters" in space.ABOUT
 
 
 @pytest.mark.row("S9")
-def test_queue_accepts_20_waiting_questions(page, client, picture):
-    """While one question is answered, 20 wait, and the next is told so; none goes round the queue."""
+def test_queue_accepts_20_waiting_questions(page, client, image):
+    """Queue 20 questions while one is answered, refuse the next, and offer no route around the queue."""
     free, begun = threading.Event(), threading.Event()
     answer = page.answerer.answer
 
@@ -261,46 +260,46 @@ def test_queue_accepts_20_waiting_questions(page, client, picture):
         free.wait(60)
         return answer(*arguments)
 
-    file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
+    file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": image.read_bytes()}).json()[0]
     data = [{"path": file, "meta": {"_type": "gradio.FileData"}}, "the star"]
     call = f"{page.address}/gradio_api/call/ask"
     page.answerer.answer = slow
     try:
         first = httpx.post(call, json={"data": data})
         assert begun.wait(30)
-        waiting = [httpx.post(call, json={"data": data}) for _ in range(25)]
+        queued = [httpx.post(call, json={"data": data}) for _ in range(25)]
     finally:
         free.set()
         page.answerer.answer = answer
     assert first.status_code == 200
-    assert [one.status_code for one in waiting] == [200] * 20 + [503] * 5
-    assert "queue is full" in waiting[-1].json()["detail"].lower()
+    assert [response.status_code for response in queued] == [200] * 20 + [503] * 5
+    assert "queue is full" in queued[-1].json()["detail"].lower()
     direct = httpx.post(f"{page.address}/gradio_api/run/ask", json={"data": data})
     assert direct.status_code == 404
-    for one in (first, *waiting[:20]):  # all that waited are answered
-        event = httpx.get(f"{call}/{one.json()['event_id']}", timeout=60).text
+    for response in (first, *queued[:20]):  # all queued questions are answered
+        event = httpx.get(f"{call}/{response.json()['event_id']}", timeout=60).text
         assert "event: complete" in event
 
 
-# what a caller names
+# files and URLs in requests
 
 
-class Watch:
-    """Places that are connected to or looked up, and files that are opened, by whatever thread of this process."""
+class AuditWatch:
+    """Record addresses that any thread of this process connects to or resolves, and files that it opens."""
 
     def __init__(self):
         self.is_on = False
-        sys.addaudithook(self.note)  # there for good
+        sys.addaudithook(self.record)  # an audit hook cannot be removed
 
-    def note(self, event, arguments):
+    def record(self, event, arguments):
         if self.is_on and event == "open":
             self.opened.append(str(arguments[0]))
         elif self.is_on and event in ("socket.connect", "socket.getaddrinfo"):
             host, port = arguments[1][:2] if event == "socket.connect" else arguments[:2]
-            self.places.add(f"{host}:{port}")
+            self.addresses.add(f"{host}:{port}")
 
     def __enter__(self):
-        self.opened, self.places, self.is_on = [], set(), True
+        self.opened, self.addresses, self.is_on = [], set(), True
         return self
 
     def __exit__(self, *_):
@@ -309,18 +308,18 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def watch():
-    return Watch()
+    return AuditWatch()
 
 
 @pytest.fixture
 def listener():
-    """A port that notes who comes."""
+    """Listen on a local port, so that connections to it are noticed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.3)
         yield server
 
 
-def came(listener) -> bool:
+def was_connected(listener) -> bool:
     try:
         listener.accept()
     except TimeoutError:
@@ -328,8 +327,8 @@ def came(listener) -> bool:
     return True
 
 
-def outcome(page, data) -> str:
-    """What the HTTP API tells who posts `data` to it."""
+def post_question(page, data) -> str:
+    """Post `data` to the HTTP API and return the event stream."""
     call = f"{page.address}/gradio_api/call/ask"
     answer = httpx.post(call, json={"data": data})
     assert answer.status_code == 200, answer.text
@@ -337,15 +336,15 @@ def outcome(page, data) -> str:
 
 
 @pytest.mark.row("S6")
-def test_http_api_answers_upload(page, picture, watch):
-    """The same way as what is refused below, so that it is not refused for its form; and the watch does see."""
+def test_http_api_answers_upload(page, image, watch):
+    """Accept a valid request of the form refused below, and check that the watch records it."""
     with watch:
-        file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
-        text = outcome(page, [{"path": file, "meta": {"_type": "gradio.FileData"}}, "the star"])
+        file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": image.read_bytes()}).json()[0]
+        text = post_question(page, [{"path": file, "meta": {"_type": "gradio.FileData"}}, "the star"])
     assert "event: complete" in text
     assert '"phrase": "the star"' in text
     assert file in watch.opened
-    assert watch.places == {page.address.removeprefix("http://")}
+    assert watch.addresses == {page.address.removeprefix("http://")}
 
 
 @pytest.mark.parametrize("place", ["picture", "text", "within"])
@@ -368,29 +367,29 @@ def test_http_api_answers_upload(page, picture, watch):
     ],
 )
 @pytest.mark.row("S6")
-def test_http_api_refuses_urls_and_paths_unopened(page, picture, listener, watch, place, path):
-    upload = httpx.post(f"{page.address}/gradio_api/upload", files={"files": picture.read_bytes()}).json()[0]
+def test_http_api_refuses_urls_and_paths_unopened(page, image, listener, watch, place, path):
+    upload = httpx.post(f"{page.address}/gradio_api/upload", files={"files": image.read_bytes()}).json()[0]
     uploads = os.environ["GRADIO_TEMP_DIR"]
-    shutil.copy(picture, f"{uploads}/../secret.png")  # beside what may be read
+    shutil.copy(image, f"{uploads}/../secret.png")  # next to the uploads, which may be read
     names = {"demo": DEMO, "uploads": uploads, "upload": upload[1:], "up": "../" * 20}
     path = path.format(port=listener.getsockname()[1], **names)
     address = path if "://" in path else f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
     file = {"path": path, "url": address, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
     data = {"picture": [file, "the star"], "text": [None, file], "within": [{"files": [file]}, "the star"]}
     with watch:
-        text = outcome(page, data[place])
+        text = post_question(page, data[place])
     assert "event: error" in text
     assert NOT_UPLOADED in text
-    assert watch.places == {page.address.removeprefix("http://")}
+    assert watch.addresses == {page.address.removeprefix("http://")}
     assert not [name for name in watch.opened if name.endswith(("passwd", "shapes.jpg", "secret.png", "x.png"))]
-    assert not came(listener)
+    assert not was_connected(listener)
 
 
 @pytest.mark.row("S6")
 def test_http_api_refuses_data_url_and_missing_path(page):
     file = {"path": "x.png", "url": "data:image/png;base64,AAAA", "meta": {"_type": "gradio.FileData"}}
-    assert NOT_UPLOADED in outcome(page, [file, "the star"])
-    text = outcome(page, [{**file, "path": None}, "the star"])
+    assert NOT_UPLOADED in post_question(page, [file, "the star"])
+    text = post_question(page, [{**file, "path": None}, "the star"])
     assert "event: error" in text
 
 
@@ -403,8 +402,8 @@ def test_server_fetches_no_urls_for_callers(page, listener, watch, route, scheme
             answer = httpx.get(f"{page.address}/gradio_api/{route}{scheme}{host}/x.png", timeout=30)
         assert answer.status_code == 403
         assert answer.text == "Only this page's own files are served, no addresses."
-        assert watch.places == {page.address.removeprefix("http://")}
-    assert not came(listener)
+        assert watch.addresses == {page.address.removeprefix("http://")}
+    assert not was_connected(listener)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", f"{DEMO}/app.py", "demo/app.py", "app.py", f"{ROOT}/setup.cfg"])
@@ -423,8 +422,8 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def test_copied_space_folder_runs_without_package(folder, picture, tmp_path):
-    """A copy of the folder, Python without this project's package, the model by its variable, its code beside it."""
+def test_copied_space_folder_runs_without_package(folder, image, tmp_path):
+    """Run a copy of the folder without the package; REFTR_MODEL names a model folder that contains its code."""
     shutil.copytree(DEMO, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     port = free_port()
     code = (
@@ -457,9 +456,9 @@ def test_copied_space_folder_runs_without_package(folder, picture, tmp_path):
         client = gradio_client.Client(
             f"http://127.0.0.1:{port}", verbose=False, analytics_enabled=False, download_files=str(tmp_path / "got")
         )
-        answers = ask(client, picture)[1]
+        answers = ask(client, image)[1]
         assert [answer["phrase"] for answer in answers] == EXPRESSIONS
-        assert list((tmp_path / "modules").rglob("modeling_reftr.py"))  # the folder's own code ran
+        assert list((tmp_path / "modules").rglob("modeling_reftr.py"))  # the code in the model folder was used
     finally:
         process.terminate()
         process.wait(30)
@@ -473,17 +472,17 @@ def test_space_without_model_names_reftr_model_variable(run, tmp_path):
         import_app().main(["--model", str(tmp_path / "nothing")])
 
 
-def test_client_snippet_of_readme_runs(page, picture, tmp_path, monkeypatch, capsys):
+def test_client_snippet_of_readme_runs(page, image, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (DEMO / "README.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    Image.open(picture).save("photo.jpg")
+    Image.open(image).save("photo.jpg")
     exec(code.replace("you/your-space", page.address), {})
     assert "'label': 'the red cup', 'score': 1.0, 'box': [" in capsys.readouterr().out
 
 
 def test_space_metadata_and_requirements_are_valid():
-    """Front matter of the page of a Space, the example, and what has to be installed for the model's code."""
+    """Check the front matter, the example image and the requirements of the model code."""
     _, front, text = (DEMO / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(front)
     assert (DEMO / card["app_file"]).is_file()
@@ -494,4 +493,4 @@ def test_space_metadata_and_requirements_are_valid():
     setup = (ROOT / "setup.cfg").read_text().splitlines()
     needed = (DEMO / "requirements.txt").read_text().splitlines()
     assert not [line for line in needed if f"    {line}" not in setup]
-    assert not [line for line in needed if line.startswith("gradio")]  # the Space's own, see sdk_version
+    assert not [line for line in needed if line.startswith("gradio")]  # the Space installs the version in sdk_version

@@ -1,4 +1,4 @@
-"""Threads and start methods of loader processes: the same answers to the bit, and no start that can be avoided."""
+"""Threads and start methods of loader processes give bit-identical results without needless starts."""
 
 import itertools
 import json
@@ -19,14 +19,14 @@ from training_reftr.settings import TrainingSettings
 
 NUM_WORKERS = 2
 NUM_EPOCHS = 3
-# pools of workers: training, validation and report; report; the pipeline's call
+# worker starts of: training, validation and report; report alone; one pipeline call
 STARTS = {"train": 3 * NUM_WORKERS, "evaluate": NUM_WORKERS, "ask": NUM_WORKERS}
 MATRIX = list(itertools.product(("fork", "forkserver", "spawn"), ("thread", "main"), (NUM_WORKERS, 0)))
 
 
 @pytest.fixture(scope="session")
 def long_recipe(recipe, tmp_path_factory):
-    """Several evaluations; with masks, dropout and two splits to report about."""
+    """Write a recipe with masks, dropout, several evaluations and a report on two splits."""
     settings = yaml.safe_load(recipe.read_text())
     settings |= {"num_epochs": NUM_EPOCHS, "batch_size": 24, "num_pictures": 0, "test_splits": "test,validation"}
     settings["model"] |= {"predict_masks": True, "dropout": 0.1}
@@ -36,8 +36,9 @@ def long_recipe(recipe, tmp_path_factory):
 
 
 def run_case(method, thread, num_workers, recipe, folder) -> dict:
-    words = ["-m", "tests.helpers.start_methods", method, thread, num_workers, recipe, folder]
-    result = run_process(words, timeout=300)
+    """Run one case in a separate process and return its report."""
+    argv = ["-m", "tests.helpers.start_methods", method, thread, num_workers, recipe, folder]
+    result = run_process(argv, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("The run is not in the main thread") == (thread == "thread")
     return json.loads(result.stdout.splitlines()[-1])
@@ -45,7 +46,7 @@ def run_case(method, thread, num_workers, recipe, folder) -> dict:
 
 @pytest.fixture(scope="session")
 def expected(long_recipe, tmp_path_factory):
-    """Of one process, in its main thread."""
+    """Return the results without workers in the main thread."""
     folder = tmp_path_factory.mktemp("expected") / "run"
     return run_case("fork", "main", 0, long_recipe, folder)["results"]
 
@@ -54,17 +55,17 @@ def expected(long_recipe, tmp_path_factory):
 @pytest.mark.parametrize("trial", trials(len(MATRIX), short=1))
 def test_results_are_independent_of_thread_and_start_method(long_recipe, expected, tmp_path, trial, record_property):
     method, thread, num_workers = MATRIX[trial]
-    found = run_case(method, thread, num_workers, long_recipe, tmp_path / "run")
+    answer = run_case(method, thread, num_workers, long_recipe, tmp_path / "run")
     good = [
-        json.dumps(found["results"][name]["result"]) == json.dumps(expected[name]["result"])
-        and found["results"][name]["starts"] == (STARTS[name] if num_workers else 0)
-        and found["results"][name]["left"] == 0
+        json.dumps(answer["results"][name]["result"]) == json.dumps(expected[name]["result"])
+        and answer["results"][name]["starts"] == (STARTS[name] if num_workers else 0)
+        and answer["results"][name]["left"] == 0
         for name in STARTS
     ]
     record_property("counted", (sum(good), len(good)))
     assert all(good), good
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in found["children"] if psutil.pid_exists(pid)], 10)
-    assert not alive  # servers of the start methods end with their process
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in answer["children"] if psutil.pid_exists(pid)], 10)
+    assert not alive  # the server processes of the start methods end with their parent
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -86,7 +87,7 @@ def test_evaluation_data_starts_its_workers_once(shapes, processor, method, monk
             alone, shared = (list(part.batches(split)) for part in data)
             assert len(alone) == 2
             assert_same(alone, shared)
-        next(iter(data[1].batches("test")))  # one that is stopped
+        next(iter(data[1].batches("test")))  # an evaluation that is not finished
         assert_same(data[1].batches("validation"), data[0].batches("validation"))
     finally:
         multiprocessing.set_start_method(before, force=True)

@@ -1,7 +1,7 @@
 """
-Every command with the lowest versions that setup.cfg allows, as a user starts it: the installed package, in an empty
-folder, in processes of their own. $LOWEST_EXTRAS names the extras that were installed too, $LOWEST_BEFORE a folder
-with the last transformers that is not supported.
+Every command runs with the lowest versions that setup.cfg allows: from the installed package, in an empty folder, in a
+separate process. $LOWEST_EXTRAS names the installed extras, $LOWEST_BEFORE a folder with the last unsupported
+transformers.
 """
 
 import configparser
@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests" / "helpers"))  # not the checkout: the product is the installed one
+sys.path.append(str(ROOT / "tests" / "helpers"))  # only the helpers: the product must be the installed one
 
-from golden import golden_config, load_case, published_state_dict  # noqa: E402 -- found by the line above
+from golden import golden_config, load_case, published_state_dict  # noqa: E402 -- needs the path above
 from local_hub import HubProcess  # noqa: E402
 
 
@@ -68,7 +68,7 @@ SMALL = {
 
 
 def run(*command, cwd, check=True, **environment):
-    """A command in a process of its own, that finds the installed project only."""
+    """Run a command in a separate process that finds only the installed project."""
     result = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -88,7 +88,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A short run of a tiny model with masks."""
+    """Train a tiny model with masks for a few steps."""
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
     run(REFTR, "train", "small.yaml", "--output_dir", "model", "--max_steps", "4", cwd=folder)
     return folder / "model"
@@ -143,8 +143,8 @@ def test_convert_to_folder_and_back_keeps_weights(trained, folder):
     weights = published_state_dict(case)
     torch.save({"model": weights, "epoch": 3}, folder / "published.pth")
     golden_config(case).save_pretrained(folder / "config")
-    words = ("--config", "config", "--no_processor", "--output_dir", "converted")
-    run(REFTR, "convert", "--checkpoint", "published.pth", *words, cwd=folder)
+    argv = ("--config", "config", "--no_processor", "--output_dir", "converted")
+    run(REFTR, "convert", "--checkpoint", "published.pth", *argv, cwd=folder)
     run(REFTR, "convert", "--checkpoint", "converted", "--output_dir", "back", "--to_published", cwd=folder)
     (path,) = (folder / "back").glob("*.safetensors")
     back = load_file(path)

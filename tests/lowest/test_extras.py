@@ -1,4 +1,4 @@
-"""What the extras of setup.cfg bring, with their lowest versions."""
+"""Features of the extras of setup.cfg work with their lowest versions."""
 
 import sys
 

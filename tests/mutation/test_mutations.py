@@ -1,4 +1,4 @@
-"""The lists of mutations fit the code and its tests, and a survivor without a reason is reported."""
+"""Mutation lists match code and tests, and survivors without a reason are reported."""
 
 import re
 import sys

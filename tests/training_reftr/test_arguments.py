@@ -1,4 +1,4 @@
-"""One reading for every call: what the nesting and the counts of arguments mean, and which are refused."""
+"""Nesting and counts of call arguments have one meaning everywhere, and ambiguous ones are refused."""
 
 import math
 
@@ -28,7 +28,7 @@ def ground(model, processor):
     return VisualGroundingPipeline(model, processor=processor, device="cpu")
 
 
-# sizes: one for each image
+# sizes: one per image
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_target_sizes_belong_to_images_not_sentences(processor, model, texts, im
 @pytest.mark.parametrize("from_features", [False, True])
 @pytest.mark.parametrize("asked", [[0, 0], [1], [1, 0, 1, 0], [0, 0, 0]])
 def test_target_sizes_cover_images_without_a_sentence(processor, model, asked, from_features):
-    """As many sentences as images, fewer and more: the number of sentences says nothing."""
+    """Match sizes to images, whether there are fewer, as many or more sentences."""
     inputs = processor([WIDE, TALL], ["a star", "a star"])
     images = {name: inputs.pop(name) for name in ("pixel_values", "pixel_mask")}
-    words = {name: inputs[name][:1].expand(len(asked), -1) for name in ("input_ids", "attention_mask")}
+    text = {name: inputs[name][:1].expand(len(asked), -1) for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        seen = {"image_features": model.get_image_features(**images)} if from_features else images
-        outputs = model(**seen, **words, image_index=torch.tensor(asked))
+        image_inputs = {"image_features": model.get_image_features(**images)} if from_features else images
+        outputs = model(**image_inputs, **text, image_index=torch.tensor(asked))
     sizes = [(100, 200), (10, 20)]
     answers = processor.post_process_grounding(outputs, sizes)
     corners = processor.image_processor.post_process_boxes(outputs)
@@ -73,9 +73,9 @@ def test_target_sizes_cover_images_without_a_sentence(processor, model, asked, f
         height, width = sizes[image]
         torch.testing.assert_close(answer["boxes"], box_xyxy * torch.tensor([width, height, width, height]))
     if len(asked) != 2:
-        for doors in (processor.post_process_grounding, processor.post_process_referring_segmentation):
+        for call in (processor.post_process_grounding, processor.post_process_referring_segmentation):
             with pytest.raises(ValueError, match=f"{len(asked)} target_sizes for 2 images"):
-                doors(outputs, [sizes[image] for image in asked])
+                call(outputs, [sizes[image] for image in asked])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_target_sizes_cover_images_without_a_sentence(processor, model, asked, f
         ([(1, 1)] * 3, "3 target_sizes for 2 images"),
         ([(1, 1)], "1 target_sizes for 2 images"),
         ([], "0 target_sizes for 2 images"),
-        ((48, 64), "one .height, width. for each of 2 images, got 48"),  # a pair is no list of pairs
+        ((48, 64), "one .height, width. for each of 2 images, got 48"),  # a pair is not a list of pairs
         (torch.tensor([48, 64]), "for each of 2 images"),
         ([48, 64, 48, 64], "4 target_sizes for 2 images"),
         ([(48, 64, 3), (48, 64, 3)], "for each of 2 images"),
@@ -97,14 +97,14 @@ def test_target_sizes_cover_images_without_a_sentence(processor, model, asked, f
 def test_target_sizes_of_wrong_count_or_form_are_refused(processor, model, sizes, message):
     with torch.no_grad():
         outputs = model(**processor([WIDE, TALL], [["the star"], ["the circle", "a square"]]))
-    for door in (
+    for call in (
         processor.post_process_grounding,
         processor.post_process_referring_segmentation,
         processor.image_processor.post_process_boxes,
         processor.image_processor.post_process_masks,
     ):
         with pytest.raises(ValueError, match=message):
-            door(outputs, sizes)
+            call(outputs, sizes)
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,15 @@ def test_target_sizes_of_wrong_count_or_form_are_refused(processor, model, sizes
     ],
 )
 def test_original_sizes_of_wrong_count_or_form_are_refused(processor, sizes, message):
-    for door in (
+    for call in (
         lambda sizes: processor([WIDE, TALL], [["the star"], ["it"]], original_sizes=sizes),
         lambda sizes: processor.image_processor([WIDE, TALL], original_sizes=sizes),
         lambda sizes: processor.image_processor.open_images([WIDE, TALL], sizes),
     ):
         with pytest.raises(ValueError, match=message):
-            door(sizes)
+            call(sizes)
         for form in ([(48, 64), (64, 48)], np.array([(48, 64), (64, 48)]), [None, (64, 48)]):
-            door(form)
+            call(form)
 
 
 def test_original_sizes_given_as_single_pair_are_refused(processor):
@@ -140,15 +140,15 @@ def test_post_processing_without_image_count_is_refused(processor, model):
     outputs.pixel_mask = None
     with pytest.raises(ValueError, match="no pixel_mask"):
         processor.post_process_grounding(outputs, [(1, 1)] * 2)
-    outputs.image_index = None  # then each sentence has an image of its own
+    outputs.image_index = None  # then every sentence has its own image
     assert len(processor.post_process_grounding(outputs, [(1, 1)] * 3)) == 3
 
 
-# text: its nesting and the number of images
+# nesting of the text and number of images
 
 
 def sequences(values: list) -> list:
-    """A list of texts in every form that holds one."""
+    """Return a list of texts as every supported sequence type."""
     column = datasets.Dataset.from_dict({"text": values})["text"]
     return [values, tuple(values), np.array(values), np.array(values, dtype=object), pd.Series(values), column]
 
@@ -161,13 +161,13 @@ def sequences(values: list) -> list:
         (WIDE, ["the star"], [0]),
         ([WIDE], ["the star"], [0]),
         (WIDE, ["the star", "the square"], [0, 0]),
-        ([WIDE], ["the star", "the square"], [0, 0]),  # one image, however it is given: all about it
-        ([WIDE, TALL], ["the star", "the square"], [0, 1]),  # several: one for each
+        ([WIDE], ["the star", "the square"], [0, 0]),  # one image, in or out of a list: every text refers to it
+        ([WIDE, TALL], ["the star", "the square"], [0, 1]),  # several images: one text per image
         ([WIDE], [["the star", "the square"]], [0, 0]),
         ([WIDE, TALL], [["the star"], ["the square"]], [0, 1]),
         ([WIDE, TALL], [["the star", "it"], ["the square"]], [0, 0, 1]),
         (None, "the star", [0]),
-        (None, ["the star", "the square"], [0, 0]),  # text alone: about one image
+        (None, ["the star", "the square"], [0, 0]),  # without images all texts refer to one image
         (None, [["the star"], ["the square", "it"]], [0, 1, 1]),
     ],
 )
@@ -194,7 +194,7 @@ def test_processor_assigns_each_text_to_its_image(processor, images, text, image
         (WIDE, [7, 8], "must be a list, got int"),
         (WIDE, {"the star": 1}, "must be a list, got dict"),
         (WIDE, {"the star"}, "must be a list, got set"),
-        (WIDE, (word for word in ["the star"]), "must be a list, got generator"),
+        (WIDE, (text for text in ["the star"]), "must be a list, got generator"),
         (WIDE, b"the star", "must be a list, got bytes"),
         (WIDE, [[]], "An image has no sentence"),
         (WIDE, [["the star", 7]], "must be a str, got int"),
@@ -205,7 +205,7 @@ def test_processor_refuses_texts_of_wrong_nesting(processor, images, text, messa
         processor(images, text)
 
 
-# phrases, boxes and masks: nested under the text
+# phrases, boxes and masks follow the nesting of the text
 
 
 CAPTION = "the star above the square"
@@ -236,7 +236,7 @@ def test_processor_accepts_phrases_nested_like_their_text(processor, text, phras
     ("text", "phrases", "message"),
     [
         (CAPTION, "the star", "must be a list of phrases"),
-        (CAPTION, (0, 8), "The phrase 0 of .* must be a str or a pair of int"),  # one span is no list of them
+        (CAPTION, (0, 8), "The phrase 0 of .* must be a str or a pair of int"),  # one span is not a list of spans
         (CAPTION, [["the star", "the square"]], "must be a str or a pair of int"),
         (CAPTION, [(0, 8, 9)], "must be a str or a pair of int"),
         (CAPTION, [(0.0, 8.0)], "must be a str or a pair of int"),
@@ -356,7 +356,7 @@ def test_processor_refuses_masks_of_wrong_nesting(processor, text, phrases, mask
         processor(WIDE, text, phrases=phrases, masks=masks)
 
 
-# questions of the pipeline
+# pipeline questions
 
 
 @pytest.mark.parametrize(

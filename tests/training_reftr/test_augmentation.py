@@ -1,4 +1,4 @@
-"""Augmented training: pixels, boxes, masks and words stay together."""
+"""Augmentation keeps pixels, boxes, masks and text consistent."""
 
 import colorsys
 import random
@@ -23,14 +23,14 @@ from training_reftr.samples import Sample
 COLORS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 
-def swapped(text):
-    """The mirrored text, or None."""
+def mirrored_text(text):
+    """Return the mirrored text, or None if it cannot be mirrored."""
     sentence = mirror_sentence({"text": text, "phrases": []})
     return sentence and sentence["text"]
 
 
 def make_sample(text="the red box on the left", width=64, height=48, box=(10, 8, 25, 30)):
-    """A red box on grey, its mask and a second object: the picture's upper right corner, blue."""
+    """Make a sample of a red box on grey with its mask; the second object is the blue upper right corner."""
     pixels = np.full((height, width, 3), 100, np.uint8)
     x0, y0, x1, y1 = box
     masks = np.zeros((2, height, width), bool)
@@ -44,9 +44,9 @@ def make_sample(text="the red box on the left", width=64, height=48, box=(10, 8,
     return Sample(pixels, np.array(boxes), masks, sentences, row={})
 
 
-def colored_box(picture, channel):
-    """The box of the pixels in which a channel stands out."""
-    pixels = np.asarray(picture).astype(int)
+def colored_box(image, channel):
+    """Return the bounding box of the pixels dominated by a color channel."""
+    pixels = np.asarray(image).astype(int)
     others = np.delete(pixels, channel, axis=2).max(axis=2)
     rows, columns = np.nonzero(pixels[..., channel] > others + 15)
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -64,7 +64,7 @@ def test_brightness_and_saturation_changes_follow_hsv(factor):
         assert np.abs(np.array(expected) * 255 - brighter).max() <= 0.501
         expected = colorsys.hsv_to_rgb(hue, min(1, saturation * factor), value)
         assert np.abs(np.array(expected) * 255 - stronger).max() <= 0.501
-    # PIL's HSV has eight bits: its V is the same to rounding
+    # the HSV of PIL has eight bits, so its V agrees up to rounding
     values = [np.asarray(Image.fromarray(pixels).convert("HSV"))[..., 2] for pixels in (COLORS, bright)]
     assert np.abs(np.clip(values[0] * factor, 0, 255) - values[1]).max() <= 1
 
@@ -126,7 +126,7 @@ def test_crop_keeps_boxes_complete_and_scale_in_range():
     for seed in range(100):
         changed = crop_and_scale(make_sample(width=100, height=40, box=(3, 2, 99, 39)), random.Random(seed))
         height, width = changed.image.shape[:2]
-        # nearly nothing may be cut: the shape stays, and the box takes as much of it
+        # the box leaves almost nothing to crop, so the shape and the area of the box stay
         assert width / height == pytest.approx(2.5, abs=0.35)
         assert 80 <= max(width, height) <= 120
         x0, y0, x1, y1 = changed.boxes_xyxy[0]
@@ -152,7 +152,7 @@ def test_mirror_is_skipped_if_any_sentence_forbids_it():
     assert texts == {"the box on the left"}
 
 
-# words
+# text
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_mirror_is_skipped_if_any_sentence_forbids_it():
         ("man on left", "man on right"),
         ("left guy", "right guy"),
         ("guy left", "guy right"),
-        ("LEFT one? Left!", None),  # "right one" may be the one that is right
+        ("LEFT one? Left!", None),  # "right one" may mean the correct one
         ("LEFT dog", "RIGHT dog"),
         ("Left-most dog", "Right-most dog"),
         ("the leftmost of the cars", "the rightmost of the cars"),
@@ -179,7 +179,7 @@ def test_mirror_is_skipped_if_any_sentence_forbids_it():
         ("left half of the picture", "right half of the picture"),
         ("the dog in the middle", "the dog in the middle"),
         ("a man's t-shirt", "a man's t-shirt"),
-        # not a direction, or not surely
+        # not a direction, or ambiguous
         ("the left over pizza", None),
         ("leftovers", None),
         ("two slices left", None),
@@ -194,7 +194,7 @@ def test_mirror_is_skipped_if_any_sentence_forbids_it():
         ("upright piano", None),
         ("lefty", None),
         ("leftt", None),
-        # to be read, or with a side of its own
+        # readable text, or a side independent of the viewer
         ("player number seven", None),
         ("player 7 on the left", None),
         ("the letter on the box", None),
@@ -207,7 +207,7 @@ def test_mirror_is_skipped_if_any_sentence_forbids_it():
     ],
 )  # fmt: skip
 def test_mirror_sentence_swaps_directions_or_returns_none(text, expected):
-    assert swapped(text) == expected
+    assert mirrored_text(text) == expected
 
 
 def test_mirror_sentence_keeps_phrase_spans_on_their_text():
@@ -220,14 +220,14 @@ def test_mirror_sentence_keeps_phrase_spans_on_their_text():
     sentence = mirror_sentence({"sentence_id": "1", "text": text, "phrases": phrases})
     found = [sentence["text"][phrase["start"] : phrase["end"]] for phrase in sentence["phrases"]]
     mirrored = "Right-most man is right of the counterclockwise wheel on the LEFT"
-    # what begins within a word that is swapped has all of it
+    # a phrase starting within a swapped word is extended to the complete word
     assert found == ["Right-most man", "the counterclockwise wheel", "wheel", "the LEFT", mirrored, "Right-mo"]
     assert sentence["phrases"][0]["types"] == ["x"]
     assert sentence["sentence_id"] == "1"
 
 
 def test_mirror_accepts_every_sentence_of_shapes_dataset(shapes):
-    """Places and relations of the shapes, checked against the picture: the leftmost is the leftmost still."""
+    """Check places and relations against the mirrored boxes: the leftmost shape is still the leftmost."""
     checked = 0
     for row in shapes["train"].select(range(20)):
         for sentence in row["sentences"]:

@@ -1,4 +1,4 @@
-"""What a run says of itself at its beginning and at its end."""
+"""Log lines at the start of a run, and results printed at its end."""
 
 import logging
 import re
@@ -15,13 +15,13 @@ from training_reftr.settings import TrainingSettings
 
 
 class Processes:
-    """An accelerator's view of several processes."""
+    """Stand in for the accelerator of a run with several processes."""
 
     is_main_process, num_processes, device, mixed_precision = True, 3, "cpu", "bf16"
 
 
 def last_lines(stdout: str) -> dict[str, str]:
-    """The lines below the tables, by their names."""
+    """Return the lines below the tables, keyed by name."""
     return dict(line.split(": ", 1) for line in stdout.strip().split("\n\n")[-1].splitlines())
 
 
@@ -57,18 +57,27 @@ def test_announce_counts_processes_batches_and_trained_parameters(shapes, make_m
     assert "trained" not in caplog.text
 
 
-@pytest.mark.parametrize("asked", [1, 2])
-def test_is_alone_by_mistake_detects_missing_second_process(asked, monkeypatch):
-    """The variables are accelerate's own."""
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_is_alone_by_mistake_detects_missing_second_process(num_processes, monkeypatch):
+    """Use the environment variables that accelerate itself sets."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    words = ["--cpu", "--num_processes", str(asked), "--num_machines", "1", "--mixed_precision", "no", "train.py"]
-    args = launch_command_parser().parse_args(words)
+    argv = [
+        "--cpu",
+        "--num_processes",
+        str(num_processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "train.py",
+    ]
+    args = launch_command_parser().parse_args(argv)
     args.dynamo_backend = "no"
     _, environment = prepare_simple_launcher_cmd_env(args)
-    assert is_alone_by_mistake(1, environment) is (asked == 2)
+    assert is_alone_by_mistake(1, environment) is (num_processes == 2)
     assert not is_alone_by_mistake(2, environment)
-    assert not is_alone_by_mistake(1, {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"})  # of a cluster
+    assert not is_alone_by_mistake(1, {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"})  # set by a cluster
     assert is_alone_by_mistake(1, {"WORLD_SIZE": "2"})
     assert not is_alone_by_mistake(2, {"WORLD_SIZE": "2"})
 
@@ -79,12 +88,12 @@ def test_run_ends_with_its_paths_and_a_working_command(trained):
     assert list(lines) == ["Model", "Report", "Images", "Next"]
     assert lines["Model"] == str(folder)
     assert all(Path(lines[name]).exists() for name in ("Report", "Images"))
-    words = shlex.split(lines["Next"])
-    answer = Path(words[words.index("--output") + 1])
+    argv = shlex.split(lines["Next"])
+    answer = Path(argv[argv.index("--output") + 1])
     assert not answer.exists()
     try:
-        # as pasted, but for the interpreter, which is running
-        assert run_process(words[words.index("predict") - 2 :] if words[0] != "reftr" else words).returncode == 0
+        # run the command as printed, except that the interpreter is already running
+        assert run_process(argv[argv.index("predict") - 2 :] if argv[0] != "reftr" else argv).returncode == 0
         assert answer.exists()
     finally:
         answer.unlink(missing_ok=True)
@@ -92,9 +101,9 @@ def test_run_ends_with_its_paths_and_a_working_command(trained):
 
 def test_evaluation_ends_with_only_existing_paths(trained, recipe, tmp_path):
     folder, _ = trained
-    words = ["train_reftr.py", recipe, "--eval_only", "--init_from", folder, "--output_dir", tmp_path / "out"]
+    argv = ["train_reftr.py", recipe, "--eval_only", "--init_from", folder, "--output_dir", tmp_path / "out"]
     variables = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    process = ScriptProcess([*words, "--num_pictures", "0"], environment=variables)
+    process = ScriptProcess([*argv, "--num_pictures", "0"], environment=variables)
     stdout, stderr = process.communicate(120)
     assert last_lines(stdout) == {"Model": str(folder), "Report": str(tmp_path / "out" / "report.md")}
     assert stderr.count("Several processes were asked for, and this run has one") == 1

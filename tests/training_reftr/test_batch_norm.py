@@ -1,4 +1,4 @@
-"""Batch norm over several processes: the numbers of one process, by torch's own module wherever that runs."""
+"""Batch norm synchronized over processes equals one process, with the module of torch where it is supported."""
 
 import copy
 
@@ -30,9 +30,9 @@ def test_synchronize_batch_norm_keeps_weights_and_names(make_model, device, kind
     assert not any(type(module) is nn.BatchNorm2d for module in model.modules())
     assert {name: id(value) for name, value in (*model.named_parameters(), *model.named_buffers())} == before
     assert all(module.training for module in model.modules())
-    still = nn.Sequential(nn.BatchNorm2d(3)).eval()
-    synchronize_batch_norm(still, torch.device(device))
-    assert not any(module.training for module in still.modules())
+    frozen = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    synchronize_batch_norm(frozen, torch.device(device))
+    assert not any(module.training for module in frozen.modules())
     assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
 
 

@@ -1,4 +1,4 @@
-"""The model card says what a folder's files say, and warns where figures cannot be trusted."""
+"""The model card reports the files of a folder, and warns of metrics on images seen in training."""
 
 import json
 
@@ -21,6 +21,7 @@ def folder(make_model, processor, tmp_path):
 
 
 def card_of(folder, repository="someone/reftr", **settings):
+    """Write the card of a folder, and the recipe of the settings if there are any."""
     if settings:
         (folder / "recipe.yaml").write_text(to_recipe(TrainingSettings.from_flat(**settings)))
     return ModelCard.load(write_card(folder, repository))
@@ -152,7 +153,7 @@ def test_write_card_keeps_handwritten_card(folder):
 
 
 def test_card_of_local_folder_names_no_hub_addresses(folder, monkeypatch, shapes):
-    """The snippet runs in the folder, and no id or address is made of its name."""
+    """Run the snippet of the card in its folder, and find no Hub id or URL derived from the folder name."""
     image = shapes["test"][0]["image"]
     image.save(folder / "photo.jpg")
     (folder / "metrics.json").write_text(json.dumps({**METRICS, "dataset": "shapes"}))
@@ -168,7 +169,7 @@ def test_card_of_local_folder_names_no_hub_addresses(folder, monkeypatch, shapes
 
 
 def test_card_makes_no_hub_ids_of_files_and_folders(folder, monkeypatch):
-    """Not where the folders are gone either, and no address of an example that the folder lacks."""
+    """Check folders that no longer exist, too, and that a missing example image has no URL."""
     (folder / "metrics.json").write_text(json.dumps({**METRICS, "dataset": "exported/mine"}))
     card = card_of(folder, dataset="exported/mine", init_detr="weights/detr.pth", init_text="some/bert")
     assert card.data.base_model == ["some/bert"]
@@ -180,7 +181,7 @@ def test_card_makes_no_hub_ids_of_files_and_folders(folder, monkeypatch):
 
 
 def test_write_card_replaces_file_atomically(folder):
-    """Half a card would be without the mark, and be left alone from then on."""
+    """Replace the card atomically: a partial one without the mark would never be replaced again."""
     path = write_card(folder)
     (folder / "earlier.md").hardlink_to(path)
     earlier = path.read_bytes()
@@ -190,7 +191,7 @@ def test_write_card_replaces_file_atomically(folder):
 
 
 def test_card_does_not_take_removed_weights_folder_for_hub_id(folder, tmp_path, monkeypatch):
-    """Neither where the run was nor where the folder is gone, as on another machine."""
+    """Recognize a folder from the run's records even after it is gone, as on another machine."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "boxes").mkdir(parents=True)
     describe_best(TrainingSettings.from_flat(output_dir=str(folder), init_from="runs/boxes"))

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold to be continued: all else is refused in a sentence, and the one before is taken."""
+"""A checkpoint is validated before a resume; a damaged one is refused and the previous one is used."""
 
 import json
 import os
@@ -32,13 +32,14 @@ from training_reftr.tracking import keep_until
 
 @pytest.fixture
 def run_folder(trained, tmp_path):
-    """A copy of a run with two checkpoints."""
+    """Copy a run with two checkpoints."""
     shutil.copytree(trained[0], tmp_path / "run")
     assert len(checkpoints_of(tmp_path / "run")) == 2
     return tmp_path / "run"
 
 
 def change_optimizer(path, change):
+    """Change the optimizer file of a checkpoint and update its manifest."""
     tensors = load_file(path / OPTIMIZER)
     change(tensors)
     save_file(tensors, path / OPTIMIZER)
@@ -74,11 +75,11 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize(("changes", "sentence"), STATES.values(), ids=STATES)
-def test_checkpoint_with_invalid_state_is_refused(run_folder, changes, sentence):
+@pytest.mark.parametrize(("changes", "message"), STATES.values(), ids=STATES)
+def test_checkpoint_with_invalid_state_is_refused(run_folder, changes, message):
     latest, before = checkpoints_of(run_folder)
     change_state(latest, **changes)
-    assert re.search(sentence, find_fault(latest))
+    assert re.search(message, find_fault(latest))
     assert find_fault(before) is None
 
 
@@ -91,12 +92,12 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(("name", "content", "sentence"), FILES.values(), ids=FILES)
-def test_checkpoint_with_damaged_file_is_refused(run_folder, name, content, sentence):
+@pytest.mark.parametrize(("name", "content", "message"), FILES.values(), ids=FILES)
+def test_checkpoint_with_damaged_file_is_refused(run_folder, name, content, message):
     latest = checkpoints_of(run_folder)[0]
     (latest / name).write_bytes(content)
     write_manifest(latest)
-    assert re.search(sentence, find_fault(latest))
+    assert re.search(message, find_fault(latest))
 
 
 ENTRY = [1, "0" * 64]
@@ -127,13 +128,13 @@ MANIFESTS = {
 }
 
 
-@pytest.mark.parametrize(("change", "sentence"), MANIFESTS.values(), ids=MANIFESTS)
-def test_checkpoint_with_invalid_manifest_is_refused(run_folder, change, sentence):
+@pytest.mark.parametrize(("change", "message"), MANIFESTS.values(), ids=MANIFESTS)
+def test_checkpoint_with_invalid_manifest_is_refused(run_folder, change, message):
     latest = checkpoints_of(run_folder)[0]
     manifest = json.loads((latest / MANIFEST).read_text())
     change(manifest)
     (latest / MANIFEST).write_text(json.dumps(manifest))
-    assert re.search(sentence, find_fault(latest))
+    assert re.search(message, find_fault(latest))
     for content in ("[]", "null", "{", '{"a": }'):
         (latest / MANIFEST).write_text(content)
         assert "manifest.json' is damaged" in find_fault(latest)
@@ -150,7 +151,7 @@ def test_checkpoint_with_mismatched_optimizer_is_refused(run_folder):
 
 def test_find_latest_valid_checkpoint_skips_damaged_ones(run_folder, caplog):
     latest, before = checkpoints_of(run_folder)
-    for changes in ({"step": -5}, {"later": 1}):  # twice, as after a run that wrote the step again
+    for changes in ({"step": -5}, {"later": 1}):  # twice, as if a run had written the same step again
         if not latest.exists():
             shutil.copytree(latest.with_name(f"{latest.name}.damaged"), latest)
         change_state(latest, **changes)
@@ -191,8 +192,8 @@ def test_resume_takes_previous_valid_checkpoint_and_keeps_log(trained, recipe, r
 
 def test_resume_warns_of_changed_training_data(recipe, run_folder, caplog):
     before = load_state(checkpoints_of(run_folder)[0])
-    words = ["--output_dir", str(run_folder), "--resume", "auto", "--dataset_config.num_train", "47", "--test_splits"]
-    train_reftr.main([str(recipe), *words, "validation"])
+    argv = ["--output_dir", str(run_folder), "--resume", "auto", "--dataset_config.num_train", "47", "--test_splits"]
+    train_reftr.main([str(recipe), *argv, "validation"])
     (warning,) = re.findall("The training data changed .*", caplog.text)
     now, then = re.findall(r"(\d+) rows with fingerprint (\w{16})", warning)
     assert then == (str(before.num_rows), before.fingerprint)
@@ -219,8 +220,8 @@ def test_write_card_names_damaged_file(make_model, tmp_path, name, content):
 
 
 @pytest.fixture
-def disk(monkeypatch):
-    """What is brought to the disk and renamed, in order; a loss of power cannot be had in a test."""
+def disk_events(monkeypatch):
+    """Record fsync and rename calls in order, because a test cannot cut the power."""
     events = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
 
@@ -238,22 +239,22 @@ def disk(monkeypatch):
     return events
 
 
-def test_checkpoint_files_are_synced_before_rename(recipe, tmp_path, disk):
+def test_checkpoint_files_are_synced_before_rename(recipe, tmp_path, disk_events):
     assert train_reftr.main([str(recipe), "--output_dir", str(tmp_path), "--max_steps", "1"]) == 0
 
     path = str(tmp_path / "checkpoints" / "step_00000001")
-    (named,) = [number for number, event in enumerate(disk) if event[0] == "rename" and event[2] == path]
-    temporary = disk[named][1]
-    synced = {event[1] for event in disk[:named] if event[0] == "fsync"}
+    (rename_index,) = [index for index, event in enumerate(disk_events) if event[0] == "rename" and event[2] == path]
+    temporary = disk_events[rename_index][1]
+    synced = {event[1] for event in disk_events[:rename_index] if event[0] == "fsync"}
     assert {temporary, *(f"{temporary}/{name}" for name in os.listdir(path))} <= synced
-    assert ("fsync", str(tmp_path / "checkpoints")) in disk[named:]
+    assert ("fsync", str(tmp_path / "checkpoints")) in disk_events[rename_index:]
 
-    best = [number for number, event in enumerate(disk) if event[1].startswith(f"{tmp_path}/.files.")]
-    renames = [number for number in best if disk[number][0] == "rename"]
-    before = {event[1] for event in disk[: renames[0]]}
-    assert {disk[number][1] for number in renames} <= before, "all of them first"
-    assert [disk[number][2] for number in renames].index(str(tmp_path / "model.safetensors")) == len(renames) - 1
-    assert ("fsync", str(tmp_path)) in disk[renames[-1] :]
+    best_indices = [index for index, event in enumerate(disk_events) if event[1].startswith(f"{tmp_path}/.files.")]
+    renames = [index for index in best_indices if disk_events[index][0] == "rename"]
+    before = {event[1] for event in disk_events[: renames[0]]}
+    assert {disk_events[index][1] for index in renames} <= before, "every file is synced before the first rename"
+    assert [disk_events[index][2] for index in renames].index(str(tmp_path / "model.safetensors")) == len(renames) - 1
+    assert ("fsync", str(tmp_path)) in disk_events[renames[-1] :]
 
 
 def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
@@ -264,7 +265,7 @@ def test_gradient_scaler_is_saved_and_restored(make_model, processor, tmp_path):
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)  # accelerate: on GPUs alone
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)  # accelerate: GPUs only
     save_checkpoint(model, optimizer, processor, TrainingState(step=3), args, accelerator)
     path = find_latest_valid_checkpoint(tmp_path)
     accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=9)

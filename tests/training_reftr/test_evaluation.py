@@ -1,4 +1,4 @@
-"""Evaluation and its report: every phrase once, figures by hand, files that say what was measured, pictures."""
+"""Evaluation and its report: phrase counts, metrics computed by hand, written files and drawn images."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def accelerator():
 
 @pytest.fixture
 def evaluated(make_model, processor, shapes, accelerator):
-    """A model with masks, and its records of the test split."""
+    """Evaluate a model with masks on the test split; return it with its records."""
     model = make_model(predict_masks=True)
     args = TrainingSettings.from_flat(num_workers=0, evaluation_batch_size=4)
     return model, evaluate(model, processor, shapes["test"], args, accelerator, "test")
@@ -58,7 +58,7 @@ def lines_of(path):
 
 
 def tables_of(text):
-    """Markdown tables by their head, each row a list of cells by the first one."""
+    """Return the rows of Markdown tables, keyed by table head without its first cell."""
     tables, head = {}, None
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -72,11 +72,11 @@ def tables_of(text):
     return tables
 
 
-# every phrase once
+# every phrase counts once
 
 
 def test_evaluation_counts_every_phrase_once_on_any_process_count():
-    """In short; `run_grid()` is all of it: 1 to 41 images, 1 to 4 processes, batches of 1 to 8."""
+    """Try a part of the full grid of `run_grid()`: 1 to 41 images, 1 to 4 processes, batches of 1 to 8."""
     result = run_grid(counts=(1, 2, 7), ranks=(1, 2, 3, 4), batch_sizes=(1, 3), timeout=200)
     assert (result["failed"], result["passed"], result["of"]) == ([], 28, 28)
 
@@ -111,7 +111,7 @@ def test_phrase_keys_refuses_duplicate_phrase(shapes):
         phrase_keys(rows)
 
 
-# figures by hand
+# metrics by hand
 
 
 def record_of(**fields):
@@ -131,20 +131,20 @@ def test_summarize_matches_metrics_by_hand():
     (place,) = summary["per_kind"].values()
     assert (place["accuracy@0.5"], place["mean_iou"], place["num_phrases"]) == (0.5, 0.5, 2)
     assert not any(name.startswith("mask") or "recall" in name for name in summary)
-    # x is held against y's answer (a hit), y against x's (a miss), and x again against y's
+    # x is compared with the answer for y (a hit), y with that for x (a miss), and x again with that for y
     assert shuffled_expressions(records)["accuracy@0.5"] == pytest.approx(2 / 3)
     assert shuffled_expressions(records[::2]) is None
 
 
 def test_summarize_matches_merged_and_any_box_recall_by_hand():
-    """Two buses, merged one box: an answer on one of them is a hit for the other protocol alone."""
+    """Merge two buses into one box: an answer on one bus is a hit for any-box recall only."""
     bus, merged = [0.0, 0, 10, 10], [0.0, 0, 40, 10]
     target = {"words": "two buses", "sentence_id": "s", "box": merged, "boxes": [bus, [30.0, 0, 40, 10]]}
     on_one = compare_boxes(torch.tensor(bus), target)
     assert (on_one["iou"], on_one["any_box_iou"]) == (0.25, 1.0)
     on_all = compare_boxes(torch.tensor(merged), target)
     assert (on_all["iou"], on_all["any_box_iou"]) == (1.0, 0.25)
-    half = compare_boxes(torch.tensor([0.0, 0, 10, 5]), target)  # exactly a half is no hit
+    half = compare_boxes(torch.tensor([0.0, 0, 10, 5]), target)  # an IoU of exactly 0.5 is not a hit
     assert half["any_box_iou"] == 0.5
     answers = [
         {**on_one, "types": ["vehicles", "scene"]},
@@ -167,7 +167,7 @@ def test_mask_metrics_count_missing_answers_not_missing_targets():
     records = [
         record_of(mask_pixels=(50, 100), resized_mask_pixels=(3, 4)),
         record_of(mask_pixels=(0, 100), resized_mask_pixels=(0, 4)),
-        record_of(),  # no truth: its box counts, its mask does not
+        record_of(),  # without a target mask the box counts and the mask does not
     ]
     summary = summarize(records)
     assert (summary["num_phrases"], summary["mask_num_phrases"]) == (3, 2)
@@ -194,7 +194,7 @@ def test_constant_box_of_shapes_is_valid_box(shapes):
 
 
 def test_constant_box_is_box_with_most_hits():
-    """Most boxes are in the same part of images that are not square."""
+    """Place most boxes in the same part of images that are not square."""
     parts = [[0.1, 0.2, 0.4, 0.9]] * 4 + [[0.6, 0.1, 0.9, 0.3], [0.0, 0.0, 1.0, 0.1]]
     rows, records = [], []
     for number, part in enumerate(parts):
@@ -210,7 +210,7 @@ def test_constant_box_is_box_with_most_hits():
 
 
 def test_constant_box_is_mean_box_if_it_hits_most():
-    boxes = [[0.0, 0.0, 60.0, 100.0], [30.0, 0.0, 90.0, 100.0]]  # of which neither hits the other
+    boxes = [[0.0, 0.0, 60.0, 100.0], [30.0, 0.0, 90.0, 100.0]]  # neither box hits the other
     sentence = {"phrases": [{"objects": [0]}]}
     rows = [{"width": 100, "height": 100, "objects": [{"box": box}], "sentences": [sentence]} for box in boxes]
     answer = constant_box(Dataset.from_list(rows), [{"image_size": (100, 100), "box": box} for box in boxes])
@@ -224,7 +224,7 @@ def test_shuffled_expressions_swaps_only_different_objects():
         record_of(object_id="x", pred_box=box),
         record_of(object_id="x", pred_box=box),
         record_of(object_id="y", box=other, pred_box=other),
-        record_of(object_id="x", image_id="b", pred_box=box),  # nothing else is asked for in its image
+        record_of(object_id="x", image_id="b", pred_box=box),  # the only object of its image
     ]
     swapped = shuffled_expressions(records)
     assert (swapped["num_phrases"], swapped["mean_iou"]) == (3, 0.0)
@@ -237,7 +237,7 @@ def test_compare_boxes_counts_box_without_extent_as_miss():
 
 
 def test_predict_batch_matches_answers_to_phrases_after_truncation(make_model, processor, shapes, accelerator):
-    """Where the first phrase is cut away, the only answer is that of the second."""
+    """Truncate the first phrase: the only answer belongs to the second one."""
     row = shapes["test"][0]
     text = "a star " * 20 + "a circle"
     phrases = [
@@ -300,19 +300,19 @@ def test_evaluation_omits_unavailable_baselines_with_warning(shapes, caplog):
     assert find_training_rows(streamed, DataSettings()) is None
 
 
-# the script's report
+# report of the script
 
 
 @pytest.fixture(scope="module")
 def two_splits(trained, recipe, tmp_path_factory):
-    """What the script leaves of two splits, masks and pictures included."""
+    """Evaluate two splits with masks and drawn samples; return the output folder and the process."""
     output = tmp_path_factory.mktemp("two_splits")
     torch.manual_seed(0)
     RefTRForVisualGrounding.from_pretrained(trained[0], predict_masks=True).save_pretrained(output / "model")
     RefTRProcessor.from_pretrained(trained[0]).save_pretrained(output / "model")
-    words = ["--eval_only", "--test_splits", "validation,test", "--visualize", "3"]
+    argv = ["--eval_only", "--test_splits", "validation,test", "--visualize", "3"]
     command = [sys.executable, "train_reftr.py", recipe, "--init_from", output / "model", "--output_dir", output]
-    result = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([*command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return output, result
 
@@ -355,12 +355,12 @@ def test_report_covers_several_splits(two_splits, shapes):
     tables = tables_of((output / "report.md").read_text())
     (boxes,) = (rows for head, rows in tables.items() if head[:2] == ("accuracy@0.5", "mean IoU"))
     (masks,) = (rows for head, rows in tables.items() if head[:2] == ("mIoU", "oIoU"))
-    wanted = [values["mean_iou"] for values in metrics["splits"].values()]
-    assert [row[2] for row in boxes if row[0] == "all phrases"] == [f"{value:.3f}" for value in wanted]
-    wanted = [values["mask_overall_iou"] for values in metrics["splits"].values()]
-    assert [row[2] for row in masks if row[0] == "all phrases"] == [f"{value:.3f}" for value in wanted]
+    expected = [values["mean_iou"] for values in metrics["splits"].values()]
+    assert [row[2] for row in boxes if row[0] == "all phrases"] == [f"{value:.3f}" for value in expected]
+    expected = [values["mask_overall_iou"] for values in metrics["splits"].values()]
+    assert [row[2] for row in masks if row[0] == "all phrases"] == [f"{value:.3f}" for value in expected]
     assert sum(row[0] == "expressions swapped" for row in boxes) == 2
-    assert len(tables) == 2  # nothing published, no object with several boxes
+    assert len(tables) == 2  # no published results, and no object with several boxes
 
 
 def test_predictions_are_keyed_by_sentence_and_phrase(two_splits, shapes):
@@ -392,15 +392,15 @@ def test_report_draws_samples_spread_over_split(two_splits, shapes):
         assert images[0] == first
         assert last > images[2] > images[1] > images[0]  # spread over the split
         for file in files:
-            with Image.open(file) as picture:
-                assert picture.width > 960
-                assert picture.height > picture.width * 0.7
+            with Image.open(file) as image:
+                assert image.width > 960
+                assert image.height > image.width * 0.7
 
 
 def test_report_of_flickr30k_names_both_recalls(trained, recipe, run, tmp_path):
-    """The authors' layout, objects with several boxes: two recalls, named apart, and by phrase type."""
+    """Report both recalls of objects with several boxes, in total and by phrase type."""
     make_flickr30k(tmp_path / "data")
-    (tmp_path / "data" / "test.txt").write_text("1004\n")  # one picture of one object of one box
+    (tmp_path / "data" / "test.txt").write_text("1004\n")  # one image of one object with one box
     run(
         "train_reftr.py", recipe, "--eval_only", "--init_from", trained[0], "--output_dir", tmp_path / "out",
         "--dataset", "flickr30k_entities", "--dataset_config", "{}", "--data_dir", tmp_path / "data",
@@ -420,7 +420,7 @@ def test_report_of_flickr30k_names_both_recalls(trained, recipe, run, tmp_path):
         splits["train"]["per_kind"]
     )
     assert "Not there, because there was nothing to make it of: expressions swapped." in text
-    # the published figures of test are of merged boxes
+    # the published results on test use merged boxes
     rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
     assert [(row[0], row[1], row[3]) for row in rows] == [
         ("test", "boxes, accuracy@0.5", "78.66"),
@@ -430,25 +430,23 @@ def test_report_of_flickr30k_names_both_recalls(trained, recipe, run, tmp_path):
     assert "train2014" not in text
 
 
-def test_failed_run_keeps_files_of_existing_best_model(
-    trained, recipe, run, tmp_path
-):
+def test_failed_run_keeps_files_of_existing_best_model(trained, recipe, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder, ignore=shutil.ignore_patterns("checkpoints"))
     names = ("metrics.json", "report.md", "predictions.png", "recipe.yaml", "model.safetensors")
     before = {name: (folder / name).read_bytes() for name in names}
-    words = ("--output_dir", folder, "--best_metric", "beauty", "--learning_rate", "0.5", "--max_steps", "1")
-    result = run("train_reftr.py", recipe, *words, check=False)
+    argv = ("--output_dir", folder, "--best_metric", "beauty", "--learning_rate", "0.5", "--max_steps", "1")
+    result = run("train_reftr.py", recipe, *argv, check=False)
     assert "best_metric='beauty'" in result.stderr
     assert {name: (folder / name).read_bytes() for name in names} == before
 
 
 def test_run_with_unknown_test_split_is_refused_before_training(recipe, run, tmp_path):
-    words = ("train_reftr.py", recipe, "--output_dir", tmp_path, "--test_splits", "test,testC")
-    result = run(*words, check=False)
+    argv = ("train_reftr.py", recipe, "--output_dir", tmp_path, "--test_splits", "test,testC")
+    result = run(*argv, check=False)
     assert result.returncode != 0
     assert "test_splits names 'testC', but shapes has the splits train, validation, test." in result.stderr
-    assert not list(tmp_path.iterdir())  # known before training
+    assert not list(tmp_path.iterdir())  # refused before training
 
 
 def test_select_splits_refuses_no_split_and_empty_split(shapes):
@@ -474,14 +472,15 @@ def test_failed_report_removes_previous_metrics(make_model, processor, shapes, a
     assert not (tmp_path / "metrics.json").exists()
 
 
-# published figures
+# published results
 
 
-def metrics_of(dataset, split, integer_boxes=True, **figures):
-    figures = {"accuracy@0.5": 0.5, "mean_iou": 0.5, "num_phrases": 2, "per_kind": {}, **figures}
-    figures |= {f"precision@{threshold}": 0.5 for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)}
-    figures["integer_boxes"] = integer_boxes
-    return {"model": "m", "dataset": dataset, "two_step_masks": True, "splits": {split: figures}}
+def metrics_of(dataset, split, integer_boxes=True, **metrics):
+    """Return the metrics file of one split."""
+    metrics = {"accuracy@0.5": 0.5, "mean_iou": 0.5, "num_phrases": 2, "per_kind": {}, **metrics}
+    metrics |= {f"precision@{threshold}": 0.5 for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    metrics["integer_boxes"] = integer_boxes
+    return {"model": "m", "dataset": dataset, "two_step_masks": True, "splits": {split: metrics}}
 
 
 def test_report_lists_published_metrics_of_same_dataset_and_split():
@@ -551,12 +550,12 @@ def test_published_results_are_percent_of_known_datasets():
         assert all(1 < value < 100 for value in result.figures.values())
         for name in NAMES_OF_SETS[result.dataset]:
             assert set(result.figures) <= set(data_scripts.SOURCES[name].splits)
-    # a split has one figure of a backbone, pre-training and metric
+    # a split has one value per backbone, pre-training and metric
     keys = [(r.dataset, r.metric, r.backbone, r.pre_training) for r in RESULTS]
     assert len(set(keys)) == len(keys)
 
 
-# pictures
+# images
 
 
 def test_attend_returns_attention_of_last_decoder_layer(evaluated, processor, shapes, accelerator):
@@ -582,7 +581,7 @@ def test_attend_crops_padding(evaluated, processor, shapes, accelerator):
     processor.image_processor.pad_size = {"height": 96, "width": 80}
     with torch.no_grad():
         maps = attend(model.eval(), processor, shapes["test"][0], records[0], accelerator)
-    assert maps.shape[1:] == (8, 8)  # of 12 x 10
+    assert maps.shape[1:] == (8, 8)  # instead of 12 x 10 with padding
 
 
 def test_report_restores_attention_implementation(make_model, processor, shapes, accelerator, tmp_path):
@@ -603,9 +602,9 @@ def test_report_restores_attention_implementation(make_model, processor, shapes,
 
 def test_heat_colors_largest_weights():
     weights = np.zeros((4, 4), np.float32)
-    weights[3, 0] = 0.02  # however small, the largest
-    picture = np.asarray(heat(Image.new("RGB", (80, 40), "gray"), weights)).astype(int)
-    left_bottom, right_top = picture[36, 4], picture[4, 70]
+    weights[3, 0] = 0.02  # small, but the largest weight
+    image = np.asarray(heat(Image.new("RGB", (80, 40), "gray"), weights)).astype(int)
+    left_bottom, right_top = image[36, 4], image[4, 70]
     assert left_bottom[0] - left_bottom[2] > 150
     assert len(set(right_top.tolist())) == 1
     assert heat(Image.new("RGB", (8, 8)), np.zeros((2, 2))).size == (8, 8)
@@ -614,33 +613,33 @@ def test_heat_colors_largest_weights():
 def test_draw_sample_accepts_missing_answer(shapes):
     row = shapes["test"][0]
     sentence = row["sentences"][0]
-    words = {"sentence_id": sentence["sentence_id"], "phrase": 0, "words": sentence["text"]}
+    key = {"sentence_id": sentence["sentence_id"], "phrase": 0, "words": sentence["text"]}
     item = row["objects"][0]
-    record = {**words, "pred_box": None, "iou": 0.0, "box": item["box"], "segmentation": None}
+    record = {**key, "pred_box": None, "iou": 0.0, "box": item["box"], "segmentation": None}
     assert draw_sample(row, record, np.ones((3, 4, 4))).width > 960
 
 
 def test_draw_answers_outlines_masks_on_any_color():
-    """The tint of the first colour on its opposite is as good as grey: the outline is not."""
+    """Draw on the complementary color: the tint turns nearly grey, so the outline must be visible."""
     mask = np.zeros((40, 40), bool)
     mask[10:30, 10:30] = True
-    picture = np.asarray(draw_answers(Image.new("RGB", (40, 40), (39, 228, 66)), [None], [""], masks=[mask]))
-    is_color = (picture[:320] == (216, 27, 189)).all(axis=-1)
+    image = np.asarray(draw_answers(Image.new("RGB", (40, 40), (39, 228, 66)), [None], [""], masks=[mask]))
+    is_color = (image[:320] == (216, 27, 189)).all(axis=-1)
     assert is_color[76:84, 90:230].any(axis=0).all()
     assert not is_color[90:230, 90:230].any()
 
 
 def test_draw_validation_images_arranges_grid_of_samples(evaluated, shapes):
     _, records = evaluated
-    picture = draw_validation_images(records, shapes["test"], 5)
-    assert picture.width == 8 + 4 * 328
-    assert picture.height > 2 * 320
+    image = draw_validation_images(records, shapes["test"], 5)
+    assert image.width == 8 + 4 * 328
+    assert image.height > 2 * 320
     assert draw_validation_images(records, shapes["test"], 1).width == 336
     assert draw_validation_images([], Dataset.from_dict({"image_id": []}), 5) is None
 
 
 def test_draw_validation_images_keeps_stored_orientation(tmp_path):
-    """Its EXIF orientation would turn it, and the boxes away from what they are about."""
+    """Ignore the EXIF orientation of an image annotated as stored: rotation would move it away from its boxes."""
     make_refcoco(tmp_path)
     rows = data_scripts.load("refcoco_unc", "train", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
     (index,) = [index for index, image_id in enumerate(rows["image_id"]) if image_id == "coco_50"]
@@ -648,6 +647,6 @@ def test_draw_validation_images_keeps_stored_orientation(tmp_path):
     (sentence,), (item,) = row["sentences"], row["objects"]
     record = {"image_id": "coco_50", "sentence_id": sentence["sentence_id"], "phrase": 0, "types": []}
     record |= {"words": sentence["text"], "box": item["box"], "pred_box": item["box"], "iou": 1.0}
-    picture = draw_validation_images([record], rows, 1)
+    image = draw_validation_images([record], rows, 1)
     assert (row["width"], row["height"]) == (40, 30)
-    assert picture.height < picture.width
+    assert image.height < image.width

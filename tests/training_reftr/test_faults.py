@@ -1,4 +1,4 @@
-"""What a run survives. Each test names its row of the scorecard; `make scorecard` runs every trial of each."""
+"""Runs survive faults. Each test names its row of the scorecard; `make scorecard` runs every trial of each."""
 
 import json
 import os
@@ -32,31 +32,32 @@ def recipe(tmp_path_factory, data_cache):
 
 
 class UndisturbedRuns(dict):
-    """Number of processes -> folder of a run that nothing happened to, with the same global batch; made when asked."""
+    """Folder of an undisturbed run per number of processes, with one global batch size; trained on first access."""
 
     def __init__(self, recipe: Path, tmp_path_factory):
         super().__init__()
         self.recipe, self.tmp_path_factory = recipe, tmp_path_factory
 
     def __missing__(self, ranks: int) -> Path:
-        folder = self.tmp_path_factory.mktemp(f"whole{ranks}")
+        folder = self.tmp_path_factory.mktemp(f"undisturbed{ranks}")
         finish(run(self.recipe, folder, ranks))
         self[ranks] = folder
         return folder
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
+def undisturbed(recipe, tmp_path_factory):
     return UndisturbedRuns(recipe, tmp_path_factory)
 
 
-def run(recipe, output_dir, ranks=1, *words, **settings):
+def run(recipe, output_dir, ranks=1, *argv, **settings):
+    """Start a run whose global batch size is 8 on any number of ranks."""
     batch_size = ("--batch_size", 8 // ranks)
-    return start(recipe, "--output_dir", output_dir, *batch_size, *words, ranks=ranks, **settings)
+    return start(recipe, "--output_dir", output_dir, *batch_size, *argv, ranks=ranks, **settings)
 
 
 def assert_same(first: Path, second: Path):
-    """Two runs logged the same figures, and ended with the same bits of model and optimizer."""
+    """Assert that two runs logged the same metrics and ended with bit-identical models and optimizers."""
     assert losses_of(first) == losses_of(second)
     for name in ("model.safetensors", "optimizer.safetensors"):
         one, two = (load_file(folder / f"checkpoints/step_{LAST_STEP:08d}" / name) for folder in (first, second))
@@ -67,7 +68,7 @@ def assert_same(first: Path, second: Path):
 @pytest.mark.row("R12")
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trial", trials(10, short=1))
-def test_resume_after_kill_repeats_every_loss(recipe, whole, tmp_path, ranks, trial):
+def test_resume_after_kill_repeats_every_loss(recipe, undisturbed, tmp_path, ranks, trial):
     step = random.Random(f"{ranks}/{trial}").randint(1, LAST_STEP - 4)
     process = run(recipe, tmp_path, ranks)
     wait_for(lambda: step in steps_of(tmp_path), process)
@@ -75,12 +76,12 @@ def test_resume_after_kill_repeats_every_loss(recipe, whole, tmp_path, ranks, tr
     assert steps_of(tmp_path)[0] < LAST_STEP
     output = finish(run(recipe, tmp_path, ranks, "--resume", "auto"))
     assert "Going on from" in output
-    assert_same(tmp_path, whole[ranks])
+    assert_same(tmp_path, undisturbed[ranks])
 
 
 @pytest.mark.row("R13")
 @pytest.mark.parametrize("trial", trials(20, short=1))
-def test_resume_after_kill_while_saving_repeats_every_loss(recipe, whole, tmp_path, trial):
+def test_resume_after_kill_while_saving_repeats_every_loss(recipe, undisturbed, tmp_path, trial):
     step = 1 + trial % (LAST_STEP - 4)
     incomplete = f"checkpoints/.step_{step:08d}.*.incomplete"
     process = run(recipe, tmp_path)
@@ -90,17 +91,17 @@ def test_resume_after_kill_while_saving_repeats_every_loss(recipe, whole, tmp_pa
     complete = steps_of(tmp_path)
     output = finish(run(recipe, tmp_path, 1, "--resume", "auto"))
     if complete:
-        assert f"step {complete[0]}, epoch" in output  # never older than the last complete save
-    assert_same(tmp_path, whole[1])
+        assert f"step {complete[0]}, epoch" in output  # not older than the last complete checkpoint
+    assert_same(tmp_path, undisturbed[1])
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 @pytest.mark.slow
 @pytest.mark.row("R14")
 @pytest.mark.parametrize("trial", trials(5, short=1))
-def test_run_on_full_disk_keeps_previous_checkpoint(recipe, whole, tmp_path, trial):
-    """No file may be larger than a limit that is set after two checkpoints: the write fails as on a full disk."""
-    size = (whole[1] / "checkpoints" / f"step_{LAST_STEP:08d}" / "optimizer.safetensors").stat().st_size
+def test_run_on_full_disk_keeps_previous_checkpoint(recipe, undisturbed, tmp_path, trial):
+    """Limit the file size after two checkpoints, so that the next write fails as on a full disk."""
+    size = (undisturbed[1] / "checkpoints" / f"step_{LAST_STEP:08d}" / "optimizer.safetensors").stat().st_size
     limit = [size // 2, size - 1, 100, size // 10, size // 3][trial]
     before = (
         "import resource, training_reftr.checkpoints as checkpoints\n"
@@ -111,43 +112,43 @@ def test_run_on_full_disk_keeps_previous_checkpoint(recipe, whole, tmp_path, tri
         "    write_checkpoint(path, write)\n"
         "checkpoints.write_checkpoint = limited"
     )
-    # with a variable of its own it is a process that writes to a pipe: a file of its output would be limited as well
+    # a variable makes `start` use a pipe for the output: an output file would hit the limit as well
     output = finish(run(recipe, tmp_path, before=before, PYTHONUNBUFFERED="1"), expected=1)
     assert "error: The checkpoint of step 3 was not written" in output
     assert "Traceback" not in output
     assert steps_of(tmp_path) == [2, 1]
     assert not list((tmp_path / "checkpoints").glob(".*"))
     finish(run(recipe, tmp_path, 1, "--resume", "auto"))
-    assert_same(tmp_path, whole[1])
+    assert_same(tmp_path, undisturbed[1])
 
 
 @pytest.mark.row("R15")
 @pytest.mark.parametrize("trial", trials(10, short=10))
-def test_checkpoint_with_flipped_bit_is_skipped(whole, tmp_path, trial, caplog):
-    shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
-    newest, before = checkpoints_of(tmp_path)[:2]
-    draw = random.Random(trial)
-    file = draw.choice([path for path in sorted(newest.iterdir()) if path.stat().st_size])
+def test_checkpoint_with_flipped_bit_is_skipped(undisturbed, tmp_path, trial, caplog):
+    shutil.copytree(undisturbed[1] / "checkpoints", tmp_path / "checkpoints")
+    latest, before = checkpoints_of(tmp_path)[:2]
+    rng = random.Random(trial)
+    file = rng.choice([path for path in sorted(latest.iterdir()) if path.stat().st_size])
     content = bytearray(file.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
     assert find_latest_valid_checkpoint(tmp_path) == before
-    assert newest.name in caplog.text
+    assert latest.name in caplog.text
 
 
 @pytest.mark.slow
-def test_resume_skips_damaged_checkpoint_and_keeps_it(recipe, whole, tmp_path):
-    shutil.copytree(whole[1], tmp_path / "run")
-    newest, before = checkpoints_of(tmp_path / "run")
-    with open(newest / "model.safetensors", "r+b") as file:
+def test_resume_skips_damaged_checkpoint_and_keeps_it(recipe, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[1], tmp_path / "run")
+    latest, before = checkpoints_of(tmp_path / "run")
+    with open(latest / "model.safetensors", "r+b") as file:
         file.seek(2000)
         file.write(b"damaged")
-    refused = finish(run(recipe, tmp_path / "run", 1, "--resume", newest), expected=1)
+    refused = finish(run(recipe, tmp_path / "run", 1, "--resume", latest), expected=1)
     assert "is not as it was written" in refused
     output = finish(run(recipe, tmp_path / "run", 1, "--resume", "auto"))
     assert f"step {load_state(before).step}, epoch" in output
-    assert_same(tmp_path / "run", whole[1])
-    assert (newest.parent / f"{newest.name}.damaged").is_dir()  # nothing is thrown away
+    assert_same(tmp_path / "run", undisturbed[1])
+    assert (latest.parent / f"{latest.name}.damaged").is_dir()  # the damaged checkpoint is kept
 
 
 @pytest.mark.row("R16")
@@ -159,32 +160,32 @@ def test_run_keeps_latest_checkpoints_and_best_model(recipe, tmp_path, keep):
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert not list(tmp_path.glob(".*.incomplete"))
     state = load_state(checkpoints_of(tmp_path)[0])
-    figures = {
+    metrics = {
         step: values["validation/accuracy@0.5"]
         for step, values in losses_of(tmp_path).items()
         if "validation/accuracy@0.5" in values
     }
-    assert figures.keys() == {6, 12}
+    assert metrics.keys() == {6, 12}
     assert (tmp_path / "model.safetensors").exists()
-    assert state.best is None or state.best in figures.values()
+    assert state.best is None or state.best in metrics.values()
 
 
 @pytest.mark.row("R17")
 @pytest.mark.parametrize("trial", trials(20, short=1))
-def test_run_saves_checkpoint_on_sigterm_to_one_rank(recipe, whole, tmp_path, trial):
-    """SIGTERM to one process of two, or to the only one, in training or in evaluation, saves and ends them all."""
+def test_run_saves_checkpoint_on_sigterm_to_one_rank(recipe, undisturbed, tmp_path, trial):
+    """Send SIGTERM to the only process or to one of two, in training or evaluation: all save and end."""
     ranks, in_evaluation = 2 - trial % 2, trial % 4 < 2
     slow = (
         "import time, training_reftr.evaluation as evaluation\n"
         "move = evaluation.move\n"
-        "def slow(*words):\n"
+        "def slow(*args):\n"
         f"    open({str(tmp_path / 'evaluating')!r}, 'w').close()\n"
         "    time.sleep(0.3)\n"
-        "    return move(*words)\n"
+        "    return move(*args)\n"
         "evaluation.move = slow"
     )
-    words = ("--checkpoint_every", 0, "--evaluation_batch_size", 1)
-    process = run(recipe, tmp_path, ranks, *words, before=slow)
+    argv = ("--checkpoint_every", 0, "--evaluation_batch_size", 1)
+    process = run(recipe, tmp_path, ranks, *argv, before=slow)
     log = tmp_path / "metrics.jsonl"
     if in_evaluation:
         wait_for((tmp_path / "evaluating").exists, process)
@@ -201,10 +202,10 @@ def test_run_saves_checkpoint_on_sigterm_to_one_rank(recipe, whole, tmp_path, tr
         assert step == 6
         assert load_state(checkpoints_of(tmp_path)[0]).is_evaluation_due
     finish(run(recipe, tmp_path, ranks, "--resume", "auto"))
-    assert_same(tmp_path, whole[ranks])
+    assert_same(tmp_path, undisturbed[ranks])
 
 
-# a moment of a run -> lines that make it last, and write a file in it
+# phase of a run -> module and function that `linger` slows down
 MOMENTS = {
     "training": ("training_reftr.step", "check_finite"),
     "evaluation": ("training_reftr.evaluation", "predict_batch"),
@@ -214,48 +215,48 @@ MOMENTS = {
 }
 
 
-# makes `start` take a new interpreter, whose loader processes are forks of it
+# any variable makes `start` launch a new interpreter, which forks its own loader processes
 OWN_IMPORTS = {"PYTHONHASHSEED": "0"}
 
 
 def linger(moment: str, tmp_path: Path, seconds: float = 0.3) -> str:
-    """Python that makes each call of a function last, and writes a file when it begins."""
+    """Return Python code that delays each call of a function and creates a file when the call begins."""
     module, name = MOMENTS[moment]
     names = f"import {module} as module" if module != "train_reftr" else "import training_reftr.sources as module"
     return (
         f"import time\n{names}\n"
         f"original = module.{name}\n"
-        "def lasting(*words, **named):\n"
+        "def lasting(*args, **kwargs):\n"
         f"    open({str(tmp_path / moment)!r}, 'w').close()\n"
         f"    time.sleep({seconds})\n"
-        "    return original(*words, **named)\n"
+        "    return original(*args, **kwargs)\n"
         f"module.{name} = lasting"
     )
 
 
 @pytest.mark.row("R24")
 @pytest.mark.parametrize("trial", trials(20, short=2))
-def test_interrupted_run_saves_itself_and_resumes_bit_identically(recipe, whole, tmp_path, trial):
-    """SIGINT or SIGTERM, to the only process or to the launcher of two ranks, with and without loader processes."""
+def test_interrupted_run_saves_itself_and_resumes_bit_identically(recipe, undisturbed, tmp_path, trial):
+    """Send SIGINT or SIGTERM to the only process or to the launcher of two, with and without loader processes."""
     number = [signal.SIGINT, signal.SIGTERM][trial % 2]
     ranks = 2 if trial % 4 == 3 else 1
     moment = ["training", "evaluation", "saving"][trial // 2 % 3]
     workers = ("--num_workers", trial // 4 % 2 * 2)
     own = OWN_IMPORTS if trial // 4 % 2 else {}
-    words = ("--checkpoint_every", 2, "--evaluation_batch_size", 1, *workers)
-    process = run(recipe, tmp_path / "run", ranks, *words, before=linger(moment, tmp_path), **own)
+    argv = ("--checkpoint_every", 2, "--evaluation_batch_size", 1, *workers)
+    process = run(recipe, tmp_path / "run", ranks, *argv, before=linger(moment, tmp_path), **own)
     wait_for((tmp_path / moment).exists, process)
     time.sleep(0.1 * random.Random(trial).random())
     os.kill(process.pid, number)
     output = finish(process, expected=128 + number if ranks == 1 else 1, timeout=120)
     assert f"{number.name}: the run is saved. Continue with:\n" in output
     assert "--resume auto\n" in output
-    assert "Traceback" not in output.partition("Continue with")[0]  # behind it is the launcher's own
+    assert "Traceback" not in output.partition("Continue with")[0]  # a launcher adds its own traceback after it
     assert ranks > 1 or "Traceback" not in output
     assert find_fault(checkpoints_of(tmp_path / "run")[0]) is None
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     finish(run(recipe, tmp_path / "run", ranks, *workers, "--resume", "auto"))
-    assert_same(tmp_path / "run", whole[ranks])
+    assert_same(tmp_path / "run", undisturbed[ranks])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -273,8 +274,8 @@ def test_interrupt_outside_training_ends_run_at_once(recipe, tmp_path, moment, n
 
 
 def test_interrupt_during_import_ends_run_without_traceback(recipe, tmp_path):
-    words = [sys.executable, "train_reftr.py", recipe, "--output_dir", tmp_path / "run"]
-    started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    argv = [sys.executable, "train_reftr.py", recipe, "--output_dir", tmp_path / "run"]
+    started = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(1)
     started.send_signal(signal.SIGINT)
     assert started.communicate(timeout=20)[0] == ""
@@ -282,9 +283,9 @@ def test_interrupt_during_import_ends_run_without_traceback(recipe, tmp_path):
 
 
 def test_signal_to_one_rank_ends_all_ranks_with_its_exit_code(recipe, tmp_path):
-    """Without a launcher that would hand it on, as on a cluster that takes one node back."""
-    words = ["train_reftr.py", recipe, "--output_dir", tmp_path, "--batch_size", 4]
-    ranks = start_ranks(words, 2)
+    """Use no launcher that would forward the signal, as on a cluster that preempts one node."""
+    argv = ["train_reftr.py", recipe, "--output_dir", tmp_path, "--batch_size", 4]
+    ranks = start_ranks(argv, 2)
     wait_for(lambda: 1 in steps_of(tmp_path), ranks[0])
     ranks[1].send_signal(signal.SIGINT)
     for process in ranks:
@@ -294,7 +295,7 @@ def test_signal_to_one_rank_ends_all_ranks_with_its_exit_code(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["training", "saving"])
-def test_second_interrupt_ends_run_at_once(recipe, whole, tmp_path, moment):
+def test_second_interrupt_ends_run_at_once(recipe, undisturbed, tmp_path, moment):
     process = run(recipe, tmp_path / "run", 1, "--checkpoint_every", 2, before=linger(moment, tmp_path, seconds=100))
     wait_for((tmp_path / moment).exists, process)
     os.kill(process.pid, signal.SIGINT)
@@ -308,32 +309,32 @@ def test_second_interrupt_ends_run_at_once(recipe, whole, tmp_path, moment):
     assert steps_of(tmp_path / "run") == []
     assert not list((tmp_path / "run").rglob(".*"))
     finish(run(recipe, tmp_path / "run", 1, "--resume", "auto"))
-    assert_same(tmp_path / "run", whole[1])
+    assert_same(tmp_path / "run", undisturbed[1])
 
 
 @pytest.mark.row("R23")
 @pytest.mark.parametrize("trial", trials(20, short=2))
-def test_second_run_in_folder_is_refused_and_first_unharmed(recipe, whole, tmp_path, trial):
-    """Two runs that start together, or one that starts while another one is there, in every way to write there."""
-    words = [(), (), ("--resume", "auto"), ("--eval_only",)][trial % 4]
+def test_second_run_in_folder_is_refused_and_first_unharmed(recipe, undisturbed, tmp_path, trial):
+    """Start two runs at once or one during another, as a new run, a resume and an evaluation."""
+    argv = [(), (), ("--resume", "auto"), ("--eval_only",)][trial % 4]
     ranks = 2 if trial % 8 == 6 else 1
-    # a launcher takes seconds until its ranks ask for the folder
+    # with a launcher it takes seconds until the ranks try to lock the folder
     before = linger("training", tmp_path.with_name(f"{tmp_path.name}_moments"), seconds=2) if ranks == 2 else ""
     tmp_path.with_name(f"{tmp_path.name}_moments").mkdir()
     first = run(recipe, tmp_path, 1, before=before)
     if trial % 4:
         wait_for(lambda: trial // 4 in steps_of(tmp_path) or (trial < 4 and (tmp_path / ".lock").exists()), first)
-    second = run(recipe, tmp_path, ranks, *words)
+    second = run(recipe, tmp_path, ranks, *argv)
     output = {process: finish(process, expected=None) for process in (first, second)}
     codes = {process: process.returncode for process in (first, second)}
     assert sorted(codes.values()) == [0, 1], output
     refused = first if codes[first] else second
     assert trial % 4 == 0 or refused is second
     other = second if refused is first else first
-    sentence = f"error: Another run is writing to {str(tmp_path)!r}: process {other.pid} on {socket.gethostname()}. "
-    assert output[refused].count(sentence) == (ranks if refused is second else 1)
+    message = f"error: Another run is writing to {str(tmp_path)!r}: process {other.pid} on {socket.gethostname()}. "
+    assert output[refused].count(message) == (ranks if refused is second else 1)
     assert ranks > 1 or "Traceback" not in output[refused]
-    assert_same(tmp_path, whole[1])
+    assert_same(tmp_path, undisturbed[1])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, LAST_STEP + 1))
     assert not (tmp_path / ".lock").exists()
@@ -344,10 +345,10 @@ def test_killed_loader_process_is_named_in_error(recipe, tmp_path, moment):
     kill_loader = (
         "import os, psutil, signal\n"
         f"{linger(moment, tmp_path, seconds=3)}\n"
-        "def killing(*words, **named):\n"
+        "def killing(*args, **kwargs):\n"
         f"    if os.path.exists({str(tmp_path / 'run' / 'checkpoints')!r}):\n"
         "        psutil.Process().children()[-1].send_signal(signal.SIGKILL)\n"
-        "    return lasting(*words, **named)\n"
+        "    return lasting(*args, **kwargs)\n"
         f"module.{MOMENTS[moment][1]} = killing"
     )
     process = run(recipe, tmp_path / "run", 1, "--num_workers", 2, before=kill_loader, **OWN_IMPORTS)
@@ -361,26 +362,26 @@ def test_killed_loader_process_is_named_in_error(recipe, tmp_path, moment):
 
 
 @pytest.mark.slow
-def test_run_saves_extra_checkpoint_on_sigusr1(recipe, whole, tmp_path):
+def test_run_saves_extra_checkpoint_on_sigusr1(recipe, undisturbed, tmp_path):
     process = run(recipe, tmp_path, 1, "--checkpoint_every", 0, "--keep_checkpoints", 9)
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text(), process)
     os.kill(process.pid, signal.SIGUSR1)
     finish(process)
-    assert len(steps_of(tmp_path)) == 3  # the ends of the epochs, and one more
-    assert_same(tmp_path, whole[1])
+    assert len(steps_of(tmp_path)) == 3  # one per epoch, and one more
+    assert_same(tmp_path, undisturbed[1])
 
 
 @pytest.mark.row("R7")
 @pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trial", trials(3, short=1))
-def test_non_finite_loss_stops_all_ranks_before_step(recipe, whole, tmp_path, value, trial):
+def test_non_finite_loss_stops_all_ranks_before_step(recipe, undisturbed, tmp_path, value, trial):
     step, rank = 2 + trial, 1
     before = (
         "import os, torch, modeling_reftr.modeling_reftr as modeling\n"
         "forward, calls = modeling.RefTRForVisualGrounding.forward, []\n"
-        "def hurt(self, *words, **named):\n"
-        "    outputs = forward(self, *words, **named)\n"
+        "def hurt(self, *args, **kwargs):\n"
+        "    outputs = forward(self, *args, **kwargs)\n"
         "    calls.append(self.training)\n"
         f"    if os.environ['RANK'] == '{rank}' and sum(calls) == {step}:\n"
         f"        outputs.loss = outputs.loss * float('{value}')\n"
@@ -394,7 +395,7 @@ def test_non_finite_loss_stops_all_ranks_before_step(recipe, whole, tmp_path, va
     assert f"process {rank}: loss {value}, image/sentence shapes_train_" in output
     assert steps_of(tmp_path)[0] == step - 1
     finish(run(recipe, tmp_path, 2, "--resume", "auto"))
-    assert_same(tmp_path, whole[2])
+    assert_same(tmp_path, undisturbed[2])
 
 
 @pytest.mark.slow
@@ -413,7 +414,7 @@ def test_run_ends_when_one_rank_is_killed(recipe, tmp_path, trial):
 
 @pytest.mark.slow
 def test_hanging_run_ends_with_stack_traces(recipe, tmp_path):
-    before = "import time, training_reftr.step as step\nmove = step.move\nstep.move = lambda *words: time.sleep(1000)"
+    before = "import time, training_reftr.step as step\nmove = step.move\nstep.move = lambda *args: time.sleep(1000)"
     process = run(recipe, tmp_path, 1, "--watchdog_minutes", 0.05, before=before)
     output = finish(process, expected=None, timeout=60)
     assert process.returncode != 0
@@ -423,8 +424,8 @@ def test_hanging_run_ends_with_stack_traces(recipe, tmp_path):
 
 @pytest.mark.row("R19")
 @pytest.mark.parametrize(("first", "second"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_resume_with_other_process_count_repeats_no_sample(recipe, whole, tmp_path, first, second):
-    """With 8 images a process, so that the global batch changes; what each update saw is written down."""
+def test_resume_with_other_process_count_repeats_no_sample(recipe, undisturbed, tmp_path, first, second):
+    """Keep 8 images per process, so that the global batch changes, and record the samples of every step."""
     before = (
         "import os, training_reftr.step as step\n"
         "move = step.move\n"
@@ -434,10 +435,10 @@ def test_resume_with_other_process_count_repeats_no_sample(recipe, whole, tmp_pa
         "    return move(batch, device)\n"
         "step.move = noted"
     )
-    words = ("--batch_size", 8, "--num_epochs", 1, "--checkpoint_every", 1)
+    argv = ("--batch_size", 8, "--num_epochs", 1, "--checkpoint_every", 1)
     output_dir = tmp_path / "run"
-    finish(start(recipe, "--output_dir", output_dir, *words, "--max_steps", 1, ranks=first, before=before))
-    output = finish(start(recipe, "--output_dir", output_dir, *words, "--resume", "auto", ranks=second, before=before))
+    finish(start(recipe, "--output_dir", output_dir, *argv, "--max_steps", 1, ranks=first, before=before))
+    output = finish(start(recipe, "--output_dir", output_dir, *argv, "--resume", "auto", ranks=second, before=before))
     assert len(re.findall("samples of all processes in a batch", output)) == 1
     seen = (tmp_path / "seen").read_text().split()
     assert len(seen) == len(set(seen))
@@ -452,10 +453,10 @@ def test_resume_auto_without_checkpoint_starts_new_run(recipe, tmp_path):
     assert "nowhere' is not a complete checkpoint" in refused
 
 
-@pytest.mark.parametrize(("split", "updates"), [("train", 6), ("train+validation", 7)])
-def test_dry_run_estimates_time_and_writes_nothing(recipe, tmp_path, split, updates):
+@pytest.mark.parametrize(("split", "num_steps"), [("train", 6), ("train+validation", 7)])
+def test_dry_run_estimates_time_and_writes_nothing(recipe, tmp_path, split, num_steps):
     output = finish(run(recipe, tmp_path / "none", 1, "--dry_run", "--train_split", split))
-    assert re.search(rf"An epoch of {updates} updates takes about [\d.]+ hours", output)
+    assert re.search(rf"An epoch of {num_steps} updates takes about [\d.]+ hours", output)
     assert not (tmp_path / "none").exists()
 
 
@@ -480,15 +481,15 @@ def test_tracker_receives_losses_and_images_across_resume(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_run_refuses_checkpoints_of_another_run(recipe, whole, tmp_path):
-    """Checkpoints of an earlier run are neither taken for this one's nor written over."""
-    shutil.copytree(whole[1], tmp_path / "run")
+def test_run_refuses_checkpoints_of_another_run(recipe, undisturbed, tmp_path):
+    """Neither resume from checkpoints of another run by accident nor overwrite them."""
+    shutil.copytree(undisturbed[1], tmp_path / "run")
     older = checkpoints_of(tmp_path / "run")[1]
     before = sorted(path.name for path in older.parent.iterdir())
-    for words in ((), ("--resume", older), ("--resume", checkpoints_of(whole[1])[0])):
-        output = finish(run(recipe, tmp_path / "run", 1, *words), expected=1)
+    for argv in ((), ("--resume", older), ("--resume", checkpoints_of(undisturbed[1])[0])):
+        output = finish(run(recipe, tmp_path / "run", 1, *argv), expected=1)
         assert "has checkpoints of another run, or later ones: step_00000012" in output
         assert sorted(path.name for path in older.parent.iterdir()) == before
     output = finish(run(recipe, tmp_path / "other", 1, "--resume", older))
-    assert_same(tmp_path / "run", whole[1])
+    assert_same(tmp_path / "run", undisturbed[1])
     assert steps_of(tmp_path / "other")[0] == LAST_STEP

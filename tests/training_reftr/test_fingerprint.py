@@ -1,4 +1,4 @@
-"""The fingerprint of training data is that of what the annotations say, wherever and however they are kept."""
+"""The fingerprint of training data depends on the annotations only, not on where or how they are stored."""
 
 import json
 
@@ -17,7 +17,7 @@ def describe(rows):
 
 
 def build(folder, lines=None, **settings):
-    """Rows of JSON Lines in a folder of their own, with a cache of their own."""
+    """Build rows of JSON Lines in a separate folder with a separate cache."""
     make_jsonl(folder / "data")
     if lines is not None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -40,7 +40,7 @@ def test_fingerprint_is_independent_of_storage(rows, tmp_path):
         "streamed": build(tmp_path / "streamed", streaming=True, decode=False),
         "in memory": datasets.Dataset.from_list(list(rows), features=rows.features),
         "in parts": datasets.concatenate_datasets([rows.select(range(middle)), rows.select(range(middle, len(rows)))]),
-        "turned round twice": rows.select(range(len(rows))[::-1]).select(range(len(rows))[::-1]),
+        "reversed twice": rows.select(range(len(rows))[::-1]).select(range(len(rows))[::-1]),
         "with another column": rows.add_column("note", list(range(len(rows)))),
         "mapped": rows.map(lambda row: {"category": row["image_id"]}, keep_in_memory=True, new_fingerprint="other"),
     }
@@ -48,7 +48,7 @@ def test_fingerprint_is_independent_of_storage(rows, tmp_path):
 
 
 def changed(lines, number, **changes):
-    """The lines with something else in the expression of one of them."""
+    """Return the lines with fields of one expression changed."""
     line = lines[number]
     expression = {**line["expressions"][0], **changes}
     return [*lines[:number], {**line, "expressions": [expression, *line["expressions"][1:]]}, *lines[number + 1 :]]
@@ -67,7 +67,7 @@ CHANGES = {
     "row twice": lambda lines: [*lines, {**lines[0], "image_id": "again"}],
     "other order": lambda lines: lines[::-1],
     "other name": lambda lines: [{**lines[0], "image_id": "other"}, *lines[1:]],
-    "words moved": lambda lines: changed(changed(lines, 4, text="the glas"), 5, text="sdie Tür ☕"),
+    "text moved": lambda lines: changed(changed(lines, 4, text="the glas"), 5, text="sdie Tür ☕"),
 }
 
 
@@ -79,7 +79,7 @@ def test_fingerprint_changes_with_annotations(rows, tmp_path, change):
 
 
 def fingerprint_of_texts(*texts, category="dog"):
-    """The fingerprint of one row whose sentences have no phrases, so that nothing else tells where words end."""
+    """Return the fingerprint of one row without phrases, which would mark where each sentence ends."""
     sentences = [{"text": text, "phrases": []} for text in texts]
     row = {"image_id": "a", "width": 4, "height": 3, "objects": [{"category": category}], "sentences": sentences}
     schema = pa.Table.from_pylist([{**row, "objects": [{"category": "dog"}]}]).schema

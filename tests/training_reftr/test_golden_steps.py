@@ -1,4 +1,4 @@
-"""Four optimizer steps by the script's own optimizer, clipping and update, against the published code's."""
+"""Four optimizer steps of the script match those of the published code."""
 
 import json
 
@@ -23,13 +23,13 @@ def group_of(name: str) -> str:
 
 
 def published_settings(steps: dict) -> TrainingSettings:
-    """The settings of the script under which it does what the published steps did."""
-    rates = steps["learning_rates"]
+    """Return the settings with which the script repeats the published steps."""
+    learning_rates = steps["learning_rates"]
     return TrainingSettings.from_flat(
-        learning_rate=rates["other"],
-        backbone_learning_rate=rates["image_backbone"],
-        text_learning_rate=rates["text_backbone"],
-        mask_head_learning_rate=rates.get("mask_branch", rates["other"]),
+        learning_rate=learning_rates["other"],
+        backbone_learning_rate=learning_rates["image_backbone"],
+        text_learning_rate=learning_rates["text_backbone"],
+        mask_head_learning_rate=learning_rates.get("mask_branch", learning_rates["other"]),
         weight_decay=steps["weight_decay"],
         max_grad_norm=steps["clip_max_norm"],
         adam_beta2=steps["betas"][1],
@@ -38,7 +38,7 @@ def published_settings(steps: dict) -> TrainingSettings:
 
 
 def norms_of_change(model, start: dict) -> dict:
-    """Group -> L2 norm of the difference between the trained parameters and what they started from."""
+    """Return the L2 norm of the weight change per parameter group."""
     squares = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -48,7 +48,7 @@ def norms_of_change(model, start: dict) -> dict:
 
 
 def learning_rates_of(model, optimizer) -> dict:
-    """Group -> its learning rate; every parameter that is trained has one."""
+    """Return the learning rate per parameter group, and check that every trained parameter has one."""
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = {}
     for group in optimizer.param_groups:
@@ -60,13 +60,13 @@ def learning_rates_of(model, optimizer) -> dict:
 
 @pytest.fixture(scope="module", params=["rec_bert", "res_bert"])
 def golden_steps(request):
-    """(what was published, [(totals, norms of change) of each of our steps], the run)."""
+    """Run the published steps; return their records, our (totals, norms of change) per step, and the run."""
     steps = json.loads((GOLDEN / f"train_steps_{request.param}.json").read_text())
     case, arrays = load_case(steps["case"])
     case["text_config"] |= NO_TEXT_DROPOUT
     model = golden_model(case, **NO_DROPOUT)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    batch = golden_inputs(case, arrays) | {"targets": [[{}] for _ in case["sizes"]]}  # one phrase a sentence
+    batch = golden_inputs(case, arrays) | {"targets": [[{}] for _ in case["sizes"]]}  # one phrase per sentence
     args, accelerator = published_settings(steps), Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args.optimization))
     run = Run(model, optimizer, None, None, None, TrainingState(steps_per_epoch=4), len(case["sizes"]), args)
@@ -91,7 +91,7 @@ def test_golden_steps_train_published_parameters(golden_steps):
 
 
 def test_optimizer_groups_have_published_hyperparameters(golden_steps):
-    """Four steps cannot tell weight decay: 1e-4 of a learning rate of 1e-4 is less than float32 resolves."""
+    """Check weight decay here: four steps cannot show 1e-4 of a learning rate of 1e-4 in float32."""
     steps, _, run = golden_steps
     for group in run.optimizer.param_groups:
         assert group["weight_decay"] == steps["weight_decay"]
@@ -100,7 +100,7 @@ def test_optimizer_groups_have_published_hyperparameters(golden_steps):
 
 
 def test_optimizer_assigns_each_learning_rate_to_its_group(golden_steps):
-    """The published steps have one learning rate for both backbones, and would not tell them apart."""
+    """Use four different values: the published steps share one learning rate between both backbones."""
     settings = {"learning_rate": 0.1, "backbone_learning_rate": 0.2, "text_learning_rate": 0.3}
     args = TrainingSettings.from_flat(**settings, mask_head_learning_rate=0.4)
     expected = {"other": 0.1, "image_backbone": 0.2, "text_backbone": 0.3, "mask_branch": 0.4}
@@ -111,8 +111,10 @@ def test_optimizer_assigns_each_learning_rate_to_its_group(golden_steps):
 
 def test_golden_steps_match_published_losses(golden_steps):
     """
-    With the threads of the published run (two) all losses are within 3e-6. With another number sums are rounded in
-    another order, which AdamW amplifies from the second step on where a gradient is zero in theory: 3e-5 for boxes,
+    Compare losses with a tolerance for rounding.
+
+    With two threads, as in the published run, all losses agree to 3e-6. Another number of threads changes the order of
+    summation, which AdamW amplifies from the second step on where a gradient is zero in theory: to 3e-5 for boxes and
     6e-5 for masks, in float64 as in float32. The weighted total stays within a third of that.
     """
     steps, ours, _ = golden_steps
@@ -133,7 +135,7 @@ def test_golden_steps_match_published_gradient_norms(golden_steps):
 
 
 def test_golden_steps_match_published_weight_changes(golden_steps):
-    """To 2 %: AdamW amplifies rounding where a gradient is zero in theory."""
+    """Tolerate 2 %: AdamW amplifies rounding where a gradient is zero in theory."""
     steps, ours, _ = golden_steps
     for number, (expected, (_, norms)) in enumerate(zip(steps["steps"], ours, strict=True)):
         assert norms.keys() == expected["norm_of_change"].keys()

@@ -1,4 +1,4 @@
-"""Signals, the watchdog and errors of others, without a run around them."""
+"""Signals, the watchdog and errors of other processes, tested without a run."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ def send(number: int):
     signal.raise_signal(number)
 
 
-def send_in_vain(number: int):
-    """Send a signal that must not end the process; pytest itself would end by what it raises."""
+def send_without_effect(number: int):
+    """Send a signal that must not end the process, and fail if it does: pytest itself would end."""
     try:
         send(number)
     except Stopped as error:
@@ -33,7 +33,7 @@ def test_signals_defers_first_signal_only_during_training(accelerator, number, c
     with Signals() as signals:
         with signals.deferred():
             assert signals.poll(accelerator) == (False, False)
-            send_in_vain(number)
+            send_without_effect(number)
             assert signals.poll(accelerator) == (False, True)
             assert signals.stop == number
         assert f"{number.name}: saving after this step" in capfd.readouterr().err
@@ -49,8 +49,8 @@ def test_signals_defers_first_signal_only_during_training(accelerator, number, c
 
 def test_signals_raises_on_second_interrupt_not_second_sigterm(accelerator):
     with Signals() as signals, signals.deferred(is_announced=False):
-        send_in_vain(signal.SIGTERM)
-        send_in_vain(signal.SIGTERM)
+        send_without_effect(signal.SIGTERM)
+        send_without_effect(signal.SIGTERM)
         assert signals.poll(accelerator) == (False, True)
         with pytest.raises(Stopped) as raised:
             send(signal.SIGINT)
@@ -97,7 +97,7 @@ def test_watchdog_ends_process_that_stops_feeding(capfd):
                     time.sleep(0.3)
                     if feed:
                         watchdog.feed()
-            time.sleep(1.2)  # nobody waits any more
+            time.sleep(1.2)  # the watchdog is off
             os._exit(7)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

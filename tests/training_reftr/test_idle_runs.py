@@ -1,4 +1,4 @@
-"""A run in which a part that is asked for can learn nothing is refused before it starts, and leaves nothing."""
+"""A run in which a requested part of the model cannot learn is refused before it writes anything."""
 
 import json
 import logging
@@ -14,11 +14,11 @@ from training_reftr.settings import DataSettings, TrainingSettings
 
 
 FROZEN_HEAD = ["--model.predict_masks", "true", "--mask_head_learning_rate", "0"]
-NO_RATES = ["--learning_rate", "0", "--backbone_learning_rate", "0", "--text_learning_rate", "0"]
+ZERO_LEARNING_RATES = ["--learning_rate", "0", "--backbone_learning_rate", "0", "--text_learning_rate", "0"]
 
 
 def change(rows, *, sentences=None, segmentation=None):
-    """Rows with fewer sentences, or with the segmentations of some rows alone; the images stay encoded."""
+    """Return rows with fewer sentences or fewer segmentations, without decoding the images."""
 
     def changed(row, index):
         if sentences is not None:
@@ -33,7 +33,7 @@ def change(rows, *, sentences=None, segmentation=None):
 
 @pytest.fixture(scope="module")
 def folders(shapes, tmp_path_factory):
-    """Name -> folder of Parquet files, as `reftr data export` lays them out."""
+    """Write one folder of Parquet files per defect, as `reftr data export` does."""
     found = {}
     parts = {
         "no masks": {"segmentation": lambda index: False},
@@ -55,22 +55,22 @@ def folders(shapes, tmp_path_factory):
     return found
 
 
-def of_folder(folder):
-    """The words that train on a folder of Parquet files."""
+def argv_of_folder(folder):
+    """Return the arguments that train on a folder of Parquet files."""
     return ["--dataset", str(folder), "--dataset_config", "null"]
 
 
-def assert_refused(recipe, tmp_path, message, *words):
-    """Refused with a sentence, with nothing written and nothing pushed."""
+def assert_refused(recipe, tmp_path, message, *argv):
+    """Assert that a run is refused with a message, before it writes or pushes anything."""
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match=message):
-        # the Hub would be asked first, if it were asked at all: offline, an OSError
-        train_reftr.main([str(recipe), "--output_dir", str(folder), "--push_to_hub", "someone/nothing", *words])
+        # a request to the Hub would come first and fail offline with an OSError
+        train_reftr.main([str(recipe), "--output_dir", str(folder), "--push_to_hub", "someone/nothing", *argv])
     assert not folder.exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (
             ["--gradient_accumulation_steps", "7"],
@@ -80,7 +80,7 @@ def assert_refused(recipe, tmp_path, message, *words):
         (["--gradient_accumulation_steps", "2", "--batch_size", "40"], r"An epoch has 1 batches \(batch_size=40"),
         (["--batch_size", "49"], "48 training samples do not fill one global batch of 49"),
         (["--max_steps", "5", "--gradient_accumulation_steps", "100"], "no optimizer step could be taken"),
-        (NO_RATES, r"stay random in .*backbone \(backbone_learning_rate=0\).*box_head \(learning_rate=0\)"),
+        (ZERO_LEARNING_RATES, r"stay random in .*backbone \(backbone_learning_rate=0\).*box_head \(learning_rate=0\)"),
         (["--learning_rate", "0"], r"stay random in .*encoder \(learning_rate=0\), decoder"),
         (["--backbone_learning_rate", "0"], r"stay random in backbone \(backbone_learning_rate=0\)\."),
         (["--text_learning_rate", "0"], r"stay random in text_backbone \(text_learning_rate=0\)\."),
@@ -95,8 +95,8 @@ def assert_refused(recipe, tmp_path, message, *words):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_run_with_settings_that_learn_nothing_is_refused(recipe, tmp_path, words, message):
-    assert_refused(recipe, tmp_path, message, *words)
+def test_run_with_settings_that_learn_nothing_is_refused(recipe, tmp_path, argv, message):
+    assert_refused(recipe, tmp_path, message, *argv)
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
@@ -109,15 +109,15 @@ def test_run_with_settings_that_learn_nothing_is_refused(recipe, tmp_path, words
     ],
 )
 def test_run_on_data_without_labels_is_refused(recipe, folders, tmp_path, name, message, streaming):
-    words = (*of_folder(folders[name]), "--streaming", streaming, "--model.predict_masks", "true")
-    assert_refused(recipe, tmp_path, message, *words, "--data_cache_dir", str(tmp_path / "cache"))
+    argv = (*argv_of_folder(folders[name]), "--streaming", streaming, "--model.predict_masks", "true")
+    assert_refused(recipe, tmp_path, message, *argv, "--data_cache_dir", str(tmp_path / "cache"))
 
 
 def test_run_with_empty_split_is_refused(recipe, folders, shapes, tmp_path):
-    words = (*of_folder(folders["no validation"]), "--data_cache_dir", str(tmp_path / "cache"), "--streaming")
+    argv = (*argv_of_folder(folders["no validation"]), "--data_cache_dir", str(tmp_path / "cache"), "--streaming")
     message = r"The split 'validation' of '.*' has no rows: '.*validation\.parquet' is empty\. Fill or remove it\."
     for streaming in ("true", "false"):
-        assert_refused(recipe, tmp_path, message, *words, streaming)
+        assert_refused(recipe, tmp_path, message, *argv, streaming)
     empty = {**shapes, "validation": shapes["validation"].select([])}
     message = "validation_split='validation' of shapes has no rows: there is nothing to choose the best model by"
     with pytest.raises(ValueError, match=message):
@@ -129,20 +129,22 @@ def test_run_with_empty_split_is_refused(recipe, folders, shapes, tmp_path):
 
 
 def test_run_may_freeze_loaded_parts_but_not_new_ones(trained, recipe, tmp_path):
-    """Without learning rate a loaded part stays as it is; but not all of it, and no head that is new."""
-    words = ["--init_from", str(trained[0]), "--model.predict_masks", "true"]
+    """Allow a learning rate of zero for loaded parts, but neither for all of them nor for a new head."""
+    argv = ["--init_from", str(trained[0]), "--model.predict_masks", "true"]
     assert_refused(
-        recipe, tmp_path, r"stay random in mask_head \(", *words, *NO_RATES, "--mask_head_learning_rate", "0"
+        recipe, tmp_path, r"stay random in mask_head \(", *argv, *ZERO_LEARNING_RATES, "--mask_head_learning_rate", "0"
     )
-    assert_refused(recipe, tmp_path, "Nothing would be learned: ", "--init_from", str(trained[0]), *NO_RATES)
-    words += ["--max_steps", "1", "--num_pictures", "0", "--output_dir", str(tmp_path / "masks")]
-    assert train_reftr.main([str(recipe), *words, *NO_RATES]) == 0
+    assert_refused(
+        recipe, tmp_path, "Nothing would be learned: ", "--init_from", str(trained[0]), *ZERO_LEARNING_RATES
+    )
+    argv += ["--max_steps", "1", "--num_pictures", "0", "--output_dir", str(tmp_path / "masks")]
+    assert train_reftr.main([str(recipe), *argv, *ZERO_LEARNING_RATES]) == 0
     assert (tmp_path / "masks" / "model.safetensors").exists()
 
 
 def test_resume_with_zero_learning_rates_is_refused(trained, recipe, tmp_path):
     with pytest.raises(ValueError, match="Nothing would be learned: "):
-        train_reftr.main([str(recipe), "--output_dir", str(trained[0]), "--resume", "auto", *NO_RATES])
+        train_reftr.main([str(recipe), "--output_dir", str(trained[0]), "--resume", "auto", *ZERO_LEARNING_RATES])
 
 
 def test_run_with_some_masks_trains_and_counts_missing(recipe, folders, shapes, tmp_path, caplog):
@@ -155,15 +157,15 @@ def test_run_with_some_masks_trains_and_counts_missing(recipe, folders, shapes, 
         sum(len(rows[index]["sentences"]) for index in range(3, 48, 6)),
     )
     assert count_labels(shapes["train"], with_masks=True) == (num_sentences, num_sentences)
-    words = [*of_folder(folders["some masks"]), "--data_cache_dir", str(tmp_path / "cache")]
-    words += ["--model.predict_masks", "true", "--max_steps", "1", "--num_pictures", "0"]
+    argv = [*argv_of_folder(folders["some masks"]), "--data_cache_dir", str(tmp_path / "cache")]
+    argv += ["--model.predict_masks", "true", "--max_steps", "1", "--num_pictures", "0"]
     with caplog.at_level(logging.WARNING):
-        train_reftr.main([str(recipe), *words, "--output_dir", str(tmp_path / "run")])
+        train_reftr.main([str(recipe), *argv, "--output_dir", str(tmp_path / "run")])
     assert f"{num_sentences - num_masked:,} of {num_sentences:,} training sentences have no mask" in caplog.text
 
 
 def test_count_labels_requires_mask_for_every_phrase(shapes):
-    """The first object of each phrase is what it is answered with."""
+    """Require a mask of the first object of each phrase, which is the target."""
     features = shapes["train"].features
     segmentation = {"size": [1, 1], "counts": "0"}
     objects = [
@@ -224,13 +226,13 @@ def test_idle_run_on_two_processes_is_refused_on_both(run, recipe, folders, tmp_
     settings = yaml.safe_load(recipe.read_text()) | {"model": {**yaml.safe_load(recipe.read_text())["model"]}}
     path = tmp_path / "masks.yaml"
     path.write_text(yaml.safe_dump(settings | {"data_cache_dir": str(tmp_path / "cache")}))
-    for words, message in (
+    for argv, message in (
         (["--gradient_accumulation_steps", "4"], r"3 batches (batch_size=8, 2 processes)"),
-        ([*of_folder(folders["no masks"]), "--model", json.dumps({"predict_masks": True})], "has a mask for all"),
+        ([*argv_of_folder(folders["no masks"]), "--model", json.dumps({"predict_masks": True})], "has a mask for all"),
     ):
         result = run(
             "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "train_reftr.py",
-            path, "--output_dir", tmp_path / "run", *words, check=False, timeout=120,
+            path, "--output_dir", tmp_path / "run", *argv, check=False, timeout=120,
         )  # fmt: skip
         assert result.returncode != 0
         assert result.stderr.count(message) >= 2

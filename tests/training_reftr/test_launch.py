@@ -1,4 +1,4 @@
-"""The command that continues a run, and who speaks for all ranks."""
+"""The command that resumes a run, the main rank, and the memory of a process."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from training_reftr.tracking import memory_in_use
 
 
 @pytest.mark.parametrize(
-    ("words", "kept"),
+    ("argv", "kept"),
     [
         (["a.yaml", "--resume", "auto", "--seed", "1"], ["a.yaml", "--seed", "1"]),
         (["--resume=auto", "a.yaml"], ["a.yaml"]),
@@ -24,9 +24,9 @@ from training_reftr.tracking import memory_in_use
         (["--resume_what", "x"], ["--resume_what", "x"]),
     ],
 )
-def test_resume_command_replaces_resume_by_auto(words, kept):
-    assert without_resume(words) == kept
-    assert resume_command(words).endswith(" ".join(["train_reftr.py", *kept, "--resume auto"]))
+def test_resume_command_replaces_resume_by_auto(argv, kept):
+    assert without_resume(argv) == kept
+    assert resume_command(argv).endswith(" ".join(["train_reftr.py", *kept, "--resume auto"]))
 
 
 def test_is_main_rank_prefers_global_over_local_rank(monkeypatch):
@@ -40,24 +40,24 @@ def test_is_main_rank_prefers_global_over_local_rank(monkeypatch):
     assert is_main_rank()
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="only Linux tells the parent's command")
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="only Linux has /proc/self/cmdline")
 @pytest.mark.parametrize("name", ["torchrun", "another"])
 def test_resume_command_repeats_launcher(tmp_path, name):
-    """With words that hold spaces; another parent is no launcher."""
+    """Quote arguments with spaces, and ignore a parent process that is not a launcher."""
     launcher, script = tmp_path / name, tmp_path / "train.py"
     launcher.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[3:]], check=True)")
     script.write_text(
         f"import sys; sys.path.append({str(ROOT)!r}); from training_reftr.launch import resume_command;"
         "print(resume_command(sys.argv[1:]))"
     )
-    words = ["--nproc_per_node", "2", str(script), "my recipe.yaml", "--seed", "1"]
-    command = [sys.executable, str(launcher), *words]
+    argv = ["--nproc_per_node", "2", str(script), "my recipe.yaml", "--seed", "1"]
+    command = [sys.executable, str(launcher), *argv]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
     start = f"torchrun --nproc_per_node 2 {script}" if name == "torchrun" else f"{sys.executable} {script}"
     assert printed == f"{start} 'my recipe.yaml' --seed 1 --resume auto"
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells the memory of a process")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux has /proc/self/statm")
 def test_memory_in_use_matches_resident_memory():
     expected = psutil.Process().memory_info().rss / 2**30
     assert memory_in_use(torch.device("cpu")) == pytest.approx(expected, rel=0.1)

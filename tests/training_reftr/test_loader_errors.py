@@ -1,4 +1,4 @@
-"""An image or a row that cannot be read is said in the same sentence with any number of loader processes."""
+"""Unreadable images and rows give the same error message with any number of loader processes."""
 
 import contextlib
 import pickle
@@ -20,8 +20,8 @@ from training_reftr.data import SampleLoader, portable
 
 
 @pytest.fixture
-def own_recipe(recipe, tmp_path):
-    """A recipe that trains on JSON Lines, which are built, and the folder of their images."""
+def jsonl_recipe(recipe, tmp_path):
+    """Build a JSON Lines dataset; return a recipe that trains on it and the folder of its images."""
     make_jsonl(tmp_path / "data")
     settings = yaml.safe_load(recipe.read_text())
     cache = str(tmp_path / "cache")
@@ -35,8 +35,8 @@ def own_recipe(recipe, tmp_path):
 
 # b is an image of training, e one of validation
 @pytest.mark.parametrize(("image", "damage"), [("b", "cut"), ("e", "missing")])
-def test_image_error_is_independent_of_loader_processes(own_recipe, tmp_path, image, damage):
-    recipe, folder = own_recipe
+def test_image_error_is_independent_of_loader_processes(jsonl_recipe, tmp_path, image, damage):
+    recipe, folder = jsonl_recipe
     path = folder / f"{image}.png"
     content = path.read_bytes()
     if damage == "cut":
@@ -55,8 +55,8 @@ def test_image_error_is_independent_of_loader_processes(own_recipe, tmp_path, im
     assert len(str(errors[1]).splitlines()) == 1
 
 
-class Reading(Dataset):
-    """A dataset whose samples raise what they are."""
+class FailingDataset(Dataset):
+    """A dataset whose indices are errors, which it raises."""
 
     def __getitem__(self, index):
         raise index
@@ -77,7 +77,7 @@ def collate(samples):
 )
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loader_error_keeps_type_and_message(error, workers):
-    loader = SampleLoader(Reading(), collate, batch_sampler=[[error]], num_workers=workers)
+    loader = SampleLoader(FailingDataset(), collate, batch_sampler=[[error]], num_workers=workers)
     with pytest.raises(type(error)) as raised:
         next(iter(loader))
     assert type(raised.value) is type(error)
@@ -94,14 +94,14 @@ def test_portable_keeps_message_of_unpicklable_error():
 
 
 def test_loader_bug_keeps_original_traceback():
-    loader = SampleLoader(Reading(), collate, batch_sampler=[[KeyError("text")]], num_workers=1)
+    loader = SampleLoader(FailingDataset(), collate, batch_sampler=[[KeyError("text")]], num_workers=1)
     with pytest.raises(KeyError, match=r"Original Traceback"):
         next(iter(loader))
 
 
 def test_loader_ends_its_processes_at_once_after_error():
-    """Where the garbage collector ends a loader, each of its processes waits for five seconds."""
-    loader = SampleLoader(Reading(), collate, batch_sampler=[[ValueError("x")]], num_workers=1)
+    """End the processes explicitly: if the garbage collector ends them, each takes five seconds."""
+    loader = SampleLoader(FailingDataset(), collate, batch_sampler=[[ValueError("x")]], num_workers=1)
     with contextlib.suppress(ValueError):
         next(iter(loader))
     (process,) = loader._iterator._workers
@@ -110,10 +110,10 @@ def test_loader_ends_its_processes_at_once_after_error():
 
 
 @pytest.mark.slow
-def test_image_error_on_two_ranks_has_no_traceback(own_recipe, tmp_path):
-    recipe, folder = own_recipe
+def test_image_error_on_two_ranks_has_no_traceback(jsonl_recipe, tmp_path):
+    recipe, folder = jsonl_recipe
     (folder / "b.png").write_bytes(b"")
-    words = [
+    argv = [
         "-m",
         "torch.distributed.run",
         "--nproc_per_node",
@@ -122,12 +122,12 @@ def test_image_error_on_two_ranks_has_no_traceback(own_recipe, tmp_path):
         str(free_port()),
         "train_reftr.py",
     ]
-    words += [str(recipe), "--batch_size", "2", "--num_workers", "1", "--output_dir", str(tmp_path / "run")]
-    result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    argv += [str(recipe), "--batch_size", "2", "--num_workers", "1", "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     before_launcher = result.stderr.partition("torch/distributed/elastic")[0]
     assert "Traceback" not in before_launcher
-    errors = re.findall("error: .*", result.stderr)  # perhaps behind a progress bar
+    errors = re.findall("error: .*", result.stderr)  # possibly after a progress bar on the same line
     assert any(str(folder / "b.png") in line for line in errors)
     assert all(
         str(folder / "b.png") in line or "The connection to another rank of this run was lost" in line

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, whatever becomes of the process that has it."""
+"""A folder has one run at a time, even if the process holding its lock is killed."""
 
 import os
 import re
@@ -16,8 +16,8 @@ def test_locked_folder_is_refused_with_process_and_host(tmp_path):
     folder = tmp_path / "runs" / "one"
     with lock.locked(folder):
         mode = (folder / ".lock").stat().st_mode
-        sentence = f"Another run is writing to {str(folder)!r}: process {os.getpid()} on {socket.gethostname()}. "
-        with pytest.raises(OSError, match=re.escape(sentence)), lock.locked(folder):
+        message = f"Another run is writing to {str(folder)!r}: process {os.getpid()} on {socket.gethostname()}. "
+        with pytest.raises(OSError, match=re.escape(message)), lock.locked(folder):
             pass
         (folder / "checkpoints").mkdir()
     assert stat.S_IMODE(mode) == stat.S_IMODE((folder / "checkpoints").stat().st_mode) & 0o666
@@ -27,7 +27,7 @@ def test_locked_folder_is_refused_with_process_and_host(tmp_path):
 
 
 def test_lock_survives_removal_of_its_file_before_locking(tmp_path, monkeypatch):
-    """A run that ends removes its file: between the opening and the locking of it by another one, too."""
+    """Lock anew if the previous run removes the file after this one opened it and before it locked it."""
     flock, removed = lock.fcntl.flock, []
 
     def remove_first(descriptor, operation):
@@ -76,7 +76,7 @@ def test_lock_is_released_on_kill_despite_living_loader_process(tmp_path):
             pass
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        os.kill(loader, 0)  # it lives
+        os.kill(loader, 0)  # the loader process is still alive
         assert (tmp_path / ".lock").exists()
         with lock.locked(tmp_path):
             assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"

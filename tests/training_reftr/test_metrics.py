@@ -1,4 +1,4 @@
-"""Metrics: against pycocotools, at the thresholds, in any order, and as modules of evaluate without a network."""
+"""Metrics match pycocotools, are independent of order, and load as offline modules of `evaluate`."""
 
 import inspect
 import json
@@ -31,7 +31,7 @@ BOX, MASK = [0, 0, 8, 10], {"size": [2, 2], "counts": "13"}
 
 
 def random_masks(number, seed):
-    """Masks of one size, empty and full ones among them, in COCO's run-length encoding."""
+    """Return random masks of one size in COCO's run-length encoding, some of them empty or full."""
     generator = np.random.default_rng(seed)
     masks = []
     for index in range(number):
@@ -45,7 +45,7 @@ def random_masks(number, seed):
 
 
 def test_mask_metrics_match_pycocotools():
-    """1,000 pairs of random masks."""
+    """Compare 1,000 pairs of random masks."""
     predicted, true = random_masks(1000, 0), random_masks(1000, 1)
     expected = [coco_mask.iou([a], [b], [False]).item() for a, b in zip(predicted, true, strict=True)]
     metrics = MaskMetrics()
@@ -76,16 +76,16 @@ def test_metrics_count_hit_only_above_threshold():
 
 
 def test_box_metrics_are_independent_of_order_and_parts():
-    draw = random.Random(0)
-    ious = [draw.random() for _ in range(10_001)]
-    whole = BoxMetrics()
-    whole.update(ious)
+    rng = random.Random(0)
+    ious = [rng.random() for _ in range(10_001)]
+    complete = BoxMetrics()
+    complete.update(ious)
     for seed in range(5):
         shuffled = random.Random(seed).sample(ious, len(ious))
         parts = BoxMetrics()
         for rank in range(4):
             parts.update(shuffled[rank::4])
-        assert parts.compute() == whole.compute()
+        assert parts.compute() == complete.compute()
 
 
 def test_metrics_without_records_are_zero():
@@ -101,7 +101,7 @@ def test_count_pixels_refuses_masks_of_two_sizes():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The file of each module alone in a folder of its name, as in a clone of a Space."""
+    """Copy each module file alone into a folder of its name, as in a clone of its Space."""
     folder = tmp_path_factory.mktemp("spaces")
     for name in MODULES:
         (folder / name).mkdir()
@@ -111,7 +111,7 @@ def clone(tmp_path_factory):
 
 @pytest.fixture
 def run_alone(tmp_path):
-    """Runs code in a process that finds installed packages but not this project."""
+    """Run code in a process that finds installed packages but not this project."""
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     start = (
         f"import importlib.util, json, sys; sys.path += {packages!r};"
@@ -130,7 +130,7 @@ def run_alone(tmp_path):
 
 
 def test_evaluate_modules_match_training_metrics(clone, run_alone, trained, shapes, tmp_path):
-    """By path, offline, without the project: on the answers of a run, and on masks that training compares."""
+    """Load the modules by path, offline and without the project; compare on predictions and on random masks."""
     lines = [json.loads(line) for line in (trained[0] / "predictions.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["split"] == "test"]
     rows = {row["image_id"]: row for row in shapes["test"]}
@@ -179,7 +179,7 @@ print(json.dumps(found))
 
 
 class FakeProcessor:
-    """What `compare_masks` needs: the true mask at the size of the resized ones."""
+    """Provide the resizing that `compare_masks` needs, as a crop of the target mask."""
 
     class image_processor:
         @staticmethod
@@ -188,7 +188,7 @@ class FakeProcessor:
 
 
 def test_evaluate_modules_share_identical_helpers():
-    """Each file works alone, so both hold these; they must stay the same."""
+    """Both files work alone and copy these functions, so the copies must stay identical."""
     for name in ("mean", "entries", "precisions"):
         assert len({inspect.getsource(getattr(module, name)) for module in MODULES.values()}) == 1
     assert boxes_alone.THRESHOLDS == masks_alone.THRESHOLDS == training_metrics.THRESHOLDS
@@ -197,7 +197,7 @@ def test_evaluate_modules_share_identical_helpers():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_evaluate_module_folder_is_complete_space(name):
-    """What the Hub shows of it, and what it needs; nothing else is imported."""
+    """Check the metadata for the Hub, and that requirements list exactly the imports."""
     folder = ROOT / "training_reftr" / "metrics" / name
     assert "- metric\n" in (folder / "README.md").read_text()
     needed = (folder / "requirements.txt").read_text().split()
@@ -264,7 +264,7 @@ def test_box_metric_refuses_invalid_boxes(bad, message, tmp_path):
         metric.compute(predictions=bad, references=[BOX])
     with pytest.raises(ValueError, match=r"references\[0\] must be a box .* got None"):
         metric.compute(predictions=[BOX], references=[None])
-    assert metric.compute(predictions=[BOX], references=[BOX])["mean_iou"] == 1  # and nothing of them is left
+    assert metric.compute(predictions=[BOX], references=[BOX])["mean_iou"] == 1  # refused calls leave no state
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_mask_metric_refuses_invalid_masks(bad, message, tmp_path):
 
 
 def test_count_pixels_of_huge_masks_allocates_no_pixels():
-    """Masks are compared by their run lengths; pycocotools would not end, or allocate each pixel."""
+    """Compare masks by run lengths: pycocotools would not finish, or would allocate every pixel."""
     start = time.perf_counter()
     huge = {"size": [10**6, 10**6], "counts": [10**11, 9 * 10**11]}
     half = {"size": [10**6, 10**6], "counts": [5 * 10**11, 5 * 10**11]}
@@ -318,7 +318,7 @@ def test_run_lengths_are_decoded_alike_in_all_packages():
 
 
 def test_summarize_matches_evaluate_modules():
-    """`metrics.json` of a run holds what the modules give, under the same names."""
+    """Compare the values of `metrics.json` with those of the modules, which have the same names."""
     record = {"iou": 0.6, "any_box_iou": 0.6, "boxes": [BOX], "types": [], "mask_pixels": (1, 2)}
     values = summarize([record | {"resized_mask_pixels": (3, 4)}])
     boxes, masks = BoxMetrics(), MaskMetrics()

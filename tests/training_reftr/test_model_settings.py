@@ -1,6 +1,6 @@
 """
-Every setting that describes the model, on every path that a model comes from: it applies, or it is refused with a
-sentence. What is not given is what the model brings.
+Every setting of the model either applies or is refused with a message, for every source of a model. Settings that are
+not given are taken from the model.
 """
 
 import json
@@ -50,7 +50,7 @@ TABLE = {
     "init_text": STARTS,
     "init_from": {**dict.fromkeys(PATHS, IS_THE_PATH), "resumed": REFUSED},
 }
-# setting -> (words that give it another value, what it is then)
+# setting -> (arguments that change its value, check of the changed value)
 VALUES = {
     "image_size": (["--image_size", "32"], lambda model, processor: image_size_of(processor.image_processor) == 32),
     "max_text_length": (
@@ -73,7 +73,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def files(tokenizer, trained, tmp_path_factory):
-    """A published checkpoint and the tokenizer for it, another tokenizer, and a run with its checkpoints."""
+    """Write a published checkpoint with its tokenizer and another tokenizer; return them with a finished run."""
     folder = tmp_path_factory.mktemp("files")
     torch.save({"model": published_state_dict(load_case("rec_bert")[0]), "epoch": 3}, folder / "refcoco.pth")
     tokenizer.save_pretrained(folder / "own_tokenizer")
@@ -83,10 +83,10 @@ def files(tokenizer, trained, tmp_path_factory):
 
 @pytest.fixture
 def load(files, recipe, shapes):
-    """Takes the path that a model comes from with further words of the command line; gives model and processor."""
+    """Load model and processor from one of `PATHS` with additional command-line arguments."""
 
-    def load_path(path, *words):
-        words = [word.format(tokenizer=files.folder / "tokenizer") for word in words]
+    def load_path(path, *argv):
+        argv = [word.format(tokenizer=files.folder / "tokenizer") for word in argv]
         recipes = [] if path in ("folder", "published") else [str(recipe)]
         source = {
             "folder": ["--init_from", str(files.run)],
@@ -96,9 +96,9 @@ def load(files, recipe, shapes):
             "evaluated run": ["--eval_only", "--output_dir", str(files.run)],
             "resumed": ["--resume", "auto", "--output_dir", str(files.run)],
         }.get(path, [])
-        if "published" in path and "--tokenizer" not in words:
+        if "published" in path and "--tokenizer" not in argv:
             source += ["--tokenizer", str(files.folder / "own_tokenizer")]
-        args = parse_arguments([*recipes, *source, *words])
+        args = parse_arguments([*recipes, *source, *argv])
         if path == "resumed":
             refuse_changes(args, checkpoints_of(files.run)[0])
             return train_reftr.prepare_run, None
@@ -113,19 +113,19 @@ def test_every_setting_has_scope_and_model_settings_have_rows():
     assert TABLE.keys() == {*names_in_scope(Scope.MODEL), "attn_implementation"}
     assert VALUES.keys() == TABLE.keys()
     assert all(row.keys() == set(PATHS) for row in TABLE.values())
-    # a default would win over what a loaded model brings
+    # a default other than None would override the values of a loaded model
     assert all(TrainingSettings().to_flat()[name] in (None, {}) for name in names_in_scope(Scope.MODEL))
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_model_setting_applies_or_is_refused(load, path):
-    before = load(path)  # as the recipe has it, everything is taken
+    before = load(path)  # the values of the recipe apply everywhere
     applied = []
     for setting, row in TABLE.items():
-        words, _ = VALUES[setting]
+        argv, _ = VALUES[setting]
         if row[path] == REFUSED:
             with pytest.raises(ValueError, match=rf"\b{setting}\b.*="):
-                load(path, *words)
+                load(path, *argv)
         elif row[path] == APPLIES:
             applied.append(setting)
     if path != "resumed":
@@ -144,15 +144,15 @@ def test_loaded_model_keeps_its_sizes_if_none_are_given(files, tmp_path, shapes)
         if file.suffix in (".json", ".safetensors"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     processor.save_pretrained(tmp_path)
-    for words in ([], ["--eval_only"]):
-        args = parse_arguments(["--init_from", str(tmp_path), *words])
-        _, loaded = load_for_report(args) if words else build_model(args, shapes["train"])
+    for argv in ([], ["--eval_only"]):
+        args = parse_arguments(["--init_from", str(tmp_path), *argv])
+        _, loaded = load_for_report(args) if argv else build_model(args, shapes["train"])
         assert image_size_of(loaded.image_processor) == 48
         assert (loaded.image_processor.size_divisor, loaded.max_caption_length) == (16, 9)
 
 
 def test_evaluation_replaces_recipe_model_or_refuses_contradiction(files, recipe):
-    """Named on the command line, the evaluated model replaces the recipe's; a recipe that names both must agree."""
+    """Let --init_from replace the model of a recipe; without it, recipe and checkpoint must agree."""
     args = parse_arguments([str(recipe), "--eval_only", "--init_from", str(files.run)])
     assert args.initialization.model == {}
     model, _ = load_for_report(parse_arguments([str(recipe), "--eval_only", "--output_dir", str(files.run)]))
@@ -179,11 +179,11 @@ def test_evaluation_with_resume_file_is_refused(recipe):
 
 
 def test_recipe_card_and_report_state_actual_image_size(files, recipe, tmp_path):
-    """At the door: fine-tuned at 32 px over a model of 64 px, with and without saying so, then evaluated at 48."""
-    words = [str(recipe), "--init_from", str(files.run), "--max_steps", "1", "--num_pictures", "0", "--output_dir"]
-    train_reftr.main([*words, str(tmp_path / "said"), "--image_size", "32"])
-    train_reftr.main([*words, str(tmp_path / "brought"), "--image_size", "null"])
-    for name, size in (("said", 32), ("brought", 64)):
+    """Run the script: fine-tune a model of 64 pixels at 32 and at its own size, then evaluate at 48."""
+    argv = [str(recipe), "--init_from", str(files.run), "--max_steps", "1", "--num_pictures", "0", "--output_dir"]
+    train_reftr.main([*argv, str(tmp_path / "given"), "--image_size", "32"])
+    train_reftr.main([*argv, str(tmp_path / "loaded"), "--image_size", "null"])
+    for name, size in (("given", 32), ("loaded", 64)):
         folder = tmp_path / name
         assert image_size_of(RefTRProcessor.from_pretrained(folder).image_processor) == size
         assert yaml.safe_load((folder / "recipe.yaml").read_text())["image_size"] == size
@@ -192,8 +192,8 @@ def test_recipe_card_and_report_state_actual_image_size(files, recipe, tmp_path)
     evaluation = ["--eval_only", "--dataset", "shapes", "--dataset_config", "{num_train: 48, image_size: 64}"]
     evaluation += ["--dataset_config.num_test", "2", "--dataset_config.num_validation", "9", "--num_workers", "0"]
     evaluation += ["--num_pictures", "0", "--data_cache_dir", str(tmp_path / "cache")]
-    train_reftr.main([*evaluation, "--output_dir", str(tmp_path / "said"), "--image_size", "48"])
-    assert json.loads((tmp_path / "said" / "metrics.json").read_text())["image_size"] == 48
-    card = (tmp_path / "said" / "README.md").read_text()
+    train_reftr.main([*evaluation, "--output_dir", str(tmp_path / "given"), "--image_size", "48"])
+    assert json.loads((tmp_path / "given" / "metrics.json").read_text())["image_size"] == 48
+    card = (tmp_path / "given" / "README.md").read_text()
     assert "images of 32 pixels" in card
     assert "On shapes, images of 48 pixels:" in card

@@ -1,4 +1,4 @@
-"""Whatever is written has the permissions that the umask gives to new files and folders."""
+"""All written files and folders have the permissions of the umask."""
 
 import os
 
@@ -22,8 +22,8 @@ def umask(request):
 
 
 def unexpected_modes(folder, umask):
-    """Files and folders whose permissions are not those of new ones."""
-    # Python caches the bytecode of a folder whose code is run with permissions of its own
+    """Return the files and folders whose permissions do not follow the umask."""
+    # Python writes the bytecode cache of a folder with permissions independent of the umask
     paths = [folder, *(path for path in folder.rglob("*") if "__pycache__" not in path.parts)]
     expected = {True: 0o777 & ~umask, False: 0o666 & ~umask}
     found = {str(path): path.stat().st_mode & 0o777 for path in paths}
@@ -33,7 +33,7 @@ def unexpected_modes(folder, umask):
 def test_run_files_follow_umask(trained):
     folder, _ = trained
     assert (folder / "checkpoints").is_dir()
-    folder.chmod(0o750)  # made by pytest
+    folder.chmod(0o750)  # pytest created the folder with other permissions
     assert unexpected_modes(folder, 0o027) == {}
 
 
@@ -43,7 +43,7 @@ def test_saved_model_files_follow_umask(make_model, processor, tmp_path, umask):
     (folder / "mine.safetensors").touch(0o600)
     make_model(backbone_config={"backbone": "resnet18", "out_indices": [4]}).save_pretrained(folder)
     processor.save_pretrained(folder)
-    assert (folder / "mine.safetensors").stat().st_mode & 0o777 == 0o600  # not ours to change
+    assert (folder / "mine.safetensors").stat().st_mode & 0o777 == 0o600  # a file of the user is not changed
     (folder / "mine.safetensors").unlink()
     make_model().save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1

@@ -1,4 +1,4 @@
-"""The published evaluation: its batches, composed here from the raw index, and what it counts as a miss."""
+"""Published evaluation: batches composed independently from the raw index, and published misses."""
 
 import json
 from collections import Counter
@@ -27,37 +27,38 @@ from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows
 
 
-# width and height, wide ones first; batches of the index are padded to the shapes of these groups of them
+# (width, height), wide images first; each group gives the images of one published batch
 SIZES = ((64, 20), (48, 36), (128, 30), (64, 48), (24, 64), (50, 64), (30, 96), (64, 64))
 GROUPS = ((0, 1, 2), (4, 6), (0, 3, 4, 5), (1, 2, 3, 7))
-WORDS = ("the red circle", "a small blue square", "the green star on the left", "triangle")
+EXPRESSIONS = ("the red circle", "a small blue square", "the green star on the left", "triangle")
 BATCH_SIZE = 8
 
 
 def make_index(folder):
-    """Write an index of 29 expressions in which images take turns, two of them misses; returns its val records."""
-    draw = np.random.default_rng(0)
+    """Write an index of 29 expressions with interleaved images and two misses; return its val records."""
+    rng = np.random.default_rng(0)
     images = folder / "refcoco" / "images" / "train2014"
     masks = folder / "refcoco" / "masks" / "refcoco"
     images.mkdir(parents=True)
     masks.mkdir(parents=True)
     for number, (width, height) in enumerate(SIZES):
-        pixels = draw.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"COCO_train2014_{number:012d}.jpg", quality=95)
     records = []
     for number in range(29):
-        image = int(draw.choice(GROUPS[number // BATCH_SIZE]))
+        image = int(rng.choice(GROUPS[number // BATCH_SIZE]))
         width, height = SIZES[image]
-        x, y = draw.uniform(0, width / 2), draw.uniform(0, height / 2)
-        box = [x, y, x + draw.uniform(2, width / 2), y + draw.uniform(2, height / 2)]
-        if number == 11:  # without extent in whole pixels
+        x, y = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
+        box = [x, y, x + rng.uniform(2, width / 2), y + rng.uniform(2, height / 2)]
+        if number == 11:  # without extent in integer pixels
             box = [5.2, 6.1, 5.9, 9.5]
         mask = rectangle(height, width, [int(value) for value in box]) * (number != 12)
         np.save(masks / f"{number}.npy", mask)
-        records.append((f"COCO_train2014_{image:012d}.jpg", f"{number}.npy", box, f"{WORDS[number % 4]} {number}"))
+        records.append(
+            (f"COCO_train2014_{image:012d}.jpg", f"{number}.npy", box, f"{EXPRESSIONS[number % 4]} {number}")
+        )
     for split in ("train", "val", "testA", "testB"):
-        # the loader of the other splits has the first image alone
-        # one that no evaluation can ask about, at the end
+        # val ends with a blank expression, which cannot be evaluated; the other splits have one record
         blank = (*records[0][:3], " ")
         save(
             [*records, blank] if split == "val" else records[:1],
@@ -74,7 +75,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model_folder(trained, tmp_path_factory):
-    """A model of large box weights, so that what padding changes is seen in boxes and hits."""
+    """Save a model with large box weights, so that padding visibly changes boxes and hits."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(3)
     model = RefTRForVisualGrounding.from_pretrained(trained[0], predict_masks=True)
@@ -87,7 +88,7 @@ def model_folder(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluate_as(recipe, model_folder, index, tmp_path_factory):
-    """Evaluates as a user does, in this process or on ranks: (metrics, prediction lines by text, report.md)."""
+    """Run an evaluation in this process or on ranks; return (metrics, predictions by text, report.md)."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(*words, ranks=1, dataset_config="integer_boxes: true"):
@@ -110,8 +111,10 @@ def evaluate_as(recipe, model_folder, index, tmp_path_factory):
 
 def published_boxes(folder, records, model_folder, batch_size):
     """
-    Boxes xyxy in pixels of the original image, by text: consecutive expressions, each with its image, padded together,
-    texts padded to the fixed length; nothing of the project's loaders.
+    Return the boxes (xyxy, in pixels of the original image) by text, without the loaders of the project.
+
+    Consecutive expressions, each with its own image, form a batch whose images are padded together and whose texts are
+    padded to the fixed length.
     """
     model = RefTRForVisualGrounding.from_pretrained(model_folder).eval()
     processor = RefTRProcessor.from_pretrained(model_folder)
@@ -127,8 +130,8 @@ def published_boxes(folder, records, model_folder, batch_size):
     return boxes
 
 
-def furthest(lines, boxes):
-    """Pixels by which predictions differ at most from boxes."""
+def max_difference(lines, boxes):
+    """Return the largest difference between predictions and boxes in pixels."""
     return max(np.abs(np.subtract(lines[text]["pred_box_xyxy"], box)).max() for text, box in boxes.items())
 
 
@@ -136,14 +139,14 @@ def test_evaluation_in_published_batches_matches_published_boxes(index, model_fo
     folder, records = index
     expected = published_boxes(folder, records, model_folder, BATCH_SIZE)
     found = {name: evaluate_as("--evaluation_batching", name) for name in ("published", "grouped", "unpadded")}
-    assert furthest(found["published"][1], expected) < 1e-3
-    assert furthest(found["grouped"][1], expected) > 0.1  # else the fixture could not tell them apart
-    # without padding answers are those of one expression at a time
+    assert max_difference(found["published"][1], expected) < 1e-3
+    assert max_difference(found["grouped"][1], expected) > 0.1  # the test can distinguish the batchings
+    # without padding the answers equal those of single expressions
     alone = published_boxes(folder, records, model_folder, 1)
-    assert furthest(found["unpadded"][1], alone) < 1e-3
-    assert furthest(found["unpadded"][1], expected) > 0.1
+    assert max_difference(found["unpadded"][1], alone) < 1e-3
+    assert max_difference(found["unpadded"][1], expected) > 0.1
 
-    # accuracy as published: boxes of the index in whole pixels; one without extent is a miss, and counts
+    # published accuracy: integer boxes of the index, and a box without extent counts as a miss
     targets = torch.tensor([[int(value) for value in box] for _, _, box, _ in records]).float()
     ious = box_iou(torch.tensor([expected[text] for *_, text in records]), targets).diag()
     values = {name: metrics["splits"]["val"] for name, (metrics, *_) in found.items()}
@@ -151,13 +154,13 @@ def test_evaluation_in_published_batches_matches_published_boxes(index, model_fo
     assert values["published"]["accuracy@0.5"] == pytest.approx((ious > 0.5).sum().item() / 29)
     assert values["published"]["mean_iou"] == pytest.approx(ious.mean().item(), abs=1e-5)
     assert found["published"][1][records[11][-1]]["iou"] == 0
-    # an empty mask counts with 0
+    # an empty mask counts with an IoU of 0
     assert values["published"]["mask_num_phrases"] == 29
     assert (values["published"]["num_without_extent"], values["published"]["num_empty_masks"]) == (1, 2)
     accuracies = {name: value["mean_iou"] for name, value in values.items()}
     assert len(set(accuracies.values())) == 3
 
-    for name, words in (
+    for name, sentence in (
         ("published", "in the published batches, of 8 expressions that follow each other in the annotations"),
         ("grouped", "in batches of 16 images, each with all its expressions"),
         ("unpadded", "in batches of at most 16 images of one resized size: no image is padded"),
@@ -167,7 +170,7 @@ def test_evaluation_in_published_batches_matches_published_boxes(index, model_fo
             name,
             8 if name == "published" else 16,
         )
-        assert words in report
+        assert sentence in report
         assert ("padding changes answers" in report) == (name != "published")
         assert "1 phrases whose box has no extent count as misses, as published" in report
         assert "2 phrases whose mask has no pixel count with a mask IoU of 0, as published" in report
@@ -176,7 +179,7 @@ def test_evaluation_in_published_batches_matches_published_boxes(index, model_fo
 def test_evaluation_on_two_ranks_keeps_published_batches(index, model_folder, evaluate_as):
     folder, records = index
     _, lines, _ = evaluate_as("--evaluation_batching", "published", "--evaluation_batch_size", "5", ranks=2)
-    assert furthest(lines, published_boxes(folder, records, model_folder, 5)) < 1e-3
+    assert max_difference(lines, published_boxes(folder, records, model_folder, 5)) < 1e-3
     assert list(lines) == [text for row in rows_of(index) for text in (item["text"] for item in row["sentences"])]
 
 
@@ -187,7 +190,7 @@ def rows_of(index, **flags):
 
 
 def test_report_states_omissions_without_integer_boxes(evaluate_as, index):
-    """Boxes as annotated: each has an extent, and the empty masks do not count."""
+    """Use boxes as annotated: every box has an extent, and empty masks do not count."""
     metrics, _, report = evaluate_as(dataset_config="")
     values = metrics["splits"]["val"]
     assert (values["num_phrases"], values["mask_num_phrases"], values["num_without_mask"]) == (29, 27, 2)
@@ -206,19 +209,24 @@ def test_source_order_follows_index_whatever_row_order(index):
     texts = [text for *_, text in index[1]]
     for mixed in (rows, rows.shuffle(seed=1)):
         order = source_order(mixed)
-        assert [mixed[row]["sentences"][place]["text"] for _, row, place in order] == texts
-    # rows that are left out leave gaps, and the other batches as they are
+        assert [mixed[row]["sentences"][sentence_index]["text"] for _, row, sentence_index in order] == texts
+    # omitted rows leave gaps and do not change the composition of the batches
     fewer = rows.select(range(1, len(rows)))
-    whole, part = (published_batches(source_order(part), 8) for part in (rows, fewer))
+    complete, part = (published_batches(source_order(part), 8) for part in (rows, fewer))
 
     def texts_of(batches, part):
         return [
-            [part[v.index]["sentences"][place]["text"] for v in batch for place in v.sentences] for batch in batches
+            [
+                part[sample.index]["sentences"][sentence_index]["text"]
+                for sample in batch
+                for sentence_index in sample.sentences
+            ]
+            for batch in batches
         ]
 
     left_out = {item["text"] for item in rows[0]["sentences"]}
     assert left_out
-    expected = [[text for text in batch if text not in left_out] for batch in texts_of(whole, rows)]
+    expected = [[text for text in batch if text not in left_out] for batch in texts_of(complete, rows)]
     assert texts_of(part, fewer) == [batch for batch in expected if batch]
 
 
@@ -270,7 +278,7 @@ def resized(row):
 
 
 def batches_of(rows, processor, args, rank, ranks):
-    """The samples of each batch of a process."""
+    """Return the samples of each batch of a rank."""
     return EvaluationData({"test": rows}, processor, args, rank, ranks).sampler.batches["test"]
 
 
@@ -282,11 +290,11 @@ def test_evaluation_gives_ranks_equal_batches_and_every_phrase(index, processor,
     batches = [batches_of(rows, processor, args, rank, ranks) for rank in range(ranks)]
     assert len({len(mine) for mine in batches}) == 1
     seen = {
-        (sample.index, place)
+        (sample.index, sentence_index)
         for mine in batches
         for batch in mine
         for sample in batch
-        for place in sample.sentences or range(len(rows[sample.index]["sentences"]))
+        for sentence_index in sample.sentences or range(len(rows[sample.index]["sentences"]))
     }
     assert len(seen) == 29
     if batching == "unpadded":
@@ -311,13 +319,13 @@ def test_check_warns_of_published_misses_with_reason(index, capsys, tmp_path):
     assert "warning: miss: 2\n" in printed
     for why in ("[5.0, 6.0, 5.0, 9.0] has no extent", "no pixel belongs to it"):
         assert f"{why}: it cannot be learned, and counts as a miss in an evaluation, as published" in printed
-    # where nothing asks for it, it is an error
+    # without integer_boxes a box without extent is an error
     (row,) = [row for row in rows_of(index) if any(item["box"] == [5, 6, 5, 9] for item in row["objects"])]
     assert [kind for kind, message in find_box_faults(row) if "no extent" in message] == ["box"]
 
 
 def test_statistics_and_preview_accept_published_misses(index, tmp_path):
-    """What else reads the rows takes them as they are: statistics, previews."""
+    """Read the rows without changes in statistics and previews."""
     rows = rows_of(index)
     assert "val" in format_statistics({"val": rows})
     assert draw_preview(rows, 12, 0).width > 64
@@ -328,7 +336,7 @@ def test_statistics_and_preview_accept_published_misses(index, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_training_drops_boxes_without_extent_and_empty_masks(index, processor, streaming):
-    """Trained on with its published boxes, val gives 28 of 29 expressions, and empty masks give no labels."""
+    """Train on val with integer boxes: 28 of 29 expressions remain, and empty masks give no labels."""
     rows = rows_of(index)
     if streaming:
         rows = rows.to_iterable_dataset()

@@ -1,4 +1,4 @@
-"""A training needs a recipe: which command lines run, what runs without one, and how early the others end."""
+"""Training requires a recipe: command lines without one run the demo or exit before torch is imported."""
 
 import os
 import re
@@ -20,7 +20,7 @@ PROGRAMS = pytest.mark.parametrize("program", [SCRIPT, ["-m", "reftr_cli", "trai
 
 
 def start(*command, cwd):
-    """Start Python with these arguments; its output and its errors come in one stream."""
+    """Start Python with these arguments and with stderr redirected to stdout."""
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=cwd,
@@ -50,7 +50,7 @@ def test_print_config_without_arguments_prints_demo(capsys):
     assert yaml.safe_load(text)["model"]["d_model"] == demo["model"]["d_model"] == 64
 
 
-SETTINGS_ALONE = [
+SETTINGS_WITHOUT_RECIPE = [
     ["--num_epochs", "3"],
     ["--num-epochs=3"],
     ["--init_from", "runs/demo"],
@@ -69,16 +69,16 @@ SETTINGS_ALONE = [
 ]
 
 
-@pytest.mark.parametrize("words", SETTINGS_ALONE, ids=" ".join)
-def test_settings_without_recipe_exit_with_code_2(capsys, words):
+@pytest.mark.parametrize("argv", SETTINGS_WITHOUT_RECIPE, ids=" ".join)
+def test_settings_without_recipe_exit_with_code_2(capsys, argv):
     with pytest.raises(SystemExit) as end:
-        with_recipe(words)
+        with_recipe(argv)
     assert end.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith("error: A recipe is required")
     for name in list_recipes():
         assert re.search(rf"[\s,]{re.escape(name)}[\s,]", text)
-    assert f"  reftr train demo {words[0]}" in text
+    assert f"  reftr train demo {argv[0]}" in text
 
 
 def test_resume_without_recipe_suggests_recipe_of_run(capsys, tmp_path):
@@ -89,7 +89,7 @@ def test_resume_without_recipe_suggests_recipe_of_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         [DEMO],
         [DEMO, "--num_epochs", "3"],
@@ -102,8 +102,8 @@ def test_resume_without_recipe_suggests_recipe_of_run(capsys, tmp_path):
     ],
     ids=" ".join,
 )
-def test_with_recipe_keeps_complete_command_lines(words):
-    assert with_recipe(words) == words
+def test_with_recipe_keeps_complete_command_lines(argv):
+    assert with_recipe(argv) == argv
 
 
 @PROGRAMS
@@ -129,7 +129,7 @@ def test_with_recipe_prints_only_on_main_rank(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_accelerate_launch_without_arguments_runs_demo(tmp_path):
-    """The command of the project's first lines, word by word; ended once it has made its first steps."""
+    """Run the launch command of the README literally, and end it after its first steps."""
     process = start("-m", "accelerate.commands.launch", "--cpu", *SCRIPT, cwd=tmp_path)
     lines = []
     for line in process.stdout:

@@ -1,4 +1,4 @@
-"""Recipes: what each published run sets, how files and the command line lie over each other, what is refused."""
+"""Recipes: values of the published runs, merging of files and command line, and refused settings."""
 
 import os
 import re
@@ -30,7 +30,7 @@ REFCOCO = {
     "refcocog": ("refcocog_umd", "val,test"),
 }
 
-# what the published runs set, by hand
+# settings of the published runs, typed from the publication
 COMMON = {
     "learning_rate": 1e-4,
     "backbone_learning_rate": 1e-5,
@@ -75,7 +75,7 @@ PUBLISHED = {
         "test_splits": "flickr30k_entities/test",
         "init_detr": DETR["r50"],
         "max_text_length": 90,
-        "num_epochs": 60,  # the published script's defaults: nothing else was published
+        "num_epochs": 60,  # no values were published, so these are the defaults of the published script
         "lr_drop_epochs": [40],
     },
 }
@@ -104,7 +104,7 @@ for backbone in ("r50", "r101"):
             | {"init_from": f"./runs/{name}_{backbone}_boxes_pretrained"},
         }
 
-# counted on the published model, by backbones and masks
+# parameter counts of the published model, by backbones and masks
 PARAMETERS = {
     ("resnet50", "bert", False): 151_981_508,
     ("resnet101", "bert", False): 170_921_412,
@@ -129,7 +129,7 @@ def test_recipe_sets_published_values(name):
     for field, value in (COMMON | PUBLISHED[name]).items():
         assert args.to_flat()[field] == value, field
     assert args.checkpoints.output_dir == f"runs/{name.replace('/', '_')}"
-    assert args.data.group_by_image  # published_order.yaml takes it back
+    assert args.data.group_by_image  # published_order.yaml turns it off
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -152,7 +152,7 @@ def recipe_that_writes(output_dir: str) -> str:
 
 
 def test_recipe_starts_from_output_folder_of_another_recipe():
-    """A start that another recipe writes, by a path that is never taken for a Hub id."""
+    """Write the start as a relative path, which is never taken for a Hub id."""
     for name in PUBLISHED:
         start = recipe_of(name).initialization.init_from
         if start is not None:
@@ -172,19 +172,19 @@ def test_common_recipes_switch_published_settings():
     other = parse_arguments([str(RECIPES / "refcoco/r50_boxes.yaml"), "--dataset", "reftr_refcoco_unc"])
     assert (other.data.dataset, other.data.test_splits) == ("reftr_refcoco_unc", "val,testA,testB")
     other = parse_arguments([str(RECIPES / "visual_genome/r50.yaml"), "--dataset", "resc_vg"])
-    assert other.data.dataset_config == {}  # they are flags of Visual Genome's builder
+    assert other.data.dataset_config == {}  # the flags belong to the builder of Visual Genome
     same = parse_arguments([str(RECIPES / "visual_genome/r50.yaml"), "--dataset_config.validation_images", "9"])
     assert same.data.dataset_config == {**recipe_of("visual_genome/r50").data.dataset_config, "validation_images": 9}
     held_out = recipe_of("visual_genome/r50").data.dataset_config["exclude"]
     assert held_out == ["refcoco_unc", "refcoco+_unc", "refcocog_umd"]
 
 
-# the published loaders, by hand: tokens of the longest text, and the splits whose images become brighter or darker
+# published loaders, typed from the code: maximum text length, and the splits with brightness augmentation
 LOADERS = {
     "captions": (90, ("train",)),  # Flickr30k's captions with their phrases
     "expressions": (40, ("train", "train+val", "trainval")),  # ReSC's indexes
     "masks": (40, ("train",)),
-    "regions": (40, ("train", "train+val", "trainval")),  # Visual Genome: all there is
+    "regions": (40, ("train", "train+val", "trainval")),  # Visual Genome, every split
 }
 
 
@@ -193,13 +193,13 @@ def loader_of(name):
         return "regions"
     if "masks" in name:
         return "masks"
-    # joined with RefCOCO, the published loader reads Flickr30k's phrases one by one, and here captions are read
+    # joined with RefCOCO, the published loader reads single phrases of Flickr30k where ours reads captions
     return "captions" if name.startswith("flickr30k") and "refcoco" not in name else "expressions"
 
 
 @pytest.mark.parametrize("split", ["train", "train+val", "trainval", "val"])
 def test_recipe_follows_its_published_loader(split):
-    """Brightness changes where it does there: not for Flickr30k's trainval, nor for masks of any trainval."""
+    """Augment brightness as published: neither for trainval of Flickr30k nor for masks of any trainval."""
     overlay = [str(RECIPES / "common" / "trainval.yaml")] if split == "train+val" else ["--train_split", split]
     for name in PUBLISHED:
         length, augmented = LOADERS[loader_of(name)]
@@ -229,18 +229,18 @@ def test_custom_datasets_keep_published_augmentation():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_print_config_prints_equivalent_recipe(name, tmp_path, capsys):
-    words = [str(RECIPES / f"{name}.yaml"), "--model.dropout", "0.2", "--run_name", "3"]
+    argv = [str(RECIPES / f"{name}.yaml"), "--model.dropout", "0.2", "--run_name", "3"]
     with pytest.raises(SystemExit) as end:
-        parse_arguments([*words, "--print_config"])
+        parse_arguments([*argv, "--print_config"])
     assert not end.value.code
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    args = parse_arguments(words)
+    args = parse_arguments(argv)
     assert parse_arguments([str(tmp_path / "printed.yaml")]) == args
     assert (args.initialization.model["dropout"], args.tracking.run_name) == (0.2, "3")
 
 
 def test_print_config_prints_only_yaml_on_stdout(run):
-    """YAML alone on stdout, and nothing is built."""
+    """Print only YAML on stdout, and build no dataset."""
     result = run("train_reftr.py", RECIPES / "referit/r50.yaml", "--print_config", "--model.decoder_layers", "4")
     settings = yaml.safe_load(result.stdout)
     assert settings["model"] == {"decoder_layers": 4}
@@ -260,7 +260,8 @@ def test_help_names_every_setting(capsys):
 # inheritance
 
 
-def write(folder, **recipes):
+def write_recipes(folder, **recipes):
+    """Write recipes, given by name, to a folder."""
     for name, text in recipes.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder
@@ -268,8 +269,8 @@ def write(folder, **recipes):
 
 def test_recipe_overrides_inherited_settings(tmp_path):
     (tmp_path / "below").mkdir()
-    write(tmp_path / "below", a="batch_size: 2\nseed: 1\nmodel: {d_model: 32, text_config: {hidden_size: 8}}")
-    write(
+    write_recipes(tmp_path / "below", a="batch_size: 2\nseed: 1\nmodel: {d_model: 32, text_config: {hidden_size: 8}}")
+    write_recipes(
         tmp_path,
         b="inherit: below/a.yaml\nbatch_size: 3\nmodel: {decoder_layers: 2, text_config: {num_hidden_layers: 1}}",
         c="inherit: [below/a.yaml]\nseed: 7",
@@ -277,13 +278,13 @@ def test_recipe_overrides_inherited_settings(tmp_path):
     )
     args = parse_arguments([str(tmp_path / "d.yaml"), "--model.text_config.hidden_size", "16"])
     assert (args.optimization.batch_size, args.data.num_workers) == (3, 1)
-    assert args.optimization.seed == 7  # b inherits a again, which does not put it over c
+    assert args.optimization.seed == 7  # b inherits a again, which does not override c
     text_config = {"hidden_size": 16, "num_hidden_layers": 1}
     assert args.initialization.model == {"d_model": 32, "text_config": text_config, "decoder_layers": 2}
 
 
 def test_later_recipe_on_command_line_overrides_earlier(tmp_path):
-    write(tmp_path, a="batch_size: 2\nseed: 1", b="batch_size: 3")
+    write_recipes(tmp_path, a="batch_size: 2\nseed: 1", b="batch_size: 3")
     args = parse_arguments([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
     assert (args.optimization.batch_size, args.optimization.seed) == (3, 1)
 
@@ -331,7 +332,7 @@ def test_later_recipe_on_command_line_overrides_earlier(tmp_path):
     ],
 )
 def test_invalid_recipe_is_refused(tmp_path, recipes, error, message):
-    write(tmp_path, **recipes)
+    write_recipes(tmp_path, **recipes)
     with pytest.raises(error, match=message):
         parse_arguments([str(tmp_path / "a.yaml")])
 
@@ -357,9 +358,9 @@ def test_command_line_overrides_recipe(recipe):
 
 
 def test_command_line_values_have_yaml_types():
-    words = ["--dataset_config.exclude", '["refcoco_unc"]', "--dataset_config.refcocog_umd.integer_boxes", "true"]
-    words += ["--model.decoder_layers=3", "--model.dropout", "1e-1", "--model.backbone_config.backbone", "resnet101"]
-    args = parse_arguments([*words, "--lr_drop_epochs", "[6, 12]", "--max_grad_norm", "inf", "--seed", "7"])
+    argv = ["--dataset_config.exclude", '["refcoco_unc"]', "--dataset_config.refcocog_umd.integer_boxes", "true"]
+    argv += ["--model.decoder_layers=3", "--model.dropout", "1e-1", "--model.backbone_config.backbone", "resnet101"]
+    args = parse_arguments([*argv, "--lr_drop_epochs", "[6, 12]", "--max_grad_norm", "inf", "--seed", "7"])
     assert args.data.dataset_config == {"exclude": ["refcoco_unc"], "refcocog_umd": {"integer_boxes": True}}
     assert args.initialization.model == {
         "decoder_layers": 3,
@@ -377,7 +378,7 @@ def test_command_line_values_have_yaml_types():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--bach_size", "3"], "The command line has no field 'bach_size'. Did you mean 'batch_size'?"),
         (["--model.d_modl", "3"], "model has no field 'd_modl'. Did you mean 'd_model'?"),
@@ -392,9 +393,9 @@ def test_command_line_values_have_yaml_types():
         (["--model", "[1]"], "model=[1] must be a mapping"),
     ],
 )
-def test_invalid_command_line_is_refused(words, message):
+def test_invalid_command_line_is_refused(argv, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse_arguments(words)
+        parse_arguments(argv)
 
 
 def test_missing_recipe_is_named():
@@ -409,7 +410,7 @@ def test_unknown_backbone_field_is_refused(recipe, run, tmp_path):
     assert "model.text_config has no field 'hidden_sise'. Did you mean 'hidden_size'?" in result.stderr
 
 
-# starts that contradict each other
+# contradicting starting weights
 
 
 def test_init_setting_replaces_inherited_initialization(tmp_path):
@@ -428,22 +429,23 @@ def test_init_setting_replaces_inherited_initialization(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("argv", "reason"),
     [
         (["--init_from", "a", "--init_detr", "b"], "init_from='a' and init_detr='b' contradict each other: a RefTR"),
         (["--init_from", "a", "--init_text", "b"], "init_from='a' and init_text='b' contradict each other: a RefTR"),
         (["--init_detr", "a", "--init_backbone", "b"], "contradict each other: a DETR has the image backbone"),
     ],
 )
-def test_contradicting_init_settings_are_refused(words, reason):
+def test_contradicting_init_settings_are_refused(argv, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
-        parse_arguments(words)
+        parse_arguments(argv)
 
 
 # schedules
 
 
 def factors(num_steps=100, **settings):
+    """Return the factor of the learning rate at every step."""
     args = TrainingSettings.from_flat(learning_rate=1.0, **settings)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = build_scheduler(optimizer, args.schedule, steps_per_epoch=10, num_steps=num_steps)
@@ -467,25 +469,25 @@ def test_scheduler_follows_step_cosine_and_constant():
 
 
 def test_scheduler_drops_after_warmup_to_a_hundredth_at_least():
-    """Visual Genome's schedule: 3 epochs of warm-up, a drop at 6; and no drop goes under a hundredth."""
-    rates = factors(150, lr_drop_epochs=[6], warmup_epochs=3)
-    assert rates[:30] == pytest.approx([(step + 1) / 30 for step in range(30)])
-    assert set(rates[30:60]) == {1}
-    assert rates[60:] == pytest.approx([0.1] * 90)
+    """Follow the schedule of Visual Genome: 3 epochs of warmup, a drop at epoch 6, never below a hundredth."""
+    learning_rates = factors(150, lr_drop_epochs=[6], warmup_epochs=3)
+    assert learning_rates[:30] == pytest.approx([(step + 1) / 30 for step in range(30)])
+    assert set(learning_rates[30:60]) == {1}
+    assert learning_rates[60:] == pytest.approx([0.1] * 90)
     assert factors(lr_drop_epochs=[2, 4, 6])[60:] == pytest.approx([0.01] * 40)
 
 
 def test_optimizer_gives_each_part_its_learning_rate(make_model):
     args = recipe_of("refcoco/r50_masks")
     model = make_model(predict_masks=True)
-    rates = {}
+    learning_rates = {}
     for group in build_optimizer(model, args.optimization).param_groups:
-        rates |= {id(parameter): group["lr"] for parameter in group["params"]}
+        learning_rates |= {id(parameter): group["lr"] for parameter in group["params"]}
     parts = {name.split(".")[0 if name.startswith("mask_head") else 1]: name for name, _ in model.named_parameters()}
     expected = {"mask_head": 1e-4, "backbone": 1e-5, "text_backbone": 1e-5, "decoder": 1e-5}
-    for part, rate in expected.items():
-        assert rates[id(model.get_parameter(parts[part]))] == rate, part
-    assert len(rates) == sum(parameter.requires_grad for parameter in model.parameters())
+    for part, learning_rate in expected.items():
+        assert learning_rates[id(model.get_parameter(parts[part]))] == learning_rate, part
+    assert len(learning_rates) == sum(parameter.requires_grad for parameter in model.parameters())
 
 
 # documents
@@ -546,15 +548,15 @@ def test_accelerate_reads_its_config_files(name, expected):
     config = load_config_from_file(path)  # refuses unknown keys
     assert {key: getattr(config, key) for key in expected} == expected
     assert (config.mixed_precision, config.num_processes) == ("bf16", 4)
-    words = ["--config_file", path, "--num_processes", "8", "train_reftr.py"]
-    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    argv = ["--config_file", path, "--num_processes", "8", "train_reftr.py"]
+    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
     assert launch.num_processes == 8
     assert launch.mixed_precision == "bf16"
     if name == "fsdp2":
         environment = prepare_multi_gpu_env(launch)
         assert environment["FSDP_VERSION"] == "2"
         assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
-        # a key that accelerate does not know would be taken and never read
+        # accelerate accepts unknown keys here and ignores them
         known = vars(launch_command_parser().parse_args(["train_reftr.py"]))
         assert config.fsdp_config.keys() <= known.keys()
     if name == "deepspeed":
@@ -566,13 +568,13 @@ def test_accelerate_reads_its_config_files(name, expected):
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs slurm.sbatch as SLURM does on its first node, with launchers that write down their words."""
+    """Run slurm.sbatch as SLURM does on the first node, with launchers that print their arguments."""
 
-    def run_batch(*words, **environment):
+    def run_batch(*argv, **environment):
         tools = {
             "scontrol": 'printf "node7\\nnode8\\n"',
-            "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',  # this node's task
-            # the launcher is hit by the signal before the time limit
+            "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',  # the task of this node
+            # SLURM signals the launcher before the time limit
             **dict.fromkeys(("torchrun", "accelerate"), 'kill -USR1 $$; printf "%s\\n" "${0##*/}" "$@"'),
         }
         for name, text in tools.items():
@@ -581,7 +583,7 @@ def submit(tmp_path):
         slurm = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_GPUS_ON_NODE": "4"}
         slurm |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "16"}
         result = subprocess.run(
-            ["bash", str(RECIPES / "slurm.sbatch"), *words],
+            ["bash", str(RECIPES / "slurm.sbatch"), *argv],
             env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **slurm, **environment},
             capture_output=True,
             text=True,
@@ -594,17 +596,17 @@ def submit(tmp_path):
 
 
 def test_slurm_script_starts_one_process_per_gpu(submit):
-    words = [str(RECIPES / "referit/r50.yaml"), "--data_dir", "two words"]
-    launcher, *launched = submit(*words, MASTER_PORT="29501")
+    argv = [str(RECIPES / "referit/r50.yaml"), "--data_dir", "two words"]
+    launcher, *launched = submit(*argv, MASTER_PORT="29501")
     launch = torchrun_parser().parse_args(launched)
     assert launcher == "torchrun"
     assert (launch.nnodes, launch.nproc_per_node, launch.node_rank) == ("2", "4", 1)
     assert (launch.master_addr, launch.master_port) == ("node7", 29501)
-    assert launch.training_script_args == [*words, "--resume", "auto"]
+    assert launch.training_script_args == [*argv, "--resume", "auto"]
     assert parse_arguments(launch.training_script_args).data.data_dir == "two words"
-    launch = torchrun_parser().parse_args(submit(*words, "--resume=runs/x", GPUS_PER_NODE="2")[1:])
+    launch = torchrun_parser().parse_args(submit(*argv, "--resume=runs/x", GPUS_PER_NODE="2")[1:])
     assert (launch.nproc_per_node, launch.master_port) == ("2", 22345)
-    assert launch.training_script_args == [*words, "--resume=runs/x"]
+    assert launch.training_script_args == [*argv, "--resume=runs/x"]
 
 
 def test_slurm_script_accepts_accelerate_config(submit):

@@ -1,4 +1,4 @@
-"""A run that resumes with one thing changed: refused with the old run untouched, or applied and written as it ran."""
+"""A resume with one changed setting is refused without touching the run, or applied and recorded."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from training_reftr.resuming import find_changes, with_model_of
 from training_reftr.settings import Scope, TrainingSettings, names_in_scope
 
 
-# (setting, value on the command line); of every kind, and of the model every setting
+# (setting, value on the command line): settings of every scope, and all settings of the model
 CHANGES = [
     ("image_size", "32"),
     ("learning_rate", "0.01"),
@@ -63,8 +63,8 @@ CHANGES = [
 
 
 @pytest.fixture
-def stopped(trained, tmp_path):
-    """The trained run as if it had been stopped after its first epoch, and had no best model yet."""
+def stopped_run(trained, tmp_path):
+    """Copy the trained run as if it had stopped after its first epoch without a best model."""
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
     shutil.rmtree(checkpoints_of(folder)[0])
@@ -73,53 +73,53 @@ def stopped(trained, tmp_path):
 
 
 def digests(folder):
-    """Path -> hash of every file of a run."""
+    """Return the hash of every file of a run, by relative path."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def resume(recipe, folder, *words):
-    return train_reftr.main([str(recipe), "--output_dir", str(folder), "--resume", "auto", *words])
+def resume(recipe, folder, *argv):
+    return train_reftr.main([str(recipe), "--output_dir", str(folder), "--resume", "auto", *argv])
 
 
 @pytest.mark.row("R22")
 @pytest.mark.parametrize("trial", trials(len(CHANGES), short=3))
-def test_resume_with_changed_setting_is_refused_or_recorded(recipe, stopped, trial, caplog):
+def test_resume_with_changed_setting_is_refused_or_recorded(recipe, stopped_run, trial, caplog):
     setting, value = CHANGES[trial]
     name = setting.split(".")[0]
-    before, old = digests(stopped), load_state(checkpoints_of(stopped)[0])
-    words = ("--num_pictures", "0", f"--{setting}", value)
+    before, old = digests(stopped_run), load_state(checkpoints_of(stopped_run)[0])
+    argv = ("--num_pictures", "0", f"--{setting}", value)
     if name in names_in_scope(Scope.MODEL):
         with pytest.raises(
             ValueError, match=rf"keeps its model, and '.*step_00000006' fixes {setting}=.*checkpoint has"
         ):
-            resume(recipe, stopped, *words)
-        assert digests(stopped) == before
+            resume(recipe, stopped_run, *argv)
+        assert digests(stopped_run) == before
         return
     with caplog.at_level(logging.WARNING):
-        assert resume(recipe, stopped, *words) == 0
-    wanted = parse_arguments([str(recipe), f"--{setting}", value]).to_flat()[name]
-    said = f"{name}={wanted!r} (was {old.settings[name]!r})"
-    warned = [record.message for record in caplog.records if "not quite the one of the checkpoint" in record.message]
-    state = load_state(checkpoints_of(stopped)[0])
+        assert resume(recipe, stopped_run, *argv) == 0
+    expected = parse_arguments([str(recipe), f"--{setting}", value]).to_flat()[name]
+    change = f"{name}={expected!r} (was {old.settings[name]!r})"
+    warnings = [record.message for record in caplog.records if "not quite the one of the checkpoint" in record.message]
+    state = load_state(checkpoints_of(stopped_run)[0])
     assert state.step > old.step
-    assert state.settings[name] == wanted != old.settings[name]
-    text = (stopped / "recipe.yaml").read_text()
+    assert state.settings[name] == expected != old.settings[name]
+    text = (stopped_run / "recipe.yaml").read_text()
     written = yaml.safe_load(text)
-    assert name in names_in_scope(Scope.MACHINE) or written[name] == wanted
-    # everything else is as it was in the run before, the model above all
+    assert name in names_in_scope(Scope.MACHINE) or written[name] == expected
+    # all other settings, above all those of the model, are as in the previous run
     apart = {name, *names_in_scope(Scope.MACHINE), "num_pictures"}
     assert {key: value for key, value in written.items() if key not in apart} == {
         key: value for key, value in old.settings.items() if key not in apart
     }
-    card = (stopped / "README.md").read_text()
+    card = (stopped_run / "README.md").read_text()
     if name in names_in_scope(Scope.RESULTS):
-        assert len(warned) == 1
-        assert said in warned[0]
-        assert f"# from step 6 on: {said}" in text
-        assert f"Settings were changed while it ran: from step 6 on: {said}" in card
+        assert len(warnings) == 1
+        assert change in warnings[0]
+        assert f"# from step 6 on: {change}" in text
+        assert f"Settings were changed while it ran: from step 6 on: {change}" in card
     else:
-        assert not warned
+        assert not warnings
         assert not text.startswith("#")
         assert "Settings were changed" not in card
 
@@ -129,8 +129,8 @@ def test_resume_changes_cover_every_model_setting():
     assert len(CHANGES) == 40
 
 
-def kept(folder, settings=None, **given):
-    """The settings that a run resumes with from a folder's latest checkpoint."""
+def resumed_settings(folder, settings=None, **given):
+    """Return the settings with which a run resumes from the latest checkpoint of a folder."""
     checkpoint = checkpoints_of(folder)[0]
     settings = load_state(checkpoint).settings if settings is None else settings
     processor = RefTRProcessor.from_pretrained(checkpoint)
@@ -147,41 +147,41 @@ def test_find_changes_reports_other_global_batch_size():
 
 
 def test_resume_takes_missing_settings_from_checkpoint(trained):
-    """Without the recipe's model and sizes, and with the same ones given again."""
+    """Give no model and sizes, then the same ones as in the checkpoint."""
     settings = load_state(checkpoints_of(trained[0])[0]).settings
     for given in ({}, {"image_size": 64, "model": settings["model"]}):
-        args = kept(trained[0], **given)
+        args = resumed_settings(trained[0], **given)
         assert (args.data.image_size, args.initialization.model) == (64, settings["model"])
         assert args.data.max_text_length is None  # 40, and 90 for captions
-    assert kept(trained[0], learning_rate=3.0).optimization.learning_rate == 3.0
+    assert resumed_settings(trained[0], learning_rate=3.0).optimization.learning_rate == 3.0
 
 
 def test_resume_accepts_older_checkpoint_with_fewer_settings(trained):
-    """A setting that its version did not have, and a default that was another one, are no change."""
+    """Accept settings that the older version lacked, and defaults that it did not apply."""
     settings = load_state(checkpoints_of(trained[0])[0]).settings
     older = {name: value for name, value in settings.items() if name not in ("tokenizer", "size_divisor", "init_text")}
-    older["image_size"] = 640  # a default then, which a loaded model of 64 pixels did not heed
-    args = kept(trained[0], settings=older, image_size=64)
+    older["image_size"] = 640  # a former default, which did not apply to a loaded model of 64 pixels
+    args = resumed_settings(trained[0], settings=older, image_size=64)
     assert (args.data.image_size, args.data.size_divisor, args.initialization.tokenizer) == (64, None, None)
-    assert kept(trained[0], settings={}).initialization.model == {}
+    assert resumed_settings(trained[0], settings={}).initialization.model == {}
     with pytest.raises(ValueError, match=r"fixes image_size=640 \(the checkpoint has 64\)"):
-        kept(trained[0], settings=older, image_size=640)
+        resumed_settings(trained[0], settings=older, image_size=640)
 
 
 def test_resume_names_all_changed_model_settings_at_once(trained):
     with pytest.raises(ValueError, match=r"size_divisor=32 \(the checkpoint has None\), model\.dropout=0\.5 \(the"):
-        kept(trained[0], size_divisor=32, model={"dropout": 0.5})
+        resumed_settings(trained[0], size_divisor=32, model={"dropout": 0.5})
 
 
-def test_dry_run_refuses_same_changes_as_resume(recipe, stopped):
-    before = digests(stopped)
+def test_dry_run_refuses_same_changes_as_resume(recipe, stopped_run):
+    before = digests(stopped_run)
     with pytest.raises(ValueError, match="fixes image_size=32"):
-        resume(recipe, stopped, "--dry_run", "--image_size", "32")
-    assert digests(stopped) == before
+        resume(recipe, stopped_run, "--dry_run", "--image_size", "32")
+    assert digests(stopped_run) == before
 
 
 def test_checkpoint_records_actual_settings(trained):
-    """Sizes that nobody gave are written as the processor has them, in the checkpoint and in recipe.yaml."""
+    """Record the sizes of the processor, even if none were given, in the checkpoint and in recipe.yaml."""
     settings = load_state(checkpoints_of(trained[0])[0]).settings
     assert settings.keys() == TrainingSettings().to_flat().keys()
     written = yaml.safe_load((trained[0] / "recipe.yaml").read_text())

@@ -1,4 +1,4 @@
-"""Samples are arrays: an image is opened once, and a mask is decoded once, on the way from a row to a batch."""
+"""Samples hold arrays, so that an image is opened once and a mask decoded once from row to batch."""
 
 import datasets
 import numpy as np
@@ -21,7 +21,7 @@ NUM_ROWS = 3
 
 @pytest.fixture
 def rows(tmp_path):
-    """JPEG files with an EXIF orientation; two objects per image, each with a mask and two expressions."""
+    """Write JPEG files with an EXIF orientation; return rows of two objects with masks and expressions."""
     rows = []
     rng = np.random.default_rng(0)
     for number in range(NUM_ROWS):
@@ -62,7 +62,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count what is done to images and masks."""
+    """Count the calls that open and decode images and masks."""
     counts = {}
 
     def count(owner, name, label):
@@ -111,7 +111,7 @@ def test_sample_has_the_arrays_of_its_row(rows, processor):
 
 
 def test_collator_makes_same_batch_of_rows_and_samples(rows, processor):
-    """A trainer may hand decoded rows to the collator."""
+    """Give decoded rows to the collator, as `transformers.Trainer` does."""
     row = rows.cast_column("image", datasets.Image(decode=False))[1]
     sample = TrainingSamples(ImageReader(processor.image_processor), "none", 0, True)(
         row, SampleIndex(0, 1, (0, 1, 2, 3))
@@ -126,7 +126,7 @@ def test_collator_makes_same_batch_of_rows_and_samples(rows, processor):
 
 
 def test_collator_keeps_axes_of_images_three_pixels_wide(processor):
-    """Three pixels wide or high, an image could be taken for one with other axes."""
+    """Do not confuse an image side of three pixels with the channel axis."""
     for size in ((3, 40), (40, 3), (3, 3)):
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         box = [0.0, 0.0, 2.0, 2.0]

@@ -1,4 +1,4 @@
-"""Sizes of images and texts: what the settings name is set, and the rest is what the processor brings."""
+"""Sizes of images and texts: given settings are applied, others keep the value of the processor."""
 
 import pytest
 

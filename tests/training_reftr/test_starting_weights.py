@@ -1,4 +1,4 @@
-"""Where a run's weights come from: each way gives the weights that it names, says so, and leaves the rest new."""
+"""Sources of starting weights: each source loads its weights, logs them and leaves the rest random."""
 
 import json
 import logging
@@ -23,8 +23,8 @@ RESNET = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}  # timm's smal
 RESNET_MODEL = {**TINY_MODEL, "backbone_config": RESNET, "freeze_backbone_batch_norm": True}
 
 
-def randomise(model):
-    """Every weight and statistic a number of its own."""
+def randomize(model):
+    """Fill all weights and statistics with random values."""
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) * 0.2 + (0.5 if name.endswith("running_var") else -0.1))
@@ -33,7 +33,7 @@ def randomise(model):
 
 @pytest.fixture
 def build(shapes, caplog):
-    """Builds the model of a run from its settings; gives model, processor and what was logged."""
+    """Build the model of a run from its settings; return model, processor and log."""
 
     def run_build(seed=0, **settings):
         torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def build(shapes, caplog):
 
 @pytest.fixture(scope="module")
 def text_folder(tokenizer, tmp_path_factory):
-    """A pretrained text model with its tokenizer, saved as BERT's authors save theirs: with heads over it."""
+    """Save a pretrained text model with its tokenizer and pretraining heads, as the authors of BERT do."""
     folder = tmp_path_factory.mktemp("bert")
     config = BertConfig(**{**TINY_TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
     BertForPreTraining(config).save_pretrained(folder)
@@ -60,23 +60,23 @@ def text_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detr_file(tmp_path_factory):
-    """A DETR of the tiny widths, as transformers saves it."""
+    """Save a tiny DETR with transformers."""
     folder = tmp_path_factory.mktemp("detr")
     sizes = {"d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 64, "encoder_attention_heads": 2}
     rest = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "num_queries": 3}
     timm_resnet = {"backbone": "resnet50", "use_timm_backbone": True, "use_pretrained_backbone": False}
-    randomise(DetrForObjectDetection(DetrConfig(**sizes, **rest, **timm_resnet))).save_pretrained(folder)
+    randomize(DetrForObjectDetection(DetrConfig(**sizes, **rest, **timm_resnet))).save_pretrained(folder)
     return folder
 
 
-def part(model, prefix):
-    """The weights below a name, without batch norm's counters."""
+def weights_below(model, prefix):
+    """Return the weights below a prefix, without the counters of batch norm."""
     weights = {name.removeprefix(prefix): v for name, v in model.state_dict().items() if name.startswith(prefix)}
     return {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
 
 
-def same(weights, others):
-    """Whether all of these weights, and there are some, are among the others."""
+def is_subset(weights, others):
+    """Return whether there are weights and all of them are among the others."""
     return bool(weights) and all(torch.equal(value, others[name]) for name, value in weights.items())
 
 
@@ -86,14 +86,14 @@ def assert_frozen_as_configured(model):
     assert trained == {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
 
 
-# 5. nothing
+# 5. random weights
 
 
 def test_model_without_init_has_random_weights_of_seed(build):
     first, again, other = build(), build(), build(seed=1)
     weights = first.model.state_dict()
-    assert same(again.model.state_dict(), weights)
-    assert not same(part(other.model, "model.encoder."), part(first.model, "model.encoder."))
+    assert is_subset(again.model.state_dict(), weights)
+    assert not is_subset(weights_below(other.model, "model.encoder."), weights_below(first.model, "model.encoder."))
     assert "Random weights, as nothing names others: backbone, box_head, decoder, encoder," in first.log
 
 
@@ -103,7 +103,7 @@ def test_model_without_init_has_random_weights_of_seed(build):
 def test_init_text_loads_weights_and_tokenizer(build, text_folder, tokenizer):
     pretrained = BertModel.from_pretrained(text_folder)
     built = build(init_text=str(text_folder), model=TINY_MODEL)
-    assert same(part(built.model, "model.text_backbone."), pretrained.state_dict())
+    assert is_subset(weights_below(built.model, "model.text_backbone."), pretrained.state_dict())
     assert built.model.config.text_config.hidden_size == TINY_TEXT["hidden_size"]
     assert built.processor.tokenizer.get_vocab() == tokenizer.get_vocab()
     count = len(pretrained.state_dict())
@@ -113,19 +113,19 @@ def test_init_text_loads_weights_and_tokenizer(build, text_folder, tokenizer):
     assert "text_backbone" not in built.log.split("as nothing names others")[1]
     changed = build(init_text=str(text_folder), model={**TINY_MODEL, "text_config": {"hidden_dropout_prob": 0.3}})
     assert changed.model.config.text_config.hidden_dropout_prob == 0.3
-    assert same(part(changed.model, "model.text_backbone."), pretrained.state_dict())
+    assert is_subset(weights_below(changed.model, "model.text_backbone."), pretrained.state_dict())
 
 
 def test_init_text_reads_old_file_with_restricted_reader(build, text_folder, tmp_path):
-    """pytorch_model.bin, without a pooler, is read by the reader that runs nothing."""
+    """Read pytorch_model.bin, here without a pooler, with the restricted unpickler."""
     shutil.copytree(text_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
     pretrained = BertModel.from_pretrained(text_folder).state_dict()
     weights = {f"bert.{name}": value for name, value in pretrained.items() if "pooler" not in name}
     torch.save(weights, tmp_path / "pytorch_model.bin")
     built = build(init_text=str(tmp_path), model=TINY_MODEL)
-    loaded = part(built.model, "model.text_backbone.")
-    assert same({name: value for name, value in loaded.items() if "pooler" not in name}, pretrained)
+    loaded = weights_below(built.model, "model.text_backbone.")
+    assert is_subset({name: value for name, value in loaded.items() if "pooler" not in name}, pretrained)
     assert not torch.equal(loaded["pooler.dense.weight"], pretrained["pooler.dense.weight"])
     assert "Random weights in it: pooler.dense.bias, pooler.dense.weight." in built.log
     torch.save({"encoder.weight": print}, tmp_path / "pytorch_model.bin")
@@ -135,7 +135,7 @@ def test_init_text_reads_old_file_with_restricted_reader(build, text_folder, tmp
 
 @pytest.mark.parametrize("read", ["tokenizer", "configuration", "conversion"])
 def test_text_model_claiming_many_labels_is_refused(text_folder, tmp_path, read):
-    """The library makes a name for each label."""
+    """Refuse a label count for which transformers would make a name per label."""
     shutil.copytree(text_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_labels": 200_000}))
@@ -183,8 +183,8 @@ def test_init_text_refuses_mismatched_or_incomplete_model(build, text_folder, tm
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "stride", "learning norms", "counted norms"])
 def test_init_backbone_loads_weights_from_file(build, kind, tmp_path):
-    imagenet = randomise(timm.create_model("test_resnet")).state_dict()
-    if kind != "counted norms":  # torchvision's older files have no counters, timm's have
+    imagenet = randomize(timm.create_model("test_resnet")).state_dict()
+    if kind != "counted norms":  # older files of torchvision have no counters, those of timm do
         imagenet = {name: value for name, value in imagenet.items() if "num_batches" not in name}
     file = tmp_path / f"imagenet.{'pth' if kind == 'pth' else 'safetensors'}"
     torch.save(imagenet, file) if kind == "pth" else save_file(imagenet, file)
@@ -194,14 +194,14 @@ def test_init_backbone_loads_weights_from_file(build, kind, tmp_path):
     model |= {"num_frozen_backbone_stages": 1, "freeze_backbone_batch_norm": "norms" not in kind}
     built = build(init_backbone=str(file), model=model)
     imagenet = {name: value for name, value in imagenet.items() if "num_batches" not in name}
-    assert same(part(built.model, "model.backbone._backbone."), imagenet)
+    assert is_subset(weights_below(built.model, "model.backbone._backbone."), imagenet)
     assert_frozen_as_configured(built.model)
     assert f"weights of the image backbone from {file}. Left: fc.bias, fc.weight." in built.log
 
 
 def test_init_backbone_timm_loads_weights_from_hub(build, tmp_path, monkeypatch):
-    """The word timm asks the Hub for what timm has, and for nothing else."""
-    imagenet = randomise(timm.create_model("test_efficientnet_gn")).state_dict()
+    """Download only the weights of timm from the Hub for the value `timm`."""
+    imagenet = randomize(timm.create_model("test_efficientnet_gn")).state_dict()
     save_file(imagenet, tmp_path / "model.safetensors")
     asked = []
 
@@ -212,19 +212,19 @@ def test_init_backbone_timm_loads_weights_from_hub(build, tmp_path, monkeypatch)
     monkeypatch.setattr("training_reftr.build.hf_hub_download", fetch)
     built = build(init_backbone="timm")
     assert asked == [("timm/test_efficientnet_gn.r160_in1k", "model.safetensors")]
-    assert same(part(built.model, "model.backbone._backbone."), imagenet)
+    assert is_subset(weights_below(built.model, "model.backbone._backbone."), imagenet)
     assert "from timm/test_efficientnet_gn.r160_in1k. Left: bn2.bias" in built.log
 
 
 def test_init_backbone_maps_flattened_timm_names(build, tmp_path):
-    """timm writes stages_0 for stages.0 where it takes features off such a network."""
-    imagenet = randomise(timm.create_model("test_convnext")).state_dict()
+    """Map stages.0 to stages_0, which timm uses in its feature extractors."""
+    imagenet = randomize(timm.create_model("test_convnext")).state_dict()
     save_file(imagenet, tmp_path / "convnext.safetensors")
     backbone = {"backbone": "test_convnext", "out_indices": [0, 1, 2, 3]}
     model = {**TINY_MODEL, "backbone_config": backbone, "text_config": TINY_TEXT}
     built = build(init_backbone=str(tmp_path / "convnext.safetensors"), model=model)
     flat = {name.replace("stages.", "stages_").replace("stem.", "stem_"): value for name, value in imagenet.items()}
-    assert same(part(built.model, "model.backbone._backbone."), flat)
+    assert is_subset(weights_below(built.model, "model.backbone._backbone."), flat)
 
 
 def test_init_backbone_refuses_mismatched_weights(build, tmp_path):
@@ -253,14 +253,16 @@ def test_init_backbone_refuses_mismatched_weights(build, tmp_path):
 
 
 def test_init_detr_and_text_load_published_start(build, detr_file, text_folder):
-    """Backbone and encoder of a DETR, text backbone and tokenizer of BERT; the rest is new."""
+    """Load backbone and encoder of a DETR, text backbone and tokenizer of BERT; the rest is random."""
     backbone = {"backbone": "resnet50", "out_indices": [1, 2, 3, 4]}
     model = {**RESNET_MODEL, "backbone_config": backbone, "num_frozen_backbone_stages": 1}
     built = build(init_detr=str(detr_file), init_text=str(text_folder), model=model)
     detr = DetrForObjectDetection.from_pretrained(detr_file).model
-    assert same(part(built.model, "model.encoder."), detr.encoder.state_dict())
-    assert same(part(built.model, "model.backbone._backbone."), detr.backbone.model.state_dict())
-    assert same(part(built.model, "model.text_backbone."), BertModel.from_pretrained(text_folder).state_dict())
+    assert is_subset(weights_below(built.model, "model.encoder."), detr.encoder.state_dict())
+    assert is_subset(weights_below(built.model, "model.backbone._backbone."), detr.backbone.model.state_dict())
+    assert is_subset(
+        weights_below(built.model, "model.text_backbone."), BertModel.from_pretrained(text_folder).state_dict()
+    )
     assert_frozen_as_configured(built.model)
     assert f"weights of image backbone and encoder from {detr_file}." in built.log
     random = built.log.split("Random weights, as nothing names others: ")[1]
@@ -272,7 +274,7 @@ def test_init_detr_and_text_load_published_start(build, detr_file, text_folder):
 
 @pytest.fixture(scope="module")
 def published(tokenizer, tmp_path_factory):
-    """A published checkpoint of boxes, tiny, with a tokenizer for it."""
+    """Save a tiny published checkpoint of the box model with a tokenizer."""
     folder = tmp_path_factory.mktemp("published")
     torch.save({"model": published_state_dict(load_case("rec_bert")[0]), "epoch": 3}, folder / "refcoco.pth")
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -280,13 +282,13 @@ def published(tokenizer, tmp_path_factory):
 
 
 def test_init_from_published_file_equals_its_conversion(build, published, tmp_path):
-    file, words = published / "refcoco.pth", str(published / "tokenizer")
-    convert_checkpoint(file, tmp_path / "converted", tokenizer=words)
-    built = build(init_from=str(file), tokenizer=words, model={})
+    file, tokenizer = published / "refcoco.pth", str(published / "tokenizer")
+    convert_checkpoint(file, tmp_path / "converted", tokenizer=tokenizer)
+    built = build(init_from=str(file), tokenizer=tokenizer, model={})
     from_folder = build(init_from=str(tmp_path / "converted"), model={})
     weights = from_folder.model.state_dict()
     assert built.model.state_dict().keys() == weights.keys()
-    assert same(built.model.state_dict(), weights)
+    assert is_subset(built.model.state_dict(), weights)
     configs = [
         {**result.model.config.to_dict(), "_name_or_path": None, "architectures": None}
         for result in (built, from_folder)
@@ -295,9 +297,9 @@ def test_init_from_published_file_equals_its_conversion(build, published, tmp_pa
     assert f"RefTR from {file}: {len(weights)} weights. Random weights: none. Left: none." in built.log
     assert "taken as published, because shapes do not tell: " in built.log
     assert_frozen_as_configured(built.model)
-    # a second stage over it: the mask head is new, the rest is what it was
-    masks = build(init_from=str(file), tokenizer=words, model={"predict_masks": True, "auxiliary_loss": False})
-    assert same(weights, masks.model.state_dict())
+    # a second stage on top: the mask head is random, all other weights are loaded
+    masks = build(init_from=str(file), tokenizer=tokenizer, model={"predict_masks": True, "auxiliary_loss": False})
+    assert is_subset(weights, masks.model.state_dict())
     assert "Random weights: mask_head." in masks.log
     head = masks.model.mask_head.output_convolution.weight
     assert head.abs().sum() > 0
@@ -311,11 +313,11 @@ def test_init_from_applies_changed_model_fields(trained, build):
     assert built.processor.max_expression_length == built.processor.max_caption_length == 12
     assert_frozen_as_configured(built.model)
     saved = RefTRForVisualGrounding.from_pretrained(output).state_dict()
-    assert same(built.model.state_dict(), saved)
+    assert is_subset(built.model.state_dict(), saved)
 
 
 def test_init_from_accepts_completed_timm_name(build, tmp_path):
-    """timm completes the name that a saved configuration has; a recipe names the network alone."""
+    """Accept a saved backbone name that timm completed with its weights, where a recipe gives the network only."""
     first = build(model={**RESNET_MODEL, "text_config": TINY_TEXT})
     first.model.config.backbone_config.backbone = "test_resnet.r160_in1k"
     first.model.save_pretrained(tmp_path)
@@ -355,14 +357,14 @@ def test_build_model_refuses_contradicting_settings(build, trained, published):
         )
 
 
-# at the door
+# run as a user does
 
 
 def test_eval_only_evaluates_published_file(recipe, run, published, tmp_path):
-    """`--eval_only --init_from FILE.pth`, the seed's `--eval --resume=FILE.pth`."""
-    words = ("--init_from", published / "refcoco.pth", "--tokenizer", published / "tokenizer")
+    """Evaluate with `--eval_only --init_from FILE.pth`, formerly `--eval --resume=FILE.pth`."""
+    argv = ("--init_from", published / "refcoco.pth", "--tokenizer", published / "tokenizer")
     result = run(
-        "train_reftr.py", recipe, "--eval_only", *words, "--dataset_config.num_test", "2", "--output_dir", tmp_path
+        "train_reftr.py", recipe, "--eval_only", *argv, "--dataset_config.num_test", "2", "--output_dir", tmp_path
     )
     assert f"RefTR from {published / 'refcoco.pth'}: " in result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -378,7 +380,7 @@ def test_init_from_refuses_changed_text_backbone(trained, recipe, run, tmp_path)
 
 
 def test_load_reftr_ignores_recipe_model(trained):
-    """A recipe's model is for training: an evaluation takes the model as it was saved."""
+    """Use the model of a recipe for training only: an evaluation takes the model as it was saved."""
     output, _ = trained
     model, _ = load_reftr(output, TrainingSettings.from_flat(model={"predict_masks": True}))
     assert not model.config.predict_masks

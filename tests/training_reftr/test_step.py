@@ -1,4 +1,4 @@
-"""What an optimizer step does to the weights, against AdamW written out, and what it refuses to do."""
+"""Optimizer steps match AdamW written out, and non-finite losses and gradients are refused."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from training_reftr.settings import ScheduleSettings, TrainingSettings
 from training_reftr.step import seed_of, train_step
 
 
-# every one differs from its default and from the others
+# every value differs from its default and from the others
 SETTINGS = {
     "learning_rate": 1e-3,
     "backbone_learning_rate": 3e-4,
@@ -31,7 +31,7 @@ SETTINGS = {
     "lr_schedule": "constant",
     "seed": 3,
 }
-RATES = {"model.backbone.": 3e-4, "model.text_backbone.": 5e-4, "mask_head.": 2e-3, "": 1e-3}
+LEARNING_RATES = {"model.backbone.": 3e-4, "model.text_backbone.": 5e-4, "mask_head.": 2e-3, "": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,14 @@ def accelerator():
 
 @pytest.fixture
 def batches(shapes, processor):
-    """Two batches of unlike numbers of sentences and phrases."""
+    """Collate two batches with different numbers of sentences and phrases."""
     collate = GroundingCollator(processor, with_masks=True)
     return [collate([shapes["train"][index] for index in part]) for part in ((0, 1), (2,))]
 
 
 @pytest.fixture
 def make_run(make_model, accelerator):
-    """A run of a tiny model with masks, about to make its first step."""
+    """Make a run of a tiny model with masks before its first step."""
 
     def make(model=None, **overrides):
         args = TrainingSettings.from_flat(**SETTINGS)
@@ -61,8 +61,8 @@ def make_run(make_model, accelerator):
     return make
 
 
-def rate_of(name: str) -> float:
-    return next(rate for prefix, rate in RATES.items() if name.startswith(prefix))
+def learning_rate_of(name: str) -> float:
+    return next(learning_rate for prefix, learning_rate in LEARNING_RATES.items() if name.startswith(prefix))
 
 
 def inputs_of(batch):
@@ -70,16 +70,16 @@ def inputs_of(batch):
 
 
 def adamw(model, batches, steps: int):
-    """Change a model as `steps` steps of AdamW do; their losses and gradient norms before clipping."""
+    """Apply `steps` steps of AdamW to a model; return (loss, gradient norm before clipping) per step."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     first, second = ({name: torch.zeros_like(value) for name, value in named.items()} for _ in range(2))
-    num_sentences, told = sum(len(batch["labels"]) for batch in batches), []
+    num_sentences, expected_totals = sum(len(batch["labels"]) for batch in batches), []
     for step in range(1, steps + 1):
         model.zero_grad()
         losses = [model(**inputs_of(batch), num_items_in_batch=num_sentences).loss for batch in batches]
         sum(losses).backward()
         norm = torch.stack([p.grad.square().sum() for p in named.values() if p.grad is not None]).sum().sqrt()
-        told.append((sum(losses).item(), norm.item()))
+        expected_totals.append((sum(losses).item(), norm.item()))
         with torch.no_grad():
             for name, parameter in named.items():
                 if parameter.grad is None:
@@ -87,18 +87,18 @@ def adamw(model, batches, steps: int):
                 gradient = parameter.grad * min(1.0, 0.5 / (norm + 1e-6))
                 first[name] = 0.9 * first[name] + 0.1 * gradient
                 second[name] = 0.7 * second[name] + 0.3 * gradient.square()
-                rate = rate_of(name) * step / 4  # of the warm-up
-                parameter.mul_(1 - rate * 0.3)
+                learning_rate = learning_rate_of(name) * step / 4  # during warmup
+                parameter.mul_(1 - learning_rate * 0.3)
                 mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.7**step)
-                parameter.sub_(rate * mean / (square.sqrt() + 1e-8))
-    return told
+                parameter.sub_(learning_rate * mean / (square.sqrt() + 1e-8))
+    return expected_totals
 
 
 def test_train_step_matches_adamw_written_out(make_run, batches, accelerator):
     run = make_run()
     start, expected = copy.deepcopy(run.model.state_dict()), copy.deepcopy(run.model)
-    told = adamw(expected, batches, 2)
-    for number, (loss, norm) in enumerate(told):
+    expected_totals = adamw(expected, batches, 2)
+    for number, (loss, norm) in enumerate(expected_totals):
         totals, num_expressions = train_step(run, batches, accelerator)
         run.advance()
         assert totals["loss"].item() == pytest.approx(loss, rel=1e-4), number
@@ -107,16 +107,16 @@ def test_train_step_matches_adamw_written_out(make_run, batches, accelerator):
         assert totals.keys() == {"loss", "gradient_norm", *parts}
         assert sum(totals[name].item() for name in parts) == pytest.approx(loss, rel=1e-4)
         assert num_expressions == sum(len(targets) for batch in batches for targets in batch["targets"])
-    assert told[0][1] > 0.5, "the gradient is cut"
+    assert expected_totals[0][1] > 0.5, "the gradient is clipped"
     assert (run.state.step, run.state.schedule_step) == (2, 2)
-    found, compared = run.model.state_dict(), 0
+    found, num_compared = run.model.state_dict(), 0
     for name, parameter in expected.named_parameters():
         moved = (parameter - start[name]).abs()
-        compared += (moved > 0.1 * rate_of(name)).any().item()
-        # AdamW makes much of rounding where a gradient is next to nothing: nearly all values are compared, not all
+        num_compared += (moved > 0.1 * learning_rate_of(name)).any().item()
+        # AdamW amplifies rounding where a gradient is almost zero, so a few values may differ
         away = (found[name] - parameter).abs()
-        assert (away <= 0.01 * rate_of(name) + 1e-7).float().mean() > 0.97, name
-    assert compared > 100, "weights that move"
+        assert (away <= 0.01 * learning_rate_of(name) + 1e-7).float().mean() > 0.97, name
+    assert num_compared > 100, "too few weights moved to compare"
 
 
 def test_train_step_on_unequal_ranks_has_gradients_of_one():
@@ -135,7 +135,7 @@ def test_train_step_seeds_dropout_by_step_and_seed(make_run, batches, accelerato
     def first_loss(step, seed=3):
         run = make_run(dropout=0.5)
         run.state.step, run.settings.optimization.seed = step, seed
-        torch.rand(7)  # what was drawn before does not matter
+        torch.rand(7)  # earlier random numbers do not matter
         return train_step(run, batches, accelerator)[0]["loss"].item()
 
     losses = [first_loss(step, seed) for step, seed in ((0, 3), (1, 3), (0, 4))]
@@ -167,7 +167,7 @@ def test_train_step_refuses_non_finite_loss_or_gradient(make_run, batches, accel
 
 
 def schedule(steps_per_epoch=10, num_steps=100, done=0, **settings):
-    """The factors of the learning rates before each step."""
+    """Return the learning rate factor before each step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     scheduler = build_scheduler(optimizer, ScheduleSettings(**settings), steps_per_epoch, num_steps, done)
     factors = []
@@ -181,7 +181,7 @@ def schedule(steps_per_epoch=10, num_steps=100, done=0, **settings):
 def test_step_schedule_divides_by_ten_after_each_drop():
     factors = schedule(lr_drop_epochs=[3, 5])
     assert factors == pytest.approx([1] * 30 + [0.1] * 20 + [0.01] * 50)
-    assert schedule(lr_drop_epochs=[1, 2, 3])[-1] == pytest.approx(0.01), "and never under a hundredth"
+    assert schedule(lr_drop_epochs=[1, 2, 3])[-1] == pytest.approx(0.01), "never below a hundredth"
 
 
 def test_cosine_schedule_falls_to_a_hundredth():

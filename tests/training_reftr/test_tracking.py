@@ -1,4 +1,4 @@
-"""What the log of a run says about speed."""
+"""The log of a run reports throughput."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from training_reftr.tracking import Tracking
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass when the test says so."""
+    """Replace the clock by one that the test advances."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(tracking.time, "perf_counter", lambda: now.seconds)
     return now

@@ -1,4 +1,4 @@
-"""train_reftr.py and the predict command, run as a user runs them."""
+"""train_reftr.py and the predict command, run as a user does."""
 
 import json
 import re
@@ -13,13 +13,13 @@ from tests.helpers.processes import free_port, run_ranks
 from tests.helpers.tiny import ROOT
 
 
-def figures_of_test(folder):
-    """The figures of the test split in a run's folder."""
+def metrics_of_test_split(folder):
+    """Return the metrics of the test split in the folder of a run."""
     return json.loads((folder / "metrics.json").read_text())["splits"]["test"]
 
 
 def logged_losses(log):
-    """(step, {part: value}) of each line of loss parts."""
+    """Return (step, {part: value}) of every logged line of losses."""
     lines = re.findall(r"step (\d+) epoch \d+ (.*?) rates", log)
     return [(int(step), {k: float(v) for k, v in (p.split("=") for p in parts.split())}) for step, parts in lines]
 
@@ -30,13 +30,13 @@ def test_run_writes_model_processor_and_report(trained):
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= names
     assert {"metrics.json", "predictions.jsonl", "predictions.png", "report.md"} <= names
     assert not list(output.glob("*.bin"))
-    metrics = figures_of_test(output)
+    metrics = metrics_of_test_split(output)
     assert {"accuracy@0.5", "mean_iou", "num_phrases"} <= metrics.keys()
     assert set(metrics["per_kind"]) == {"attribute", "place", "relation", "caption"}
     assert sum(kind["num_phrases"] for kind in metrics["per_kind"].values()) == metrics["num_phrases"]
     assert metrics["constant_box"]["num_phrases"] == metrics["num_phrases"]
-    with Image.open(output / "predictions.png") as picture:
-        assert min(picture.size) > 320
+    with Image.open(output / "predictions.png") as image:
+        assert min(image.size) > 320
     assert "best constant box" in result.stdout
     losses = logged_losses(result.stderr)
     assert [step for step, _ in losses] == list(range(1, 13))
@@ -95,8 +95,10 @@ def test_predict_names_missing_image(trained, run, tmp_path):
 )
 def test_several_ranks_train_like_one_process(run, tmp_path, ranks, accumulation, grouped, masks, steps, data_cache):
     """
-    The demo's first steps: the same losses (1e-5) with the same global batch, at a tenth of its rates: at its own,
-    what the order of a sum rounds grows to some 1e-4 in 20 steps. With masks it grows faster.
+    Train the first steps of the demo: the same global batch gives the same losses, to 1e-5.
+
+    A tenth of the demo's learning rates keeps rounding small: at the full ones, the order of summation changes losses
+    by some 1e-4 within 20 steps, and faster with masks.
     """
     settings = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
     assert settings["model"]["dropout"] == settings["model"]["text_config"]["hidden_dropout_prob"] == 0.0
@@ -105,7 +107,7 @@ def test_several_ranks_train_like_one_process(run, tmp_path, ranks, accumulation
     settings |= {f"{part}learning_rate": 1e-4 for part in ("", "backbone_", "text_", "mask_head_")}
     settings["model"]["predict_masks"] = masks
     settings["group_by_image"] = grouped
-    # accumulation cuts the batch that batch norm looks at, on any number of processes
+    # accumulation makes the batches of batch norm smaller, on any number of processes
     settings["model"]["freeze_backbone_batch_norm"] = accumulation > 1
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
@@ -116,10 +118,10 @@ def test_several_ranks_train_like_one_process(run, tmp_path, ranks, accumulation
     assert [step for step, _ in losses_one] == [step for step, _ in losses_two] == list(range(1, steps + 1))
     for (step, first), (_, second) in zip(losses_one, losses_two, strict=True):
         for name, value in first.items():
-            # the norm is no loss: a sum of squares over all weights, rounded in another order
+            # the norm is a sum of squares over all weights, rounded in another order
             tolerance = 1e-3 if name == "gradient_norm" else 1e-5
             assert second[name] == pytest.approx(value, abs=1e-5, rel=tolerance), (step, name)
-    first, second = (figures_of_test(tmp_path / name) for name in ("one", "two"))
+    first, second = (metrics_of_test_split(tmp_path / name) for name in ("one", "two"))
     assert first["num_phrases"] == second["num_phrases"]
 
 
@@ -130,20 +132,20 @@ MASKS = {"predict_masks": True, "auxiliary_loss": False}
 
 
 def test_mask_stage_keeps_boxes_of_first_stage(trained, recipe, run, tmp_path):
-    """The published two stages: masks over the boxes run's best, the mask head alone if it is said."""
+    """Train the two published stages: masks on top of the best box model, here with the mask head only."""
     output, _ = trained
     stage = {**MASKS, "freeze_grounding": True}
     result = run(
         "train_reftr.py", recipe, "--init_from", output, "--output_dir", tmp_path, "--max_steps", "6",
         "--model", json.dumps(stage), "--learning_rate", "1e-5", "--mask_head_learning_rate", "1e-2",
     )  # fmt: skip
-    assert "mask_head.output_convolution" in result.stderr  # what is new is said
+    assert "mask_head.output_convolution" in result.stderr  # new weights are logged
     losses = logged_losses(result.stderr)
     assert {"loss_mask", "loss_dice"} <= losses[0][1].keys()
     assert "loss_bbox_0" not in losses[0][1]
     assert losses[-1][1]["loss_mask"] < losses[0][1]["loss_mask"]
-    boxes, masks = (figures_of_test(folder) for folder in (output, tmp_path))
-    assert masks["mean_iou"] == pytest.approx(boxes["mean_iou"], abs=1e-6)  # the boxes are what they were
+    boxes, masks = (metrics_of_test_split(folder) for folder in (output, tmp_path))
+    assert masks["mean_iou"] == pytest.approx(boxes["mean_iou"], abs=1e-6)  # the boxes do not change
     for name in ("mask_mean_iou", "mask_mean_iou_resized", "mask_overall_iou", "mask_precision@0.9"):
         assert 0 <= masks[name] <= 1
         assert name not in boxes
@@ -155,12 +157,12 @@ def test_mask_stage_keeps_boxes_of_first_stage(trained, recipe, run, tmp_path):
         "--text", "the star", "--output", tmp_path / "out.png",
     )  # fmt: skip
     (answer,) = json.loads(answers.stdout)
-    with Image.open(tmp_path / "predictions.png") as picture:
-        assert answer["segmentation"]["size"] == [picture.height, picture.width]
+    with Image.open(tmp_path / "predictions.png") as image:
+        assert answer["segmentation"]["size"] == [image.height, image.width]
 
 
 def test_two_ranks_train_and_evaluate_masks_like_one_process(recipe, run, tmp_path):
-    """Joint training, grouped images, shares of unlike size: the same losses and the same figures."""
+    """Train jointly on grouped images with ranks of different load: losses and metrics are the same."""
     settings = yaml.safe_load(recipe.read_text())
     settings["model"] |= MASKS
     settings |= {"max_steps": 3, "batch_size": 8}
@@ -175,7 +177,7 @@ def test_two_ranks_train_and_evaluate_masks_like_one_process(recipe, run, tmp_pa
     for ranks in (1, 2):
         evaluation = ("--eval_only", "--init_from", tmp_path / "one", "--output_dir", tmp_path / f"eval{ranks}")
         run_ranks(["train_reftr.py", path, *evaluation], ranks)
-        evaluated.append(figures_of_test(tmp_path / f"eval{ranks}"))
+        evaluated.append(metrics_of_test_split(tmp_path / f"eval{ranks}"))
     for name in ("num_phrases", "mask_num_phrases"):
         assert evaluated[0][name] == evaluated[1][name]
     for name in ("mask_mean_iou", "mask_overall_iou", "accuracy@0.5"):
@@ -198,15 +200,15 @@ def test_unavailable_best_metric_is_refused(recipe, run, tmp_path):
 
 @pytest.mark.slow
 def test_fsdp2_run_resumes(recipe, run, tmp_path):
-    """Two processes on CPUs, whose sums FSDP2 does not round alike from run to run: no bits are compared."""
+    """Use a tolerance on two CPU processes: FSDP2 rounds sums differently from run to run."""
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     sharded |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
     sharded |= {"FSDP_TRANSFORMER_CLS_TO_WRAP": "RefTREncoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-    words = ("train_reftr.py", recipe, "--batch_size", 4, "--output_dir")
+    argv = ("train_reftr.py", recipe, "--batch_size", 4, "--output_dir")
     ranks = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port")
-    plain = run(*ranks, free_port(), *words, tmp_path / "plain")
-    run(*ranks, free_port(), *words, tmp_path / "run", "--max_steps", 4, **sharded)
-    rest = run(*ranks, free_port(), *words, tmp_path / "run", "--resume", "auto", **sharded)
+    plain = run(*ranks, free_port(), *argv, tmp_path / "plain")
+    run(*ranks, free_port(), *argv, tmp_path / "run", "--max_steps", 4, **sharded)
+    rest = run(*ranks, free_port(), *argv, tmp_path / "run", "--resume", "auto", **sharded)
     assert "Going on from" in rest.stderr
     expected, losses = dict(logged_losses(plain.stderr)), dict(logged_losses(rest.stderr))
     assert list(losses) == [step for step in expected if step > 4]
@@ -218,10 +220,10 @@ def test_fsdp2_run_resumes(recipe, run, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_run_matches_losses_of_plain_run(recipe, run, tmp_path):
-    """The same losses but for rounding, and a model that loads as any other."""
-    words = ("train_reftr.py", recipe, "--log_every", 1, "--max_steps", 3, "--size_divisor", 32, "--output_dir")
-    run(*words, tmp_path / "plain")
-    run(*words, tmp_path / "compiled", "--compile", "true", timeout=900)
+    """Compare losses up to rounding, and load the saved model as usual."""
+    argv = ("train_reftr.py", recipe, "--log_every", 1, "--max_steps", 3, "--size_divisor", 32, "--output_dir")
+    run(*argv, tmp_path / "plain")
+    run(*argv, tmp_path / "compiled", "--compile", "true", timeout=900)
     losses = []
     for name in ("plain", "compiled"):
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())

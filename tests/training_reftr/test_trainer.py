@@ -1,4 +1,4 @@
-"""`transformers.Trainer`: metrics as our own evaluation gives them, predictions, resuming, the Hub."""
+"""`transformers.Trainer`: metrics match our own evaluation, predictions, resuming and the Hub."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ SIZES = [(64, 64), (96, 48), (40, 70), (64, 32), (33, 64), (64, 64), (90, 60)]
 
 @pytest.fixture
 def rows(shapes, processor) -> Dataset:
-    """Images of several sizes, with boxes that answers near the middle hit, or not."""
+    """Make rows of images of several sizes with boxes near the center, some of which the model hits."""
     rng = np.random.default_rng(0)
     rows = []
     for index, size in enumerate(SIZES):
@@ -59,7 +59,7 @@ def make_trainer(model, processor, folder, rows, **settings) -> Trainer:
 
 
 def own_metrics(model, processor, rows, batch_size: int) -> dict:
-    """The metrics of our own evaluation, for the same batches: padding changes answers."""
+    """Return the metrics of our own evaluation on the same batches, because padding changes answers."""
     collator, accelerator = GroundingCollator(processor), Accelerator(cpu=True)
     records = []
     with torch.no_grad():
@@ -78,7 +78,7 @@ def assert_same_metrics(found: dict, expected: dict, prefix: str, tolerance: flo
 
 @pytest.mark.parametrize(("predict_masks", "concatenated"), [(False, True), (False, False), (True, False)])
 def test_trainer_metrics_match_own_evaluation(make_model, processor, rows, tmp_path, predict_masks, concatenated):
-    """Where the last batch is smaller, too, and batches have other numbers of sentences and phrases."""
+    """Include a smaller last batch and batches with different numbers of sentences and phrases."""
     model = make_model(predict_masks=predict_masks)
     torch.nn.init.normal_(model.box_head.layers[-1].weight, std=0.1)
     settings = {**SCORED, "eval_do_concat_batches": concatenated}
@@ -94,7 +94,7 @@ def test_trainer_metrics_match_own_evaluation(make_model, processor, rows, tmp_p
             assert found["eval_mask_num_phrases_resized"] == expected["num_phrases"]
             assert 0 < found["eval_mask_overall_iou_resized"] < 1
         assert_same_metrics(trainer.predict(rows).metrics, expected, "test")
-        if batch_size == 1:  # unpadded, the whole evaluation too, which groups the images and asks a fused copy
+        if batch_size == 1:  # without padding, compare with `evaluate` too, which groups images and runs a fused copy
             arguments = TrainingSettings.from_flat(evaluation_batch_size=1, num_workers=0, output_dir=str(tmp_path))
             records = evaluate(model, processor, rows, arguments, Accelerator(cpu=True), "test")
             assert_same_metrics(found, summarize(records), "eval", tolerance=1e-5)
@@ -108,7 +108,7 @@ def test_trainer_predictions_are_boxes_phrase_mask_and_masks(make_model, process
     assert set(ignored) < fields
     assert "keys_to_ignore_at_inference" not in json.loads(model.config.to_json_string())
     trainer = make_trainer(model, processor, tmp_path, rows, per_device_eval_batch_size=5)
-    boxes, phrase_mask, masks = trainer.predict(shapes["test"]).predictions  # images of one size, in batches alike
+    boxes, phrase_mask, masks = trainer.predict(shapes["test"]).predictions  # images of one size, in equal batches
     num_sentences = sum(map(len, shapes["test"]["sentences"]))
     assert boxes.shape == (num_sentences, *phrase_mask.shape[1:], 4)
     assert masks.shape[:2] == phrase_mask.shape
@@ -118,7 +118,7 @@ def test_trainer_predictions_are_boxes_phrase_mask_and_masks(make_model, process
         assert np.isfinite(found["eval_loss"])
         assert ("eval_accuracy@0.5" in found) is ("prediction_loss_only" not in settings)
     trainer = make_trainer(make_model(), processor, tmp_path, rows, per_device_eval_batch_size=1)
-    boxes, phrase_mask = trainer.predict(rows).predictions  # of several sizes, in batches of one
+    boxes, phrase_mask = trainer.predict(rows).predictions  # images of several sizes, in batches of one
     assert boxes.shape[:2] == phrase_mask.shape == (sum(map(len, rows["sentences"])), 3)
 
 
@@ -139,13 +139,13 @@ def test_score_phrases_counts_missing_answer_as_miss():
 
 
 def moments_of(checkpoint: Path) -> torch.Tensor:
-    """The first moments of the optimizer in a checkpoint, one after the other."""
+    """Return the first moments of the optimizer in a checkpoint as one vector."""
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     return torch.cat([moments["exp_avg"].flatten() for moments in state.values()])
 
 
 def test_trainer_resumes_to_same_optimizer_moments(make_model, processor, shapes, tmp_path):
-    """Six steps at once are four and two more, and the best by our metrics is loaded."""
+    """Train six steps at once and in two parts, and load the best model by our metrics."""
     settings = {
         "train_dataset": shapes["train"],
         "processing_class": processor,
@@ -159,17 +159,17 @@ def test_trainer_resumes_to_same_optimizer_moments(make_model, processor, shapes
     }
     best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy@0.5"}
     rows = shapes["validation"].select(range(3))
-    whole = make_trainer(make_model(), processor, tmp_path / "whole", rows, **settings)
-    whole.train()
+    complete = make_trainer(make_model(), processor, tmp_path / "complete", rows, **settings)
+    complete.train()
     make_trainer(make_model(), processor, tmp_path / "parts", rows, **settings | best).train()
     parts = make_trainer(make_model(), processor, tmp_path / "parts", rows, **settings | best)
     shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
     parts.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert parts.state.best_model_checkpoint
-    checkpoints = ("whole/checkpoint-6", "parts/checkpoint-6", "whole/checkpoint-4")
-    whole, parts, earlier = (moments_of(tmp_path / name) for name in checkpoints)
-    assert (whole - parts).norm() < 1e-3 * whole.norm()  # where weights lie in memory, sums are rounded otherwise
-    assert (whole - earlier).norm() > 0.1 * whole.norm()
+    checkpoints = ("complete/checkpoint-6", "parts/checkpoint-6", "complete/checkpoint-4")
+    complete, parts, earlier = (moments_of(tmp_path / name) for name in checkpoints)
+    assert (complete - parts).norm() < 1e-3 * complete.norm()  # rounding depends on memory addresses
+    assert (complete - earlier).norm() > 0.1 * complete.norm()
 
 
 PUSH = """

@@ -1,4 +1,4 @@
-"""What a run keeps, logs and goes on from, where every setting differs from its neighbours."""
+"""Checkpoints, log and resume of a complete run in which every setting has a different value."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def recipe(tmp_path_factory, data_cache):
         "trackers": "tensorboard",
         "seed": 3,
     }
-    return write_recipe(tmp_path_factory.mktemp("whole") / "whole.yaml", data_cache, **settings)
+    return write_recipe(tmp_path_factory.mktemp("complete") / "complete.yaml", data_cache, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def finished(recipe, tmp_path_factory):
     return output_dir
 
 
-def records(output_dir, name: str) -> dict[int, float]:
-    """Step -> value of a metric in a run's log."""
+def logged_values(output_dir, name: str) -> dict[int, float]:
+    """Return the values of a metric in the log of a run, by step."""
     lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line[name] for line in lines if name in line}
 
@@ -61,14 +61,14 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 def test_best_model_has_highest_validation_metric(finished):
-    validations = records(finished, "validation/mean_iou")
-    assert list(validations) == [12, LAST], "every second epoch, and the last one"
+    validations = logged_values(finished, "validation/mean_iou")
+    assert list(validations) == [12, LAST], "every second epoch and the last one"
     best = max(validations, key=validations.get)
     assert validations[12] != validations[LAST]
-    newest = checkpoints_of(finished)[0]
+    latest = checkpoints_of(finished)[0]
     if best != LAST:  # a checkpoint is written before its evaluation
-        assert load_state(newest).best_step == best
-        assert load_state(newest).best == validations[best]
+        assert load_state(latest).best_step == best
+        assert load_state(latest).best == validations[best]
     assert_equal(weights(finished), weights(finished / "checkpoints" / f"step_{best:08d}"))
 
 
@@ -84,14 +84,14 @@ def test_run_keeps_latest_checkpoints_at_given_steps(finished):
     assert [load_state(path).step for path in checkpoints_of(finished)] == [LAST, 16, 12]
     state = load_state(finished / "checkpoints" / "step_00000016")
     assert not state.is_evaluation_due
-    assert (state.best, state.best_step) == (records(finished, "validation/mean_iou")[12], 12)
+    assert (state.best, state.best_step) == (logged_values(finished, "validation/mean_iou")[12], 12)
 
 
 def test_log_has_last_step_and_scheduled_learning_rates(finished):
-    rates = records(finished, "train/learning_rate")
-    assert list(rates) == [4, 8, 12, 16, LAST]
-    assert rates[8] == pytest.approx(2e-3)
-    assert rates[16] == rates[LAST] == pytest.approx(2e-4)
+    learning_rates = logged_values(finished, "train/learning_rate")
+    assert list(learning_rates) == [4, 8, 12, 16, LAST]
+    assert learning_rates[8] == pytest.approx(2e-3)
+    assert learning_rates[16] == learning_rates[LAST] == pytest.approx(2e-4)
 
 
 def test_resumed_run_is_bit_identical_with_one_tensorboard_run(finished, recipe, tmp_path):
@@ -102,7 +102,7 @@ def test_resumed_run_is_bit_identical_with_one_tensorboard_run(finished, recipe,
     (last, *_), (expected, *_) = checkpoints_of(folder), checkpoints_of(finished)
     assert_equal(weights(last), weights(expected))
     assert_equal(load_file(last / "optimizer.safetensors"), load_file(expected / "optimizer.safetensors"))
-    assert records(folder, "train/learning_rate") == records(finished, "train/learning_rate")
+    assert logged_values(folder, "train/learning_rate") == logged_values(finished, "train/learning_rate")
     events = EventAccumulator(str(next(folder.rglob("events.out.tfevents*")).parent)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 12, 16, LAST]
 
@@ -111,17 +111,17 @@ def test_resume_in_new_folder_keeps_own_best_model(finished, recipe, tmp_path):
     checkpoint = tmp_path / "step_00000016"
     shutil.copytree(finished / "checkpoints" / checkpoint.name, checkpoint)
     change_state(checkpoint, best=0.99)
-    words = ["--resume", str(checkpoint), "--output_dir", str(tmp_path / "new"), "--trackers", "none"]
-    assert train_reftr.main([str(recipe), *words]) == 0
+    argv = ["--resume", str(checkpoint), "--output_dir", str(tmp_path / "new"), "--trackers", "none"]
+    assert train_reftr.main([str(recipe), *argv]) == 0
     assert_equal(weights(tmp_path / "new"), weights(checkpoints_of(finished)[0]))
 
 
 def test_seed_determines_initial_weights(recipe, tmp_path):
-    still = [f"--{name}_rate=1e-12" for name in ("learning", "backbone_learning", "text_learning")]
-    words = [str(recipe), *still, "--max_steps", "1", "--trackers", "none"]
+    frozen = [f"--{name}_rate=1e-12" for name in ("learning", "backbone_learning", "text_learning")]
+    argv = [str(recipe), *frozen, "--max_steps", "1", "--trackers", "none"]
     found = []
     for number, seed in enumerate((3, 3, 4)):
-        assert train_reftr.main([*words, "--seed", str(seed), "--output_dir", str(tmp_path / str(number))]) == 0
+        assert train_reftr.main([*argv, "--seed", str(seed), "--output_dir", str(tmp_path / str(number))]) == 0
         found.append(weights(tmp_path / str(number))["model.encoder.layers.0.mlp.fc1.weight"])
     first, again, other = found
     assert torch.allclose(first, again, atol=1e-9)
