@@ -7,7 +7,8 @@ Compare code metrics with DETR in transformers, by the same rules:
 - typed arguments: arguments with an annotation, without `self`, `cls`, `*args` and `**kwargs`
 - imperative docstrings: docstrings of functions and methods that ruff's D401 accepts
 - comment share: comment tokens by lines of code and comments
-- mlinter findings: of transformers-mlinter with its default rules, on the files that are written to the Hub
+- mlinter findings: of transformers-mlinter with its default rules, on the files that are written to the Hub; without
+  TRF038, which looks for tests in the folders of transformers' repository, absent from an installed DETR too
 - upward imports: see tests/integration/test_imports.py
 """
 
@@ -114,7 +115,8 @@ def mlinter_findings(paths: list[Path], name: str) -> int | None:
             cwd=folder,
             capture_output=True,
         )
-        return len(json.loads(Path(folder, "findings.json").read_text())["findings"])
+        findings = json.loads(Path(folder, "findings.json").read_text())["findings"]
+        return sum(finding["rule"] != "TRF038" for finding in findings)
 
 
 def measure(paths: list[Path], model_files: list[Path], name: str) -> dict:

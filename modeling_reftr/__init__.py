@@ -4,7 +4,8 @@ RefTR ("Referring Transformer", NeurIPS 2021) for transformers.
 Importing this package registers RefTR with the Auto classes and with `pipeline`.
 """
 
-from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
+# first, because older releases of transformers lack names that are imported below
+from .requirements_reftr import MINIMUM_TRANSFORMERS as MINIMUM_TRANSFORMERS
 
 
 # isort: split
@@ -20,8 +21,10 @@ from .modeling_reftr import RefTRPreTrainedModel as RefTRPreTrainedModel
 from .pipeline_reftr import VisualGroundingPipeline as VisualGroundingPipeline
 from .predictor_reftr import RefTRPredictor as RefTRPredictor
 from .processing_reftr import RefTRProcessor as RefTRProcessor
-from .version_reftr import VERSION as __version__  # noqa: F401
+from .version_reftr import VERSION as VERSION
 
+
+__version__ = VERSION
 
 transformers.AutoConfig.register(RefTRConfig.model_type, RefTRConfig)
 transformers.AutoModel.register(RefTRConfig, RefTRModel)

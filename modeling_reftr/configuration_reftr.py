@@ -13,7 +13,8 @@
 # limitations under the License.
 """RefTR model configuration."""
 
-from .requirements_reftr import MINIMUM_TRANSFORMERS  # noqa: F401 -- first: older releases lack names used below
+# first, because older releases of transformers lack names that are imported below
+from .requirements_reftr import MINIMUM_TRANSFORMERS as MINIMUM_TRANSFORMERS
 
 
 # isort: split

@@ -37,7 +37,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, is_timm_available, requires_backends
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, is_timm_available, requires_backends
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -60,41 +60,39 @@ from .text_cache_reftr import TextCache, active_text_cache
 
 if TYPE_CHECKING:
     # `save_pretrained` copies every file that this one imports, and the pipeline has to travel with the model
-    from .pipeline_reftr import VisualGroundingPipeline  # noqa: F401
+    from .pipeline_reftr import VisualGroundingPipeline as VisualGroundingPipeline
 
 if is_timm_available():
     from timm.layers import freeze_batch_norm_2d
 
 
 # Shapes: I images, S sentences, P phrase slots per sentence, L tokens per sentence, d = config.d_model, and h x w
-# cells of the backbone's last feature map, each of which is an image token. Boxes are relative to the image without
-# padding.
+# positions of the backbone's last feature map, each of which is an image token. Boxes are relative to the image
+# without padding.
 
 TEXT_TYPE, IMAGE_TYPE = 0, 1  # rows of the token type embeddings
 
 
+@auto_docstring(custom_intro="Image features that do not depend on the text.")
 @dataclass
 class RefTRImageFeatures(BaseModelOutputWithPooling):
-    """
-    Image features that do not depend on the text.
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(I, h * w, channels)`):
-            Last feature map of the backbone as a sequence of image tokens.
-        pooler_output (`torch.Tensor` of shape `(I, h * w, d)`):
-            Image tokens projected to the width of the model, as the encoder reads them.
-        hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
-            Hidden states of the backbone, or the feature maps if it is a timm backbone.
-        attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
-            Attention weights of the backbone, empty if it is a timm backbone.
-        feature_maps (`tuple[torch.Tensor]`):
-            Feature maps of the backbone, each of shape (I, channels, height, width).
-        image_position_embeddings (`torch.Tensor` of shape `(I, h * w, d)`):
-            Position embeddings of the image tokens, without the level and token type embeddings.
-        image_mask (`torch.Tensor` of shape `(I, h * w)`):
-            True for image tokens, False for padding.
-        pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
-            1 for pixels of the image, 0 for padding.
+    r"""
+    last_hidden_state (`torch.Tensor` of shape `(I, h * w, channels)`):
+        Last feature map of the backbone as a sequence of image tokens.
+    pooler_output (`torch.Tensor` of shape `(I, h * w, d)`):
+        Image tokens projected to the width of the model, as the encoder reads them.
+    hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+        Hidden states of the backbone, or the feature maps if it is a timm backbone.
+    attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
+        Attention weights of the backbone, empty if it is a timm backbone.
+    feature_maps (`tuple[torch.Tensor]`):
+        Feature maps of the backbone, each of shape (I, channels, height, width).
+    image_position_embeddings (`torch.Tensor` of shape `(I, h * w, d)`):
+        Position embeddings of the image tokens, without the level and token type embeddings.
+    image_mask (`torch.Tensor` of shape `(I, h * w)`):
+        True for image tokens, False for padding.
+    pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
+        1 for pixels of the image, 0 for padding.
     """
 
     feature_maps: tuple[torch.Tensor, ...] | None = None
@@ -103,48 +101,42 @@ class RefTRImageFeatures(BaseModelOutputWithPooling):
     pixel_mask: torch.Tensor | None = None
 
 
+@auto_docstring(custom_intro="Output of the query decoder.")
 @dataclass
 class RefTRDecoderOutput(BaseModelOutputWithCrossAttentions):
-    """
-    Output of the query decoder.
-
-    Args:
-        intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
-            Output of every decoder layer, each after the shared final layer norm.
+    r"""
+    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+        Output of every decoder layer, each after the shared final layer norm.
     """
 
     intermediate_hidden_states: torch.Tensor | None = None
 
 
+@auto_docstring(custom_intro="Output of the model without heads.")
 @dataclass
 class RefTRModelOutput(ModelOutput):
-    """
-    Output of the model without heads.
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(S, P, d)`):
-            Output of the decoder, one vector per phrase.
-        intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
-            Output of every decoder layer, each after the shared final layer norm.
-        phrase_mask (`torch.Tensor` of shape `(S, P)`):
-            True for real phrases, False for padding.
-        phrase_slots (`torch.Tensor` of shape `(N,)`, *optional*, returned for several phrases per sentence):
-            Flat indices `sentence * P + slot` of the phrases that were encoded, or `S * P` where `phrase_index` is
-            out of range.
-        encoder_last_hidden_state (`torch.Tensor` of shape `(S, L + h * w, d)`):
-            Output of the encoder, text tokens first, then image tokens.
-        feature_maps (`tuple[torch.Tensor]`):
-            Feature maps of the backbone, each of shape (I, channels, height, width).
-        image_features (`torch.Tensor` of shape `(I, h * w, d)`):
-            Image tokens projected to the width of the model.
-        image_mask (`torch.Tensor` of shape `(I, h * w)`):
-            True for image tokens, False for padding.
-        pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
-            1 for pixels of the image, 0 for padding.
-        image_index (`torch.Tensor` of shape `(S,)`, *optional*):
-            Image of each sentence as given, 0 where it was out of range.
-        decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
-            (`tuple[torch.Tensor]`, *optional*): those of each layer, on request.
+    r"""
+    last_hidden_state (`torch.Tensor` of shape `(S, P, d)`):
+        Output of the decoder, one vector per phrase.
+    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+        Output of every decoder layer, each after the shared final layer norm.
+    phrase_mask (`torch.Tensor` of shape `(S, P)`):
+        True for real phrases, False for padding.
+    phrase_slots (`torch.Tensor` of shape `(N,)`, *optional*, returned for several phrases per sentence):
+        Flat indices `sentence * P + slot` of the phrases that were encoded, or `S * P` where `phrase_index` is
+        out of range.
+    encoder_last_hidden_state (`torch.Tensor` of shape `(S, L + h * w, d)`):
+        Output of the encoder, text tokens first, then image tokens.
+    feature_maps (`tuple[torch.Tensor]`):
+        Feature maps of the backbone, each of shape (I, channels, height, width).
+    image_features (`torch.Tensor` of shape `(I, h * w, d)`):
+        Image tokens projected to the width of the model.
+    image_mask (`torch.Tensor` of shape `(I, h * w)`):
+        True for image tokens, False for padding.
+    pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
+        1 for pixels of the image, 0 for padding.
+    image_index (`torch.Tensor` of shape `(S,)`, *optional*):
+        Image of each sentence as given, 0 where it was out of range.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -170,33 +162,41 @@ class RefTRModelOutput(ModelOutput):
         return self.phrase_slots
 
 
+@auto_docstring(custom_intro="Output of the model with its heads.")
 @dataclass
 class RefTRVisualGroundingOutput(ModelOutput):
-    """
-    Output of the model with its heads.
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
-            Weighted sum of `loss_dict`.
-        loss_dict (`dict[str, torch.Tensor]`, *optional*, returned with `labels`):
-            `loss_bbox` and `loss_giou`, and the same with `_0`, `_1`, ... for the earlier decoder layers; with masks
-            also `loss_mask` (focal) and `loss_dice`.
-        pred_boxes (`torch.Tensor` of shape `(S, P, 4)`):
-            Boxes (center_x, center_y, width, height) of every phrase slot, normalized to the image without padding.
-            Boxes of padding slots have no meaning, see `phrase_mask`.
-        phrase_mask (`torch.Tensor` of shape `(S, P)`):
-            True for real phrases, False for padding.
-        auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*, returned if `config.auxiliary_loss`):
-            `pred_boxes` of each earlier decoder layer.
-        pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`, *optional*, returned if `config.predict_masks`):
-            Mask logits of each phrase over the padded image, in the resolution of the backbone's fourth to last
-            feature map (a quarter of the image for a ResNet).
-        mask_attentions (`torch.Tensor` of shape `(S, P, heads, h, w)`, *optional*, with `output_attentions=True`):
-            Attention maps that the mask head starts from. The values of all heads and cells sum to 1.
-        image_index, input_ids, phrase_input_ids, pixel_mask (`torch.Tensor`, *optional*):
-            Inputs of these names, for the post-processing.
-        last_hidden_state, intermediate_hidden_states, encoder_last_hidden_state, decoder_hidden_states,
-            decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions: see [`RefTRModelOutput`].
+    r"""
+    loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+        Weighted sum of `loss_dict`.
+    loss_dict (`dict[str, torch.Tensor]`, *optional*, returned with `labels`):
+        `loss_bbox` and `loss_giou`, and the same with `_0`, `_1`, ... for the earlier decoder layers; with masks
+        also `loss_mask` (focal) and `loss_dice`.
+    pred_boxes (`torch.Tensor` of shape `(S, P, 4)`):
+        Boxes (center_x, center_y, width, height) of every phrase slot, normalized to the image without padding.
+        Boxes of padding slots have no meaning, see `phrase_mask`.
+    phrase_mask (`torch.Tensor` of shape `(S, P)`):
+        True for real phrases, False for padding.
+    auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*, returned if `config.auxiliary_loss`):
+        `pred_boxes` of each earlier decoder layer.
+    pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`, *optional*, returned if `config.predict_masks`):
+        Mask logits of each phrase over the padded image, in the resolution of the backbone's fourth to last
+        feature map (a quarter of the image for a ResNet).
+    mask_attentions (`torch.Tensor` of shape `(S, P, heads, h, w)`, *optional*, with `output_attentions=True`):
+        Attention maps that the mask head starts from. The values of all heads and positions sum to 1.
+    image_index (`torch.Tensor` of shape `(S,)`, *optional*):
+        Image of each sentence as given, 0 where it was out of range.
+    input_ids (`torch.Tensor` of shape `(S, L)`):
+        The input of this name, for the post-processing.
+    phrase_input_ids (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
+        The input of this name, for the post-processing.
+    pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
+        1 for pixels of the image, 0 for padding.
+    last_hidden_state (`torch.Tensor` of shape `(S, P, d)`):
+        Output of the decoder, one vector per phrase.
+    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+        Output of every decoder layer, each after the shared final layer norm.
+    encoder_last_hidden_state (`torch.Tensor` of shape `(S, L + h * w, d)`):
+        Output of the encoder, text tokens first, then image tokens.
     """
 
     loss: torch.Tensor | None = None
@@ -299,7 +299,7 @@ class RefTRSinePositionEmbedding(nn.Module):
     Sine and cosine position embedding of a feature map, normalized to the image without padding.
 
     Other than in DETR, positions are those of cell centers. Rows and columns of padding give angles near -3e6, which
-    are part of the published model: its mask head reads padded cells.
+    are part of the published model: its mask head reads padded positions.
     """
 
     def __init__(self, config: RefTRConfig):
@@ -685,9 +685,46 @@ class RefTRMaskHead(nn.Module):
         return scatter_phrases(logits, phrase_slots, shape), scatter_phrases(attentions, phrase_slots, shape)
 
 
-class RefTRPreTrainedModel(PreTrainedModel):
-    """Base class that handles weight initialization, loading and saving of RefTR models."""
+# arguments of the forward methods
+INPUTS_DOCSTRING = r"""
+pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`, *optional*):
+    Normalized images, padded at the bottom and right. Required unless `image_features` is given.
+pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*):
+    1 for pixels of the image, 0 for padding. Defaults to no padding.
+input_ids (`torch.Tensor` of shape `(S, L)`):
+    Tokens of the sentences, [CLS] first and padding last.
+attention_mask (`torch.Tensor` of shape `(S, L)`, *optional*):
+    1 for real tokens, 0 for padding. Defaults to no padding.
+image_index (`torch.Tensor` of shape `(S,)`, *optional*):
+    Index of the image that each sentence refers to. Defaults to one sentence per image, in order.
+phrase_input_ids (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
+    Phrases, each tokenized on its own. A phrase without a token between its special tokens is padding.
+    Defaults to one phrase per sentence, the whole sentence.
+phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
+    1 for real tokens of the phrases, 0 for padding.
+phrase_spans (`torch.Tensor` of shape `(S, P, 2)`, *optional*):
+    Token positions [start, end) of each phrase in its sentence, where [CLS] is 0.
+phrase_index (`torch.Tensor` of shape `(N, 2)`, *optional*):
+    Sentence and slot of each real phrase, as returned by the processor. If not given, they are searched
+    for, which makes the host wait for the device and breaks the graph of `torch.compile`.
+image_features ([`RefTRImageFeatures`], *optional*):
+    Output of `get_image_features`, in place of `pixel_values` and `pixel_mask`, so that several calls
+    about an image encode it once.
+"""
 
+LABELS_DOCSTRING = r"""
+labels (`list[dict]` of length `S`, *optional*):
+    `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, as (center_x, center_y, width,
+    height) normalized to the image without padding. Boxes that leave the image, are empty, inverted or NaN
+    are ignored by the loss. With `config.predict_masks` also `masks` (P or fewer, H, W) of the padded
+    image, True for pixels of the object.
+num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
+    Number of sentences in the global batch (all ranks, all accumulation steps), which divides the loss.
+"""
+
+
+@auto_docstring(custom_intro="Base class that handles weight initialization, loading and saving of RefTR models.")
+class RefTRPreTrainedModel(PreTrainedModel):
     config: RefTRConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -730,6 +767,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
+    # trf-ignore: TRF018 -- the defaults of the library differ from the published ones for every layer
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize weights as published: the defaults of PyTorch, except in the cases below."""
         xavier_std = self.config.init_xavier_std
@@ -830,6 +868,7 @@ class RefTREncoder(RefTRPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @auto_docstring(custom_intro="Encode text tokens and image tokens.")
     def forward(
         self,
         inputs_embeds: torch.Tensor,
@@ -837,13 +876,13 @@ class RefTREncoder(RefTRPreTrainedModel):
         attention_mask: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """
-        Encode text tokens and image tokens.
-
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(S, L + h * w, d)`): text tokens, then image tokens.
-            position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): positions of the tokens.
-            attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
+        r"""
+        inputs_embeds (`torch.Tensor` of shape `(S, L + h * w, d)`):
+            Text tokens, then image tokens.
+        position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`):
+            Positions of the tokens.
+        attention_mask (`torch.Tensor` of shape `(S, L + h * w)`):
+            1 for real tokens, 0 for padding.
         """
         hidden_states = inputs_embeds
         attention_mask = expand_attention_mask(self.config, inputs_embeds, attention_mask)
@@ -869,6 +908,7 @@ class RefTRDecoder(RefTRPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @auto_docstring(custom_intro="Decode queries.")
     def forward(
         self,
         inputs_embeds: torch.Tensor,
@@ -879,16 +919,19 @@ class RefTRDecoder(RefTRPreTrainedModel):
         encoder_attention_mask: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRDecoderOutput:
-        """
-        Decode queries.
-
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(S, P, d)`): queries, one per phrase.
-            position_embeddings (`torch.Tensor` of shape `(S, P, d)`): positions of the queries.
-            attention_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases, False for padding.
-            encoder_hidden_states (`torch.Tensor` of shape `(S, L + h * w, d)`): output of the encoder.
-            encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`): positions of its tokens.
-            encoder_attention_mask (`torch.Tensor` of shape `(S, L + h * w)`): 1 for real tokens, 0 for padding.
+        r"""
+        inputs_embeds (`torch.Tensor` of shape `(S, P, d)`):
+            Queries, one per phrase.
+        position_embeddings (`torch.Tensor` of shape `(S, P, d)`):
+            Positions of the queries.
+        attention_mask (`torch.Tensor` of shape `(S, P)`):
+            True for real phrases, False for padding.
+        encoder_hidden_states (`torch.Tensor` of shape `(S, L + h * w, d)`):
+            Output of the encoder.
+        encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`):
+            Positions of its tokens.
+        encoder_attention_mask (`torch.Tensor` of shape `(S, L + h * w)`):
+            1 for real tokens, 0 for padding.
         """
         hidden_states = inputs_embeds
         # Padding is visible where a sentence has no real phrase, because a softmax over nothing is NaN
@@ -917,9 +960,12 @@ class RefTRDecoder(RefTRPreTrainedModel):
         )
 
 
+@auto_docstring(
+    custom_intro="""
+    RefTR without heads: image and text backbones, visual-language encoder, query encoder and query decoder.
+    """
+)
 class RefTRModel(RefTRPreTrainedModel):
-    """RefTR without heads: image and text backbones, visual-language encoder, query encoder and query decoder."""
-
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
         self.backbone = load_backbone(config)
@@ -969,19 +1015,20 @@ class RefTRModel(RefTRPreTrainedModel):
         freeze_stages(self.backbone, self.config.num_frozen_backbone_stages)
 
     @can_return_tuple
+    @auto_docstring(
+        custom_intro="Encode images. The features can be passed to any number of calls as `image_features`."
+    )
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRImageFeatures:
-        """
-        Encode images. The features can be passed to any number of calls as `image_features`.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): normalized images, padded at the bottom and right.
-            pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): 1 for pixels of the image, 0 for padding.
-            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): see `ModelOutput`.
+        r"""
+        pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`):
+            Normalized images, padded at the bottom and right.
+        pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*):
+            1 for pixels of the image, 0 for padding.
 
         Returns:
             [`RefTRImageFeatures`], or a tuple with `return_dict=False`.
@@ -1225,6 +1272,12 @@ class RefTRModel(RefTRPreTrainedModel):
         return scatter_phrases(self.phrase_projection(pooled).to(slots.device), slots, phrase_mask.shape), slots
 
     @can_return_tuple
+    @auto_docstring(
+        custom_intro="""
+        Encode images, sentences and phrases. Raises a `ValueError` if shapes or counts do not fit together.
+        """,
+        custom_args=INPUTS_DOCSTRING,
+    )
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -1239,15 +1292,6 @@ class RefTRModel(RefTRPreTrainedModel):
         image_features: RefTRImageFeatures | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRModelOutput:
-        """
-        Encode images, sentences and phrases. See [`RefTRForVisualGrounding.forward`] for the arguments.
-
-        Returns:
-            [`RefTRModelOutput`]
-
-        Raises:
-            ValueError: if shapes or counts do not fit together.
-        """
         kwargs.pop("token_type_ids", None)  # returned by tokenizers, but a sentence of RefTR is one segment
         check_required_inputs(input_ids, kwargs.pop("inputs_embeds", None), pixel_values, pixel_mask, image_features)
         check_kind(image_features, RefTRImageFeatures)
@@ -1297,11 +1341,12 @@ class RefTRModel(RefTRPreTrainedModel):
         )
 
 
-class RefTRForVisualGrounding(RefTRPreTrainedModel):
-    """
+@auto_docstring(
+    custom_intro="""
     RefTR for visual grounding: predicts a box, and a mask if `config.predict_masks`, for every phrase of a sentence.
     """
-
+)
+class RefTRForVisualGrounding(RefTRPreTrainedModel):
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
         self.model = RefTRModel(config)
@@ -1330,13 +1375,19 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 module.eval()
         return self
 
+    @auto_docstring(custom_intro="Encode images, see [`RefTRModel.get_image_features`].")
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRImageFeatures:
-        """Encode images, see [`RefTRModel.get_image_features`]."""
+        r"""
+        pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`):
+            Normalized images, padded at the bottom and right.
+        pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*):
+            1 for pixels of the image, 0 for padding.
+        """
         return self.model.get_image_features(pixel_values, pixel_mask, **kwargs)
 
     def cache_text(self, max_tokens: int = 100_000) -> AbstractContextManager[TextCache]:
@@ -1344,6 +1395,16 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         return self.model.cache_text(max_tokens)
 
     @can_return_tuple
+    @auto_docstring(
+        custom_intro="""
+        Predict a box, and with `config.predict_masks` a mask, for every phrase.
+
+        A call does not change the model, so that several threads may call it at once. Padding of texts and phrases and
+        the grouping of sentences by image do not change an answer at a given size of the padded images. Padding of
+        images does, a little, as published: convolutions and group norms read it. Batch images of similar size.
+        """,
+        custom_args=INPUTS_DOCSTRING + LABELS_DOCSTRING,
+    )
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -1360,41 +1421,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         image_features: RefTRImageFeatures | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRVisualGroundingOutput:
-        """
-        Predict a box, and with `config.predict_masks` a mask, for every phrase.
-
-        A call does not change the model, so that several threads may call it at once. Padding of texts and phrases and
-        the grouping of sentences by image do not change an answer at a given size of the padded images. Padding of
-        images does, a little, as published: convolutions and group norms read it. Batch images of similar size.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`, *optional*):
-                Normalized images, padded at the bottom and right. Required unless `image_features` is given.
-            pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*):
-                1 for pixels of the image, 0 for padding. Defaults to no padding.
-            input_ids, attention_mask (`torch.Tensor` of shape `(S, L)`):
-                Sentences, [CLS] first and padding last; 1 for real tokens.
-            image_index (`torch.Tensor` of shape `(S,)`, *optional*):
-                Index of the image that each sentence refers to. Defaults to one sentence per image, in order.
-            phrase_input_ids, phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
-                Phrases, each tokenized on its own. A phrase without a token between its special tokens is padding.
-                Defaults to one phrase per sentence, the whole sentence.
-            phrase_spans (`torch.Tensor` of shape `(S, P, 2)`, *optional*):
-                Token positions [start, end) of each phrase in its sentence, where [CLS] is 0.
-            phrase_index (`torch.Tensor` of shape `(N, 2)`, *optional*):
-                Sentence and slot of each real phrase, as returned by the processor. If not given, they are searched
-                for, which makes the host wait for the device and breaks the graph of `torch.compile`.
-            labels (`list[dict]` of length `S`, *optional*):
-                `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, as (center_x, center_y, width,
-                height) normalized to the image without padding. Boxes that leave the image, are empty, inverted or NaN
-                are ignored by the loss. With `config.predict_masks` also `masks` (P or fewer, H, W) of the padded
-                image, True for pixels of the object.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
-                Number of sentences in the global batch (all ranks, all accumulation steps), which divides the loss.
-            image_features ([`RefTRImageFeatures`], *optional*):
-                Output of `get_image_features`, in place of `pixel_values` and `pixel_mask`, so that several calls
-                about an image encode it once.
-
+        r"""
         Returns:
             [`RefTRVisualGroundingOutput`]. If a token, an image index, a span or a phrase index is out of range, the
             answer is finite and `phrase_mask` is False: to raise an error, the host would have to wait for the device.

@@ -19,7 +19,7 @@ from .pixels_reftr import height_and_width, to_pil_image
 
 if TYPE_CHECKING:
     # Saving a model copies the files that are imported here, so that its folder has the predictor's code.
-    from .predictor_reftr import RefTRPredictor  # noqa: F401
+    from .predictor_reftr import RefTRPredictor as RefTRPredictor
 
 
 HAVE_TEXTS = "Questions contain their text and phrases: do not pass `text` or `phrases` with them."

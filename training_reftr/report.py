@@ -340,7 +340,7 @@ def format_comparison(metrics: dict, heading: str) -> list[str]:
             "",
             "Published metrics are of target boxes rounded to integers: --dataset_config.integer_boxes true.",
         ]
-    return ["", f"{heading} Beside published figures", "", *head, *lines]
+    return ["", f"{heading} Compared with published results", "", *head, *lines]
 
 
 def format_table(metrics: dict) -> str:

@@ -46,7 +46,7 @@ EXPECTED = {
     "docs/published_checkpoints.md": (
         [
             "337 weights taken, left: ['query_embed.weight']",
-            "Beside the published figures: runs/reproduce/refcoco_unc/report.md",
+            "Compared with the published metrics in runs/reproduce/refcoco_unc/report.md",
         ],
         ["back.pth", "runs/reproduce/refcoco_unc/report.md", "runs/report/report.md"],
     ),
