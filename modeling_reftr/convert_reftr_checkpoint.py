@@ -4,11 +4,9 @@ Convert published RefTR checkpoints to folders for `RefTRForVisualGrounding.from
 Nothing in a file is executed: pickles are only read for their tensors.
 """
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from data_scripts.atomic_files import atomic_file, atomic_folder, replaced_files, sha256_of
 from data_scripts.quoting import explain, quote
+from data_scripts.renamed_command import run_renamed
 
 from .checkpoint_claims import NOT_READ, check_claims
 from .configuration_reftr import RefTRConfig, check_config_file
@@ -449,18 +449,12 @@ def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig) -> 
 
 
 @contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """Yield a path next to `output` for a file or folder, and remove it at the end unless it was renamed."""
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+def naming_output(output: Path) -> Iterator[None]:
+    """Raise errors of safetensors as an OSError that names what could not be written."""
     try:
-        yield aside
+        yield
     except SafetensorError as error:
         raise OSError(f"{output} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.unlink(missing_ok=True)
 
 
 def convert_checkpoint(
@@ -518,19 +512,14 @@ def convert_checkpoint(
         name: torch.zeros_like(value, device="cpu") for name, value in expected.items() if IGNORED.fullmatch(name)
     }
     model.load_state_dict(convert_state_dict(published, expected) | counters, assign=True)
-    with written_aside(output) as aside:
-        model.save_pretrained(aside)
-        with open(checkpoint, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        origin = {"converted_from": Path(checkpoint).name, "sha256": digest}
-        (aside / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+    # files of a folder that exists are replaced one by one, because it may hold files of the user
+    writing = replaced_files(output, last="*.safetensors") if output.exists() else atomic_folder(output)
+    with naming_output(output), writing as folder:
+        model.save_pretrained(folder)
+        origin = {"converted_from": Path(checkpoint).name, "sha256": sha256_of(checkpoint)}
+        (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
         if processor is not None:
-            processor.save_pretrained(aside)
-        if output.exists():
-            for path in aside.iterdir():
-                os.replace(path, output / path.name)
-        else:
-            os.replace(aside, output)
+            processor.save_pretrained(folder)
     return config
 
 
@@ -564,9 +553,8 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
         expected = RefTRForVisualGrounding(config).state_dict()
     convert_state_dict(published, expected)  # nothing is missing, and there is a way back
     check_config(config, published)
-    with written_aside(output) as aside:
-        save_tensors(published, aside, metadata={"format": "pt"})
-        os.replace(aside, output)
+    with naming_output(output), atomic_file(output) as temporary:
+        save_tensors(published, temporary, metadata={"format": "pt"})
     return output
 
 
@@ -580,3 +568,7 @@ def describe_assumptions(config: RefTRConfig) -> str:
         inner = value.items() if isinstance(value, dict) else ()
         parts += [f"{name}.{inner_name}={inner_value}" for inner_name, inner_value in inner] or [f"{name}={value}"]
     return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    run_renamed("python -m modeling_reftr.convert_reftr_checkpoint", "convert")

@@ -3,16 +3,13 @@
 import logging
 import os
 import shlex
-import shutil
-import sys
-from collections.abc import Mapping
-from pathlib import Path
 
 import datasets
 from accelerate import Accelerator
 
 from modeling_reftr import RefTRForVisualGrounding
 from training_reftr.build import is_weights_file
+from training_reftr.launch import is_alone_by_mistake, reftr_command
 from training_reftr.run_folder import RunFolder
 from training_reftr.settings import TrainingSettings
 
@@ -70,33 +67,6 @@ def describe_size(rows: datasets.Dataset | datasets.IterableDataset) -> str:
     return f"{len(rows):,} images" if hasattr(rows, "__len__") else "streamed"
 
 
-def is_alone_by_mistake(num_processes: int, environment: Mapping[str, str]) -> bool:
-    """
-    Return whether the variables of a launcher are those of several processes where there is one.
-
-    Args:
-        num_processes (`int`): how many there are.
-        environment (`Mapping`): variables of this process.
-
-    Example:
-
-    ```python
-    >>> from training_reftr.banner import is_alone_by_mistake
-
-    >>> is_alone_by_mistake(1, {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-    True
-    >>> is_alone_by_mistake(1, {"ACCELERATE_USE_CPU": "True"})
-    False
-
-    ```"""
-    if num_processes > 1:
-        return False
-    # where it starts one process, accelerate gives it an address to meet others, but no number of them
-    is_launched = "ACCELERATE_USE_CPU" in environment or "ACCELERATE_MIXED_PRECISION" in environment
-    is_lost = is_launched and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
-    return is_lost or environment.get("WORLD_SIZE", "1") not in ("", "1")
-
-
 def describe_results(folder: RunFolder, metrics: dict) -> str:
     """
     Return lines that say where the model, the report and the images of a run are, as far as they exist, and the
@@ -117,13 +87,6 @@ def describe_results(folder: RunFolder, metrics: dict) -> str:
     # one that a terminal shows as it is, and that is not taken for an option
     text = next((text for text in example["texts"] if text.isprintable() and not text.startswith("-")), None)
     if text is not None and not is_weights_file(model):
-        words = ["predict", "--model", model, "--image", str(folder.path / example["image"]), "--text", text]
-        lines.append(f"Next: {shlex.join([*reftr_command(), *words, '--output', str(folder.answer)])}")
+        argv = ["predict", "--model", model, "--image", str(folder.path / example["image"]), "--text", text]
+        lines.append(f"Next: {shlex.join([*reftr_command(), *argv, '--output', str(folder.answer)])}")
     return "\n".join(lines)
-
-
-def reftr_command() -> list[str]:
-    """Return the words that start a command of the project in the environment that this process runs in."""
-    script = shutil.which("reftr")
-    is_own = script is not None and Path(script).parent == Path(sys.executable).parent
-    return ["reftr"] if is_own else [sys.executable, "-m", "reftr_cli"]

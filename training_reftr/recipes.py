@@ -4,7 +4,6 @@ Recipes: YAML files of settings that inherit from each other. Nothing here is a 
 
 import difflib
 import itertools
-import os
 import re
 import shlex
 import sys
@@ -19,6 +18,7 @@ from data_scripts.escaping import for_terminal
 from data_scripts.quoting import quote
 from data_scripts.reading import read_text
 from data_scripts.yaml_values import MAX_YAML_CHARACTERS, read_yaml
+from training_reftr.launch import is_main_rank
 from training_reftr.resources import resource_folder
 from training_reftr.run_folder import RunFolder
 from training_reftr.settings import FIELDS, TrainingSettings, check_names
@@ -83,14 +83,13 @@ def with_recipe(argv: list[str]) -> list[str]:
     values = values_of(argv)
     if "-h" in argv or "help" in values or (argv and not argv[0].startswith("-")) or is_evaluation(values):
         return argv
-    is_main_process = os.environ.get("RANK", "0") == "0"
     if values.keys() <= {"print_config"}:
-        if is_main_process:
+        if is_main_rank():
             # a YAML comment, as --print_config writes YAML
             sys.stdout.write(f"# No recipe is given, so the demo runs: {shorten(find_recipe(DEMO))}.\n")
             sys.stdout.flush()
         return [DEMO, *argv]
-    if is_main_process:
+    if is_main_rank():
         sys.stderr.write(for_terminal(explain(argv, values)))
     sys.exit(EXIT_CODE)
 

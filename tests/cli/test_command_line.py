@@ -33,6 +33,9 @@ def test_reftr_lists_commands_and_refuses_unknown_one(run):
         ("modeling_reftr", "reftr", "usage: reftr COMMAND"),
         ("modeling_reftr.predict", "reftr predict", "usage: reftr predict"),
         ("modeling_reftr.export", "reftr export", "usage: reftr export"),
+        ("modeling_reftr.push", "reftr push", "usage: reftr push"),
+        ("modeling_reftr.demo", "reftr demo", "usage: reftr demo"),
+        ("modeling_reftr.convert_reftr_checkpoint", "reftr convert", "usage: reftr convert"),
         ("training_reftr.reproduce", "reftr reproduce", "usage: reftr reproduce"),
     ],
 )

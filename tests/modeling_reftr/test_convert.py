@@ -496,7 +496,7 @@ def test_an_output_that_is_there_is_kept(checkpoint, tmp_path):
 
 def test_a_failed_conversion_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def fail(self, folder, *args, **kwargs):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "model.safetensors").write_text("half")
         raise OSError("No space left on device")
 

@@ -10,7 +10,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from tests.helpers.processes import ScriptProcess, run_process
-from training_reftr.banner import announce, describe_results, is_alone_by_mistake
+from training_reftr.banner import announce, describe_results
+from training_reftr.launch import is_alone_by_mistake
 from training_reftr.settings import TrainingSettings
 
 
