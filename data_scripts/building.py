@@ -9,7 +9,7 @@ module
   (the library reads text, not Python);
 - imports itself from every sibling that its siblings import from, for the library does not look into those;
 - has its builder first: of several builders in a module only that one is found;
-- needs no other file, and imports nothing that is not installed with datasets 3.6, numpy, pillow and
+- reads no other file, and imports nothing that is not installed with datasets 3.6, numpy, pillow and
   pycocotools.
 """
 

@@ -68,7 +68,7 @@ def image_file_of(row: dict) -> Path | NamedBytes:
     return NamedBytes(image["bytes"], image["path"] or row["image_id"])
 
 
-def find_image_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
+def validate_image(row: dict, decode: bool) -> list[tuple[str, str]]:
     """Return (kind, message) where a row's image is missing, not an image or, if `decode`, damaged."""
     try:
         (check_decodes if decode else read_image_size)(image_file_of(row))
@@ -77,24 +77,24 @@ def find_image_faults(row: dict, decode: bool) -> list[tuple[str, str]]:
     return []
 
 
-def find_box_faults(row: dict, keeps_misses: bool = False) -> list[tuple[str, str]]:
+def validate_boxes(row: dict, keeps_misses: bool = False) -> list[tuple[str, str]]:
     """Return (kind, message) where a box is malformed, leaves the image, or is not the union of the object's boxes."""
-    faults, width, height = [], row["width"], row["height"]
+    problems, width, height = [], row["width"], row["height"]
     for item in row["objects"]:
         if is_miss(item["box"], width, height):
             message = f"object {item['object_id']!r}: {item['box']} has no extent: {WHY_MISS}"
-            faults.append((MISS if keeps_misses else "box", message))
+            problems.append((MISS if keeps_misses else "box", message))
             continue
         bad = [box for box in (item["box"], *item["boxes"]) if not is_box_within(box, width, height)]
         for box in bad[:1]:
-            faults.append(
+            problems.append(
                 ("box", f"object {item['object_id']!r}: {box} is not a box in an image of {width} x {height}")
             )
         if not bad:
             union = merge_boxes(item["boxes"]) if item["boxes"] else None
             if union is None or not are_close(union, item["box"], BOX_TOLERANCE):
-                faults.append(("box", f"object {item['object_id']!r}: {item['box']} is not the union of its boxes"))
-    return faults
+                problems.append(("box", f"object {item['object_id']!r}: {item['box']} is not the union of its boxes"))
+    return problems
 
 
 def is_box_within(box_xyxy: Sequence[float], width: int, height: int) -> bool:
@@ -118,25 +118,25 @@ def are_close(first_xyxy: Sequence[float], second_xyxy: Sequence[float], toleran
     return all(abs(a - b) <= tolerance for a, b in zip(first_xyxy, second_xyxy, strict=True))
 
 
-def find_mask_faults(row: dict, tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
+def validate_masks(row: dict, tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
     """Return (kind, message) where a mask has another size than the image, is malformed, or disagrees with its box."""
-    faults, size = [], [row["height"], row["width"]]
+    problems, size = [], [row["height"], row["width"]]
     for item in row["objects"]:
         if item["segmentation"] is None or is_miss(item["box"], row["width"], row["height"]):
             continue
         if list(item["segmentation"]["size"]) != size:
-            fault = f"its size is {item['segmentation']['size']}, the image's {size} (height, width)"
+            problem = f"its size is {item['segmentation']['size']}, the image's {size} (height, width)"
         else:
-            fault = find_mask_fault(item["segmentation"]["counts"], size, item["box"], tolerance)
-        if fault == NO_PIXEL:
-            message = f"mask of object {item['object_id']!r}: {fault}: {WHY_MISS}"
-            faults.append((MISS if keeps_misses else "mask", message))
-        elif fault:
-            faults.append(("mask", f"mask of object {item['object_id']!r}: {fault}"))
-    return faults
+            problem = validate_mask(item["segmentation"]["counts"], size, item["box"], tolerance)
+        if problem == NO_PIXEL:
+            message = f"mask of object {item['object_id']!r}: {problem}: {WHY_MISS}"
+            problems.append((MISS if keeps_misses else "mask", message))
+        elif problem:
+            problems.append(("mask", f"mask of object {item['object_id']!r}: {problem}"))
+    return problems
 
 
-def find_mask_fault(counts: str, size: list[int], box_xyxy: Sequence[float], tolerance: float) -> str | None:
+def validate_mask(counts: str, size: list[int], box_xyxy: Sequence[float], tolerance: float) -> str | None:
     """Return what is wrong with a mask, None if nothing is."""
     try:
         lengths = check_counts(counts, *size)
@@ -151,47 +151,47 @@ def find_mask_fault(counts: str, size: list[int], box_xyxy: Sequence[float], tol
     return None
 
 
-def find_sentence_faults(row: dict) -> list[tuple[str, str]]:
+def validate_sentences(row: dict) -> list[tuple[str, str]]:
     """Return (kind, message) where a sentence is blank, or a phrase lies outside it, is blank or names no object."""
-    faults = []
+    problems = []
     for sentence in row["sentences"]:
         text, where = sentence["text"], f"sentence {sentence['sentence_id']!r}"
         if not has_words(text):
-            faults.append(("sentence", f"{where} is blank"))
+            problems.append(("sentence", f"{where} is blank"))
             continue
         for phrase in sentence["phrases"]:
             start, end = phrase["start"], phrase["end"]
             if not 0 <= start < end <= len(text):
-                faults.append(("phrase", f"{where}: {start}:{end} is not a span of its {len(text)} characters"))
+                problems.append(("phrase", f"{where}: {start}:{end} is not a span of its {len(text)} characters"))
             elif not has_words(text[start:end]):
-                faults.append(("phrase", f"{where}: {start}:{end} contains no word"))
+                problems.append(("phrase", f"{where}: {start}:{end} contains no word"))
             if not phrase["objects"]:
-                faults.append(("phrase", f"{where}: {text[start:end]!r} names no object"))
+                problems.append(("phrase", f"{where}: {text[start:end]!r} names no object"))
             elif not all(0 <= index < len(row["objects"]) for index in phrase["objects"]):
-                faults.append(("phrase", f"{where}: objects {phrase['objects']} of {len(row['objects'])}"))
-    return faults
+                problems.append(("phrase", f"{where}: objects {phrase['objects']} of {len(row['objects'])}"))
+    return problems
 
 
-def find_row_faults(row: dict, mask_tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
+def validate_row(row: dict, mask_tolerance: float, keeps_misses: bool = False) -> list[tuple[str, str]]:
     """Return (kind, message) of everything that is wrong with a row and its image."""
-    faults = find_image_faults(row, decode=True)
-    if not faults:
+    problems = validate_image(row, decode=True)
+    if not problems:
         size = (row["width"], row["height"])
         found = read_frame(image_file_of(row), annotated_size=size).size
         if found != size:
-            faults.append(("picture", f"the image has {found[0]} x {found[1]} pixels, the row says {size}"))
-    faults += find_box_faults(row, keeps_misses) + find_mask_faults(row, mask_tolerance, keeps_misses)
-    return faults + find_sentence_faults(row)
+            problems.append(("picture", f"the image has {found[0]} x {found[1]} pixels, the row says {size}"))
+    problems += validate_boxes(row, keeps_misses) + validate_masks(row, mask_tolerance, keeps_misses)
+    return problems + validate_sentences(row)
 
 
-def find_faults_of_part(
+def validate_part(
     find: Callable[[dict], list[tuple[str, str]]], rows: datasets.Dataset
 ) -> tuple[int, list[tuple[str, str, str]]]:
     """Return (number of rows, [(kind, image id, message)]) of a part of a split; runs in a worker process."""
     return len(rows), [(kind, row["image_id"], message) for row in rows for kind, message in find(row)]
 
 
-def find_faults(
+def validate_splits(
     splits: dict[str, datasets.Dataset],
     find: Callable[[dict], list[tuple[str, str]]],
     num_proc: int | None,
@@ -215,11 +215,11 @@ def find_faults(
     with tqdm(total=sum(map(len, splits.values())), desc=description, unit="image") as progress:
 
         def take(results: Iterable) -> None:
-            for (split, _), (count, faults) in zip(parts, results, strict=True):
-                findings.extend(Finding(kind, split, image_id, message) for kind, image_id, message in faults)
+            for (split, _), (count, problems) in zip(parts, results, strict=True):
+                findings.extend(Finding(kind, split, image_id, message) for kind, image_id, message in problems)
                 progress.update(count)
 
-        work, inputs = partial(find_faults_of_part, find), (rows for _, rows in parts)
+        work, inputs = partial(validate_part, find), (rows for _, rows in parts)
         if num_proc is None or num_proc == 1:
             take(map(work, inputs))
         else:
@@ -233,7 +233,7 @@ def find_broken_images(
 ) -> list[Finding]:
     """Return the images that are missing, not images or, if `decode`, damaged."""
     description = "decoding images" if decode else "reading headers"
-    return find_faults(splits, partial(find_image_faults, decode=decode), num_proc, description)
+    return validate_splits(splits, partial(validate_image, decode=decode), num_proc, description)
 
 
 def repeated_values(values: pa.Array) -> list:
@@ -306,8 +306,8 @@ def check(
         `dict`: `name`; `splits`, split -> counts and `published` counts; `build`, the build report; `errors` and
             `warnings`, each a list of `{kind, split, image_id, message}`.
     """
-    find = partial(find_row_faults, mask_tolerance=mask_tolerance, keeps_misses=keeps_misses)
-    errors = find_faults(splits, find, num_proc, "checking")
+    find = partial(validate_row, mask_tolerance=mask_tolerance, keeps_misses=keeps_misses)
+    errors = validate_splits(splits, find, num_proc, "checking")
     repeated, warnings = find_repeated_ids(splits)
     if keeps_misses:
         warnings += [finding for finding in errors if finding.kind == MISS]

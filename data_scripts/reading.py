@@ -153,7 +153,7 @@ def check_texts(value: Any, name: str) -> None:
             named = ((f"[{index}]", entry) for index, entry in enumerate(part))
         else:
             continue
-        # numbers, of which a polygon or a mask has thousands, need no name
+        # numbers get no name, because a polygon or a mask has thousands
         found = [(f"{where}{name}", entry) for name, entry in named if isinstance(entry, str | dict | list | tuple)]
         waiting += reversed(found)
 

@@ -61,7 +61,7 @@ class ShapesConfig(datasets.BuilderConfig):
     def validate(self) -> None:
         """Validate the settings; raise a ValueError for one that no image can be generated with."""
         if self.image_size < 32:
-            raise ValueError(f"image_size={self.image_size}: shapes need images of at least 32 pixels a side.")
+            raise ValueError(f"image_size={self.image_size}: images of shapes must have at least 32 pixels per side.")
         if self.image_size**2 > MAX_PIXELS:
             raise ValueError(f"image_size={self.image_size}: images have no more than {MAX_PIXELS:,} pixels.")
         for name in ("num_train", "num_validation", "num_test"):

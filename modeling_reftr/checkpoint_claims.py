@@ -94,7 +94,7 @@ class ClaimsUnpickler(BoundedUnpickler):
         full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if full_name not in self.allowed:
             asked = quote(full_name.removeprefix("builtins."))[1:-1]
-            self.refuse(f"it asks for {asked}, which no checkpoint of weights needs. Nothing of it was run")
+            self.refuse(f"it asks for {asked}, which no checkpoint of weights requires. Nothing of it was run")
         return self.allowed[full_name]
 
     def set_state(self, value: Any, state: Any) -> None:
@@ -144,7 +144,7 @@ def check_claims(path: Path) -> None:
         path (`Path`): the file, of any format of `torch.save`.
 
     Raises:
-        ValueError: if it is damaged, asks for what weights do not need, or claims more than its size can hold.
+        ValueError: if it is damaged, asks for more than weights, or claims more than its size can hold.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

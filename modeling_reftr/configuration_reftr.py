@@ -196,7 +196,7 @@ class RefTRConfig(PreTrainedConfig):
             Keep statistics and affine of the backbone's batch norms as they were loaded. The one switch for it.
         num_frozen_backbone_stages (`int`, *optional*, defaults to 1):
             0 trains the whole backbone; N > 0 freezes the stem and the first N stages. Training a backbone from
-            scratch needs 0 here and `freeze_backbone_batch_norm=False`.
+            scratch requires 0 here and `freeze_backbone_batch_norm=False`.
         predict_masks (`bool`, *optional*, defaults to `False`):
             Whether the head predicts masks as well as boxes, from the backbone's last four feature maps.
         mask_head_group_norm_groups (`int`, *optional*, defaults to 8):
@@ -438,7 +438,7 @@ class RefTRConfig(PreTrainedConfig):
                 name = getattr(getattr(self, part), field, None)
                 if name is not None and ":" in str(name):
                     raise ValueError(
-                        f"{part}.{field}={quote(name)} names a place to load from; give the plain name of a timm "
+                        f"{part}.{field}={quote(name)} names a location to load from; give the plain name of a timm "
                         "architecture, for example 'resnet50'."
                     )
 

@@ -165,7 +165,7 @@ def convert_state_dict(
         `dict[str, torch.Tensor]`: weights that `model.load_state_dict` takes with `strict=True`.
 
     Raises:
-        ValueError: if a published key has no place in our model, a weight of our model has no published key, a shape
+        ValueError: if a published key has no counterpart in our model, a weight of our model has no published key, a shape
             differs, or a weight is not finite. The message names them.
     """
     return place_weights(published, expected, our_names)
@@ -190,7 +190,7 @@ def place_weights(
     missing = sorted(wanted - {name for names in places.values() for name in names})
     if unknown or missing:
         raise ValueError(
-            "These weights do not fit the model. Keys without a place in it: "
+            "These weights do not fit the model. Keys that it lacks: "
             f"{quote(unknown, 5000) if unknown else 'none'}. Weights of it that the checkpoint does not have: "
             f"{quote(missing, 5000) if missing else 'none'}."
         )
@@ -227,7 +227,7 @@ def to_published_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, to
         name for name in weights if published_key(name) == name or name not in our_names(published_key(name))
     )
     if strangers:
-        raise ValueError(f"The published model has no place for these weights: {quote(strangers, 5000)}.")
+        raise ValueError(f"The published model lacks these weights: {quote(strangers, 5000)}.")
     missing = sorted({part for name in weights for part in our_names(published_key(name))} - weights.keys())
     if missing:
         raise ValueError(

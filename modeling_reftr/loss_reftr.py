@@ -171,7 +171,7 @@ def mask_losses(
         if pixel_mask is not None:
             pixels.append(pixel_mask[index].expand(len(masks), -1, -1))
     if sum(map(len, logits)) == 0:
-        # still a function of every weight, which processes that train together need
+        # keep every weight in the graph: DDP fails on unused parameters
         nothing = pred_masks.sum() * 0
         return {"loss_mask": nothing, "loss_dice": nothing}
     logits = nn.functional.interpolate(torch.cat(logits)[:, None], size=tuple(size), mode="bilinear")[:, 0].flatten(1)

@@ -167,7 +167,7 @@ def scale_floats(pixels: torch.Tensor, name: str, dtype: str) -> torch.Tensor:
         raise ValueError(
             f"{name} has {dtype} values from {low:g} to {high:g}{'' if len(highs) == 1 else ' (colors and opacity)'}, "
             "which are neither all in 0..1 nor all in 0..255: scale or clip them to one of the two, or pass "
-            "do_rescale=False if they need no scaling."
+            "do_rescale=False if they must not be scaled."
         )
     rounded = (pixels * (255 // limit)).clamp(0, 255).round()
     if limit == 1 or torch.equal(rounded, pixels):

@@ -47,12 +47,12 @@ def parse_flags(source: Source, argv: list[str]) -> dict:
     """
     known, flags = flags_of(source), {}
     while argv:
-        word, *argv = argv
-        name, is_joined, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in known:
+        argument, *argv = argv
+        name, is_joined, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in known:
             has = ", ".join(f"--{name}" for name in known) or "none"
             raise ValueError(
-                f"{quote(word)} is neither an option of the command nor a flag of {source.name!r} ({has})."
+                f"{quote(argument)} is neither an option of the command nor a flag of {source.name!r} ({has})."
             )
         if not is_joined:
             value, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else ("true", argv)

@@ -59,7 +59,7 @@ def read_questions(path: Path, texts: list[str] | None) -> list[tuple[str | None
         if not images:
             raise ValueError(f"The folder {str(path)!r} contains no images.")
         if not texts:
-            raise ValueError(f"The images of {str(path)!r} need an expression to locate: add --text ...")
+            raise ValueError(f"The images of {str(path)!r} require an expression to locate: add --text ...")
         return [(None, {"image": str(image), "text": texts}) for image in images]
     if texts:
         raise ValueError(f"The questions in {str(path)!r} have their own texts: remove --text.")
@@ -68,8 +68,8 @@ def read_questions(path: Path, texts: list[str] | None) -> list[tuple[str | None
         where = f"{str(path)!r}, line {number}"
         image = question.get("image") if isinstance(question, dict) else None
         if not isinstance(image, str):
-            fault = question if isinstance(question, ValueError) else "'image' must be a str"
-            raise ValueError(f"{where}: {fault}; expected {EXAMPLE}.")
+            problem = question if isinstance(question, ValueError) else "'image' must be a str"
+            raise ValueError(f"{where}: {problem}; expected {EXAMPLE}.")
         questions.append((where, {**question, "image": str(path.parent / image)}))
     return questions
 

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     settings |= {"init_from": output_dir / "model", "output_dir": output_dir, "data_dir": args.data_dir}
     settings["evaluation_batch_size"] = args.batch_size
     exit_code = train_reftr.main(
-        ["--eval_only", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
+        ["--eval_only", *(str(item) for name, value in settings.items() for item in (f"--{name}", value))]
     )
     if exit_code:  # interrupted, which the script reports
         return exit_code

@@ -1,1 +1,1 @@
-"""What `train_reftr.py` is made of. Each module says which of its functions all processes must call together."""
+"""Parts of `train_reftr.py`. Each module says which of its functions are collectives, which all processes must call."""

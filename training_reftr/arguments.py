@@ -29,31 +29,31 @@ def read_argv(argv: list[str]) -> dict[str, Any]:
     settings = {}
     argv = list(argv)
     while argv:
-        word = argv.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"{quote(word)} is not a setting; recipes come first, then --field value ...")
-        name, given, value = word[2:].partition("=")
+        argument = argv.pop(0)
+        if not argument.startswith("--"):
+            raise ValueError(f"{quote(argument)} is not a setting; recipes come first, then --field value ...")
+        name, given, value = argument[2:].partition("=")
         if name.count(".") > MAX_DEPTH:
             raise ValueError(
-                f"{quote(word)} names a key inside more than {MAX_DEPTH} mappings; settings are not nested so deeply."
+                f"{quote(argument)} names a key inside more than {MAX_DEPTH} mappings; settings are not nested so deeply."
             )
         name, *keys = name.split(".")
         name = name.replace("-", "_")
         check_names([name], TYPES, "The command line")
         if keys and TYPES[name] is not dict:
-            raise ValueError(f"{word[:100]}: {name!r} has no keys; only {', '.join(MAPPINGS)} are mappings.")
+            raise ValueError(f"{argument[:100]}: {name!r} has no keys; only {', '.join(MAPPINGS)} are mappings.")
         if not given:
             if argv and not argv[0].startswith("--"):
                 value = argv.pop(0)
             elif TYPES[name] is bool:
                 value = "true"
             else:
-                raise ValueError(f"{word[:100]} requires a value.")
+                raise ValueError(f"{argument[:100]} requires a value.")
         check_text(value, f"--{name}")
         if value == "null":
             value = None
         elif TYPES[name] in (dict, list[int]):
-            value = read_yaml(value, f"{word.split('=')[0][:100]} {quote(value)}")
+            value = read_yaml(value, f"{argument.split('=')[0][:100]} {quote(value)}")
         for key in reversed(keys):
             value = {key: value}
         settings[name] = merge(settings.get(name), value)
@@ -72,7 +72,7 @@ def merge_settings(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
     Merge settings with changes that take precedence.
 
     Changes also drop settings of `base` that they make obsolete: starting weights that contradict theirs, so that
-    `--init_from` need not reset the recipe's `init_detr`; the flags of another dataset; and, if another model is
+    `--init_from` does not have to reset the recipe's `init_detr`; the flags of another dataset; and, if another model is
     evaluated, the fields of the one that the recipe trains.
     """
     dropped = set()
@@ -131,9 +131,9 @@ def parse_arguments(argv: list[str]) -> TrainingSettings:
         SystemExit: after `--help` and `--print_config`.
     """
     if {"-h", "--help"} & set(argv):
-        sys.stdout.write(describe_settings([word.lstrip("-").replace("-", "_") for word in argv]))
+        sys.stdout.write(describe_settings([argument.lstrip("-").replace("-", "_") for argument in argv]))
         sys.exit()
-    rest = [word for word in argv if word != "--print_config"]
+    rest = [argument for argument in argv if argument != "--print_config"]
     values = {}
     while rest and not rest[0].startswith("-"):
         for layer in read_recipe(find_recipe(rest.pop(0))).values():

@@ -55,7 +55,7 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
 
     Args:
         model (`nn.Module`): to be trained by several processes.
-        device (`torch.device`): that it is trained on; CPUs need a norm of our own.
+        device (`torch.device`): device of the training; on CPUs, `CpuSyncBatchNorm2d` is used.
 
     Raises:
         ValueError: for a batch norm of another class, which cannot be replaced.

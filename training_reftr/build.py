@@ -1,4 +1,4 @@
-"""Model and processor of a run, and where their weights come from. Nothing here is a collective."""
+"""Build the model and processor of a run and initialize their weights. Nothing here is a collective."""
 
 import logging
 import re
@@ -78,9 +78,8 @@ def build_model(
         load_text_backbone(model, initialization.init_text)
         taken += ("model.text_backbone.",)
     random_weights = {name for name in model.state_dict() if not name.startswith(taken)}
-    logger.info(
-        f"Random weights, as nothing names others: {', '.join(sorted({part_of(name) for name in random_weights}))}."
-    )
+    parts = ", ".join(sorted({part_of(name) for name in random_weights}))
+    logger.info(f"Random weights, because no setting initializes them: {parts}.")
     refuse_untrained_parts(model, random_weights, settings.optimization)
     return model, processor
 
@@ -95,7 +94,7 @@ def refuse_tokenizer(initialization: InitializationSettings) -> None:
 
 
 def is_weights_file(source: str | Path) -> bool:
-    """Whether a name is that of a file of weights, by its ending."""
+    """Return whether a name has the suffix of a weights file."""
     return Path(source).suffix in WEIGHT_FILES
 
 
@@ -150,19 +149,21 @@ def load_weights(
     Raises:
         OSError, ValueError: see `load_reftr`, or if `changes` do not fit.
     """
-    place = local_or_hub(source, "RefTR")
-    if is_weights_file(place):
-        published = read_published_checkpoint(place)
+    location = local_or_hub(source, "RefTR")
+    if is_weights_file(location):
+        published = read_published_checkpoint(location)
         config = config_from_shapes(published)
-        logger.info(f"{source}: taken as published, because shapes do not tell: {describe_assumptions(config)}.")
+        logger.info(
+            f"{source}: assumed as published, because shapes do not determine them: {describe_assumptions(config)}."
+        )
         with torch.device("meta"):
             expected = RefTRForVisualGrounding(config).state_dict()
         weights = {"pretrained_model_name_or_path": None, "state_dict": convert_state_dict(published, expected)}
         processor = RefTRProcessor(RefTRImageProcessor(), load_tokenizer(settings.initialization.tokenizer, config))
     else:
-        config = RefTRConfig.from_pretrained(place)
-        weights = {"pretrained_model_name_or_path": place, "use_safetensors": True}
-        processor = RefTRProcessor.from_pretrained(place)
+        config = RefTRConfig.from_pretrained(location)
+        weights = {"pretrained_model_name_or_path": location, "use_safetensors": True}
+        processor = RefTRProcessor.from_pretrained(location)
     model, info = RefTRForVisualGrounding.from_pretrained(
         **weights,
         config=change_config(config, changes),
@@ -216,13 +217,13 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Return the tokenizer of a folder or Hub id.
 
     Raises:
-        OSError: if there is none. (transformers makes one without words, where only a model's config.json is found.)
+        OSError: if there is none. (transformers returns one without a vocabulary if it finds only a config.json.)
     """
-    place = local_or_hub(source, "tokenizer")
+    location = local_or_hub(source, "tokenizer")
     try:
-        check_config_file(place)
-        with naming_files(place, TOKENIZER_FILES + CONFIG_FILES, {}):
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        check_config_file(location)
+        with naming_files(location, TOKENIZER_FILES + CONFIG_FILES, {}):
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except DamagedFilesError:
         raise
     except (OSError, ValueError) as error:
@@ -240,10 +241,10 @@ def text_config_of(source: str, changes: dict) -> dict:
         OSError: if there is none.
         ValueError: if the changes are of another type of model.
     """
-    place = local_or_hub(source, "text model")
-    check_config_file(place)
-    with naming_files(place, CONFIG_FILES, {}):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    location = local_or_hub(source, "text model")
+    check_config_file(location)
+    with naming_files(location, CONFIG_FILES, {}):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     wanted = changes.get("model_type", config.model_type)
     if wanted != config.model_type:
         raise ValueError(
@@ -263,16 +264,16 @@ def load_text_backbone(model: RefTRForVisualGrounding, source: str) -> None:
         ValueError: if a weight is missing or of another shape.
     """
     backbone = model.model.text_backbone
-    place = local_or_hub(source, "text model")
-    weights = {"pretrained_model_name_or_path": place, "use_safetensors": True}
-    check_index(place)
-    if isinstance(place, Path) and not any(place.glob("*.safetensors")):  # read here, for a pickle can run code
-        files = sorted(place.glob("pytorch_model*.bin"))
+    location = local_or_hub(source, "text model")
+    weights = {"pretrained_model_name_or_path": location, "use_safetensors": True}
+    check_index(location)
+    if isinstance(location, Path) and not any(location.glob("*.safetensors")):  # read here, for a pickle can run code
+        files = sorted(location.glob("pytorch_model*.bin"))
         if not files:
             raise FileNotFoundError(f"init_text={source!r} has no model.safetensors and no pytorch_model.bin.")
         state_dict = {key: value for file in files for key, value in read_weights(file).items()}
         weights = {"pretrained_model_name_or_path": None, "state_dict": state_dict}
-    with naming_files(place, SAVED_WEIGHTS, {}):
+    with naming_files(location, SAVED_WEIGHTS, {}):
         text, info = type(backbone).from_pretrained(
             **weights,
             config=backbone.config,
@@ -302,7 +303,7 @@ def load_image_backbone(model: RefTRForVisualGrounding, source: str) -> None:
     Give a model's image backbone weights that were trained on ImageNet.
 
     Args:
-        model ([`RefTRForVisualGrounding`]): changed in place.
+        model ([`RefTRForVisualGrounding`]): changed in location.
         source (`str`): a file of timm's or torchvision's names, or "timm", which fetches what timm has for it.
 
     Raises:
@@ -316,12 +317,12 @@ def load_image_backbone(model: RefTRForVisualGrounding, source: str) -> None:
         file = Path(source)
         if not (file.is_file() and is_weights_file(file)):
             raise FileNotFoundError(
-                f"init_backbone={source!r} is neither a file of weights ({', '.join(WEIGHT_FILES)}) nor the word timm."
+                f"init_backbone={source!r} is neither a weights file ({', '.join(WEIGHT_FILES)}) nor 'timm'."
             )
-    # counters of batch norm are not in every file, and begin anew
+    # not every file has counters of batch norms, which start from 0
     weights = {name: value for name, value in read_weights(file).items() if not IGNORED.fullmatch(name)}
     is_timm = config.model_type == "timm_backbone"
-    # timm writes stages_0 for stages.0 where it takes features off a model
+    # timm writes stages_0 for stages.0 in models that return features
     own_names, expected = {}, {}
     for name, value in backbone.state_dict().items():
         if IGNORED.fullmatch(name):
@@ -358,7 +359,7 @@ def change_config(config: RefTRConfig, changes: dict) -> RefTRConfig:
     Return a loaded configuration with changed values.
 
     Raises:
-        ValueError: if a change is about a backbone, whose weights are what they are.
+        ValueError: if a change concerns a backbone, whose weights are loaded.
     """
     for name, known, wanted in differences(config, changes):
         if "." in name:

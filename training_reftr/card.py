@@ -1,5 +1,5 @@
 """
-The model card, made from what lies in a model's folder: `config.json` and the weights, `recipe.yaml` of its training
+The model card, made from the files of a model's folder: `config.json` and the weights, `recipe.yaml` of its training
 or `origin.json` of its conversion, `metrics.json`, `metrics.jsonl`, images. Nothing here is a collective.
 """
 
@@ -21,16 +21,16 @@ from modeling_reftr.loading_reftr import naming_files
 from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
 from training_reftr.hub import write_contents
 from training_reftr.json_files import read_json, read_json_lines
-from training_reftr.published_results import NAMES_OF_SETS, has_coco_images
+from training_reftr.published_results import DATASET_NAMES, has_coco_images
 from training_reftr.report import format_results
 from training_reftr.run_folder import RunFolder
 
 
 MARK = "<!-- written by train_reftr.py from the files beside it; without this line it is left alone -->"
 ANSWERS = """
-## Answers
+## Predictions
 
-![predicted boxes and masks in the colours of the words, true boxes in white](predictions.png)
+![predicted boxes and masks in the colours of the phrases, ground truth boxes in white](predictions.png)
 """
 TEMPLATE = (
     """---
@@ -39,11 +39,11 @@ TEMPLATE = (
 
 # {title}
 
-RefTR ("[Referring Transformer](https://arxiv.org/abs/2106.03089)", NeurIPS 2021) looks at a image, reads words and
-answers with a box{and_mask}, for one expression or for every phrase of a caption, in one forward pass.
-{num_parameters} million parameters, {backbone} for the image and {text_model} for the words.
+RefTR ("[Referring Transformer](https://arxiv.org/abs/2106.03089)", NeurIPS 2021) is a visual grounding model: given an
+image and text, it predicts a box{and_mask} for one expression, or for every phrase of a caption, in one forward pass.
+It has {num_parameters} million parameters, {backbone} for the image and {text_model} for the text.
 
-## Ask it
+## Usage
 
 With torch, torchvision, transformers {minimum_transformers} or newer, timm and pycocotools installed{where}:
 
@@ -57,7 +57,7 @@ for answer in answers:
 ground.draw("photo.jpg", answers).save("answers.png")
 ```
 
-{code} Several images, batches, and captions with their phrases are taken as well.
+{code} Several images, batches, and captions with their phrases are accepted too.
 
 ## Training
 
@@ -69,9 +69,9 @@ ground.draw("photo.jpg", answers).save("answers.png")
 
 ## Limits
 
-It always answers: it has no score, and cannot say that a thing is not there. One box{and_one_mask} a phrase, also
-where the words mean several things. It knows the kinds of images and words that it was trained on, and repeats what
-is wrong or unfair in them.
+The model always predicts a box: it gives no confidence, and cannot tell that an object is absent. It predicts one
+box{and_one_mask} per phrase, even if the phrase refers to several objects. It works on images and expressions like
+those it was trained on, and reproduces their errors and biases.
 {answers}
 ## Licence
 
@@ -92,7 +92,7 @@ is wrong or unfair in them.
     + MARK
     + "\n"
 )
-# metrics of the complete split that a card's front matter tells, by their names in metrics.json
+# metrics of all phrases of a split in a card's front matter, by their names in metrics.json
 METRICS = {
     "accuracy@0.5": "boxes: accuracy at IoU 0.5",
     "mean_iou": "boxes: mean IoU",
@@ -101,14 +101,14 @@ METRICS = {
     "mask_overall_iou": "masks: overall IoU at the original size",
     "mask_mean_iou_resized": "masks: mean IoU at the resized size",
 }
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # of a user: ./runs is a folder
-TITLE = "RefTR"  # of a card that was not pushed, which has no name of its own
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # starts with a user's name: ./runs is a folder
+TITLE = "RefTR"  # title of a card that was not pushed, and has no name of its own
 
 
 def write_card(folder: str | Path, repository: str | None = None) -> Path:
     """
-    Write `README.md`, and `.eval_results/` where the dataset has a Hub id, into a model's folder. A card that somebody
-    has written or taken over stays as it is.
+    Write `README.md`, and `.eval_results/` if the dataset has a Hub id, into a model's folder. A card that was written
+    or edited by hand stays as it is.
 
     Args:
         folder (`str` or `Path`): of a saved RefTR.
@@ -132,12 +132,12 @@ def card_files(folder: str | Path, repository: str | None = None) -> dict[str, b
     Args:
         folder (`str` or `Path`): of a saved RefTR.
         repository (`str`, *optional*):
-            Hub id that the model has, for the snippet, the widget and the title. Absent: the card speaks of the folder
-            that it lies in, and names no id or address that a push would have to make.
+            Hub id of the model, for the snippet, the widget and the title. Absent: the card describes the folder that
+            it is in, and has no id or address that only a push creates.
 
     Returns:
-        `dict[str, bytes]`: the files by their names in the folder; empty where somebody has written the card that is
-        there, or taken it over.
+        `dict[str, bytes]`: the files by their names in the folder; empty if the existing card was written or edited
+        by hand.
 
     Raises:
         OSError: if there is no model in the folder.
@@ -161,7 +161,7 @@ def card_files(folder: str | Path, repository: str | None = None) -> dict[str, b
 
 
 def read_facts(folder: Path) -> dict:
-    """Return what the files of a folder say, by what they are: "config", "recipe", "origin", "metrics" and so on."""
+    """Read the files of a folder into one mapping: "config", "recipe", "origin", "metrics" and so on."""
 
     run = RunFolder(folder)
 
@@ -186,7 +186,7 @@ def read_facts(folder: Path) -> dict:
     return {
         "config": RefTRConfig.from_pretrained(folder).to_dict(),
         "recipe": recipe,
-        # what was changed where the run was resumed
+        # changes of settings when the run was resumed
         "changes": [line.removeprefix("# ") for line in comments if line.startswith("# from step ")],
         "origin": read(run.origin),
         "metrics": metrics,
@@ -245,12 +245,12 @@ def quoted(text: str) -> str:
 
 
 def title_of(repository: str | None) -> str:
-    """Return what a model is called: by the name of its repository, if it has one."""
+    """Return the title of a card: the name of the repository, if there is one."""
     return TITLE if repository is None else repository.split("/")[-1]
 
 
 def front_matter(facts: dict, repository: str | None = None) -> ModelCardData:
-    """Return what the Hub reads of a card."""
+    """Return the front matter of a card, which the Hub reads."""
     recipe, metrics = facts["recipe"], facts["metrics"]
     hub_dataset = recipe.get("hub_dataset")
     tags = ["reftr", "visual-grounding", "referring-expression-comprehension", "phrase-grounding"]
@@ -265,7 +265,7 @@ def front_matter(facts: dict, repository: str | None = None) -> ModelCardData:
         EvalResult(
             task_type="zero-shot-object-detection",
             task_name="visual grounding",
-            # of a folder its name: a path reads as a Hub id
+            # the name of a folder, because its path reads as a Hub id
             dataset_type=hub_dataset or Path(metrics["dataset"]).name,
             dataset_name=pretty_name(metrics["dataset"]),
             dataset_split=split,
@@ -314,7 +314,7 @@ def make_eval_results(facts: dict) -> list[EvalResultEntry]:
 
 def pretty_name(dataset: str) -> str:
     """Return the display name of a dataset, or of several joined by commas."""
-    titles = {name: title for title, names in NAMES_OF_SETS.items() for name in names}
+    titles = {name: title for title, names in DATASET_NAMES.items() for name in names}
     return ", ".join(titles.get(name.strip(), name.strip()) for name in dataset.split(","))
 
 
@@ -330,26 +330,26 @@ def describe_training(facts: dict) -> str:
         ]
         return "\n\n".join(lines)
     if not recipe:
-        return "Nothing is written in this folder about its training."
-    length = f"{recipe['max_steps']} updates" if recipe["max_steps"] else f"{recipe['num_epochs']} epochs"
+        return "This folder has no record of its training."
+    length = f"{recipe['max_steps']} steps" if recipe["max_steps"] else f"{recipe['num_epochs']} epochs"
     size = f"images of {recipe['image_size']} pixels, " if recipe.get("image_size") else ""
     changes = for_markdown("; ".join(facts["changes"]))
     lines = [
         f"Trained on {for_markdown(pretty_name(recipe['dataset']))} ({for_code(recipe['dataset'])}, split "
         f"{for_code(recipe['train_split'])}) for "
         f"{length}, {size}{recipe['batch_size']} "
-        f"{'images' if recipe['group_by_image'] else 'sentences'} a process and step, peak learning rate "
-        f"{recipe['learning_rate']:g}; the best by the split {for_code(recipe['validation_split'])} was kept. "
-        "[recipe.yaml](recipe.yaml) has all settings, for `train_reftr.py`.",
-        f"It started from {describe_start(recipe)}.",
-        *([f"Settings were changed while it ran: {changes}."] if changes else []),
+        f"{'images' if recipe['group_by_image'] else 'sentences'} per process and step, peak learning rate "
+        f"{recipe['learning_rate']:g}; the best checkpoint on the split {for_code(recipe['validation_split'])} was "
+        "kept. [recipe.yaml](recipe.yaml) has all settings of `train_reftr.py`.",
+        f"It was initialized from {describe_start(recipe)}.",
+        *([f"Settings were changed during training: {changes}."] if changes else []),
         *leak_warnings(recipe),
     ]
     return "\n\n".join(lines)
 
 
 def describe_start(recipe: dict) -> str:
-    """Where the weights of a run came from, in its order of precedence."""
+    """Describe where the initial weights of a run came from, in its order of precedence."""
     if recipe.get("init_from"):
         return f"the RefTR {for_code(recipe['init_from'])}"
     starts = []
@@ -367,22 +367,22 @@ def leak_warnings(recipe: dict) -> list[str]:
     warnings = []
     if has_coco_images(recipe["dataset"]) and (recipe.get("init_detr") or recipe.get("init_from")):
         warnings.append(
-            "**Seen before:** the images of this set, held-out ones too, are from COCO's train2014, and a detector "
-            "trained on COCO (DETR is one) among the starting weights has seen them, though not what is said about "
-            "them."
+            "**Data leakage:** the images of this dataset, held-out ones too, are from COCO's train2014, and a "
+            "detector trained on COCO (such as DETR) that the weights come from has seen them, though not their "
+            "expressions."
         )
     flags = recipe.get("dataset_config") or {}
     if "visual_genome" in recipe["dataset"] and not (flags.get("exclude") or flags.get("held_out_file")):
         warnings.append(
-            "**Seen before:** this run left no image of Visual Genome out, and held-out images of RefCOCO, "
-            "RefCOCO+ and RefCOCOg are among them: metrics of this model on those datasets, and of others that start "
+            "**Data leakage:** this run trained on all images of Visual Genome, and held-out images of RefCOCO, "
+            "RefCOCO+ and RefCOCOg are among them: metrics of this model on those datasets, and of models initialized "
             "from it, are too high."
         )
     return warnings
 
 
 def describe_results(facts: dict) -> str:
-    """Tables of the report, or the best validation while a run goes on, or that there is nothing."""
+    """Return the tables of the report, the best validation if the run is not complete, or how to evaluate."""
     metrics, validation = facts["metrics"], facts["validation"]
     if metrics:
         size, trained_at = metrics.get("image_size"), facts["recipe"].get("image_size")
@@ -391,14 +391,16 @@ def describe_results(facts: dict) -> str:
             [f"On {for_markdown(pretty_name(metrics['dataset']))}{at}:", "", *format_results(metrics, "###")]
         )
     if validation:
-        figures = {name.split("/")[1]: value for name, value in validation.items() if "/" in name}
-        named = ", ".join(f"{METRICS[name]} {figures[name]:.3f}" for name in METRICS if name in figures)
-        return f"The run is not over. Its best validation so far, at update {validation['step']}: {named}."
-    return "Not evaluated yet: `reftr train recipe.yaml --eval_only --output_dir .` in this folder writes them here."
+        values = {name.split("/")[1]: value for name, value in validation.items() if "/" in name}
+        named = ", ".join(f"{METRICS[name]} {values[name]:.3f}" for name in METRICS if name in values)
+        return f"Training is not complete. Best validation so far, at step {validation['step']}: {named}."
+    return (
+        "Not evaluated yet: `reftr train recipe.yaml --eval_only --output_dir .` in this folder adds its results here."
+    )
 
 
 def describe_licence(facts: dict) -> str:
-    """Of the weights and of the code."""
+    """Return the licences of the weights and of the code."""
     if facts["origin"]:
         return "The weights are the authors', under the MIT licence; the code is under Apache-2.0."
-    return "Apache-2.0. Images and annotations of the training set stay under their authors' licences."
+    return "Apache-2.0. Images and annotations of the training data stay under their authors' licences."

@@ -197,9 +197,9 @@ def find_checkpoint(checkpoints: CheckpointSettings, accelerator: Accelerator) -
                 rename_later(checkpoints.output_dir, found[0])
             elif checkpoints.resume is not None:
                 found = [Path(checkpoints.resume)]
-                fault = find_fault(found[0])
-                if fault:
-                    raise OSError(f"--resume {checkpoints.resume!r}: {fault}.")
+                problem = validate_checkpoint(found[0])
+                if problem:
+                    raise OSError(f"--resume {checkpoints.resume!r}: {problem}.")
             refuse_others(checkpoints.output_dir, found[0])
     broadcast_object_list(found)
     return found[0]
@@ -345,17 +345,17 @@ def find_latest_valid_checkpoint(output_dir: str | Path) -> Path | None:
     Raises:
         OSError: if there are checkpoints, but all of them are damaged.
     """
-    found, faults = checkpoints_of(output_dir), {}
+    found, problems = checkpoints_of(output_dir), {}
     for path in found:
-        fault = find_fault(path)
-        if fault is None:
+        problem = validate_checkpoint(path)
+        if problem is None:
             return path
-        logger.warning(f"{fault}; the checkpoint before it is taken.")
-        faults[path] = fault
+        logger.warning(f"{problem}; the checkpoint before it is taken.")
+        problems[path] = problem
     if found:
         raise OSError(
             f"All {len(found)} checkpoints in {str(found[0].parent)!r} are damaged, the latest because "
-            f"{faults[found[0]]}. Move them away to start anew."
+            f"{problems[found[0]]}. Move them away to start anew."
         )
     return None
 
@@ -367,7 +367,7 @@ def rename_later(output_dir: str | Path, checkpoint: Path | None) -> None:
         path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
 
 
-def find_fault(path: Path) -> str | None:
+def validate_checkpoint(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, None if it is complete, unmodified and can be resumed."""
     try:
         manifest = read_json(path / MANIFEST)

@@ -203,7 +203,7 @@ def targets_of(sample: Sample, number: int) -> list[dict]:
 
 
 class Failure(NamedTuple):
-    """In place of a batch: why it could not be made."""
+    """Replace a batch that could not be loaded by its error."""
 
     error: ValueError | OSError
 

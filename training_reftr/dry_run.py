@@ -69,8 +69,8 @@ def estimate(settings: TrainingSettings) -> str:
     size = sum(path.stat().st_size for path in checkpoints_of(settings.checkpoints.output_dir)[0].iterdir()) / 2**30
     num_epochs = settings.schedule.num_epochs
     return (
-        f"The run goes through. An epoch of {steps:,} updates takes about {hours:.2f} hours "
-        f"({last['train/expressions_per_second']:.1f} expressions/s) without its evaluation, all {num_epochs} "
+        f"The dry run succeeded. An epoch of {steps:,} steps takes about {hours:.2f} hours "
+        f"({last['train/expressions_per_second']:.1f} expressions/s) without evaluation, all {num_epochs} "
         f"about {hours * num_epochs:.1f}; a process uses {last['train/memory_gb']:.2f} GB, a checkpoint "
         f"{size:.2f} GB."
     )

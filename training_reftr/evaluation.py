@@ -115,7 +115,7 @@ def phrase_keys(rows: datasets.Dataset) -> list[tuple[str, str, int]]:
     if repeated:
         raise ValueError(
             f"The split has {len(repeated)} phrases twice, the first in the sentence {repeated[0][1]!r} of the image "
-            f"{repeated[0][0]!r}: each is to count once, so every sentence of an image needs an id of its own."
+            f"{repeated[0][0]!r}: each must count once, so every sentence of an image requires a unique id."
         )
     return keys
 

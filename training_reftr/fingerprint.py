@@ -1,8 +1,8 @@
 """
-A hash of training data, to notice that it changed between two runs. Nothing here is a collective.
+Hash training data, to detect that it changed between two runs. Nothing here is a collective.
 
-It covers what the annotations say (ids, sizes, objects, sentences) in the order of the rows, and not where images or
-caches are: the same data, built again on another machine, has the same fingerprint. Pixels are not looked at.
+The hash covers the annotations (ids, sizes, objects, sentences) in the order of the rows, and not the paths of images
+or caches: the same data, built again on another machine, has the same fingerprint. Pixels are not read.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ LENGTH = 16  # hexadecimal digits
 
 class Fingerprint:
     """
-    Number and hash of the rows that were added, however many at a time.
+    Hash and count rows, in any number of parts.
 
     Example:
 
@@ -47,7 +47,7 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self.num_rows = 0
-        self._digests = defaultdict(hashlib.blake2b)  # of each column within a column
+        self._digests = defaultdict(hashlib.blake2b)  # by column, nested columns included
 
     def add(self, table: pa.Table) -> None:
         """Add the rows of a table that has `COLUMNS`."""
@@ -91,7 +91,7 @@ def annotations(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[p
     if isinstance(rows, datasets.Dataset):
         yield from columns.with_format("arrow").iter(BATCH_ROWS)
         return
-    # a stream makes tables without regard to its features, so that types depend on which values are absent
+    # tables of a stream ignore its features: types would depend on which values are absent
     features = rows.features or FEATURES
     schema = datasets.Features({name: features[name] for name in COLUMNS}).arrow_schema
     examples = iter(columns)

@@ -1,6 +1,6 @@
 """
-One run at a time in a folder. `exclusive` is a collective: all ranks enter it together; the main process holds the
-lock.
+Allow one run at a time in a folder. `exclusive` is a collective: all ranks enter it together; the main process holds
+the lock.
 """
 
 import contextlib
@@ -45,9 +45,8 @@ def exclusive(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
-    Hold the lock of a folder, which is made if it is missing. The operating system holds it for the process, so that
-    it ends with the process, however that ends. Without such locks (Windows, some network file systems) a warning
-    says so.
+    Hold the lock of a folder, which is created if it is missing. The operating system releases it when the process
+    ends, however it ends. Without such locks (Windows, some network file systems) a warning is logged.
 
     Raises:
         OSError: if another process holds it, with its id and host, or the folder cannot be written.
@@ -60,7 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # while it is held: whoever waits for this file looks whether it is there
+            path.unlink(missing_ok=True)  # while the lock is held: `acquire` checks that the file still exists
             _held.discard(descriptor)
             os.close(descriptor)
         if is_new:
@@ -70,7 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def acquire(path: Path) -> int | None:
     """
-    Lock a file and write into it who holds it.
+    Lock a file and write the process that holds it into the file.
 
     Returns:
         `int`: its descriptor, or None where files cannot be locked.
@@ -81,7 +80,7 @@ def acquire(path: Path) -> int | None:
     if fcntl is None:
         return warn_of_no_locks(path, "this system has no fcntl")
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by programs that are started
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by child programs
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,7 +95,7 @@ def acquire(path: Path) -> int | None:
             return warn_of_no_locks(path, str(error))
         if is_same_file(descriptor, path):
             break
-        os.close(descriptor)  # of a run that ended, and removed it, in between
+        os.close(descriptor)  # a run that ended removed the file in between
     _held.add(descriptor)
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -104,24 +103,24 @@ def acquire(path: Path) -> int | None:
 
 
 def warn_of_no_locks(path: Path, reason: str) -> None:
-    """Say that nothing keeps other runs out of a folder."""
+    """Warn that other runs can write to a folder."""
     logger.warning(
-        f"Files in {str(path.parent)!r} cannot be locked ({reason}): see to it that no other run writes there."
+        f"Files in {str(path.parent)!r} cannot be locked ({reason}): make sure that no other run writes there."
     )
 
 
 def read_holder(descriptor: int) -> str:
-    """Return who holds a locked file; it is written right after it was locked."""
+    """Return the process that holds a locked file, as written right after locking."""
     for _ in range(20):
         holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
         if holder:
             return holder
         time.sleep(0.05)
-    return "a process that did not write down which"
+    return "an unknown process"
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at a path."""
+    """Return whether an open file is the one at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -129,7 +128,7 @@ def is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def _close_in_child() -> None:
-    """Leave the locks to the process that took them: a forked loader process may outlive it."""
+    """Close inherited locks after a fork, because a loader process may outlive the process that took them."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

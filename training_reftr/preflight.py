@@ -1,6 +1,6 @@
 """
-Refuse a run in which a part that is asked for can learn nothing, before it starts and before anything is written.
-Nothing here is a collective: all processes see the same, and all of them end.
+Refuse a run in which a part of the model would learn nothing, before it starts and before anything is written.
+Nothing here is a collective: all processes raise the same error.
 """
 
 import logging
@@ -38,11 +38,11 @@ def part_of(name: str) -> str:
 
 def refuse_untrained_parts(model: nn.Module, random_weights: set[str], optimization: OptimizationSettings) -> None:
     """
-    Refuse a part with random weights that would keep them.
+    Refuse a part of the model whose random weights would not be trained.
 
     Args:
         model ([`RefTRForVisualGrounding`]): as training starts.
-        random_weights (`set[str]`): names of the weights that nothing was loaded for.
+        random_weights (`set[str]`): names of the weights that were not loaded.
         optimization ([`OptimizationSettings`]): with the learning rates.
 
     Raises:
@@ -63,7 +63,7 @@ def refuse_untrained_parts(model: nn.Module, random_weights: set[str], optimizat
 
 def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings) -> None:
     """
-    Refuse a model of which nothing is trained, or a head without a loss.
+    Refuse a model without trained parameters, or a head without a loss.
 
     Raises:
         ValueError: saying why.
@@ -76,10 +76,10 @@ def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings) -> N
         raise ValueError(f"Nothing would be learned: {', '.join(dict.fromkeys(reasons))}.")
     losses = {"boxes": ("bbox", "giou")} if not config.freeze_grounding else {}
     losses |= {"masks": ("mask", "dice")} if config.predict_masks else {}
-    for what, names in losses.items():
+    for target, names in losses.items():
         if not any(getattr(config, f"{name}_loss_coefficient") for name in names):
             zeros = " and ".join(f"model.{name}_loss_coefficient=0" for name in names)
-            raise ValueError(f"The {what} would learn nothing, because {zeros}: give one of them a weight.")
+            raise ValueError(f"The {target} would learn nothing, because {zeros}: give one of them a weight.")
 
 
 def reason_not_to_learn(
@@ -206,7 +206,7 @@ def count_labels(rows: datasets.Dataset, with_masks: bool) -> tuple[int, int]:
         if not with_masks:
             continue
         objects = table["objects"].combine_chunks()
-        # the first object of each phrase, as a place among the objects of all rows
+        # the first object of each phrase, as an index into the objects of all rows
         named = phrases.flatten().field("objects")
         num_named = lengths_of(named)
         is_named = num_named > 0

@@ -1,14 +1,13 @@
 """
-Results that papers state, as data, and those among them that one's own may be held against. Nothing here holds a
-collective.
+Published results as data, and which of them a model's own results are comparable with. Nothing here is a collective.
 """
 
 from dataclasses import dataclass
 
 
-# sets of data_scripts with the images, expressions and splits of a published one. The index of ReSC has phrases of
-# Flickr30k where the others have captions, and is left out there.
-NAMES_OF_SETS = {
+# datasets of data_scripts with the images, expressions and splits of a published one. ReSC's index of Flickr30k is
+# left out, because it has phrases where the others have captions.
+DATASET_NAMES = {
     "RefCOCO (unc)": ("refcoco_unc", "reftr_refcoco_unc", "resc_unc"),
     "RefCOCO+ (unc)": ("refcoco+_unc", "reftr_refcoco+_unc", "resc_unc+"),
     "RefCOCOg (umd)": ("refcocog_umd", "reftr_refcocog_umd", "resc_gref_umd"),
@@ -17,11 +16,11 @@ NAMES_OF_SETS = {
 # datasets whose published loader changes the brightness of the split "train" alone: captions with several phrases. So
 # does the loader with masks; the loaders of ReSC's indexes do it to "train" and to "trainval", and that of Visual
 # Genome always
-CAPTION_SETS = ("flickr30k_entities", "reftr_flickr")
+CAPTION_DATASETS = ("flickr30k_entities", "reftr_flickr")
 ALWAYS_AUGMENTED = ("visual_genome", "resc_vg")
-# also those without a published figure here
-COCO_SETS = ("refcoco", "reftr_refcoco", "resc_unc", "resc_gref")
-PUBLISHED_SETS = (*COCO_SETS, "refclef", "resc_", "reftr_", "flickr30k_entities", "visual_genome")
+# also those without a published result here
+COCO_DATASETS = ("refcoco", "reftr_refcoco", "resc_unc", "resc_gref")
+PUBLISHED_DATASETS = (*COCO_DATASETS, "refclef", "resc_", "reftr_", "flickr30k_entities", "visual_genome")
 REFTR = "Li & Sigal, Referring Transformer, NeurIPS 2021"
 
 
@@ -31,17 +30,17 @@ class PublishedResult:
     One row of a published table.
 
     Args:
-        dataset (`str`): the set, one of `NAMES_OF_SETS`.
-        metric (`str`): what is measured, by the name that it has in `metrics.json`.
-        figures (`dict[str, float]`): percent, by split.
-        model, backbone, pre_training, source (`str`): whose they are.
+        dataset (`str`): name of the dataset, a key of `DATASET_NAMES`.
+        metric (`str`): name of the metric in `metrics.json`.
+        percentages (`dict[str, float]`): percent, by split.
+        model, backbone, pre_training, source (`str`): the model and the paper.
         size (`str`): what the metric is measured at: the resized image, the original one, or either (boxes).
-        confirmed (`bool`): False for figures that were not checked against their source.
+        confirmed (`bool`): whether the percentages were checked against their source.
     """
 
     dataset: str
     metric: str
-    figures: dict[str, float]
+    percentages: dict[str, float]
     backbone: str
     pre_training: str
     model: str = "RefTR"
@@ -50,12 +49,12 @@ class PublishedResult:
     confirmed: bool = True
 
 
-def _val_a_b(*figures: float) -> dict[str, float]:
-    return dict(zip(("val", "testA", "testB"), figures, strict=True))
+def _val_a_b(*percentages: float) -> dict[str, float]:
+    return dict(zip(("val", "testA", "testB"), percentages, strict=True))
 
 
-def _val_test(*figures: float) -> dict[str, float]:
-    return dict(zip(("val", "test"), figures, strict=True))
+def _val_test(*percentages: float) -> dict[str, float]:
+    return dict(zip(("val", "test"), percentages, strict=True))
 
 
 _PRE_TRAINED = {"backbone": "ResNet-101", "pre_training": "Visual Genome"}
@@ -66,17 +65,17 @@ _BOXES_ALONE = {"metric": "accuracy@0.5", "backbone": "ResNet-101", "pre_trainin
 _FLICKR = {"metric": "accuracy@0.5", "pre_training": "none", "confirmed": False}
 
 RESULTS = (
-    PublishedResult("RefCOCO (unc)", figures=_val_a_b(85.65, 88.73, 81.16), **_BOXES),
-    PublishedResult("RefCOCO+ (unc)", figures=_val_a_b(77.55, 82.26, 68.99), **_BOXES),
-    PublishedResult("RefCOCOg (umd)", figures=_val_test(79.25, 80.01), **_BOXES),
-    PublishedResult("RefCOCO (unc)", figures=_val_a_b(74.34, 76.77, 70.87), **_MASKS),
-    PublishedResult("RefCOCO+ (unc)", figures=_val_a_b(66.75, 70.58, 59.40), **_MASKS),
-    PublishedResult("RefCOCOg (umd)", figures=_val_test(66.63, 67.39), **_MASKS),
-    PublishedResult("RefCOCO (unc)", figures=_val_a_b(82.23, 85.59, 76.57), **_BOXES_ALONE),
-    PublishedResult("RefCOCO+ (unc)", figures=_val_a_b(71.58, 75.96, 62.16), **_BOXES_ALONE),
-    PublishedResult("RefCOCOg (umd)", figures=_val_test(69.41, 69.40), **_BOXES_ALONE),
-    PublishedResult("Flickr30k Entities", figures={"test": 78.66}, backbone="ResNet-50", **_FLICKR),
-    PublishedResult("Flickr30k Entities", figures={"test": 81.18}, backbone="ResNet-101", **_FLICKR),
+    PublishedResult("RefCOCO (unc)", percentages=_val_a_b(85.65, 88.73, 81.16), **_BOXES),
+    PublishedResult("RefCOCO+ (unc)", percentages=_val_a_b(77.55, 82.26, 68.99), **_BOXES),
+    PublishedResult("RefCOCOg (umd)", percentages=_val_test(79.25, 80.01), **_BOXES),
+    PublishedResult("RefCOCO (unc)", percentages=_val_a_b(74.34, 76.77, 70.87), **_MASKS),
+    PublishedResult("RefCOCO+ (unc)", percentages=_val_a_b(66.75, 70.58, 59.40), **_MASKS),
+    PublishedResult("RefCOCOg (umd)", percentages=_val_test(66.63, 67.39), **_MASKS),
+    PublishedResult("RefCOCO (unc)", percentages=_val_a_b(82.23, 85.59, 76.57), **_BOXES_ALONE),
+    PublishedResult("RefCOCO+ (unc)", percentages=_val_a_b(71.58, 75.96, 62.16), **_BOXES_ALONE),
+    PublishedResult("RefCOCOg (umd)", percentages=_val_test(69.41, 69.40), **_BOXES_ALONE),
+    PublishedResult("Flickr30k Entities", percentages={"test": 78.66}, backbone="ResNet-50", **_FLICKR),
+    PublishedResult("Flickr30k Entities", percentages={"test": 81.18}, backbone="ResNet-101", **_FLICKR),
 )
 
 
@@ -104,7 +103,7 @@ def is_augmented_as_published(dataset: str, train_split: str, with_masks: bool) 
     if dataset in ALWAYS_AUGMENTED or not is_published(dataset):
         return True
     parts = set(train_split.split("+"))
-    if with_masks or dataset in CAPTION_SETS:
+    if with_masks or dataset in CAPTION_DATASETS:
         return parts == {"train"}
     return parts in ({"train"}, {"trainval"}, {"train", "val"})
 
@@ -112,7 +111,7 @@ def is_augmented_as_published(dataset: str, train_split: str, with_masks: bool) 
 def is_published(dataset: str) -> bool:
     """Return whether the published code has a loader for a dataset, or for several joined by commas."""
     # a name with a slash is a folder
-    return "/" not in dataset and all(name.strip().startswith(PUBLISHED_SETS) for name in dataset.split(","))
+    return "/" not in dataset and all(name.strip().startswith(PUBLISHED_DATASETS) for name in dataset.split(","))
 
 
 def dataset_and_split(dataset: str, split: str) -> tuple[str, str]:
@@ -133,16 +132,16 @@ def comparable_results(dataset: str, split: str) -> list[PublishedResult]:
     ```python
     >>> from training_reftr.published_results import comparable_results
 
-    >>> [(result.metric, result.figures["testA"]) for result in comparable_results("refcoco_unc", "testA")]
+    >>> [(result.metric, result.percentages["testA"]) for result in comparable_results("refcoco_unc", "testA")]
     [('accuracy@0.5', 88.73), ('mask_mean_iou_resized', 76.77), ('accuracy@0.5', 85.59)]
     >>> comparable_results("refcoco_google", "val"), comparable_results("refcoco_unc", "train")
     ([], [])
 
     ```"""
     name, split = dataset_and_split(dataset, split)
-    return [result for result in RESULTS if name in NAMES_OF_SETS[result.dataset] and split in result.figures]
+    return [result for result in RESULTS if name in DATASET_NAMES[result.dataset] and split in result.percentages]
 
 
 def has_coco_images(dataset: str) -> bool:
     """Return whether held-out images of a dataset, or of one joined by commas, are from COCO's train2014."""
-    return any(name.strip().startswith(COCO_SETS) for name in dataset.split(","))
+    return any(name.strip().startswith(COCO_DATASETS) for name in dataset.split(","))

@@ -1,4 +1,4 @@
-"""The run's model on the Hub. Nothing here is a collective; the main process alone speaks to the Hub."""
+"""Push a run's model to the Hub. Nothing here is a collective; only the main process connects to the Hub."""
 
 import logging
 import shutil
@@ -28,19 +28,18 @@ def push_model(
     Push a saved model.
 
     Args:
-        folder (`str` or `Path`): with the model and its processor; `RunFolder.PUSHED` are uploaded.
-        repository (`str`): "user/name"; made where it is not there.
+        folder (`str` or `Path`): folder of the model and its processor; `RunFolder.PUSHED` are uploaded.
+        repository (`str`): "user/name"; created if it does not exist.
         private (`bool`, *optional*): whether a new repository is private.
         message (`str`, *optional*): of the commit.
         card (`dict[str, bytes]`, *optional*): the card's files, see `training_reftr.card.card_files`. They are part of
-            the commit, and written into the folder once it is made. Absent: the card in the folder.
+            the commit, and written into the folder afterwards. Absent: the card in the folder.
 
     Returns:
         `str`: the commit's id, for `from_pretrained(..., revision=...)`.
 
     Raises:
-        OSError: if the folder lacks something, or the Hub does not take it; the folder stays as it was, and so does
-            what the Hub had before.
+        OSError: if the folder is incomplete, or the Hub rejects it; neither the folder nor the repository changes.
     """
     card = card or {}
     files = {*select_files(Path(folder), RunFolder.PUSHED), *card}
@@ -56,11 +55,11 @@ def push_model(
 
 class Publisher:
     """
-    Pushes `output_dir` to `push_to_hub`: the best model so far, in parallel to the training, which neither waits for
-    the Hub nor ends with it, and the last word at the end. Does nothing where the setting is absent.
+    Push `output_dir` to `push_to_hub`: the best model so far in a background thread, and the final model at the end.
+    Training neither waits for the Hub nor fails with it. Do nothing if the setting is absent.
 
     Raises:
-        OSError: at once, if the Hub does not let us have the repository, and not after hours.
+        OSError: before training, if the repository cannot be created or written.
     """
 
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator) -> None:
@@ -70,25 +69,25 @@ class Publisher:
         if self.is_active:
             try:
                 make_repository(settings.hub.push_to_hub, "model", settings.hub.hub_private or None)
-            except Exception as error:  # the network, the server and the token each have exceptions of their own
+            except Exception as error:  # the network, the server and the token raise different exceptions
                 raise OSError(
                     f"push_to_hub={settings.hub.push_to_hub!r} cannot be pushed to, so the run did not start: "
                     f"{reason_of(error)}"
                 ) from error
 
     def push_best(self, step: int) -> None:
-        """Push a copy of the folder as it is now; where the last one is still on its way, the next best will do."""
+        """Push a copy of the folder as it is now, unless the previous push is still running."""
         if not self.is_active:
             return
         if self.thread is not None and self.thread.is_alive():
-            logger.warning(f"The best model of step {step} is not pushed: the one before it is still on its way.")
+            logger.warning(f"The best model of step {step} is not pushed: the previous push is still running.")
             return
         folder = Path(self.settings.checkpoints.output_dir)
         copy = Path(tempfile.mkdtemp(prefix="push_"))
         for name in select_files(folder, RunFolder.PUSHED):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, copy / name)
-        # a daemon: what is cut off at the end of the process was no commit yet
+        # a daemon: a push that the end of the process interrupts has not committed anything
         self.thread = threading.Thread(target=self._push, args=(copy, f"Best model, step {step}"), daemon=True)
         self.thread.start()
 
@@ -98,7 +97,7 @@ class Publisher:
             revision = push_model(copy, repository, message=message, card=card_files(copy, repository))
             logger.info(f"{message}: pushed to {self.settings.hub.push_to_hub!r} as {revision}.")
         except (OSError, ValueError) as error:
-            logger.warning(f"{message}: {error} The training goes on.")
+            logger.warning(f"{message}: {error} Training continues.")
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -107,10 +106,10 @@ class Publisher:
         Push the folder as it is at the end, with a card that names the repository.
 
         Returns:
-            `str`: the commit's id, or None where nothing is to be pushed.
+            `str`: the commit's id, or None without `push_to_hub`.
 
         Raises:
-            OSError: if it could not be pushed; all of it is in the folder.
+            OSError: if it could not be pushed; the folder is complete.
         """
         if not self.is_active:
             return None

@@ -73,7 +73,7 @@ def with_recipe(argv: list[str]) -> list[str]:
     Return the arguments of a run, with the demo's recipe if there are none.
 
     Settings without a recipe would train the default model of 152 million parameters on the demo's dataset. They end
-    the process with exit code 2, a list of recipes and an example. `--help` needs no recipe, and neither does an
+    the process with exit code 2, a list of recipes and an example. `--help` requires no recipe, and neither does an
     evaluation that names its model and dataset: `--eval_only` with `--dataset`, and `--init_from` or `--output_dir`.
     Resuming requires the recipe that the run was started with.
 
@@ -97,15 +97,15 @@ def with_recipe(argv: list[str]) -> list[str]:
 def values_of(argv: list[str]) -> dict[str, str]:
     """Return name -> text of the settings on a command line; "true" where a name stands alone."""
     values = {}
-    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
-        if word.startswith("--"):
-            name, given, value = word[2:].partition("=")
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        if argument.startswith("--"):
+            name, given, value = argument[2:].partition("=")
             values[name.replace("-", "_")] = value if given else "true" if following.startswith("--") else following
     return values
 
 
 def is_evaluation(values: dict[str, str]) -> bool:
-    """Return whether the settings say all that an evaluation needs."""
+    """Return whether the settings are complete for an evaluation."""
     given = {name for name, value in values.items() if value not in ("false", "null")}
     return {"eval_only", "dataset"} <= given and bool({"init_from", "output_dir"} & given)
 

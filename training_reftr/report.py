@@ -1,5 +1,5 @@
 """
-The report of an evaluation, for people and for programs. `report` is a collective: all processes call it.
+Evaluation report as Markdown and JSON. `report` is a collective: all processes call it.
 """
 
 import json
@@ -58,7 +58,7 @@ BATCHINGS = {
     "unpadded": "Evaluated in batches of at most {} images of one resized size: no image is padded.",
 }
 EXAMPLE_SIDE = 640  # pixels
-CONTROLS = {"constant_box": "best constant box", "swapped_expressions": "expressions swapped"}
+BLIND_BASELINES = {"constant_box": "best constant box", "swapped_expressions": "expressions swapped"}
 
 
 def select_splits(rows: dict, data: DataSettings) -> dict[str, datasets.Dataset]:
@@ -92,7 +92,7 @@ def report(
     A collective: all processes call it, and the main process writes.
 
     Returns:
-        `dict`: what metrics.json holds.
+        `dict`: the content of metrics.json.
 
     Raises:
         ValueError: see `select_splits` and `evaluate`.
@@ -120,7 +120,9 @@ def report(
         boxes = {"integer_boxes": has_integer_boxes(name, settings.data)} | count_targets(
             split, records, dataset_and_split(settings.data.dataset, name)[1]
         )
-        metrics["splits"][name] = boxes | summarize(records) | controls(records, training_rows, name, settings.data)
+        metrics["splits"][name] = (
+            boxes | summarize(records) | blind_baselines(records, training_rows, name, settings.data)
+        )
         if evaluation.visualize:
             folder = run.visualizations(name)
             draw_samples(model, processor, split, records, evaluation.visualize, folder, accelerator)
@@ -148,17 +150,17 @@ def save_example(row: dict, path: Path) -> dict:
 
 
 def has_integer_boxes(split: str, data: DataSettings) -> bool:
-    """Return whether the flags of a split's dataset truncate its boxes to whole pixels."""
+    """Return whether the flags of a split's dataset truncate its boxes to integers."""
     flags = data.dataset_config
-    if "/" in split:  # joined datasets have flags of their own
+    if "/" in split:  # joined datasets have separate flags
         flags = flags.get(dataset_and_split(data.dataset, split)[0], {})
     return bool(flags.get("integer_boxes", False))
 
 
 def left_out_of_build(rows: datasets.Dataset, split: str) -> dict[str, int] | None:
     """
-    Return what the build of a split left out, reason -> number, from the cache that its rows lie in; None where they
-    lie in none, as those of an export or a stream do.
+    Return how many samples the build of a split left out, by reason, from the cache of its rows; None if they have no
+    cache, as an export or a stream.
     """
     folders = {Path(file["filename"]).parent for file in rows.cache_files}
     report = read_build_report(folders.pop()) if len(folders) == 1 else None
@@ -167,7 +169,7 @@ def left_out_of_build(rows: datasets.Dataset, split: str) -> dict[str, int] | No
 
 def count_targets(rows: datasets.Dataset, records: list[dict], split: str) -> dict:
     """
-    Count what is said of a split's targets beside its metrics.
+    Count the targets of a split that count as misses or are left out.
 
     Returns:
         `dict`: `left_out`, see `left_out_of_build`; `num_left_out`, expressions of the annotations that the rows lack
@@ -197,7 +199,9 @@ def find_training_rows(rows: dict, data: DataSettings) -> datasets.Dataset | Non
     return datasets.concatenate_datasets(parts)
 
 
-def controls(records: list[dict], training_rows: datasets.Dataset | None, split: str, data: DataSettings) -> dict:
+def blind_baselines(
+    records: list[dict], training_rows: datasets.Dataset | None, split: str, data: DataSettings
+) -> dict:
     """
     Return the metrics of blind baselines: a constant box ignores the image, shuffled expressions ignore the text. A
     baseline that cannot be computed is left out with a warning.
@@ -205,13 +209,13 @@ def controls(records: list[dict], training_rows: datasets.Dataset | None, split:
     found = {}
     if training_rows is None:
         logger.warning(
-            f"{split}: no constant box, which is chosen on the split {data.train_split!r}: it is not built."
+            f"{split}: no constant box, because the split {data.train_split!r} that it is chosen on was not loaded."
         )
     else:
         found["constant_box"] = constant_box(training_rows, records)
     swapped = shuffled_expressions(records)
     if swapped is None:
-        logger.warning(f"{split}: no swapped expressions, because no image has two objects with predictions.")
+        logger.warning(f"{split}: no shuffled expressions, because no image has two objects with predictions.")
     else:
         found["swapped_expressions"] = swapped
     return found
@@ -234,14 +238,14 @@ def prediction(split: str, record: dict) -> dict:
 
 
 def format_report(metrics: dict) -> str:
-    """Return the content of `report.md`: tables of every split, and the conditions to compare them under."""
+    """Return the content of `report.md`: tables of every split, and the conditions of the evaluation."""
     head = [f"# {for_markdown(metrics['dataset'])}", "", f"Model: {for_code(metrics['model'])}.", ""]
     return "\n".join([*head, *format_results(metrics, "##")]) + "\n"
 
 
 def format_results(metrics: dict, heading: str) -> list[str]:
-    """Return tables of every split below headings of a level, "##", and the conditions to compare them under."""
-    lines = ["A hit is an IoU over 0.5."]
+    """Return tables of every split under headings of a level, "##", and the conditions of the evaluation."""
+    lines = ["A box is correct if its IoU is over 0.5."]
     if any("mask_mean_iou" in values for values in metrics["splits"].values()):
         steps = "in two steps, as published" if metrics["two_step_masks"] else "once, from logits to the original size"
         lines += [
@@ -251,8 +255,8 @@ def format_results(metrics: dict, heading: str) -> list[str]:
     if has_coco_images(metrics["dataset"]):
         lines += [
             "",
-            "The images of these sets are from COCO's train2014: where weights come from a detector trained on COCO "
-            "(DETR is one), it has seen the held-out images, though not what is said about them.",
+            "The images of these datasets are from COCO's train2014: a detector trained on COCO (such as DETR) that "
+            "weights come from has seen the held-out images, though not their expressions.",
         ]
     if "evaluation_batching" in metrics:
         lines += ["", BATCHINGS[metrics["evaluation_batching"]].format(metrics["evaluation_batch_size"])]
@@ -260,20 +264,23 @@ def format_results(metrics: dict, heading: str) -> list[str]:
     for name, values in metrics["splits"].items():
         lines += ["", f"{heading} {for_markdown(name)}"]
         entries = {"all phrases": values, **values["per_kind"]}
-        with_controls = entries | {label: values[key] for key, label in CONTROLS.items() if key in values}
-        missing = [label for key, label in CONTROLS.items() if key not in values]
-        cut = (
-            "cut to whole pixels, as published" if values["integer_boxes"] else "as annotated, not cut to whole pixels"
-        )
-        lines += ["", f"Boxes, against the true ones {cut}:", "", *format_columns(with_controls, BOX_COLUMNS)]
+        with_baselines = entries | {label: values[key] for key, label in BLIND_BASELINES.items() if key in values}
+        missing = [label for key, label in BLIND_BASELINES.items() if key not in values]
+        targets = "truncated to integers, as published" if values["integer_boxes"] else "as annotated, not truncated"
+        lines += [
+            "",
+            f"Boxes, compared with the ground truth {targets}:",
+            "",
+            *format_columns(with_baselines, BOX_COLUMNS),
+        ]
         lines += format_targets(values)
         if missing:
-            lines += ["", f"Not there, because there was nothing to make it of: {', '.join(missing)}."]
+            lines += ["", f"Not computed, for lack of data: {', '.join(missing)}."]
         if "any_box_recall@1" in values:
             lines += [
                 "",
-                "Objects of this split have several boxes. Merged: the hit is with their union; any box: with any of "
-                "them. The two protocols do not compare:",
+                "Objects of this split have several boxes. Merged: the prediction is compared with their union; any "
+                "box: with each of them. The two protocols are not comparable:",
                 "",
                 *format_columns(entries, RECALL_COLUMNS),
             ]
@@ -296,11 +303,11 @@ def format_targets(values: dict) -> list[str]:
     if count := values.get("num_without_extent"):
         sentences.append(f"{count} phrases whose box has no extent count as misses, as published.")
     if count := values.get("num_empty_masks"):
-        sentences.append(f"{count} phrases whose mask has no pixel count with a mask IoU of 0, as published.")
+        sentences.append(f"{count} phrases with an empty mask count with a mask IoU of 0, as published.")
     if count := values.get("num_without_mask"):
         sentences.append(
-            f"{count} phrases have no mask and are left out of the mask metrics; the published evaluation counts a "
-            "mask without a pixel as an IoU of 0, and so does a dataset built with integer_boxes."
+            f"{count} phrases have no mask and are left out of the mask metrics; the published evaluation counts an "
+            "empty mask as an IoU of 0, and so does a dataset built with integer_boxes."
         )
     return [line for sentence in sentences for line in ("", sentence.strip())]
 
@@ -323,7 +330,7 @@ def format_comparison(metrics: dict, heading: str) -> list[str]:
             if result.metric in values:
                 lines.append(
                     f"| {for_markdown(split)} | {METRIC_NAMES[result.metric]} | {100 * values[result.metric]:.2f} "
-                    f"| {result.figures[split]:.2f} | {result.model}, {result.backbone}, pre-training: "
+                    f"| {result.percentages[split]:.2f} | {result.model}, {result.backbone}, pre-training: "
                     f"{result.pre_training} | {result.source}{'' if result.confirmed else ' (not confirmed)'} |"
                 )
     if not lines:
@@ -352,7 +359,7 @@ def format_table(metrics: dict) -> str:
             f"{split:<22}{'accuracy@0.5':>14}{'mean IoU':>10}{'mask mIoU' if with_masks else '':>11}{'phrases':>9}"
         ]
         entries = {"all phrases": values, **{f"  {kind}": part for kind, part in values["per_kind"].items()}}
-        entries |= {label: values[key] for key, label in CONTROLS.items() if key in values}
+        entries |= {label: values[key] for key, label in BLIND_BASELINES.items() if key in values}
         for name, part in entries.items():
             mask_mean_iou = f"{part['mask_mean_iou']:.3f}" if "mask_mean_iou" in part else ""
             lines.append(

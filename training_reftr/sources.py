@@ -1,6 +1,6 @@
 """
-Where rows come from: sets of `data_scripts`, several joined, or a folder of Parquet files; built, or streamed. Nothing
-here is a collective, but a set is built where it is not in the cache: let the main process come first.
+Load the rows of a run: datasets of `data_scripts`, several joined, or a folder of Parquet files; built, or streamed.
+Nothing here is a collective, but a dataset that is not in the cache is built: let the main process go first.
 """
 
 import logging
@@ -22,19 +22,19 @@ TEXT_COLUMNS = {"image_id", "sentences"}
 
 def load_rows(data: DataSettings, eval_only: bool = False) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """
-    Every split of what `dataset` names, split -> rows (`data_scripts.FEATURES`).
+    Load every split of the datasets that `dataset` names, as split -> rows (`data_scripts.FEATURES`).
 
     - A name of `data_scripts.SOURCES`, with `dataset_config` as its flags.
     - Several, "a,b", with `dataset_config` as {name: flags}: the splits of `train_split` are joined without
-      the images that any of the sets holds out (`data_scripts.combining`); all other splits are named "a/val".
-    - A folder of Parquet files as `python -m data_scripts export` writes them.
+      the images that any of the datasets holds out (`data_scripts.combining`); all other splits are named "a/val".
+    - A folder of Parquet files as `reftr data export` writes them.
 
     With `streaming` the splits of `train_split` are streams of rows whose images are not decoded, and the
     others are read into memory, images by their path or content; nothing is built.
 
     Raises:
-        ValueError: if there is no such set, flag or split, several sets are to be streamed, or a split is to be
-            streamed and evaluated.
+        ValueError: if there is no such dataset, flag or split, several datasets are to be streamed, or a split is to
+            be streamed and evaluated.
         OSError: if files are missing or damaged, naming them.
     """
     if data.streaming:
@@ -44,15 +44,15 @@ def load_rows(data: DataSettings, eval_only: bool = False) -> dict[str, datasets
         refuse_other_texts(rows, data.dataset)
         refuse_other_boxes(rows, data.dataset)
     elif "," in data.dataset:
-        rows = join_sets(data)
+        rows = join_datasets(data)
     else:
         rows = dict(data_scripts.load(data.dataset, **{**folders_of(data), **data.dataset_config}))
     for name, part in rows.items():
         missing = sorted(set(data_scripts.FEATURES) - {*OPTIONAL, *(part.column_names or data_scripts.FEATURES)})
         if missing:
             raise ValueError(
-                f"{data.dataset!r} {name} has no columns {', '.join(missing)}: export a set by "
-                "`python -m data_scripts export`, or describe your own in JSON Lines."
+                f"{data.dataset!r} {name} has no columns {', '.join(missing)}: export a dataset by "
+                "`reftr data export`, or describe your own in JSON Lines."
             )
     if not eval_only:
         split_of(rows, data.train_split)
@@ -102,7 +102,7 @@ def refuse_other_texts(rows: dict, dataset: str) -> None:
     """Raise a ValueError if a text of somebody's files is blank or refused by `check_text`, naming its image."""
     for name, part in rows.items():
         if not set(part.column_names or ()) >= TEXT_COLUMNS:
-            continue  # named by the caller
+            continue  # the caller raises for missing columns
         image_id = None
         try:
             for row in part.select_columns(list(TEXT_COLUMNS)):
@@ -115,9 +115,9 @@ def refuse_other_texts(rows: dict, dataset: str) -> None:
 
 
 def refuse_other_boxes(rows: dict, dataset: str) -> None:
-    """Raise a ValueError if the boxes of somebody's files are not xyxy in pixels; warn if they hardly look so."""
+    """Raise a ValueError if the boxes of somebody's files are not xyxy in pixels; warn if that is unlikely."""
     if not all(set(data_scripts.FEATURES) <= set(part.column_names) for part in rows.values()):
-        return  # named by the caller
+        return  # the caller raises for missing columns
     for judgement in judge_rows(rows):
         if judgement.is_certain:
             raise ValueError(f"{dataset!r}: {judgement.message}.")
@@ -156,13 +156,13 @@ def is_folder(dataset: str) -> bool:
         return False
     if next(Path(dataset).rglob("*.parquet"), None) is None:
         raise OSError(
-            f"There is no folder {dataset!r} of Parquet files: give one that `python -m data_scripts export` wrote, "
-            f"or one of the sets {', '.join(data_scripts.SOURCES)}."
+            f"There is no folder {dataset!r} of Parquet files: give one that `reftr data export` wrote, "
+            f"or one of the datasets {', '.join(data_scripts.SOURCES)}."
         )
     return True
 
 
-def join_sets(data: DataSettings) -> dict[str, datasets.Dataset]:
+def join_datasets(data: DataSettings) -> dict[str, datasets.Dataset]:
     """Join the training splits of several datasets, and keep the other splits of each."""
     names = data.dataset.split(",")
     check_names(data.dataset_config, names, "dataset_config")
@@ -184,8 +184,8 @@ def stream_rows(data: DataSettings, eval_only: bool) -> dict[str, datasets.Datas
         rows = stream_folder(data)
     elif "," in data.dataset:
         raise ValueError(
-            f"streaming takes one set, and dataset={data.dataset!r} is several: joining them needs to look through "
-            "all rows for images that one of them holds out. Leave streaming out."
+            f"streaming takes one dataset, and dataset={data.dataset!r} names several: joining them requires all "
+            "rows, to find the images that one of them holds out. Leave streaming out."
         )
     else:
         rows = dict(

@@ -1,6 +1,6 @@
 """
-Metrics of grounding for `transformers.Trainer`, which counts rows where a batch has several sentences a row: it would
-cut the outputs and labels of the last batch. Each batch is therefore scored before `Trainer` collects it.
+Grounding metrics for `transformers.Trainer`. `Trainer` truncates the last batch by its number of rows, whereas a row
+has several sentences here. Each batch is therefore scored before `Trainer` gathers it.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from modeling_reftr.image_processing_reftr import resize_logits_in_two_steps
 from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious
 
 
-NO_MASK = -1  # in place of counted pixels; what `Trainer` pads with is negative too
+NO_MASK = -1  # in place of counted pixels; `Trainer` pads with a negative value too
 
 
 @torch.no_grad()
@@ -23,14 +23,14 @@ def score_phrases(outputs: tuple[torch.Tensor, ...], labels: list[dict[str, torc
 
     Args:
         outputs (`tuple[torch.Tensor]`):
-            What the model's configuration leaves to `Trainer`: `pred_boxes` (S, P, 4), `phrase_mask` (S, P) and, from
-            a model that predicts masks, `pred_masks` (S, P, h, w).
+            Outputs that the model's configuration keeps for `Trainer`: `pred_boxes` (S, P, 4), `phrase_mask` (S, P)
+            and, from a model that predicts masks, `pred_masks` (S, P, h, w).
         labels (`list[dict]` of length `S`): of the batch, with `boxes`, `size` and, for some or all, `masks`.
 
     Returns:
-        `torch.Tensor` of shape `(1, phrases, 3)`: the IoU of each phrase's box with the true one, 0 where there is no
-        answer, and the pixels in the intersection and in the union of its masks at the size of the model's input, -1
-        where there are none.
+        `torch.Tensor` of shape `(1, phrases, 3)`: the IoU of each phrase's box with the target, 0 without an answer,
+        and the number of pixels in the intersection and in the union of its masks at the size of the model's input,
+        -1 without masks.
     """
     pred_boxes, phrase_mask, *pred_masks = outputs
     scores = []
@@ -58,14 +58,14 @@ def score_phrases(outputs: tuple[torch.Tensor, ...], labels: list[dict[str, torc
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float | int]:
     """
-    Return the metrics of all phrases: the `compute_metrics` of a `Trainer`, beside `score_phrases`.
+    Return the metrics of all phrases: the `compute_metrics` of a `Trainer`, together with `score_phrases`.
 
     Args:
-        prediction (`EvalPrediction`): whose `predictions` are what `score_phrases` returned.
+        prediction (`EvalPrediction`): its `predictions` are the scores that `score_phrases` returned.
 
     Returns:
-        `dict`: what `BoxMetrics` gives and, where there are masks, what `MaskMetrics` gives at the size of the model's
-        input, as `mask_mean_iou_resized` (the published figure) and so on.
+        `dict`: the metrics of `BoxMetrics` and, if there are masks, of `MaskMetrics` at the size of the model's input,
+        as `mask_mean_iou_resized` (the published metric) and so on.
 
     Raises:
         ValueError: if the predictions are not scores.
@@ -89,7 +89,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float | int]:
     if not all(isinstance(scores, np.ndarray) and scores.ndim == 3 and scores.shape[2] == 3 for scores in batches):
         raise ValueError(
             "The predictions are not scores of phrases: give Trainer preprocess_logits_for_metrics=score_phrases "
-            "beside compute_metrics=compute_metrics."
+            "together with compute_metrics=compute_metrics."
         )
     scores = np.concatenate([scores.reshape(-1, 3) for scores in batches])
     ious, intersections, unions = scores[scores[:, 0] >= 0].T

@@ -147,8 +147,8 @@ def test_training_run_pushes_best_and_final_model(run, hub, recipe, tmp_path):
     assert "metrics.json" not in files
     assert load(files["model.safetensors"])
     card = hub.files(REPOSITORY)["README.md"].decode()
-    assert "The run is not over" not in card
-    assert "It started from random weights" in card
+    assert "Training is not complete" not in card
+    assert "It was initialized from random weights" in card
     # another run with the same settings starts from the pushed recipe
     pushed_recipe = yaml.safe_load(hub.files(REPOSITORY)["recipe.yaml"])
     assert pushed_recipe["dataset"] == "shapes"

@@ -84,7 +84,7 @@ def test_make_reproduce_converts_evaluates_and_compares(files, tmp_path):
             ("masks, mIoU at the resized size", masks, "mask_mean_iou_resized"),
         ):
             assert f"| {split} | {metric} | {100 * values[name]:.2f} | {published} | RefTR, ResNet-101" in report
-    assert "cut to whole pixels, as published" in report
+    assert "truncated to integers, as published" in report
     assert "in the published batches, of 8 expressions" in report
     # the converted model is kept for other uses
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(output / "model"))

@@ -60,8 +60,8 @@ def test_defaults_are_the_published_model():
         ({"max_text_positions": 1000}, "max_text_positions=1000 is more than"),
         ({"d_model": "256"}, "expected int, got str"),
         ({"backbone": "resnet50"}, "give backbone_config"),
-        ({"backbone_config": {"backbone": "hf-hub:someone/model"}}, "names a place to load from"),
-        ({"backbone_config": {"backbone": "local-dir:/tmp"}}, "names a place to load from"),
+        ({"backbone_config": {"backbone": "hf-hub:someone/model"}}, "names a location to load from"),
+        ({"backbone_config": {"backbone": "local-dir:/tmp"}}, "names a location to load from"),
         ({"text_config": {"model_type": "no-such-model"}}, "no-such-model"),
     ],
 )

@@ -172,7 +172,7 @@ def test_what_was_taken_is_logged(original, caplog):
     [
         ({"d_model": 64}, r"encoder\..* has the shape \(32, 32\) in the checkpoint, but the model takes \(64, 64\)"),
         ({"encoder_ffn_dim": 40}, r"linear1\.weight has the shape \(48, 32\) .* takes \(40, 32\)"),
-        ({"encoder_layers": 1}, r"Keys without a place in it: \['transformer\.encoder\.layers\.1\."),
+        ({"encoder_layers": 1}, r"Keys that it lacks: \['transformer\.encoder\.layers\.1\."),
         ({"encoder_layers": 3}, r"does not have: \['encoder\.layers\.2\."),
         ({"backbone_config": {"backbone": "resnet101"}}, r"does not have: \['backbone\._backbone\.layer3\.10\."),
         (

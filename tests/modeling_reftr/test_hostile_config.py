@@ -46,8 +46,8 @@ def change(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backbone_config": {"backbone": "hf-hub:evil/model"}}, "names a place to load from"),
-        ({"backbone_config": {"backbone": "local-dir:/etc"}}, "names a place to load from"),
+        ({"backbone_config": {"backbone": "hf-hub:evil/model"}}, "names a location to load from"),
+        ({"backbone_config": {"backbone": "local-dir:/etc"}}, "names a location to load from"),
         ({"text_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/model"}}, "architecture inside"),
         ({"text_config": {"model_type": "detr", "backbone_config": {**TIMM, "backbone": "hf-hub:evil/m"}}}, "inside"),
         ({"text_config": {"model_type": "detr", "backbone": "resnet50", "use_pretrained_backbone": True}}, "inside"),

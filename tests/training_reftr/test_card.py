@@ -111,15 +111,15 @@ def test_card_warns_of_pretraining_on_held_out_images(folder, settings, is_warne
 )
 def test_card_names_starting_weights(folder, settings, start, base_model):
     card = card_of(folder, dataset="shapes", **settings)
-    assert f"It started from {start}." in card.text
+    assert f"It was initialized from {start}." in card.text
     assert card.data.base_model == base_model
 
 
 def test_card_of_model_without_training_files_is_complete(folder):
     card = card_of(folder)
-    assert "Nothing is written in this folder about its training." in card.text
+    assert "This folder has no record of its training." in card.text
     assert "Not evaluated yet" in card.text
-    assert "It always answers" in card.text
+    assert "The model always predicts a box" in card.text
     assert "referring-image-segmentation" in card.data.tags
     assert card.data.eval_results is None
 
@@ -143,7 +143,7 @@ def test_card_of_fine_tuned_conversion_names_its_start(folder):
     (folder / "origin.json").write_text(json.dumps({"converted_from": "refcoco.pth", "sha256": "0" * 64}))
     describe_best(TrainingSettings.from_flat(output_dir=str(folder), init_from="refcoco.pth"))
     card = card_of(folder)
-    assert "It started from the RefTR `refcoco.pth`." in card.text
+    assert "It was initialized from the RefTR `refcoco.pth`." in card.text
     assert "not trained further" not in card.text
 
 
@@ -197,7 +197,7 @@ def test_card_does_not_take_removed_weights_folder_for_hub_id(folder, tmp_path, 
     describe_best(TrainingSettings.from_flat(output_dir=str(folder), init_from="runs/boxes"))
     (tmp_path / "runs" / "boxes").rmdir()
     card = ModelCard.load(write_card(folder, "someone/reftr"))
-    assert "It started from the RefTR `./runs/boxes`." in card.text
+    assert "It was initialized from the RefTR `./runs/boxes`." in card.text
     assert card.data.base_model is None
 
 

@@ -1,5 +1,5 @@
 """
-Referring expression comprehension, one box per phrase, as a module of `evaluate`. This file works alone: it needs
+Referring expression comprehension, one box per phrase, as a module of `evaluate`. This file works alone: it imports
 `evaluate`, `datasets` and `numpy` only.
 """
 
