@@ -165,8 +165,8 @@ def convert_state_dict(
         `dict[str, torch.Tensor]`: weights that `model.load_state_dict` takes with `strict=True`.
 
     Raises:
-        ValueError: if a published key has no counterpart in our model, a weight of our model has no published key, a shape
-            differs, or a weight is not finite. The message names them.
+        ValueError: if a published key has no counterpart in our model, a weight of our model has no published key, a
+            shape differs, or a weight is not finite. The message names them.
     """
     return place_weights(published, expected, our_names)
 

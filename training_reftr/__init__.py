@@ -1,1 +1,1 @@
-"""Parts of `train_reftr.py`. Each module says which of its functions are collectives, which all processes must call."""
+"""Parts of `train_reftr.py`. Each module names its collectives, functions that all processes must call together."""

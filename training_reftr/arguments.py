@@ -35,7 +35,8 @@ def read_argv(argv: list[str]) -> dict[str, Any]:
         name, given, value = argument[2:].partition("=")
         if name.count(".") > MAX_DEPTH:
             raise ValueError(
-                f"{quote(argument)} names a key inside more than {MAX_DEPTH} mappings; settings are not nested so deeply."
+                f"{quote(argument)} names a key inside more than {MAX_DEPTH} mappings; settings are not nested so "
+                "deeply."
             )
         name, *keys = name.split(".")
         name = name.replace("-", "_")
@@ -72,8 +73,8 @@ def merge_settings(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
     Merge settings with changes that take precedence.
 
     Changes also drop settings of `base` that they make obsolete: starting weights that contradict theirs, so that
-    `--init_from` does not have to reset the recipe's `init_detr`; the flags of another dataset; and, if another model is
-    evaluated, the fields of the one that the recipe trains.
+    `--init_from` does not have to reset the recipe's `init_detr`; the flags of another dataset; and, if another model
+    is evaluated, the fields of the one that the recipe trains.
     """
     dropped = set()
     for name, others in InitializationSettings.EXCLUDED.items():

@@ -143,7 +143,7 @@ def test_training_run_pushes_best_and_final_model(run, hub, recipe, tmp_path):
     assert all(message.startswith("Best model, step ") for message in messages[:-1])
     # the best model was complete and had its own card
     files = hub.files(REPOSITORY, revision=repository.commits[1].oid)
-    assert b"The run is not over" in files["README.md"]
+    assert b"Training is not complete" in files["README.md"]
     assert "metrics.json" not in files
     assert load(files["model.safetensors"])
     card = hub.files(REPOSITORY)["README.md"].decode()

@@ -36,7 +36,7 @@ from training_reftr.arguments import parse_arguments
 EXPECTED = {
     "README.md": (["'phrase': 'the green star'"], ["out.png", "runs/demo/predictions.png"]),
     "docs/train_refcoco.md": (
-        ["120,624", "of val [1.0, 2.0, 31.0, 22.0]", "The run goes through. An epoch of"],
+        ["120,624", "of val [1.0, 2.0, 31.0, 22.0]", "The dry run succeeded. An epoch of"],
         ["samples.png", "runs/refcoco_r50_masks_pretrained/report.md", "held_out.json", "exported/README.md"],
     ),
     "docs/your_own_pictures.md": (
