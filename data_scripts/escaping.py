@@ -58,8 +58,8 @@ def for_markdown(text: str) -> str:
 
 def for_code(text: str) -> str:
     """
-    Return a text as Markdown's code in a line, between as many backticks as it takes. In the cell of a table a bar
-    ends the cell even in code: take `for_markdown` there.
+    Return a text as inline code in Markdown, between as many backticks as it takes. In a table, use `for_markdown`,
+    because a bar ends the cell even in code.
 
     Example:
 

@@ -93,11 +93,11 @@ def pad_target_boxes(
         counts as none.
 
     Raises:
-        ValueError: if there is not one label a sentence, a label has no boxes, or more than the sentence has slots.
+        ValueError: if there is not one label per sentence, a label has no boxes, or more than the sentence has slots.
     """
     num_sentences, num_slots = phrase_mask.shape
     if len(labels) != num_sentences:
-        raise ValueError(f"{len(labels)} labels for {num_sentences} sentences: give one dict a sentence.")
+        raise ValueError(f"{len(labels)} labels for {num_sentences} sentences: give one dict per sentence.")
     target_boxes = phrase_mask.new_zeros((num_sentences, num_slots, 4), dtype=torch.float32)
     for index, label in enumerate(labels):
         if "boxes" not in label:

@@ -298,8 +298,8 @@ class RefTRSinePositionEmbedding(nn.Module):
     """
     Sine and cosine position embedding of a feature map, normalized to the image without padding.
 
-    Other than in DETR, positions are those of cell centers. Rows and columns of padding give angles near -3e6, which
-    are part of the published model: its mask head reads padded positions.
+    Unlike in DETR, positions are pixel centers of the feature map. Rows and columns of padding give angles near
+    -3e6, which are part of the published model: its mask head reads padded positions.
     """
 
     def __init__(self, config: RefTRConfig):
@@ -339,8 +339,8 @@ class RefTRLearnedPositionEmbedding(nn.Module):
         limit = self.row_embeddings.num_embeddings
         if max(height, width) > limit:
             raise ValueError(
-                f"The feature map of {height} x {width} cells is larger than max_image_positions={limit}; use smaller "
-                "images or position_embedding_type='sine'."
+                f"The feature map of {height} x {width} positions is larger than max_image_positions={limit}; use "
+                "smaller images or position_embedding_type='sine'."
             )
         columns = self.column_embeddings(torch.arange(width, device=mask.device)).expand(height, width, -1)
         rows = self.row_embeddings(torch.arange(height, device=mask.device))[:, None].expand(height, width, -1)
