@@ -158,7 +158,7 @@ def test_training_run_pushes_best_and_final_model(run, hub, recipe, tmp_path):
 def test_dry_run_pushes_nothing(run, hub, recipe, tmp_path):
     flags = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run", "--dry_run")
     result = run("train_reftr.py", recipe, *flags, **hub.environment("hf_write", tmp_path / "home"))
-    assert "The run goes through." in result.stdout
+    assert "The dry run succeeded." in result.stdout
     assert hub.repositories == {}
 
 
@@ -221,7 +221,7 @@ def test_training_run_with_failing_hub_still_writes_results(run, hub, recipe, tm
     flags = ("--push_to_hub", REPOSITORY, "--output_dir", tmp_path / "run")
     result = run("train_reftr.py", recipe, *flags, check=False, **hub.environment("hf_write", tmp_path / "home"))
     assert result.returncode == 1
-    assert "The training goes on." in result.stderr
+    assert "Training continues." in result.stderr
     assert f"was not pushed to '{REPOSITORY}'" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]

@@ -526,7 +526,7 @@ def test_load_rows_joins_datasets_without_held_out_images(tmp_path):
     with pytest.raises(ValueError, match=r"dataset_config has no field 'refcoco'. Did you mean 'refcoco_unc'"):
         load_rows(args.data)
     args.data.streaming = True
-    with pytest.raises(ValueError, match="streaming takes one set"):
+    with pytest.raises(ValueError, match="streaming takes one dataset"):
         load_rows(args.data)
 
 

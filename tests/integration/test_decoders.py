@@ -15,7 +15,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 import data_scripts
 import reftr_cli.data as data_command
 from data_scripts import reading
-from data_scripts.checking import find_image_faults
+from data_scripts.checking import validate_image
 from modeling_reftr import VisualGroundingPipeline, decoding_reftr, open_image
 from modeling_reftr.drawing_reftr import draw_answers
 from reftr_cli import predict
@@ -106,7 +106,7 @@ def check_jsonl(folder, image):
 
 def raise_faults(row):
     """Raise the faults that `reftr data check` finds in a row."""
-    for _, message in find_image_faults(row, decode=True):
+    for _, message in validate_image(row, decode=True):
         raise ValueError(message)
 
 

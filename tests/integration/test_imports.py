@@ -19,7 +19,8 @@ PRODUCT = [
     for path in ([ROOT / f"{layer}.py"] if layer == "train_reftr" else sorted((ROOT / layer).rglob("*.py")))
 ]
 # not uploaded: conversion reads pickles with the restricted reader of data_scripts
-NOT_UPLOADED = {"convert_reftr_checkpoint", "checkpoint_claims", "__init__", "__main__", "export", "predict"}
+FORMER_COMMANDS = {"__main__", "demo", "export", "predict", "push"}
+NOT_UPLOADED = {"convert_reftr_checkpoint", "checkpoint_claims", "__init__", *FORMER_COMMANDS}
 
 
 def layer_of(module: str) -> str:

@@ -393,7 +393,7 @@ def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path
 
 
 def test_what_the_published_code_cannot_build_is_refused(make_model, tmp_path):
-    with pytest.raises(ValueError, match=r"no place for these weights: .*mask_head\.unknown"):
+    with pytest.raises(ValueError, match=r"lacks these weights: .*mask_head\.unknown"):
         to_published_state_dict({"mask_head.unknown": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"missing: \['model\.encoder\.layers\.0\.self_attn\.k_proj\.bias', .*v_proj"):
         to_published_state_dict({"model.encoder.layers.0.self_attn.q_proj.bias": torch.zeros(1)})

@@ -91,7 +91,7 @@ def test_card_without_dataset_hub_id_has_no_leaderboard_entries(folder):
     ],
 )
 def test_card_warns_of_pretraining_on_held_out_images(folder, settings, is_warned):
-    assert ("**Seen before:**" in card_of(folder, **settings).text) == is_warned
+    assert ("**Data leakage:**" in card_of(folder, **settings).text) == is_warned
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_card_of_converted_checkpoint_keeps_its_license(folder):
     card = card_of(folder)
     assert card.data.license == "mit"
     assert "Converted from the published checkpoint `refcoco.pth`" in card.text
-    assert "**Seen before:**" in card.text
+    assert "**Data leakage:**" in card.text
 
 
 def test_card_of_fine_tuned_conversion_names_its_start(folder):
@@ -213,7 +213,7 @@ def test_card_of_unfinished_run_reports_best_validation(folder):
     lines = [json.dumps({"step": step, "validation/accuracy@0.5": value}) for step, value in values.items()]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     text = card_of(folder, dataset="shapes").text
-    assert "Its best validation so far, at update 8: boxes: accuracy at IoU 0.5 0.625." in text
+    assert "Best validation so far, at step 8: boxes: accuracy at IoU 0.5 0.625." in text
 
 
 def test_write_card_refuses_folder_without_model(tmp_path):

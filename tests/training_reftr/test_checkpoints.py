@@ -19,12 +19,12 @@ from training_reftr.checkpoints import (
     STATE,
     TrainingState,
     checkpoints_of,
-    find_fault,
     find_latest_valid_checkpoint,
     load_optimizer,
     load_state,
     rename_later,
     save_checkpoint,
+    validate_checkpoint,
 )
 from training_reftr.settings import CheckpointSettings
 from training_reftr.tracking import keep_until
@@ -79,8 +79,8 @@ STATES = {
 def test_checkpoint_with_invalid_state_is_refused(run_folder, changes, message):
     latest, before = checkpoints_of(run_folder)
     change_state(latest, **changes)
-    assert re.search(message, find_fault(latest))
-    assert find_fault(before) is None
+    assert re.search(message, validate_checkpoint(latest))
+    assert validate_checkpoint(before) is None
 
 
 FILES = {
@@ -97,7 +97,7 @@ def test_checkpoint_with_damaged_file_is_refused(run_folder, name, content, mess
     latest = checkpoints_of(run_folder)[0]
     (latest / name).write_bytes(content)
     write_manifest(latest)
-    assert re.search(message, find_fault(latest))
+    assert re.search(message, validate_checkpoint(latest))
 
 
 ENTRY = [1, "0" * 64]
@@ -134,19 +134,19 @@ def test_checkpoint_with_invalid_manifest_is_refused(run_folder, change, message
     manifest = json.loads((latest / MANIFEST).read_text())
     change(manifest)
     (latest / MANIFEST).write_text(json.dumps(manifest))
-    assert re.search(message, find_fault(latest))
+    assert re.search(message, validate_checkpoint(latest))
     for content in ("[]", "null", "{", '{"a": }'):
         (latest / MANIFEST).write_text(content)
-        assert "manifest.json' is damaged" in find_fault(latest)
+        assert "manifest.json' is damaged" in validate_checkpoint(latest)
 
 
 def test_checkpoint_with_mismatched_optimizer_is_refused(run_folder):
     latest, before = checkpoints_of(run_folder)
     change_optimizer(latest, lambda tensors: tensors.update({"model.unknown/exp_avg": torch.zeros(2)}))
-    assert "does not fit the model, which has no weight 'model.unknown'" in find_fault(latest)
+    assert "does not fit the model, which has no weight 'model.unknown'" in validate_checkpoint(latest)
     key = next(key for key, value in load_file(before / OPTIMIZER).items() if value.dim() > 1)
     change_optimizer(before, lambda tensors: tensors.update({key: tensors[key][:1].clone()}))
-    assert f"{key!r} has shape [1, " in find_fault(before)
+    assert f"{key!r} has shape [1, " in validate_checkpoint(before)
 
 
 def test_find_latest_valid_checkpoint_skips_damaged_ones(run_folder, caplog):

@@ -26,9 +26,9 @@ from tests.helpers.tiny import ROOT
 from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.data import GroundingCollator, move
 from training_reftr.evaluation import compare_boxes, evaluate, order_records, phrase_keys, predict_batch, summarize
-from training_reftr.published_results import NAMES_OF_SETS, RESULTS, comparable_results
+from training_reftr.published_results import DATASET_NAMES, RESULTS, comparable_results
 from training_reftr.report import (
-    controls,
+    blind_baselines,
     find_training_rows,
     format_report,
     format_table,
@@ -291,8 +291,8 @@ def test_evaluate_with_two_step_masks_resizes_twice(make_model, processor, shape
 def test_evaluation_omits_unavailable_baselines_with_warning(shapes, caplog):
     args = TrainingSettings.from_flat(train_split="train+none")
     assert find_training_rows(shapes, args.data) is None
-    assert controls([record_of(object_id="x", pred_box=[0, 0, 1, 1])], None, "testA", args.data) == {}
-    assert "testA: no constant box, which is chosen on the split 'train+none'" in caplog.text
+    assert blind_baselines([record_of(object_id="x", pred_box=[0, 0, 1, 1])], None, "testA", args.data) == {}
+    assert "testA: no constant box, because the split 'train+none' that it is chosen on was not loaded" in caplog.text
     assert "testA: no swapped expressions" in caplog.text
     both = find_training_rows(shapes, DataSettings(train_split="train+validation"))
     assert len(both) == len(shapes["train"]) + len(shapes["validation"])
@@ -321,7 +321,7 @@ def test_constant_box_is_chosen_on_all_training_rows(shapes, make_model, process
     records = evaluate(
         make_model(), processor, shapes["test"], TrainingSettings.from_flat(num_workers=0), accelerator, "test"
     )
-    found = controls(records, shapes["train"], "test", DataSettings())["constant_box"]
+    found = blind_baselines(records, shapes["train"], "test", DataSettings())["constant_box"]
     assert found == constant_box(shapes["train"], records)
     assert found != constant_box(shapes["train"].select(range(1)), records)
 
@@ -419,7 +419,7 @@ def test_report_of_flickr30k_names_both_recalls(trained, recipe, run, tmp_path):
     assert len(tables_of(text)[("merged-box recall@1", "any-box recall@1", "phrases")]) == 1 + len(
         splits["train"]["per_kind"]
     )
-    assert "Not there, because there was nothing to make it of: expressions swapped." in text
+    assert "Not computed, for lack of data: expressions swapped." in text
     # the published results on test use merged boxes
     rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
     assert [(row[0], row[1], row[3]) for row in rows] == [
@@ -493,16 +493,16 @@ def test_report_lists_published_metrics_of_same_dataset_and_split():
     ]
     assert all(row[4] == "RefTR, ResNet-101, pre-training: Visual Genome" for row in confirmed)
     assert [row[3] for row in rows if row not in confirmed] == ["62.16"]
-    assert "cut to whole pixels, as published" in text
+    assert "truncated to integers, as published" in text
     assert "in two steps, as published" in text
-    assert "it has seen the held-out images" in text
+    assert "has seen the held-out images" in text
 
 
 def test_report_without_masks_lists_no_published_mask_metrics():
     text = format_report(metrics_of("refcocog_umd", "test", integer_boxes=False))
     rows = tables_of(text)[("metric", "this model", "published", "published model", "source")]
     assert {row[1] for row in rows} == {"boxes, accuracy@0.5"}
-    assert "against the true ones as annotated" in text
+    assert "compared with the ground truth as annotated" in text
     assert "Published metrics are of target boxes rounded to integers" in text
 
 
@@ -529,7 +529,7 @@ def test_has_integer_boxes_follows_flags_of_each_dataset():
     ],
 )
 def test_report_lists_no_published_metrics_if_not_comparable(dataset, split):
-    assert "published figures" not in format_report(metrics_of(dataset, split))
+    assert "Compared with published results" not in format_report(metrics_of(dataset, split))
 
 
 def test_comparable_results_of_joined_datasets_use_own_dataset():
@@ -544,12 +544,12 @@ def test_comparable_results_of_joined_datasets_use_own_dataset():
 def test_published_results_are_percent_of_known_datasets():
     import data_scripts
 
-    for names in NAMES_OF_SETS.values():
+    for names in DATASET_NAMES.values():
         assert set(names) <= set(data_scripts.SOURCES)
     for result in RESULTS:
-        assert all(1 < value < 100 for value in result.figures.values())
-        for name in NAMES_OF_SETS[result.dataset]:
-            assert set(result.figures) <= set(data_scripts.SOURCES[name].splits)
+        assert all(1 < value < 100 for value in result.percentages.values())
+        for name in DATASET_NAMES[result.dataset]:
+            assert set(result.percentages) <= set(data_scripts.SOURCES[name].splits)
     # a split has one value per backbone, pre-training and metric
     keys = [(r.dataset, r.metric, r.backbone, r.pre_training) for r in RESULTS]
     assert len(set(keys)) == len(keys)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests.helpers.faults import finish, kill, losses_of, start, steps_of, wait_for, write_recipe
 from tests.helpers.processes import start_ranks
 from tests.helpers.tiny import ROOT, trials
-from training_reftr.checkpoints import checkpoints_of, find_fault, find_latest_valid_checkpoint, load_state
+from training_reftr.checkpoints import checkpoints_of, find_latest_valid_checkpoint, load_state, validate_checkpoint
 from training_reftr.settings import TrainingSettings
 
 
@@ -156,7 +156,7 @@ def test_resume_skips_damaged_checkpoint_and_keeps_it(recipe, undisturbed, tmp_p
 def test_run_keeps_latest_checkpoints_and_best_model(recipe, tmp_path, keep):
     finish(run(recipe, tmp_path, 1, "--keep_checkpoints", keep))
     assert steps_of(tmp_path) == list(range(LAST_STEP, LAST_STEP - keep, -1))
-    assert all(find_fault(path) is None for path in checkpoints_of(tmp_path))
+    assert all(validate_checkpoint(path) is None for path in checkpoints_of(tmp_path))
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert not list(tmp_path.glob(".*.incomplete"))
     state = load_state(checkpoints_of(tmp_path)[0])
@@ -253,7 +253,7 @@ def test_interrupted_run_saves_itself_and_resumes_bit_identically(recipe, undist
     assert "--resume auto\n" in output
     assert "Traceback" not in output.partition("Continue with")[0]  # a launcher adds its own traceback after it
     assert ranks > 1 or "Traceback" not in output
-    assert find_fault(checkpoints_of(tmp_path / "run")[0]) is None
+    assert validate_checkpoint(checkpoints_of(tmp_path / "run")[0]) is None
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     finish(run(recipe, tmp_path / "run", ranks, *workers, "--resume", "auto"))
     assert_same(tmp_path / "run", undisturbed[ranks])
@@ -456,7 +456,7 @@ def test_resume_auto_without_checkpoint_starts_new_run(recipe, tmp_path):
 @pytest.mark.parametrize(("split", "num_steps"), [("train", 6), ("train+validation", 7)])
 def test_dry_run_estimates_time_and_writes_nothing(recipe, tmp_path, split, num_steps):
     output = finish(run(recipe, tmp_path / "none", 1, "--dry_run", "--train_split", split))
-    assert re.search(rf"An epoch of {num_steps} updates takes about [\d.]+ hours", output)
+    assert re.search(rf"An epoch of {num_steps} steps takes about [\d.]+ hours", output)
     assert not (tmp_path / "none").exists()
 
 

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou
 
 import data_scripts
 import train_reftr
-from data_scripts.checking import find_box_faults
+from data_scripts.checking import validate_boxes
 from data_scripts.exporting import export_dataset
 from data_scripts.reports import format_statistics
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
@@ -321,7 +321,7 @@ def test_check_warns_of_published_misses_with_reason(index, capsys, tmp_path):
         assert f"{why}: it cannot be learned, and counts as a miss in an evaluation, as published" in printed
     # without integer_boxes a box without extent is an error
     (row,) = [row for row in rows_of(index) if any(item["box"] == [5, 6, 5, 9] for item in row["objects"])]
-    assert [kind for kind, message in find_box_faults(row) if "no extent" in message] == ["box"]
+    assert [kind for kind, message in validate_boxes(row) if "no extent" in message] == ["box"]
 
 
 def test_statistics_and_preview_accept_published_misses(index, tmp_path):

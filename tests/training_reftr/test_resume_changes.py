@@ -117,7 +117,7 @@ def test_resume_with_changed_setting_is_refused_or_recorded(recipe, stopped_run,
         assert len(warnings) == 1
         assert change in warnings[0]
         assert f"# from step 6 on: {change}" in text
-        assert f"Settings were changed while it ran: from step 6 on: {change}" in card
+        assert f"Settings were changed during training: from step 6 on: {change}" in card
     else:
         assert not warnings
         assert not text.startswith("#")

@@ -94,7 +94,7 @@ def test_model_without_init_has_random_weights_of_seed(build):
     weights = first.model.state_dict()
     assert is_subset(again.model.state_dict(), weights)
     assert not is_subset(weights_below(other.model, "model.encoder."), weights_below(first.model, "model.encoder."))
-    assert "Random weights, as nothing names others: backbone, box_head, decoder, encoder," in first.log
+    assert "Random weights, because no setting initializes them: backbone, box_head, decoder, encoder," in first.log
 
 
 # 4. image and text backbones
@@ -110,7 +110,7 @@ def test_init_text_loads_weights_and_tokenizer(build, text_folder, tokenizer):
     assert (
         f"init_text: {count} weights of the text backbone from {text_folder}. Random weights in it: none." in built.log
     )
-    assert "text_backbone" not in built.log.split("as nothing names others")[1]
+    assert "text_backbone" not in built.log.split("no setting initializes them")[1]
     changed = build(init_text=str(text_folder), model={**TINY_MODEL, "text_config": {"hidden_dropout_prob": 0.3}})
     assert changed.model.config.text_config.hidden_dropout_prob == 0.3
     assert is_subset(weights_below(changed.model, "model.text_backbone."), pretrained.state_dict())
@@ -235,7 +235,7 @@ def test_init_backbone_refuses_mismatched_weights(build, tmp_path):
         build(init_backbone=str(tmp_path / "other.safetensors"))
     for name in (str(tmp_path), "resnet50", str(tmp_path / "none.pth")):
         with pytest.raises(
-            OSError, match=r"is neither a file of weights \(\.pth, \.pt, \.bin, \.safetensors\) nor the word"
+            OSError, match=r"is neither a weights file \(\.pth, \.pt, \.bin, \.safetensors\) nor 'timm'"
         ):
             build(init_backbone=name)
     transformers_resnet = {
@@ -265,7 +265,7 @@ def test_init_detr_and_text_load_published_start(build, detr_file, text_folder):
     )
     assert_frozen_as_configured(built.model)
     assert f"weights of image backbone and encoder from {detr_file}." in built.log
-    random = built.log.split("Random weights, as nothing names others: ")[1]
+    random = built.log.split("Random weights, because no setting initializes them: ")[1]
     assert random.startswith("box_head, decoder, image_projection, level_embedding, phrase_projection, query_encoder")
 
 
@@ -295,7 +295,7 @@ def test_init_from_published_file_equals_its_conversion(build, published, tmp_pa
     ]
     assert configs[0] == configs[1]
     assert f"RefTR from {file}: {len(weights)} weights. Random weights: none. Left: none." in built.log
-    assert "taken as published, because shapes do not tell: " in built.log
+    assert "assumed as published, because shapes do not determine them: " in built.log
     assert_frozen_as_configured(built.model)
     # a second stage on top: the mask head is random, all other weights are loaded
     masks = build(init_from=str(file), tokenizer=tokenizer, model={"predict_masks": True, "auxiliary_loss": False})
