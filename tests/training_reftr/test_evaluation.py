@@ -293,7 +293,7 @@ def test_evaluation_omits_unavailable_baselines_with_warning(shapes, caplog):
     assert find_training_rows(shapes, args.data) is None
     assert blind_baselines([record_of(object_id="x", pred_box=[0, 0, 1, 1])], None, "testA", args.data) == {}
     assert "testA: no constant box, because the split 'train+none' that it is chosen on was not loaded" in caplog.text
-    assert "testA: no swapped expressions" in caplog.text
+    assert "testA: no shuffled expressions" in caplog.text
     both = find_training_rows(shapes, DataSettings(train_split="train+validation"))
     assert len(both) == len(shapes["train"]) + len(shapes["validation"])
     streamed = {"train": shapes["train"].to_iterable_dataset()}

@@ -173,7 +173,7 @@ def test_evaluation_in_published_batches_matches_published_boxes(index, model_fo
         assert sentence in report
         assert ("padding changes answers" in report) == (name != "published")
         assert "1 phrases whose box has no extent count as misses, as published" in report
-        assert "2 phrases whose mask has no pixel count with a mask IoU of 0, as published" in report
+        assert "2 phrases with an empty mask count with a mask IoU of 0, as published" in report
 
 
 def test_evaluation_on_two_ranks_keeps_published_batches(index, model_folder, evaluate_as):
