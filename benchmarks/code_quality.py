@@ -135,7 +135,7 @@ def measure(paths: list[Path], model_files: list[Path], name: str) -> dict:
 
 
 def count_upward_imports() -> int:
-    """Return the number of imports from a higher floor of the project."""
+    """Return the number of imports from a higher layer of the project."""
     sys.path.insert(0, str(ROOT))
     from tests.integration.test_imports import PRODUCT, module_of, upward_imports
 

@@ -436,11 +436,6 @@ def test_builder_encodes_polygon_far_beyond_image(tmp_path, refcoco, run):
     assert run("-c", code).stdout == "True"
 
 
-def test_data_scripts_import_loads_no_torch(run):
-    code = "import sys, data_scripts; sys.stdout.write(str({'torch', 'transformers'} & set(sys.modules)))"
-    assert run("-c", code).stdout == "set()"
-
-
 def test_builder_decodes_rotated_images_as_annotated(refcoco):
     """datasets applies the EXIF orientation on decoding; the boxes of a row refer to the row's width and height."""
     row = next(row for row in refcoco[1]("train") if row["image_id"] == "coco_40")

@@ -1,5 +1,6 @@
 """Training requires a recipe: command lines without one run the demo or exit before torch is imported."""
 
+import json
 import os
 import re
 import subprocess
@@ -134,7 +135,8 @@ def test_accelerate_launch_without_arguments_runs_demo(tmp_path):
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if " step 50 " in line or len(lines) > 1000:
+        # the record of step 50 is written after its line
+        if " step 100 " in line or len(lines) > 1000:
             break
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
@@ -142,5 +144,6 @@ def test_accelerate_launch_without_arguments_runs_demo(tmp_path):
     process.communicate()
     spoken = [line for line in lines if "No recipe is given" in line]
     assert len(spoken) == 1
-    assert " step 50 " in lines[-1]
-    assert (tmp_path / "runs" / "reftr" / "metrics.jsonl").exists()
+    assert " step 100 " in lines[-1]
+    records = [json.loads(line) for line in (tmp_path / "runs" / "reftr" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["step"] == 50
