@@ -1,4 +1,4 @@
-"""One answer in Python and one in JSON, whichever call gives it; deprecated names."""
+"""Format of an answer in Python and in JSON, and deprecated argument names."""
 
 import json
 
@@ -19,7 +19,7 @@ def image(shapes):
     return shapes["test"][0]["image"]
 
 
-def test_answer_has_the_fields_of_the_library_pipelines(make_model, processor, image):
+def test_answer_has_fields_of_library_pipelines(make_model, processor, image):
     pipe = pipeline("visual-grounding", model=make_model(predict_masks=True), processor=processor)
     found, missing = pipe(image, text=CAPTION, phrases=["the red circle", "the star"])
     assert found["label"] == found["phrase"] == "the red circle"
@@ -29,7 +29,7 @@ def test_answer_has_the_fields_of_the_library_pipelines(make_model, processor, i
     assert missing == {"label": "the star", "phrase": "the star", "score": 0.0, "box": None, "mask": None}
 
 
-def test_answer_to_json_is_one_shape(make_model, processor, image):
+def test_answer_to_json_serializes_found_and_missing_phrases(make_model, processor, image):
     pipe = pipeline("visual-grounding", model=make_model(predict_masks=True), processor=processor)
     answers = pipe(image, text=CAPTION, phrases=["the red circle", "the star"])
     found, missing = json.loads(json.dumps([answer_to_json(answer) for answer in answers]))
@@ -40,7 +40,7 @@ def test_answer_to_json_is_one_shape(make_model, processor, image):
     assert set(answer_to_json(pipe(image, text="the star")[0])) == {"label", "phrase", "score", "box"}
 
 
-def test_line_of_predictions_contains_the_answer_in_json():
+def test_prediction_line_contains_json_answer():
     record = {"image_id": "1", "sentence_id": "2", "phrase": 0, "words": "the star", "iou": 0.5, "any_box_iou": 0.5}
     record["pred_box"] = [0.123, 1, 2, 3]
     line = prediction("test", record)
@@ -51,7 +51,7 @@ def test_line_of_predictions_contains_the_answer_in_json():
     assert line | json_answer("the star", None, segmentation=None) == line
 
 
-def test_annotated_sizes_is_a_deprecated_alias(processor, image):
+def test_processors_warn_about_deprecated_annotated_sizes(processor, image):
     sizes = [(image.height, image.width)]
     for call in (
         lambda **sizes: processor(image, "the star", **sizes),

@@ -1,4 +1,4 @@
-"""The stages that are found in image backbones, with random weights, and what freezing them covers."""
+"""Stages found in image backbones with random weights, and the parameters that freezing covers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ FOUR_STAGES = {"depths": [1, 1, 2, 1]}
 CONVNEXT = {**FOUR_STAGES, "hidden_sizes": [8, 16, 24, 32]}
 SWIN = {**FOUR_STAGES, "embed_dim": 8, "num_heads": [1, 1, 2, 2]}
 VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-# architecture of timm -> its stages
+# timm architecture -> names of its stages
 TIMM = {
     "test_resnet": ["layer1", "layer2", "layer3", "layer4"],
     "test_efficientnet": ["blocks.1", "blocks.2", "blocks.3", "blocks.4"],
@@ -23,11 +23,11 @@ TIMM = {
     "regnetx_002": ["s1", "s2", "s3", "s4"],
     "mobilenetv3_small_050": ["blocks.0", "blocks.1", "blocks.3", "blocks.5"],
     "densenet121": ["features_denseblock1", "features_denseblock2", "features_denseblock3", "features_norm5"],
-    "vgg11_bn": ["features_13", "features_20", "features_27", "features_28"],  # poolings, without parameters
+    "vgg11_bn": ["features_13", "features_20", "features_27", "features_28"],  # pooling layers without parameters
     "darknet53": ["stages_1", "stages_2", "stages_3", "stages_4"],
     "pvt_v2_b0": ["stages_0", "stages_1", "stages_2", "stages_3"],
 }
-# model_type of transformers -> its settings, the list of its stages and how many there are
+# transformers model_type -> (settings, name of the list of stages, number of stages)
 TRANSFORMERS = {
     "resnet": ({**FOUR_STAGES, "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32]}, "encoder.stages", 4),
     "rt_detr_resnet": ({**FOUR_STAGES, "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32]}, "encoder.stages", 4),

@@ -1,4 +1,4 @@
-"""The published way to masks, in miniature: Visual Genome, then boxes, then masks, each from the one before it."""
+"""The published training chain in miniature: Visual Genome, boxes, masks, each started from the previous run."""
 
 import itertools
 import json
@@ -13,8 +13,8 @@ from tests.helpers.layout_visual_genome import make_visual_genome
 from tests.helpers.tiny import TINY_MODEL, TINY_TEXT
 
 
-def test_visual_genome_then_boxes_then_masks(run, tmp_path):
-    """With the published recipes, on files in their authors' layouts; a second recipe makes everything small."""
+def test_recipe_chain_passes_weights_on_and_excludes_held_out_images(run, tmp_path):
+    """Run the published recipes on files in the original layouts; a second recipe makes everything small."""
     make_visual_genome(tmp_path / "visual_genome", (581857, 100, 20, 101, 102))
     for name in ("refcoco_unc", "refcoco+_unc", "refcocog_umd"):
         make_refcoco(tmp_path / "refer", name)
@@ -32,10 +32,10 @@ def test_visual_genome_then_boxes_then_masks(run, tmp_path):
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
 
-    def train(name, *words):
+    def train(name, *arguments):
         output_dir = tmp_path / name
         recipe = f"recipes/{name}.yaml"
-        run("train_reftr.py", recipe, tmp_path / "small.yaml", "--output_dir", output_dir, *words)
+        run("train_reftr.py", recipe, tmp_path / "small.yaml", "--output_dir", output_dir, *arguments)
         return output_dir, json.loads((output_dir / "metrics.json").read_text())["splits"]
 
     pretrained, _ = train(
@@ -43,20 +43,20 @@ def test_visual_genome_then_boxes_then_masks(run, tmp_path):
         *("--data_dir", tmp_path / "visual_genome", "--dataset_config.exclude_data_dir", tmp_path / "refer"),
         *("--dataset_config.validation_images", 1, "--warmup_epochs", 1),
     )
-    places = ("--data_dir", tmp_path / "refer")
-    boxes, figures = train("refcoco_r50_boxes_pretrained", "--init_from", pretrained, *places)
-    assert set(figures) == {"val", "testA", "testB"}
-    assert "mask_mean_iou" not in figures["testA"]
-    masks, figures = train("refcoco_r50_masks_pretrained", "--init_from", boxes, *places)
-    assert 0 <= figures["testB"]["mask_mean_iou_resized"] <= 1
-    # each run began with the weights of the one before
+    data_arguments = ("--data_dir", tmp_path / "refer")
+    boxes, metrics = train("refcoco_r50_boxes_pretrained", "--init_from", pretrained, *data_arguments)
+    assert set(metrics) == {"val", "testA", "testB"}
+    assert "mask_mean_iou" not in metrics["testA"]
+    masks, metrics = train("refcoco_r50_masks_pretrained", "--init_from", boxes, *data_arguments)
+    assert 0 <= metrics["testB"]["mask_mean_iou_resized"] <= 1
+    # each run started from the weights of the previous run
     chain = [load_file(folder / "model.safetensors") for folder in (pretrained, boxes, masks)]
     names = [name for name in chain[0] if "encoder" in name and name.endswith("proj.weight")]
     assert names
     for before, after in itertools.pairwise(chain):
         assert before.keys() <= after.keys()
         assert all((before[name] - after[name]).abs().max() < 0.01 for name in names)
-    # and no held-out picture was seen on the way
+    # no held-out image was part of the first dataset
     rows = data_scripts.load(
         "visual_genome",
         data_dir=tmp_path / "visual_genome",
@@ -66,6 +66,6 @@ def test_visual_genome_then_boxes_then_masks(run, tmp_path):
         validation_images=1,
     )
     held_out = held_out_coco_ids(["refcoco_unc", "refcoco+_unc", "refcocog_umd"], tmp_path / "refer")
-    seen = {data_scripts.coco_id(image_id) for split in rows.values() for image_id in split["image_id"]}
+    used = {data_scripts.coco_id(image_id) for split in rows.values() for image_id in split["image_id"]}
     assert held_out
-    assert not seen & held_out
+    assert not used & held_out

@@ -1,4 +1,4 @@
-"""RefTRConfig: published defaults, and nonsense refused with a sentence."""
+"""RefTRConfig: published defaults, and errors that name invalid values."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from modeling_reftr import RefTRConfig
 
 
-def test_defaults_are_the_published_model():
+def test_config_defaults_match_published_model():
     config = RefTRConfig()
     assert config.backbone_config.model_type == "timm_backbone"
     assert config.backbone_config.backbone == "resnet50"
@@ -34,7 +34,7 @@ def test_defaults_are_the_published_model():
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"box_head_init_std": -1.0}, "box_head_init_std=-1.0"),
         ({"d_model": 30}, "d_model=30 is not a multiple of encoder_attention_heads=8"),
@@ -65,12 +65,12 @@ def test_defaults_are_the_published_model():
         ({"text_config": {"model_type": "no-such-model"}}, "no-such-model"),
     ],
 )
-def test_nonsense_is_refused_with_a_sentence(settings, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
+def test_config_rejects_invalid_values(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         RefTRConfig(**settings)
 
 
-def test_saved_config_is_the_same(tmp_path):
+def test_config_round_trips_through_save_pretrained(tmp_path):
     config = RefTRConfig(d_model=64, backbone_config={"backbone": "resnet18", "output_stride": 16})
     config.save_pretrained(tmp_path)
     assert RefTRConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

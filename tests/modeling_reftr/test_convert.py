@@ -1,4 +1,4 @@
-"""The converter: every published key is used, or ignored by name, or refused; files are read, never run."""
+"""The converter uses every published key, ignores it by name or refuses it; code in a file is never executed."""
 
 import argparse
 import copy
@@ -50,7 +50,7 @@ from tests.helpers.tiny import ROOT
 
 CASES = ("rec_bert", "rec_roberta", "multiphrase_bert", "res_bert")
 FULL_SIZE = json.loads((GOLDEN / "full_size_keys.json").read_text())
-# parameters, where they were counted on the published model
+# parameter counts, for the published models on which they were counted
 FULL_SIZE_PARAMETERS = {
     "rec_resnet50_bert": 151_981_508,
     "rec_resnet101_bert": 170_921_412,
@@ -61,7 +61,7 @@ FULL_SIZE_PARAMETERS = {
 
 
 def published_content(weights):
-    """A checkpoint as the published training script writes it, two moments a weight in the optimizer's state."""
+    """Return a checkpoint as the published training script writes it, with two optimizer moments per weight."""
     moments = {
         index: {"step": 7, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         for index, weight in enumerate(weights.values())
@@ -83,7 +83,7 @@ def meta_model(config):
 
 
 def run_main(*arguments):
-    """The command as a user starts it, within this process."""
+    """Run the command as a user would, within this process."""
     assert run_command(["convert", *map(str, arguments)]) == 0
 
 
@@ -114,7 +114,7 @@ def published(published_weights):
 
 @pytest.fixture(scope="module")
 def checkpoint(published_weights, tmp_path_factory):
-    """A small file with everything that a published one holds."""
+    """Write a small file with every entry of a published checkpoint."""
     path = tmp_path_factory.mktemp("published") / "checkpoint.pth"
     torch.save(published_content(published_weights), path)
     yield path
@@ -123,7 +123,7 @@ def checkpoint(published_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def golden_folders(tmp_path_factory):
-    """The folder of a golden case's configuration, which names the heads that shapes do not tell."""
+    """Save the configuration of each golden case, which has the numbers of heads that shapes do not determine."""
     folders = {}
     for name in CASES:
         folders[name] = tmp_path_factory.mktemp(name)
@@ -131,14 +131,14 @@ def golden_folders(tmp_path_factory):
     return folders
 
 
-def test_packed_attention_is_split(published, expected):
+def test_convert_state_dict_splits_packed_attention(published, expected):
     converted = convert_state_dict(published, expected)
     packed = published["vl_transformer.encoder.layers.0.self_attn.in_proj_weight"]
     parts = [converted[f"model.encoder.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(torch.cat(parts), packed)
 
 
-def test_leftovers_of_2021_are_ignored(published, expected):
+def test_convert_state_dict_ignores_obsolete_keys(published, expected):
     leftovers = {
         "lang_backbone.embeddings.position_ids": torch.arange(128)[None],
         "total_params": torch.zeros(1),
@@ -150,7 +150,7 @@ def test_leftovers_of_2021_are_ignored(published, expected):
     )
 
 
-def test_unknown_and_missing_keys_are_listed(published, expected):
+def test_convert_state_dict_lists_unknown_and_missing_keys(published, expected):
     del published["bbox_embed.layers.2.bias"]
     published["bbox_attention.q_linear.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match="do not fit") as error:
@@ -167,13 +167,13 @@ def test_unknown_and_missing_keys_are_listed(published, expected):
         ("vl_transformer.encoder.layers.1.self_attn.in_proj_bias", (), r"\(\) in the .*\(384,\)"),
     ],
 )
-def test_a_wrong_shape_is_named(published, expected, key, shape, message):
+def test_convert_state_dict_rejects_wrong_shape(published, expected, key, shape, message):
     published[key] = torch.zeros(shape)
     with pytest.raises(ValueError, match=f"{key} .*{message}"):
         convert_state_dict(published, expected)
 
 
-def test_a_transposed_weight_is_named(published, expected):
+def test_convert_state_dict_rejects_transposed_weight(published, expected):
     key = "vl_transformer.encoder.layers.1.linear1.weight"
     rows, columns = published[key].shape
     assert rows != columns
@@ -183,7 +183,7 @@ def test_a_transposed_weight_is_named(published, expected):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_named(published, expected, value):
+def test_convert_state_dict_rejects_non_finite_weights(published, expected, value):
     key = "query_encoder.linear1.bias"
     published[key] = published[key].clone()
     published[key][3] = value
@@ -191,19 +191,19 @@ def test_weights_that_are_no_numbers_are_named(published, expected, value):
         convert_state_dict(published, expected)
 
 
-def test_unfrozen_batch_norm_takes_the_same_weights(case):
+def test_model_with_unfrozen_batch_norm_gives_same_features(case):
     model = golden_model(case, freeze_backbone_batch_norm=False)
     frozen = golden_model(case)
-    picture = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(
-        model.model.get_image_features(picture).pooler_output,
-        frozen.model.get_image_features(picture).pooler_output,
+        model.model.get_image_features(image).pooler_output,
+        frozen.model.get_image_features(image).pooler_output,
         atol=1e-5,
         rtol=1e-5,
     )
 
 
-def test_golden_files_are_the_cases_compared():
+def test_golden_files_match_compared_cases():
     steps = {path.stem for path in GOLDEN.glob("train_steps_*.json")}  # of tests/training_reftr/test_golden_steps.py
     names = {path.stem for path in GOLDEN.glob("*.json")} - {"preprocess_sizes", "full_size_keys", *steps}
     assert names == set(CASES)
@@ -212,7 +212,7 @@ def test_golden_files_are_the_cases_compared():
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_full_size_keys_find_their_places_and_back(name):
+def test_converter_maps_full_size_keys_in_both_directions(name):
     shapes = {key: torch.empty(shape, device="meta") for key, shape in FULL_SIZE[name].items()}
     model = meta_model(config_from_shapes(shapes))
     state_dict = model.state_dict()
@@ -230,12 +230,12 @@ def test_full_size_keys_find_their_places_and_back(name):
         assert sum(parameter.numel() for parameter in model.parameters()) == FULL_SIZE_PARAMETERS[name]
 
 
-def test_shapes_of_the_published_model_give_the_default_configuration():
+def test_config_from_shapes_of_published_model_equals_default():
     shapes = {key: torch.empty(shape, device="meta") for key, shape in FULL_SIZE["rec_resnet50_bert"].items()}
     assert config_from_shapes(shapes).to_dict() == RefTRConfig().to_dict()
 
 
-def test_what_shapes_cannot_tell_is_as_published():
+def test_config_from_shapes_assumes_published_settings():
     config = {
         name: config_from_shapes({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
         for name, shapes in FULL_SIZE.items()
@@ -250,35 +250,35 @@ def test_what_shapes_cannot_tell_is_as_published():
     assert not config["res_resnet50_bert"].auxiliary_loss
 
 
-def test_what_is_said_to_be_assumed_is_in_the_configuration():
+def test_describe_assumptions_matches_config():
     for name in ("rec_resnet50_roberta", "res_resnet50_bert"):
         config = config_from_shapes({key: torch.empty(shape, device="meta") for key, shape in FULL_SIZE[name].items()})
-        said = describe_assumptions(config)
-        assert ("decoder_attention_heads=8" in said) == (not config.predict_masks)
-        for assumption in re.split(r", (?=[a-z])", said):
+        description = describe_assumptions(config)
+        assert ("decoder_attention_heads=8" in description) == (not config.predict_masks)
+        for assumption in re.split(r", (?=[a-z])", description):
             setting, value = assumption.split("=")
             assert str(operator.attrgetter(setting)(config)) == value
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_settings_are_read_off_the_shapes(name):
+def test_settings_from_shapes_match_golden_config(name):
     case, _ = load_case(name)
     shapes = {key: torch.empty(shape, device="meta") for key, shape in case["state_dict_shapes"].items()}
-    wanted = golden_config(case)
-    check_config(wanted, shapes)
-    told = settings_from_shapes(shapes)
-    assert told["text_config"]["model_type"] == case["text"]
-    assert told["predict_masks"] == case["masks"]
-    assert ("decoder_attention_heads" in told) == case["masks"]
-    guessed, wanted = config_from_shapes(shapes).to_dict(), wanted.to_dict()
-    not_told = {"num_attention_heads", "layer_norm_eps"}
-    for settings in (guessed["text_config"], wanted["text_config"]):
-        for setting in not_told:
+    config = golden_config(case)
+    check_config(config, shapes)
+    inferred = settings_from_shapes(shapes)
+    assert inferred["text_config"]["model_type"] == case["text"]
+    assert inferred["predict_masks"] == case["masks"]
+    assert ("decoder_attention_heads" in inferred) == case["masks"]
+    found, expected = config_from_shapes(shapes).to_dict(), config.to_dict()
+    assumed = {"num_attention_heads", "layer_norm_eps"}
+    for settings in (found["text_config"], expected["text_config"]):
+        for setting in assumed:
             del settings[setting]
-    assert guessed == wanted
+    assert found == expected
 
 
-def test_heads_are_told_by_the_mask_head():
+def test_config_from_shapes_infers_heads_from_mask_head():
     case, _ = load_case("res_bert")
     shapes = {key: torch.empty(shape, device="meta") for key, shape in case["state_dict_shapes"].items()}
     width = shapes["vl_transformer.level_embed"].shape[1]
@@ -287,7 +287,7 @@ def test_heads_are_told_by_the_mask_head():
     assert (config.decoder_attention_heads, config.encoder_attention_heads) == (4, 4)
 
 
-def test_learned_positions_are_seen(published, case):
+def test_config_from_shapes_detects_learned_positions(published, case):
     for axis in ("row", "col"):
         published[f"img_backbone.1.{axis}_embed.weight"] = torch.rand(50, 64)
     config = config_from_shapes(published)
@@ -301,7 +301,7 @@ def test_learned_positions_are_seen(published, case):
         check_config(golden_config(case), published)
 
 
-def test_a_configuration_that_differs_is_refused(published, case, tmp_path):
+def test_converter_rejects_config_different_from_checkpoint(published, case, tmp_path):
     config = golden_config(case, encoder_layers=5, predict_masks=True, backbone_config={"backbone": "resnet101"})
     config.text_config.hidden_size = 44
     with pytest.raises(ValueError, match="encoder_layers is 5 in the configuration, 2 in the checkpoint") as error:
@@ -323,14 +323,14 @@ def test_a_configuration_that_differs_is_refused(published, case, tmp_path):
         ("lang_backbone.embeddings.word_embeddings.", "no weights 'lang_backbone.embeddings.word_embeddings.weight'"),
     ],
 )
-def test_settings_that_cannot_be_read_are_named(published, drop, message):
+def test_config_from_shapes_rejects_incomplete_weights(published, drop, message):
     published = {key: value for key, value in published.items() if not key.startswith(drop)}
     with pytest.raises(ValueError, match=message):
         config_from_shapes(published)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_converted_files_give_the_published_numbers(name, golden_folders, tokenizer, tmp_path, capsys):
+def test_converted_model_reproduces_published_outputs(name, golden_folders, tokenizer, tmp_path, capsys):
     case, arrays = load_case(name)
     content = published_content(published_state_dict(case))
     torch.save(content, tmp_path / "checkpoint.pth")
@@ -353,11 +353,11 @@ def test_converted_files_give_the_published_numbers(name, golden_folders, tokeni
         masks = torch.from_numpy(arrays["out.pred_masks"])
         torch.testing.assert_close(outputs.pred_masks, masks, atol=1e-4, rtol=0)
     assert outputs.loss.item() == pytest.approx(case["weighted_total"], rel=1e-4)
-    words = RefTRProcessor.from_pretrained(output).tokenizer("the red circle")
-    assert words["input_ids"] == tokenizer("the red circle")["input_ids"]
+    encoded = RefTRProcessor.from_pretrained(output).tokenizer("the red circle")
+    assert encoded["input_ids"] == tokenizer("the red circle")["input_ids"]
 
 
-def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path, capsys):
+def test_converter_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path, capsys):
     settings = ["--config", golden_folders["rec_bert"], "--no_processor"]
     run_main("--checkpoint", checkpoint, "--output_dir", tmp_path / "ours", *settings)
     run_main("--checkpoint", tmp_path / "ours", "--output_dir", tmp_path / "back", "--to_published")
@@ -369,14 +369,14 @@ def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path
     for key, value in published.items():
         assert torch.equal(weights[key], value), key
 
-    # what was written is read again, and by the published code's own way
+    # the written file can be read again, also in the .pth format of the published code
     run_main("--checkpoint", back, "--output_dir", tmp_path / "again", *settings)
     ours, again = (tmp_path / name / "model.safetensors" for name in ("ours", "again"))
     assert ours.read_bytes() == again.read_bytes()
     torch.save({"model": load_file(back)}, tmp_path / "back.pth")
     assert read_published_checkpoint(tmp_path / "back.pth").keys() == published.keys()
 
-    # a single file can be named, is not replaced unasked, and holds nothing of a broken model
+    # the output may be a single file, is replaced only with --overwrite, and a broken model writes nothing
     command = ["--checkpoint", tmp_path / "ours", "--output_dir", back, "--to_published"]
     with pytest.raises(OSError, match="is there already"):
         main([*map(str, command)])
@@ -392,7 +392,7 @@ def test_round_trip_is_bit_equal(checkpoint, published, golden_folders, tmp_path
     assert os.listdir(tmp_path / "back") == ["published.safetensors"]
 
 
-def test_what_the_published_code_cannot_build_is_refused(make_model, tmp_path):
+def test_conversion_to_published_rejects_unsupported_models(make_model, tmp_path):
     with pytest.raises(ValueError, match=r"lacks these weights: .*mask_head\.unknown"):
         to_published_state_dict({"mask_head.unknown": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"missing: \['model\.encoder\.layers\.0\.self_attn\.k_proj\.bias', .*v_proj"):
@@ -405,7 +405,7 @@ def test_what_the_published_code_cannot_build_is_refused(make_model, tmp_path):
     assert os.listdir(tmp_path) == ["demo"]
 
 
-def test_bare_state_dicts_legacy_files_and_unfrozen_batch_norm(published, case, tmp_path):
+def test_converter_reads_bare_state_dicts_and_legacy_files(published, case, tmp_path):
     config = golden_config(case, freeze_backbone_batch_norm=False)
     for number, (content, is_zip) in enumerate([(published, True), (published_content(published), False)]):
         torch.save(content, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=is_zip)
@@ -416,7 +416,7 @@ def test_bare_state_dicts_legacy_files_and_unfrozen_batch_norm(published, case, 
     assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
 
 
-def test_weights_saved_on_a_gpu_are_read_without_one(tmp_path):
+def test_checkpoint_saved_on_gpu_is_read_without_gpu(tmp_path):
     weights = {"vl_transformer.level_embed": torch.rand(1, 8)}
     torch.save({"model": weights}, tmp_path / "cpu.pth")
     with zipfile.ZipFile(tmp_path / "cpu.pth") as source, zipfile.ZipFile(tmp_path / "gpu.pth", "w") as target:
@@ -430,11 +430,11 @@ def test_weights_saved_on_a_gpu_are_read_without_one(tmp_path):
     assert torch.equal(read, *weights.values())
 
 
-def test_without_configuration_what_was_assumed_is_said(checkpoint, tmp_path, capsys):
+def test_converter_without_config_prints_assumptions(checkpoint, tmp_path, capsys):
     main(["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--no_processor"])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for setting in ("encoder_attention_heads=8", "text_config.layer_norm_eps=1e-12", "auxiliary_loss=True"):
-        assert setting in said
+        assert setting in printed
     assert RefTRConfig.from_pretrained(tmp_path / "out").encoder_layers == 2
 
 
@@ -457,7 +457,7 @@ def test_without_configuration_what_was_assumed_is_said(checkpoint, tmp_path, ca
 )
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.row("S1")
-def test_what_is_no_published_checkpoint_is_refused(content, message, tmp_path):
+def test_converter_rejects_files_without_published_weights(content, message, tmp_path):
     if isinstance(content, bytes):
         (tmp_path / "checkpoint.pth").write_bytes(content)
     elif content is not None:
@@ -467,20 +467,20 @@ def test_what_is_no_published_checkpoint_is_refused(content, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_files_are_refused(tmp_path):
+def test_read_published_checkpoint_rejects_truncated_files(tmp_path):
     weights = {"vl_transformer.level_embed": torch.rand(1, 800)}
-    torch.save({"model": weights}, tmp_path / "whole.pth")
-    save_file(weights, tmp_path / "whole.safetensors")
+    torch.save({"model": weights}, tmp_path / "complete.pth")
+    save_file(weights, tmp_path / "complete.safetensors")
     for suffix in (".pth", ".safetensors"):
-        whole = (tmp_path / f"whole{suffix}").read_bytes()
-        for end in (1, 9, len(whole) // 2, len(whole) - 1):
+        content = (tmp_path / f"complete{suffix}").read_bytes()
+        for end in (1, 9, len(content) // 2, len(content) - 1):
             path = tmp_path / f"part{suffix}"
-            path.write_bytes(whole[:end])
+            path.write_bytes(content[:end])
             with pytest.raises(ValueError, match="cannot be read as a checkpoint of weights: "):
                 read_published_checkpoint(path)
 
 
-def test_an_output_that_is_there_is_kept(checkpoint, tmp_path):
+def test_converter_keeps_existing_output_without_overwrite(checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("mine")
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -494,7 +494,7 @@ def test_an_output_that_is_there_is_kept(checkpoint, tmp_path):
         convert_checkpoint(checkpoint, tmp_path / "out" / "notes.txt", with_processor=False)
 
 
-def test_a_failed_conversion_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_no_files(checkpoint, tmp_path, monkeypatch):
     def fail(self, folder, *args, **kwargs):
         folder.mkdir(exist_ok=True)
         (folder / "model.safetensors").write_text("half")
@@ -508,7 +508,7 @@ def test_a_failed_conversion_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_tokenizer_that_is_here_is_taken_without_network(checkpoint, tokenizer, tmp_path, monkeypatch):
+def test_converter_uses_cached_tokenizer_without_network(checkpoint, tokenizer, tmp_path, monkeypatch):
     calls = []
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, lambda *args, **kwargs: calls.append(args))
@@ -524,7 +524,7 @@ def test_the_tokenizer_that_is_here_is_taken_without_network(checkpoint, tokeniz
     assert not calls
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tokenizer, tmp_path):
+def test_converter_rejects_missing_or_too_large_tokenizer(checkpoint, tokenizer, tmp_path):
     with pytest.raises(OSError, match="no tokenizer '/no/folder'"):
         convert_checkpoint(checkpoint, tmp_path / "out", tokenizer="/no/folder")
     larger = type(tokenizer).from_pretrained(saved(tokenizer, tmp_path / "tokenizer"))
@@ -535,7 +535,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tokenizer, tmp_pat
 
 
 class Attack:
-    """Creates a file when it is unpickled without restriction."""
+    """An object that calls a function when it is unpickled without restriction."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -545,7 +545,7 @@ class Attack:
 
 
 def attacks(target):
-    """Contents that would create `target`, and how they are written, by name."""
+    """Return contents that would create `target`, and how they are written, by name."""
     system = Attack(os.system, f"touch {target}")
     code = f"open({str(target)!r}, 'w').close()"
     weights = {"vl_transformer.level_embed": torch.zeros(1, 8)}
@@ -566,8 +566,8 @@ def attacks(target):
 @pytest.mark.parametrize("is_checked", [True, False])
 @pytest.mark.parametrize("name", attacks("target"))
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_malicious_files_are_refused_and_leave_no_trace(name, is_checked, tmp_path, monkeypatch, capsys):
-    """Also where the environment asks PyTorch for unrestricted pickles. Each of the two readers refuses by itself."""
+def test_converter_rejects_malicious_files_without_side_effects(name, is_checked, tmp_path, monkeypatch, capsys):
+    """Each of the two readers refuses on its own, even if the environment asks PyTorch for unrestricted pickles."""
     if not is_checked:
         monkeypatch.setattr(convert_reftr_checkpoint, "check_claims", lambda path: None)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -597,8 +597,8 @@ def test_malicious_files_are_refused_and_leave_no_trace(name, is_checked, tmp_pa
     ],
     ids=lambda call: call.call[0].__name__,
 )
-def test_calls_that_do_no_harm_by_themselves_are_refused(call, tmp_path, monkeypatch):
-    """What an attack is put together from: nothing is called but what a checkpoint needs, by either reader."""
+def test_read_weights_rejects_harmless_calls_outside_allowlist(call, tmp_path, monkeypatch):
+    """Both readers call only what a checkpoint requires: an attack is composed of calls that look harmless."""
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": {"vl_transformer.level_embed": torch.zeros(1, 8)}, "epoch": call}, path)
     with pytest.raises(ValueError, match="is refused: it asks for "):
@@ -608,14 +608,14 @@ def test_calls_that_do_no_harm_by_themselves_are_refused(call, tmp_path, monkeyp
         read_weights(path)
 
 
-def test_attacks_of_these_tests_are_real(tmp_path):
+def test_attacks_create_file_when_unpickled_without_restriction(tmp_path):
     for name, (content, _) in attacks(tmp_path / "run").items():
         pickle.loads(pickle.dumps(content))
         assert (tmp_path / "run").exists(), name
         (tmp_path / "run").unlink()
 
 
-def test_command_refuses_with_a_sentence(run, tmp_path):
+def test_convert_command_reports_refusal_without_traceback(run, tmp_path):
     torch.save({"model": Attack(os.system, f"touch {tmp_path / 'run'}")}, tmp_path / "checkpoint.pth")
     command = ["-m", "reftr_cli", "convert", "--checkpoint", tmp_path / "checkpoint.pth"]
     result = run(*command, "--output_dir", tmp_path / "out", "--no_processor", check=False)
@@ -626,7 +626,7 @@ def test_command_refuses_with_a_sentence(run, tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
 
-# the peak of getrusage would be the parent's where that was larger
+# getrusage would report the peak of the parent process if that was larger
 MEASURED_RUN = """
 import re, sys
 from pathlib import Path
@@ -642,7 +642,7 @@ sys.stderr.write(f"grown by {memory('VmHWM') - before}")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which Linux has")
-def test_a_full_size_file_is_converted_in_little_time_and_memory(tmp_path):
+def test_converter_limits_time_and_memory_for_full_size_file(tmp_path):
     weights = {key: weight_by_rule(key, shape) for key, shape in FULL_SIZE["res_resnet50_bert"].items()}
     checkpoint, output = tmp_path / "checkpoint.pth", tmp_path / "out"
     torch.save(published_content(weights), checkpoint)
@@ -660,9 +660,8 @@ def test_a_full_size_file_is_converted_in_little_time_and_memory(tmp_path):
     checkpoint.unlink()
 
     model = RefTRForVisualGrounding.from_pretrained(output).eval()
-    model = copy.deepcopy(
-        model
-    )  # what is mapped from a file lies elsewhere than what is allocated, and rounds otherwise
+    # weights mapped from a file are aligned differently from allocated ones, which changes the rounding
+    model = copy.deepcopy(model)
     in_memory = RefTRForVisualGrounding(model.config).eval()
     in_memory.load_state_dict(convert_state_dict(weights, in_memory.state_dict()))
     inputs = {"pixel_values": torch.randn(1, 3, 192, 256), "input_ids": torch.tensor([[101, 1996, 2417, 4937, 102]])}
@@ -673,10 +672,10 @@ def test_a_full_size_file_is_converted_in_little_time_and_memory(tmp_path):
     shutil.rmtree(output)
 
 
-def test_options_that_would_be_ignored_are_refused(tmp_path):
-    words = ["--checkpoint", str(tmp_path / "none.pth"), "--output_dir", str(tmp_path / "out")]
+def test_convert_command_rejects_options_without_effect(tmp_path):
+    arguments = ["--checkpoint", str(tmp_path / "none.pth"), "--output_dir", str(tmp_path / "out")]
     for ignored in (["--config", "c"], ["--tokenizer", "t"], ["--no_processor"]):
         with pytest.raises(ValueError, match=f"{ignored[0]} has no effect with --to_published"):
-            main([*words, "--to_published", *ignored])
+            main([*arguments, "--to_published", *ignored])
     with pytest.raises(ValueError, match="--tokenizer has no effect with --no_processor"):
-        main([*words, "--no_processor", "--tokenizer", "t"])
+        main([*arguments, "--no_processor", "--tokenizer", "t"])

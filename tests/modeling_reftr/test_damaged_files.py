@@ -1,4 +1,4 @@
-"""Files of a model that are damaged, one at a time, at every door that reads them: a sentence that names the file."""
+"""Damaged model files, one at a time: every function that reads them raises an error that names the file."""
 
 import itertools
 import json
@@ -50,15 +50,15 @@ VALUES = ["x", 5, None, [], {}, math.nan, 1e30, -1, 10**400, True, [[None]], {"a
 
 
 def damage_contents(name):
-    """Cases in which a whole file is something else."""
+    """Return cases that replace the complete content of a file, by name."""
 
     def damage(content):
         def change(folder):
             path = folder / name
             if name == INDEX:
                 split_weights(folder)
-            whole = path.read_bytes() if path.exists() else b'{"a": 1}'
-            path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+            original = path.read_bytes() if path.exists() else b'{"a": 1}'
+            path.write_bytes(original[: len(original) // 2] if content is None else content)
 
         return change
 
@@ -66,24 +66,24 @@ def damage_contents(name):
 
 
 def set_value(name, keys, value):
-    """Return what gives one value of a JSON file another kind."""
+    """Return a change that sets one value of a JSON file."""
 
     def change(folder):
         path = folder / name
         if name == INDEX:
             split_weights(folder)
         values = json.loads(path.read_text())
-        place = values
+        parent = values
         for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
+            parent = parent[key]
+        parent[keys[-1]] = value
         path.write_text(json.dumps(values))
 
     return change
 
 
 def keys_of(values, depth=2):
-    """Yield the path of each key, also in objects within."""
+    """Yield the path of each key, also of nested objects."""
     for key, value in values.items():
         yield (key,)
         if isinstance(value, dict) and depth > 1:
@@ -91,7 +91,7 @@ def keys_of(values, depth=2):
 
 
 def split_weights(folder):
-    """Put the weights into a file that an index names."""
+    """Move the weights to a shard that an index names."""
     if (folder / WEIGHTS).exists():
         (folder / WEIGHTS).rename(folder / SHARD)
         index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(load_file(folder / SHARD), SHARD)}
@@ -99,7 +99,7 @@ def split_weights(folder):
 
 
 def name_shard(shard):
-    """Return what makes an index name another file."""
+    """Return a change that makes the index name another file."""
 
     def change(folder):
         shutil.copy(folder / WEIGHTS, folder.parent / "outside.safetensors")
@@ -112,12 +112,12 @@ def name_shard(shard):
 
 
 def write(name, content):
-    """Return what replaces a file."""
+    """Return a change that replaces a file."""
     return lambda folder: (folder / name).write_bytes(content)
 
 
 def cut(name, length):
-    """Return what leaves the first bytes of a file."""
+    """Return a change that truncates a file."""
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
 
 
@@ -132,7 +132,7 @@ def damage_shard(folder):
 
 
 def use_preprocessor(change):
-    """Return what damages preprocessor_config.json, which is read where processor_config.json has no such part."""
+    """Return a change of preprocessor_config.json, read if processor_config.json has no image processor."""
 
     def damage(folder):
         values = json.loads((folder / "processor_config.json").read_text())
@@ -179,20 +179,20 @@ COUNTS = (
 
 
 def drop(name, keys):
-    """Return what takes a key out of a JSON file."""
+    """Return a change that removes a key of a JSON file."""
 
     def change(folder):
         values = json.loads((folder / name).read_text())
-        place = values
+        parent = values
         for key in keys[:-1]:
-            place = place[key]
-        del place[keys[-1]]
+            parent = parent[key]
+        del parent[keys[-1]]
         (folder / name).write_text(json.dumps(values))
 
     return change
 
 
-SENTENCES = {
+MESSAGE_CASES = {
     "tokenizer.json: without model": drop("tokenizer.json", ["model"]),
     "tokenizer.json: without special tokens": set_value("tokenizer.json", ["post_processor", "special_tokens"], {}),
     "tokenizer_config.json: model_max_length": set_value("tokenizer_config.json", ["model_max_length"], "x"),
@@ -202,7 +202,7 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def saved(tokenizer, tmp_path_factory):
-    """A folder that is not damaged, with an image beside it."""
+    """Save an undamaged model folder with an image next to it."""
     folder = tmp_path_factory.mktemp("saved")
     text_config = {**TINY_TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     RefTRForVisualGrounding(RefTRConfig(**TINY_MODEL, text_config=text_config)).save_pretrained(folder / "model")
@@ -213,7 +213,7 @@ def saved(tokenizer, tmp_path_factory):
 
 
 def make_cases(folder) -> dict:
-    """Name of a case, which begins with the file -> what damages it."""
+    """Return the changes by the name of their case, which begins with the file name."""
     cases = dict(OTHERS)
     for name in (*FILES, *EXTRA):
         cases |= damage_contents(name)
@@ -221,7 +221,7 @@ def make_cases(folder) -> dict:
         f"preprocessor_config.json: {kind.partition(': ')[2]}": use_preprocessor(change)
         for kind, change in damage_contents("preprocessor_config.json").items()
     }
-    # each key with a value of another kind, in turn
+    # each key gets a value of another type, in turn
     values = itertools.cycle(VALUES)
     for name in FILES[:4]:
         for keys in keys_of(json.loads((folder / name).read_text())):
@@ -235,8 +235,8 @@ def make_cases(folder) -> dict:
     return cases
 
 
-def make_doors(image) -> dict:
-    """Name of a door -> what reads a folder there."""
+def make_readers(image) -> dict:
+    """Return the functions that read a folder, by name."""
     arguments = TrainingSettings.from_flat(dataset="shapes")
     return {
         "configuration": RefTRConfig.from_pretrained,
@@ -253,33 +253,33 @@ def make_doors(image) -> dict:
     }
 
 
-def outcome(door, folder, name):
-    """Return what a door does with a damaged folder: "taken", "named", or what it raises instead."""
+def outcome(read, folder, name):
+    """Return the outcome of reading a damaged folder: "accepted", "named", or the error raised instead."""
     try:
-        door(folder)
+        read(folder)
     except (ValueError, OSError) as error:
         return "named" if name in str(error) else f"{type(error).__name__} without the file: {error}"
     except BaseException as error:  # Rust panics are not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         return repr(error)
-    return "taken"
+    return "accepted"
 
 
-def is_read_before_us(case, door) -> bool:
+def is_read_by_library_first(case, reader) -> bool:
     """
-    Return whether `pipeline`, and so the Auto classes, fail before they know that our classes are to read a file: on
-    one that is not what JSON it is, and on the names of the classes and of the type of model.
+    Return whether `pipeline` fails in the Auto classes, before it knows that our classes read the file: on a file of
+    the wrong JSON type, and on the names of the classes and the model type.
     """
     name, _, kind = case.partition(": ")
-    is_whole_file = kind in CONTENTS and (name in FILES[:2] or name in READ_BY_AUTO_CLASSES)
-    return door == "pipeline" and (is_whole_file or kind.startswith(("auto_map", "model_type", "processor_class")))
+    replaces_file = kind in CONTENTS and (name in FILES[:2] or name in READ_BY_AUTO_CLASSES)
+    return reader == "pipeline" and (replaces_file or kind.startswith(("auto_map", "model_type", "processor_class")))
 
 
 @pytest.mark.row("S17")
-def test_damaged_files_are_named_at_every_door(saved, tmp_path, capsys, record_property):
-    """Every case through every door; the everyday suite takes a few cases."""
-    cases, doors, failed, number = make_cases(saved / "model"), make_doors(saved / "image.png"), [], 0
+def test_every_reader_names_damaged_file(saved, tmp_path, capsys, record_property):
+    """Pass every case to every reader; the everyday suite runs a few cases."""
+    cases, readers, failed, number = make_cases(saved / "model"), make_readers(saved / "image.png"), [], 0
     names = list(cases)
     chosen = trials(len(names), short=8)
     for index in chosen:
@@ -288,22 +288,22 @@ def test_damaged_files_are_named_at_every_door(saved, tmp_path, capsys, record_p
         folder = tmp_path / "model"
         shutil.copytree(saved / "model", folder)
         cases[case](folder)
-        for door, read in doors.items():
-            if is_read_before_us(case, door):
+        for reader, read in readers.items():
+            if is_read_by_library_first(case, reader):
                 continue
             number += 1
             found = outcome(read, folder, name)
-            # predict reads all that a folder must have
-            must_fail = door == "predict" and name in FILES and case.partition(": ")[2] in CONTENTS
-            if found not in (("named",) if must_fail else ("named", "taken")):
-                failed.append((case, door, found))
+            # predict reads every file that a folder must have
+            must_fail = reader == "predict" and name in FILES and case.partition(": ")[2] in CONTENTS
+            if found not in (("named",) if must_fail else ("named", "accepted")):
+                failed.append((case, reader, found))
         shutil.rmtree(folder)
     record_property("counted", (number - len(failed), number))
     assert not failed
 
 
 @pytest.mark.parametrize(
-    ("case", "door", "words"),
+    ("case", "reader", "message"),
     [
         ("config.json: closed brackets", "model", "config.json of .*: its values are nested too deeply"),
         ("config.json: a list", "configuration", "it must be a JSON object, and it is list"),
@@ -325,15 +325,15 @@ def test_damaged_files_are_named_at_every_door(saved, tmp_path, capsys, record_p
         (f"{WEIGHTS}: cut", "push", WEIGHTS),
     ],
 )
-def test_sentences(saved, tmp_path, case, door, words):
+def test_reader_error_names_file_and_reason(saved, tmp_path, case, reader, message):
     shutil.copytree(saved / "model", tmp_path / "model")
-    {**make_cases(saved / "model"), **SENTENCES}[case](tmp_path / "model")
-    with pytest.raises((ValueError, OSError), match=words):
-        make_doors(saved / "image.png")[door](tmp_path / "model")
+    {**make_cases(saved / "model"), **MESSAGE_CASES}[case](tmp_path / "model")
+    with pytest.raises((ValueError, OSError), match=message):
+        make_readers(saved / "image.png")[reader](tmp_path / "model")
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"encoder_layers": 2_000}, "encoder_layers is over 1,000"),
         ({"text_config": {"model_type": "bert", "num_hidden_layers": 2_000}}, "text_config.num_hidden_layers is over"),
@@ -346,22 +346,22 @@ def test_sentences(saved, tmp_path, case, door, words):
         ({"backbone_config": {"output_hidden_states": True}}, "output_hidden_states=True must be false"),
     ],
 )
-def test_too_many_layers_are_refused_before_they_are_made(values, words):
-    with pytest.raises(ValueError, match=words):
+def test_config_rejects_excessive_and_invalid_values(values, message):
+    with pytest.raises(ValueError, match=message):
         RefTRConfig(**values)
 
 
-def test_the_folder_of_the_tests_is_taken_at_every_door(saved, tmp_path, capsys):
+def test_every_reader_accepts_undamaged_folder(saved, tmp_path, capsys):
     for split in (False, True):
         folder = tmp_path / str(split)
         shutil.copytree(saved / "model", folder)
         if split:
             split_weights(folder)
-        for name, read in make_doors(saved / "image.png").items():
-            assert outcome(read, folder, "") == "taken", name
+        for name, read in make_readers(saved / "image.png").items():
+            assert outcome(read, folder, "") == "accepted", name
 
 
-def test_arguments_of_the_caller_are_not_taken_for_damage(saved):
+def test_from_pretrained_raises_type_error_for_wrong_arguments(saved):
     for model_class in (RefTRModel, RefTRForVisualGrounding):
         with pytest.raises(TypeError, match="unexpected keyword argument 'unknown'"):
             model_class.from_pretrained(saved / "model", unknown=1)
@@ -369,20 +369,20 @@ def test_arguments_of_the_caller_are_not_taken_for_damage(saved):
         RefTRModel.from_pretrained()
 
 
-@pytest.mark.parametrize("door", ["model", "image processor", "processor"])
-def test_what_is_missing_is_said_by_the_library(saved, tmp_path, door):
+@pytest.mark.parametrize("reader", ["model", "image processor", "processor"])
+def test_readers_raise_library_error_for_missing_files(saved, tmp_path, reader):
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="empty") as raised:
-        make_doors(saved / "image.png")[door](tmp_path / "empty")
+        make_readers(saved / "image.png")[reader](tmp_path / "empty")
     assert not isinstance(raised.value, ValueError)
     with pytest.raises((OSError, ValueError), match="absent") as raised:
-        make_doors(saved / "image.png")[door](tmp_path / "absent")
+        make_readers(saved / "image.png")[reader](tmp_path / "absent")
     assert not isinstance(raised.value, DamagedFilesError)
 
 
-def test_a_panic_of_rust_code_names_the_file(saved, tmp_path):
+def test_naming_files_names_file_of_rust_panic(saved, tmp_path):
     shutil.copytree(saved / "model", tmp_path / "model")
-    SENTENCES["tokenizer.json: without special tokens"](tmp_path / "model")
+    MESSAGE_CASES["tokenizer.json: without special tokens"](tmp_path / "model")
     tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
     with (
         pytest.raises(DamagedFilesError, match=r"tokenizer.json of .*: PanicException"),
@@ -392,19 +392,19 @@ def test_a_panic_of_rust_code_names_the_file(saved, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit, GeneratorExit])
-def test_what_is_no_fault_of_a_file_is_left_as_it_is(saved, error):
+def test_naming_files_passes_unrelated_exceptions_through(saved, error):
     with pytest.raises(error) as raised, naming_files(saved / "model", CONFIG_FILES, {}):
         raise error("stop")
     assert type(raised.value) is error
 
 
-def test_errors_pass_from_process_to_process():
+def test_damaged_files_error_survives_pickling():
     error = pickle.loads(pickle.dumps(DamagedFilesError("config.json", "d_model=0", "runs/demo")))
     assert str(error) == "config.json of 'runs/demo' cannot be used: d_model=0."
     assert isinstance(error, RuntimeError)
 
 
-def test_labels_of_a_backbone_may_have_any_name():
-    """ImageNet has 21,841, "CD player" among them, and a name is not that of a setting."""
+def test_check_values_accepts_any_backbone_label():
+    """ImageNet has 21,841 labels, such as "CD player"; their names are not checked as settings are."""
     labels = {"label2id": {"CD player": 21_000, "dust": 0}, "id2label": {"0": "dust", "21000": "CD player"}}
     check_values({"backbone_config": {"num_labels": 21_841, **labels}}, "")

@@ -1,4 +1,4 @@
-"""A start from DETR: backbone and encoder of any layout give what DETR itself gives, the rest stays as it was."""
+"""Initialization from DETR: backbone and encoder compute what DETR's do in any layout; other weights are kept."""
 
 import logging
 
@@ -19,7 +19,7 @@ TEXT = {"model_type": "bert", "vocab_size": 20, "hidden_size": 16, "num_hidden_l
 
 
 def randomise(model):
-    """Every weight and statistic a number of its own, so that any two exchanged would be seen."""
+    """Give every weight and statistic a random value, so that an exchange of any two is detected."""
     torch.manual_seed(1)
     for name, value in model.state_dict().items():
         if value.is_floating_point():
@@ -53,7 +53,7 @@ def make_model(backbone_config=None, **overrides):
 
 
 def original_layout(detr):
-    """The weights of a transformers DETR under the names of the original release."""
+    """Return the weights of a transformers DETR under the names of the original release."""
     weights, packed = {}, {}
     for name, value in detr.state_dict().items():
         name = name.replace("model.backbone.model.", "backbone.0.body.")
@@ -71,13 +71,13 @@ def original_layout(detr):
 
 
 def write(detr, layout, folder):
-    """The DETR in one of the layouts there are; returns what `init_from_detr` takes."""
+    """Write DETR in one of the supported layouts; return the source for `init_from_detr`."""
     if layout == "original":
         torch.save({"model": original_layout(detr)}, folder / "detr-r50.pth")
         return folder / "detr-r50.pth"
-    if layout == "transformers":  # writes the historic names
+    if layout == "transformers":  # writes the legacy names
         detr.save_pretrained(folder)
-    elif layout == "transformers, names of today":
+    elif layout == "transformers, current names":
         save_file(detr.state_dict(), folder / "model.safetensors")
     elif layout == "pytorch_model.bin":
         torch.save(detr.state_dict(), folder / "pytorch_model.bin")
@@ -95,12 +95,12 @@ def original(detr, tmp_path_factory):
 
 
 def check_start(model, detr, source):
-    """Backbone and encoder compute what DETR's do, and everything else is as before."""
+    """Check that backbone and encoder compute what DETR's do and that every other weight is unchanged."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     start = init_from_detr(model, source)
-    picture = torch.randn(1, 3, 64, 96)
-    features = model.model.backbone(picture).feature_maps[-1]
-    expected, _ = detr.model.backbone(picture, torch.ones(1, 64, 96, dtype=torch.bool))[-1]
+    pixel_values = torch.randn(1, 3, 64, 96)
+    features = model.model.backbone(pixel_values).feature_maps[-1]
+    expected, _ = detr.model.backbone(pixel_values, torch.ones(1, 64, 96, dtype=torch.bool))[-1]
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     encoder = detr.model.encoder.state_dict()
     for name, value in model.model.encoder.state_dict().items():
@@ -117,12 +117,12 @@ def check_start(model, detr, source):
     [
         (True, "original"),
         (True, "transformers"),
-        (True, "transformers, names of today"),
+        (True, "transformers, current names"),
         (False, "transformers"),
         (False, "pytorch_model.bin"),
     ],
 )
-def test_every_layout_is_taken(use_timm_backbone, layout, freeze_backbone_batch_norm, tmp_path):
+def test_init_from_detr_reads_every_layout(use_timm_backbone, layout, freeze_backbone_batch_norm, tmp_path):
     detr = make_detr(use_timm_backbone)
     model = make_model(freeze_backbone_batch_norm=freeze_backbone_batch_norm)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -140,21 +140,21 @@ def test_every_layout_is_taken(use_timm_backbone, layout, freeze_backbone_batch_
 
 
 @pytest.mark.parametrize("freeze_backbone_batch_norm", [True, False])
-def test_a_transformers_resnet_takes_it_too(freeze_backbone_batch_norm, tmp_path):
+def test_init_from_detr_fills_transformers_resnet(freeze_backbone_batch_norm, tmp_path):
     detr = make_detr(use_timm_backbone=False, small=True)
     backbone_config = {"model_type": "resnet", **SMALL_RESNET, "out_indices": [1, 2, 3, 4]}
     model = make_model(backbone_config, freeze_backbone_batch_norm=freeze_backbone_batch_norm)
     check_start(model, detr, write(detr, "transformers", tmp_path))
 
 
-def test_the_bare_model_takes_it(detr, original):
+def test_init_from_detr_fills_base_model(detr, original):
     model = make_model().model
     init_from_detr(model, original)
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(value, detr.model.encoder.state_dict()[name])
 
 
-def test_what_was_taken_is_logged(original, caplog):
+def test_init_from_detr_logs_loaded_weights(original, caplog):
     transformers_logging.enable_propagation()
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_info()
@@ -181,7 +181,7 @@ def test_what_was_taken_is_logged(original, caplog):
         ),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_changed(overrides, message, original):
+def test_init_from_detr_with_mismatch_leaves_model_unchanged(overrides, message, original):
     model = make_model(**{"num_frozen_backbone_stages": 0, **overrides})
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_named_and_nothing_changed(overrides, message, orig
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_is_no_detr_is_refused(tmp_path):
+def test_init_from_detr_rejects_other_checkpoints(tmp_path):
     model = make_model()
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
     with pytest.raises(ValueError, match="is not a DETR: no key is of an image backbone, the first key is 'weight'"):
@@ -208,12 +208,12 @@ def test_what_is_no_detr_is_refused(tmp_path):
             init_from_detr(model, missing)
 
 
-def test_a_hub_id_is_fetched_because_it_is_named(detr, tmp_path, monkeypatch):
+def test_init_from_detr_downloads_from_hub_id(detr, tmp_path, monkeypatch):
     write(detr, "transformers", tmp_path)
-    asked = []
+    requested = []
 
     def fetch(name, file):
-        asked.append((name, file))
+        requested.append((name, file))
         if name != "facebook/detr-resnet-50":
             raise OSError("404")
         return tmp_path / file
@@ -222,4 +222,4 @@ def test_a_hub_id_is_fetched_because_it_is_named(detr, tmp_path, monkeypatch):
     check_start(make_model(), detr, "facebook/detr-resnet-50")
     with pytest.raises(OSError, match="no folder nobody/nothing here, and the Hub gave no"):
         init_from_detr(make_model(), "nobody/nothing")
-    assert asked == [("facebook/detr-resnet-50", "model.safetensors"), ("nobody/nothing", "model.safetensors")]
+    assert requested == [("facebook/detr-resnet-50", "model.safetensors"), ("nobody/nothing", "model.safetensors")]

@@ -1,4 +1,4 @@
-"""Our model with the published weights gives the published numbers (tolerances: where a number is checked)."""
+"""The model with the published weights reproduces the published outputs (each check states its tolerance)."""
 
 import pytest
 import torch
@@ -13,40 +13,40 @@ CASES = ("rec_bert", "rec_roberta", "multiphrase_bert", "res_bert")
 
 @pytest.fixture(scope="module", params=[(name, attention) for name in CASES for attention in ("eager", "sdpa")])
 def golden_run(request):
-    """One forward and backward of a case: its numbers, what ours gave, and the model with its gradients."""
+    """Run a case forward and backward; return the case, its arrays, the captured states, the outputs and the model."""
     name, attention = request.param
     case, arrays = load_case(name)
     model = golden_model(case, attention)
     inputs = golden_inputs(case, arrays)
-    seen = {}
+    captured = {}
     model.model.image_projection.register_forward_hook(
-        lambda module, args, output: seen.update({"mid.image_features_proj": output})
+        lambda module, args, output: captured.update({"mid.image_features_proj": output})
     )
     model.model.text_projection.register_forward_hook(
-        lambda module, args, output: seen.update({"mid.sentence_features": output})
+        lambda module, args, output: captured.update({"mid.sentence_features": output})
     )
     model.model.query_encoder.register_forward_hook(
-        lambda module, args, output: seen.update({"mid.query": output[0], "mid.query_pos": output[1]})
+        lambda module, args, output: captured.update({"mid.query": output[0], "mid.query_pos": output[1]})
     )
     outputs = model(**inputs)
     outputs.loss.backward()
-    seen["mid.encoder_memory"] = outputs.encoder_last_hidden_state
-    seen["mid.decoder_hidden_states"] = outputs.intermediate_hidden_states
-    return case, {key: torch.from_numpy(value) for key, value in arrays.items()}, seen, outputs, model
+    captured["mid.encoder_memory"] = outputs.encoder_last_hidden_state
+    captured["mid.decoder_hidden_states"] = outputs.intermediate_hidden_states
+    return case, {key: torch.from_numpy(value) for key, value in arrays.items()}, captured, outputs, model
 
 
-def test_phrase_mask(golden_run):
+def test_model_reproduces_published_phrase_mask(golden_run):
     _, arrays, _, outputs, _ = golden_run
     assert torch.equal(outputs.phrase_mask, arrays["out.phrase_mask"].bool())
 
 
-def test_intermediate_states(golden_run):
-    _, arrays, seen, outputs, _ = golden_run
+def test_model_reproduces_published_intermediate_states(golden_run):
+    _, arrays, captured, outputs, _ = golden_run
     real = outputs.phrase_mask
     compared = 0
-    for name, value in seen.items():
+    for name, value in captured.items():
         expected = arrays[name]
-        if name in ("mid.query", "mid.query_pos"):  # what stands in padding slots is read by nobody
+        if name in ("mid.query", "mid.query_pos"):  # padding slots are never read
             value, expected = value[real], expected[real]
         if name == "mid.decoder_hidden_states":
             value, expected = value[:, real], expected[:, real]
@@ -55,7 +55,7 @@ def test_intermediate_states(golden_run):
     assert compared == sum(name.startswith("mid.") for name in arrays)
 
 
-def test_boxes(golden_run):
+def test_model_reproduces_published_boxes(golden_run):
     _, arrays, _, outputs, _ = golden_run
     real = outputs.phrase_mask
     torch.testing.assert_close(outputs.pred_boxes[real], arrays["out.pred_boxes"][:, :, 0][real], atol=1e-5, rtol=0)
@@ -64,7 +64,7 @@ def test_boxes(golden_run):
         torch.testing.assert_close(auxiliary["pred_boxes"][real], expected, atol=1e-5, rtol=0)
 
 
-def test_post_processed_boxes(golden_run):
+def test_post_process_boxes_reproduces_published_boxes(golden_run):
     case, arrays, _, outputs, _ = golden_run
     boxes = RefTRImageProcessor().post_process_boxes(outputs, torch.tensor(case["orig_sizes"]))
     for index, real in enumerate(outputs.phrase_mask):
@@ -72,7 +72,7 @@ def test_post_processed_boxes(golden_run):
         torch.testing.assert_close(boxes[index][real].detach(), expected, atol=1e-2, rtol=0)
 
 
-def test_masks(golden_run):
+def test_model_reproduces_published_masks(golden_run):
     case, arrays, _, outputs, _ = golden_run
     if not case["masks"]:
         assert outputs.pred_masks is None
@@ -80,7 +80,7 @@ def test_masks(golden_run):
     torch.testing.assert_close(outputs.pred_masks, arrays["out.pred_masks"], atol=1e-4, rtol=0)
 
 
-def test_losses(golden_run):
+def test_model_reproduces_published_losses(golden_run):
     case, _, _, outputs, _ = golden_run
     assert set(outputs.loss_dict) == set(case["losses"])
     for name, expected in case["losses"].items():
@@ -88,7 +88,7 @@ def test_losses(golden_run):
     assert outputs.loss.item() == pytest.approx(case["weighted_total"], rel=1e-4)
 
 
-def test_gradient_norms(golden_run):
+def test_model_reproduces_published_gradient_norms(golden_run):
     case, _, _, _, model = golden_run
     parameters = dict(model.named_parameters())
 
@@ -100,7 +100,7 @@ def test_gradient_norms(golden_run):
         return parameters[name].grad
 
     for key, expected in case["grad_norms"].items():
-        # under 1e-6 the gradient is zero in theory, and what is left of it is rounding
+        # a gradient under 1e-6 is zero in theory and consists of rounding errors
         tolerance = {"abs": 1e-6} if expected < 1e-6 else {"rel": 1e-3}
         assert gradient(key).norm().item() == pytest.approx(expected, **tolerance), key
     for key in case["params_without_grad"]:

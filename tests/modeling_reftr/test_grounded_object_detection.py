@@ -42,7 +42,7 @@ def test_signature_accepts_calls_for_grounding_dino():
     assert ours[: len(theirs)] == theirs
 
 
-def test_result_has_one_dict_per_image_that_supervision_accepts(model, processor):
+def test_result_is_one_supervision_compatible_dict_per_image(model, processor):
     inputs = processor(images=IMAGES, text=TEXTS, return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
@@ -68,7 +68,7 @@ def test_result_has_one_dict_per_image_that_supervision_accepts(model, processor
         assert torch.equal(results[0]["masks"][:, 0], torch.cat(masks[:2]))
 
 
-def test_supervision_accepts_the_result(model, processor):
+def test_supervision_accepts_result(model, processor):
     supervision = pytest.importorskip("supervision")
     outputs = model(**processor(IMAGES, TEXTS))
     for result in processor.post_process_grounded_object_detection(outputs, target_sizes=SIZES):
@@ -85,7 +85,7 @@ def test_boxes_stay_relative_without_target_sizes(model, processor):
         torch.testing.assert_close(result["boxes"] * torch.tensor([width, height] * 2), other["boxes"])
 
 
-def test_threshold_of_one_keeps_nothing(model, processor):
+def test_threshold_of_one_removes_every_box(model, processor):
     outputs = model(**processor(IMAGES, TEXTS))
     for result, size in zip(
         processor.post_process_grounded_object_detection(outputs, threshold=1.0, target_sizes=SIZES),
@@ -99,7 +99,7 @@ def test_threshold_of_one_keeps_nothing(model, processor):
             assert result["masks"].shape == (0, 1, *size)
 
 
-def test_phrases_are_labelled_by_slot(model, processor):
+def test_phrases_are_labeled_by_slot(model, processor):
     texts = ["the red circle is left of the star", "a square"]
     inputs = processor(IMAGES[0], texts, phrases=[["the star", "the red circle"], ["a square"]])
     (result,) = processor.post_process_grounded_object_detection(model(**inputs), target_sizes=SIZES[:1])
@@ -107,7 +107,7 @@ def test_phrases_are_labelled_by_slot(model, processor):
     assert result["labels"].tolist() == [0, 1, 2]
 
 
-def test_phrases_past_the_end_have_no_result(model, processor):
+def test_truncated_phrases_have_no_result(model, processor):
     caption = "the red circle and " * 60 + "the star"
     inputs = processor(IMAGES[0], caption, phrases=["the star", "the red circle"])
     (result,) = processor.post_process_grounded_object_detection(
@@ -134,7 +134,7 @@ def test_one_size_per_image_is_required(model, processor):
         processor.post_process_grounded_object_detection(outputs, target_sizes=[*SIZES, (1, 1)])
 
 
-def test_an_image_without_sentences_has_an_empty_result(model, processor):
+def test_image_without_sentences_has_empty_result(model, processor):
     inputs = processor(IMAGES, TEXTS)
     inputs["image_index"] = torch.tensor([1, 1, 1])
     results = processor.post_process_grounded_object_detection(model(**inputs), target_sizes=SIZES)

@@ -1,4 +1,4 @@
-"""Configurations by somebody who means harm: no network, nothing read outside of the folder, no code of others."""
+"""Hostile configurations: no network access, no file read outside the folder, no foreign code executed."""
 
 import json
 import socket
@@ -15,12 +15,12 @@ FOREIGN = {"AutoConfig": "evil/code--evil.Config", "AutoModel": "evil/code--evil
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Any attempt to reach the network is recorded, and fails."""
+    """Record any attempt to reach the network and make it fail."""
     attempts = []
 
     def refuse(self, address, *_):
         attempts.append(address)
-        raise OSError(f"the test has no network, {address} was asked for")
+        raise OSError(f"the test has no network, {address} was requested")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: refuse(None, address))
@@ -30,7 +30,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def folder(make_model, processor, tmp_path):
-    """A saved model whose `config.json` the test may change."""
+    """Save a model whose `config.json` the test may change."""
     make_model().save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
@@ -44,7 +44,7 @@ def change(path, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"backbone_config": {"backbone": "hf-hub:evil/model"}}, "names a location to load from"),
         ({"backbone_config": {"backbone": "local-dir:/etc"}}, "names a location to load from"),
@@ -61,9 +61,9 @@ def change(path, **changes):
     ],
 )
 @pytest.mark.row("S3")
-def test_refused(folder, no_network, changes, words):
+def test_config_naming_external_code_or_weights_is_refused(folder, no_network, changes, message):
     change(folder / "config.json", **changes)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         RefTRForVisualGrounding.from_pretrained(folder)
 
 
@@ -80,7 +80,7 @@ def test_refused(folder, no_network, changes, words):
     ids=["auto_map", "text", "backbone", "pretrained_backbone", "checkpoint_path", "trust"],
 )
 @pytest.mark.row("S3")
-def test_loaded_without_following_it_and_never_saved_again(folder, no_network, tmp_path, changes):
+def test_model_ignores_foreign_config_entries_and_drops_them_on_save(folder, no_network, tmp_path, changes):
     change(folder / "config.json", **changes)
     modules = set(sys.modules)
     model = RefTRForVisualGrounding.from_pretrained(folder)
@@ -93,7 +93,7 @@ def test_loaded_without_following_it_and_never_saved_again(folder, no_network, t
 
 @pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json"])
 @pytest.mark.row("S3")
-def test_processors_do_not_pass_foreign_code_on(folder, no_network, tmp_path, file):
+def test_processor_drops_foreign_auto_map_on_save(folder, no_network, tmp_path, file):
     foreign = {"AutoProcessor": "evil/code--evil.P", "AutoTokenizer": ["evil/code--evil.T", None]}
     changes = {"auto_map": foreign}
     if file == "processor_config.json":

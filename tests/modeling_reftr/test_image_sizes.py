@@ -1,4 +1,4 @@
-"""What an image, a URL or a processor's file claims to be is looked at before anything of that size is allocated."""
+"""Claimed sizes of images, URLs and processor files are checked before memory of that size is allocated."""
 
 import contextlib
 import io
@@ -31,18 +31,18 @@ def saved(name, size=(64, 48), **settings) -> bytes:
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG."""
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def with_chunk(kind: bytes, data: bytes) -> bytes:
-    """A PNG with one more chunk before its pixels."""
+    """Return a PNG with one more chunk before its pixels."""
     content = saved("PNG")
     return content[:33] + chunk(kind, data) + content[33:]
 
 
 def png_of(width, height) -> bytes:
-    """A PNG whose header claims a size."""
+    """Return a PNG whose header claims a size."""
     return (
         saved("PNG")[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
     )
@@ -50,7 +50,7 @@ def png_of(width, height) -> bytes:
 
 def gif_of(width, height) -> bytes:
     content = saved("GIF")
-    frame = content.index(b"\x2c")  # the first frame's size stands behind its place
+    frame = content.index(b"\x2c")  # the size of the first frame follows its position
     return (
         content[:6]
         + struct.pack("<HH", width, height)
@@ -61,7 +61,7 @@ def gif_of(width, height) -> bytes:
 
 
 def webp_of(width, height) -> bytes:
-    """A WEBP of two small frames whose canvas claims a size."""
+    """Return a WEBP of two small frames whose canvas claims a size."""
     content = bytearray(saved("WEBP", save_all=True, append_images=[Image.new("RGB", (64, 48), "red")]))
     start = content.index(b"VP8X") + 12
     content[start : start + 6] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -101,11 +101,11 @@ LARGE_HEADERS = {
 
 @contextlib.contextmanager
 def serving(respond, address="127.0.0.1"):
-    """A server whose answers `respond(handler)` writes; gives its URL."""
+    """Run a server whose responses `respond(handler)` writes; yield its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            with contextlib.suppress(OSError):  # whoever asked has gone
+            with contextlib.suppress(OSError):  # the client has disconnected
                 respond(self)
 
         def log_message(self, *_):
@@ -127,7 +127,7 @@ def answer(handler, content=b"", status=200, **headers):
 
 
 def peak_of(action) -> tuple[str, int]:
-    """What an action is refused with, and the bytes that Python and NumPy held at most meanwhile."""
+    """Return the error message of an action and the peak memory of Python and NumPy in bytes."""
     tracemalloc.start()
     try:
         action()
@@ -138,7 +138,7 @@ def peak_of(action) -> tuple[str, int]:
         tracemalloc.stop()
 
 
-def test_image_size_just_over_limit_is_refused_and_at_limit_is_read(tmp_path):
+def test_image_size_at_limit_is_read_and_above_is_refused(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png_of(10_000, 5_000))
     assert read_image_size(path) == (10_000, 5_000)
@@ -164,8 +164,8 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.row("S13")
-def test_headers_that_claim_a_large_image_are_refused_before_it_is_decoded(tmp_path, run, record_property):
-    """In a process of its own, whose largest memory tells what was allocated, by decoders outside of Python too."""
+def test_open_image_refuses_large_header_before_decoding(tmp_path, run, record_property):
+    """Measure the peak memory of a separate process, which includes decoders outside of Python."""
     paths = [tmp_path / f"{name}.jpg" for name in LARGE_HEADERS]
     for path, content in zip(paths, LARGE_HEADERS.values(), strict=True):
         path.write_bytes(content)
@@ -188,8 +188,8 @@ def test_headers_that_claim_a_large_image_are_refused_before_it_is_decoded(tmp_p
     ],
     ids=["zTXt", "iTXt", "iCCP", "tEXt"],
 )
-def test_texts_and_profiles_of_a_png_do_not_unpack_to_gigabytes(content):
-    """They are dropped or refused; either way nothing of their size is allocated."""
+def test_open_image_does_not_unpack_large_png_chunks(content):
+    """Chunks are dropped or refused; in both cases memory of their size is not allocated."""
     tracemalloc.start()
     with contextlib.suppress(ValueError, OSError):
         open_image(content)
@@ -199,7 +199,7 @@ def test_texts_and_profiles_of_a_png_do_not_unpack_to_gigabytes(content):
 
 
 @pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
-def test_of_many_frames_the_first_is_decoded(name):
+def test_open_image_decodes_only_first_frame(name):
     frames = [Image.effect_noise((64, 48), 9).convert("RGB") for _ in range(200)]
     content = io.BytesIO()
     frames[0].save(content, name, save_all=True, append_images=frames[1:])
@@ -209,11 +209,11 @@ def test_of_many_frames_the_first_is_decoded(name):
 
 
 @pytest.mark.row("S13")
-def test_base64_over_64_mb_is_refused_before_it_is_unpacked():
+def test_open_image_refuses_large_base64_before_decoding():
     text = "data:image/png;base64," + "A" * 90_000_000
-    sentence, peak = peak_of(lambda: open_image(text))
-    assert "it has more than 67,108,864 bytes" in sentence
-    assert len(sentence) < 500
+    message, peak = peak_of(lambda: open_image(text))
+    assert "it has more than 67,108,864 bytes" in message
+    assert len(message) < 500
     assert peak < 10_000_000
 
 
@@ -221,19 +221,19 @@ def test_base64_over_64_mb_is_refused_before_it_is_unpacked():
 
 
 @pytest.mark.row("S13")
-def test_a_url_whose_declared_length_is_too_large_is_not_read():
+def test_open_image_refuses_url_with_large_content_length():
     def respond(handler):
         answer(handler, b"x" * 1000, Content_Length=str(10**10))
 
     with serving(respond) as url:
-        sentence, peak = peak_of(lambda: open_image(url, allow_private=True))
-    assert "it has 10,000,000,000 bytes, more than 67,108,864" in sentence
+        message, peak = peak_of(lambda: open_image(url, allow_private=True))
+    assert "it has 10,000,000,000 bytes, more than 67,108,864" in message
     assert peak < 10_000_000
 
 
 @pytest.mark.parametrize("length", [None, "1000", "nonsense", "-5"])
 @pytest.mark.row("S13")
-def test_a_url_without_or_with_a_lying_length_is_counted_while_it_is_read(length, monkeypatch):
+def test_open_image_limits_url_bytes_despite_wrong_content_length(length, monkeypatch):
     monkeypatch.setattr(fetching_reftr, "MAX_BYTES", 1_000_000)
     sent = []
 
@@ -244,16 +244,16 @@ def test_a_url_without_or_with_a_lying_length_is_counted_while_it_is_read(length
             sent.append(10_000)
 
     with serving(respond) as url:
-        sentence, peak = peak_of(lambda: open_image(url, allow_private=True))
-    assert sentence
-    assert "took more than" not in sentence
+        message, peak = peak_of(lambda: open_image(url, allow_private=True))
+    assert message
+    assert "took more than" not in message
     if length is None:
-        assert "it has more than 1,000,000 bytes" in sentence
+        assert "it has more than 1,000,000 bytes" in message
     assert peak < 10_000_000
 
 
 def drip(handler, headers_too: bool):
-    """An answer that takes ten times as long as is allowed, a byte at a time."""
+    """Answer one byte at a time, for ten times as long as allowed."""
     if not headers_too:
         answer(handler)
     else:
@@ -265,7 +265,7 @@ def drip(handler, headers_too: bool):
 
 @pytest.mark.parametrize("headers_too", [False, True], ids=["content", "headers"])
 @pytest.mark.row("S13")
-def test_a_slow_url_ends_after_its_time(headers_too, monkeypatch):
+def test_open_image_stops_slow_url_at_timeout(headers_too, monkeypatch):
     assert fetching_reftr.MAX_SECONDS == 20
     assert fetching_reftr.MAX_BYTES == 64 * 1024**2
     monkeypatch.setattr(fetching_reftr, "MAX_SECONDS", 0.5)
@@ -285,39 +285,39 @@ def test_a_slow_url_ends_after_its_time(headers_too, monkeypatch):
         "user:word@127.0.0.1",
     ],
 )
-def test_private_addresses_are_refused(processor, host):
+def test_processor_refuses_private_addresses(processor, host):
     with pytest.raises(OSError, match=r"only public addresses are fetched.*allow_private=True|Address family|resol"):
         processor(f"http://{host}:9/1.png", "the star")
 
 
 def resolving(addresses):
-    """In place of the resolver: names to addresses."""
+    """Return a replacement of the resolver that maps names to addresses."""
     return lambda host, port, **_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (addresses.get(host, host), port))]
 
 
-def test_a_name_of_a_private_address_is_refused(processor, monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", resolving({"pictures.example": "10.1.2.3"}))
-    with pytest.raises(OSError, match=r"its host 'pictures\.example' is at 10\.1\.2\.3, and only public"):
-        processor("http://pictures.example/1.png", "the star")
+def test_processor_refuses_host_name_of_private_address(processor, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", resolving({"images.example": "10.1.2.3"}))
+    with pytest.raises(OSError, match=r"its host 'images\.example' is at 10\.1\.2\.3, and only public"):
+        processor("http://images.example/1.png", "the star")
 
 
-def test_a_name_with_one_private_address_of_two_is_refused(processor, monkeypatch):
+def test_processor_refuses_host_name_with_any_private_address(processor, monkeypatch):
     def resolve(host, port, **_):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("8.8.8.8", "10.1.2.3")]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with pytest.raises(OSError, match=r"is at 10\.1\.2\.3, and only public"):
-        processor("http://pictures.example/1.png", "the star")
+        processor("http://images.example/1.png", "the star")
 
 
 @pytest.mark.row("S13")
-def test_a_redirection_to_this_machine_is_refused(processor, monkeypatch):
-    """127.0.0.2 plays a public address; it redirects to 127.0.0.1, by its number and by a name."""
-    asked = []
+def test_processor_refuses_redirect_to_private_address(processor, monkeypatch):
+    """127.0.0.2 stands for a public address that redirects to 127.0.0.1, by number and by name."""
+    requests = []
     monkeypatch.setattr(fetching_reftr, "is_public", lambda address: address == "127.0.0.2")
 
     def respond(handler):
-        asked.append(handler.path)
+        requests.append(handler.path)
         answer(handler, png_of(1, 1))
 
     with serving(respond) as private:
@@ -330,11 +330,11 @@ def test_a_redirection_to_this_machine_is_refused(processor, monkeypatch):
             for path in ("number", "name"):
                 with pytest.raises(OSError, match="only public addresses are fetched"):
                     processor(f"{public}/{path}", "the star")
-    assert not asked
+    assert not requests
 
 
-def test_a_host_is_connected_to_at_the_address_that_was_checked(monkeypatch):
-    """A name that resolves to another address the second time leads nowhere else; the server is told the name."""
+def test_open_image_connects_to_checked_address(monkeypatch):
+    """A name is not resolved a second time, when the address may differ; the server receives the name."""
     monkeypatch.setattr(fetching_reftr, "is_public", lambda address: address == "127.0.0.2")
     hosts = []
 
@@ -347,18 +347,18 @@ def test_a_host_is_connected_to_at_the_address_that_was_checked(monkeypatch):
         real, answers = socket.getaddrinfo, iter(["127.0.0.2", "127.0.0.1"])
 
         def resolve(host, *args, **kwargs):
-            if host == "pictures.example":
+            if host == "images.example":
                 return resolving({host: next(answers)})(host, *args, **kwargs)
             return real(host, *args, **kwargs)
 
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
-        assert open_image(f"http://pictures.example:{port}/1.png").size == (64, 48)
-    assert hosts == [f"pictures.example:{port}"]
+        assert open_image(f"http://images.example:{port}/1.png").size == (64, 48)
+    assert hosts == [f"images.example:{port}"]
     assert next(answers) == "127.0.0.1"
 
 
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/1", "https://:80/", "data:,x"])
-def test_a_redirection_to_something_else_is_refused(location):
+def test_open_image_refuses_redirect_to_invalid_url(location):
     with (
         serving(lambda handler: answer(handler, status=302, Location=location)) as url,
         pytest.raises(OSError, match="is not an http or https URL with a host"),
@@ -366,19 +366,19 @@ def test_a_redirection_to_something_else_is_refused(location):
         open_image(url, allow_private=True)
 
 
-def test_redirections_end():
-    asked = []
+def test_open_image_stops_after_five_redirects():
+    requests = []
 
     def redirect(handler):
-        asked.append(handler.path)
+        requests.append(handler.path)
         answer(handler, status=302, Location="/again")
 
     with serving(redirect) as url, pytest.raises(OSError, match="it was redirected more than 5 times"):
         open_image(url, allow_private=True)
-    assert len(asked) == 6
+    assert len(requests) == 6
 
 
-def test_a_redirection_is_followed():
+def test_open_image_follows_redirect():
     def respond(handler):
         if handler.path == "/1.png":
             answer(handler, saved("PNG"))
@@ -419,38 +419,38 @@ SETTINGS = [
 
 
 @pytest.mark.row("S13")
-def test_nonsense_in_a_processors_file_is_refused(processor, tmp_path, record_property):
-    """When it is loaded, or in the first call; before anything of its size is allocated."""
+def test_processor_file_with_invalid_values_is_refused(processor, tmp_path, record_property):
+    """The error is raised on loading or in the first call, before memory of that size is allocated."""
     processor.save_pretrained(tmp_path)
     path, passed = tmp_path / "processor_config.json", []
     settings = json.loads(path.read_text())
 
-    def load_and_ask(name, value):
+    def load_and_call(name, value):
         changed = {**settings, "image_processor": {**settings["image_processor"], name: value}}
         path.write_text(json.dumps(changed))
         RefTRProcessor.from_pretrained(tmp_path)(Image.new("RGB", (64, 48)), "the star")
 
-    load_and_ask("do_pad", True)  # the file itself is taken
+    load_and_call("do_pad", True)  # the unchanged file is accepted
     for name, value in SETTINGS:
         if name == "size" and value == {}:
-            continue  # as good as absent: the default
-        sentence, peak = peak_of(lambda name=name, value=value: load_and_ask(name, value))
-        passed.append((name, str(value)[:40], name in sentence and len(sentence) < 2000 and peak < 50_000_000))
+            continue  # an empty dict means the default
+        message, peak = peak_of(lambda name=name, value=value: load_and_call(name, value))
+        passed.append((name, str(value)[:40], name in message and len(message) < 2000 and peak < 50_000_000))
     record_property("counted", (sum(is_good for *_, is_good in passed), len(passed)))
     assert not [item for item in passed if not item[-1]]
 
 
 @pytest.mark.parametrize("name", ["size", "pad_size"])
-def test_nonsense_in_a_call_is_refused(processor, name):
+def test_image_processor_rejects_invalid_sizes_in_call(processor, name):
     for value in (*HUGE[:11], *SIDES):
-        sentence, peak = peak_of(
+        message, peak = peak_of(
             lambda value=value: processor.image_processor(Image.new("RGB", (64, 48)), **{name: value})
         )
-        assert name in sentence, value
+        assert name in message, value
         assert peak < 50_000_000
 
 
-def test_a_tall_and_a_wide_image_are_not_padded_to_both():
+def test_pad_batch_rejects_padding_over_pixel_limit():
     images = [torch.zeros(3, 1, 20_000), torch.zeros(3, 20_000, 1)]
     with pytest.raises(
         ValueError, match=r"would be padded to \(20000, 20000\) in a batch, more than 50,000,000 pixels"
@@ -460,7 +460,7 @@ def test_a_tall_and_a_wide_image_are_not_padded_to_both():
         pad_batch([torch.zeros(3, 4, 4)], size_divisor=10**9)
 
 
-def test_masks_are_not_resized_to_any_size():
+def test_post_process_masks_rejects_too_large_target_sizes():
     outputs = SimpleNamespace(
         pred_boxes=torch.zeros(1, 1, 4),
         pred_masks=torch.zeros(1, 1, 4, 4),
@@ -481,21 +481,21 @@ def npy_of(shape: str, data: bytes = b"") -> bytes:
 
 
 @pytest.mark.row("S13")
-def test_an_array_that_claims_more_than_its_file_has_is_refused(tmp_path):
+def test_array_readers_reject_oversized_headers(tmp_path):
     path = tmp_path / "mask.npy"
     path.write_bytes(npy_of("(1000000, 1000000)", bytes(100)))
-    sentence, peak = peak_of(lambda: read_mask_array(path))
-    assert "is damaged" in sentence
+    message, peak = peak_of(lambda: read_mask_array(path))
+    assert "is damaged" in message
     assert peak < 10_000_000
-    with open(path, "wb") as file:  # as large as it claims, with nothing in it
+    with open(path, "wb") as file:  # as large as claimed, but sparse
         file.write(npy_of("(10000, 10000)"))
         file.truncate(file.tell() + 10**8)
-    sentence, peak = peak_of(lambda: read_mask_array(path))
-    assert "has 10000 x 10000 pixels, more than 50,000,000" in sentence
+    message, peak = peak_of(lambda: read_mask_array(path))
+    assert "has 10000 x 10000 pixels, more than 50,000,000" in message
     assert peak < 10_000_000
-    kept = npy_of("(1000000, 1000000, 3)", bytes(100))
-    sentence, peak = peak_of(lambda: decode_array(kept + zlib.crc32(kept).to_bytes(4, "little")))
-    assert "its header claims uint8 of (1000000, 1000000, 3)" in sentence
+    content = npy_of("(1000000, 1000000, 3)", bytes(100))
+    message, peak = peak_of(lambda: decode_array(content + zlib.crc32(content).to_bytes(4, "little")))
+    assert "its header claims uint8 of (1000000, 1000000, 3)" in message
     assert peak < 10_000_000
     image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     np.testing.assert_array_equal(decode_array(encode_array(image)), image)

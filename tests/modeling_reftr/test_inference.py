@@ -1,4 +1,4 @@
-"""What makes inference faster changes no answer: folded batch norms, features that are kept, texts that come again."""
+"""Faster inference gives the same answers: folded batch norms, reused image features, cached texts."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ from training_reftr.data import GroundingCollator
 
 
 TIMM = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4], "output_stride": 8}
-# its norms hold the activations behind them
+# its norms include the activations that follow them
 ACTIVATING = {"backbone": "test_efficientnet", "out_indices": [1, 2, 3, 4]}
 RESNET = {
     "model_type": "resnet",
@@ -40,7 +40,7 @@ CONVNEXT = {
 
 @pytest.fixture
 def batch(shapes, processor):
-    """Three images with their sentences, several phrases each, and labels."""
+    """Collate three images with their sentences, several phrases each, and labels."""
     return GroundingCollator(processor, with_targets=False, with_masks=True)(
         [shapes["test"][index] for index in range(3)]
     )
@@ -57,13 +57,13 @@ def inputs(request, batch, processor, shapes):
 
 
 def shake(model):
-    """Batch norms that are not the identity."""
+    """Give batch norms random values, so that none is the identity."""
     torch.manual_seed(1)
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-            module.eps = 0.1  # else too little to be seen
+            module.eps = 0.1  # otherwise the effect is too small to detect
             with torch.no_grad():
                 module.weight.uniform_(0.5, 2)
                 module.bias.normal_()
@@ -79,11 +79,11 @@ def norms(model):
     [(TIMM, True), (TIMM, False), (ACTIVATING, True), (ACTIVATING, False), (RESNET, False), (CONVNEXT, False)],
     ids=["frozen", "timm", "frozen with activation", "norm with activation", "resnet", "no batch norm"],
 )
-def test_folded_batch_norms_change_no_answer_and_not_the_model(single_batch, make_model, tmp_path, backbone, frozen):
+def test_fused_copy_gives_same_answer_and_leaves_model_unchanged(single_batch, make_model, tmp_path, backbone, frozen):
     model = shake(make_model(backbone_config=backbone, freeze_backbone_batch_norm=frozen, predict_masks=True))
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    places = {name: (id(value), value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
+    storage = {name: (id(value), value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
     fused = model.fused_copy()
     assert fused.is_fused
     assert not model.is_fused
@@ -96,10 +96,10 @@ def test_folded_batch_norms_change_no_answer_and_not_the_model(single_batch, mak
     torch.testing.assert_close(answers.pred_masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
     assert not answers.pred_boxes.requires_grad
 
-    # nothing is shared, and the model is what it was
+    # the copy shares no memory, and the model is unchanged
     own = {value.data_ptr() for value in (*model.parameters(), *model.buffers()) if value.numel()}
     assert not own & {value.data_ptr() for value in (*fused.parameters(), *fused.buffers())}
-    assert places == {name: (id(value), value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
+    assert storage == {name: (id(value), value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -108,8 +108,8 @@ def without_hooks(module):
     return not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
 
 
-def test_a_fused_copy_is_a_module_as_any_other(single_batch, make_model, tmp_path):
-    """Its state dict is its own; it is loaded, copied, pickled and moved; and no file of it misleads."""
+def test_fused_copy_can_be_copied_and_loaded_but_not_saved(single_batch, make_model, tmp_path):
+    """A fused copy has its own state dict and can be loaded, copied, pickled and cast, but not saved or trained."""
     model = shake(make_model(backbone_config=TIMM, predict_masks=True))
     fused = model.fused_copy()
     assert without_hooks(fused)
@@ -138,12 +138,12 @@ def test_a_fused_copy_is_a_module_as_any_other(single_batch, make_model, tmp_pat
     assert not (tmp_path / "saved").exists()
     labels = [{"boxes": torch.rand(1, 4)} for _ in single_batch["input_ids"]]
     loss = fused.train()(**single_batch, labels=labels).loss
-    with pytest.raises(RuntimeError, match="does not require grad"):  # nothing of it can be trained
+    with pytest.raises(RuntimeError, match="does not require grad"):  # a fused copy cannot be trained
         loss.backward()
 
 
 @pytest.mark.slow
-def test_a_fused_copy_compiles(single_batch, make_model):
+def test_fused_copy_compiles(single_batch, make_model):
     fused = shake(make_model(backbone_config=TIMM)).fused_copy()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -152,8 +152,8 @@ def test_a_fused_copy_compiles(single_batch, make_model):
         )
 
 
-def test_no_method_of_a_torch_module_is_overridden():
-    """What torch, or a library on top of it, does to a module it does to these; `freeze_grounding` needs `train`."""
+def test_models_override_no_module_method_except_train():
+    """torch and libraries on top of it handle the models as plain modules; `freeze_grounding` requires `train`."""
     own = {"__init__", "forward", "__doc__", "__module__", "__annotations__"}
     classes = [value for value in vars(modeling_reftr).values() if inspect.isclass(value)]
     classes = [
@@ -165,22 +165,22 @@ def test_no_method_of_a_torch_module_is_overridden():
 
 
 class Branches(torch.nn.Module):
-    """Convolutions read by a norm alone, by a norm and a sum, by a norm that runs twice, and by a hook."""
+    """Convolutions read by a norm only, by a norm and a sum, by a norm that runs twice, and by a hook."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third, self.fourth = (torch.nn.Conv2d(3, 3, 1) for _ in range(4))
-        self.alone, self.beside, self.twice, self.hooked = (torch.nn.BatchNorm2d(3) for _ in range(4))
+        self.alone, self.summed, self.twice, self.hooked = (torch.nn.BatchNorm2d(3) for _ in range(4))
         self.fourth.register_forward_hook(lambda module, args, output: None)
 
     def forward(self, pixels):
         states = self.second(self.alone(self.first(pixels)))
-        states = self.hooked(self.fourth(states + self.beside(states)))
+        states = self.hooked(self.fourth(states + self.summed(states)))
         return self.twice(self.third(states)) + self.twice(states)
 
 
 class Untraceable(torch.nn.Module):
-    """A condition on values, which torch.fx cannot trace, around a part that it can trace."""
+    """A condition on values, which torch.fx cannot trace, around a traceable part."""
 
     def __init__(self):
         super().__init__()
@@ -192,18 +192,18 @@ class Untraceable(torch.nn.Module):
         return self.norm(self.convolution(pixels)) if pixels.sum() != 0 else pixels
 
 
-def test_norms_are_folded_only_where_nothing_else_reads_the_convolution():
+def test_fold_batch_norms_keeps_norms_of_shared_convolutions():
     module = shake(Branches().eval())
     pixels = torch.randn(2, 3, 5, 5)
     expected = module(pixels)
     fold_batch_norms(module)
     kinds = {name: type(child) for name, child in module.named_children() if type(child) is not torch.nn.Conv2d}
     norm = torch.nn.BatchNorm2d
-    assert kinds == {"alone": torch.nn.Sequential, "beside": norm, "twice": norm, "hooked": norm}
+    assert kinds == {"alone": torch.nn.Sequential, "summed": norm, "twice": norm, "hooked": norm}
     torch.testing.assert_close(module(pixels), expected)
 
 
-def test_norms_that_cannot_be_traced_are_left(monkeypatch):
+def test_fold_batch_norms_keeps_untraceable_norms(monkeypatch):
     module, logged = shake(Untraceable().eval()), []
     monkeypatch.setattr(fusing_reftr.logger, "warning_once", logged.append)
     pixels = torch.randn(2, 3, 5, 5)
@@ -216,8 +216,8 @@ def test_norms_that_cannot_be_traced_are_left(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rec_bert", "multiphrase_bert", "res_bert"])
-def test_the_published_model_fused_and_in_bfloat16(name):
-    """Folded, the published boxes; in bfloat16, boxes that overlap with them by 0.98."""
+def test_fused_copy_reproduces_published_boxes_also_in_bfloat16(name):
+    """The fused copy gives the published boxes; in bfloat16 they overlap with an IoU of at least 0.98."""
     case, arrays = load_case(name)
     model, inputs = golden_model(case, "sdpa").fused_copy(), golden_inputs(case, arrays)
     expected = torch.from_numpy(arrays["out.pred_boxes"][:, :, 0])
@@ -230,19 +230,19 @@ def test_the_published_model_fused_and_in_bfloat16(name):
     assert box_iou(*corners).diagonal().min() >= 0.98
 
 
-def test_image_features_stand_for_the_pictures(inputs, make_model):
+def test_model_gives_same_answer_for_image_features(inputs, make_model):
     model = make_model(predict_masks=True)
-    pictures = {name: inputs.pop(name) for name in ("pixel_values", "pixel_mask")}
+    images = {name: inputs.pop(name) for name in ("pixel_values", "pixel_mask")}
     with torch.no_grad():
-        expected = model(**pictures, **inputs)
-        features = model.get_image_features(**pictures)
+        expected = model(**images, **inputs)
+        features = model.get_image_features(**images)
         answers = model(image_features=features, **inputs)
     for name in ("pred_boxes", "pred_masks", "pixel_mask", "image_index"):
         assert torch.equal(answers[name], expected[name]), name
 
 
-def test_many_questions_one_after_the_other(single_batch, make_model):
-    """As all at once: the picture is encoded once, and each text is padded as it was."""
+def test_model_answers_single_texts_as_in_batch(single_batch, make_model):
+    """Each image is encoded once, and each text keeps the padding of the batch."""
     model = make_model()
     with torch.no_grad():
         expected = model(**single_batch).pred_boxes
@@ -254,30 +254,30 @@ def test_many_questions_one_after_the_other(single_batch, make_model):
             torch.testing.assert_close(boxes[0], expected[index], rtol=0, atol=1e-5)
 
 
-def test_words_alone(processor, shapes, make_model):
+def test_processor_encodes_text_without_images(processor, shapes, make_model):
     model, rows = make_model(), [shapes["test"][index] for index in range(2)]
-    pictures = [row["image"] for row in rows]
+    images = [row["image"] for row in rows]
     with torch.no_grad():
-        features = model.get_image_features(**processor.image_processor(pictures, return_tensors="pt"))
+        features = model.get_image_features(**processor.image_processor(images, return_tensors="pt"))
         for texts in (["the star"], ["a red circle"]), [["the star", "left"], ["a red circle"]]:
-            words = processor(text=list(texts))
-            assert "pixel_values" not in words
+            encoded = processor(text=list(texts))
+            assert "pixel_values" not in encoded
             assert torch.equal(
-                model(image_features=features, **words).pred_boxes,
-                model(**processor(pictures, list(texts))).pred_boxes,
+                model(image_features=features, **encoded).pred_boxes,
+                model(**processor(images, list(texts))).pred_boxes,
             )
         sentence = "the star left of the circle"
-        words = processor(text=[[sentence], ["star"]], phrases=[[["the star", "circle"]], [["star"]]])
-        assert model(image_features=features, **words).pred_boxes.shape == (2, 2, 4)
+        encoded = processor(text=[[sentence], ["star"]], phrases=[[["the star", "circle"]], [["star"]]])
+        assert model(image_features=features, **encoded).pred_boxes.shape == (2, 2, 4)
     assert processor(text=["one", "two"])["image_index"].tolist() == [0, 0]
     assert processor(text="one")["image_index"].tolist() == [0]
     with pytest.raises(ValueError, match="give images with them"):
         processor(text="one", boxes=[[1, 2, 3, 4]])
     with pytest.raises(ValueError, match="There is no text"):
-        processor(pictures)
+        processor(images)
 
 
-def test_pictures_or_their_features(single_batch, make_model):
+def test_model_requires_either_pixels_or_image_features(single_batch, make_model):
     model = make_model()
     features = model.get_image_features(single_batch["pixel_values"])
     with pytest.raises(ValueError, match="Exactly one of `pixel_values` and `image_features`"):
@@ -291,7 +291,7 @@ def test_pictures_or_their_features(single_batch, make_model):
         model(image_features=features, **texts)
 
 
-def test_texts_that_come_again_are_not_encoded_again(inputs, make_model):
+def test_cache_text_encodes_repeated_texts_once(inputs, make_model):
     model = make_model()
     counted = []
     model.model.text_backbone.register_forward_pre_hook(
@@ -310,7 +310,7 @@ def test_texts_that_come_again_are_not_encoded_again(inputs, make_model):
     assert sum(counted) == first + without
 
 
-def test_a_full_cache_forgets_what_was_not_asked_for(single_batch, make_model):
+def test_cache_text_when_full_stays_within_max_tokens(single_batch, make_model):
     model = make_model()
     with torch.no_grad():
         expected = model(**single_batch)
@@ -322,8 +322,8 @@ def test_a_full_cache_forgets_what_was_not_asked_for(single_batch, make_model):
                 assert cache.texts
 
 
-def test_texts_are_cached_without_their_padding(make_model):
-    """A text that is padded further, or with other tokens, is the same; the one asked for the longest ago goes."""
+def test_cache_text_ignores_padding_and_evicts_least_recent_text(make_model):
+    """Padding, of any length and with any tokens, is not part of the cached text; the least recent text is evicted."""
     model, pixel_values = make_model(), torch.zeros(1, 3, 64, 64)
     first, second, third = [2, 5, 6, 3], [2, 7, 3], [2, 8, 9, 3]
     counted = []
@@ -339,11 +339,11 @@ def test_texts_are_cached_without_their_padding(make_model):
         assert [ask(first, []), ask(first, [0]), ask(first, [7, 7])] == [1, 1, 1]
         assert ask(second, []) == 2
         assert ask(first, []) == 2
-        assert ask(third, []) == 3  # no room for all: the second is forgotten
+        assert ask(third, []) == 3  # no room for all three: the second is evicted
         assert list(cache.texts) == [tuple(first), tuple(third)]
 
 
-def test_texts_are_kept_for_inference_alone(make_model):
+def test_cache_text_requires_no_grad_and_eval_mode(make_model):
     model = make_model()
     with pytest.raises(ValueError, match=r"torch.no_grad\(\)"), model.cache_text():
         pass
@@ -361,8 +361,8 @@ OURS = [name for name in speed.ROWS if name not in (*FULL_SIZE, *GRAPHS)]
     [(OURS, 2 * 5 + 1), pytest.param(GRAPHS, 2 * 3 + 1, marks=pytest.mark.slow)],
     ids=["ours", "graph"],
 )
-def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
-    """With a model of seconds: what it compares gives the same answers, and its rows are whole."""
+def test_speed_benchmark_writes_every_row_with_same_answers(monkeypatch, tmp_path, rows, count):
+    """Run with a tiny model: compared variants give the same answers, and every row is complete."""
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "projection_group_norm_groups": 8}
     small |= {"backbone_config": TIMM}
     small |= {"text_config": {**TINY_TEXT, "vocab_size": 30000, "max_position_embeddings": 128}}
@@ -372,7 +372,7 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
     monkeypatch.setattr("sys.argv", ["speed.py", "--rounds", "2", "--output", str(output), "--rows", *rows])
     speed.main()
     result = json.loads(output.read_text())
-    assert len(result["rows"]) == count  # each in both precisions, but training
+    assert len(result["rows"]) == count  # each in both precisions, except training
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["ours"] / row["published_pattern"], rel=0.05)
         if "mean_iou" in row:
@@ -380,7 +380,7 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, rows, count):
             assert row["largest_difference"] < (1e-5 if is_exact else 0.1), row
 
 
-def test_a_row_that_fails_takes_no_other_with_it(monkeypatch, tmp_path):
+def test_speed_benchmark_keeps_finished_rows_if_one_fails(monkeypatch, tmp_path):
     def fail(device, rounds):
         raise ValueError("out of luck")
 
@@ -393,7 +393,7 @@ def test_a_row_that_fails_takes_no_other_with_it(monkeypatch, tmp_path):
     assert [(row["name"], row["ratio"]) for row in json.loads(output.read_text())["rows"]] == [("a row", 0.5)]
 
 
-def test_figures_of_different_machines_do_not_mix(monkeypatch, tmp_path):
+def test_speed_benchmark_rejects_output_of_other_machine(monkeypatch, tmp_path):
     output = tmp_path / "speed.json"
     others = json.dumps({"machine": {"device": "a larger one"}, "rows": []})
     output.write_text(others)
@@ -407,8 +407,8 @@ def test_figures_of_different_machines_do_not_mix(monkeypatch, tmp_path):
         speed.main()
 
 
-def test_the_memory_of_a_process_is_its_own(run):
-    """And not what the process that started it held."""
+def test_peak_memory_excludes_parent_process(run):
+    """Memory of the process that started it is not counted."""
     child = "import sys; from benchmarks import speed; sys.stdout.write(str(speed.peak_memory()))"
     parent = f"import subprocess, sys; held = b'1' * 3 * 2**30; subprocess.run([sys.executable, '-c', {child!r}])"
     assert 0 < int(run("-c", parent).stdout) < 2 * 2**30

@@ -1,4 +1,4 @@
-"""What any model of transformers can do: outputs, copies, resized vocabularies, saving and loading of all parts."""
+"""Features of every transformers model: outputs, copies, resized vocabularies, saving and loading of all parts."""
 
 import copy
 import pickle
@@ -27,14 +27,14 @@ ATTENTION_BACKBONE = {
 
 @pytest.fixture
 def batch(shapes, processor):
-    """Three images with their sentences, one phrase or several."""
+    """Collate three images with their sentences, one phrase or several."""
     return GroundingCollator(processor)([shapes["test"][index] for index in range(3)])
 
 
 # image features
 
 
-def test_image_features_have_the_library_s_fields(batch, make_model):
+def test_image_features_have_library_fields(batch, make_model):
     model = make_model()
     features = model.get_image_features(batch["pixel_values"], batch["pixel_mask"])
     assert isinstance(features, BaseModelOutputWithPooling)
@@ -50,10 +50,10 @@ def test_image_features_have_the_library_s_fields(batch, make_model):
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], features.last_hidden_state)
     with pytest.raises(ValueError, match=r"return_dict=True.*got tuple"):
-        model(image_features=as_tuple, **single_inputs_of(batch))
+        model(image_features=as_tuple, **text_inputs_of(batch))
 
 
-def single_inputs_of(batch):
+def text_inputs_of(batch):
     return {name: batch[name] for name in ("input_ids", "attention_mask", "image_index")}
 
 
@@ -61,23 +61,23 @@ def single_inputs_of(batch):
     ("backbone", "num_states", "num_attentions"), [(None, 4, 0), (ATTENTION_BACKBONE, 3, 2)], ids=["timm", "vitdet"]
 )
 @pytest.mark.parametrize("by_config", [False, True])
-def test_image_features_give_hidden_states_and_attentions(
+def test_image_features_include_requested_hidden_states_and_attentions(
     batch, make_model, backbone, num_states, num_attentions, by_config
 ):
     model = make_model(**({} if backbone is None else {"backbone_config": backbone}))
     model.set_attn_implementation("eager")
     images = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
     expected = model.get_image_features(**images)
-    asked = {"output_hidden_states": True, "output_attentions": True}
+    requested = {"output_hidden_states": True, "output_attentions": True}
     if by_config:
-        model.config.update(asked)
-    features = model.get_image_features(**images, **({} if by_config else asked))
+        model.config.update(requested)
+    features = model.get_image_features(**images, **({} if by_config else requested))
     assert len(features.hidden_states) == num_states
     assert len(features.attentions) == num_attentions
     assert all(weights.ndim == 4 for weights in features.attentions)
     assert all(torch.equal(features[name], expected[name]) for name in ("last_hidden_state", "pooler_output"))
-    # the forward, whose own hidden states these are not
-    texts = single_inputs_of(batch)
+    # the forward does not return these as its own hidden states
+    texts = text_inputs_of(batch)
     outputs = model(**images, **texts, return_dict=True)
     assert_same_boxes(outputs, model(image_features=features, **texts))
     assert (outputs.encoder_hidden_states is not None) == by_config
@@ -86,7 +86,7 @@ def test_image_features_give_hidden_states_and_attentions(
 # processors
 
 
-def test_saving_a_processor_changes_nothing_and_loading_gives_its_equal(processor, tmp_path):
+def test_processor_is_unchanged_by_saving_and_equal_after_loading(processor, tmp_path):
     before = processor.to_dict()
     processor.save_pretrained(tmp_path)
     assert processor.to_dict() == before
@@ -102,11 +102,11 @@ def test_saving_a_processor_changes_nothing_and_loading_gives_its_equal(processo
     assert RefTRImageProcessor.from_pretrained(tmp_path / "alone").to_dict() == alone.to_dict()
 
 
-# a vocabulary of another size
+# resized vocabularies
 
 
-def with_a_new_word(processor, shapes):
-    """Return a copy of a processor whose tokenizer knows one word more, and inputs with it in text and phrase."""
+def with_new_token(processor, shapes):
+    """Return a copy of a processor with one more token, and inputs with that token in text and phrase."""
     processor = copy.deepcopy(processor)
     processor.tokenizer.add_tokens(["zebra"])
     text, phrases = "the zebra left of the star", ["the zebra", "the star"]
@@ -118,18 +118,18 @@ def with_a_new_word(processor, shapes):
 @pytest.mark.parametrize(
     "settings", [{}, {"pad_to_multiple_of": 64}, {"mean_resizing": False}], ids=["larger", "padded", "plain"]
 )
-def test_a_resized_vocabulary_reads_new_words_in_texts_and_phrases(processor, shapes, make_model, tmp_path, settings):
-    processor, inputs = with_a_new_word(processor, shapes)
+def test_model_with_resized_vocabulary_reads_new_tokens(processor, shapes, make_model, tmp_path, settings):
+    processor, inputs = with_new_token(processor, shapes)
     model = make_model()
     size = model.config.text_config.vocab_size
-    old_words = dict(processor(shapes["test"][0]["image"], "the red circle and the star", phrases=["the star"]))
-    with torch.no_grad():  # a graph kept from before would hold gradients of the old size
-        before = model(**old_words)
-        assert not model(**inputs).phrase_mask.any()  # the word is in the text: it cannot be read
+    old_inputs = dict(processor(shapes["test"][0]["image"], "the red circle and the star", phrases=["the star"]))
+    with torch.no_grad():  # a retained graph would have gradients of the old size
+        before = model(**old_inputs)
+        assert not model(**inputs).phrase_mask.any()  # the token is in the text, which cannot be read
     model.resize_token_embeddings(len(processor.tokenizer), **settings)
     new_size = model.config.text_config.vocab_size
     assert new_size == (-(-(size + 1) // 64) * 64 if "pad_to_multiple_of" in settings else size + 1)
-    assert_same_boxes(model(**old_words), before)
+    assert_same_boxes(model(**old_inputs), before)
     outputs = model(**inputs)
     assert outputs.phrase_mask.all()
     with torch.no_grad(), model.cache_text():
@@ -151,7 +151,7 @@ def test_a_resized_vocabulary_reads_new_words_in_texts_and_phrases(processor, sh
     assert_same_boxes(loaded(**loaded_inputs), outputs)
 
 
-def test_a_smaller_vocabulary_masks_what_it_lost(processor, shapes, make_model, tmp_path):
+def test_model_with_smaller_vocabulary_masks_lost_tokens(processor, shapes, make_model, tmp_path):
     model, image = make_model(), shapes["test"][0]["image"]
     kept, lost = sorted(["red", "circle", "star"], key=processor.tokenizer.convert_tokens_to_ids)[::2]
     inputs = processor([image, image], [kept, lost], phrases=[[kept], [lost]])
@@ -166,9 +166,9 @@ def test_a_smaller_vocabulary_masks_what_it_lost(processor, shapes, make_model, 
     assert_same_boxes(RefTRForVisualGrounding.from_pretrained(tmp_path)(**inputs), outputs)
 
 
-def test_embeddings_are_replaced_with_their_size(processor, shapes, make_model):
+def test_set_input_embeddings_changes_vocabulary_size(processor, shapes, make_model):
     model = make_model()
-    _, inputs = with_a_new_word(processor, shapes)
+    _, inputs = with_new_token(processor, shapes)
     embeddings = torch.nn.Embedding(model.config.text_config.vocab_size + 1, 32)
     model.set_input_embeddings(embeddings)
     assert model.get_input_embeddings() is model.model.text_backbone.get_input_embeddings() is embeddings
@@ -186,7 +186,7 @@ def test_embeddings_are_replaced_with_their_size(processor, shapes, make_model):
     ],
     ids=["lora", "saved", "tokens", "task"],
 )
-def test_adapters_of_embeddings_and_tasks_change_no_answer(batch, make_model, settings):
+def test_model_with_new_lora_adapters_gives_same_answer(batch, make_model, settings):
     model = make_model()
     inputs = model_inputs(batch)
     expected = model(**inputs)
@@ -194,16 +194,16 @@ def test_adapters_of_embeddings_and_tasks_change_no_answer(batch, make_model, se
     assert_same_boxes(tuned(**inputs), expected)
 
 
-def test_embedded_texts_are_refused(batch, make_model):
+def test_model_rejects_inputs_embeds(batch, make_model):
     with pytest.raises(ValueError, match="`inputs_embeds` is not supported"):
-        make_model()(**single_inputs_of(batch), inputs_embeds=torch.zeros(1, 2, 32))
+        make_model()(**text_inputs_of(batch), inputs_embeds=torch.zeros(1, 2, 32))
 
 
 # outputs
 
 
 @pytest.mark.parametrize("part", [None, "text_config", "backbone_config"])
-def test_a_configuration_without_return_dict_gives_the_same_as_tuples(batch, make_model, part):
+def test_model_without_return_dict_gives_same_values_as_tuple(batch, make_model, part):
     model, inputs = make_model(), model_inputs(batch)
     expected = model(**inputs)
     (model.config if part is None else getattr(model.config, part)).return_dict = False
@@ -212,13 +212,13 @@ def test_a_configuration_without_return_dict_gives_the_same_as_tuples(batch, mak
     assert torch.equal(outputs[0], expected.pred_boxes)
     assert torch.equal(model(**inputs, return_dict=True).pred_boxes, expected.pred_boxes)
     features = model.get_image_features(batch["pixel_values"], return_dict=True)
-    texts = single_inputs_of(batch)
+    texts = text_inputs_of(batch)
     boxes = model(image_features=features, **texts, return_dict=True).pred_boxes
     assert torch.equal(model(image_features=features, **texts, return_dict=False)[0], boxes)
 
 
-def test_hidden_states_are_chosen_by_layer(batch, make_model):
-    """By an index from the end too, where encoder and decoder have different numbers of layers."""
+def test_model_returns_hidden_states_of_requested_layers(batch, make_model):
+    """Negative indices count from the end, also if encoder and decoder have different numbers of layers."""
     model, inputs = make_model(encoder_layers=3), model_inputs(batch)
     every = model(**inputs, output_hidden_states=True)
     some = model(**inputs, output_hidden_states=[0, -1])
@@ -232,7 +232,7 @@ def test_hidden_states_are_chosen_by_layer(batch, make_model):
     assert torch.equal(every.encoder_hidden_states[-1], every.encoder_last_hidden_state)
 
 
-def test_attention_is_switched_after_loading_and_unsupported_ones_are_refused(batch, make_model, tmp_path):
+def test_model_switches_attention_and_rejects_unsupported_one(batch, make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
     inputs = model_inputs(batch)
     model = RefTRForVisualGrounding.from_pretrained(tmp_path, attn_implementation="eager")
@@ -255,7 +255,7 @@ def test_attention_is_switched_after_loading_and_unsupported_ones_are_refused(ba
 # copies
 
 
-def test_models_processors_and_outputs_are_copied_and_pickled(batch, make_model, processor, shapes):
+def test_model_processor_and_outputs_survive_copy_and_pickle(batch, make_model, processor, shapes):
     model, inputs = make_model(), model_inputs(batch)
     with torch.no_grad():
         outputs = model(**inputs)
@@ -268,7 +268,7 @@ def test_models_processors_and_outputs_are_copied_and_pickled(batch, make_model,
                 assert type(twin) is type(value)
                 assert twin.keys() == value.keys()
         twin = pickle.loads(pickle.dumps(features))
-        texts = single_inputs_of(batch)
+        texts = text_inputs_of(batch)
         assert torch.equal(
             model(image_features=twin, **texts).pred_boxes, model(image_features=features, **texts).pred_boxes
         )

@@ -1,4 +1,4 @@
-"""The losses beside torchvision's, and what has no part in them."""
+"""Losses compared with those of torchvision, and phrases that are excluded from them."""
 
 import pytest
 import torch
@@ -14,23 +14,23 @@ WEIGHTS |= {"mask_loss_coefficient": 5.0, "dice_loss_coefficient": 7.0}
 
 @pytest.fixture
 def boxes():
-    """Pairs of boxes that overlap, touch, contain each other and lie apart in one direction or both."""
+    """Return pairs of boxes that overlap, touch, contain each other and lie apart in one direction or both."""
     torch.manual_seed(0)
     first, second = torch.rand(2, 500, 2), torch.rand(2, 500, 2) * 0.5
     return torch.cat((first, second), dim=-1).unbind(0)
 
 
-def test_generalized_iou_is_torchvisions(boxes):
+def test_generalized_box_iou_equals_torchvision(boxes):
     corners = [box_convert(part, "cxcywh", "xyxy") for part in boxes]
     expected = 1 - generalized_box_iou_loss(*corners)
     torch.testing.assert_close(generalized_box_iou(*corners), expected, atol=1e-5, rtol=0)
     assert (expected < -0.5).any()
     assert (expected > 0.5).any()
-    nothing = torch.zeros(1, 4)
-    assert generalized_box_iou(nothing, nothing).item() == 0
+    empty = torch.zeros(1, 4)
+    assert generalized_box_iou(empty, empty).item() == 0
 
 
-def test_box_losses_are_sums_over_phrases_that_count_divided_by_sentences(boxes):
+def test_box_losses_sum_over_mask_and_divide_by_sentences(boxes):
     predicted, true = (part.unflatten(0, (250, 2)) for part in boxes)
     mask = torch.rand(250, 2) > 0.5
     losses = box_losses(predicted, true, mask, 11)
@@ -39,7 +39,7 @@ def test_box_losses_are_sums_over_phrases_that_count_divided_by_sentences(boxes)
     torch.testing.assert_close(losses["loss_giou"], generalized_box_iou_loss(*corners).sum() / 11)
 
 
-def test_phrases_without_an_answer_are_not_trained_on():
+def test_pad_target_boxes_masks_phrases_without_box():
     phrase_mask = torch.tensor([[True, False], [True, True]])
     labels = [{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 2)}, {"boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}]
     target_boxes, mask = pad_target_boxes(labels, phrase_mask)
@@ -49,7 +49,7 @@ def test_phrases_without_an_answer_are_not_trained_on():
 
 
 def mask_case():
-    """Three sentences about two images, the second of them padded, and the arguments of their loss."""
+    """Return the arguments of the loss for three sentences about two images, the second of them padded."""
     torch.manual_seed(0)
     pixel_mask = torch.ones(2, 16, 24, dtype=torch.long)
     pixel_mask[1, :, 12:] = 0
@@ -65,23 +65,23 @@ def mask_case():
 
 
 @pytest.mark.parametrize("over_padding", [True, False])
-def test_the_loss_of_grouped_sentences_is_that_of_each_by_itself(over_padding):
+def test_grounding_loss_of_batch_is_mean_over_sentences(over_padding):
     case = mask_case()
     config = RefTRConfig(predict_masks=True, mask_loss_over_padding=over_padding, **WEIGHTS)
     total, parts = grounding_loss(**case, config=config)
     alone = []
     for index, image in enumerate(case["image_index"].tolist()):
         one = {name: case[name][index : index + 1] for name in ("pred_boxes", "phrase_mask", "labels", "pred_masks")}
-        # the part of the padded image that counts is the whole of a smaller one
+        # each sentence keeps the pixel mask of its image
         alone.append(grounding_loss(**one, pixel_mask=case["pixel_mask"][image][None], config=config)[1])
     for name, value in parts.items():
         torch.testing.assert_close(value, sum(losses[name] for losses in alone) / 3, msg=name)
-        assert alone[2][name] == 0, "the third has no answer"
+        assert alone[2][name] == 0, "the third sentence has no answer"
     weighted = 2 * parts["loss_bbox"] + 3 * parts["loss_giou"] + 5 * parts["loss_mask"] + 7 * parts["loss_dice"]
     torch.testing.assert_close(total, weighted)
 
 
-def test_earlier_layers_have_the_weights_of_the_last():
+def test_grounding_loss_weights_auxiliary_layers_like_last():
     case = mask_case()
     case = {name: case[name] for name in ("pred_boxes", "phrase_mask", "labels")}
     earlier = [{"pred_boxes": torch.rand(3, 1, 4)} for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Masks go through the resize as in the published loader, pixel by pixel, wherever a mask is resized."""
+"""Every resize of a mask equals that of the published loader, pixel by pixel."""
 
 import random
 
@@ -20,7 +20,7 @@ from training_reftr.samples import Sample, make_sample
 
 @pytest.fixture(scope="module")
 def published():
-    """(masks, what the published loader makes of them), (3, height, width) each."""
+    """Return pairs of masks and the masks resized by the published loader, (3, height, width) each."""
     golden = np.load(GOLDEN / "mask_resize.npz")
     pairs = []
     for number in range(len(golden) // 3):
@@ -37,7 +37,7 @@ def full_size_processor(tokenizer):
     return RefTRProcessor(RefTRImageProcessor(), tokenizer)
 
 
-def test_label_masks_are_the_published_ones(published, full_size_processor):
+def test_processor_label_masks_match_published_resize(published, full_size_processor):
     assert len(published) == 12
     for masks, resized in published:
         image = Image.new("RGB", masks.shape[:0:-1])
@@ -48,8 +48,8 @@ def test_label_masks_are_the_published_ones(published, full_size_processor):
         assert [(a != b).sum() for a, b in zip(found, resized, strict=True)] == [0, 0, 0], masks.shape
 
 
-def test_masks_of_the_loader_are_the_published_ones(published, full_size_processor):
-    """Through rows, whose masks are run-length encoded before and after the resize."""
+def test_collator_masks_match_published_resize(published, full_size_processor):
+    """Collate rows whose masks are run-length encoded before and after the resize."""
     masks, resized = published[0]
     height, width = masks.shape[1:]
     box = {"box": [0, 0, 9, 9], "boxes": [[0, 0, 9, 9]], "category": None}
@@ -74,7 +74,7 @@ def test_masks_of_the_loader_are_the_published_ones(published, full_size_process
         assert (torch.cat([label["masks"] for label in labels]).numpy() == resized).all()
 
 
-def test_the_resized_truth_of_the_evaluation_is_the_published_one(published, full_size_processor):
+def test_evaluation_target_masks_match_published_resize(published, full_size_processor):
     for masks, resized in published:
         for mask, answer in zip(masks, torch.from_numpy(resized), strict=True):
             target = {"segmentation": to_coco_rle(torch.from_numpy(mask))}
@@ -83,8 +83,8 @@ def test_the_resized_truth_of_the_evaluation_is_the_published_one(published, ful
             assert record["resized_mask_pixels"] == (answer.sum(), answer.sum())
 
 
-def test_the_datasets_have_the_same_rule(published):
-    """A mask that was annotated at another size than the image's, without torch."""
+def test_dataset_masks_match_published_resize(published):
+    """Masks annotated at another size than that of the image are resized without torch."""
     for masks, resized in published:
         height, width = resized.shape[1:]
         for mask, expected in zip(masks, resized, strict=True):
@@ -94,7 +94,7 @@ def test_the_datasets_have_the_same_rule(published):
             assert found is None if not expected.any() else (from_coco_rle(found) == expected).all()
 
 
-def test_the_rule_without_torch_is_that_of_torch():
+def test_resize_to_nearest_equals_torch():
     rng = np.random.default_rng(0)
     for old, new in [(1, 1), (1, 9), (9, 1), (7, 14), *rng.integers(1, 1300, (300, 2)).tolist()]:
         line = np.arange(old)[None]
@@ -102,11 +102,11 @@ def test_the_rule_without_torch_is_that_of_torch():
         assert (resize_to_nearest(line, 1, new) == expected[0].numpy()).all(), (old, new)
 
 
-def test_augmented_masks_follow_the_rule():
+def test_augmented_masks_equal_resize_to_nearest():
     mask = np.random.default_rng(0).random((53, 71)) < 0.5
-    box = [0.0, 0.0, 71.0, 53.0]  # must not be cropped, so the image is only scaled
+    box = [0.0, 0.0, 71.0, 53.0]  # a box that must not be cropped, so the image is only scaled
     sample = Sample(np.zeros((53, 71, 3), np.uint8), np.array([box]), mask[None], [], row={})
-    for seed in range(5):  # of five scales
+    for seed in range(5):  # five different scales
         new = crop_and_scale(sample, random.Random(seed))
         found = new.masks[0]
         assert found.shape == new.image.shape[:2]

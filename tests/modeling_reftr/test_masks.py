@@ -1,4 +1,4 @@
-"""Masks: the head for any backbone, phrase and grouping; its losses; loading, freezing; back to the picture."""
+"""Masks: head for any backbone, phrase and grouping; losses; loading and freezing; resize to the image size."""
 
 import logging
 
@@ -17,12 +17,12 @@ from tests.modeling_reftr.test_modeling import model_inputs
 from training_reftr.data import GroundingCollator
 
 
-PICTURE = Image.new("RGB", (64, 48), "gray")
+IMAGE = Image.new("RGB", (64, 48), "gray")
 
 
 @pytest.fixture
 def batch(shapes, processor):
-    """Three images with their sentences, one phrase or several, boxes and masks."""
+    """Collate three images with their sentences, one phrase or several, boxes and masks."""
     collate = GroundingCollator(processor, with_targets=False, with_masks=True)
     return collate([shapes["test"][index] for index in range(3)])
 
@@ -39,7 +39,7 @@ def iou(mask, other):
     return ((mask & other).sum() / (mask | other).sum()).item()
 
 
-# the published numbers
+# published outputs
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def golden_outputs():
         return case, arrays, model(**golden_inputs(case, arrays), output_attentions=True)
 
 
-def test_published_attention_maps(golden_outputs):
+def test_model_reproduces_published_mask_attentions(golden_outputs):
     _, arrays, outputs = golden_outputs
     torch.testing.assert_close(
         outputs.mask_attentions[:, 0], torch.from_numpy(arrays["out.mask_att"]), atol=1e-4, rtol=0
@@ -59,7 +59,7 @@ def test_published_attention_maps(golden_outputs):
 
 
 @pytest.mark.parametrize("original", [False, True])
-def test_published_masks(golden_outputs, original):
+def test_post_process_masks_reproduces_published_masks(golden_outputs, original):
     case, arrays, outputs = golden_outputs
     sizes = case["orig_sizes"] if original else None
     masks = RefTRImageProcessor().post_process_masks(outputs, sizes, two_step=True)
@@ -68,19 +68,19 @@ def test_published_masks(golden_outputs, original):
         size = case["orig_sizes" if original else "sizes"][index]
         expected = golden_mask(arrays[f"out.post_mask_{'orig_' if original else ''}{index}"], size)
         rows, columns = case["sizes"][index]
-        touchy = ((padded[index, :, :rows, :columns] - 0.5).abs() < 1e-4).float()
-        touchy = nn.functional.interpolate(touchy[None], size=size, mode="nearest")[0, 0].bool()
+        uncertain = ((padded[index, :, :rows, :columns] - 0.5).abs() < 1e-4).float()
+        uncertain = nn.functional.interpolate(uncertain[None], size=size, mode="nearest")[0, 0].bool()
         assert mask.shape == expected.shape
-        assert torch.equal(mask | touchy, expected | touchy)
+        assert torch.equal(mask | uncertain, expected | uncertain)
         if not original:
             truth = golden_mask(arrays[f"in.target_masks_{index}"], size)
             assert iou(mask, truth) == pytest.approx(float(arrays[f"out.mask_iou_{index}"]), abs=1e-4)
 
 
-# one head for everything
+# one head for any backbone, phrase and grouping
 
 
-def test_one_forward_gives_boxes_and_masks(batch, make_mask_model):
+def test_forward_returns_boxes_and_masks(batch, make_mask_model):
     model, inputs = make_mask_model(), model_inputs(batch)
     outputs = model(**inputs)
     sentences, phrases = batch["phrase_input_ids"].shape[:2]
@@ -89,7 +89,7 @@ def test_one_forward_gives_boxes_and_masks(batch, make_mask_model):
     assert outputs.mask_attentions is None
 
 
-def test_phrases_padding_and_grouping_change_nothing(batch, make_mask_model):
+def test_masks_do_not_depend_on_padding_or_grouping(batch, make_mask_model):
     model, inputs = make_mask_model(), model_inputs(batch)
     expected = model(**inputs)
     repeated = {**inputs}
@@ -109,10 +109,10 @@ def test_phrases_padding_and_grouping_change_nothing(batch, make_mask_model):
         )
 
 
-def test_an_expression_is_a_sentence_with_one_phrase(processor, make_mask_model):
+def test_expression_gives_same_masks_as_single_phrase(processor, make_mask_model):
     model = make_mask_model()
     phrases = {"phrases": ["the red star"]}
-    single, several = (model(**processor(PICTURE, "the red star", **words)) for words in ({}, phrases))
+    single, several = (model(**processor(IMAGE, "the red star", **arguments)) for arguments in ({}, phrases))
     torch.testing.assert_close(single.pred_masks, several.pred_masks, atol=1e-4, rtol=0)
 
 
@@ -132,7 +132,7 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
-def test_any_backbone_with_four_stages(batch, make_mask_model, name):
+def test_mask_head_supports_backbones_with_four_stages(batch, make_mask_model, name):
     backbone = BACKBONES[name]
     if "model_type" in backbone:
         backbone = {**backbone, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
@@ -143,7 +143,7 @@ def test_any_backbone_with_four_stages(batch, make_mask_model, name):
     assert all(parameter.grad is not None for parameter in model.mask_head.parameters())
 
 
-def test_fewer_than_four_stages_are_refused(make_mask_model):
+def test_mask_head_with_fewer_than_four_stages_is_refused(make_mask_model):
     with pytest.raises(
         ValueError, match=r"requires four feature maps, the backbone returns 2; set backbone_config\.out_indices"
     ):
@@ -151,7 +151,7 @@ def test_fewer_than_four_stages_are_refused(make_mask_model):
 
 
 @pytest.mark.parametrize(("d_model", "heads"), [(32, 2), (36, 3), (40, 5), (64, 8), (96, 12)])
-def test_any_width_from_32(batch, make_mask_model, d_model, heads):
+def test_mask_head_supports_any_width_from_32(batch, make_mask_model, d_model, heads):
     settings = {"encoder_attention_heads": heads, "decoder_attention_heads": heads, "projection_group_norm_groups": 4}
     model = make_mask_model(d_model=d_model, **settings)
     outputs = model(**batch)
@@ -161,7 +161,7 @@ def test_any_width_from_32(batch, make_mask_model, d_model, heads):
         assert norm.num_channels % norm.num_groups == 0
 
 
-def test_published_groups_at_256():
+def test_mask_head_at_default_width_has_published_groups():
     with torch.device("meta"):
         model = RefTRForVisualGrounding(RefTRConfig(predict_masks=True))
     assert [norm.num_groups for norm in model.mask_head.norms] == [8] * 5
@@ -169,7 +169,7 @@ def test_published_groups_at_256():
 
 
 @pytest.mark.parametrize("overrides", [{"d_model": 28}, {"predict_masks": False, "freeze_grounding": True}])
-def test_settings_that_no_mask_head_can_have_are_refused(make_mask_model, overrides):
+def test_mask_head_with_invalid_settings_is_refused(make_mask_model, overrides):
     settings = {"d_model": 32, "projection_group_norm_groups": 4} | overrides
     with pytest.raises(ValueError, match=r"d_model=28 is too narrow|predict_masks=False has none"):
         make_mask_model(**settings)
@@ -178,7 +178,7 @@ def test_settings_that_no_mask_head_can_have_are_refused(make_mask_model, overri
 # losses
 
 
-def test_masks_and_boxes_are_trained(batch, make_mask_model):
+def test_loss_combines_boxes_and_masks_with_coefficients(batch, make_mask_model):
     model = make_mask_model(mask_loss_coefficient=2.0, dice_loss_coefficient=0.5)
     outputs = model(**batch)
     parts = outputs.loss_dict
@@ -188,14 +188,14 @@ def test_masks_and_boxes_are_trained(batch, make_mask_model):
 
 
 def reference_losses(logits, target):
-    """Focal and dice of one mask at the target's size, written out."""
+    """Return the focal and dice loss of one mask at the target's size, written out."""
     logits = nn.functional.interpolate(logits[None, None], size=target.shape, mode="bilinear")[0, 0].double()
     p, t = logits.sigmoid(), target.double()
     focal = -(0.25 * t * (1 - p) ** 2 * p.log() + 0.75 * (1 - t) * p**2 * (1 - p).log()).mean()
     return focal, 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
 
 
-def test_losses_are_sums_over_phrases_divided_by_sentences(batch, make_mask_model):
+def test_mask_losses_sum_phrases_and_divide_by_sentences(batch, make_mask_model):
     model = make_mask_model()
     outputs = model(**batch)
     expected = torch.zeros(2, dtype=torch.float64)
@@ -207,11 +207,11 @@ def test_losses_are_sums_over_phrases_divided_by_sentences(batch, make_mask_mode
     assert outputs.loss_dict["loss_dice"].item() == pytest.approx(expected[1].item(), rel=1e-5)
 
 
-def test_padding_counts_unless_it_is_said(processor, make_mask_model):
-    pictures = [Image.new("RGB", (64, 32), "red"), Image.new("RGB", (32, 64), "blue")]
+def test_mask_loss_counts_padding_unless_disabled(processor, make_mask_model):
+    images = [Image.new("RGB", (64, 32), "red"), Image.new("RGB", (32, 64), "blue")]
     masks = [[np.ones((32, 64))], [np.ones((64, 32))]]
     boxes = [[[0, 0, 64, 32]], [[0, 0, 32, 64]]]
-    inputs = processor(pictures, [["the star"], ["the circle"]], boxes=boxes, masks=masks)
+    inputs = processor(images, [["the star"], ["the circle"]], boxes=boxes, masks=masks)
     losses = {}
     for over_padding in (True, False):
         model = make_mask_model(mask_loss_over_padding=over_padding)
@@ -226,14 +226,14 @@ def test_padding_counts_unless_it_is_said(processor, make_mask_model):
             pixel_mask=inputs["pixel_mask"],
             image_index=inputs["image_index"],
         )[1]
-        # the whole picture is the mask: higher logits are better in it, worse in the padding
+        # the mask covers the complete image: higher logits are better inside, worse in the padding
         losses[over_padding, "+5"] = changed["loss_dice"].item()
     assert losses[False, "+5"] < 0.02
     assert losses[True, "+5"] > 0.2
     assert losses[True] != losses[False]
 
 
-def test_sentences_without_masks_train_boxes_alone(batch, make_mask_model):
+def test_sentences_without_masks_have_zero_mask_loss(batch, make_mask_model):
     model = make_mask_model()
     for label in batch["labels"][1:]:
         del label["masks"]
@@ -242,14 +242,14 @@ def test_sentences_without_masks_train_boxes_alone(batch, make_mask_model):
     outputs = model(**batch)
     assert some["loss_mask"] > 0
     assert outputs.loss_dict["loss_mask"] == outputs.loss_dict["loss_dice"] == 0
-    outputs.loss.backward()  # and no weight is left out, which processes that train together need
+    outputs.loss.backward()  # every weight stays in the graph: DDP fails on unused parameters
     assert all(parameter.grad is not None for parameter in model.mask_head.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit", [1e4, -1e4])
 @pytest.mark.row("R8")
-def test_extreme_logits_give_a_loss(batch, make_mask_model, logit, dtype):
+def test_mask_loss_of_extreme_logits_is_finite(batch, make_mask_model, logit, dtype):
     model = make_mask_model()
     nn.init.constant_(model.mask_head.output_convolution.bias, logit)
     model = model.to(dtype)
@@ -260,14 +260,14 @@ def test_extreme_logits_give_a_loss(batch, make_mask_model, logit, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.mask_head.parameters())
 
 
-def test_masks_of_another_size_are_refused(batch, make_mask_model):
+def test_model_rejects_label_masks_of_wrong_size(batch, make_mask_model):
     batch["labels"][0]["masks"] = torch.ones(1, 9, 9)
     with pytest.raises(ValueError, match=r"\['masks'\] has shape \(1, 9, 9\), expected \(phrases, 64, 64\)"):
         make_mask_model()(**batch)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_picture_that_is_all_padding_gives_numbers(batch, make_mask_model, attention):
+def test_fully_padded_image_gives_finite_masks_and_gradients(batch, make_mask_model, attention):
     model = make_mask_model()
     model.set_attn_implementation(attention)
     batch["pixel_mask"][1] = 0
@@ -277,7 +277,7 @@ def test_a_picture_that_is_all_padding_gives_numbers(batch, make_mask_model, att
     assert all(parameter.grad.isfinite().all() for parameter in model.mask_head.parameters())
 
 
-def test_loss_takes_masks_of_any_kind():
+def test_mask_losses_accept_bool_float_and_uint8_masks():
     logits, mask = torch.randn(1, 1, 4, 4), torch.rand(1, 8, 8) > 0.5
     losses = [
         mask_losses(logits, torch.ones(1, 1, dtype=torch.bool), [{"masks": masks}], 1, (8, 8))["loss_mask"]
@@ -286,10 +286,10 @@ def test_loss_takes_masks_of_any_kind():
     assert losses[0] == losses[1] == losses[2]
 
 
-# loading, starting and freezing
+# loading, initialization and freezing
 
 
-def test_a_boxes_checkpoint_loads_and_says_what_is_new(make_model, batch, tmp_path, caplog):
+def test_box_checkpoint_loads_and_reports_new_mask_head(make_model, batch, tmp_path, caplog):
     boxes = make_model(auxiliary_loss=False)
     boxes.save_pretrained(tmp_path)
     logger = logging.getLogger("transformers")
@@ -304,7 +304,7 @@ def test_a_boxes_checkpoint_loads_and_says_what_is_new(make_model, batch, tmp_pa
     torch.testing.assert_close(model.eval()(**inputs).pred_boxes, boxes(**inputs).pred_boxes, atol=1e-6, rtol=0)
 
 
-def test_the_head_starts_as_published(make_mask_model, make_model, tmp_path):
+def test_mask_head_is_initialized_as_published(make_mask_model, make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
     for model in (make_mask_model(), RefTRForVisualGrounding.from_pretrained(tmp_path, predict_masks=True)):
         head = model.mask_head
@@ -321,7 +321,7 @@ def test_the_head_starts_as_published(make_mask_model, make_model, tmp_path):
             assert norm.weight.min() == norm.weight.max() == 1
 
 
-def test_freezing_trains_the_mask_head_alone(make_mask_model, batch, tmp_path):
+def test_freeze_grounding_trains_only_mask_head(make_mask_model, batch, tmp_path):
     trainable_batch_norm = {"backbone_config": BACKBONES["timm"], "dropout": 0.5}
     make_mask_model(freeze_grounding=True, **trainable_batch_norm).save_pretrained(tmp_path)
     model = RefTRForVisualGrounding.from_pretrained(tmp_path)
@@ -339,20 +339,20 @@ def test_freezing_trains_the_mask_head_alone(make_mask_model, batch, tmp_path):
     torch.testing.assert_close(model.eval()(**model_inputs(batch)).pred_boxes, boxes)
 
 
-def test_saved_masks_are_the_same(make_mask_model, batch, tmp_path):
+def test_saved_model_gives_same_masks(make_mask_model, batch, tmp_path):
     model, inputs = make_mask_model(), model_inputs(batch)
     model.save_pretrained(tmp_path)
     loaded = RefTRForVisualGrounding.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(**inputs).pred_masks, model(**inputs).pred_masks, atol=1e-5, rtol=0)
 
 
-# back to the picture
+# resize to the image size
 
 
-def test_answers_have_masks_of_their_pictures(processor, make_mask_model):
-    pictures = [Image.new("RGB", (90, 60), "red"), Image.new("RGB", (50, 70), "blue")]
+def test_post_process_segmentation_returns_masks_of_target_sizes(processor, make_mask_model):
+    images = [Image.new("RGB", (90, 60), "red"), Image.new("RGB", (50, 70), "blue")]
     text = ["the star above the circle", "the square"]
-    inputs = processor(pictures, text, phrases=[["the star", "the circle"], ["the square"]])
+    inputs = processor(images, text, phrases=[["the star", "the circle"], ["the square"]])
     outputs = make_mask_model()(**inputs)
     sizes = [(60, 90), (70, 50)]
     answers = processor.post_process_referring_segmentation(outputs, sizes)
@@ -371,8 +371,8 @@ def test_answers_have_masks_of_their_pictures(processor, make_mask_model):
         processor.post_process_referring_segmentation(outputs, [(1, 1)] * 3)
 
 
-def test_threshold_is_a_probability(processor, make_mask_model):
-    outputs = make_mask_model()(**processor(PICTURE, "the star"))
+def test_mask_threshold_is_a_probability(processor, make_mask_model):
+    outputs = make_mask_model()(**processor(IMAGE, "the star"))
     counts = []
     for threshold in (0.0, 0.3, 0.5, 0.7, 1.0):
         (mask,) = processor.image_processor.post_process_masks(outputs, [(48, 64)], threshold)
@@ -382,13 +382,13 @@ def test_threshold_is_a_probability(processor, make_mask_model):
     assert counts[-1] == 0
 
 
-def test_without_masks_it_is_said(processor, make_model):
-    outputs = make_model()(**processor(PICTURE, "the star"))
+def test_post_process_segmentation_requires_mask_head(processor, make_model):
+    outputs = make_model()(**processor(IMAGE, "the star"))
     with pytest.raises(ValueError, match="predict_masks=False"):
         processor.post_process_referring_segmentation(outputs, [(48, 64)])
 
 
-def test_one_resize_is_the_two_steps_at_the_resized_size():
+def test_resize_logits_agrees_with_two_steps_at_resized_size():
     logits = torch.randn(1, 40, 40)[0]
     once, twice = (
         resize(logits, (160, 160), (120, 160), (120, 160), 0.5)
@@ -397,14 +397,14 @@ def test_one_resize_is_the_two_steps_at_the_resized_size():
     assert (once != twice).float().mean() < 1e-3
 
 
-def test_masks_reach_the_edges_of_their_image():
-    """Beyond the middles of the outer cells the logits go on as they are; half of them would be under 0.7."""
+def test_resize_logits_extends_masks_to_image_edges():
+    """Logits continue unchanged beyond the centers of the outer cells; half their value would be under 0.7."""
     mask = resize_logits(torch.ones(4, 4), (64, 64), (64, 64), (64, 64), threshold=0.7)
     assert mask.all()
 
 
-def test_one_resize_is_nearer_to_the_truth():
-    """A disc, seen through a map of a quarter of the size, at a larger original size: two steps leave stairs."""
+def test_resize_logits_is_more_accurate_than_two_steps():
+    """Resize low-resolution logits of a disc to a larger original size, where two steps leave stair-shaped edges."""
 
     def disc(height, width):
         rows, columns = torch.meshgrid(

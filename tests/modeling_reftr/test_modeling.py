@@ -1,4 +1,4 @@
-"""RefTRModel and RefTRForVisualGrounding: what may change an answer and what may not, freezing, counts, learning."""
+"""RefTRModel and RefTRForVisualGrounding: invariances of the answer, freezing, parameter counts, learning."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from training_reftr.data import GroundingCollator
 
 @pytest.fixture
 def batch(shapes, processor):
-    """Three images with their sentences, one phrase or several."""
+    """Collate three images with their sentences, one phrase or several."""
     return GroundingCollator(processor)([shapes["test"][index] for index in range(3)])
 
 
@@ -31,10 +31,10 @@ def assert_same_boxes(outputs, expected, where=None):
     torch.testing.assert_close(ours[:, : theirs.shape[1]][where], theirs[where], atol=1e-5, rtol=0)
 
 
-# what never changes an answer
+# inputs that do not change an answer
 
 
-def test_text_padding(processor, shapes, make_model):
+def test_model_ignores_text_padding(processor, shapes, make_model):
     model, inputs = make_model(), single_inputs(processor, shapes)
     padded = {**inputs}
     for name in ("input_ids", "attention_mask"):
@@ -42,7 +42,7 @@ def test_text_padding(processor, shapes, make_model):
     assert_same_boxes(model(**padded), model(**inputs))
 
 
-def test_phrase_padding(batch, make_model):
+def test_model_ignores_phrase_padding(batch, make_model):
     model, inputs = make_model(), model_inputs(batch)
     padded = {**inputs}
     padded["phrase_input_ids"] = nn.functional.pad(inputs["phrase_input_ids"], (0, 2, 0, 3))
@@ -53,13 +53,13 @@ def test_phrase_padding(batch, make_model):
     outputs = model(**padded)
     assert outputs.phrase_mask[:, -3:].any().item() is False
     assert_same_boxes(outputs, model(**inputs))
-    padded.pop("phrase_index")  # which names the real ones
+    padded.pop("phrase_index")  # it lists the real phrases
     outputs = model(**padded)
     assert outputs.phrase_mask[:, -3:].any().item() is False
     assert_same_boxes(outputs, model(**inputs))
 
 
-def test_grouping_by_image(batch, make_model):
+def test_model_gives_same_boxes_for_grouped_and_repeated_images(batch, make_model):
     model, inputs = make_model(), model_inputs(batch)
     repeated = {**inputs}
     image_index = repeated.pop("image_index")
@@ -68,13 +68,13 @@ def test_grouping_by_image(batch, make_model):
     assert_same_boxes(model(**repeated), model(**inputs))
 
 
-def test_sentences_of_a_batch_do_not_see_each_other(batch, make_model):
+def test_model_answers_sentences_of_batch_independently(batch, make_model):
     model, inputs = make_model(), model_inputs(batch)
     expected = model(**inputs)
     for index in range(len(inputs["input_ids"])):
         alone = {name: value[index : index + 1] for name, value in inputs.items() if not name.startswith("pixel")}
         alone["image_index"] = torch.zeros(1, dtype=torch.long)
-        alone.pop("phrase_index", None)  # it numbers the phrases of the whole batch
+        alone.pop("phrase_index", None)  # it numbers the phrases of the complete batch
         image = inputs["image_index"][index]
         alone |= {name: inputs[name][image : image + 1] for name in ("pixel_values", "pixel_mask")}
         torch.testing.assert_close(
@@ -82,7 +82,7 @@ def test_sentences_of_a_batch_do_not_see_each_other(batch, make_model):
         )
 
 
-def test_a_single_expression_is_a_sentence_with_one_phrase(processor, shapes, make_model):
+def test_expression_gives_same_boxes_as_single_phrase(processor, shapes, make_model):
     model, row = make_model(), shapes["test"][0]
     texts = [sentence["text"] for sentence in row["sentences"]]
     single = processor(row["image"], texts)
@@ -90,10 +90,10 @@ def test_a_single_expression_is_a_sentence_with_one_phrase(processor, shapes, ma
     assert_same_boxes(model(**phrases), model(**single))
 
 
-# what does
+# inputs that change an answer
 
 
-def test_words_and_pictures_do_change_the_answer(processor, shapes, make_model):
+def test_model_answer_depends_on_text_and_image(processor, shapes, make_model):
     model = make_model()
     answers = [
         model(**processor(shapes["test"][index]["image"], text)).pred_boxes
@@ -129,7 +129,7 @@ def frozen_names(model):
         ),
     ],
 )
-def test_stem_and_stages_are_frozen_also_after_loading(make_model, tmp_path, backbone_config, boundaries, stages):
+def test_model_freezes_stem_and_stages_also_after_loading(make_model, tmp_path, backbone_config, boundaries, stages):
     model = make_model(
         backbone_config=backbone_config, num_frozen_backbone_stages=stages, freeze_backbone_batch_norm=True
     )
@@ -137,7 +137,7 @@ def test_stem_and_stages_are_frozen_also_after_loading(make_model, tmp_path, bac
     backbone = [name for name, _ in model.named_parameters() if name.startswith("model.backbone.")]
     later = boundaries[stages:]
     assert frozen <= set(backbone)
-    assert not any(name.startswith(f"model.backbone.{place}") for place in later for name in frozen)
+    assert not any(name.startswith(f"model.backbone.{prefix}") for prefix in later for name in frozen)
     if stages == 0:
         assert not frozen
     else:
@@ -153,7 +153,7 @@ def test_stem_and_stages_are_frozen_also_after_loading(make_model, tmp_path, bac
     assert {f"model.{name}" for name in frozen_names(RefTRModel.from_pretrained(tmp_path))} == frozen
 
 
-def test_too_many_frozen_stages_are_refused(make_model):
+def test_model_rejects_too_many_frozen_stages(make_model):
     with pytest.raises(ValueError, match="num_frozen_backbone_stages=7, but 4 stages"):
         make_model(num_frozen_backbone_stages=7)
 
@@ -179,7 +179,7 @@ def test_frozen_batch_norm_never_trains(processor, shapes, make_model, frozen):
     assert torch.allclose(evaluated, trained) is frozen
 
 
-# counts, as published
+# published parameter counts
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_frozen_batch_norm_never_trains(processor, shapes, make_model, frozen):
         ),
     ],
 )
-def test_parameter_counts_are_the_published_ones(backbone, text, total, trainable):
+def test_model_has_published_parameter_counts(backbone, text, total, trainable):
     config = RefTRConfig(backbone_config={"backbone": backbone, "out_indices": [1, 2, 3, 4]}, text_config=text)
     with torch.device("meta"):
         model = RefTRForVisualGrounding(config)
@@ -204,10 +204,10 @@ def test_parameter_counts_are_the_published_ones(backbone, text, total, trainabl
         assert model.num_parameters(only_trainable=True) == trainable
 
 
-# edges
+# edge cases
 
 
-def test_nothing_to_read_gives_finite_masked_answers(processor, make_model):
+def test_model_with_empty_text_gives_finite_masked_answers(processor, make_model):
     model = make_model().train()
     tokenizer = processor.tokenizer
     empty = [tokenizer.cls_token_id, tokenizer.sep_token_id]
@@ -235,14 +235,14 @@ def test_nothing_to_read_gives_finite_masked_answers(processor, make_model):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_backends_agree(batch, make_model, attention):
+def test_attention_backends_give_same_boxes(batch, make_model, attention):
     model, inputs = make_model(), model_inputs(batch)
     expected = model(**inputs)
     model.set_attn_implementation(attention)
     assert_same_boxes(model(**inputs), expected)
 
 
-def test_learned_positions(processor, shapes, make_model):
+def test_learned_positions_index_row_and_column_and_reject_large_maps(processor, shapes, make_model):
     model = make_model(position_embedding_type="learned", max_image_positions=8)
     assert model(**single_inputs(processor, shapes)).pred_boxes.isfinite().all()
     mask = torch.ones(2, 3, 5, dtype=torch.bool)
@@ -256,7 +256,7 @@ def test_learned_positions(processor, shapes, make_model):
             model(pixel_values=torch.zeros(1, 3, *size), input_ids=torch.tensor([[2, 5, 3]]))
 
 
-def test_hidden_states_and_attentions_on_request(batch, make_model):
+def test_model_returns_hidden_states_and_attentions_on_request(batch, make_model):
     model = make_model()
     model.set_attn_implementation("eager")
     outputs = model(**model_inputs(batch), output_hidden_states=True, output_attentions=True)
@@ -286,12 +286,12 @@ def test_hidden_states_and_attentions_on_request(batch, make_model):
         ({"labels": [{"boxes": torch.rand(1, 4)}]}, "1 labels for"),
     ],
 )
-def test_what_does_not_fit_is_refused(batch, make_model, change, message):
+def test_model_rejects_inconsistent_inputs(batch, make_model, change, message):
     with pytest.raises(ValueError, match=message):
         make_model()(**{**model_inputs(batch), **change})
 
 
-def test_too_many_boxes_and_tokens_are_refused(batch, make_model):
+def test_model_rejects_too_many_boxes_and_tokens(batch, make_model):
     model, inputs = make_model(), model_inputs(batch)
     labels = [{"boxes": torch.rand(9, 4)} for _ in inputs["input_ids"]]
     with pytest.raises(ValueError, match="at most 3 phrases"):
@@ -302,7 +302,7 @@ def test_too_many_boxes_and_tokens_are_refused(batch, make_model):
     assert model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=tokens[:, :64]).phrase_mask.all()
 
 
-def test_images_without_a_mask_have_no_padding(batch, make_model):
+def test_model_without_pixel_mask_assumes_no_padding(batch, make_model):
     model, inputs = make_model(), model_inputs(batch)
     inputs["pixel_mask"] = torch.ones_like(inputs["pixel_mask"])
     expected = model(**inputs)
@@ -310,7 +310,7 @@ def test_images_without_a_mask_have_no_padding(batch, make_model):
     assert torch.equal(model(**inputs).pred_boxes, expected.pred_boxes)
 
 
-def test_a_text_encoder_without_pooled_output_is_refused():
+def test_model_rejects_text_encoder_without_pooled_output():
     with pytest.raises(ValueError, match="no pooled output"):
         RefTRForVisualGrounding(
             RefTRConfig(**{**TINY_MODEL, "text_config": {"model_type": "distilbert", "n_layers": 1}})
@@ -337,7 +337,7 @@ def test_loss_counts_real_phrases_and_divides_by_sentences(batch, make_model):
     assert model(**inputs, labels=without_last).loss < outputs.loss
 
 
-def test_saved_model_gives_the_same_answer(batch, make_model, tmp_path):
+def test_saved_model_gives_same_answer(batch, make_model, tmp_path):
     model, inputs = make_model(), model_inputs(batch)
     model.save_pretrained(tmp_path)
     loaded = RefTRForVisualGrounding.from_pretrained(tmp_path).eval()
@@ -348,20 +348,20 @@ def test_saved_model_gives_the_same_answer(batch, make_model, tmp_path):
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_initialisation_is_the_published_one():
+def test_model_is_initialized_as_published():
     torch.manual_seed(0)
     model = RefTRForVisualGrounding(RefTRConfig(**{**TINY_MODEL, "d_model": 64, "text_config": TINY_TEXT}))
     last = model.box_head.layers[-1]
     assert not last.weight.any()
     assert not last.bias.any()
     attention = model.model.encoder.layers[0].self_attn
-    # bounds of a xavier-uniform (192, 64), which query, key and value are published as, and of a (64, 64)
+    # Xavier-uniform bounds of the published, packed query, key and value (192, 64), and of (64, 64)
     assert attention.q_proj.weight.abs().max().item() == pytest.approx((6 / 256) ** 0.5, rel=0.02)
     assert attention.o_proj.weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.02)
     assert not attention.q_proj.bias.any()
     assert model.model.level_embedding.std().item() == pytest.approx(1, rel=0.4)
     assert model.model.query_encoder.query_embedding.weight.std().item() == pytest.approx(1, rel=0.4)
-    projection = model.model.image_projection[0].weight  # a convolution of 1 x 1
+    projection = model.model.image_projection[0].weight  # a 1 x 1 convolution
     fans = projection.shape[0] + projection.shape[1]
     assert projection.abs().max().item() == pytest.approx((6 / fans) ** 0.5, rel=0.02)
     linear = model.model.text_projection.linear1
@@ -369,7 +369,7 @@ def test_initialisation_is_the_published_one():
     assert linear.bias.any()
 
 
-def test_gain_of_the_first_weights_is_as_asked(make_model):
+def test_init_xavier_std_scales_initial_weights(make_model):
     model, wide = (make_model(init_xavier_std=gain).model for gain in (1.0, 3.0))
     (layer, wide_layer), (decoder, wide_decoder) = (
         [(part.layers[0]) for part in parts]
@@ -389,7 +389,7 @@ def test_gain_of_the_first_weights_is_as_asked(make_model):
         torch.testing.assert_close(other.weight, 3 * narrow.weight)
 
 
-def test_box_head_starts_as_wide_as_asked():
+def test_box_head_init_std_sets_initial_deviation():
     config = RefTRConfig(**{**TINY_MODEL, "d_model": 64, "text_config": TINY_TEXT, "box_head_init_std": 0.3})
     last = RefTRForVisualGrounding(config).box_head.layers[-1]  # make_model gives it other weights
     assert last.weight.std().item() == pytest.approx(0.3, rel=0.2)
@@ -402,8 +402,8 @@ def test_box_head_starts_as_wide_as_asked():
 @pytest.mark.parametrize(
     "several", [pytest.param(False, marks=pytest.mark.slow, id="single"), pytest.param(True, id="several_phrases")]
 )
-def test_sixteen_samples_are_learned_by_heart(processor, shapes, make_model, several):
-    """16 sentences, under a fifth of the first loss in 150 steps."""
+def test_model_overfits_sixteen_samples(processor, shapes, make_model, several):
+    """The loss of 16 sentences falls below a fifth of its first value within 150 steps."""
     rows = []
     for row in shapes["train"]:
         fitting = [sentence for sentence in row["sentences"] if (len(sentence["phrases"]) > 1) == several]

@@ -1,4 +1,4 @@
-"""Recipes, arguments and JSON files that nest without end: a sentence at every door, within seconds."""
+"""Deeply nested recipes, arguments and JSON files: every reader raises a short error within seconds."""
 
 import pytest
 
@@ -45,9 +45,9 @@ def write(path, text):
 
 
 @pytest.mark.parametrize("text", YAML.values(), ids=YAML)
-def test_yaml(tmp_path, text):
+def test_yaml_readers_reject_hostile_text(tmp_path, text):
     recipe = write(tmp_path / "recipe.yaml", text)
-    doors = {
+    readers = {
         "recipe": lambda: parse_arguments([str(recipe)]),
         "settings of a recipe": lambda: parse_arguments(
             [str(write(tmp_path / "other.yaml", f"dataset_config: {text}" if "\n" not in text else text))]
@@ -60,7 +60,7 @@ def test_yaml(tmp_path, text):
     folder = tmp_path / "model"
     RefTRConfig(**TINY_MODEL, text_config=TINY_TEXT).save_pretrained(folder)
     write(folder / "recipe.yaml", text)
-    for name, read in doors.items():
+    for name, read in readers.items():
         with pytest.raises((ValueError, OSError)) as raised:
             read()
         assert 10 < len(str(raised.value)) < 1000, name
@@ -68,20 +68,20 @@ def test_yaml(tmp_path, text):
         parse_arguments([str(recipe)])
 
 
-def test_recipe_of_20_000_brackets(tmp_path):
+def test_recipe_with_20_000_brackets_is_refused(tmp_path):
     recipe = write(tmp_path / "recipe.yaml", "model: " + "[" * DEPTH + "]" * DEPTH)
     with pytest.raises(ValueError, match=r"recipe\.yaml.* is not YAML: its values are nested too deeply"):
         parse_arguments([str(recipe)])
 
 
 @pytest.mark.parametrize("text", [".".join("a" * DEPTH), "model" + ".a" * DEPTH, "model." + "." * DEPTH])
-def test_names_of_arguments(text):
+def test_parse_arguments_rejects_deeply_nested_names(text):
     with pytest.raises(ValueError, match=r".") as raised:
         parse_arguments([DEMO, f"--{text}", "1", f"--{text}", "2"])
     assert len(str(raised.value)) < 1000
 
 
-def test_names_of_arguments_that_nest_as_deep_as_python_goes():
+def test_parse_arguments_rejects_values_near_recursion_limit():
     for depth in (100, 300, 400, 900):
         with pytest.raises(ValueError, match=r"."):
             parse_arguments([DEMO, "--dataset_config", "[" * depth + "]" * depth])
@@ -90,7 +90,7 @@ def test_names_of_arguments_that_nest_as_deep_as_python_goes():
 
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
-def test_json(tmp_path, text):
+def test_json_readers_reject_hostile_text(tmp_path, text):
     path = write(tmp_path / "file.json", text)
     lines = write(tmp_path / "train.jsonl", text + "\n")
     data = {"data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
@@ -105,7 +105,7 @@ def test_json(tmp_path, text):
         write(folder / name, text)
         return card_files(folder)
 
-    doors = {
+    readers = {
         "questions": (lambda: predict.read_questions(lines, None), "train.jsonl', line 1"),
         "dataset": (lambda: data_scripts.load("jsonl", **data), "train.jsonl, line 1"),
         "configuration": (lambda: RefTRConfig.from_pretrained(path), "cannot be used"),
@@ -114,12 +114,12 @@ def test_json(tmp_path, text):
         "metrics": (lambda: card("metrics.json"), "metrics.json"),
         "origin": (lambda: card("origin.json"), "origin.json"),
     }
-    for name, (read, words) in doors.items():
+    for name, (read, message) in readers.items():
         with pytest.raises((ValueError, OSError)) as raised:
             read()
-        assert words in str(raised.value), name
+        assert message in str(raised.value), name
         assert len(str(raised.value)) < 1000, name
     ((number, _, fault),) = read_json_lines(lines)
     assert number == 1
     assert isinstance(fault, ValueError)
-    assert card("metrics.jsonl")  # a line that is broken off is left out
+    assert card("metrics.jsonl")  # an incomplete line is skipped

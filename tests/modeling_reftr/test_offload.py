@@ -1,4 +1,4 @@
-"""Parameters that are brought for the forward of their module alone, and parts on several devices."""
+"""Offloaded parameters, loaded only for the forward of their module, and parts on several devices."""
 
 import random
 
@@ -44,7 +44,7 @@ def folder(request, make_model, processor, tmp_path):
 
 @torch.no_grad()
 def ask(model, processor, image) -> list[torch.Tensor]:
-    """Answers through every door: at once, by phrases, from features that were made before, and of cached texts."""
+    """Return answers about phrases of a caption, and about expressions with precomputed features and cached texts."""
     captions = processor(image, CAPTION, phrases=PHRASES)
     outputs = [model(**captions)]
     features = model.get_image_features(captions["pixel_values"], captions["pixel_mask"])
@@ -54,7 +54,7 @@ def ask(model, processor, image) -> list[torch.Tensor]:
 
 
 def on_disk(*parts: str) -> dict:
-    """A device map with some parts on the disk, and the rest of the model on the CPU."""
+    """Return a device map with some parts on disk and the rest of the model on the CPU."""
     return {"model.level_embedding": "cpu"} | {part: "disk" if part in parts else "cpu" for part in PARTS}
 
 
@@ -62,8 +62,8 @@ def load(folder, tmp_path, **settings):
     return RefTRForVisualGrounding.from_pretrained(folder, offload_folder=tmp_path / "offload", **settings).eval()
 
 
-@pytest.mark.filterwarnings("ignore:The following device_map keys")  # that of a parameter without a module
-def test_offloaded_models_answer_alike(folder, processor, shapes, tmp_path):
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # it belongs to a parameter without a module
+def test_offloaded_model_gives_same_answers(folder, processor, shapes, tmp_path):
     image = shapes["test"][0]["image"]
     plain = RefTRForVisualGrounding.from_pretrained(folder).eval()
     assert len(PARTS) == sum(1 for _ in plain.model.children()) + 2
@@ -71,30 +71,30 @@ def test_offloaded_models_answer_alike(folder, processor, shapes, tmp_path):
     grounded = VisualGroundingPipeline(plain, processor=processor)(image, text=CAPTION, phrases=PHRASES)
 
     maps = {"even": on_disk(*PARTS[::2]), "odd": on_disk(*PARTS[1::2]), "all": {"": "disk"}}
-    ways = {name: lambda name=name: load(folder, tmp_path, device_map=maps[name]) for name in maps}
-    ways["auto"] = lambda: load(folder, tmp_path, device_map="auto", max_memory={"cpu": "1500KB"})
-    ways["cpu_offload"] = lambda: accelerate.cpu_offload(load(folder, tmp_path), execution_device="cpu")
-    ways["disk_offload"] = lambda: accelerate.disk_offload(
+    variants = {name: lambda name=name: load(folder, tmp_path, device_map=maps[name]) for name in maps}
+    variants["auto"] = lambda: load(folder, tmp_path, device_map="auto", max_memory={"cpu": "1500KB"})
+    variants["cpu_offload"] = lambda: accelerate.cpu_offload(load(folder, tmp_path), execution_device="cpu")
+    variants["disk_offload"] = lambda: accelerate.disk_offload(
         load(folder, tmp_path), tmp_path / "other", execution_device="cpu"
     )
-    spread, num_grounded = set(), 0
-    for name, make in ways.items():
+    device_counts, num_grounded = set(), 0
+    for name, make in variants.items():
         model = make()
         assert any(parameter.is_meta for parameter in model.parameters()), name
-        spread.add(len(set(getattr(model, "hf_device_map", {}).values())))
+        device_counts.add(len(set(getattr(model, "hf_device_map", {}).values())))
         for answer, value in zip(ask(model, processor, image), expected, strict=True):
             torch.testing.assert_close(answer, value, atol=1e-5, rtol=0, msg=name)
-        # the library's pipelines take the device of a map's first part for their inputs, and know no disk there
+        # library pipelines place inputs on the device of the first part in the map, which must not be the disk
         if next(iter(getattr(model, "hf_device_map", {"": "disk"}).values())) == "cpu":
             ground = VisualGroundingPipeline(model, processor=processor)
             for answer, value in zip(ground(image, text=CAPTION, phrases=PHRASES), grounded, strict=True):
                 assert answer["box"] == pytest.approx(value["box"], abs=1e-3), name
             num_grounded += 1
     assert num_grounded == 3
-    assert spread == {0, 1, 2}  # without a map, all on the disk, and between both
+    assert device_counts == {0, 1, 2}  # no map, everything on disk, and parts on both
 
 
-def test_a_fused_copy_is_made_before_it_is_offloaded(folder, processor, shapes, tmp_path):
+def test_fused_copy_must_be_made_before_offloading(folder, processor, shapes, tmp_path):
     image = shapes["test"][0]["image"]
     with pytest.raises(ValueError, match=r"offloaded.*call fused_copy\(\), and offload the copy"):
         load(folder, tmp_path, device_map={"": "disk"}).fused_copy()
@@ -106,7 +106,7 @@ def test_a_fused_copy_is_made_before_it_is_offloaded(folder, processor, shapes, 
 
 
 def move_parameters(module: nn.Module, device: str):
-    """Put a module's tensors on a device, also where tensors are made up, which `Module.to` does not move."""
+    """Move the tensors of a module to a device, also fake tensors, which `Module.to` does not move."""
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
             setattr(child, name, nn.Parameter(parameter.detach().to(device)))
@@ -115,7 +115,7 @@ def move_parameters(module: nn.Module, device: str):
 
 
 def blocks_of(module: nn.Module, undivided: set[str], prefix: str = "") -> list[str]:
-    """The smallest parts that a device map may tell apart."""
+    """Return the smallest parts that a device map may separate."""
     children = list(module.named_children())
     if type(module).__name__ in undivided or not children:
         return [prefix] if any(True for _ in module.parameters()) else []
@@ -129,17 +129,17 @@ def blocks_of(module: nn.Module, undivided: set[str], prefix: str = "") -> list[
 @pytest.mark.parametrize(
     ("position_embedding_type", "seed"),
     [
-        ("learned", None),  # all away from the inputs
+        ("learned", None),  # every part on another device than the inputs
         *(pytest.param(kind, seed, marks=pytest.mark.slow) for kind in ("sine", "learned") for seed in range(8)),
     ],
 )
-def test_parts_may_lie_on_two_devices(make_model, processor, shapes, position_embedding_type, seed):
-    """On two GPUs that are made up: tensors have sizes and devices there, and no values; mixed devices are errors."""
+def test_model_runs_with_parts_on_two_devices(make_model, processor, shapes, position_embedding_type, seed):
+    """Use two fake GPUs: tensors have sizes and devices but no values; mixed devices are errors."""
     batch = GroundingCollator(processor, with_targets=False, with_masks=True)([shapes["test"][0]])
     question = dict(processor(shapes["test"][0]["image"], ["the star", "the red circle"]))
     rng = random.Random(seed)
 
-    def pretend(value):
+    def to_fake(value):
         return torch.zeros(value.shape, dtype=value.dtype, device="cuda:0") if torch.is_tensor(value) else value
 
     with FakeTensorMode(), torch.no_grad():
@@ -147,18 +147,18 @@ def test_parts_may_lie_on_two_devices(make_model, processor, shapes, position_em
         blocks = blocks_of(model, model._no_split_modules)
         assert len(blocks) > 20
         devices = {block: "cuda:1" if seed is None else f"cuda:{rng.randrange(2)}" for block in blocks}
-        assert "model.backbone" in blocks  # its own forwards add what several blocks give
+        assert "model.backbone" in blocks  # not divided: its forward adds outputs of several blocks
         model.model.level_embedding = nn.Parameter(model.model.level_embedding.to("cuda:0"))
         for block, device in devices.items():
             move_parameters(model.get_submodule(block), device)
         attach_align_device_hook_on_blocks(
             model, execution_device={**devices, "": "cuda:0"}, offload=dict.fromkeys(devices, False)
         )
-        outputs = model(**tree_map(pretend, batch))
+        outputs = model(**tree_map(to_fake, batch))
         assert outputs.pred_boxes.device == outputs.pred_masks.device == outputs.loss.device == torch.device("cuda:0")
-        phrases = [pretend(batch[name]) for name in ("phrase_input_ids", "phrase_attention_mask")]
-        states, indices = model.model.encode_phrases(*phrases, outputs.phrase_mask, pretend(batch["phrase_index"]))
-        assert states.device == indices.device  # made-up tensors do not check where they are indexed
-        pictures = {name: pretend(question.pop(name)) for name in ("pixel_values", "pixel_mask")}
+        phrases = [to_fake(batch[name]) for name in ("phrase_input_ids", "phrase_attention_mask")]
+        states, indices = model.model.encode_phrases(*phrases, outputs.phrase_mask, to_fake(batch["phrase_index"]))
+        assert states.device == indices.device  # fake tensors do not check the device of their indices
+        images = {name: to_fake(question.pop(name)) for name in ("pixel_values", "pixel_mask")}
         for encoder in (model, model.model):
-            model(image_features=encoder.get_image_features(**pictures), **tree_map(pretend, question))
+            model(image_features=encoder.get_image_features(**images), **tree_map(to_fake, question))

@@ -1,4 +1,4 @@
-"""RefTRPredictor: one image encoded once, with the answers of the pipeline for every question about it."""
+"""RefTRPredictor encodes an image once and gives the answers of the pipeline to every question about it."""
 
 import json
 
@@ -45,7 +45,7 @@ def assert_equal_answers(found, expected):
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_predict_equals_the_pipeline(predictor, images, question):
+def test_predict_equals_pipeline(predictor, images, question):
     text, phrases = QUESTIONS[question]
     pipe = pipeline("visual-grounding", model=predictor.model, processor=predictor.processor)
     for image in images:
@@ -53,7 +53,7 @@ def test_predict_equals_the_pipeline(predictor, images, question):
         assert_equal_answers(predictor.predict(text, phrases), pipe(image, text=text, phrases=phrases))
 
 
-def test_predict_encodes_the_image_once(predictor, images):
+def test_predict_encodes_image_once(predictor, images):
     calls = []
     predictor.model.base_model.backbone.register_forward_hook(lambda *_: calls.append(1))
     predictor.set_image(images[0])
@@ -79,7 +79,7 @@ def test_set_image_accepts_every_type(predictor, images, tmp_path, kind):
     assert predictor.draw(expected).width == 320
 
 
-def test_set_image_turns_an_image_upright_unless_it_was_annotated_as_stored(predictor, tmp_path):
+def test_set_image_turns_image_upright_unless_annotated_as_stored(predictor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 40)).save(tmp_path / "turned.jpg", exif=exif)
@@ -100,7 +100,7 @@ def test_mask_threshold_shrinks_masks(make_model, processor, images):
     assert areas[0] > areas[2]
 
 
-def test_predict_and_draw_require_an_image(predictor, images):
+def test_predict_and_draw_require_image(predictor, images):
     with pytest.raises(ValueError, match="call `set_image` before `predict`"):
         predictor.predict("the star")
     with pytest.raises(ValueError, match="call `set_image` before `draw`"):
@@ -111,7 +111,7 @@ def test_predict_and_draw_require_an_image(predictor, images):
         predictor.predict("the star")
 
 
-def test_set_image_that_fails_leaves_no_image(predictor, images, tmp_path):
+def test_failed_set_image_leaves_no_image(predictor, images, tmp_path):
     predictor.set_image(images[0])
     with pytest.raises(OSError, match=r"missing\.png"):
         predictor.set_image(tmp_path / "missing.png")
@@ -122,13 +122,13 @@ def test_set_image_that_fails_leaves_no_image(predictor, images, tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, [], ["the star", 7], [["the star"]], "  "])
-def test_predict_rejects_other_texts(predictor, images, text):
+def test_predict_rejects_invalid_texts(predictor, images, text):
     predictor.set_image(images[0])
     with pytest.raises(ValueError, match=r"must be an expression to locate|is blank"):
         predictor.predict(text)
 
 
-def test_from_pretrained_loads_a_folder(predictor, images, tmp_path):
+def test_from_pretrained_loads_folder(predictor, images, tmp_path):
     predictor.model.save_pretrained(tmp_path)
     predictor.processor.save_pretrained(tmp_path)
     predictor.set_image(images[0])
@@ -139,8 +139,8 @@ def test_from_pretrained_loads_a_folder(predictor, images, tmp_path):
         RefTRPredictor.from_pretrained(tmp_path / "none")
 
 
-def test_predictor_loads_from_the_code_of_a_folder(make_model, processor, images, tmp_path, run):
-    """In a process without this package, as in a Space."""
+def test_predictor_loads_from_code_of_saved_folder(make_model, processor, images, tmp_path, run):
+    """Load in a process without this package, as in a Space."""
     model = make_model(predict_masks=True)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""RefTRProcessor: text, phrases, boxes and masks in their shapes; truncation; answers; sentences for what is wrong."""
+"""RefTRProcessor: shapes of text, phrases, boxes and masks; truncation; answers; error messages."""
 
 import logging
 
@@ -11,92 +11,92 @@ from modeling_reftr import RefTRProcessor
 from modeling_reftr.rle_reftr import to_coco_rle
 
 
-PICTURE = Image.new("RGB", (64, 48), "gray")
+IMAGE = Image.new("RGB", (64, 48), "gray")
 
 
-def words(processor, ids):
+def decode(processor, ids):
     return processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_one_sentence(processor):
-    inputs = processor(PICTURE, "The RED circle")
+def test_processor_encodes_single_sentence(processor):
+    inputs = processor(IMAGE, "The RED circle")
     assert inputs["pixel_values"].shape == (1, 3, 48, 64)
     assert inputs["image_index"].tolist() == [0]
-    assert words(processor, inputs["input_ids"][0]) == "the red circle"
+    assert decode(processor, inputs["input_ids"][0]) == "the red circle"
     assert "phrase_input_ids" not in inputs
     assert "labels" not in inputs
 
 
-def test_a_list_about_one_image(processor):
-    inputs = processor([PICTURE], ["the red circle", "the star"])
+def test_processor_reads_list_as_texts_of_one_image(processor):
+    inputs = processor([IMAGE], ["the red circle", "the star"])
     assert inputs["image_index"].tolist() == [0, 0]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
 
 
-def test_a_list_with_one_sentence_an_image(processor):
-    inputs = processor([PICTURE, PICTURE], ["the red circle", "the star"])
+def test_processor_reads_list_as_one_text_per_image(processor):
+    inputs = processor([IMAGE, IMAGE], ["the red circle", "the star"])
     assert inputs["image_index"].tolist() == [0, 1]
 
 
-def test_a_list_of_lists(processor):
-    inputs = processor([PICTURE, PICTURE], [["the star"], ["the square", "the circle"]])
+def test_processor_reads_nested_list_as_texts_of_each_image(processor):
+    inputs = processor([IMAGE, IMAGE], [["the star"], ["the square", "the circle"]])
     assert inputs["image_index"].tolist() == [0, 1, 1]
 
 
-def test_phrases_by_words_and_by_place(processor):
+def test_processor_finds_phrases_by_text_and_by_span(processor):
     text = "the red circle is left of the star"
-    inputs = processor(PICTURE, text, phrases=["the star", (0, 14)])
+    inputs = processor(IMAGE, text, phrases=["the star", (0, 14)])
     spans = inputs["phrase_spans"][0].tolist()
     assert spans == [[7, 9], [1, 4]]
-    assert [words(processor, ids) for ids in inputs["phrase_input_ids"][0]] == ["the star", "the red circle"]
+    assert [decode(processor, ids) for ids in inputs["phrase_input_ids"][0]] == ["the star", "the red circle"]
     for span, phrase in zip(spans, ("the star", "the red circle"), strict=True):
-        assert words(processor, inputs["input_ids"][0][slice(*span)]) == phrase
+        assert decode(processor, inputs["input_ids"][0][slice(*span)]) == phrase
 
 
-def test_a_repeated_phrase_is_its_next_place(processor):
-    inputs = processor(PICTURE, "the star above the star", phrases=["the star", "The Star"])
+def test_processor_maps_repeated_phrase_to_next_occurrence(processor):
+    inputs = processor(IMAGE, "the star above the star", phrases=["the star", "The Star"])
     assert inputs["phrase_spans"][0].tolist() == [[1, 3], [4, 6]]
     with pytest.raises(ValueError, match="is not once more in its sentence"):
-        processor(PICTURE, "the star above the star", phrases=["the star"] * 3)
+        processor(IMAGE, "the star above the star", phrases=["the star"] * 3)
 
 
-def test_whole_words_are_found_first(processor):
-    inputs = processor(PICTURE, "the starry star", phrases=["star"])
+def test_processor_prefers_complete_word_for_phrase(processor):
+    inputs = processor(IMAGE, "the starry star", phrases=["star"])
     first = inputs["phrase_spans"][0, 0, 0].item()
-    assert words(processor, inputs["input_ids"][0, first : first + 1]) == "star"
+    assert decode(processor, inputs["input_ids"][0, first : first + 1]) == "star"
 
 
-def test_letters_that_grow_in_lower_case_keep_places(processor):
-    inputs = processor(PICTURE, "İİİ the star", phrases=["the star", (4, 12)])
+def test_processor_keeps_offsets_when_lower_case_is_longer(processor):
+    inputs = processor(IMAGE, "İİİ the star", phrases=["the star", (4, 12)])
     assert inputs["phrase_spans"][0, 0].tolist() == inputs["phrase_spans"][0, 1].tolist()
-    assert words(processor, inputs["phrase_input_ids"][0, 0]) == "the star"
+    assert decode(processor, inputs["phrase_input_ids"][0, 0]) == "the star"
 
 
-def test_phrase_slots_are_padded_with_empty_phrases(processor):
+def test_processor_pads_slots_with_empty_phrases(processor):
     text = ["the star above the square", "the circle"]
-    inputs = processor(PICTURE, text, phrases=[["the star", "the square"], ["the circle"]])
+    inputs = processor(IMAGE, text, phrases=[["the star", "the square"], ["the circle"]])
     assert inputs["phrase_attention_mask"].sum(dim=-1).tolist() == [[4, 4], [4, 2]]
     assert inputs["phrase_spans"][1].tolist() == [[1, 3], [0, 1]]
 
 
-def test_fixed_length_on_request(processor):
-    inputs = processor(PICTURE, "the star", padding="max_length")
+def test_processor_pads_to_max_length_on_request(processor):
+    inputs = processor(IMAGE, "the star", padding="max_length")
     assert inputs["input_ids"].shape == (1, 40)
     small = RefTRProcessor(processor.image_processor, processor.tokenizer, max_caption_length=50)
-    inputs = small(PICTURE, "the star", phrases=["the star"], padding="max_length")
+    inputs = small(IMAGE, "the star", phrases=["the star"], padding="max_length")
     assert inputs["input_ids"].shape == (1, 50)
     assert inputs["phrase_input_ids"].shape == (1, 16, 22)
     with pytest.raises(ValueError, match="17 phrases"):
-        small(PICTURE, "the star " * 17, phrases=[["the star"] * 17][0], padding="max_length")
+        small(IMAGE, "the star " * 17, phrases=[["the star"] * 17][0], padding="max_length")
 
 
-def test_long_text_is_cut_with_one_counted_warning(processor, make_model, caplog):
+def test_processor_truncates_long_texts_with_one_warning(processor, make_model, caplog):
     texts = ["the star " * 200 + "the square", "the circle", "the red star " * 100]
     phrases = [["the star", "the square"], ["the circle"], ["the red star"]]
     logger = logging.getLogger("transformers")
     logger.propagate = True
     with caplog.at_level(logging.WARNING):
-        inputs = processor(PICTURE, texts, phrases=phrases)
+        inputs = processor(IMAGE, texts, phrases=phrases)
     logger.propagate = False
     (record,) = [record for record in caplog.records if "were truncated" in record.message]
     assert "2 of 3 texts are longer than 64 tokens" in record.message
@@ -107,13 +107,13 @@ def test_long_text_is_cut_with_one_counted_warning(processor, make_model, caplog
     assert [answer["phrase_indices"] for answer in answers] == [[0], [0], [0]]
 
 
-def test_boxes_become_labels(processor):
-    inputs = processor(PICTURE, "the star", boxes=[16, 12, 48, 36])
+def test_processor_turns_boxes_into_labels(processor):
+    inputs = processor(IMAGE, "the star", boxes=[16, 12, 48, 36])
     torch.testing.assert_close(inputs["labels"][0]["boxes"], torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
-    inputs = processor(PICTURE, ["the star", "the square"], boxes=[[0, 0, 64, 48], [0, 0, 32, 24]])
+    inputs = processor(IMAGE, ["the star", "the square"], boxes=[[0, 0, 64, 48], [0, 0, 32, 24]])
     torch.testing.assert_close(inputs["labels"][1]["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5]]))
     inputs = processor(
-        [PICTURE, PICTURE],
+        [IMAGE, IMAGE],
         [["the star above the square"], ["the circle", "the star"]],
         phrases=[[["the star", "the square"]], [["the circle"], ["the star"]]],
         boxes=[[[[0, 0, 8, 8], [8, 8, 16, 16]]], [[[0, 0, 8, 8]], [[0, 0, 9, 9]]]],
@@ -121,11 +121,11 @@ def test_boxes_become_labels(processor):
     assert [len(label["boxes"]) for label in inputs["labels"]] == [2, 1, 1]
 
 
-def test_masks_become_labels_of_the_padded_picture(processor):
+def test_processor_turns_masks_into_labels_of_padded_size(processor):
     mask = np.zeros((48, 64), bool)
     mask[:24, :32] = True
     inputs = processor(
-        [PICTURE, Image.new("RGB", (64, 64))], ["the star", "the square"], masks=[[mask], [np.ones((64, 64))]]
+        [IMAGE, Image.new("RGB", (64, 64))], ["the star", "the square"], masks=[[mask], [np.ones((64, 64))]]
     )
     masks = inputs["labels"][0]["masks"]
     assert masks.shape == (1, 64, 64)
@@ -143,10 +143,10 @@ def test_masks_become_labels_of_the_padded_picture(processor):
         ({"text": "\u200b"}, "is blank"),
         ({"text": []}, "must be a sentence, a list"),
         ({"text": [["the star"], "the square"]}, "mixes sentences and lists"),
-        ({"images": [PICTURE] * 2, "text": "the star"}, "One text for 2 images"),
-        ({"images": [PICTURE] * 2, "text": ["a"] * 3}, "3 texts for 2 images"),
-        ({"images": [PICTURE] * 2, "text": [["a"]]}, "1 lists of texts for 2 images"),
-        ({"images": [PICTURE] * 2, "text": [["a"], []]}, "An image has no sentence"),
+        ({"images": [IMAGE] * 2, "text": "the star"}, "One text for 2 images"),
+        ({"images": [IMAGE] * 2, "text": ["a"] * 3}, "3 texts for 2 images"),
+        ({"images": [IMAGE] * 2, "text": [["a"]]}, "1 lists of texts for 2 images"),
+        ({"images": [IMAGE] * 2, "text": [["a"], []]}, "An image has no sentence"),
         ({"text": "the star", "phrases": ["the square"]}, "'the square' is not in its sentence 'the star'"),
         ({"text": "the star", "phrases": [(4, 9)]}, r"\(4, 9\) is not a part of 'the star', which has 8 characters"),
         ({"text": "the star", "phrases": [(4, 4)]}, r"\(4, 4\) is not a part"),
@@ -163,18 +163,18 @@ def test_masks_become_labels_of_the_padded_picture(processor):
         ({"text": "the star", "padding": "left"}, "padding='left' must be"),
     ],
 )
-def test_what_is_wrong_is_said(processor, arguments, message):
+def test_processor_rejects_invalid_arguments(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
-        processor(**{"images": PICTURE, **arguments})
+        processor(**{"images": IMAGE, **arguments})
 
 
-def test_run_lengths_and_masks_are_the_same_labels(processor):
+def test_processor_gives_same_labels_for_run_lengths_and_masks(processor):
     mask = np.zeros((48, 64), bool)
     mask[5:20, 10:40] = True
     encoded = to_coco_rle(mask)
     lengths = {"size": [48, 64], "counts": [int(mask.size)]}
     inputs = processor(
-        PICTURE,
+        IMAGE,
         ["the star", "the circle", "it", "this"],
         masks=[mask, encoded, [encoded], lengths],
         boxes=[[0, 0, 9, 9]] * 4,
@@ -182,20 +182,20 @@ def test_run_lengths_and_masks_are_the_same_labels(processor):
     masks = [label["masks"] for label in inputs["labels"]]
     assert all(torch.equal(other, masks[0]) for other in masks[1:3])
     assert masks[3].sum() == 0
-    none = processor(PICTURE, ["the star", "it"], masks=[None, encoded])["labels"]
+    none = processor(IMAGE, ["the star", "it"], masks=[None, encoded])["labels"]
     assert "masks" not in none[0]
     assert torch.equal(none[1]["masks"], masks[0])
 
 
-def test_boxes_at_the_edge_are_cut_there(processor):
-    inputs = processor(PICTURE, "the star", boxes=[-0.5, 0, 64.4, 48.9])
+def test_processor_clips_boxes_at_image_edge(processor):
+    inputs = processor(IMAGE, "the star", boxes=[-0.5, 0, 64.4, 48.9])
     torch.testing.assert_close(inputs["labels"][0]["boxes"], torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
 
 
-def test_answers_are_in_pixels_of_each_picture(processor, make_model):
+def test_post_process_grounding_returns_pixels_of_each_image(processor, make_model):
     model = make_model()
-    pictures = [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 16))]
-    inputs = processor(pictures, [["the star", "the square"], ["the circle"]])
+    images = [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 16))]
+    inputs = processor(images, [["the star", "the square"], ["the circle"]])
     outputs = model(**inputs)
     by_image = processor.post_process_grounding(outputs, [(64, 64), (16, 32)])
     assert [answer["phrases"] for answer in by_image] == [["the star"], ["the square"], ["the circle"]]
@@ -204,55 +204,55 @@ def test_answers_are_in_pixels_of_each_picture(processor, make_model):
     torch.testing.assert_close(by_image[2]["boxes"], expected)
 
 
-def test_answers_name_the_slots_of_their_phrases(processor, make_model):
-    """Where the first phrase that is asked for is cut off, its answer is not that of the second."""
+def test_post_process_grounding_returns_slots_of_answered_phrases(processor, make_model):
+    """If the first requested phrase is truncated, the only answer belongs to the second."""
     text = "the star " * 200 + "the square"
-    outputs = make_model()(**processor(PICTURE, text, phrases=["the square", "the star"]))
+    outputs = make_model()(**processor(IMAGE, text, phrases=["the square", "the star"]))
     (answer,) = processor.post_process_grounding(outputs, [(48, 64)])
     assert (answer["phrase_indices"], answer["phrases"], len(answer["boxes"])) == ([1], ["the star"], 1)
 
 
-def test_saved_processor_is_the_same(processor, tmp_path):
+def test_processor_round_trips_through_save_pretrained(processor, tmp_path):
     processor.max_expression_length = 11
     processor.save_pretrained(tmp_path)
     loaded = RefTRProcessor.from_pretrained(tmp_path)
     assert loaded.max_expression_length == 11
-    inputs = [p(PICTURE, "the red star", phrases=["red star"]) for p in (processor, loaded)]
+    inputs = [p(IMAGE, "the red star", phrases=["red star"]) for p in (processor, loaded)]
     assert inputs[0].keys() == inputs[1].keys()
     for name, value in inputs[0].items():
         assert torch.equal(value, inputs[1][name]), name
 
 
-def test_numpy_is_returned_on_request(processor):
-    inputs = processor(PICTURE, "the star", return_tensors="np")
+def test_processor_returns_numpy_on_request(processor):
+    inputs = processor(IMAGE, "the star", return_tensors="np")
     assert all(isinstance(value, np.ndarray) for value in inputs.values())
 
 
 @pytest.mark.parametrize("kind", ["tensor", "array", "channels_first"])
-def test_pictures_as_tensors_and_arrays(processor, kind):
-    """A tensor has a method called `mode`, which a PIL picture has as its mode."""
+def test_processor_accepts_tensors_and_arrays(processor, kind):
+    """`mode` is a method of a tensor, but the color mode of a PIL image."""
     array = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    picture = {
+    image = {
         "tensor": torch.from_numpy(array).permute(2, 0, 1),
         "array": array,
         "channels_first": array.transpose(2, 0, 1),
     }[kind]
-    inputs = processor(picture, "the red circle", boxes=[0, 0, 30, 20])
+    inputs = processor(image, "the red circle", boxes=[0, 0, 30, 20])
     expected = processor(Image.fromarray(array), "the red circle", boxes=[0, 0, 30, 20])
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     assert torch.equal(inputs["labels"][0]["boxes"], expected["labels"][0]["boxes"])
 
 
-def test_max_length_of_a_call_and_nothing_of_it_is_kept(processor, tmp_path):
-    picture = Image.new("RGB", (40, 30))
-    words = "the red circle is left of the blue star"
-    assert processor(picture, words, max_length=6)["input_ids"].shape == (1, 6)
-    fixed = processor(picture, "the star", text_kwargs={"max_length": 6, "padding": "max_length"})
+def test_processor_forgets_max_length_after_call(processor, tmp_path):
+    image = Image.new("RGB", (40, 30))
+    text = "the red circle is left of the blue star"
+    assert processor(image, text, max_length=6)["input_ids"].shape == (1, 6)
+    fixed = processor(image, "the star", text_kwargs={"max_length": 6, "padding": "max_length"})
     assert fixed["input_ids"].shape == (1, 6)
-    processor(picture, words, phrases=["the red circle"])
+    processor(image, text, phrases=["the red circle"])
     processor.save_pretrained(tmp_path)
     loaded = RefTRProcessor.from_pretrained(tmp_path)
-    assert torch.equal(loaded(picture, words)["input_ids"], processor(picture, words)["input_ids"])
-    assert loaded(picture, words)["input_ids"].shape[1] > 6
+    assert torch.equal(loaded(image, text)["input_ids"], processor(image, text)["input_ids"])
+    assert loaded(image, text)["input_ids"].shape[1] > 6
     with pytest.raises(ValueError, match="padding='left'"):
-        processor(picture, words, padding="left")
+        processor(image, text, padding="left")

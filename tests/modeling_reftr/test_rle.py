@@ -1,4 +1,4 @@
-"""COCO's run-length encoding: read and written alike by the model's folder, the dataset scripts and pycocotools."""
+"""COCO run-length encoding is read and written alike by the model code, the dataset scripts and pycocotools."""
 
 import contextlib
 
@@ -13,19 +13,19 @@ from modeling_reftr import rle_reftr
 
 @pytest.fixture(params=range(6))
 def mask(request):
-    """A random mask, from empty to full."""
+    """Return a random mask, from empty to full."""
     rng = np.random.default_rng(request.param)
     return rng.random((13, 29)) < request.param / 5
 
 
-def test_to_coco_rle_equals_pycocotools_and_the_dataset_scripts(mask):
+def test_to_coco_rle_equals_pycocotools_and_dataset_scripts(mask):
     encoded = rle_reftr.to_coco_rle(mask)
     assert encoded == rle_reftr.to_coco_rle(torch.from_numpy(mask))
     for reference in (coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)), dataset_masks.encode_mask(mask)):
         assert encoded == {"size": list(reference["size"]), "counts": reference["counts"].decode("ascii")}
 
 
-def test_from_coco_rle_restores_the_mask(mask):
+def test_from_coco_rle_restores_mask(mask):
     encoded = rle_reftr.to_coco_rle(mask)
     lengths = dataset_masks.uncompress_counts(encoded["counts"])
     assert lengths == rle_reftr.uncompress_counts(encoded["counts"])
@@ -36,13 +36,13 @@ def test_from_coco_rle_restores_the_mask(mask):
 
 
 @pytest.mark.parametrize("counts", [[1000], [-5, 11], "~~~~", b"\xff\xff", [0, 10**9], ["x"], None, 7])
-def test_from_coco_rle_rejects_run_lengths_that_do_not_fill_the_mask(counts):
+def test_from_coco_rle_rejects_invalid_run_lengths(counts):
     with pytest.raises(ValueError, match="The run lengths"):
         rle_reftr.from_coco_rle({"size": [2, 3], "counts": counts})
 
 
 @pytest.mark.parametrize("size", [[2], [0, 3], [2.0, 3], "23", [10**5, 10**5], None])
-def test_from_coco_rle_rejects_sizes(size):
+def test_from_coco_rle_rejects_invalid_sizes(size):
     with pytest.raises(ValueError, match=r"must be \[height, width\]"):
         rle_reftr.from_coco_rle({"size": size, "counts": [6]})
 
@@ -55,6 +55,6 @@ def test_from_coco_rle_rejects_other_values(segmentation):
 
 def test_from_coco_rle_returns_no_uninitialized_memory():
     for _ in range(50):
-        np.full(600, 1, np.uint8)  # memory to find again
+        np.full(600, 1, np.uint8)  # memory that an uninitialized array would reuse
         with contextlib.suppress(ValueError):  # refused, unless chance left zeros there
             assert rle_reftr.from_coco_rle({"size": [20, 30], "counts": [1, 2]}).sum() == 2

@@ -1,4 +1,4 @@
-"""Any sequence is taken wherever a list is, and gives what the list gives; what is no sequence gives one sentence."""
+"""Any sequence is accepted wherever a list is, with equal results; other values are refused in one sentence."""
 
 import datasets
 import numpy as np
@@ -19,7 +19,7 @@ from training_reftr.metrics.referring_segmentation.referring_segmentation import
 
 
 class Rows(Dataset):
-    """A dataset of torch, which has no `__iter__` and no end but its length."""
+    """A torch dataset without `__iter__`, whose end is known only from its length."""
 
     def __init__(self, values):
         self.values = values
@@ -39,7 +39,7 @@ def to_object_array(values):
 
 
 def to_series(values):
-    """With labels that are no positions, and that would be found as such in another order."""
+    """Return a series whose labels differ from positions: read as positions, they reverse the order."""
     return pd.Series(values, index=range(len(values))[::-1], dtype=object)
 
 
@@ -62,7 +62,7 @@ KINDS = {
 
 
 def nested(values, convert):
-    """A list and the lists in it as another kind of sequence; those of the datasets library nest by themselves."""
+    """Convert a list and the lists in it to another type of sequence; those of `datasets` nest by themselves."""
     if not isinstance(values, list):
         return values
     inner = values if convert in (to_column, to_key_dataset) else [nested(value, convert) for value in values]
@@ -107,20 +107,20 @@ PROCESSOR_ARGUMENTS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROCESSOR_ARGUMENTS)
-def test_processor_takes_any_sequence(processor, name, kind):
+def test_processor_accepts_any_sequence(processor, name, kind):
     arguments = PROCESSOR_ARGUMENTS[name]
     found = processor(**{key: nested(value, KINDS[kind]) for key, value in arguments.items()})
     assert same(dict(found), dict(processor(**arguments)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_image_processor_takes_any_sequence(processor, kind):
+def test_image_processor_accepts_any_sequence(processor, kind):
     expected = processor.image_processor(IMAGES, return_tensors="pt")
     assert same(dict(processor.image_processor(KINDS[kind](IMAGES), return_tensors="pt")), dict(expected))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_and_thresholds_of_any_kind(pipe, processor, kind):
+def test_post_process_accepts_sizes_and_thresholds_of_any_type(pipe, processor, kind):
     with torch.no_grad():
         outputs = pipe.model(**processor(IMAGES, TEXTS))
     answer = processor.post_process_referring_segmentation
@@ -133,7 +133,7 @@ def test_sizes_and_thresholds_of_any_kind(pipe, processor, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pipeline_takes_any_sequence(pipe, kind):
+def test_pipeline_accepts_any_sequence(pipe, kind):
     settings = {"batch_size": 2}
     for arguments in (
         {"text": TEXTS},
@@ -152,7 +152,7 @@ def test_pipeline_takes_any_sequence(pipe, kind):
     assert same(pipe(IMAGES[0], text=KINDS[kind](TEXTS)), pipe(IMAGES[0], text=TEXTS))
 
 
-def test_pipeline_takes_datasets_rows_and_batches(pipe):
+def test_pipeline_accepts_datasets_rows_and_batches(pipe):
     rows = datasets.Dataset.from_dict({"image": IMAGES, "text": TEXTS, "number": [1, 2]})
     expected = pipe(IMAGES, text=TEXTS)
     assert same(list(pipe(rows)), expected)
@@ -170,7 +170,7 @@ def test_pipeline_takes_datasets_rows_and_batches(pipe):
         pipe({"image": IMAGES, "text": TEXTS[:1]})
 
 
-def test_pipeline_reads_a_dataset_as_it_is_needed(pipe):
+def test_pipeline_reads_dataset_lazily(pipe):
     read = []
 
     class Watched(Rows):
@@ -183,7 +183,7 @@ def test_pipeline_reads_a_dataset_as_it_is_needed(pipe):
     assert len(set(read)) < 8
 
 
-def test_arrays_are_batches_of_images_and_lists_of_texts(pipe, processor):
+def test_processor_and_pipeline_accept_arrays_as_batches(pipe, processor):
     batch = np.stack([pixels(48, 64, seed) for seed in (0, 1)])
     images = list(batch)
     for stacked in (batch, torch.from_numpy(batch).permute(0, 3, 1, 2)):
@@ -210,7 +210,7 @@ METRICS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("module", METRICS)
-def test_metrics_take_any_sequence(module, kind, tmp_path):
+def test_metrics_accept_any_sequence(module, kind, tmp_path):
     metric, (predictions, references) = module(cache_dir=str(tmp_path)), METRICS[module]
     expected = metric.compute(predictions=predictions, references=references)
     assert 0 < expected["mean_iou"] < 1
@@ -224,16 +224,16 @@ def test_metrics_take_any_sequence(module, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_run_lengths_take_any_sequence(kind, tmp_path):
+def test_segmentation_metric_accepts_run_lengths_in_any_sequence(kind, tmp_path):
     metric, runs = ReferringSegmentation(cache_dir=str(tmp_path)), {"size": [2, 2], "counts": [1, 3]}
     mask = {name: KINDS[kind](values) for name, values in runs.items()}
     assert metric.compute(predictions=[mask, None], references=[runs, mask])["mean_iou"] == 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_empty_sequences_are_refused_as_an_empty_list_is(pipe, processor, kind):
+def test_empty_sequences_are_refused_like_empty_lists(pipe, processor, kind):
     empty = to_column([]) if kind == "column" else KINDS[kind]([])
-    for door, arguments in (
+    for call, arguments in (
         (processor, {"images": IMAGES, "text": []}),
         (processor, {"images": [], "text": TEXTS}),
         (processor, {"images": IMAGES, "text": TEXTS, "phrases": []}),
@@ -245,7 +245,7 @@ def test_empty_sequences_are_refused_as_an_empty_list_is(pipe, processor, kind):
         messages = []
         for value in ([], empty):
             with pytest.raises(ValueError, match=r"\w") as error:
-                door(**{name: value if given == [] else given for name, given in arguments.items()})
+                call(**{name: value if given == [] else given for name, given in arguments.items()})
             messages.append(str(error.value))
         assert messages[0] == messages[1]
 
@@ -254,13 +254,13 @@ TABLE = pd.DataFrame({"text": TEXTS})
 
 
 @pytest.mark.parametrize("value", [np.array("the star"), {"a", "b"}, TABLE, iter(TEXTS), b"ab", 7])
-def test_what_is_no_sequence_is_refused_by_one_sentence(pipe, processor, value):
+def test_processor_and_pipeline_reject_non_sequences(pipe, processor, value):
     for name in ("text", "phrases", "boxes", "masks"):
         with pytest.raises(ValueError, match=rf"^{name}=.* must be a list, got {type(value).__name__}\.$"):
             processor(**{"images": IMAGES, "text": TEXTS, name: value})
     for name in ("text", "phrases"):
         with pytest.raises(ValueError, match=rf"^{name}=.* must be a list, got {type(value).__name__}\.$"):
             pipe(**{"images": IMAGES, "text": TEXTS, name: value})
-    for door in (processor, pipe):
+    for call in (processor, pipe):
         with pytest.raises(ValueError, match=type(value).__name__):
-            door(images=value, text=TEXTS)
+            call(images=value, text=TEXTS)

@@ -1,4 +1,4 @@
-"""Text is encoded as published: expressions in lower case, captions as they are, each sentence by itself."""
+"""Text is encoded as published: expressions in lower case, captions unchanged, each sentence independently."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from training_reftr.data import GroundingCollator
 
 IMAGE = Image.new("RGB", (64, 48), "gray")
 ODD = [
-    "ΟΔΟΣ",  # its last letter has a form of its own at the end of a word
+    "ΟΔΟΣ",  # the last letter has a special form at the end of a word
     "ΣΑΣ ΟΔΟΣ ΟΔΟΣ.",
     "İstanbul",  # two code points in lower case
     "İİİ",
@@ -31,13 +31,13 @@ ODD = [
     "ÉTÉ",
     "👩\u200d🚀 ASTRONAUT",
     "ILIK \u0131rmak",  # the dotless i
-    "ǅUNGLA",  # one letter that is two, in title case
+    "ǅUNGLA",  # one letter made of two, in title case
     "猫 CAT",
 ]
 
 
 def byte_tokenizer(**settings) -> PreTrainedTokenizerFast:
-    """A tokenizer of RoBERTa's kind, a token for each byte: it knows capitals, and a letter may be several tokens."""
+    """Return a byte-level tokenizer like RoBERTa's: it keeps capitals, and a letter may be several tokens."""
     vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(vocabulary)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,12 +59,12 @@ def cased_model(make_model, cased):
     return make_model(text_config=text_config, max_text_positions=128)
 
 
-def spelled(processor, ids) -> str:
+def decode(processor, ids) -> str:
     return processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def real(inputs, index: int, prefix: str = "") -> list[int]:
-    """The token ids of a sentence without its padding."""
+    """Return the token ids of a sentence without its padding."""
     return inputs[f"{prefix}input_ids"][index][inputs[f"{prefix}attention_mask"][index].bool()].tolist()
 
 
@@ -72,12 +72,12 @@ def real(inputs, index: int, prefix: str = "") -> list[int]:
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_an_expression_is_lower_cased_as_a_whole(cased, text):
+def test_processor_lowercases_complete_expression(cased, text):
     expected = byte_tokenizer()(text.lower())["input_ids"]
     inputs = cased(IMAGE, text)
     assert inputs["input_ids"].tolist() == [expected]
-    assert spelled(cased, inputs["input_ids"][0]) == text.lower()
-    # as its own phrase, too
+    assert decode(cased, inputs["input_ids"][0]) == text.lower()
+    # the expression as its own phrase
     inputs = cased(IMAGE, text, phrases=[text])
     assert inputs["input_ids"].tolist() == [expected]
     assert inputs["phrase_input_ids"].tolist() == [[expected]]
@@ -85,25 +85,25 @@ def test_an_expression_is_lower_cased_as_a_whole(cased, text):
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_a_caption_and_its_phrases_keep_their_letters(cased, text):
+def test_processor_keeps_case_of_captions_and_phrases(cased, text):
     caption = f"A Dog, {text} beside the Dog"
     begin = caption.index(text)
     cased.max_phrase_length = 40  # of bytes
     phrases = ["a dog", (begin, begin + len(text)), text, "THE DOG"]
     inputs = cased(IMAGE, caption, phrases=phrases)
     ids = inputs["input_ids"][0]
-    assert spelled(cased, ids) == caption
+    assert decode(cased, ids) == caption
     written = ["A Dog", text, text, "the Dog"]
     for phrase, (start, end), own in zip(
         written, inputs["phrase_spans"][0], inputs["phrase_input_ids"][0], strict=True
     ):
-        assert spelled(cased, own) == phrase
-        assert spelled(cased, ids[start:end]).strip() == phrase
+        assert decode(cased, own) == phrase
+        assert decode(cased, ids[start:end]).strip() == phrase
 
 
 @pytest.mark.parametrize("text", ODD)
 @pytest.mark.parametrize("change", [str, str.lower, str.upper, str.casefold, str.title])
-def test_phrases_are_found_whatever_their_case(text, change):
+def test_find_phrases_ignores_case(text, change):
     if change in (str.upper, str.title) and "\u0131" in text:
         pytest.skip("becomes another letter, I, which is the capital of i")
     sentence = f"x {text}, y"
@@ -121,27 +121,27 @@ def test_phrases_are_found_whatever_their_case(text, change):
         ("ΟΔΟΣΑ ΟΔΟΣ", "οδος", (6, 10)),
     ],
 )
-def test_phrases_are_whole_letters_and_words(sentence, phrase, span):
+def test_find_phrases_matches_complete_letters_and_words(sentence, phrase, span):
     assert find_phrases(sentence, [phrase]) == [span]
 
 
-def test_a_phrase_is_not_the_end_of_a_longer_word():
+def test_find_phrases_prefers_word_over_end_of_longer_word():
     assert find_phrases("the upright car is right", ["right"]) == [(19, 24)]
-    assert find_phrases("upright", ["right"]) == [(2, 7)], "where there is nothing better"
+    assert find_phrases("upright", ["right"]) == [(2, 7)], "used if there is no better match"
 
 
-def test_half_a_letter_is_no_phrase():
+def test_find_phrases_rejects_part_of_letter():
     for sentence, phrase in (("İ", "i"), ("ﬁ", "f"), ("ẞ", "s")):
         with pytest.raises(ValueError, match="is not in its sentence"):
             find_phrases(sentence, [phrase])
 
 
-def test_composed_and_decomposed_letters_are_different_text(cased):
+def test_processor_does_not_compose_decomposed_letters(cased):
     one, two = "CAFÉ", unicodedata.normalize("NFD", "CAFÉ")
-    assert spelled(cased, cased(IMAGE, two)["input_ids"][0]) == two.lower() != one.lower()
+    assert decode(cased, cased(IMAGE, two)["input_ids"][0]) == two.lower() != one.lower()
 
 
-# each sentence by itself
+# each sentence independently
 
 
 LONG = "The RED Star " + "left of it " * 8  # over 40 tokens, under 128
@@ -150,13 +150,13 @@ CAPTION, PHRASES = "The Red Circle is Left of the Star", ["the red circle", "the
 
 @pytest.mark.parametrize("expression", ["The RED Star", LONG, "ΟΔΟΣ"])
 @pytest.mark.parametrize("padding", ["longest", "max_length"])
-@pytest.mark.parametrize("form", ["none", "words", "span", "blank around it"])
-def test_an_expression_is_encoded_alike_beside_captions(cased, expression, padding, form):
+@pytest.mark.parametrize("form", ["none", "text", "span", "blank around it"])
+def test_processor_encodes_expression_alike_next_to_captions(cased, expression, padding, form):
     alone = cased(IMAGE, expression)
     caption_alone = cased(IMAGE, CAPTION, phrases=PHRASES)
     text, phrases = {
         "none": (expression, None),
-        "words": (expression, [expression.upper() if expression != "ΟΔΟΣ" else expression]),
+        "text": (expression, [expression.upper() if expression != "ΟΔΟΣ" else expression]),
         "span": (expression, [(0, len(expression))]),
         "blank around it": (expression, [(0, len(expression.rstrip()))]),
     }[form]
@@ -173,7 +173,7 @@ def test_an_expression_is_encoded_alike_beside_captions(cased, expression, paddi
     assert len(real(alone, 0)) <= 40
 
 
-def test_an_expression_is_answered_alike_beside_captions(cased, cased_model):
+def test_model_answers_expression_alike_next_to_captions(cased, cased_model):
     texts = ["The RED Star", CAPTION, LONG]
     with torch.no_grad():
         alone = [cased_model(**cased(IMAGE, text)).pred_boxes[0, 0] for text in texts]
@@ -188,15 +188,15 @@ def test_an_expression_is_answered_alike_beside_captions(cased, cased_model):
     assert (alone[0] - caption[0]).abs().max() > 1e-4  # the boxes can differ
 
 
-def test_a_joined_dataset_encodes_each_sentence_as_its_own_dataset_does(cased, shapes):
-    """An image of expressions and one of captions, in one batch and apart."""
+def test_collator_encodes_joined_datasets_like_each_alone(cased, shapes):
+    """Collate an image with expressions and one with captions, in one batch and separately."""
     row = shapes["test"][0]
 
     def with_sentences(texts, spans):
         phrase = row["sentences"][0]["phrases"][0]
         sentences = [
-            {"sentence_id": text, "text": text, "phrases": [{**phrase, "start": a, "end": b} for a, b in places]}
-            for text, places in zip(texts, spans, strict=True)
+            {"sentence_id": text, "text": text, "phrases": [{**phrase, "start": a, "end": b} for a, b in text_spans]}
+            for text, text_spans in zip(texts, spans, strict=True)
         ]
         return {**row, "sentences": sentences}
 
@@ -207,40 +207,40 @@ def test_a_joined_dataset_encodes_each_sentence_as_its_own_dataset_does(cased, s
     assert real(joined, 0) == real(caption, 0)
     for index in (0, 1):
         assert real(joined, 1 + index) == real(alone, index)
-    assert spelled(cased, real(joined, 1)) == "the red star"
-    assert spelled(cased, real(joined, 0)) == CAPTION
+    assert decode(cased, real(joined, 1)) == "the red star"
+    assert decode(cased, real(joined, 0)) == CAPTION
     assert len(real(joined, 2)) == 40
 
 
-# cut in Python as the tokenizer would
+# truncation in Python equals that of the tokenizer
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("limit", [3, 4, 7, 40, 63])
-def test_long_text_is_cut_as_the_tokenizer_would(processor, kind, side, limit):
+def test_processor_truncates_like_tokenizer(processor, kind, side, limit):
     tokenizer = copy.deepcopy(processor.tokenizer) if kind == "bert" else byte_tokenizer(model_max_length=64)
     tokenizer.truncation_side = side
-    asked = RefTRProcessor(processor.image_processor, copy.deepcopy(tokenizer), max_phrase_length=5)
+    limited = RefTRProcessor(processor.image_processor, copy.deepcopy(tokenizer), max_phrase_length=5)
     end = "</s>" if kind == "roberta" else "[SEP]"
-    text = f"the red star {end} left of the star " * 9  # a special token that somebody typed is text
+    text = f"the red star {end} left of the star " * 9  # a special token in the input is text
     expected = tokenizer(text.lower(), truncation=True, max_length=limit)["input_ids"]
-    assert asked(IMAGE, text, max_length=limit)["input_ids"].tolist() == [expected]
+    assert limited(IMAGE, text, max_length=limit)["input_ids"].tolist() == [expected]
     caption = "the star is left of the large red square and of the circle"
     expected = tokenizer(caption[16:], truncation=True, max_length=5)["input_ids"]
-    inputs = asked(IMAGE, caption, phrases=[(16, len(caption))])
+    inputs = limited(IMAGE, caption, phrases=[(16, len(caption))])
     assert inputs["phrase_input_ids"].tolist() == [[expected]]
-    assert asked.tokenizer.backend_tokenizer.truncation is None
+    assert limited.tokenizer.backend_tokenizer.truncation is None
 
 
-def test_no_text_is_longer_than_the_tokenizer_s_longest(processor):
-    asked = RefTRProcessor(processor.image_processor, byte_tokenizer(model_max_length=16))
+def test_processor_respects_model_max_length_of_tokenizer(processor):
+    limited = RefTRProcessor(processor.image_processor, byte_tokenizer(model_max_length=16))
     for phrases in (None, [(0, 9), (80, 89)]):
-        assert asked(IMAGE, "the star " * 20, phrases=phrases)["input_ids"].shape == (1, 16)
-    assert asked(IMAGE, "the star " * 20, padding="max_length")["input_ids"].shape == (1, 16)
+        assert limited(IMAGE, "the star " * 20, phrases=phrases)["input_ids"].shape == (1, 16)
+    assert limited(IMAGE, "the star " * 20, padding="max_length")["input_ids"].shape == (1, 16)
 
 
-def test_padding_is_the_tokenizer_s(cased):
+def test_processor_pads_with_pad_token_of_tokenizer(cased):
     inputs = cased(IMAGE, ["a star", "a", CAPTION], phrases=[None, None, PHRASES])
     for name in ("", "phrase_"):
         padding = inputs[f"{name}input_ids"][inputs[f"{name}attention_mask"] == 0]
@@ -248,13 +248,13 @@ def test_padding_is_the_tokenizer_s(cased):
         assert cased.tokenizer.pad_token_id != 0
 
 
-def test_a_length_without_room_for_text_is_refused(processor):
+def test_processor_rejects_max_length_without_room_for_text(processor):
     with pytest.raises(ValueError, match="A length of 2 tokens leaves no room for text besides the 2 special tokens"):
         processor(IMAGE, "the red star", max_length=2)
 
 
-def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither_here(processor, tmp_path):
-    """As a `tokenizer.json` may say; it is found again without it in what the processor saves."""
+def test_processor_disables_truncation_and_padding_of_tokenizer(processor, tmp_path):
+    """A `tokenizer.json` may enable both; the files that the processor saves do not."""
     text = "the red star is left of the large blue circle"
     expected = processor(IMAGE, [text, "the star"], phrases=[["the large blue circle"], None])
     tokenizer = copy.deepcopy(processor.tokenizer)
@@ -266,18 +266,18 @@ def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither_here(processor, t
     assert json.loads(path.read_text())["truncation"]["max_length"] == 5
     loaded = RefTRProcessor.from_pretrained(tmp_path)
     made = RefTRProcessor(processor.image_processor, tokenizer)
-    for asked in (made, loaded):  # before any call, which would change what other threads use
-        backend = asked.tokenizer.backend_tokenizer
+    for other in (made, loaded):  # before any call, as a change would affect other threads
+        backend = other.tokenizer.backend_tokenizer
         assert (backend.truncation, backend.padding) == (None, None)
-    for asked in (made, loaded):
-        inputs = asked(IMAGE, [text, "the star"], phrases=[["the large blue circle"], None])
+    for other in (made, loaded):
+        inputs = other(IMAGE, [text, "the star"], phrases=[["the large blue circle"], None])
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], value) for name, value in expected.items())
     loaded.save_pretrained(tmp_path)
     assert (json.loads(path.read_text())["truncation"], json.loads(path.read_text())["padding"]) == (None, None)
 
 
-def test_phrases_that_are_cut_are_said(processor, caplog):
+def test_processor_warns_about_truncated_phrases(processor, caplog):
     caption = "the star " + "left of the star " * 7
     with caplog.at_level(logging.WARNING):
         processor(IMAGE, caption, phrases=[(0, len(caption) - 9)])
@@ -301,13 +301,13 @@ SINGLE += ["john f. kennedy.", "the man on the left. he wears a hat.", "the u.s.
 
 
 @pytest.mark.parametrize(("texts", "expected"), [(JOINED, True), (SINGLE, False)], ids=["joined", "single"])
-def test_texts_that_look_like_several_expressions(texts, expected):
+def test_is_joined_detects_several_expressions(texts, expected):
     assert [is_joined(text) for text in texts] == [expected] * len(texts)
 
 
 @pytest.fixture
 def warnings_of(caplog):
-    """Counts the warnings of what a function does, in a process that has given none."""
+    """Return a function that counts the warnings of a call, in a process that has given none."""
     from transformers.utils import logging as library
 
     def count(function) -> int:
@@ -322,7 +322,7 @@ def warnings_of(caplog):
     return count
 
 
-def test_a_text_of_several_expressions_is_said_once_at_every_door(make_model, processor, warnings_of, tmp_path):
+def test_every_entry_point_warns_once_about_joined_expressions(make_model, processor, warnings_of, tmp_path):
     model, text = make_model(), JOINED[0]
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -330,20 +330,20 @@ def test_a_text_of_several_expressions_is_said_once_at_every_door(make_model, pr
     ground = VisualGroundingPipeline(model, processor=processor, device="cpu")
     stock = pipeline("zero-shot-object-detection", model=str(tmp_path), device="cpu")
     command = ["--model", str(tmp_path), "--image", str(tmp_path / "image.png"), "--device", "cpu", "--text"]
-    doors = {
+    calls = {
         "processor": lambda text: processor(IMAGE, text),
-        "words alone": lambda text: processor(text=[["a star", text]]),
-        "captions beside it": lambda text: processor(IMAGE, [CAPTION, text], phrases=[PHRASES, None]),
+        "text alone": lambda text: processor(text=[["a star", text]]),
+        "next to captions": lambda text: processor(IMAGE, [CAPTION, text], phrases=[PHRASES, None]),
         "pipeline": lambda text: ground(IMAGE, text=text),
         "stock": lambda text: stock(IMAGE, candidate_labels=[text]),
         "predict": lambda text: predict([*command, text]),
     }
-    for name, door in doors.items():
-        assert warnings_of(lambda door=door: [door(text), door(text), door(JOINED[1])]) == 1, name
-        assert warnings_of(lambda door=door: door(SINGLE[1])) == 0, name
+    for name, call in calls.items():
+        assert warnings_of(lambda call=call: [call(text), call(text), call(JOINED[1])]) == 1, name
+        assert warnings_of(lambda call=call: call(SINGLE[1])) == 0, name
 
 
-def test_nothing_is_said_where_phrases_or_boxes_are_given(processor, warnings_of):
+def test_processor_with_phrases_or_boxes_does_not_warn(processor, warnings_of):
     text = JOINED[0]
     assert warnings_of(lambda: processor(IMAGE, text, phrases=["the red square", "the green star"])) == 0
     assert warnings_of(lambda: processor(IMAGE, text, phrases=[text])) == 0

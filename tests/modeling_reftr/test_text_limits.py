@@ -1,4 +1,4 @@
-"""Texts that cannot be answered are refused in a sentence, and no function over text takes more than linear time."""
+"""Unanswerable texts are refused with a short error, and every function over text takes linear time."""
 
 import random
 import time
@@ -21,12 +21,12 @@ def mirror_phrases(text: str):
 
 
 def find_half_a_word(text: str):
-    """Ask for half of a text that repeats itself, which begins with a word everywhere and ends with none."""
+    """Search half of a repetitive text, which begins at every word and ends at none."""
     return find_phrases(text, [text[: len(text) // 6 * 3] + "a"])
 
 
 def find_half_a_letter(text: str):
-    """Ask for what begins with a letter everywhere and ends with none, as each sharp s is two letters when folded."""
+    """Search a phrase that begins at every letter and ends at none, as a folded sharp s is two letters."""
     with pytest.raises(ValueError, match="is not in its sentence"):
         find_phrases(text, ["s" * (len(text) + 1)])
 
@@ -62,8 +62,8 @@ FUNCTIONS = {
 }
 
 
-def seconds_of(function, text: str) -> float:
-    """The least of three times, which others on the machine disturb least."""
+def measure_seconds(function, text: str) -> float:
+    """Return the least of three times, which other processes on the machine disturb least."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -73,24 +73,24 @@ def seconds_of(function, text: str) -> float:
 
 
 @pytest.mark.parametrize(("function", "piece"), FUNCTIONS.values(), ids=FUNCTIONS)
-def test_eight_times_the_text_takes_about_eight_times_the_time(function, piece):
+def test_text_functions_run_in_linear_time(function, piece):
     number = 500
-    short, long = (seconds_of(function, piece * count) for count in (number, 8 * number))
-    assert long < 24 * short, "64 times where the time grows with the square"
+    short, long = (measure_seconds(function, piece * count) for count in (number, 8 * number))
+    assert long < 24 * short, "quadratic time would be 64 times as long"
 
 
-def test_all_places_of_a_text_are_found():
+def test_find_occurrences_returns_all_positions():
     rng = random.Random(0)
     for _ in range(3000):
         text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 30)))
         wanted = rng.choice(["ab", "a", "b"]) * rng.randint(1, 6)
         begin = rng.randint(0, 5)
-        expected = [place for place in range(begin, len(text)) if text.startswith(wanted, place)]
+        expected = [index for index in range(begin, len(text)) if text.startswith(wanted, index)]
         assert list(find_occurrences(text, wanted, begin)) == expected, (text, wanted, begin)
 
 
-def test_phrases_are_limited_together():
-    """They may overlap: a few numbers could ask for any number of characters to be tokenized."""
+def test_find_phrases_limits_total_length():
+    """Phrases may overlap: a few spans could request any number of characters to be tokenized."""
     text = "the cup " * 1000
     assert len(find_phrases(text, [(0, 8000)] * 12)) == 12
     with pytest.raises(ValueError, match="more than 100,000 characters together") as refused:
@@ -98,14 +98,14 @@ def test_phrases_are_limited_together():
     assert len(str(refused.value)) < 300
 
 
-def test_a_long_label_makes_no_long_image():
+def test_draw_answers_limits_height_for_long_labels():
     image, text = Image.new("RGB", (64, 48)), "the cup " * 12_500
     assert draw_answers(image, [None], [text], width=960).height < 5_000
     assert draw_answers(image, [None] * 300, [text] * 300, width=960).height < 15_000
 
 
 @pytest.mark.parametrize("phrase", ["the cat", "the dog " * 10_000, (7, 90_000), (0, 1, 2), ["the"] * 10_000, b"the"])
-def test_what_is_refused_is_quoted_in_part(processor, phrase):
+def test_processor_error_quotes_only_part_of_text(processor, phrase):
     with pytest.raises(ValueError, match="the cup the cup") as refused:
         processor(Image.new("RGB", (64, 48)), "the cup " * 10_000, phrases=[phrase])
     assert len(str(refused.value)) < 500
@@ -120,8 +120,8 @@ TEXTS = {
 
 
 @pytest.mark.parametrize(("text", "reason"), TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("door", ["text", "phrase", "pipeline"])
-def test_text_that_cannot_be_answered_is_refused(processor, make_model, text, reason, door):
+@pytest.mark.parametrize("entry_point", ["text", "phrase", "pipeline"])
+def test_unanswerable_text_is_refused_at_every_entry_point(processor, make_model, text, reason, entry_point):
     image = Image.new("RGB", (64, 48))
     pipeline = VisualGroundingPipeline(make_model(), processor=processor, device="cpu")
     ask = {
@@ -130,11 +130,11 @@ def test_text_that_cannot_be_answered_is_refused(processor, make_model, text, re
         "pipeline": lambda: pipeline(image, text=text),
     }
     with pytest.raises(ValueError, match=reason) as refused:
-        ask[door]()
+        ask[entry_point]()
     assert len(str(refused.value)) < 1000
 
 
-def test_controls_and_marks_of_direction_change_no_offset(processor):
+def test_control_characters_do_not_change_phrase_offsets(processor):
     text = "the \u202ered\u202c cup\u200b \x07"
     plain = processor(Image.new("RGB", (64, 48)), text, phrases=["cup"])
     assert plain["phrase_spans"].shape[-1] == 2

@@ -1,4 +1,4 @@
-"""Objects that threads share are not changed by a call: what 16 threads are answered is what one is, to the bit."""
+"""A call does not change objects shared by threads: 16 threads get the answers of one thread, bit by bit."""
 
 import copy
 import threading
@@ -40,7 +40,7 @@ def images():
 
 
 def same(found, expected) -> bool:
-    """Whether two results are the same to the bit, whatever they are made of."""
+    """Return whether two results are equal bit by bit, whatever their type."""
     if type(found) is not type(expected):
         return False
     if isinstance(found, torch.Tensor):
@@ -55,12 +55,12 @@ def same(found, expected) -> bool:
 
 
 def make_questions(model, processor, ground, images) -> list:
-    """Calls of processor, model and pipeline, with texts of every length, some with phrases."""
+    """Return calls of processor, model and pipeline with texts of every length, some with phrases."""
     first, second = images
 
-    def forward(**asked):
+    def forward(**arguments):
         with torch.no_grad():
-            outputs = model(**processor(first, **asked))
+            outputs = model(**processor(first, **arguments))
         return dict(outputs), processor.post_process_referring_segmentation(outputs, [first.size[::-1]])
 
     questions = [lambda text=text: processor(text=text) for text in (*SHORT, *LONG)]
@@ -76,8 +76,8 @@ def make_questions(model, processor, ground, images) -> list:
 
 
 @pytest.mark.row("T1")
-def test_threads_are_answered_as_one_is(model, tokenizer, processor, images, record_property):
-    # with a limit of its own in its file, as some have
+def test_concurrent_calls_give_same_answers_as_single_thread(model, tokenizer, processor, images, record_property):
+    # some tokenizer files have a truncation limit of their own
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(max_length=7)
     processor = RefTRProcessor(processor.image_processor, tokenizer)
@@ -100,8 +100,8 @@ def test_threads_are_answered_as_one_is(model, tokenizer, processor, images, rec
     assert tokenizer.backend_tokenizer.truncation is None
 
 
-def beside(work, answer, times: int = 30):
-    """What `answer` gives again and again, while `work` is done over and over in another thread."""
+def answer_during(work, answer, times: int = 30):
+    """Return repeated results of `answer` while another thread repeats `work`."""
     is_over, failures = threading.Event(), []
 
     def run():
@@ -123,7 +123,7 @@ def beside(work, answer, times: int = 30):
 
 
 @pytest.mark.parametrize("kind", ["state_dict", "save", "copy", "fused_copy"])
-def test_a_model_answers_alike_while_it_is_saved_or_copied(model, processor, images, tmp_path, kind):
+def test_model_gives_same_answer_during_save_or_copy(model, processor, images, tmp_path, kind):
     inputs = processor(images[0], SHORT)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     work = {
@@ -134,12 +134,12 @@ def test_a_model_answers_alike_while_it_is_saved_or_copied(model, processor, ima
     }[kind]
     with torch.no_grad():
         expected = dict(model(**inputs))
-        answers = beside(work, lambda: dict(model(**inputs)))
+        answers = answer_during(work, lambda: dict(model(**inputs)))
     assert all(same(answer, expected) for answer in answers)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_cache_of_texts_holds_for_its_thread(model, processor, images):
+def test_cache_text_is_local_to_thread(model, processor, images):
     inputs = processor(images[0], SHORT)
     with torch.no_grad():
         expected = dict(model(**inputs))
@@ -149,22 +149,22 @@ def test_a_cache_of_texts_holds_for_its_thread(model, processor, images):
                 for texts in (SHORT, SHORT[::-1], LONG):
                     model(**processor(images[0], texts))
 
-        answers = beside(with_cache, lambda: dict(model(**inputs)))
-        assert all(same(answer, expected) for answer in answers)  # to the bit: not by the other thread's cache
+        answers = answer_during(with_cache, lambda: dict(model(**inputs)))
+        assert all(same(answer, expected) for answer in answers)  # bit by bit, so not from the other thread's cache
         with model.cache_text() as cache:
             model(**inputs)
             assert model.model._text_cache is cache
             with ThreadPoolExecutor(1) as thread:
                 assert thread.submit(lambda: model.model._text_cache).result() is None
-                assert copy.deepcopy(model).model._text_cache is None  # another model
+                assert copy.deepcopy(model).model._text_cache is None  # a copy is another model
             with model.cache_text() as inner:
                 assert model.model._text_cache is inner
             assert model.model._text_cache is cache
         assert model.model._text_cache is None
 
 
-def test_one_cache_for_many_threads(model, processor):
-    """Small, so that what one thread has found another makes it forget."""
+def test_text_cache_can_be_shared_by_threads(model, processor):
+    """The cache is small, so that threads evict each other's texts."""
     texts = [processor(text=text) for text in (*SHORT, *LONG, SHORT)]
     texts = [(inputs["input_ids"], inputs["attention_mask"]) for inputs in texts]
     with torch.no_grad(), model.cache_text(max_tokens=12) as cache:
@@ -184,36 +184,36 @@ def test_one_cache_for_many_threads(model, processor):
 
 @pytest.fixture(params=["no", "bf16"])
 def accelerator(request):
-    """It puts a wrapper around the forward of a model, in mixed precision."""
+    """Yield an accelerator, which wraps the forward of a model in mixed precision."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test in this process
     yield Accelerator(cpu=True, mixed_precision=request.param)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_an_evaluation_leaves_the_model_that_trains(make_model, processor, shapes, tmp_path, accelerator):
-    """It runs a copy, attention pictures too: the model is never called, and stays as it is meanwhile."""
+def test_evaluation_leaves_training_model_unchanged(make_model, processor, shapes, tmp_path, accelerator):
+    """Evaluation and attention images run on a copy: the training model is never called or changed."""
     model = accelerator.prepare(shake(make_model(backbone_config=TIMM)).train())
     own = {id(module) for module in model.modules()}
     calls = []
     model.model.text_backbone.register_forward_pre_hook(lambda module, inputs: calls.append(id(module) in own))
     before = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
-    seen = []
+    states = []
 
-    def look() -> bool:
-        seen.append((model.training, model.model.backbone.training, model.config._attn_implementation))
+    def record_state() -> bool:
+        states.append((model.training, model.model.backbone.training, model.config._attn_implementation))
         return False
 
     rows = shapes["test"].select(range(3))
     args = TrainingSettings.from_flat(num_workers=0, evaluation_batch_size=1, output_dir=str(tmp_path))
     attention = model.config._attn_implementation
     assert attention != "eager"
-    records = evaluate(model, processor, rows, args, accelerator, "test", look)
+    records = evaluate(model, processor, rows, args, accelerator, "test", record_state)
     draw_samples(model, processor, rows, records, 1, tmp_path, accelerator)
     assert calls
     assert not any(calls)
-    assert not look()
-    assert set(seen) == {(True, True, attention)}
-    assert len(seen) == 4
+    assert not record_state()
+    assert set(states) == {(True, True, attention)}
+    assert len(states) == 4
     assert all(
         (id(value), True) == (before[name][0], torch.equal(value, before[name][1]))
         for name, value in model.named_parameters()

@@ -1,4 +1,4 @@
-"""RefTR as a model of transformers: attention, precision, compiling, Auto classes, pipeline, loading, fine-tuning."""
+"""RefTR as a transformers model: attention, precision, compilation, Auto classes, pipeline, loading, fine-tuning."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from training_reftr.data import GroundingCollator
 
 @pytest.fixture
 def batch(shapes, processor):
-    """Three images with their sentences, one phrase or several, and labels."""
+    """Collate three images with their sentences, one phrase or several, and labels."""
     return GroundingCollator(processor, with_targets=False, with_masks=True)(
         [shapes["test"][index] for index in range(3)]
     )
@@ -37,17 +37,17 @@ def inputs(request, batch, processor, shapes):
 
 @pytest.fixture
 def checkpoint(make_model, processor, tmp_path):
-    """A folder as `save_pretrained` leaves it, and the model in it."""
+    """Save a model and its processor; return the folder and the model."""
     model = make_model()
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint", model
 
 
-# attention and numbers
+# attention and precision
 
 
-# a convolutional backbone has no attention, and timm's wrapper in the library takes eager and sdpa alone
+# a convolutional backbone has no attention, and the timm wrapper of transformers accepts only eager and sdpa
 FLEX = {"": "flex_attention", "text_config": "flex_attention", "backbone_config": "sdpa"}
 
 
@@ -61,7 +61,7 @@ def test_attention_implementations_agree(inputs, make_model, attention):
         assert_same_boxes(model(**inputs), expected)
 
 
-def test_gradient_checkpointing_changes_nothing(batch, make_model):
+def test_gradient_checkpointing_gives_same_gradients(batch, make_model):
     gradients = []
     for checkpointing in (False, True):
         model = make_model().train()
@@ -75,19 +75,19 @@ def test_gradient_checkpointing_changes_nothing(batch, make_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(batch, make_model, dtype):
+def test_model_in_half_precision_gives_close_boxes_and_loss(batch, make_model, dtype):
     expected = make_model()(**batch)
     outputs = make_model().to(dtype)(**batch)
     assert outputs.pred_boxes.dtype == outputs.loss.dtype == torch.float32
     assert outputs.last_hidden_state.dtype == dtype
-    assert not torch.equal(outputs.pred_boxes, outputs.pred_boxes.to(dtype).float()), "rounded by no sigmoid"
+    assert not torch.equal(outputs.pred_boxes, outputs.pred_boxes.to(dtype).float()), "the sigmoid must not round"
     real = outputs.phrase_mask
     assert (outputs.pred_boxes - expected.pred_boxes)[real].abs().max() < 0.05
     assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)
 
 
-def test_positions_are_float32_arithmetic(make_model):
-    """Angles of far cells differ in float32 where bfloat16 would round them together."""
+def test_image_positions_are_computed_in_float32(make_model):
+    """Angles of distant cells differ in float32, but bfloat16 would round them to the same value."""
     mask = torch.ones(1, 40, 40, dtype=torch.bool)
     model = make_model()
     expected = model.model.image_position_embedding(mask)
@@ -96,13 +96,13 @@ def test_positions_are_float32_arithmetic(make_model):
     assert torch.equal(positions, expected)
 
 
-# the one with masks has all of the other
+# the graph with masks contains the other one
 @pytest.mark.parametrize("predict_masks", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_compiles_to_one_graph(inputs, batch, make_model, predict_masks):
+def test_model_compiles_to_one_graph(inputs, batch, make_model, predict_masks):
     model = make_model(predict_masks=predict_masks)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     if "phrase_index" in inputs:
-        inputs = batch  # the loss is in the graph too
+        inputs = batch  # the labels add the loss to the graph
     with torch.no_grad():
         outputs, expected = compiled(**inputs), model(**inputs)
     assert_same_boxes(outputs, expected)
@@ -111,8 +111,8 @@ def test_compiles_to_one_graph(inputs, batch, make_model, predict_masks):
     assert outputs.loss == pytest.approx(expected.loss)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Collects operations whose result the host needs from the device: sizes or values that depend on data."""
+class SynchronizationRecorder(TorchDispatchMode):
+    """Record operations whose result the host requires from the device: data-dependent sizes or values."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         indices = arguments[1] if function.name().startswith(("aten::index", "aten::_index_put")) else ()
-        if any(word in function.name() for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")) or (
+        if any(part in function.name() for part in ("_local_scalar_dense", "nonzero", "masked_select", "unique")) or (
             isinstance(indices, (list, tuple))
             and any(index is not None and index.dtype == torch.bool for index in indices)
         ):
@@ -130,19 +130,19 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("mask_settings", [{}, {"predict_masks": True, "mask_loss_over_padding": False}])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_forward_and_loss_do_not_wait_for_the_device(batch, make_model, attention, mask_settings):
+def test_forward_and_loss_do_not_synchronize_device(batch, make_model, attention, mask_settings):
     model = make_model(**mask_settings)
     model.set_attn_implementation(attention)
-    with NoWaiting() as waiting:
+    with SynchronizationRecorder() as recorder:
         model(**batch)
-    assert waiting.seen == []
-    with NoWaiting() as waiting:  # the check can fail
+    assert recorder.seen == []
+    with SynchronizationRecorder() as recorder:  # the check can fail
         model(**{name: value for name, value in batch.items() if name != "phrase_index"})
-    assert "aten::nonzero" in waiting.seen
+    assert "aten::nonzero" in recorder.seen
 
 
-class OnTheHost(TorchDispatchMode):
-    """Collects operations that take or give a tensor of the host."""
+class HostRecorder(TorchDispatchMode):
+    """Record operations with a tensor on the host as input or output."""
 
     def __init__(self):
         super().__init__()
@@ -158,40 +158,40 @@ class OnTheHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, {"predict_masks": True, "mask_loss_over_padding": False}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward_and_loss_stay_on_a_gpu(batch, make_model, dtype, settings):
+def test_forward_and_loss_stay_on_gpu(batch, make_model, dtype, settings):
     """
-    Of a GPU that is made up: tensors have sizes and devices there, and no values. Mixed devices and waiting are
-    errors; and a graph of CUDA takes no tensor of the host.
+    Use a fake GPU: tensors have sizes and devices but no values. Mixed devices and synchronization are errors, and a
+    CUDA graph accepts no tensor on the host.
     """
 
-    def pretend(value):
+    def to_fake(value):
         return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
 
     with FakeTensorMode(), torch.device("cuda"):
         with local_torch_dtype(dtype):
             model = make_model(**settings)
-        inputs = tree_map(pretend, dict(batch))
+        inputs = tree_map(to_fake, dict(batch))
         for is_training in (True, False):
             model.train(is_training)
-            if not is_training:  # made-up tensors cannot be copied: the norms are folded in place, as in a fused copy
+            if not is_training:  # fake tensors cannot be copied: norms are folded in place, as in a fused copy
                 fold_batch_norms(model.model.backbone)
-            with OnTheHost() as host:
+            with HostRecorder() as recorder:
                 outputs = model(**inputs)
             assert outputs.last_hidden_state.dtype == dtype
             assert outputs.loss.device.type == outputs.pred_boxes.device.type == "cuda"
             assert outputs.loss.dtype == outputs.pred_boxes.dtype == torch.float32
             assert outputs.pred_boxes.shape == (*batch["input_ids"].shape[:1], batch["phrase_spans"].shape[1], 4)
-            assert host.seen == []
+            assert recorder.seen == []
         with pytest.raises(DynamicOutputShapeException):  # the host would wait for the number of phrases
             model(**{name: value for name, value in inputs.items() if name != "phrase_index"})
         with pytest.raises(RuntimeError, match="device"):
             model(**{**inputs, "pixel_mask": inputs["pixel_mask"].cpu()})
-        with OnTheHost() as host:
+        with HostRecorder() as recorder:
             inputs["pixel_values"].cpu()
-        assert host.seen == ["aten::_to_copy"]
+        assert recorder.seen == ["aten::_to_copy"]
 
 
-def test_phrase_index_changes_nothing(batch, make_model):
+def test_model_gives_same_boxes_without_phrase_index(batch, make_model):
     model, inputs = make_model(), model_inputs(batch)
     index = inputs.pop("phrase_index")
     assert len(index) < inputs["phrase_input_ids"].shape[:2].numel()
@@ -203,7 +203,7 @@ def test_phrase_index_changes_nothing(batch, make_model):
 # Auto classes and code on the Hub
 
 
-def test_import_registers_with_the_auto_classes(run, checkpoint):
+def test_import_registers_auto_classes_and_pipeline(run, checkpoint):
     code = """
 import sys, modeling_reftr
 from transformers import (
@@ -234,26 +234,26 @@ assert "visual-grounding" in pipelines.PIPELINE_REGISTRY.supported_tasks
         ),
     ],
 )
-def test_auto_classes_know_us_in_any_order_of_imports(run, code):
+def test_auto_classes_are_registered_in_any_import_order(run, code):
     run("-c", f"{code}\nassert RefTRModel in AutoModel._model_mapping._extra_content.values()")
 
 
-def test_a_saved_folder_loads_without_us(checkpoint, shapes, tmp_path, run):
-    """In a clean process, from the code in the folder, with bit-equal answers, and what it saves loads again."""
+def test_saved_folder_loads_without_package(checkpoint, shapes, tmp_path, run):
+    """Load in a clean process from the code of the folder, bit-equal, and again from what that process saves."""
     folder, _ = checkpoint
-    picture = tmp_path / "picture.png"
-    shapes["test"][0]["image"].save(picture)
+    image_path = tmp_path / "image.png"
+    shapes["test"][0]["image"].save(image_path)
     code = """
 import sys, torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
-folder, picture, out = sys.argv[1:]
+folder, image_path, out = sys.argv[1:]
 for number in range(2):
     model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, trust_remote_code=True)
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor(Image.open(picture), ["the red circle", "the star"])
+    inputs = processor(Image.open(image_path), ["the red circle", "the star"])
     with torch.no_grad():
         torch.save([model(**inputs).pred_boxes, base(**inputs).last_hidden_state], f"{out}{number}.pt")
     assert not any(name.startswith("modeling_reftr") for name in sys.modules), "our package was imported"
@@ -262,12 +262,12 @@ for number in range(2):
     processor.save_pretrained(folder)
 """
     out = tmp_path / "answers"
-    run("-I", "-c", code, folder, picture, out, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    run("-I", "-c", code, folder, image_path, out, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     loaded, base = (
         RefTRForVisualGrounding.from_pretrained(folder),
         RefTRModel.from_pretrained(folder),
     )
-    inputs = RefTRProcessor.from_pretrained(folder)(Image.open(picture), ["the red circle", "the star"])
+    inputs = RefTRProcessor.from_pretrained(folder)(Image.open(image_path), ["the red circle", "the star"])
     with torch.no_grad():
         expected = [loaded(**inputs).pred_boxes, base(**inputs).last_hidden_state]
     for number in range(2):
@@ -275,7 +275,7 @@ for number in range(2):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(answers, expected, strict=True))
 
 
-def test_the_zero_shot_detection_pipeline(checkpoint, shapes):
+def test_zero_shot_detection_pipeline_returns_boxes_of_model(checkpoint, shapes):
     folder, model = checkpoint
     image = shapes["test"][0]["image"]
     detector = pipeline("zero-shot-object-detection", model=str(folder))
@@ -290,7 +290,7 @@ def test_the_zero_shot_detection_pipeline(checkpoint, shapes):
     assert detector(image, candidate_labels=["the star"], threshold=1.0) == []
 
 
-def test_token_type_ids_are_taken_and_change_nothing(inputs, make_model):
+def test_model_ignores_token_type_ids(inputs, make_model):
     model = make_model()
     outputs = model(**inputs, token_type_ids=torch.ones_like(inputs["input_ids"]))
     assert_same_boxes(outputs, model(**inputs))
@@ -299,16 +299,16 @@ def test_token_type_ids_are_taken_and_change_nothing(inputs, make_model):
 # loading
 
 
-def without(folder, words):
-    """Leave out the weights whose names hold the words."""
-    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if words not in name}
+def remove_weights(folder, part):
+    """Remove the weights whose names contain a part."""
+    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if part not in name}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("missing", ["box_head", "decoder.layers.1", "level_embedding"])
-def test_a_partial_checkpoint_keeps_what_it_has_and_initialises_the_rest(checkpoint, missing):
+def test_partial_checkpoint_initializes_only_missing_weights(checkpoint, missing):
     folder, model = checkpoint
-    without(folder, missing)
+    remove_weights(folder, missing)
     loaded, report = RefTRForVisualGrounding.from_pretrained(folder, output_loading_info=True)
     assert report["missing_keys"] == {name for name in model.state_dict() if missing in name}
     for name, value in loaded.state_dict().items():
@@ -325,7 +325,7 @@ def test_a_partial_checkpoint_keeps_what_it_has_and_initialises_the_rest(checkpo
         assert fresh.abs().max().item() == pytest.approx(math.sqrt(6 / (32 + 64)), rel=0.05)
 
 
-def test_the_base_model_and_the_head_load_each_other(checkpoint, tmp_path):
+def test_base_model_and_head_load_each_other(checkpoint, tmp_path):
     folder, model = checkpoint
     base = AutoModel.from_pretrained(folder)
     assert type(base) is RefTRModel
@@ -338,7 +338,7 @@ def test_the_base_model_and_the_head_load_each_other(checkpoint, tmp_path):
     assert torch.equal(with_head.model.level_embedding, model.model.level_embedding)
 
 
-def test_mismatched_sizes(checkpoint):
+def test_mismatched_sizes_are_refused_unless_ignored(checkpoint):
     folder, model = checkpoint
     config = RefTRConfig.from_pretrained(folder)
     config.max_text_positions = 20
@@ -349,7 +349,7 @@ def test_mismatched_sizes(checkpoint):
     assert torch.equal(loaded.box_head.layers[0].weight, model.box_head.layers[0].weight)
 
 
-def test_shards_dtype_and_device_map(batch, make_model, tmp_path):
+def test_model_loads_shards_dtype_and_device_map(batch, make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -359,7 +359,7 @@ def test_shards_dtype_and_device_map(batch, make_model, tmp_path):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
-def test_resized_text_embeddings(batch, make_model, tmp_path):
+def test_resized_text_embeddings_keep_answers_after_saving(batch, make_model, tmp_path):
     model = make_model()
     size = model.config.text_config.vocab_size + 5
     expected = model(**batch)
@@ -370,7 +370,7 @@ def test_resized_text_embeddings(batch, make_model, tmp_path):
     assert_same_boxes(RefTRForVisualGrounding.from_pretrained(tmp_path)(**batch), expected)
 
 
-# fine-tuning with the ecosystem's own tools
+# fine-tuning with peft and Trainer
 
 
 def test_lora_trains_and_merges(batch, make_model):
@@ -396,7 +396,7 @@ def test_lora_trains_and_merges(batch, make_model):
     assert all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in changed)
 
 
-def test_the_library_s_trainer_trains_it(shapes, processor, make_model, tmp_path):
+def test_transformers_trainer_lowers_loss(shapes, processor, make_model, tmp_path):
     model = make_model()
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

@@ -1,4 +1,4 @@
-"""Value range and layout of every kind of image are decided once, each image by itself, at every door."""
+"""Value range and layout of every image type are determined once and per image, at every entry point."""
 
 import itertools
 import warnings
@@ -20,7 +20,7 @@ def image_processor():
 
 @pytest.fixture(scope="module")
 def pixels():
-    """(48, 56, 3), uint8, with both ends of the range; of no size that could be a number of channels."""
+    """Return uint8 pixels (48, 56, 3) with both ends of the range; no side can be a number of channels."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 56, 3), dtype=np.uint8)
     pixels[0, 0], pixels[0, 1] = 0, 255
     return pixels
@@ -44,7 +44,7 @@ FRACTIONS = {
     "tensor float64": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1).double() / 255,
     "with a gradient": lambda pixels: (torch.from_numpy(pixels).permute(2, 0, 1) / 255).requires_grad_(),
 }
-WHOLE = {
+FULL_RANGE = {
     **{
         name: lambda pixels, name=name: pixels.astype(name) for name in ("int16", "int32", "int64", "uint32", "uint64")
     },
@@ -75,9 +75,9 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize("kind", [*FRACTIONS, *WHOLE, *MEMORY])
-def test_the_same_image_gives_the_same_bits(image_processor, pixels, kind):
-    image = {**FRACTIONS, **WHOLE, **MEMORY}[kind](pixels)
+@pytest.mark.parametrize("kind", [*FRACTIONS, *FULL_RANGE, *MEMORY])
+def test_image_processor_gives_same_pixels_for_every_type(image_processor, pixels, kind):
+    image = {**FRACTIONS, **FULL_RANGE, **MEMORY}[kind](pixels)
     before = image.detach().clone() if isinstance(image, torch.Tensor) else np.array(image)
     expected = process(image_processor, pixels)
     assert torch.equal(process(image_processor, image), expected)
@@ -90,13 +90,13 @@ def test_the_same_image_gives_the_same_bits(image_processor, pixels, kind):
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.from_numpy])
-def test_values_of_16_bits_are_rounded(kind):
+def test_to_channels_first_rounds_16_bit_values(kind):
     values = np.array([[0, 128, 129, 385, 386, 65406, 65407, 65535]], np.uint16)
     assert to_channels_first(kind(values)).flatten().tolist() == [0, 0, 1, 1, 2, 254, 255, 255]
 
 
 @pytest.mark.parametrize("kind", ["uint8", "fractions"])
-def test_what_is_transparent_in_an_array_is_white(image_processor, pixels, kind):
+def test_transparent_array_pixels_become_white(image_processor, pixels, kind):
     opacity = np.full((48, 56, 1), 255, np.uint8)
     opacity[:20] = 0
     expected = pixels.copy()
@@ -106,13 +106,13 @@ def test_what_is_transparent_in_an_array_is_white(image_processor, pixels, kind)
     assert torch.equal(found, process(image_processor, expected))
 
 
-def test_values_between_whole_numbers_are_kept(image_processor, pixels):
+def test_image_processor_keeps_fractional_values(image_processor, pixels):
     image = pixels.astype(np.float32) * 0.99 + 0.3
     expected = process(image_processor, image / 255, do_rescale=False)
     torch.testing.assert_close(process(image_processor, image), expected, atol=1e-5, rtol=0)
 
 
-def test_protected_and_mapped_memory(image_processor, pixels, tmp_path):
+def test_image_processor_accepts_read_only_and_mapped_arrays(image_processor, pixels, tmp_path):
     expected = process(image_processor, pixels)
     frozen = pixels.copy()
     frozen.flags.writeable = False
@@ -151,7 +151,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_may_be_of_several_ranges_or_none_is_refused(image_processor, pixels, kind):
+def test_image_processor_rejects_ambiguous_or_invalid_values(image_processor, pixels, kind):
     image = REFUSED[kind](pixels)
     images = [image]
     if getattr(image, "dtype", np.dtype(object)).kind in "uifc":
@@ -161,21 +161,21 @@ def test_what_may_be_of_several_ranges_or_none_is_refused(image_processor, pixel
             process(image_processor, image)
 
 
-def test_black_is_black_in_every_dtype(image_processor):
+def test_image_processor_keeps_black_in_every_dtype(image_processor):
     expected = process(image_processor, np.zeros((48, 64, 3), np.uint8))
     for name in ("bool", "uint16", "int16", "int64", "float16", "float32"):
         assert torch.equal(process(image_processor, np.zeros((48, 64, 3), name)), expected), name
 
 
-def test_an_image_of_two_values(image_processor):
+def test_image_processor_reads_boolean_image_as_black_and_white(image_processor):
     mask = np.random.default_rng(0).random((48, 64)) < 0.5
     expected = process(image_processor, mask.astype(np.uint8) * 255)
     for image in (mask, mask[..., None], torch.from_numpy(mask), torch.from_numpy(mask)[None], Image.fromarray(mask)):
         assert torch.equal(process(image_processor, image), expected)
 
 
-def test_no_image_changes_with_its_neighbors(image_processor, pixels):
-    """A dark one beside a bright one, of every dtype; stacked where a device stacks them."""
+def test_image_processor_scales_each_image_independently(image_processor, pixels):
+    """Process a dark image next to bright ones of several dtypes, with and without grouping by size."""
     images = [
         torch.from_numpy(pixels).permute(2, 0, 1) / 255 * 0.003,
         torch.from_numpy(pixels).permute(2, 0, 1) * 0.99,
@@ -190,8 +190,8 @@ def test_no_image_changes_with_its_neighbors(image_processor, pixels):
     assert torch.equal(process(image_processor, batch.permute(0, 2, 3, 1).numpy()), alone[[0, 3, 1]])
 
 
-def test_final_values_are_kept(image_processor, pixels):
-    """With do_rescale=False nothing is scaled, and with another factor nothing but by it."""
+def test_image_processor_respects_do_rescale_and_rescale_factor(image_processor, pixels):
+    """With do_rescale=False values are not scaled, and with rescale_factor only by that factor."""
     values = (pixels / 255).astype(np.float32)
     settings = {"do_resize": False, "do_normalize": False}
     for image in (values, values * 2 - 1, values * 300, pixels.astype(np.float64) / 255):
@@ -208,8 +208,8 @@ def test_final_values_are_kept(image_processor, pixels):
 # layout
 
 
-def test_an_image_that_could_have_its_channels_at_either_end(image_processor):
-    """An array has them last and a tensor first, in pixels and size alike, unless the call says it."""
+def test_ambiguous_channel_axis_is_last_in_arrays_first_in_tensors(image_processor):
+    """Pixels and size follow the same rule, unless the call gives `input_data_format`."""
     rng = np.random.default_rng(0)
     for shape in itertools.product((1, 3, 4), (50,), (1, 3, 4)):
         array = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -229,8 +229,8 @@ def test_an_image_that_could_have_its_channels_at_either_end(image_processor):
             assert found["pixel_values"].shape == (1, 3, *size)
 
 
-def test_gray_images_of_few_rows(image_processor):
-    """Their height is no number of channels."""
+def test_gray_image_with_few_rows_is_not_read_as_channels(image_processor):
+    """The height of a gray image is not its number of channels."""
     for height in (1, 2, 3, 4):
         array = np.random.default_rng(0).integers(0, 256, (height, 50), dtype=np.uint8)
         expected = process(image_processor, Image.fromarray(array), do_resize=False)
@@ -265,20 +265,20 @@ COLOR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "CMYK", "YCbCr", "HSV", "LAB")
 
 
 @pytest.mark.parametrize("mode", [*GRAY, *COLOR])
-def test_every_mode_of_pillow(image_processor, mode):
+def test_image_processor_converts_every_pillow_mode(image_processor, mode):
     colors = [(200, 30, 40), (20, 180, 60)] if mode in COLOR else [(0, 0, 0), (255, 255, 255)]
     if mode not in ("1", *COLOR):
         colors = [(60, 60, 60), (180, 180, 180)]
     image = Image.new("RGB", (64, 48), colors[0])
     image.paste(colors[1], (0, 0, 20, 48))
     found = process(image_processor, as_mode(image, mode))
-    # some levels of 0.018, where colors go through another space
+    # a few gray levels of 0.018, for modes that convert colors to another space
     tolerance = {"LAB": 0.2, "HSV": 0.06, "YCbCr": 0.06}.get(mode, 1e-6)
     torch.testing.assert_close(found, process(image_processor, image), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "P"])
-def test_what_is_transparent_is_white(image_processor, mode):
+def test_transparent_pillow_pixels_become_white(image_processor, mode):
     image = Image.new("RGBA", (64, 48), (80, 80, 80, 255))
     image.paste((0, 0, 0, 0), (0, 0, 20, 48))
     if mode == "P":
@@ -301,15 +301,15 @@ def test_what_is_transparent_is_white(image_processor, mode):
         Image.fromarray(np.full((48, 64), 9, np.uint16)),
     ],
 )
-def test_modes_of_other_ranges_are_refused(image_processor, image):
+def test_pillow_image_with_invalid_range_is_refused(image_processor, image):
     with pytest.raises(ValueError, match=r"^An image of 64 x 48 pixels has .*values"):
         process(image_processor, image)
 
 
-# the other doors
+# other entry points
 
 
-def test_processor_and_pipeline_take_fractions(processor, make_model, pixels):
+def test_processor_and_pipeline_accept_fractional_pixels(processor, make_model, pixels):
     expected = processor(pixels, "the star", boxes=[4, 4, 20, 30])
     ground = pipeline("visual-grounding", model=make_model(), processor=processor)
     (answer,) = ground(pixels, "the star")
@@ -325,9 +325,9 @@ def test_processor_and_pipeline_take_fractions(processor, make_model, pixels):
         ground(pixels / 127.5 - 1, "the star")
 
 
-def test_an_image_to_draw_on_is_what_the_model_sees(pixels):
+def test_to_pil_image_gives_same_pixels_for_every_type(pixels):
     expected = Image.fromarray(pixels).tobytes()
-    for make in (*FRACTIONS.values(), *WHOLE.values()):
+    for make in (*FRACTIONS.values(), *FULL_RANGE.values()):
         assert to_pil_image(make(pixels)).tobytes() == expected
     gray = to_pil_image(pixels[..., 0])
     assert gray.mode == "RGB"
