@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
-# two cores: one process with two threads, or two test workers with one each
+# for two cores: run one process with two threads, or two test workers with one thread each
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-lowest test-wheel test-browser mutation quality lint format clean
@@ -11,11 +11,11 @@ demo: $(VENV)/.installed
 	rm -rf runs/demo
 	$(RUN)/python train_reftr.py recipes/demo.yaml --output_dir runs/demo
 
-# a published checkpoint on the set it is for: convert, evaluate as published, compare. Nothing is fetched but a TOKENIZER
-# that is named as a Hub id; without one the published tokenizer must be on this machine.
+# convert a published checkpoint, evaluate it as published on its dataset, and compare the metrics. Only a TOKENIZER
+# given as a Hub id is downloaded; without TOKENIZER the published tokenizer must be on this machine.
 SET ?= refcoco_unc
 reproduce: $(VENV)/.installed
-	$(if $(and $(DATA),$(CHECKPOINT)),,$(error make reproduce needs DATA=folder CHECKPOINT=file.pth, and takes SET=$(SET) TOKENIZER=folder or Hub id OUTPUT=folder))
+	$(if $(and $(DATA),$(CHECKPOINT)),,$(error make reproduce needs DATA=folder CHECKPOINT=file.pth, and accepts SET=$(SET) TOKENIZER=folder or Hub id OUTPUT=folder))
 	$(RUN)/python -m reftr_cli reproduce --data_dir "$(DATA)" --checkpoint "$(CHECKPOINT)" --dataset "$(SET)" \
 		$(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(OUTPUT),--output_dir "$(OUTPUT)")
 
@@ -25,24 +25,25 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(RUN)/python -m pytest tests modeling_reftr data_scripts training_reftr reftr_cli
 
-# every trial of what must not break, counted: kills, full disks, damaged files, hostile input
+# count the robustness tests by kind: kills, full disks, damaged files, hostile input
 scorecard: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --scorecard runs/scorecard.json tests
 
-# one-line faults in a copy of the checkout: the tests concerned must fail. Goes on where an earlier run ended
+# mutation testing: apply one-line faults to a copy of the checkout, in which the affected tests must fail. Continues an
+# interrupted run
 mutation: $(VENV)/.installed
 	$(RUN)/python tests/mutation/run.py
 
-# speed compared with the published pattern: minutes on a quiet machine; the published preparation needs OpenCV
+# compare the speed with the published pattern: minutes on an idle machine; the published preprocessing requires OpenCV
 benchmark: $(VENV)/.installed
 	$(RUN)/python benchmarks/speed.py --output runs/speed.json
 
-# transformers' own tests of models and processors; fetches its source distribution
+# run transformers' own tests of models and processors; downloads its source distribution
 test-peer: $(VENV)/.installed
 	$(RUN)/python tests/peer/fetch.py .peer
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 2 -c tests/peer/pytest.ini -rs tests/peer
 
-# the builders as scripts of datasets 3.6, the last that runs scripts; into an environment of its own
+# test the builders as loading scripts of datasets 3.6, the last version that supports them, in a separate environment
 test-legacy-datasets: .legacy/.installed $(VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PROJECT_PYTHON=$(abspath $(RUN))/python .legacy/bin/python -m pytest -c tests/legacy/pytest.ini -rs tests/legacy
 
@@ -51,8 +52,8 @@ test-legacy-datasets: .legacy/.installed $(VENV)/.installed
 	.legacy/bin/python -m pip install --quiet "datasets==3.6.*" "numpy>=2.0" pillow pycocotools pytest pyyaml tqdm
 	touch $@
 
-# the commands with the lowest versions that setup.cfg allows, and with those of its extras, in environments of their own;
-# uv resolves them, and fetches Python 3.11 where it is not on the machine
+# test the commands with the lowest versions allowed by setup.cfg, and with those of its extras, in separate
+# environments; uv resolves the versions, and downloads Python 3.11 if it is not installed
 EXTRAS := export demo quantization
 UV := .lowest/uv/bin/uv
 LOWEST = $(UV) pip install --quiet --python .lowest/$(1)/bin/python
@@ -78,13 +79,13 @@ $(UV):
 	$(call LOWEST,extras) --resolution lowest-direct --requirements setup.cfg $(EXTRAS:%=--extra %) "pytest>=8.0"
 	touch $@
 
-# the last transformers that is not supported, alone in a folder
+# install the last unsupported transformers into a separate folder, without dependencies
 .lowest/before/.installed: setup.cfg $(UV) .lowest/required/.installed
 	rm -rf .lowest/before
 	$(call LOWEST,required) --no-deps --target .lowest/before "transformers<$$(sed -n 's/^    transformers>=\([0-9.]*\).*/\1/p' setup.cfg)"
 	touch $@
 
-# the commands of a wheel in an empty environment, with the newest versions of all dependencies
+# test the commands of a wheel in an empty environment, with the latest versions of all dependencies
 test-wheel:
 	rm -rf .wheel build
 	$(PYTHON) -m venv .wheel
@@ -92,11 +93,11 @@ test-wheel:
 	.wheel/bin/python -m pip install --quiet .wheel/dist/*.whl "pytest>=8.0"
 	OMP_NUM_THREADS=1 .wheel/bin/python -m pytest -c tests/lowest/pytest.ini tests/lowest/test_commands.py -k "not versions and not release"
 
-# code metrics compared with DETR in transformers: length of functions, types, docstrings, comments, mlinter
+# compare code metrics with DETR in transformers: length of functions, types, docstrings, comments, mlinter
 quality: $(VENV)/.installed
 	$(RUN)/python benchmarks/code_quality.py --output benchmarks/results/code_quality.json
 
-# the page of the Space in a real browser: the system's, Debian's packages chromium and chromium-driver
+# test the app of the Space in the system's browser: Debian's packages chromium and chromium-driver
 test-browser: $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -o addopts=--strict-markers tests/browser
 
@@ -116,7 +117,7 @@ clean:
 	rm -rf $(VENV) .legacy .lowest .wheel runs
 
 $(VENV)/.installed: setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required, $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/python -m pip install --quiet --editable ".[test,dev]"
