@@ -1,14 +1,14 @@
 """
-Compare code metrics with DETR in transformers, by the same rules:
+Compare code metrics with those of DETR in transformers, by the same rules:
 
     python benchmarks/code_quality.py --output benchmarks/results/code_quality.json
 
 - functions over 60 code lines: lines without comments, docstrings and blank lines, nested functions included
 - typed arguments: arguments with an annotation, without `self`, `cls`, `*args` and `**kwargs`
 - imperative docstrings: docstrings of functions and methods that ruff's D401 accepts
-- comment share: comment tokens by lines of code and comments
+- comment share: comment tokens divided by lines of code and comments
 - mlinter findings: of transformers-mlinter with its default rules, on the files that are written to the Hub; without
-  TRF038, which looks for tests in the folders of transformers' repository, absent from an installed DETR too
+  TRF038, which looks for tests in the folders of transformers' repository, which an installed DETR lacks as well
 - upward imports: see tests/integration/test_imports.py
 """
 
@@ -39,7 +39,7 @@ def product_files() -> list[Path]:
 
 
 def code_lines(source: str) -> set[int]:
-    """Return the numbers of the lines that hold code: neither blank, nor comments, nor docstrings."""
+    """Return the numbers of the lines that contain code, without blank lines, comments and docstrings."""
     lines = set()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -1,9 +1,9 @@
 """
-What the data flow of training saves, printed: `python benchmarks/data_flow.py`.
+Measure the savings of the training data flow: `python benchmarks/data_flow.py`.
 
 - Share of padded pixels and tokens with and without buckets, on generated sizes and texts like RefCOCO's.
-- Seconds to make the order of an epoch of as many rows and sentences as Visual Genome has.
-- Time to read a JPEG of 4000 x 3000 pixels and resize it, and to take it from the image cache.
+- Seconds to compute the order of an epoch with as many rows and sentences as Visual Genome.
+- Time to read and resize a JPEG of 4000 x 3000 pixels, and to read it from the image cache.
 """
 
 import io
@@ -23,22 +23,22 @@ from training_reftr.images import ImageReader
 from training_reftr.sampling import BuiltOrder, EpochSampler
 
 
-# (width, height) and how many of a hundred images have it; the rest are of any size up to 640
+# (width, height) -> percentage of images of this size; the remaining images have random sizes up to 640
 SIZES = {(640, 480): 42, (640, 427): 18, (480, 640): 12, (640, 426): 6, (427, 640): 5, (500, 375): 4, (640, 640): 3}
 WORDS = np.array(["man", "the", "left", "red", "umbrella", "on", "in", "shirt", "a", "second", "from", "standing"])
 
 
 def make_rows(num_rows: int, sentences_per_row: float = 7.1, seed: int = 0) -> datasets.Dataset:
-    """Rows without images: sizes of COCO's, texts of 1 to some 12 words, 3.5 on average."""
-    draw = np.random.default_rng(seed)
-    sizes = draw.integers(300, 641, (num_rows, 2))
+    """Generate rows without images, with image sizes like COCO's and texts of 1 to 30 words, 3.5 on average."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(300, 641, (num_rows, 2))
     weights = np.array([*SIZES.values(), 100 - sum(SIZES.values())]) / 100
-    for row, choice in enumerate(draw.choice(len(weights), num_rows, p=weights)):
+    for row, choice in enumerate(rng.choice(len(weights), num_rows, p=weights)):
         if choice < len(SIZES):
             sizes[row] = list(SIZES)[choice]
-    counts = 1 + draw.poisson(sentences_per_row - 1, num_rows)
-    num_words = np.minimum(1 + draw.geometric(0.28, counts.sum()), 30)
-    chosen = WORDS[draw.integers(0, len(WORDS), num_words.sum())]
+    counts = 1 + rng.poisson(sentences_per_row - 1, num_rows)
+    num_words = np.minimum(1 + rng.geometric(0.28, counts.sum()), 30)
+    chosen = WORDS[rng.integers(0, len(WORDS), num_words.sum())]
     texts = [" ".join(part) for part in np.split(chosen, np.cumsum(num_words)[:-1])]
     sentences = pa.StructArray.from_arrays([pa.array(texts)], names=["text"])
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
@@ -53,7 +53,7 @@ def make_rows(num_rows: int, sentences_per_row: float = 7.1, seed: int = 0) -> d
 
 
 def padded_shares(rows, batch_size: int, world_size: int, by_shape: bool, limit: int = 8) -> tuple[float, float]:
-    """Share of an epoch's pixels and tokens that are padding, over all processes."""
+    """Return the shares of padding in an epoch's pixels and tokens, over all processes."""
     widths, heights, sentences = rows["width"][:], rows["height"][:], rows["sentences"][:]
     sizes = [resized_size(height, width, 640, 640) for height, width in zip(heights, widths, strict=True)]
     lengths = [[len(sentence["text"].split()) + 2 for sentence in row] for row in sentences]
@@ -61,26 +61,26 @@ def padded_shares(rows, batch_size: int, world_size: int, by_shape: bool, limit:
     pixels, all_pixels, tokens, all_tokens = 0, 0, 0, 0
     for rank in range(world_size):
         for batch in EpochSampler(order, batch_size, rank, world_size):
-            of_batch = np.array([sizes[sample.index] for sample in batch])
-            of_texts = [lengths[sample.index][place] for sample in batch for place in sample.sentences]
-            pixels += of_batch.prod(axis=1).sum()
-            all_pixels += len(batch) * of_batch.max(axis=0).prod()
-            tokens += sum(of_texts)
-            all_tokens += len(of_texts) * max(of_texts)
+            batch_sizes = np.array([sizes[sample.index] for sample in batch])
+            batch_lengths = [lengths[sample.index][index] for sample in batch for index in sample.sentences]
+            pixels += batch_sizes.prod(axis=1).sum()
+            all_pixels += len(batch) * batch_sizes.max(axis=0).prod()
+            tokens += sum(batch_lengths)
+            all_tokens += len(batch_lengths) * max(batch_lengths)
     return 1 - pixels / all_pixels, 1 - tokens / all_tokens
 
 
 def make_photograph(path: Path, width: int = 4000, height: int = 3000):
-    """A JPEG with the noise of a camera."""
-    draw = np.random.default_rng(0)
-    coarse = draw.integers(0, 256, (height // 50, width // 50, 3), dtype=np.uint8)
+    """Write a JPEG with camera-like noise."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (height // 50, width // 50, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)).astype(np.int16)
-    pixels = pixels + draw.integers(-8, 9, (height, width, 1), dtype=np.int16)
+    pixels = pixels + rng.integers(-8, 9, (height, width, 1), dtype=np.int16)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def seconds(action, rounds: int = 5) -> float:
-    """The shortest of some times."""
+    """Return the shortest of several times of an action."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -90,7 +90,7 @@ def seconds(action, rounds: int = 5) -> float:
 
 
 def cache_seconds(folder: Path) -> tuple[float, float, float]:
-    """Time to read and resize a photograph, to take it from the cache, and from a PNG in place of our array."""
+    """Measure reading and resizing a photograph, reading it from the cache, and decoding it from a PNG instead."""
     make_photograph(folder / "photograph.jpg")
     image = {"path": str(folder / "photograph.jpg"), "bytes": None}
     row = {"image_id": "photograph", "image": image, "width": 4000, "height": 3000}
@@ -122,10 +122,10 @@ def main():
         order = BuiltOrder(rows, limit, 0, True)
         read = time.perf_counter() - start
         next(order.samples(0))
-        whole = time.perf_counter() - start
+        total = time.perf_counter() - start
         sys.stdout.write(
             f"108,077 rows, {len(order.lengths):,} sentences, {order.num_samples:,} samples: read in {read:.1f} s, "
-            f"first batch of an epoch after {whole - read:.1f} s more\n"
+            f"first batch of an epoch after {total - read:.1f} s more\n"
         )
     with tempfile.TemporaryDirectory() as folder:
         plain, cached, png = cache_seconds(Path(folder))

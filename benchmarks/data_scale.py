@@ -1,10 +1,10 @@
 """
-Time and memory to build RefCOCO and Visual Genome, and to load them again: `python benchmarks/data_scale.py`.
+Measure time and memory to build RefCOCO and Visual Genome, and to load them again: `python benchmarks/data_scale.py`.
 
-The sets are made up, in their authors' layout and of their size: RefCOCO with 20,000 images, 196,771 annotations with
-polygons, 50,000 of them referred to, and 142,210 expressions; Visual Genome with 108,077 images and 5.4 million
-regions (`--genome_share 0.2` for a fifth of it). All images are hard links to one JPEG of 640 x 480. Each figure is
-of a process of its own; no image is decoded.
+The datasets are generated, in their authors' layout and with their size: RefCOCO with 20,000 images, 196,771
+annotations with polygons, 50,000 of them referred to, and 142,210 expressions; Visual Genome with 108,077 images and
+5.4 million regions (`--genome_share 0.2` for a fifth of them). All images are hard links to a JPEG of 640 x 480. Each
+measurement runs in a separate process; no image is decoded.
 """
 
 import argparse
@@ -29,7 +29,7 @@ GENOME = {"images": 108_077, "regions": 5_400_000}
 GOALS = {"RefCOCO, build": "goal: under 45 s, 2 GB", "RefCOCO, load again": "goal: load under 2 s"}
 GOALS["Visual Genome, build"] = "goal: under 3 GB"
 WORDS = ("the", "man", "woman", "left", "right", "red", "blue", "shirt", "on", "of", "with", "bench", "behind", "dog")
-# imports count for memory but not for seconds: a user's script has them anyway
+# imports count for memory but not for time, because a user's script imports the package anyway
 MEASURE = """
 import json, resource, sys, time
 start = time.perf_counter()
@@ -47,42 +47,45 @@ sys.stdout.write(json.dumps({
 """
 
 
-def say(rng: random.Random, least: int, most: int) -> str:
+def make_text(rng: random.Random, least: int, most: int) -> str:
+    """Generate a text of random words."""
     return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
 
 
-def link_pictures(folder: Path, names):
+def link_images(folder: Path, names):
+    """Link a JPEG of noise under several names."""
     folder.mkdir(parents=True)
-    picture = folder.parent / "picture.jpg"
-    if not picture.exists():
+    image = folder.parent / "image.jpg"
+    if not image.exists():
         noise = np.random.default_rng(0).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((WIDTH, HEIGHT)).save(picture)
+        Image.fromarray(noise).resize((WIDTH, HEIGHT)).save(image)
     for index, name in enumerate(names):
-        if index % 30_000 == 0:  # a file system allows so many links to one file
-            source = picture.with_name(f"{folder.name}_{index}.jpg")
-            source.write_bytes(picture.read_bytes())
+        if index % 30_000 == 0:  # file systems limit the number of links per file
+            source = image.with_name(f"{folder.name}_{index}.jpg")
+            source.write_bytes(image.read_bytes())
         os.link(source, folder / name)
 
 
-def draw_polygon(rng: random.Random) -> tuple[list, list]:
-    """A ragged outline of about 40 points, as people draw them, and its box xywh."""
+def make_polygon(rng: random.Random) -> tuple[list, list]:
+    """Generate an irregular outline of about 40 points, like annotated ones, and its box xywh."""
     x, y, radius = rng.uniform(80, WIDTH - 80), rng.uniform(80, HEIGHT - 80), rng.uniform(10, 75)
     polygon = []
     count = rng.randint(15, 60)
     for index in range(count):
-        far, angle = radius * rng.uniform(0.7, 1), 2 * math.pi * index / count
-        polygon += [round(x + far * math.cos(angle), 2), round(y + far * math.sin(angle), 2)]
+        distance, angle = radius * rng.uniform(0.7, 1), 2 * math.pi * index / count
+        polygon += [round(x + distance * math.cos(angle), 2), round(y + distance * math.sin(angle), 2)]
     left, top = min(polygon[::2]), min(polygon[1::2])
     return polygon, [left, top, round(max(polygon[::2]) - left, 2), round(max(polygon[1::2]) - top, 2)]
 
 
 def make_refcoco(folder: Path):
+    """Write RefCOCO's files in the layout of the refer API."""
     rng = random.Random(0)
     ids = sorted(rng.sample(range(1, 581_930), REFCOCO["images"]))
-    link_pictures(folder / "images" / "train2014", (f"COCO_train2014_{number:012d}.jpg" for number in ids))
+    link_images(folder / "images" / "train2014", (f"COCO_train2014_{number:012d}.jpg" for number in ids))
     annotations = []
     for index in range(REFCOCO["annotations"]):
-        polygon, box_xywh = draw_polygon(rng)
+        polygon, box_xywh = make_polygon(rng)
         annotations.append(
             {
                 "id": index + 1,
@@ -101,7 +104,7 @@ def make_refcoco(folder: Path):
         count = (index + 1) * REFCOCO["expressions"] // REFCOCO["objects"] - sent_id
         sentences = []
         for _ in range(count):
-            text = say(rng, 2, 6)
+            text = make_text(rng, 2, 6)
             sentences.append({"tokens": text.split(), "raw": text, "sent": text, "sent_id": sent_id})
             sent_id += 1
         refs.append(
@@ -129,12 +132,13 @@ def make_refcoco(folder: Path):
 
 
 def make_genome(folder: Path, share: float):
+    """Write a share of Visual Genome's files."""
     rng = random.Random(0)
     count = round(GENOME["images"] * share)
     regions = round(GENOME["regions"] * share)
     names = [f"{number}.jpg" for number in range(1, count + 1)]
-    link_pictures(folder / "VG_100K", names[: count // 2])
-    link_pictures(folder / "VG_100K_2", names[count // 2 :])
+    link_images(folder / "VG_100K", names[: count // 2])
+    link_images(folder / "VG_100K_2", names[count // 2 :])
     written = 0
     with open(folder / "region_descriptions.json", "w") as file:
         for number in range(1, count + 1):
@@ -147,7 +151,7 @@ def make_genome(folder: Path, share: float):
                         "width": rng.randint(10, 300),
                         "height": rng.randint(10, 200),
                         "image_id": number,
-                        "phrase": say(rng, 3, 8),
+                        "phrase": make_text(rng, 3, 8),
                         "y": rng.randint(0, 250),
                         "x": rng.randint(0, 300),
                     }
@@ -168,8 +172,8 @@ def make_genome(folder: Path, share: float):
     (folder / "image_data.json").write_text(json.dumps(images))
 
 
-def apart(make, *args):
-    """In a process of its own: a new process starts with the peak of the one that starts it."""
+def run_in_process(make, *args):
+    """Run a function in a separate process, because a child process inherits the peak memory of its parent."""
     process = multiprocessing.get_context("spawn").Process(target=make, args=args)
     process.start()
     process.join()
@@ -178,6 +182,7 @@ def apart(make, *args):
 
 
 def measure(title: str, name: str, folder: Path):
+    """Load a dataset in a separate process and print its time and memory."""
     settings = {"data_dir": str(folder), "cache_dir": str(folder / "cache")}
     command = [sys.executable, "-c", MEASURE, name, json.dumps(settings)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
@@ -193,16 +198,16 @@ def measure(title: str, name: str, folder: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--genome_share", type=float, default=1.0, help="of Visual Genome's size; 0 leaves it out")
+    parser.add_argument("--genome_share", type=float, default=1.0, help="share of Visual Genome's size; 0 skips it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         refcoco = Path(folder) / "refcoco"
-        apart(make_refcoco, refcoco)
+        run_in_process(make_refcoco, refcoco)
         measure("RefCOCO, build", "refcoco_unc", refcoco)
         measure("RefCOCO, load again", "refcoco_unc", refcoco)
         if args.genome_share:
             genome = Path(folder) / "genome"
-            apart(make_genome, genome, args.genome_share)
+            run_in_process(make_genome, genome, args.genome_share)
             size = (genome / "region_descriptions.json").stat().st_size / 1e6
             sys.stdout.write(f"region_descriptions.json: {size:,.0f} MB\n")
             measure("Visual Genome, build", "visual_genome", genome)

@@ -1,8 +1,8 @@
 """
-Time and memory to build a set of the size of Flickr30k Entities (31,783 images with five captions and about nine
-boxes each, as its authors' files) into an empty cache, and to open it once it is built:
-`python benchmarks/data_scale_flickr.py [--pictures 31783] [--num_proc 1]`. The files are made in a temporary folder
-first (about 400 MB on disk).
+Measure time and memory to build a dataset of the size of Flickr30k Entities (31,783 images with five captions and
+about nine boxes each, in its authors' layout) into an empty cache, and to open it again:
+`python benchmarks/data_scale_flickr.py [--pictures 31783] [--num_proc 1]`. The files are first generated in a
+temporary folder (about 400 MB on disk).
 """
 
 import argparse
@@ -38,34 +38,34 @@ WORDS = (
 TYPES = ("people", "clothing", "bodyparts", "animals", "vehicles", "instruments", "scene", "other", "vehicles/scene")
 
 
-def write_set(folder: Path, num_pictures: int):
-    """As many images, boxes, phrases and words as the real set has on average."""
-    draw = random.Random(0)
+def write_dataset(folder: Path, num_images: int):
+    """Write as many images, boxes, phrases and words as the real dataset has on average."""
+    rng = random.Random(0)
     for name in ("Annotations", "Sentences", "flickr30k-images"):
         (folder / name).mkdir()
-    Image.new("RGB", (500, 375), "green").save(folder / "picture.jpg", quality=20)
-    picture = (folder / "picture.jpg").read_bytes()
-    image_ids = [str(100_000 + 7 * number) for number in range(num_pictures)]
+    Image.new("RGB", (500, 375), "green").save(folder / "image.jpg", quality=20)
+    image = (folder / "image.jpg").read_bytes()
+    image_ids = [str(100_000 + 7 * number) for number in range(num_images)]
     for number, image_id in enumerate(image_ids):
         chains = [str(8 * number + chain + 1) for chain in range(8)]
         objects = [f"<object><name>{chains[7]}</name><nobndbox>0</nobndbox><scene>1</scene></object>"]
-        for place in range(9):
-            x, y = draw.randint(1, 400), draw.randint(1, 300)
+        for index in range(9):
+            x, y = rng.randint(1, 400), rng.randint(1, 300)
             bound = f"<xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + 70}</xmax><ymax>{y + 60}</ymax>"
-            objects.append(f"<object><name>{chains[place % 7]}</name>\n<bndbox>{bound}</bndbox></object>")
+            objects.append(f"<object><name>{chains[index % 7]}</name>\n<bndbox>{bound}</bndbox></object>")
         size = "<size><width>500</width><height>375</height><depth>3</depth></size>"
         annotation = f"<annotation><filename>{image_id}.jpg</filename>{size}{''.join(objects)}</annotation>"
         (folder / "Annotations" / f"{image_id}.xml").write_text(annotation)
         lines = []
         for _ in range(5):
             parts = []
-            for chain in draw.sample(chains, 3):
-                words = " ".join(draw.choices(WORDS, k=2))
-                parts += [f"[/EN#{chain}/{draw.choice(TYPES)} {words}]", *draw.choices(WORDS, k=2)]
+            for chain in rng.sample(chains, 3):
+                words = " ".join(rng.choices(WORDS, k=2))
+                parts += [f"[/EN#{chain}/{rng.choice(TYPES)} {words}]", *rng.choices(WORDS, k=2)]
             lines.append(f"{' '.join(parts)} .\n")
         (folder / "Sentences" / f"{image_id}.txt").write_text("".join(lines))
-        (folder / "flickr30k-images" / f"{image_id}.jpg").write_bytes(picture)
-    held_out = num_pictures // 32
+        (folder / "flickr30k-images" / f"{image_id}.jpg").write_bytes(image)
+    held_out = num_images // 32
     (folder / "val.txt").write_text("\n".join(image_ids[:held_out]))
     (folder / "test.txt").write_text("\n".join(image_ids[held_out : 2 * held_out]))
     (folder / "train.txt").write_text("\n".join(image_ids[2 * held_out :]))
@@ -78,7 +78,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_set(folder, args.pictures)
+        write_dataset(folder, args.pictures)
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
@@ -90,7 +90,7 @@ def main():
         phrases = sum(len(s["phrases"]) for split in rows.values() for row in split["sentences"] for s in row)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     sys.stdout.write(
-        f"{args.pictures} pictures, {args.num_proc} process(es): built in {seconds[0]:.1f} s (goal: under 120 s), "
+        f"{args.pictures} images, {args.num_proc} process(es): built in {seconds[0]:.1f} s (goal: under 120 s), "
         f"opened again in {seconds[1]:.2f} s, peak memory {peak / 1024:.0f} MB; rows {counts}, {phrases} phrases\n"
     )
 

@@ -1,10 +1,11 @@
 """
-JPEG files to a normalised batch at 640 pixels, images a second on one core: `python benchmarks/data_throughput.py`.
+Measure images per second from JPEG files to a normalized batch at 640 pixels on one core:
+`python benchmarks/data_throughput.py`.
 
-Side by side in one run, by turns: the published steps (OpenCV decodes, PIL resizes with antialiasing, then to tensor
-and normalise, each on its own) and ours (rows of a data set, decoded by its `Image` feature, through
-`RefTRImageProcessor`; and paths, opened by it). The ratio of the shortest times counts, not the seconds; 1 or more is
-the goal. The published steps need OpenCV (`pip install opencv-python-headless`); without it the rest is measured.
+The run alternates between the published steps (decoding with OpenCV, resizing with PIL and antialiasing, conversion to
+tensors and normalization, image by image) and ours (dataset rows, decoded by their `Image` feature, and paths, both
+processed by `RefTRImageProcessor`). Compare the ratios of the shortest times, not the absolute times; the goal is 1 or
+more. The published steps require OpenCV (`pip install opencv-python-headless`); without it only ours are measured.
 """
 
 import json
@@ -33,31 +34,32 @@ except ImportError:
     cv2 = None
 
 
-SIZES = {"640 x 480": ((640, 480), 8, 31), "4000 x 3000": ((4000, 3000), 4, 9)}  # size, images of a batch, rounds
+# label -> (size, images per batch, rounds)
+SIZES = {"640 x 480": ((640, 480), 8, 31), "4000 x 3000": ((4000, 3000), 4, 9)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def make_picture(size: tuple[int, int], seed: int) -> Image.Image:
-    """Blotches of every scale with grain: compresses about as a photograph does."""
+def make_image(size: tuple[int, int], seed: int) -> Image.Image:
+    """Generate noise of several scales, which compresses about as well as a photograph."""
     rng = np.random.default_rng(seed)
     canvas = np.zeros((size[1], size[0], 3), np.float32)
-    cells = 4
-    while cells < max(size) // 2:
-        noise = rng.normal(0, 90 / cells**0.5, (max(2, cells * size[1] // size[0]), cells, 3)).astype(np.float32)
+    width = 4
+    while width < max(size) // 2:
+        noise = rng.normal(0, 90 / width**0.5, (max(2, width * size[1] // size[0]), width, 3)).astype(np.float32)
         for channel in range(3):
             canvas[..., channel] += np.asarray(Image.fromarray(noise[..., channel]).resize(size, Image.BICUBIC))
-        cells *= 2
+        width *= 2
     return Image.fromarray((canvas + 120).clip(0, 255).astype(np.uint8))
 
 
 def published(paths: list[str]) -> torch.Tensor:
-    """The published steps, and the published batch: padded with zeros, with its mask."""
+    """Apply the published steps and collate the published batch, padded with zeros, with its mask."""
     tensors = []
     for path in paths:
-        picture = Image.fromarray(cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB))
-        height, width = resized_size(picture.height, picture.width, 640, 640)
-        picture = picture.resize((width, height), Image.BILINEAR)
-        tensors.append(tvF.normalize(tvF.to_tensor(picture), MEAN, STD))
+        image = Image.fromarray(cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB))
+        height, width = resized_size(image.height, image.width, 640, 640)
+        image = image.resize((width, height), Image.BILINEAR)
+        tensors.append(tvF.normalize(tvF.to_tensor(image), MEAN, STD))
     height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (1, 2))
     batch = torch.zeros(len(tensors), 3, height, width)
     mask = torch.ones(len(tensors), height, width, dtype=torch.bool)
@@ -67,13 +69,16 @@ def published(paths: list[str]) -> torch.Tensor:
     return batch
 
 
-def measure(ways: dict, count: int, rounds: int) -> dict[str, float]:
-    """Pictures a second of each way, by turns, the best of the rounds: what other work disturbs least."""
-    rates = {name: [] for name in ways}
+def measure(actions: dict, count: int, rounds: int) -> dict[str, float]:
+    """
+    Measure the images per second of each action, alternating between them, and return the best of the rounds, which
+    other load affects least.
+    """
+    rates = {name: [] for name in actions}
     for _ in range(rounds):
-        for name, way in ways.items():
+        for name, action in actions.items():
             start = time.perf_counter()
-            way()
+            action()
             rates[name].append(count / (time.perf_counter() - start))
     return {name: max(values) for name, values in rates.items()}
 
@@ -92,19 +97,19 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             paths = [str(Path(folder, f"{index}.jpg")) for index in range(count)]
             for seed, path in enumerate(paths):
-                make_picture(size, seed).save(path, quality=90)
+                make_image(size, seed).save(path, quality=90)
             rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
-            ways = {
+            actions = {
                 "published": lambda paths=paths: published(paths),
                 "rows": lambda rows=rows: ours(rows[:]["image"]),
                 "paths": lambda paths=paths: ours(paths),
             }
             if cv2 is None:
                 sys.stderr.write("OpenCV (cv2) is not installed: the published steps are not measured.\n")
-                del ways["published"]
+                del actions["published"]
             else:
                 cv2.setNumThreads(1)
-            rates = measure(ways, count, rounds)
+            rates = measure(actions, count, rounds)
             results[label] = {f"{name}, pictures a second": rate for name, rate in rates.items()}
             results[label]["kilobytes a picture"] = sum(map(os.path.getsize, paths)) / count / 1000
             if cv2 is not None:

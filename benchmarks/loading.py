@@ -1,10 +1,10 @@
 """
-Time to load a saved full-size RefTR, compared with the time to load a BERT as large as it is without its image
-backbone, and that backbone; and time that importing `modeling_reftr` adds to importing transformers:
+Measure the time to load a saved full-size RefTR, compared with loading a BERT of the size of RefTR without its image
+backbone, and that backbone, and the time that importing `modeling_reftr` adds to importing transformers:
 `python benchmarks/loading.py`.
 
-All are loaded by the library, in turn, in one run; the ratio of the shortest times counts, not the seconds. Random
-weights, no network.
+All models have random weights and are loaded by the library, alternating within one run, without a network. Compare
+the ratio of the shortest times, not the absolute times.
 """
 
 import json
@@ -24,13 +24,15 @@ ROUNDS = 15
 
 
 def seconds(action) -> float:
-    re.purge()  # the library makes a pattern of each weight's name: as in a user's process, none is there yet
+    """Measure an action once."""
+    re.purge()  # the library compiles a pattern per weight name, which a new process has not cached yet
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def import_seconds(statement: str) -> float:
+    """Measure an import statement in a new process."""
     code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
@@ -40,13 +42,13 @@ def main():
         folder = Path(folder)
         model = RefTRForVisualGrounding(RefTRConfig())
         model.save_pretrained(folder / "reftr")
-        # 15 layers come nearest: 131 million parameters, where RefTR has 128 without its image backbone
+        # 15 layers are closest in size: 131 million parameters; RefTR has 128 million without its image backbone
         BertModel(BertConfig(num_hidden_layers=15)).save_pretrained(folder / "bert")
         model.model.backbone.save_pretrained(folder / "backbone")
         loads = {
             "RefTR": lambda: RefTRForVisualGrounding.from_pretrained(folder / "reftr"),
             "BERT": lambda: BertModel.from_pretrained(folder / "bert"),
-            # its own from_pretrained takes names on the Hub alone
+            # TimmBackbone.from_pretrained only accepts Hub ids
             "backbone": lambda: PreTrainedModel.from_pretrained.__func__(TimmBackbone, folder / "backbone"),
         }
         times = {name: [] for name in loads}

@@ -1,8 +1,8 @@
 """
-Write the committed results into the documents, between their marks:
+Write the committed results into the documents, between their markers:
 
     python benchmarks/quote_results.py            # from benchmarks/results
-    python benchmarks/quote_results.py runs/demo  # first take over a run's figures, log of figures and pictures
+    python benchmarks/quote_results.py runs/demo  # first copy the metrics, the log of metrics and the image of a run
 """
 
 import json
@@ -19,11 +19,11 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/*.md")),
 ]
 BLOCK = re.compile(r"(<!-- (\w+) results -->\n).*?(<!-- end of \2 results -->)", re.DOTALL)
-FILES = ("metrics.json", "metrics.jsonl", "predictions.png")  # of a run
+FILES = ("metrics.json", "metrics.jsonl", "predictions.png")  # files of a run to copy
 
 
 def table_of_shapes(metrics: dict) -> str:
-    """Figures of one split of the shapes as a Markdown table."""
+    """Format the metrics of one split of the shapes dataset as a Markdown table."""
     lines = ["| asked | accuracy at IoU 0.5 | mean IoU | mask mean IoU | phrases |", "|---|---|---|---|---|"]
     entries = {
         "all expressions": metrics,
@@ -32,14 +32,14 @@ def table_of_shapes(metrics: dict) -> str:
         "expressions swapped between objects": metrics["swapped_expressions"],
     }
     for name, values in entries.items():
-        figures = [values["accuracy@0.5"], values["mean_iou"], values.get("mask_mean_iou")]
-        cells = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+        row = [values["accuracy@0.5"], values["mean_iou"], values.get("mask_mean_iou")]
+        cells = ["" if value is None else f"{value:.3f}" for value in row]
         lines.append(f"| {name} | {' | '.join(cells)} | {values['num_phrases']} |")
     return "\n".join(lines)
 
 
 def table_of_speed(results: dict) -> str:
-    """Rows of `benchmarks/speed.py` as a Markdown table, with the machine under it."""
+    """Format the rows of `benchmarks/speed.py` as a Markdown table, followed by the machine."""
     lines = ["| | ours | published pattern | ratio | spread |", "|---|---|---|---|---|"]
     for row in results["rows"]:
         low, high = row["spread"]
@@ -52,20 +52,20 @@ def table_of_speed(results: dict) -> str:
 
 
 def table_of_precision(results: dict) -> str:
-    """Rows of `benchmarks/precision.py` as a Markdown table."""
+    """Format the rows of `benchmarks/precision.py` as a Markdown table."""
     names = ("accuracy@0.5", "mean_iou", "mask_mean_iou", "iou_with_float32")
     lines = [
-        "| numbers | accuracy at IoU 0.5 | mean IoU | mask mean IoU | boxes' mean IoU with float32's |",
+        "| precision | accuracy at IoU 0.5 | mean IoU | mask mean IoU | mean IoU with the float32 boxes |",
         "|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        figures = " | ".join(f"{row[name]:.3f}" for name in names)
-        lines.append(f"| {row['name']} | {figures} |")
+        metrics = " | ".join(f"{row[name]:.3f}" for name in names)
+        lines.append(f"| {row['name']} | {metrics} |")
     return "\n".join([*lines, "", f"`{results['model']}`, {results['phrases']} phrases of its test split."])
 
 
 def table_of_space(results: dict) -> str:
-    """Figures of `benchmarks/space.py` as a Markdown table, with the machine under it."""
+    """Format the times of `benchmarks/space.py` as a Markdown table, followed by the machine."""
     lines = ["| seconds | median | shortest | longest |", "|---|---|---|---|"]
     for name, values in results["seconds"].items():
         lines.append(f"| {name} | {values['median']:.2f} | {values['shortest']:.2f} | {values['longest']:.2f} |")
@@ -74,22 +74,23 @@ def table_of_space(results: dict) -> str:
 
 
 def table_of_newcomer(results: dict) -> str:
-    """Figures of `benchmarks/newcomer.py` as a Markdown table, with the machine under it."""
+    """Format the times of `benchmarks/newcomer.py` as a Markdown table, followed by the IoU of the answers."""
     seconds, machine = results["seconds"], results["machine"]
     lines = [f"| minutes | {' | '.join(seconds)} |", "|---" * (len(seconds) + 1) + "|"]
     lines.append("| | " + " | ".join(f"{value / 60:.1f}" for value in seconds.values()) + " |")
     answers = " and ".join(f"{answer['iou']:.2f}" for answer in results["answers"])
-    drawn = "in an image of 320 x 200, where the demo has seen squares alone"
-    return "\n".join([*lines, "", f"Boxes' IoU with what was drawn, {drawn}: {answers}. On {machine['cores']} cores."])
+    image = "of 320 x 200 pixels (the demo model was trained on square images only)"
+    note = f"IoU of the boxes with the drawn objects, in an image {image}: {answers}. On {machine['cores']} cores."
+    return "\n".join([*lines, "", note])
 
 
 def results_in(text: str) -> list[str]:
-    """Names of the results that a document quotes."""
+    """Return the names of the results that a document quotes."""
     return [match[2] for match in BLOCK.finditer(text)]
 
 
 def quote(document: str) -> str:
-    """A document's text with the committed results between its marks: of runs and of benchmarks."""
+    """Replace the text between the markers of a document with the committed results of runs and benchmarks."""
 
     def table(match: re.Match) -> str:
         start, name, end = match.groups()

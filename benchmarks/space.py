@@ -1,9 +1,9 @@
 """
-Seconds until the Space's page has answered, through gradio's own client on this machine: `python benchmarks/space.py`.
+Measure the response time of the Space's app, with gradio's client on this machine: `python benchmarks/space.py`.
 
-A full-size model (ResNet-50, BERT-base, masks; random weights, no network) is saved and served by `demo/app.py` as a
-process of its own. It is asked two expressions about pictures of 640 x 480 pixels, uploaded each time: the first
-question of all, the first about other pictures, and the second about the same ones, whose features the page has kept.
+A full-size model (ResNet-50, BERT-base, masks; random weights, no network) is saved and served by `demo/app.py` in a
+separate process. Images of 640 x 480 pixels are uploaded with each request. Three kinds of requests are measured: the
+first of all, the first about each other image, and the second about the same image, whose features the app has cached.
 """
 
 import argparse
@@ -26,26 +26,29 @@ from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProce
 from training_reftr.tokenizer_training import train_tokenizer
 
 
-PICTURES = 6
+IMAGES = 6
 QUESTIONS = ("the person left of the bus\nthe bus", "the red car\nthe tree behind it")
 GOALS = {"first question": 3.0, "second question on the same image": 1.0}
 
 
 def save_model(folder: Path):
+    """Save a full-size model with random weights, and its processor."""
     RefTRForVisualGrounding(RefTRConfig(predict_masks=True)).save_pretrained(folder)
     RefTRProcessor(RefTRImageProcessor(), train_tokenizer(list(QUESTIONS), max_length=512)).save_pretrained(folder)
 
 
-def save_pictures(folder: Path) -> list[Path]:
-    generator = np.random.default_rng(0)
-    paths = [folder / f"{number}.jpg" for number in range(PICTURES)]
+def save_images(folder: Path) -> list[Path]:
+    """Save images of smooth noise."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number}.jpg" for number in range(IMAGES)]
     for path in paths:
-        coarse = Image.fromarray(generator.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
         coarse.resize((640, 480), Image.Resampling.BICUBIC).save(path)
     return paths
 
 
 def connect(process: subprocess.Popen, port: int, downloads: Path) -> Client:
+    """Wait until the app listens, and return a client."""
     while process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -53,16 +56,18 @@ def connect(process: subprocess.Popen, port: int, downloads: Path) -> Client:
                     f"http://127.0.0.1:{port}", verbose=False, analytics_enabled=False, download_files=str(downloads)
                 )
         time.sleep(0.2)
-    raise OSError(f"demo/app.py ended with {process.returncode}; its words are above.")
+    raise OSError(f"demo/app.py ended with {process.returncode}; its output is above.")
 
 
 def seconds(client: Client, path: Path, text: str) -> float:
+    """Measure one request."""
     start = time.perf_counter()
     client.predict(handle_file(str(path)), text, api_name="/ask")
     return time.perf_counter() - start
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
+    """Serve a model and return the seconds of each kind of request."""
     save_model(folder / "model")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -71,7 +76,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
     process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
     try:
         client = connect(process, port, folder / "downloads")
-        first, *others = save_pictures(folder)
+        first, *others = save_images(folder)
         times = {"first question of all": [seconds(client, first, QUESTIONS[0])]}
         times["first question"] = [seconds(client, path, QUESTIONS[0]) for path in others]
         times["second question on the same image"] = [seconds(client, path, QUESTIONS[1]) for path in others]
@@ -82,8 +87,8 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Seconds until the Space's page has answered.")
-    parser.add_argument("--output", help="where to write the result as JSON, too")
+    parser = argparse.ArgumentParser(description="Measure the response time of the Space's app.")
+    parser.add_argument("--output", help="JSON file to write the result to")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:

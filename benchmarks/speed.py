@@ -1,16 +1,17 @@
 """
-Speed of a full-size RefTR (ResNet-50, BERT-base) compared with the published pattern, with the same weights and
-the same answers, by turns in one run:
+Compare the speed of a full-size RefTR (ResNet-50, BERT-base) with the published pattern, with the same weights and the
+same answers, alternating within one run:
 
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
     python benchmarks/speed.py --device cuda --output benchmarks/results/speed_gpu.json
     python benchmarks/speed.py --rows latency_1 evaluation
 
-The published pattern: a picture for every expression, text padded to 40 tokens (captions: 90, and 16 phrases of 22,
-real or not), attention that writes out its weights, frozen batch norm as a multiplication and an addition, float32,
-contiguous layout, batches of 8 in no order of shapes. Each row is a ratio of medians, ours to the published
-pattern's, a time or a memory; its spread is from the lower to the upper quartile of the rounds' ratios. Pictures are
-shaped like RefCOCO's; weights and pixels are random: no time depends on them.
+The published pattern encodes the image once per expression, pads text to 40 tokens (captions to 90, with 16 phrase
+slots of 22 tokens), materializes attention weights, applies frozen batch norm as a multiplication and an addition, and
+uses float32, the contiguous memory format and batches of 8 that are not grouped by shape. Each row is the ratio of the
+median time or memory of our code to that of the published pattern; its spread goes from the lower to the upper
+quartile of the ratios of the rounds. Images have the sizes of RefCOCO's; weights and pixels are random, because no
+time depends on them.
 """
 
 import argparse
@@ -44,26 +45,27 @@ from reftr_cli.graph_export import export
 
 
 SIDES = ("ours", "published")
-NUMBERS = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}  # of ours; theirs: float32
+# dtypes of our models; the published pattern is measured in float32
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = ((480, 640), (480, 640), (640, 480), (427, 640))  # of pictures, height and width
+SIZES = ((480, 640), (480, 640), (640, 480), (427, 640))  # (height, width) of images
 PUBLISHED_BATCH = 8
-EXPRESSIONS = 7  # of a picture, as in RefCOCO
-PICTURES = {"cpu": 8, "cuda": 64}  # of an evaluation
-GROUPS = {"cpu": 2, "cuda": 16}  # pictures of our batch; on CPUs, larger temporaries cost more than they give
-CONFIG = {}  # fields of RefTRConfig: as published
-TOKENS = (3, 4, 4, 5, 5, 6, 8, 11)  # lengths of RefCOCO's expressions with [CLS] and [SEP]
+EXPRESSIONS = 7  # expressions per image, as in RefCOCO
+IMAGES = {"cpu": 8, "cuda": 64}  # images of an evaluation
+GROUPS = {"cpu": 2, "cuda": 16}  # images per batch of ours; on CPUs, larger temporaries cost more than batching saves
+CONFIG = {}  # arguments of RefTRConfig; the defaults are the published values
+TOKENS = (3, 4, 4, 5, 5, 6, 8, 11)  # lengths of RefCOCO's expressions in tokens, including [CLS] and [SEP]
 
 
 @dataclass
 class Row:
     """
-    One measurement, and that of the published pattern.
+    A measurement of our code and of the published pattern.
 
     Args:
-        name, unit (`str`): of the figure; in every unit here less is better.
-        ours, published_pattern (`list[float]`): of each round.
-        difference (`dict`): between both answers.
+        name, unit (`str`): name and unit of the measurement; lower is better in every unit.
+        ours, published_pattern (`list[float]`): values of each round.
+        difference (`dict`): differences between the answers of both, see `difference_of`.
     """
 
     name: str
@@ -89,7 +91,7 @@ class Row:
 
 
 def build_model(predict_masks: bool = False) -> RefTRForVisualGrounding:
-    """Random weights of which every box is another."""
+    """Build a model with random weights that predicts different boxes for different inputs."""
     torch.manual_seed(0)
     model = RefTRForVisualGrounding(RefTRConfig(predict_masks=predict_masks, box_head_init_std=0.1, **CONFIG))
     for module in model.model.backbone.modules():
@@ -102,7 +104,7 @@ def build_model(predict_masks: bool = False) -> RefTRForVisualGrounding:
 
 
 def as_published(model: RefTRForVisualGrounding) -> RefTRForVisualGrounding:
-    """The same weights, run as the published code does."""
+    """Copy a model to one that runs like the published code: eager attention, float32, not fused."""
     config = RefTRConfig.from_dict(model.config.to_dict())
     published = RefTRForVisualGrounding._from_config(config, attn_implementation="eager", dtype=torch.float32)
     published.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
@@ -110,64 +112,64 @@ def as_published(model: RefTRForVisualGrounding) -> RefTRForVisualGrounding:
 
 
 def make_texts(count: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of expressions, as long as RefCOCO's."""
-    draw = random.Random(seed)
-    return [[101, *draw.choices(range(1000, 30000), k=draw.choice(TOKENS) - 2), 102] for _ in range(count)]
+    """Generate token ids of expressions with the lengths of RefCOCO's."""
+    rng = random.Random(seed)
+    return [[101, *rng.choices(range(1000, 30000), k=rng.choice(TOKENS) - 2), 102] for _ in range(count)]
 
 
 def make_captions(count: int, seed: int = 0) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of captions with three phrases each, as long as Flickr30k's, and where the phrases stand."""
-    draw = random.Random(seed)
+    """Generate token ids of captions with the lengths of Flickr30k's, and the token spans of three phrases in each."""
+    rng = random.Random(seed)
     captions = []
     for _ in range(count):
         ids, spans = [101], []
         for _ in range(3):
-            start = len(ids) + draw.choice((0, 1, 2))
-            end = start + draw.choice((2, 2, 3, 4))
-            ids += draw.choices(range(1000, 30000), k=end - len(ids))
+            start = len(ids) + rng.choice((0, 1, 2))
+            end = start + rng.choice((2, 2, 3, 4))
+            ids += rng.choices(range(1000, 30000), k=end - len(ids))
             spans.append((start, end))
         captions.append(([*ids, 102], spans))
     return captions
 
 
 def pad(sequences: list[list[int]], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, (len, width), to the longest if no width is given."""
+    """Pad token ids to a width, by default that of the longest; return ids and attention mask, (sequences, width)."""
     width = width or max(map(len, sequences))
     rows = [ids + [0] * (width - len(ids)) for ids in sequences]
     ids = torch.tensor(rows)
     return ids, (ids != 0).long()
 
 
-def make_questions(num_pictures: int, num_expressions: int, seed: int = 0) -> list[tuple[torch.Tensor, list]]:
-    """Pictures (3, H, W) of several shapes, each with token ids of its expressions."""
+def make_questions(num_images: int, num_expressions: int, seed: int = 0) -> list[tuple[torch.Tensor, list]]:
+    """Generate images (3, height, width) of several shapes, each with the token ids of its expressions."""
     generator = torch.Generator().manual_seed(seed)
-    texts = make_texts(num_pictures * num_expressions, seed)
+    texts = make_texts(num_images * num_expressions, seed)
     return [
         (
             torch.randn(3, *SIZES[index % len(SIZES)], generator=generator),
             texts[index * num_expressions : (index + 1) * num_expressions],
         )
-        for index in range(num_pictures)
+        for index in range(num_images)
     ]
 
 
-def collate(pictures: list[torch.Tensor], texts: list[list], image_index: list[int] | None, width=None) -> dict:
-    """Inputs of the model; images padded to the largest of them."""
-    pixel_values, pixel_mask = pad_batch(pictures)
+def collate(images: list[torch.Tensor], texts: list[list], image_index: list[int] | None, width=None) -> dict:
+    """Collate images, padded to the largest of them, and texts to inputs of the model."""
+    pixel_values, pixel_mask = pad_batch(images)
     ids, mask = pad(texts, width)
     inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "input_ids": ids, "attention_mask": mask}
     return inputs if image_index is None else {**inputs, "image_index": torch.tensor(image_index)}
 
 
 def with_phrases(inputs: dict, captions: list, fixed: bool) -> dict:
-    """Inputs of captions with their phrases; `fixed`: 16 slots of 22 tokens, as published."""
+    """Add the phrases of captions to inputs; `fixed` pads them to 16 slots of 22 tokens, as published."""
     slots = 16 if fixed else 3
     phrases = [[101, *ids[start:end], 102] for ids, spans in captions for start, end in spans]
     ids, mask = pad(phrases, 22 if fixed else None)
     ids, mask = (values.unflatten(0, (-1, 3)) for values in (ids, mask))
     spans = torch.tensor([spans for _, spans in captions])
     inputs["phrase_index"] = torch.cartesian_prod(torch.arange(len(captions)), torch.arange(slots))
-    if fixed:  # padding phrases are [CLS] [SEP], and go through the text backbone as well
+    if fixed:  # padding phrases consist of [CLS] and [SEP], and the text backbone encodes them as well
         padding = torch.zeros(len(captions), slots - 3, 22, dtype=torch.long)
         padding[..., 0], padding[..., 1] = 101, 102
         ids, mask = torch.cat((ids, padding), dim=1), torch.cat((mask, (padding != 0).long()), dim=1)
@@ -176,8 +178,8 @@ def with_phrases(inputs: dict, captions: list, fixed: bool) -> dict:
 
 
 def published_batches(questions, size: int = PUBLISHED_BATCH, width: int = 40) -> list[dict]:
-    """A picture for every expression, in an order that knows no shapes."""
-    samples = [(picture, text) for picture, texts in questions for text in texts]
+    """Batch expressions in random order, each with its own copy of the image."""
+    samples = [(image, text) for image, texts in questions for text in texts]
     random.Random(0).shuffle(samples)
     return [
         collate(*map(list, zip(*samples[start : start + size], strict=True)), None, width)
@@ -186,19 +188,19 @@ def published_batches(questions, size: int = PUBLISHED_BATCH, width: int = 40) -
 
 
 def our_batches(questions, size: int) -> list[dict]:
-    """Pictures of like shape, once for all their expressions."""
+    """Batch images of similar shape, each once for all its expressions."""
     questions = sorted(questions, key=lambda question: tuple(question[0].shape))
     batches = []
     for start in range(0, len(questions), size):
         group = questions[start : start + size]
         texts = [text for _, texts in group for text in texts]
         image_index = [index for index, (_, texts) in enumerate(group) for _ in texts]
-        batches.append(collate([picture for picture, _ in group], texts, image_index))
+        batches.append(collate([image for image, _ in group], texts, image_index))
     return batches
 
 
 def answer(model: RefTRForVisualGrounding, batches: list[dict], **kwargs) -> list:
-    """Boxes, and masks where there are any, of every batch."""
+    """Predict the boxes of each batch, and the masks if the model predicts them."""
     answers = []
     with torch.no_grad():
         for batch in batches:
@@ -208,12 +210,12 @@ def answer(model: RefTRForVisualGrounding, batches: list[dict], **kwargs) -> lis
 
 
 def move(batch: dict, device: str) -> dict:
-    """A batch on a device: what is timed is the model, and not the way there."""
+    """Move a batch to a device before the measurement, so that the transfer is not timed."""
     return {name: value.to(device) for name, value in batch.items()}
 
 
 def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]:
-    """Seconds of each action, by turns; a first round is not counted."""
+    """Measure the seconds of each action, alternating between them, after a warm-up round."""
     seconds = [[] for _ in actions]
     for number in range(rounds + 1):
         for times, action in zip(seconds, actions, strict=True):
@@ -226,47 +228,47 @@ def race(actions: list[Callable], rounds: int, device: str) -> list[list[float]]
     return seconds
 
 
-def one_picture(count: int) -> tuple[str, dict, dict]:
+def one_image(count: int) -> tuple[str, dict, dict]:
     """
-    A name, and both sides' inputs for one image of 640 x 480 and `count` expressions, each with an image of its own in
-    the published pattern.
+    Return a name and the inputs of both sides for one image of 640 x 480 and `count` expressions. The inputs of the
+    published pattern contain one copy of the image per expression.
     """
-    picture, texts = torch.randn(3, *SIZES[0], generator=torch.Generator().manual_seed(1)), make_texts(count)
+    image, texts = torch.randn(3, *SIZES[0], generator=torch.Generator().manual_seed(1)), make_texts(count)
     name = f"one image, {count} expression{'s' * (count > 1)}"
-    return name, collate([picture], texts, [0] * count), collate([picture] * count, texts, None, width=40)
+    return name, collate([image], texts, [0] * count), collate([image] * count, texts, None, width=40)
 
 
 def latency(count: int, device: str, rounds: int, **kwargs) -> list[Row]:
-    """One picture and one or several expressions; kwargs as of `compare`."""
-    name, grouped, published = one_picture(count)
+    """Measure one image with one or several expressions; kwargs are passed to `compare`."""
+    name, grouped, published = one_image(count)
     pair = (grouped, published)
     return compare(name, "milliseconds", 1e-3, [grouped], [published], pair, device, rounds, **kwargs)
 
 
 def compiled(device: str, rounds: int) -> list[Row]:
-    """One picture and one expression, of a compiled model: on a CPU its weights are constants, on a GPU one graph."""
+    """Measure one image and one expression with a compiled model: constant weights on a CPU, one graph on a GPU."""
     prepare = partial(torch.compile, mode=None if device == "cpu" else "reduce-overhead")
     with inductor.patch(freezing=device == "cpu"):  # as TORCHINDUCTOR_FREEZING=1 does
         return latency(1, device, rounds, prepare=prepare, label=", compiled")
 
 
 def evaluation_compiled(device: str, rounds: int) -> list[Row]:
-    """As `evaluation`, of a model that is compiled for each of the few shapes."""
-    # else torch goes on without compiling after the eighth shape of all models together
+    """Measure `evaluation` with a model that is compiled for each of the few shapes."""
+    # by default torch stops compiling after the eighth shape of all models together
     with inductor.patch(freezing=device == "cpu"), dynamo.patch(recompile_limit=100):
         return evaluation(device, rounds, prepare=partial(torch.compile, dynamic=False), label=", compiled")
 
 
 def exported(device: str, rounds: int) -> list[Row]:
-    """The same by ONNX Runtime on a CPU, from the graph that `modeling_reftr.export` makes."""
+    """Measure single images with ONNX Runtime on a CPU, using the graph of `reftr export`."""
     if device != "cpu":
         raise ValueError(f"The row 'exported' is of ONNX Runtime on a CPU: --device {device} has none.")
     model = as_published(build_model())
-    with contextlib.redirect_stdout(sys.stderr):  # torch tells there how far it is
+    with contextlib.redirect_stdout(sys.stderr):  # torch prints its progress
         graph = export(build_model())
     rows = []
     for count in (1, EXPRESSIONS):
-        name, grouped, published = one_picture(count)
+        name, grouped, published = one_image(count)
         actions = [lambda: graph(**grouped), lambda: answer(model, [published], output_attentions=True)]  # noqa: B023
         milliseconds = [[1000 * value for value in times] for times in race(actions, rounds, device)]
         expected = answer(model, [published])[0][0]
@@ -279,18 +281,19 @@ def compare(
     name, unit, count, grouped, published, pair, device, rounds, predict_masks=False, prepare=None, label=""
 ) -> list[Row]:
     """
-    Rows of forward passes in several kinds of numbers over the published pattern in float32.
+    Compare forward passes in several dtypes with the published pattern in float32.
 
     Args:
-        name, unit (`str`): of the rows.
-        count (`float`): what the seconds are divided by.
+        name, unit (`str`): name and unit of the rows.
+        count (`float`): divisor of the seconds.
         grouped, published (`list[dict]`): batches of both sides.
-        pair (`(dict, dict)`): one of each side that must have the same answers.
-        prepare (`Callable`, *optional*), label (`str`, *optional*): what is done to our models, and what it is called.
+        pair (`(dict, dict)`): one batch of each side, which must have the same answers.
+        prepare (`Callable`, *optional*): applied to our models, such as `torch.compile`.
+        label (`str`, *optional*): appended to the names of the rows.
     """
     grouped, published, pair = ([move(batch, device) for batch in batches] for batches in (grouped, published, pair))
     model = as_published(build_model(predict_masks)).to(device)
-    models = {key: build_model(predict_masks).to(device, getattr(torch, key)).fused_copy() for key in NUMBERS[device]}
+    models = {key: build_model(predict_masks).to(device, getattr(torch, key)).fused_copy() for key in DTYPES[device]}
     if prepare is not None:
         models = {key: prepare(side) for key, side in models.items()}
     *ours, theirs = race(
@@ -312,8 +315,8 @@ def compare(
 
 
 def difference_of(boxes: torch.Tensor, others: torch.Tensor) -> dict:
-    """The largest difference of two sets of boxes_cxcywh, in parts of a picture, and their IoU: mean and least."""
-    others = others[:, : boxes.shape[1]]  # behind them is padding
+    """Return the largest difference of two lists of relative boxes_cxcywh, and their mean and least IoU."""
+    others = others[:, : boxes.shape[1]]  # the rest is padding
     corners = [center_to_corners_format(values.flatten(0, 1).float()) for values in (boxes, others)]
     ious = box_iou(*corners).diagonal()
     return {
@@ -324,10 +327,10 @@ def difference_of(boxes: torch.Tensor, others: torch.Tensor) -> dict:
 
 
 def evaluation(device: str, rounds: int, predict_masks: bool = False, **kwargs) -> list[Row]:
-    """Forward passes over images with seven expressions each, of every expression; kwargs as of `compare`."""
-    questions = make_questions(PICTURES[device], EXPRESSIONS)
+    """Measure forward passes over images with seven expressions each; kwargs are passed to `compare`."""
+    questions = make_questions(IMAGES[device], EXPRESSIONS)
     grouped, published = our_batches(questions, GROUPS[device]), published_batches(questions)
-    # answers are compared at one padded size
+    # answers are compared at the same padded size, because padding changes them
     batch = grouped[0]
     images = {name: batch[name][batch["image_index"]] for name in ("pixel_values", "pixel_mask")}
     single = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **images}
@@ -337,19 +340,19 @@ def evaluation(device: str, rounds: int, predict_masks: bool = False, **kwargs) 
 
 
 def captions(device: str, rounds: int) -> list[Row]:
-    """Forward passes over images with five captions each, of three phrases."""
-    pictures = [picture for picture, _ in make_questions(GROUPS[device], 1)]
-    texts = make_captions(5 * len(pictures))
-    inputs = collate(pictures, [ids for ids, _ in texts], [index // 5 for index in range(len(texts))])
+    """Measure forward passes over images with five captions each, of three phrases."""
+    images = [image for image, _ in make_questions(GROUPS[device], 1)]
+    texts = make_captions(5 * len(images))
+    inputs = collate(images, [ids for ids, _ in texts], [index // 5 for index in range(len(texts))])
     grouped = [with_phrases(inputs, texts, fixed=False)]
-    samples = [(pictures[index // 5], text) for index, text in enumerate(texts)]
+    samples = [(images[index // 5], text) for index, text in enumerate(texts)]
     published = []
     for start in range(0, len(samples), PUBLISHED_BATCH):
-        images, captions = zip(*samples[start : start + PUBLISHED_BATCH], strict=True)
-        inputs = collate(list(images), [ids for ids, _ in captions], None, width=90)
+        repeated, captions = zip(*samples[start : start + PUBLISHED_BATCH], strict=True)
+        inputs = collate(list(repeated), [ids for ids, _ in captions], None, width=90)
         published.append(with_phrases(inputs, list(captions), fixed=True))
-    # one caption, with what is padding in the one and not there in the other
-    one = [collate(pictures[:1], [texts[0][0]], None, width) for width in (None, 90)]
+    # answers are compared on one caption, padded in the published pattern only
+    one = [collate(images[:1], [texts[0][0]], None, width) for width in (None, 90)]
     pair = [with_phrases(inputs, texts[:1], fixed) for inputs, fixed in zip(one, (False, True), strict=True)]
     return compare(
         "evaluation, captions", "seconds a phrase", 3 * len(texts), grouped, published, pair, device, rounds
@@ -358,8 +361,8 @@ def captions(device: str, rounds: int) -> list[Row]:
 
 def training_step(side: str, device: str, is_fast: bool = False) -> tuple[Callable, int, RefTRForVisualGrounding]:
     """
-    What makes one update of one side, how many expressions it has, and the model; `is_fast`: with `compile` and
-    `mixed_precision: bf16` of the training script.
+    Return a function that makes an optimizer step of one side, its number of expressions, and the model; `is_fast`
+    applies `compile` and `mixed_precision: bf16` of the training script.
     """
     model = build_model().to(device)
     questions = make_questions(max(PUBLISHED_BATCH, GROUPS[device]), EXPRESSIONS)
@@ -391,7 +394,7 @@ def training_step(side: str, device: str, is_fast: bool = False) -> tuple[Callab
 
 
 def training(device: str, rounds: int, is_fast: bool = False) -> list[Row]:
-    """Updates with their optimizer, the published pattern's of eight expressions, ours of grouped ones."""
+    """Measure optimizer steps, of eight expressions in the published pattern and of grouped expressions in ours."""
     sides = (training_step("ours", device, is_fast), training_step("published", device))
     steps, counts, _ = zip(*sides, strict=True)
     times = race(list(steps), rounds, device)
@@ -401,11 +404,11 @@ def training(device: str, rounds: int, is_fast: bool = False) -> list[Row]:
 
 
 def training_memory(device: str, rounds: int) -> list[Row]:
-    """Peak of an update over weights and the optimizer's state, each side in a process of its own."""
+    """Measure the peak memory of a step beyond weights and optimizer state, each side in a separate process."""
     peaks = []
     for side in SIDES:
         command = [sys.executable, __file__, "--memory_of", side, "--device", device]
-        # what is freed goes back at once, and the peak is that of what is in use
+        # freed memory is returned to the system immediately, so that the peak counts only memory in use
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
         printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
         peaks.append([float(printed)])
@@ -413,33 +416,33 @@ def training_memory(device: str, rounds: int) -> list[Row]:
 
 
 def preparation(device: str, rounds: int) -> list[Row]:
-    """JPEG files to a batch on one core, compared with the published steps; these need OpenCV."""
+    """Measure preprocessing of JPEG files to a batch on one core, compared with the published steps in OpenCV."""
     found = run_script("data_throughput.py")["640 x 480"]
     if "published, pictures a second" not in found:
-        raise ValueError("The published steps need OpenCV: pip install opencv-python-headless.")
+        raise ValueError("The published steps require OpenCV: pip install opencv-python-headless.")
     ours, published = ([1 / found[f"{side}, pictures a second"]] for side in ("rows", "published"))
     return [Row("JPEG file to batch, one core", "seconds per image", ours, published, {})]
 
 
 def loading(device: str, rounds: int) -> list[Row]:
-    """From a saved folder, compared with a BERT as large as it is without its image backbone, and that backbone."""
+    """Measure loading from a saved folder, compared with a BERT and an image backbone of the same size."""
     seconds = run_script("loading.py")["seconds"]
     parts = [seconds["BERT"] + seconds["backbone"]]
     return [Row("loading a saved model, beside its parts by the library", "seconds", [seconds["RefTR"]], parts, {})]
 
 
 def run_script(name: str) -> dict:
-    """What another benchmark prints, in a process of its own."""
+    """Run another benchmark in a separate process and return its JSON output."""
     command = [sys.executable, str(ROOT / "benchmarks" / name)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])}
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def memory_of(side: str, device: str) -> float:
-    """GB an expression that two updates of a side need over what stays between them."""
+    """Return the peak memory of two steps of one side, in GB per expression, beyond the memory kept between them."""
     step, count, model = training_step(side, device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    staying = 2 * 4 * trained  # the optimizer's moments
+    kept = 2 * 4 * trained  # bytes of the optimizer's moments
     if device == "cpu":
         before = psutil.Process().memory_info().rss
     else:
@@ -450,18 +453,21 @@ def memory_of(side: str, device: str) -> float:
         peak = peak_memory()
     else:
         peak = torch.cuda.max_memory_allocated()
-    return (peak - before - staying) / count / 1e9
+    return (peak - before - kept) / count / 1e9
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most; on Linux not by getrusage, where a child begins at its parent's peak."""
+    """
+    Return the peak memory of this process in bytes. On Linux it is read from /proc, because the value of getrusage
+    starts at the peak of the parent process.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# what is measured, and in how many rounds
+# row name -> (measurement, number of rounds)
 ROWS = {
     "latency_1": (partial(latency, 1), 15),
     "latency_7": (partial(latency, EXPRESSIONS), 5),
@@ -480,7 +486,7 @@ ROWS = {
 
 
 def machine(device: str) -> dict:
-    """What the figures were measured on."""
+    """Describe the machine and the versions of a measurement."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
     return {
         "device": name,
@@ -492,7 +498,7 @@ def machine(device: str) -> dict:
 
 
 def processor_name() -> str:
-    """The processor's, with the number formats that matter here."""
+    """Return the name of the CPU, with its bfloat16 instruction sets."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine()
@@ -504,17 +510,17 @@ def processor_name() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description="Speed compared with the published pattern.")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="absent: all that the device has")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="rows to measure; all rows of the device by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, help="of each row, in place of its own number")
-    parser.add_argument("--output", help="JSON file to write the rows to; rows of other names stay in it")
+    parser.add_argument("--rounds", type=int, help="number of rounds of each row, in place of its default")
+    parser.add_argument("--output", help="JSON file to write the rows to; rows with other names are kept")
     parser.add_argument("--memory_of", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         sys.stdout.write(f"{memory_of(args.memory_of, args.device)}\n")
         return
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here.")
+        raise ValueError("--device cuda: torch reports no GPU.")
     path = args.output and Path(args.output)
     results = {"machine": machine(args.device), "rows": []}
     if path and path.exists():
@@ -522,16 +528,16 @@ def main():
         if kept["machine"] != results["machine"]:
             raise ValueError(
                 f"--output {args.output}: its rows were measured on {kept['machine']}, and this is "
-                f"{results['machine']}. Name another file, or take this one away."
+                f"{results['machine']}. Name another file, or remove this one."
             )
         results = kept
     for name in args.rows or [name for name in ROWS if args.device == "cpu" or name != "exported"]:
-        torch.compiler.reset()  # each row compiles for itself
+        torch.compiler.reset()  # discard the graphs of the previous row
         action, rounds = ROWS[name]
         rows = [row.as_json() for row in action(args.device, args.rounds or rounds)]
         sys.stdout.write("".join(f"{json.dumps(row)}\n" for row in rows))
         sys.stdout.flush()
-        if path:  # a row takes the place of that of its name, or goes behind the last
+        if path:  # replace the rows of the same name, and append new ones
             results["rows"] = list({row["name"]: row for row in [*results["rows"], *rows]}.values())
             path.write_text(json.dumps(results, indent=2) + "\n")
 
