@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 or newer, make and git; everything else is installed into $(VENV).
+# `make demo` and `make test` require Python 3.11 or newer, make and git; everything else is installed into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin

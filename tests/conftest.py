@@ -1,4 +1,4 @@
-"""Shared parts: a tiny model, a tokenizer of the shapes set, its processor, and the set itself."""
+"""Shared fixtures: the shapes dataset, its tokenizer and processor, a tiny model, and a trained run."""
 
 import json
 import os
@@ -17,19 +17,19 @@ from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
 from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 
-# "passed of so many" for each row of the scorecard, from tests that are marked with it
+# scorecard row -> its counts of passed and of all trials, from the tests that are marked with it
 ROWS = {}
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--scorecard", metavar="FILE", help="run every trial of what is marked, and write the counts there"
+        "--scorecard", metavar="FILE", help="run every trial of the marked tests, and write the counts to this file"
     )
 
 
 def pytest_configure(config):
     if config.getoption("--scorecard"):
-        os.environ["SCORECARD"] = config.getoption("--scorecard")  # for the workers, which collect by themselves
+        os.environ["SCORECARD"] = config.getoption("--scorecard")  # xdist workers collect tests themselves
 
 
 def pytest_collection_modifyitems(config, items):
@@ -92,14 +92,14 @@ def processor(tokenizer):
 
 @pytest.fixture
 def make_model(tokenizer):
-    """Builds a tiny model in eval mode; overrides are fields of its config."""
+    """Return a function that builds a tiny model in eval mode; overrides are fields of its config."""
 
     def make(**overrides):
         torch.manual_seed(0)
         text_config = {**TINY_TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         config = RefTRConfig(**{**TINY_MODEL, "text_config": text_config, **overrides})
         model = RefTRForVisualGrounding(config).eval()
-        # a new model's last box layer is zero: give it weights, so that answers differ
+        # the last box layer of a new model is zero; random weights make the answers of inputs differ
         torch.nn.init.normal_(model.box_head.layers[-1].weight, std=0.5)
         return model
 
@@ -108,13 +108,13 @@ def make_model(tokenizer):
 
 @pytest.fixture
 def run():
-    """Runs a command of the project as a user does: a process of its own, in the checkout, with one thread."""
+    """Return a function that runs a command like a user: in a separate process, in the checkout, with one thread."""
 
     def run_command(*command, cwd=ROOT, timeout=300, check=True, **environment):
-        words = [str(word) for word in command]
-        if environment or words[0] == "-c" or words[:2] == ["-m", "torch.distributed.run"]:
+        argv = [str(argument) for argument in command]
+        if environment or argv[0] == "-c" or argv[:2] == ["-m", "torch.distributed.run"]:
             result = subprocess.run(
-                [sys.executable, *words],
+                [sys.executable, *argv],
                 cwd=cwd,
                 env={**os.environ, **ENVIRONMENT, **environment},
                 capture_output=True,
@@ -122,7 +122,7 @@ def run():
                 timeout=timeout,
             )
         else:
-            result = run_process(words, cwd, timeout)
+            result = run_process(argv, cwd, timeout)
         if check and result.returncode:
             raise RuntimeError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
         return result
@@ -132,7 +132,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory, data_cache):
-    """A recipe that trains a tiny model for seconds."""
+    """Write a recipe that trains a tiny model within seconds."""
     folder = tmp_path_factory.mktemp("recipe")
     settings = {
         "dataset": "shapes",
@@ -156,7 +156,7 @@ def recipe(tmp_path_factory, data_cache):
 
 @pytest.fixture(scope="session")
 def trained(recipe, shapes, tmp_path_factory):
-    """A run of the script, and what it wrote."""
+    """Run the training script, and return its output folder and its result."""
     output = tmp_path_factory.mktemp("run")
     result = subprocess.run(
         [sys.executable, "train_reftr.py", str(recipe), "--output_dir", str(output)],
@@ -165,7 +165,7 @@ def trained(recipe, shapes, tmp_path_factory):
         capture_output=True,
         text=True,
         timeout=300,
-        umask=0o027,  # not the usual one, see tests/training_reftr/test_permissions.py
+        umask=0o027,  # an unusual one, see tests/training_reftr/test_permissions.py
     )
     assert result.returncode == 0, result.stderr
     return output, result

@@ -1,11 +1,11 @@
 """
-Find and run the blocks of documents: `python tests/helpers/documents.py docs/serve.md` runs every block of a document
-in the current folder, one after the other: Bash with bash, Python in one namespace.
+Find and run the blocks of documents: `python tests/helpers/documents.py docs/serve.md` runs all blocks of a document
+in the current folder, in order, Bash blocks with bash and Python blocks in one namespace.
 
-A block is run by its language, unless an HTML comment above it says otherwise, to be read by whoever edits it:
+An HTML comment above a block, which also informs its editors, changes what happens to it:
 
-    <!-- not run: the reason -->     is checked alone
-    <!-- file: mine/train.jsonl -->  is what this file holds from here on
+    <!-- not run: the reason -->     the block is checked, but not run
+    <!-- file: mine/train.jsonl -->  the block is written to this file
 """
 
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 
 FENCE = re.compile(r"(?:^<!-- ([\w ]+): ([^\n]+?) -->\n)?^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUN = ("bash", "python")
-# language -> the marks that a block of it may have; what is data must be a file of some command
+# language -> the marks that its blocks may have; blocks of data must be files for some command
 MARKS = {
     **dict.fromkeys(RUN, (None, "not run")),
     **dict.fromkeys(("json", "yaml"), ("file",)),
@@ -27,7 +27,7 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Block:
-    """A block of `document` whose code begins at `line`; `mark` and `note` are those of the comment above it."""
+    """A block of `document` whose code begins at `line`, with `mark` and `note` from the comment above it."""
 
     document: Path
     line: int
@@ -46,11 +46,11 @@ class Block:
 
 def blocks_of(document: Path) -> list[Block]:
     """
-    All blocks of a document.
+    Return all blocks of a document.
 
     Raises:
-        ValueError: for one that would be passed over: of a language that nothing runs, with a mark that means nothing,
-            or fenced in another way than by three backticks at the beginning of a line.
+        ValueError: if a block would be ignored, because its language or its mark is unknown, or because it is not
+            fenced by three backticks at the beginning of a line.
     """
     text = document.read_text(encoding="utf-8")
     blocks = []
@@ -58,26 +58,26 @@ def blocks_of(document: Path) -> list[Block]:
         mark, note, language, code = match.groups()
         block = Block(document, text.count("\n", 0, match.start(4)) + 1, language, code, mark, note)
         if mark not in MARKS.get(language, ()):
-            raise ValueError(f"{block}: nothing runs a block of {language!r} that is marked {mark!r}; see {__file__}.")
+            raise ValueError(f"{block}: a block of {language!r} with the mark {mark!r} is not run; see {__file__}.")
         blocks.append(block)
     fences = len(re.findall(r"^\s*(?:```|~~~)", text, flags=re.MULTILINE))
     if fences != 2 * len(blocks):
-        raise ValueError(f"{document.name} has {fences} fences, and {len(blocks)} blocks that can be read.")
+        raise ValueError(f"{document.name} has {fences} fences, but {len(blocks)} blocks could be parsed.")
     return blocks
 
 
 def commands_of(block: Block) -> list[str]:
-    """The commands of a block of Bash, one a line, lines that go on joined."""
+    """Return the commands of a Bash block, one per line, with continued lines joined."""
     lines = block.code.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def run(blocks: list[Block]):
     """
-    Run blocks in this folder.
+    Run blocks in the current folder.
 
     Raises:
-        RuntimeError: names the first block of Bash that failed. What Python raises comes with the document's lines.
+        RuntimeError: if a Bash block fails. Exceptions of Python blocks are raised with the document's line numbers.
     """
     names = {"__name__": "__main__"}
     for block in blocks:
@@ -90,7 +90,7 @@ def run(blocks: list[Block]):
             if subprocess.run(["bash", "-euxo", "pipefail", "-c", block.code]).returncode:
                 raise RuntimeError(f"{block} failed.")
         elif block.is_run:
-            padding = "\n" * (block.line - 1)  # errors are told by the document's lines
+            padding = "\n" * (block.line - 1)  # tracebacks show the document's line numbers
             exec(compile(padding + block.code, str(block.document), "exec"), names)
 
 

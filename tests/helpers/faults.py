@@ -1,6 +1,6 @@
 """
-Runs of the training script that are hurt on purpose: killed, signalled, out of space, fed with NaN. Everything is a
-process as a user starts it; only what cannot be had otherwise is brought in by a few lines before the script.
+Run the training script under faults: kills, signals, full disks, NaN. Every run is a process as a user starts it;
+faults that cannot be caused from outside are injected by a few lines before the script.
 """
 
 import json
@@ -20,7 +20,7 @@ from training_reftr.checkpoints import MANIFEST, STATE
 
 
 def write_recipe(path: Path, data_cache: str, **settings) -> Path:
-    """A recipe of 12 updates in two epochs, with dropout, so that what is drawn matters."""
+    """Write a recipe of 12 steps in two epochs, with dropout, so that results depend on the random state."""
     model = {**TINY_MODEL, "text_config": {**TINY_TEXT, "hidden_dropout_prob": 0.1}, "dropout": 0.1}
     recipe = {
         "dataset": "shapes",
@@ -42,20 +42,20 @@ def write_recipe(path: Path, data_cache: str, **settings) -> Path:
     return path
 
 
-def start(*words, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> subprocess.Popen | ScriptProcess:
-    """Start train_reftr.py; `before` is Python that each of its processes runs first."""
+def start(*argv, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> subprocess.Popen | ScriptProcess:
+    """Start train_reftr.py; `before` is Python code that each of its processes runs first."""
     script = ["train_reftr.py"]
     if before:
-        file = Path(words[words.index("--output_dir") + 1]).with_suffix(".before.py")
+        file = Path(argv[argv.index("--output_dir") + 1]).with_suffix(".before.py")
         file.write_text(f"import runpy\n{before}\nrunpy.run_path('train_reftr.py', run_name='__main__')\n")
         script = [str(file)]
     if ranks == 1 and not environment:
-        return ScriptProcess([*script, *words], cwd, merge=True)
+        return ScriptProcess([*script, *argv], cwd, merge=True)
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     return subprocess.Popen(
-        [*command, *script, *map(str, words)],
+        [*command, *script, *map(str, argv)],
         cwd=cwd,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
@@ -65,7 +65,7 @@ def start(*words, ranks: int = 1, before: str = "", cwd=ROOT, **environment) -> 
 
 
 def finish(process: subprocess.Popen | ScriptProcess, timeout: float = 300, expected: int | None = 0) -> str:
-    """Wait for a run; its output. A hang is a failure, and leaves no process behind."""
+    """Wait for a run and return its output. A run that hangs is killed with all its processes."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -77,16 +77,16 @@ def finish(process: subprocess.Popen | ScriptProcess, timeout: float = 300, expe
 
 
 def kill(process: subprocess.Popen | ScriptProcess):
-    """Kill a run with all its processes, as a machine that loses its power does."""
+    """Kill a run with all its processes, like a power failure."""
     processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in processes:  # the launcher's are in groups of their own
+    for each in processes:  # one by one, because the launcher's children have separate process groups
         each.kill()
     psutil.wait_procs(processes[1:])
     process.communicate()
 
 
 def wait_for(condition, process: subprocess.Popen | ScriptProcess, seconds: float = 120):
-    """Wait until something is so, while the run goes on."""
+    """Wait until a condition is met while a process runs."""
     limit = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > limit:
@@ -95,13 +95,13 @@ def wait_for(condition, process: subprocess.Popen | ScriptProcess, seconds: floa
 
 
 def steps_of(output_dir: Path) -> list[int]:
-    """The steps of the checkpoints that are there, the newest first."""
+    """Return the steps of the existing checkpoints, the latest first."""
     found = (Path(output_dir) / "checkpoints").glob("step_*")
     return sorted((int(path.name.removeprefix("step_")) for path in found), reverse=True)
 
 
 def losses_of(output_dir: Path) -> dict[int, dict]:
-    """Step -> all figures of training that do not depend on the clock, and of validation."""
+    """Return step -> the metrics of training that do not depend on time, and the metrics of validation."""
     found = {}
     for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -113,13 +113,13 @@ def losses_of(output_dir: Path) -> dict[int, dict]:
 
 
 def write_manifest(path: Path):
-    """List the files of a checkpoint as they are now."""
+    """Write the manifest of a checkpoint for its current files."""
     files = [file for file in sorted(path.iterdir()) if file.name != MANIFEST]
     (path / MANIFEST).write_text(json.dumps({file.name: [file.stat().st_size, sha256_of(file)] for file in files}))
 
 
 def change_state(path: Path, **changes):
-    """Change fields of a checkpoint's state; `...` removes one."""
+    """Change fields of a checkpoint's state; the value `...` removes a field."""
     values = {**json.loads((path / STATE).read_text()), **changes}
     (path / STATE).write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
     write_manifest(path)

@@ -1,4 +1,4 @@
-"""The published model's numbers: its weights by rule, our model with them, and what it must give."""
+"""Load reference outputs of the published model, and build our model with the same generated weights."""
 
 import json
 import zlib
@@ -15,12 +15,12 @@ GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "golden"
 
 
 def load_case(name):
-    """Settings, losses and gradient norms (JSON), and arrays, of one golden case."""
+    """Return the settings, losses and gradient norms (JSON) of a golden case, and its arrays."""
     return json.loads((GOLDEN / f"{name}.json").read_text()), dict(np.load(GOLDEN / f"{name}.npz"))
 
 
 def weight_by_rule(key, shape):
-    """The weight of a published key, a function of its name and shape alone."""
+    """Generate the weight of a published key from its name and shape only."""
     x = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF).standard_normal(shape).astype(np.float32)
     if key.endswith("running_var"):
         x = 1 + 0.1 * np.abs(x)
@@ -69,14 +69,14 @@ def golden_model(case, attn_implementation="eager", **overrides):
 
 
 def golden_inputs(case, arrays):
-    """The case's inputs as the model takes them, pictures padded bottom and right."""
-    pictures = [torch.from_numpy(arrays[f"in.pixel_values_{i}"]) for i in range(len(case["sizes"]))]
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
-    pixel_values = torch.zeros(len(pictures), 3, height, width)
-    pixel_mask = torch.zeros(len(pictures), height, width, dtype=torch.long)
-    for i, picture in enumerate(pictures):
-        pixel_values[i, :, : picture.shape[1], : picture.shape[2]] = picture
-        pixel_mask[i, : picture.shape[1], : picture.shape[2]] = 1
+    """Return the case's inputs for the model, with images padded at the right and at the bottom."""
+    images = [torch.from_numpy(arrays[f"in.pixel_values_{i}"]) for i in range(len(case["sizes"]))]
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    pixel_values = torch.zeros(len(images), 3, height, width)
+    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.long)
+    for i, image in enumerate(images):
+        pixel_values[i, :, : image.shape[1], : image.shape[2]] = image
+        pixel_mask[i, : image.shape[1], : image.shape[2]] = 1
     inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
     for name in ("input_ids", "attention_mask", "phrase_input_ids", "phrase_attention_mask"):
         if f"in.{name}" in arrays:
@@ -85,7 +85,7 @@ def golden_inputs(case, arrays):
         spans = np.stack((arrays["in.phrase_start"], arrays["in.phrase_end"]), axis=-1)
         inputs["phrase_spans"] = torch.from_numpy(spans).long()
     inputs["labels"] = [
-        {"boxes": torch.from_numpy(arrays[f"in.target_boxes_{i}"]).reshape(-1, 4)} for i in range(len(pictures))
+        {"boxes": torch.from_numpy(arrays[f"in.target_boxes_{i}"]).reshape(-1, 4)} for i in range(len(images))
     ]
     if case["masks"]:
         for i, (label, (rows, columns)) in enumerate(zip(inputs["labels"], case["sizes"], strict=True)):
@@ -95,5 +95,5 @@ def golden_inputs(case, arrays):
 
 
 def golden_mask(packed, size):
-    """A mask of (height, width) out of its packed bits."""
+    """Unpack a mask of (height, width) from its bits."""
     return torch.from_numpy(np.unpackbits(packed)[: size[0] * size[1]].reshape(size).astype(bool))

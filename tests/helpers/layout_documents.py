@@ -25,34 +25,34 @@ from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_SET, TINY_TEXT
 from tests.modeling_reftr.test_detr_start import original_layout, randomise
 
 
-RESNET = {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}  # DETR's backbone must be one of that name
-TEXT = {**TINY_TEXT, "max_position_embeddings": 128}  # captions are long
+RESNET = {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}  # the start from DETR requires a ResNet
+TEXT = {**TINY_TEXT, "max_position_embeddings": 128}  # for the long captions
 PUBLISHED_MODEL = {
     **TINY_MODEL,
     "backbone_config": RESNET,
     "max_text_positions": 128,
     "freeze_backbone_batch_norm": True,
 }
-# what runs of the documents have in common with those of the tests
+# settings that shorten the runs of the documents
 SHORT = {"max_steps": 2, "batch_size": 2, "num_workers": 0, "num_pictures": 2, "log_every": 1}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def make_program(path: Path, *words):
-    """A file that starts another program with the words given here and there."""
+def make_program(path: Path, *argv):
+    """Write an executable file that runs `argv`, followed by its own arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\nexec {" ".join(map(str, words))} "$@"\n')
+    path.write_text(f'#!/bin/sh\nexec {" ".join(map(str, argv))} "$@"\n')
     path.chmod(0o755)
 
 
 def make_checkout(folder: Path) -> dict:
-    """The checkout's files, installed in `.venv`, with recipes of a few updates; returns the demo's model."""
+    """Link the files of the checkout, with recipes of a few steps, and return the configuration of the demo model."""
     for name in ("train_reftr.py", "metrics", "demo", "benchmarks", "Makefile", "setup.cfg", "pyproject.toml"):
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
     make_program(folder / ".venv" / "bin" / "python", sys.executable)
     make_program(folder / ".venv" / "bin" / "reftr", sys.executable, "-m", "reftr_cli")
-    (folder / ".venv" / ".installed").touch()  # now, so make has nothing to install
+    (folder / ".venv" / ".installed").touch()  # the current time, so that make does not install anything
 
     recipes = folder / "recipes"
     shutil.copytree(ROOT / "recipes", recipes)
@@ -62,14 +62,14 @@ def make_checkout(folder: Path) -> dict:
     published = yaml.safe_load((recipes / "common" / "published.yaml").read_text())
     published |= SHORT | {"model": PUBLISHED_MODEL, "image_size": 64}
     (recipes / "common" / "published.yaml").write_text(yaml.safe_dump(published))
-    for recipe in recipes.rglob("*.yaml"):  # datasets of the tests have a dozen images
+    for recipe in recipes.rglob("*.yaml"):  # the datasets have about a dozen images
         text = re.sub(r"^batch_size: .*$", "batch_size: 2", recipe.read_text(), flags=re.MULTILINE)
         recipe.write_text(text.replace("validation_images: 1000", "validation_images: 2"))
     return demo["model"]
 
 
 def make_sets(folder: Path):
-    """The published folders, the authors' files, and pictures of one's own."""
+    """Write the published folders, the authors' files, and a user's own images."""
     make_reftr_index(folder / "elsewhere")
     (folder / "data").mkdir()
     for part in (folder / "elsewhere").iterdir():
@@ -88,7 +88,7 @@ def make_sets(folder: Path):
 
 
 def make_weights(folder: Path, tokenizer, demo_model: dict):
-    """A trained model, a published checkpoint, and what new models start from, in the Hub's cache too."""
+    """Write a trained model, a published checkpoint, and initial weights as files and in the Hub's cache."""
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     processor = RefTRProcessor(RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}), tokenizer)
     models = {
@@ -119,8 +119,8 @@ def make_weights(folder: Path, tokenizer, demo_model: dict):
 
 def make_published_sizes(folder: Path):
     """
-    For documents about published weights: recipes leave the model's sizes alone, and DETR's original file has the
-    published ones, all zeros, and one weight that nothing takes.
+    Prepare the document about published weights: the recipe sets no model sizes, and the original DETR file contains
+    zeros of the published sizes and one weight that is not used.
     """
     shutil.rmtree(folder / "reftr-refcoco")
     recipe = folder / "recipes" / "common" / "published.yaml"
@@ -135,7 +135,7 @@ def make_published_sizes(folder: Path):
 
 
 def make_user_folder(folder: Path, tokenizer) -> dict[str, str]:
-    """Write it; returns the environment that commands are run in there."""
+    """Write the folder of a user who follows the documents, and return the environment for its commands."""
     demo_model = make_checkout(folder)
     make_sets(folder)
     make_weights(folder, tokenizer, demo_model)
@@ -143,7 +143,7 @@ def make_user_folder(folder: Path, tokenizer) -> dict[str, str]:
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """A user's environment in such a folder: `reftr` and `python` on the path, caches of its own, no network."""
+    """Return the environment of such a folder: `reftr` and `python` on the path, separate caches, no network."""
     path = [folder / ".venv" / "bin", Path(sys.executable).parent, os.environ["PATH"]]
     caches = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "sets", "HF_MODULES_CACHE": "modules"}
     return {

@@ -1,4 +1,4 @@
-"""Files of Flickr30k Entities in its authors' layout, a dozen pictures with every oddity of the real ones."""
+"""Generate a dozen images of Flickr30k Entities in its authors' layout, with the irregularities of the real files."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def boxes_xml(width, height, objects):
-    """objects: (names, box 1-based or None)."""
+    """Return an annotation file; `objects` are pairs of names and a 1-based box or None."""
     lines = ["<annotation>", "\t<filename>picture.jpg</filename>", "\t<size>"]
     lines += [f"\t\t<width>{width}</width>", f"\t\t<height>{height}</height>", "\t\t<depth>3</depth>", "\t</size>"]
     for names, box in objects:
@@ -22,12 +22,12 @@ def boxes_xml(width, height, objects):
 
 
 def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
-    """Write the set into a folder; returns what is known of it: split -> image ids, and rows to expect by image id."""
+    """Write the dataset into a folder, and return the image ids of its splits and the sizes of its images."""
     for name in ("Annotations", "Sentences", image_dir):
         (folder / name).mkdir(parents=True)
     images = {}
 
-    def picture(image_id, size, objects, captions, orientation=None, mode="RGB", newline="\n", stored=None):
+    def add_image(image_id, size, objects, captions, orientation=None, mode="RGB", newline="\n", stored=None):
         exif = Image.Exif()
         stored = stored or size
         if orientation:
@@ -38,7 +38,7 @@ def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
         (folder / "Sentences" / f"{image_id}.txt").write_bytes(newline.join([*captions, ""]).encode())
         images[image_id] = size
 
-    picture(
+    add_image(
         "36979",
         (50, 40),
         [
@@ -46,8 +46,8 @@ def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
             (["12"], (5, 6, 30, 26)),  # chain 12 has two boxes
             (["12", "13"], (21, 2, 41, 12)),  # one box of two chains
             (["14"], None),
-            (["15"], (40, 30, 60, 44)),  # past the edge
-            (["16"], (9, 9, 9, 20)),  # no extent
+            (["15"], (40, 30, 60, 44)),  # crosses the image's edge
+            (["16"], (9, 9, 9, 20)),  # without extent
             (["0"], (3, 3, 9, 9)),
         ],
         [
@@ -59,32 +59,32 @@ def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
             "[/EN#11/people The same man] is here [/EN#12/vehicles twice .",
         ],
     )  # fmt: skip
-    # stored on its side, annotated upright
-    picture("1001", (40, 60), [(["21"], (2, 3, 12, 13))], ["[/EN#21/animals A dog] runs ."] * 5, orientation=6)
-    picture("1002", (30, 30), [(["31"], (2, 3, 12, 13))], ["[/EN#31/animals A cat] sits ."])
-    picture("1003", (30, 30), [(["41"], None)], ["Nothing is boxed in [/EN#41/scene this yard] ."] * 5)
-    picture("1004", (30, 20), [(["51"], (1, 1, 31, 21))], ["[/EN#51/scene All of it] ."] * 5)
-    # a grey picture; a chain of three boxes, of which one lies past the picture and one has figures with a point
+    # stored rotated, annotated upright
+    add_image("1001", (40, 60), [(["21"], (2, 3, 12, 13))], ["[/EN#21/animals A dog] runs ."] * 5, orientation=6)
+    add_image("1002", (30, 30), [(["31"], (2, 3, 12, 13))], ["[/EN#31/animals A cat] sits ."])
+    add_image("1003", (30, 30), [(["41"], None)], ["Nothing is boxed in [/EN#41/scene this yard] ."] * 5)
+    add_image("1004", (30, 20), [(["51"], (1, 1, 31, 21))], ["[/EN#51/scene All of it] ."] * 5)
+    # a grey image; a chain of three boxes, of which one is outside the image and one has fractional coordinates
     boxes = [(["61"], (1, 1, 6, 6)), (["61"], (11.5, 1, 16.5, 6)), (["61"], (90, 1, 99, 6))]
-    picture("1005", (30, 30), boxes, ["[/EN#61/bodyparts Hands] in [/EN#0/notvisual the air] ."] * 5, mode="L")
-    # lines that end as on Windows, and an empty one between them
+    add_image("1005", (30, 30), boxes, ["[/EN#61/bodyparts Hands] in [/EN#0/notvisual the air] ."] * 5, mode="L")
+    # Windows line ends, and an empty line between captions
     captions = ["[/EN#62/people/other She] and [/EN#63/people he] .", "", "[/EN#63/people He] alone ."]
     boxes = [(["62"], (1, 1, 11, 11)), (["63"], (11, 11, 21, 21))]
-    picture("1006", (30, 30), boxes, captions, newline="\r\n")
-    # one box of three chains; a phrase that ends its caption, with signs in it
+    add_image("1006", (30, 30), boxes, captions, newline="\r\n")
+    # one box of three chains; a phrase with punctuation at the end of its caption
     captions = ['[/EN#64/people Two] of [/EN#65/people a "group" (of 3)]', "[/EN#66/people/animals A cow/bull]"]
-    picture("1007", (30, 30), [(["64", "65", "66"], (1, 1, 11, 11))], captions)
-    # the picture is smaller than annotated
-    picture("1008", (60, 40), [(["67"], (11, 11, 31, 31))], ["[/EN#67/clothing A hat] ."], stored=(30, 20))
-    # a box that begins at 0, where the authors' begin at 1; a chain that no box has; a phrase without words
+    add_image("1007", (30, 30), [(["64", "65", "66"], (1, 1, 11, 11))], captions)
+    # the image is smaller than annotated
+    add_image("1008", (60, 40), [(["67"], (11, 11, 31, 31))], ["[/EN#67/clothing A hat] ."], stored=(30, 20))
+    # a box that begins at 0, although the authors' coordinates begin at 1; a chain without a box; an empty phrase
     captions = ["[/EN#68/other It] beside [/EN#999/other nothing] and [/EN#68/other ] ."]
-    picture("1009", (30, 30), [(["68"], (0, 0, 11, 11))], captions)
+    add_image("1009", (30, 30), [(["68"], (0, 0, 11, 11))], captions)
     # a chain that is a scene in one object and has a box in another; a text without any phrase
     captions = ["[/EN#69/scene A hall] with [/EN#70/instruments a drum] .", "Nobody plays ."]
-    picture("1010", (30, 30), [(["69"], None), (["69"], (1, 1, 31, 31)), (["70"], (3, 3, 9, 9))], captions)
-    # a chain that is said twice in one caption, and the same words for two chains
+    add_image("1010", (30, 30), [(["69"], None), (["69"], (1, 1, 31, 31)), (["70"], (3, 3, 9, 9))], captions)
+    # a chain with two phrases in one caption, and the same text for two chains
     captions = ["[/EN#71/people A boy] behind [/EN#72/people a boy] , [/EN#71/people who] sings ."]
-    picture("1011", (30, 30), [(["71"], (1, 1, 9, 9)), (["72"], (11, 11, 19, 19))], captions)
+    add_image("1011", (30, 30), [(["71"], (1, 1, 9, 9)), (["72"], (11, 11, 19, 19))], captions)
     splits = {
         "train": ["36979", "1002", "1003", "1005", "1006", "1007"],
         "val": ["1001", "1008", "1009"],
@@ -92,6 +92,6 @@ def make_flickr30k(folder: Path, image_dir: str = "flickr30k-images") -> dict:
     }
     for split, image_ids in splits.items():
         (folder / f"{split}.txt").write_text("\n".join(image_ids) + "\n")
-    # as the authors' file: a line that says the format, and no newline at the end
+    # like the authors' file: a line that describes the format, and no newline at the end
     (folder / "UNRELATED_CAPTIONS").write_text("# format: <imageID> <sentence number>\n36979 2\n1002 1")
     return {"splits": splits, "sizes": images}

@@ -1,4 +1,4 @@
-"""One's own data in JSON Lines: two splits, a dozen pictures, boxes, phrases and every kind of mask."""
+"""Generate a user's JSON Lines: two splits, a dozen images, boxes, phrases and every kind of mask."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 
-# name of a picture without its ending -> (size, mode)
+# image name without its suffix -> (size, mode)
 PICTURES = {
     **dict.fromkeys("abcdefgh", ((40, 30), "RGB")),
     "grey": ((40, 30), "L"),
@@ -30,7 +30,7 @@ LINES = {
         {"image": "pictures/palette.png", "expressions": [{"text": "over the edge", "box": [-3, 5, 99, 12.5]}]},
         {"image": "pictures/inner/see-through.png", "expressions": [{"text": "the glass", "box": [0, 0, 9, 50]}]},
         {"image": "pictures/übung 1.png", "image_id": 17, "expressions": [{"text": "die Tür ☕", "box": BOX}]},
-        # the same picture on two lines, with an id each
+        # the same image on two lines, with one id per line
         {"image": "pictures/d.png", "image_id": "d1", "expressions": [{"text": "two", "boxes": [BOX, [0, 0, 2, 2]]}]},
         {"image": "pictures/d.png", "image_id": "d2", "expressions": [{"text": "one", "box": BOX, "category": "car"}]},
     ],
@@ -53,7 +53,7 @@ LINES = {
 
 
 def make_jsonl(folder: Path):
-    """Write train.jsonl, validation.jsonl, pictures/ and two masks."""
+    """Write train.jsonl, validation.jsonl, the images and two masks."""
     for name, (size, mode) in PICTURES.items():
         path = folder / "pictures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

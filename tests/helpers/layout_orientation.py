@@ -1,4 +1,4 @@
-"""Images of every EXIF orientation, annotated in every way, as files of the refer API."""
+"""Generate images of every EXIF orientation with every kind of annotation, as files of the refer API."""
 
 import json
 import pickle
@@ -11,12 +11,12 @@ from PIL import Image
 
 ORIENTATIONS = range(1, 9)
 WAYS = ("no size", "upright", "stored", "neither")
-# sides and box are multiples of 8, so that no block of a JPEG holds two colors
+# sides and box are multiples of 8, so that no JPEG block contains two colours
 UPRIGHT_SIZE = (80, 64)  # (width, height)
 UPRIGHT_BOX = (16, 8, 40, 48)
 TEXT = "the red box"
 
-# how an upright image was turned before it was stored with an orientation that turns it back
+# orientation -> transposition of the upright image that the orientation reverts
 STORING = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,44 +29,44 @@ STORING = {
 
 
 class Case(NamedTuple):
-    """An image of one orientation that is annotated in one way."""
+    """An image of one orientation with one kind of annotation."""
 
     orientation: int
     way: str
 
     @property
     def number(self) -> int:
-        """The COCO id of the image."""
+        """Return the COCO id of the image."""
         return 100 * self.orientation + WAYS.index(self.way)
 
     @property
     def file_name(self) -> str:
-        """The name of the image's file."""
+        """Return the file name of the image."""
         return f"COCO_train2014_{self.number:012d}.jpg"
 
     @property
     def is_stored(self) -> bool:
-        """Whether the frame of the annotation is the stored one, and another one than the upright one."""
+        """Return whether the image is annotated in the stored frame, and this frame differs from the upright one."""
         return self.way == "stored" and self.orientation >= 5
 
     @property
     def frame(self) -> np.ndarray:
-        """(height, width, 3): what one sees in the frame of the annotation."""
+        """Return the pixels (height, width, 3) in the frame of the annotation."""
         return draw_stored(self.orientation) if self.is_stored else draw_upright()
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the frame."""
+        """Return the (height, width) of the frame."""
         return self.frame.shape[:2]
 
     @property
     def box(self) -> list[int]:
-        """The box xyxy of what is red in the frame."""
+        """Return the box xyxy of the red pixels of the frame."""
         return find_red(self.frame)
 
     @property
     def annotated_size(self) -> tuple[int, int] | None:
-        """(height, width) that the annotation tells."""
+        """Return the (height, width) of the annotation."""
         if self.way == "no size":
             return None
         if self.way == "neither":
@@ -78,7 +78,7 @@ CASES = [Case(orientation, way) for orientation in ORIENTATIONS for way in WAYS]
 
 
 def draw_upright() -> np.ndarray:
-    """A gray image with a red box, (height, width, 3)."""
+    """Draw a gray image with a red box, (height, width, 3)."""
     width, height = UPRIGHT_SIZE
     pixels = np.full((height, width, 3), 128, np.uint8)
     x0, y0, x1, y1 = UPRIGHT_BOX
@@ -87,13 +87,13 @@ def draw_upright() -> np.ndarray:
 
 
 def draw_stored(orientation: int) -> np.ndarray:
-    """The same image as a file of this orientation stores it."""
+    """Draw the same image as a file of this orientation stores it."""
     image = Image.fromarray(draw_upright())
     return np.asarray(image.transpose(STORING[orientation]) if orientation in STORING else image)
 
 
 def find_red(pixels: np.ndarray) -> list[int]:
-    """The box xyxy of what is red in (height, width, 3)."""
+    """Return the box xyxy of the red pixels of (height, width, 3)."""
     pixels = np.asarray(pixels).astype(int)
     red = (pixels[..., 0] > 200) & (pixels[..., 1:] < 60).all(axis=-1)
     rows, columns = red.any(axis=1).nonzero()[0], red.any(axis=0).nonzero()[0]
@@ -101,6 +101,7 @@ def find_red(pixels: np.ndarray) -> list[int]:
 
 
 def orientation_exif(orientation: int) -> Image.Exif:
+    """Return EXIF data with an orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -113,7 +114,7 @@ def save_jpeg(path: Path, orientation: int):
 
 
 def make_images(folder: Path):
-    """Write every case below `folder` as RefCOCO (unc), one image each, in the split train and its last in val."""
+    """Write every case below `folder` as RefCOCO (unc), one image per case, in the split train."""
     image_dir = folder / "images" / "train2014"
     image_dir.mkdir(parents=True)
     instances = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "box"}]}

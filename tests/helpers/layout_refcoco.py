@@ -1,4 +1,4 @@
-"""The refer API's files as its authors lay them out, small, with their traps in them."""
+"""Generate small files of the refer API in its authors' layout, with the irregularities of the real files."""
 
 import json
 import struct
@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 
-# the first real record of refs(unc).p, and what instances.json says of it (its outline is made up)
+# the first real record of refs(unc).p, and its entry of instances.json (with an invented outline)
 FIRST_IMAGE = {"id": 581857, "width": 427, "height": 640, "file_name": "COCO_train2014_000000581857.jpg"}
 FIRST_REF = {
     "ref_id": 0,
@@ -49,7 +49,7 @@ SPLITS = {
 
 
 def python2_pickle(value) -> bytes:
-    """Opcodes as Python 2's cPickle writes them in protocol 2, where a str is bytes."""
+    """Pickle a value like Python 2's cPickle in protocol 2, where a str is bytes."""
 
     def write(value):
         if isinstance(value, dict):
@@ -69,7 +69,7 @@ def rectangle(x0, y0, x1, y1) -> list[float]:
 
 
 def rectangle_mask(size, box_xyxy) -> np.ndarray:
-    """H x W of a picture (width, height), true in a box of whole pixels."""
+    """Return a mask (height, width) of an image of size (width, height), true in a box of integer coordinates."""
     mask = np.zeros((size[1], size[0]), bool)
     x0, y0, x1, y1 = box_xyxy
     mask[y0:y1, x0:x1] = True
@@ -77,7 +77,7 @@ def rectangle_mask(size, box_xyxy) -> np.ndarray:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """Uncompressed counts of COCO: column by column, zeros first."""
+    """Return the uncompressed COCO counts of a mask: column by column, zeros first."""
     counts, last = [], False
     for value in mask.ravel(order="F"):
         if not counts or value != last:
@@ -108,26 +108,26 @@ def save_picture(path: Path, size, orientation: int | None = None, mode: str = "
 
 def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = None) -> dict:
     """
-    Write one set below `folder`, with its pictures in `folder/images` (a place below it). Its images:
+    Write one dataset below `folder`, with its images in `folder / images`. Its images:
 
-    581857  the first real record, in train (RefCLEF's pictures are other ones, but numbered as well)
-    20      a crowd as uncompressed run lengths, a mask as compressed ones, and a box past two edges
-    30      annotated at twice the size that the JPEG has, in polygons and in run lengths
-    40      a JPEG to be turned, annotated as it looks turned
-    50      a JPEG to be turned, annotated as it is stored: stays
-    60      nothing but bad annotations
-    70      a grey JPEG, an object in two parts, one inside the other's box, and words that are not ASCII
-    71      an object that two references speak of, apart
-    72      an object without a segmentation, and one of an empty list
-    73      an object that begins before the picture's edges, as does its polygon
-    74      a progressive JPEG; two objects of the same box
-    80      of no reference: its picture is not there
-    100...  one image for each further split; 100 is val's, and also in train where the set is RefCOCOg (google)
-    110     RefCLEF (unc) alone: references of testAB, testBC, testAC and testA, in this order
+    581857  the first real record, in train (RefCLEF has other images, with numbers as well)
+    20      a crowd as uncompressed run lengths, a mask as compressed ones, and a box across two edges
+    30      annotated at twice the size of the JPEG, in polygons and in run lengths
+    40      a JPEG with an orientation, annotated upright
+    50      a JPEG with an orientation, annotated as stored: it is not rotated
+    60      only invalid annotations
+    70      a grey JPEG, an object in two parts, one inside the other's box, and a text that is not ASCII
+    71      an object with two references that are not adjacent
+    72      an object without a segmentation, and one with an empty list
+    73      an object and its polygon that begin outside the image
+    74      a progressive JPEG; two objects with the same box
+    80      without a reference: its image does not exist
+    100...  one image per further split; 100 is in val, and for RefCOCOg (google) also in train
+    110     only for RefCLEF (unc): references of testAB, testBC, testAC and testA, in this order
 
     Returns:
-        `dict`: what the tests expect: "refs_file", "instances_file", "image_dir", "splits", "expected" (image number
-        -> list of (box xyxy, mask or None)), "dropped" (expressions).
+        `dict`: expectations of the tests: "refs_file", "instances_file", "image_dir", "splits", "expected" (image
+        number -> list of (box xyxy, mask or None)), "dropped" (number of expressions).
     """
     dataset, split_by = name.rsplit("_", 1)
     refclef = dataset == "refclef"
@@ -193,7 +193,7 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
     cut = rectangle_mask(size, (30, 20, 40, 30))
     add_image(20, size)
     add(20, [5.0, 10.0, 20.0, 18.0], {"size": [30, 40], "counts": run_lengths(crowd)}, ["a crowd"], crowd=1)
-    # RefCLEF has lists of compressed run lengths
+    # RefCLEF stores lists of compressed run lengths
     runs = [compressed(cut)] if refclef else compressed(cut)
     add(20, [30.0, 20.0, 15.5, 12.0], runs, ["the corner", " the same corner "])
 
@@ -228,7 +228,7 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
     refs.append({**refs[-2], "ref_id": len(refs), "sent_ids": [9000], "sentences": [sentence(9000, "said again")]})
     add_image(72, size)
     add(72, [4.0, 4.0, 9.5, 9.5], None, ["without a mask"])
-    add(72, [20.0, 4.0, 9.0, 9.0], [], ["an empty one"], category=77)  # of no category either
+    add(72, [20.0, 4.0, 9.0, 9.0], [], ["an empty one"], category=77)  # an unknown category, too
     add_image(73, size)
     add(73, [-4.0, -3.0, 14.0, 13.0], [rectangle(-4, -3, 10, 10)], ["over two edges"])
     add_image(74, size, progressive=True)
@@ -255,14 +255,14 @@ def make_refcoco(folder: Path, name: str = "refcoco_unc", images: str | None = N
                 split,
             )
 
-    place = folder / dataset
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "instances.json").write_text(json.dumps(instances))
-    (place / f"refs({split_by}).p").write_bytes(python2_pickle(refs))
+    annotation_dir = folder / dataset
+    annotation_dir.mkdir(parents=True, exist_ok=True)
+    (annotation_dir / "instances.json").write_text(json.dumps(instances))
+    (annotation_dir / f"refs({split_by}).p").write_bytes(python2_pickle(refs))
     x, y, width, height = FIRST_BOX_XYWH
     return {
-        "instances_file": place / "instances.json",
-        "refs_file": place / f"refs({split_by}).p",
+        "instances_file": annotation_dir / "instances.json",
+        "refs_file": annotation_dir / f"refs({split_by}).p",
         "image_dir": image_dir,
         "splits": ("train", *SPLITS[name]),
         "dropped": 7,

@@ -1,4 +1,4 @@
-"""The published indexes and pictures in the published folder tree, a few records a file, with every layout of them."""
+"""Generate the published indexes and images in the published folder tree, with a few records per file."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ MASK_SPLITS = {
 
 
 def save(records, path: Path, legacy: bool = True):
-    """As the published files: written by torch before 1.6; `legacy=False`: as torch writes since."""
+    """Save records in the format of torch before 1.6, like the published files, or in the current one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(records, path, _use_new_zipfile_serialization=not legacy)
 
@@ -37,7 +37,7 @@ def rectangle(height, width, box):
 
 
 def make_reftr_index(folder: Path) -> dict:
-    """Write the tree; returns what is known of it."""
+    """Write the folder tree, and return expected boxes."""
     folders = {
         "flickr30k/f30k_images": {"36979.jpg": (50, 40), "1001.jpg": (30, 30), "7.jpg": (20, 60)},
         "refcoco/images/train2014": {COCO: (64, 48), COCO_GREY: (40, 30), COCO_TALL: (30, 50)},
@@ -45,16 +45,16 @@ def make_reftr_index(folder: Path) -> dict:
         "visualgenome/VG_100K": {"1.jpg": (80, 60), "2417000.jpg": (30, 30)},
         "visualgenome/VG_100K_2": {"2.jpg": (60, 80), "9.jpg": (30, 30)},
     }
-    for name, pictures in folders.items():
+    for name, images in folders.items():
         (folder / name).mkdir(parents=True)
-        for file, size in pictures.items():
+        for file, size in images.items():
             Image.new("L" if file == COCO_GREY else "RGB", size, 90).save(folder / name / file)
 
     resc = folder / "annotations_resc"
     none = [("r1", ["none"])]
     for name, splits in RESC_SPLITS.items():
         for split in splits:
-            # xywh; lists, arrays and tensors
+            # boxes xywh, as lists, arrays and tensors
             records = [
                 (COCO, "0.pth", [10.75, 20.5, 30.5, 17.25], f"the lady with the blue shirt {split}", none),
                 (COCO_GREY, "1.pth", np.array([5, 5, 10, 10]), "Left Man", none),
@@ -77,7 +77,7 @@ def make_reftr_index(folder: Path) -> dict:
             records = [
                 ("36979.jpg", [0, 11], [[1, 2, 30, 20], [5.5, 6, 10, 12]], ["A man", "two buses"], None, caption),
                 ("36979.jpg", [3], [[1, 2, 30, 20]], ["a man"], None, "by a man ."),
-                # boxes as one tensor, the same words twice, at different places
+                # boxes as one tensor, and the same phrase twice, at different offsets
                 ("7.jpg", (0, 6), torch.tensor([[0, 0, 5, 5], [9, 9, 30, 70]]), ("a cat", "a cat"), [], "a cat a cat"),
             ]
             save(records, folder / "annotations" / "flickr" / f"flickr_{split}.pth")

@@ -1,4 +1,4 @@
-"""A small source of its own, and files for it: what the commands of data sets do with any builder."""
+"""A minimal dataset source and its files, to test the dataset commands with any builder."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ SPLITS = ("train", "testA")
 class ToyConfig(datasets.BuilderConfig):
     """
     Args:
-        limit (`int`): rows of a split, 0 for all.
-        prefix (`str`): of every text.
+        limit (`int`): maximum number of rows per split, 0 for all.
+        prefix (`str`): prefix of every text.
     """
 
     limit: int = 0
@@ -29,7 +29,7 @@ class ToyConfig(datasets.BuilderConfig):
 
 
 class Toy(GroundingBuilder):
-    """Rows as they stand in `<split>.json`, pictures in `pictures/`."""
+    """Yield the rows of `<split>.json`, with images in `pictures/`."""
 
     BUILDER_CONFIG_CLASS = ToyConfig
     BUILDER_CONFIGS = [ToyConfig(name="toy")]
@@ -72,7 +72,7 @@ SOURCES["toy"] = Source(
 
 
 def make_row(split: str, index: int, size=(48, 32)) -> dict:
-    """A row with one object and one expression: a disc in its box."""
+    """Return a row with one object and one expression about it."""
     width, height = size
     mask = np.zeros((height, width), np.uint8)
     mask[8:20, 10:30] = 1
@@ -104,7 +104,7 @@ def make_row(split: str, index: int, size=(48, 32)) -> dict:
 
 
 def save_picture(path: Path, size=(48, 32), seed=0, **settings):
-    """A picture with texture, and a bright patch where the box is."""
+    """Save an image of noise with a bright patch in the box of `make_row`."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 120, (size[1], size[0], 3), dtype=np.uint8)
     pixels[8:20, 10:30] += 110
@@ -113,7 +113,7 @@ def save_picture(path: Path, size=(48, 32), seed=0, **settings):
 
 
 def make_toy(folder: Path, rows: dict | None = None) -> dict:
-    """Write `<split>.json` and the pictures of rows, six and two good ones by default; returns the rows."""
+    """Write `<split>.json` and the images of rows, by default six and two valid ones, and return the rows."""
     if rows is None:
         rows = {"train": [make_row("train", i) for i in range(6)], "testA": [make_row("testA", i) for i in range(2)]}
     for split, items in rows.items():

@@ -1,4 +1,4 @@
-"""Visual Genome's files as its authors lay them out, small, with their traps in them."""
+"""Generate small files of Visual Genome in its authors' layout, with the irregularities of the real files."""
 
 import json
 from pathlib import Path
@@ -11,29 +11,29 @@ SIZE = (40, 30)
 
 def make_visual_genome(folder: Path, coco_ids=(581857, 20, 100)) -> dict:
     """
-    Write region_descriptions.json, image_data.json and pictures in VG_100K and VG_100K_2. Its images:
+    Write region_descriptions.json, image_data.json and images in VG_100K and VG_100K_2. Its images:
 
-    1, 2, 3  COCO's, with the given ids; others if there are more ids
-    50       of no other set, with bad regions and with words that are not ASCII
-    51       annotated at twice the picture's size
+    1, 2, 3  images of COCO with the given ids, one per id
+    50       not in COCO, with invalid regions and a text that is not ASCII
+    51       annotated at twice the size of the image
     52       only in image_data.json
     53       only in region_descriptions.json
-    54       a grey picture, its sides as the only box
-    55       a JPEG to be turned, annotated as it looks turned
-    56       the same region three times, and another of the same words
+    54       a grey image, with a region of its full size
+    55       a JPEG with an orientation, annotated upright
+    56       the same region three times, and another one with the same text
     57       without a region: no row
-    58       past the right and the lower edge, in fractions of pixels
-    59       COCO's, of a number that no set holds out
-    60       twice in region_descriptions.json; the first counts
+    58       a region across the right and the lower edge, with fractional coordinates
+    59       an image of COCO that no dataset holds out
+    60       twice in region_descriptions.json; the first entry is used
 
     Returns:
-        `dict`: "regions_file", "images_file", "dropped" (regions), "image_ids" of the rows.
+        `dict`: "regions_file", "images_file", "dropped" (number of regions), "image_ids" of the rows.
     """
     images, entries = [], []
 
-    def add(number, regions, coco=None, annotated=SIZE, **picture):
+    def add(number, regions, coco=None, annotated=SIZE, **options):
         second = number % 2 == 0
-        save_picture(folder / ("VG_100K_2" if second else "VG_100K") / f"{number}.jpg", SIZE, **picture)
+        save_picture(folder / ("VG_100K_2" if second else "VG_100K") / f"{number}.jpg", SIZE, **options)
         images.append(
             {
                 "width": annotated[0],

@@ -1,8 +1,8 @@
 """
-A Hub on this machine: the protocol that the `huggingface_hub` client speaks, served from a folder by the standard
-library. Everyone who tests what goes to the Hub or comes from it uses this one.
+Serve a local Hub: the protocol of the `huggingface_hub` client, served from a folder by the standard library. All
+tests that push to the Hub or download from it use this server.
 
-In the test's own process, or as a process of its own that can be killed:
+It runs in the test's process, or in a separate process that can be killed:
 
     with Hub() as hub:
         HfApi(endpoint=hub.address, token="hf_write").create_repo("someone/toy")
@@ -10,8 +10,9 @@ In the test's own process, or as a process of its own that can be killed:
 
     with HubProcess(folder, faults=[("die", "PUT")]) as hub: ...
 
-The content of large (LFS) files is at a second address of the same server, to which no token may go. Uploads in parts
-and Xet are not served: `HF_HUB_DISABLE_XET=1` must be set before the client is imported, and `environment` sets it.
+The content of large (LFS) files has a second address on the same server, to which clients must not send a token.
+Multipart uploads and Xet are not supported: `HF_HUB_DISABLE_XET=1` must be set before the client is imported, and
+`environment` sets it.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 KINDS = ("model", "dataset", "space")
-# what is kept as a large file whatever its size, as the Hub's first .gitattributes says
+# suffixes of files that are stored as large files regardless of their size, as in the Hub's initial .gitattributes
 LARGE = (".safetensors", ".bin", ".pt", ".onnx", ".parquet", ".arrow", ".npz", ".zip", ".png", ".jpg", ".jpeg")
 ATTRIBUTES = "".join(f"*{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in LARGE).encode()
 BLOCK = 1 << 16
@@ -49,7 +50,7 @@ NO_USER = "Invalid username or password."
 
 @dataclass
 class Token:
-    """Whose a token is, and whether it may write."""
+    """The user and the role of a token."""
 
     user: str
     role: str = "write"
@@ -60,7 +61,7 @@ TOKENS = {"hf_write": Token("someone"), "hf_read": Token("someone", "read"), "hf
 
 @dataclass
 class Request:
-    """A request as it came: `large` if to the address of large files."""
+    """A received request; `large` if it was sent to the address of large files."""
 
     method: str
     path: str
@@ -75,17 +76,17 @@ class Request:
 @dataclass
 class Fault:
     """
-    Something that goes wrong with the next `times` requests whose "METHOD path" the pattern is found in.
+    A failure of the next `times` requests whose "METHOD path" matches the pattern.
 
     `kind`:
-        - "status": it is answered with the status `value` and not served;
-        - "slow": it is served after `value` seconds;
-        - "cut": the connection ends in the middle of what is sent, or of the answer if nothing is sent;
-        - "mute": it is served, but the connection ends before the answer;
-        - "corrupt": of a large file, a byte changes on its way (the Hub refuses the upload);
-        - "lose": a large file is accepted, and is not there when a commit names it (the Hub refuses the commit);
-        - "die": the server's process is killed in the middle of what is sent. For "WRITE path" of a file of the
-          server's folder: when it is written aside and not yet in its place.
+        - "status": the request is answered with the status `value` and not served;
+        - "slow": the request is served after `value` seconds;
+        - "cut": the connection ends in the middle of the request's body, or of the response if there is no body;
+        - "mute": the request is served, but the connection ends before the response;
+        - "corrupt": a byte of a large file changes during the upload (the Hub refuses the upload);
+        - "lose": a large file is accepted, but missing when a commit names it (the Hub refuses the commit);
+        - "die": the server's process is killed in the middle of the request's body. For "WRITE path" of a file of the
+          server's folder: after the temporary file is written and before it is renamed.
     """
 
     kind: str
@@ -96,7 +97,7 @@ class Fault:
 
 
 class Refusal(Exception):
-    """An answer that is an error; `code` is what the client tells its exceptions apart by."""
+    """An error response; the client chooses its exception by the `code`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **values):
         super().__init__(message)
@@ -106,7 +107,7 @@ class Refusal(Exception):
 
 @dataclass
 class File:
-    """A file of a commit: `oid` is git's name of it (of its pointer if large), `sha256` its content's if large."""
+    """A file of a commit: `oid` is its git id (of its pointer if large), `sha256` that of its content if large."""
 
     oid: str
     size: int
@@ -139,7 +140,7 @@ def pointer(sha256: str, size: int) -> bytes:
 
 @dataclass
 class Repository:
-    """A repository and the folder that holds it: `repository.json`, `small/OID`, `large/SHA256`."""
+    """A repository and its folder, with `repository.json`, `small/OID` and `large/SHA256`."""
 
     folder: Path
     kind: str
@@ -165,11 +166,11 @@ class Repository:
 
     @property
     def address(self) -> str:
-        """Where its pages are, below the Hub's address."""
+        """Return the path of its pages below the Hub's address."""
         return ("" if self.kind == "model" else f"/{self.kind}s") + f"/{self.id}"
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, a tag or an id."""
+        """Return the commit of a branch, a tag or a commit id."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         for commit in self.commits:
             if commit.oid == oid:
@@ -186,7 +187,7 @@ PAGE = r"/(?:(?P<kind>dataset|space)s/)?(?P<id>[^/]+/[^/]+)"
 
 
 def route(method: str, path: str):
-    """What serves the requests of this method whose path is this pattern."""
+    """Register a function for the requests with this method and a path that matches the pattern."""
 
     def add(function):
         ROUTES.append((method, re.compile(path), function))
@@ -196,14 +197,14 @@ def route(method: str, path: str):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Methods with a `route` serve requests and return what is answered as JSON."""
+    """Handle a connection. Methods with a `route` serve requests and return the value of the JSON response."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1
     disable_nagle_algorithm = True
     hub: "Hub"
 
-    # the way of a request
+    # requests and responses
 
     def serve(self):
         self.line = f"{self.command} {self.path}"
@@ -223,7 +224,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 if value is not None:
                     self.answer(200, value)
-        except ConnectionError:  # the client's end of it, or a fault's
+        except ConnectionError:  # caused by the client or by a fault
             self.close_connection = True
         except Exception as error:
             self.hub.errors.append(error)
@@ -235,14 +236,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         for method, pattern, function in ROUTES:
             if method == self.command.replace("HEAD", "GET") and (match := pattern.fullmatch(path)):
-                words = {name: value if value is None else unquote(value) for name, value in match.groupdict().items()}
-                if "kind" in words:
-                    words["kind"] = words["kind"] or "model"
-                return function(self, **words)
+                arguments = {name: value and unquote(value) for name, value in match.groupdict().items()}
+                if "kind" in arguments:
+                    arguments["kind"] = arguments["kind"] or "model"
+                return function(self, **arguments)
         raise Refusal(404, f"This Hub does not serve {self.command} {path}")
 
     def read_blocks(self) -> Iterator[bytes]:
-        """What is sent, block by block. What ends early ends in an exception, so that no half is ever taken."""
+        """Yield the body of the request in blocks. An incomplete body raises, so that it is never accepted."""
         left = int(self.headers.get("Content-Length") or 0)
         fault = self.hub.due(self.line, "cut", "die") if left else None
         half = left // 2 if fault else 0
@@ -263,7 +264,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise ConnectionAbortedError("a fault that was asked for")
 
     def answer(self, status: int, value=None, headers: dict | None = None, path: Path | None = None):
-        """Answer with JSON, or with the file of this path or the range of it that is asked for."""
+        """Respond with JSON, or with the file at `path` or its requested range."""
         for _ in self.blocks:
             pass
         if fault := self.hub.due(self.line, "mute"):
@@ -305,7 +306,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def query(self) -> dict[str, str]:
         return {name: values[-1] for name, values in parse_qs(urlsplit(self.path).query).items()}
 
-    # who may what
+    # permissions
 
     def user(self) -> Token | None:
         token = self.asked.token
@@ -316,7 +317,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_writer(self, owner: str):
         user = self.user()
         if user is None:
-            # the client knows this 401 by its https address; by the code it knows it here as well
+            # the client recognizes this 401 by an https address, or by the code
             raise Refusal(401, NO_USER, "RepoNotFound")
         if user.role != "write":
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
@@ -333,7 +334,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.check_writer(repository.owner)
         return repository
 
-    # what is served
+    # routes
 
     @route("GET", "/api/whoami-v2")
     def whoami(self):
@@ -368,7 +369,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_card(self):
-        """`HfApi.upload_folder` and `create_commit`, of a README.md: only the borders of its metadata."""
+        """`HfApi.upload_folder` and `create_commit` of a README.md: check only the delimiters of its metadata"""
         content = self.json()["content"]
         if not content.startswith("---\n"):
             return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
@@ -439,7 +440,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @route("POST", rf"/api/{REPOSITORY}/(?P<group>branch|tag)/(?P<name>[^/]+)")
     def add_ref(self, kind, id, group, name):
-        """`HfApi.create_branch` (a name, and in the body where it starts), `create_tag` (where, and the name)"""
+        """`HfApi.create_branch` (its start is in the body), `create_tag` (its name is in the body)"""
         repository, values = self.repository(kind, id, write=True), self.json()
         refs, start = repository.branches, values.get("startingPoint") or "main"
         if group == "tag":
@@ -462,7 +463,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @route("POST", rf"/api/{REPOSITORY}/preupload/(?P<revision>[^/]+)")
     def preupload(self, kind, id, revision):
-        """`HfApi.preupload_lfs_files` and `create_commit`: which files are large, and what is there already"""
+        """`HfApi.preupload_lfs_files` and `create_commit`: which files are large, and which already exist"""
         files = self.repository(kind, id, write=True).at(revision).files
         answers = []
         for item in self.json()["files"]:
@@ -475,7 +476,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @route("POST", rf"{PAGE}\.git/info/lfs/objects/batch")
     def batch(self, kind, id):
-        """`HfApi.preupload_lfs_files` and `create_commit`: where large files are put, of those that are not there"""
+        """`HfApi.preupload_lfs_files` and `create_commit`: the upload addresses of missing large files"""
         repository = self.repository(kind, id, write=True)
         answers = []
         for item in self.json()["objects"]:
@@ -490,7 +491,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @route("PUT", rf"/{REPOSITORY}/(?P<sha256>[0-9a-f]{{64}})")
     def put(self, kind, id, sha256):
-        """`HfApi.preupload_lfs_files` and `create_commit`: the content of a large file. The address is the secret."""
+        """`HfApi.preupload_lfs_files` and `create_commit`: the content of a large file, whose address is a secret"""
         repository = self.hub.repositories[kind, id]
         corrupt = self.hub.due(self.line, "corrupt")
         size, digest = 0, hashlib.sha256()
@@ -527,7 +528,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @route("GET", rf"{PAGE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, kind, id, revision, path):
-        """`hf_hub_download`, `file_exists`, `from_pretrained`: a small file, or where the content of a large one is"""
+        """`hf_hub_download`, `file_exists`, `from_pretrained`: a small file, or the address of a large one"""
         repository = self.repository(kind, id)
         commit = repository.at(revision)
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
@@ -546,19 +547,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @route("GET", rf"/{REPOSITORY}/(?P<sha256>[0-9a-f]{{64}})")
     def large(self, kind, id, sha256):
-        """`hf_hub_download`, `from_pretrained`: the content of a large file. The address is the secret."""
+        """`hf_hub_download`, `from_pretrained`: the content of a large file, whose address is a secret"""
         path = self.hub.repositories[kind, id].folder / "large" / sha256
         headers = {"Accept-Ranges": "bytes", "ETag": f'"{sha256}"', "Content-Type": "application/octet-stream"}
         self.answer(200, None, headers, path)
 
 
 class Endpoint:
-    """Something with an `address` that a client is to use."""
+    """A server with an `address` for clients."""
 
     address: str
 
     def environment(self, token: str | None = None, home: str | os.PathLike | None = None) -> dict[str, str]:
-        """What a command's environment must say so that it uses this Hub, with its cache in `home`."""
+        """Return the environment variables that make a command use this Hub, with its cache in `home`."""
         names = {"HF_ENDPOINT": self.address, "HF_TOKEN": token or "", "HF_HUB_DISABLE_XET": "1"}
         names |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if home is not None:
@@ -567,8 +568,8 @@ class Endpoint:
 
     def use(self, monkeypatch, token: str = ""):
         """
-        Do to the client of this process what `environment` does to that of another, and take away the seconds it waits
-        between its tries. The cache stays where it is: name a `cache_dir`.
+        Make the client of this process use this Hub, without a delay between its retries. The cache folder does not
+        change: pass a `cache_dir`.
         """
         template = self.address + "/{repo_id}/resolve/{revision}/{filename}"
         values = {"ENDPOINT": self.address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_TOKEN_PATH": os.devnull}
@@ -582,18 +583,18 @@ class Endpoint:
 
 class Hub(Endpoint):
     """
-    The server, in threads of this process.
+    Run the server in threads of this process.
 
     Args:
-        state (*optional*): the folder that holds everything; a temporary one by default. A folder of before goes on.
-        port (`int`, *optional*, defaults to 0): 0 is any that is free.
-        tokens (*optional*): the good tokens, `TOKENS` by default.
-        large_size (`int`, *optional*, defaults to 10 MB): files above it are large ones, whatever they are.
-        max_size (`int`, *optional*, defaults to 50 GB): files above it are refused.
-        page_size (`int`, *optional*, defaults to 1000): files a page of a list.
+        state (*optional*): the folder of the server's data, by default a temporary one. An existing one is reused.
+        port (`int`, *optional*, defaults to 0): the port; 0 chooses a free one.
+        tokens (*optional*): the valid tokens, `TOKENS` by default.
+        large_size (`int`, *optional*, defaults to 10 MB): size above which every file is a large one.
+        max_size (`int`, *optional*, defaults to 50 GB): size above which files are refused.
+        page_size (`int`, *optional*, defaults to 1000): number of files per page of a list.
 
-    `requests` are those that came, `repositories` what there is by kind and id, `errors` what went wrong in the
-    server itself, which leaving the `with` raises.
+    `requests` are the received requests, `repositories` maps (kind, id) to repositories, and `errors` are exceptions
+    of the server itself; the first one is raised at the end of the `with` block.
     """
 
     def __init__(
@@ -614,7 +615,7 @@ class Hub(Endpoint):
         self.errors: list[Exception] = []
         self.lost: set[str] = set()
         self.names = itertools.count()
-        shutil.rmtree(self.state / "aside", ignore_errors=True)  # what a killed server was writing
+        shutil.rmtree(self.state / "aside", ignore_errors=True)  # unfinished files of a killed server
         (self.state / "aside").mkdir(parents=True)
         loaded = [Repository.load(path) for path in self.state.glob("*/*/*/repository.json")]
         self.repositories = {(repository.kind, repository.id): repository for repository in loaded}
@@ -638,25 +639,25 @@ class Hub(Endpoint):
     # for tests
 
     def fault(self, kind: str, pattern: str, times: int = 1, **value) -> Fault:
-        """Ask for a `Fault`; its `happened` counts."""
+        """Add a `Fault` and return it; its `happened` counts its occurrences."""
         if kind == "die":
             raise ValueError("A server in this process cannot die alone: use HubProcess.")
         self.faults.append(Fault(kind, pattern, times, **value))
         return self.faults[-1]
 
     def files(self, id: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
-        """What a revision of a repository is: path -> content."""
+        """Return the files of a revision of a repository, path -> content."""
         repository = self.repositories[kind, id]
         return {path: repository.content(file).read_bytes() for path, file in repository.at(revision).files.items()}
 
     def head(self, id: str, kind: str = "model") -> str:
-        """The id of the last commit of the main branch."""
+        """Return the id of the latest commit of the main branch."""
         return self.repositories[kind, id].branches["main"]
 
     # for the handler
 
     def due(self, line: str, *kinds: str) -> Fault | None:
-        """The fault of one of these kinds that is to happen now."""
+        """Return a fault of one of these kinds that applies to a request, and count it."""
         with self.lock:
             for fault in self.faults:
                 if fault.kind in kinds and fault.happened < fault.times and re.search(fault.pattern, line):
@@ -666,7 +667,7 @@ class Hub(Endpoint):
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[BinaryIO]:
-        """A file that is written aside and takes its place when it is complete: a kill leaves the former one."""
+        """Open a temporary file that is renamed when it is complete, so that a kill keeps the previous file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.state / "aside" / str(next(self.names))
         try:
@@ -694,8 +695,8 @@ class Hub(Endpoint):
 
     def commit(self, repository: Repository, items: list[dict], branch: str = "main") -> str:
         """
-        One more commit on a branch, or none: all is checked before, and the new `repository.json` takes the place of
-        the former in one step.
+        Add a commit to a branch atomically: everything is checked first, and the new `repository.json` replaces the
+        previous one in one step.
         """
         if branch not in repository.branches:
             raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
@@ -738,22 +739,22 @@ class Hub(Endpoint):
         branches = {**repository.branches, branch: oid}
         commits = [*repository.commits, Commit(oid, parent or None, message, files)]
         self.save(Repository(**{**vars(repository), "branches": branches, "commits": commits}))
-        repository.commits, repository.branches = commits, branches  # a reader finds the commit of a branch
+        repository.commits, repository.branches = commits, branches  # in this order: a branch's commit must exist
         return oid
 
 
 class HubProcess(Endpoint):
-    """The server as a process of its own, on the folder `state`; `faults` are (kind, pattern, times, value)."""
+    """Run the server in a separate process on the folder `state`; `faults` are (kind, pattern, times, value)."""
 
     def __init__(self, state: str | os.PathLike, faults: list[tuple] = (), port: int = 0):
         self.state, self.faults, self.port = state, faults, port
 
     def __enter__(self) -> "HubProcess":
-        words = [str(word) for fault in self.faults for word in ("--fault", *fault)]
-        command = [sys.executable, __file__, "--state", str(self.state), "--port", str(self.port), *words]
+        options = [str(value) for fault in self.faults for value in ("--fault", *fault)]
+        command = [sys.executable, __file__, "--state", str(self.state), "--port", str(self.port), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.address = self.process.stdout.readline().strip()
-        self.port = int(self.address.rsplit(":", 1)[1])  # the same one when it is started again
+        self.port = int(self.address.rsplit(":", 1)[1])  # reused when the server is started again
         return self
 
     def kill(self):
@@ -766,11 +767,11 @@ class HubProcess(Endpoint):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A Hub on this machine.")
-    parser.add_argument("--state", required=True, help="folder that holds everything")
+    parser = argparse.ArgumentParser(description="Serve a local Hub.")
+    parser.add_argument("--state", required=True, help="folder of the server's data")
     parser.add_argument("--port", type=int, default=0)
-    words = "KIND PATTERN [TIMES [VALUE]]: see Fault"
-    parser.add_argument("--fault", nargs="+", action="append", default=[], help=words)
+    fault_help = "KIND PATTERN [TIMES [VALUE]]: see Fault"
+    parser.add_argument("--fault", nargs="+", action="append", default=[], help=fault_help)
     arguments = parser.parse_args()
     hub = Hub(arguments.state, arguments.port)
     for kind, pattern, *numbers in arguments.fault:

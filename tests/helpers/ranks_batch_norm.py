@@ -1,4 +1,4 @@
-"""Each of two processes: synchronized batch norm of unequal shares against one batch norm of the whole batch."""
+"""Compare synchronized batch norm on unequal shares, on two ranks, with one batch norm on the full batch."""
 
 import sys
 import warnings
@@ -13,7 +13,7 @@ SHARES = [slice(0, 3), slice(3, 5)]
 
 
 def main():
-    warnings.simplefilter("error")  # a deprecated collective among them
+    warnings.simplefilter("error")  # deprecated collectives warn
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     torch.manual_seed(0)

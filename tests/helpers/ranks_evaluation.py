@@ -1,7 +1,7 @@
 """
-Evaluation on several processes against one: `run_grid` for tests and the scorecard, and the script that it starts.
+Compare evaluation on several processes with evaluation on one: `run_grid` for tests and the scorecard, and its script.
 
-The model answers by a fixed rule from the words alone, so that nothing but sharing and gathering can differ.
+The model computes its answers from the token ids by a fixed rule, so that only sharding and gathering can differ.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ MAX_IMAGES = 41
 
 def run_grid(counts=range(1, MAX_IMAGES + 1), ranks=(1, 2, 3, 4), batch_sizes=range(1, 9), timeout=1200) -> dict:
     """
-    Evaluate the first N images of a set, for each N of `counts`, on each number of processes, in batches of each size,
-    and once more with a stop on the way. A case passes if every process has every phrase once, in order, the same to
-    the last bit as one process has, and asked for a stop as often as the others.
+    Evaluate the first N images of a dataset, for each N of `counts`, on each number of processes, in batches of each
+    size, and once more with an interruption. A case passes if every process has every phrase once, in order,
+    bit-identical to a single process, and if all processes checked for an interruption equally often.
 
     Returns:
-        `dict`: "passed", "of", and "failed", what did not pass. A hang fails after `timeout` seconds.
+        `dict`: "passed", "of", and "failed", the names of the failed cases. A hang fails after `timeout` seconds.
     """
     cases = [list(counts), list(ranks), list(batch_sizes)]
     total = len(cases[1]) * (len(cases[0]) * len(cases[2]) + 1)
@@ -46,8 +46,8 @@ def run_grid(counts=range(1, MAX_IMAGES + 1), ranks=(1, 2, 3, 4), batch_sizes=ra
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {"passed": 0, "of": total, "failed": [f"no end after {timeout} s"]}
-    finally:  # the ranks too
+        return {"passed": 0, "of": total, "failed": [f"not finished after {timeout} s"]}
+    finally:  # kill the ranks, too
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -58,7 +58,10 @@ def run_grid(counts=range(1, MAX_IMAGES + 1), ranks=(1, 2, 3, 4), batch_sizes=ra
 
 
 class FixedAnswers(torch.nn.Module):
-    """Boxes and masks that are integers of the tokens, divided once: the same wherever they stand in a batch."""
+    """
+    A model whose boxes and masks are computed from the token ids, in integers with one division, so that they do not
+    depend on the position in a batch.
+    """
 
     def fused_copy(self):
         return self
@@ -71,8 +74,8 @@ class FixedAnswers(torch.nn.Module):
 
         ids = phrases.get("phrase_input_ids", input_ids[:, None])
         mask = phrases.get("phrase_attention_mask", attention_mask[:, None])
-        place = torch.arange(1, input_ids.shape[1] + 1)
-        numbers = 7 * (input_ids * attention_mask * place).sum(1)[:, None] + 13 * (ids * mask).sum(-1)
+        positions = torch.arange(1, input_ids.shape[1] + 1)
+        numbers = 7 * (input_ids * attention_mask * positions).sum(1)[:, None] + 13 * (ids * mask).sum(-1)
         boxes = (numbers[..., None] * torch.tensor([3, 5, 7, 11]) % 97 + 20) / 137
         pixels = (numbers[..., None] * torch.arange(256) % 97 - 48.5).unflatten(-1, (16, 16))
         return RefTRVisualGroundingOutput(
@@ -87,7 +90,7 @@ class FixedAnswers(torch.nn.Module):
 
 
 def evaluate_cases(rank, world_size, port, processor, rows, expected, counts, batch_sizes, folder):
-    """One process of a group: all cases of its size; what fails goes to a file."""
+    """Evaluate all cases of one number of processes on one rank, and write the failed cases to a file."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -154,7 +157,7 @@ def main(counts, ranks, batch_sizes):
                 listener.bind(("127.0.0.1", 0))
                 port = listener.getsockname()[1]
             arguments = (world_size, port, processor, rows, expected, counts, batch_sizes, folder)
-            # forked: the libraries are imported once
+            # fork, so that the libraries are imported only once
             start_processes(evaluate_cases, args=arguments, nprocs=world_size, start_method="fork")
 
         start(1, None, [MAX_IMAGES], [MAX_IMAGES])
@@ -162,7 +165,7 @@ def main(counts, ranks, batch_sizes):
         failed = []
         for world_size in ranks:
             start(world_size, expected, counts, batch_sizes)
-            # a case fails once, on however many processes
+            # count a case once, regardless of the number of ranks on which it fails
             parts = [json.loads((folder / f"{world_size}_{rank}.json").read_text()) for rank in range(world_size)]
             failed += sorted({name for part in parts for name in part})
     sys.stdout.write(json.dumps(failed) + "\n")

@@ -1,4 +1,4 @@
-"""Each of two processes: a step with a share of the batch against the step of one process with all of it."""
+"""Compare a training step on two ranks, each with a share of the batch, with a step on the full batch."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from training_reftr.settings import TrainingSettings
 from training_reftr.step import train_step
 
 
-SHARES = [slice(0, 3), slice(3, 4)]  # of unlike numbers of sentences
+SHARES = [slice(0, 3), slice(3, 4)]  # with different numbers of sentences
 
 
 def make_batch() -> dict:
@@ -54,11 +54,11 @@ def main(settings: dict):
     seen = {}
     clip = accelerator.clip_grad_norm_
 
-    def look(parameters, limit):
+    def record_gradients(parameters, limit):
         seen.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         return clip(parameters, limit)
 
-    accelerator.clip_grad_norm_ = look
+    accelerator.clip_grad_norm_ = record_gradients
     totals, num_expressions = train_step(run, [share_of(batch, SHARES[accelerator.process_index])], accelerator)
     assert num_expressions == 5
     torch.testing.assert_close(totals["loss"], loss.detach(), rtol=1e-5, atol=1e-6)

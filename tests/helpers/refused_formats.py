@@ -1,4 +1,4 @@
-"""Files of formats that are not accepted, and a stand-in for the program that one of them starts."""
+"""Files of refused formats, and a replacement for the program that one of them starts."""
 
 import io
 import os
@@ -8,13 +8,13 @@ from PIL import EpsImagePlugin, Image
 
 
 def saved(name: str, mode: str = "RGB") -> bytes:
-    """A file as Pillow itself writes it."""
+    """Return the content of an image file that Pillow writes."""
     file = io.BytesIO()
     Image.new(mode, (64, 48), 1).save(file, name)
     return file.getvalue()
 
 
-# Pillow's name of the format -> content that Pillow would open
+# Pillow's name of a format -> file content that Pillow would open
 REFUSED = {
     "EPS": saved("EPS"),
     "WMF": struct.pack("<IHhhhhHIHH18x", 0x9AC6CDD7, 0, 0, 0, 64, 48, 72, 0, 0, 1)[:22] + b"\1\0\x09\0" + bytes(30),
@@ -33,16 +33,16 @@ REFUSED = {
 
 
 def is_refusal(sentence: str, name: str) -> bool:
-    """Whether a sentence names the format that was found and those that are accepted."""
+    """Return whether a message names the detected format and the accepted ones."""
     return name in sentence and "JPEG, MPO, PNG, WEBP, GIF, BMP, TIFF, PPM and AVIF" in sentence
 
 
 def stand_in_for_ghostscript(folder, monkeypatch):
-    """Put a program `gs` on the PATH, here and for processes that are started; return the file that it would write."""
+    """Put a program `gs` on the PATH of this process and its children, and return the file that it would write."""
     mark, program = folder / "started", folder / "bin" / "gs"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\necho started >> '{mark}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what Pillow found earlier
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # the cached result of an earlier search
     return mark

@@ -1,4 +1,4 @@
-"""The Space's page for its tests: `demo/app.py`, which is no part of a package, and a tiny model to serve."""
+"""Import the Space's app, `demo/app.py`, which does not belong to a package, and make a tiny model to serve."""
 
 import importlib.util
 import shutil
@@ -14,7 +14,7 @@ EXPRESSIONS = ["the green circle", "the star"]
 
 
 def import_app():
-    """A module of its own for each caller."""
+    """Import a new copy of the app's module."""
     spec = importlib.util.spec_from_file_location("space_app_module", DEMO / "app.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -22,7 +22,7 @@ def import_app():
 
 
 def copy_with_masks(trained, path):
-    """A trained folder again, with a mask head, and random weights with which two expressions get two boxes."""
+    """Copy a model folder, with a mask head and random weights that give different boxes for different expressions."""
     shutil.copytree(trained, path)
     model = RefTRForVisualGrounding.from_pretrained(path, predict_masks=True)
     torch.manual_seed(9)

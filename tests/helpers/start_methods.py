@@ -1,5 +1,5 @@
 """
-Train, evaluate and ask with loader processes, in the main thread or another, and print what came of it; the script of
+Train, evaluate and predict with loader processes, in the main thread or another, and print the results; the script of
 tests/integration/test_start_methods.py:
 
     python tests/helpers/start_methods.py fork thread 2 recipe.yaml folder
@@ -25,7 +25,7 @@ VOLATILE = ("time", "train/expressions_per_second", "train/seconds_per_update", 
 
 
 def train(argv: list[str], folder: Path) -> list:
-    """Train and report; what the log and the report hold."""
+    """Train a model, and return the contents of its log and its report."""
     code = train_reftr.main([*argv, "--output_dir", str(folder)])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if name not in VOLATILE} for line in lines]
@@ -33,14 +33,14 @@ def train(argv: list[str], folder: Path) -> list:
 
 
 def evaluate(argv: list[str], folder: Path) -> list:
-    """Evaluate what was trained; what the report holds."""
+    """Evaluate the trained model, and return the contents of the report."""
     settings = ["--eval_only", "--init_from", str(folder), "--output_dir", f"{folder}_report"]
     code = train_reftr.main([*argv, *settings])
     return [code, json.loads(Path(f"{folder}_report", "metrics.json").read_text())["splits"]]
 
 
 def ask(num_workers: int, folder: Path) -> list:
-    """Ask about images."""
+    """Return the pipeline's answers about several images."""
     model = RefTRForVisualGrounding.from_pretrained(folder).eval()
     ground = VisualGroundingPipeline(model, processor=RefTRProcessor.from_pretrained(folder), device="cpu")
     images = [Image.new("RGB", (64, 48), color) for color in COLORS]

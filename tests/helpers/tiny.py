@@ -1,4 +1,4 @@
-"""A tiny model and dataset, of which a test trains or evaluates within seconds."""
+"""Settings of a tiny model and dataset, to train and evaluate within seconds."""
 
 import os
 from pathlib import Path
@@ -37,5 +37,5 @@ TINY_SET = {"image_size": 64, "num_train": 48, "num_validation": 9, "num_test": 
 
 
 def trials(count: int, short: int) -> range:
-    """The trials of a test: all of them for the scorecard, a few in the everyday suite."""
+    """Return the trials of a test: all of them for the scorecard, a few in the everyday suite."""
     return range(count if "SCORECARD" in os.environ else short)

@@ -1,4 +1,4 @@
-"""The command `python -m data_scripts` where the toy source of layout_toy.py is known."""
+"""Run the command `python -m data_scripts` with the toy source of layout_toy.py registered."""
 
 import runpy
 

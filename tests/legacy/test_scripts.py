@@ -1,7 +1,7 @@
 """
-The builders as scripts of datasets 3.6, which copies a script and the siblings that it imports to another place: rows
-are the same as of `data_scripts.load`. Files are made by `tests/layout_<builder module>.py`, in the project's own
-environment ($PROJECT_PYTHON), for some are written by torch.
+Test the builders as loading scripts of datasets 3.6, which copies a script and its imported siblings to another
+folder: the rows must equal those of `data_scripts.load`. `tests/helpers/layout_<builder module>.py` generates the
+files in the project's environment ($PROJECT_PYTHON), because some of them are written by torch.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import pytest
 
 
 MODULES = tempfile.TemporaryDirectory()
-os.environ["HF_MODULES_CACHE"] = MODULES.name  # where scripts are copied to; read when datasets is imported
+os.environ["HF_MODULES_CACHE"] = MODULES.name  # the folder for copies of scripts, read when datasets is imported
 
 import datasets  # noqa: E402
 
@@ -23,7 +23,7 @@ import datasets  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import data_scripts  # noqa: E402 -- found by the line above
+import data_scripts  # noqa: E402 -- requires the path above
 
 
 SMALL = {"shapes": {"num_train": 3, "num_validation": 2, "num_test": 2}}
@@ -34,26 +34,27 @@ def module_of(source) -> str:
 
 
 def layout_of(source) -> str | None:
-    """The module that makes a source's files: `layout_flickr30k` for the builder module `flickr30k_entities`."""
-    names = [path.stem.removeprefix("layout_") for path in (ROOT / "tests").glob("layout_*.py")]
+    """Return the name of the layout module of a source: `flickr30k` for the builder module `flickr30k_entities`."""
+    names = [path.stem.removeprefix("layout_") for path in (ROOT / "tests" / "helpers").glob("layout_*.py")]
     return max((name for name in names if module_of(source).startswith(name)), key=len, default=None)
 
 
 def make_files(source, folder: Path):
+    """Generate the files of a source in the project's environment."""
     layout = layout_of(source)
     code = (
-        f"import inspect, pathlib, layout_{layout} as layout; make = layout.make_{layout}; "
+        f"import inspect, pathlib, tests.helpers.layout_{layout} as layout; make = layout.make_{layout}; "
         f"named = {{'name': {source.name!r}}} if 'name' in inspect.signature(make).parameters else {{}}; "
         f"make(pathlib.Path({str(folder)!r}), **named)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([os.environ["PROJECT_PYTHON"], "-c", code], env=environment, check=True)
 
 
 SOURCES = [source for source in data_scripts.SOURCES.values() if source.builder.__module__.startswith("data_scripts.")]
 
 
-def test_this_is_the_old_library():
+def test_datasets_is_version_3_6():
     assert datasets.__version__.startswith("3.6.")
 
 
@@ -64,7 +65,7 @@ def test_every_source_has_files(source):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_a_script_gives_the_same_rows(source, num_proc, tmp_path):
+def test_script_gives_rows_of_load(source, num_proc, tmp_path):
     flags = SMALL.get(module_of(source), {})
     data_dir = None
     if module_of(source) not in SMALL:

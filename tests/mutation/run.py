@@ -1,10 +1,10 @@
 """
-Apply each listed one-line fault to a scratch copy of the checkout and run the tests concerned, which must fail.
+Apply each listed one-line fault to a copy of the checkout and run the affected tests, which must fail.
 
-The lists are the YAML files beside this script. Each entry gives the `file`, the text `old` that occurs once in it,
-the text `new` in its place, what it `breaks`, the `tests` (pytest node ids) of which one must fail, and, for a fault
-that no behaviour can show, the reason why it `survives`. Results are written after every trial and are part of the
-repository: a run that was ended goes on where it was, and trials whose file and tests did not change are not repeated.
+The lists are the YAML files next to this script. Each entry gives the `file`, the text `old` that occurs once in it,
+the text `new` that replaces it, what it `breaks`, the `tests` (pytest node ids) of which one must fail, and, for a
+fault that does not change behaviour, the reason why it `survives`. Results are written after every trial and
+committed: an interrupted run continues, and trials whose file and tests did not change are not repeated.
 """
 
 import argparse
@@ -34,7 +34,8 @@ ROOT = FOLDER.parents[1]
 TABLE = FOLDER / "table.md"
 RESULTS = FOLDER / "results.json"
 FIELDS = {"file", "old", "new", "breaks", "tests"}
-# every trial is forked from a process that has imported these, which takes longer than many tests
+# every trial is forked from a process that has imported these libraries, because importing them takes longer than many
+# tests
 LIBRARIES = [
     "accelerate",
     "datasets",
@@ -46,7 +47,7 @@ LIBRARIES = [
     "transformers.models.bert.modeling_bert",
 ]
 SERVER = multiprocessing.get_context("forkserver")
-TIMEOUT = 400  # seconds: a fault that makes a test hang is found as well
+TIMEOUT = 400  # seconds, after which a fault that makes a test hang counts as killed
 
 
 def load_mutations(lists: list[str] | None = None) -> list[dict]:
@@ -89,14 +90,14 @@ def is_defined(test: str) -> bool:
 
 
 def identity(mutation: dict) -> str:
-    """Return what a trial depends on, as a hash: the fault, the file it is applied to and the tests."""
+    """Return a hash of the inputs of a trial: the fault, the file that it is applied to, and the tests."""
     content = [mutation["file"], mutation["old"], mutation["new"], *mutation["tests"]]
     content += [(ROOT / test.partition("::")[0]).read_text() for test in (mutation["file"], *mutation["tests"])]
     return hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copy the files that git knows or would add to a folder."""
+    """Copy the tracked and the untracked, not ignored files of the checkout to a folder."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (ROOT / name).is_file():
@@ -105,27 +106,27 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
-def run_pytest(checkout: Path, words: list[str], output: str):
-    """Run pytest in a checkout, with its output in a file; the target of a forked process, which ends with it."""
+def run_pytest(checkout: Path, argv: list[str], output: str):
+    """Run pytest in a checkout, with its output in a file, and exit; the target of a forked process."""
     os.setsid()
     descriptor = os.open(output, os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    # without bytecode: a file that is mutated and restored within a second would be read from an old one
+    # bytecode would be stale for a file that is mutated and restored within a second
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.path[:] = [str(checkout), *(path for path in sys.path if Path(path).resolve() not in (ROOT, FOLDER))]
     os.chdir(checkout)
-    code = importlib.import_module("pytest").main(words)
+    code = importlib.import_module("pytest").main(argv)
     sys.stdout.flush()
     os._exit(code)
 
 
 def run_tests(checkout: Path, tests: list[str], *options: str) -> tuple[int | None, str]:
-    """Return pytest's exit code in a checkout, None after the time limit, and what it printed."""
-    words = ["-q", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider", *options, *tests]
+    """Return pytest's exit code in a checkout, None after the time limit, and its output."""
+    argv = ["-q", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider", *options, *tests]
     with tempfile.NamedTemporaryFile(prefix="mutation-", suffix=".log") as output:
-        process = SERVER.Process(target=run_pytest, args=(checkout, words, output.name))
+        process = SERVER.Process(target=run_pytest, args=(checkout, argv, output.name))
         process.start()
         process.join(None if "-n" in options else TIMEOUT)
         code = process.exitcode
@@ -148,14 +149,14 @@ def try_mutation(checkout: Path, mutation: dict) -> dict:
     outcome = {0: "survived", 1: "killed", None: "killed"}.get(code, "error")
     return {
         "outcome": outcome,
-        "by": failed.group(1) if failed else f"{TIMEOUT} seconds without an end" if code is None else "",
+        "by": failed.group(1) if failed else f"not finished after {TIMEOUT} seconds" if code is None else "",
         "seconds": round(time.perf_counter() - start, 1),
         **({"output": output[-2000:]} if outcome == "error" else {}),
     }
 
 
 def save(results: dict[str, dict], path: Path):
-    """Write one line per result aside and rename the file: an end in between leaves the results before."""
+    """Write one line per result to a temporary file and rename it, so that an interruption keeps the old results."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results))
     aside = path.with_suffix(".tmp")
     aside.write_text(f"{{\n{lines}\n}}\n")
@@ -163,14 +164,14 @@ def save(results: dict[str, dict], path: Path):
 
 
 def try_all(mutations: list[dict], results: dict[str, dict], path: Path, num_workers: int):
-    """Try the mutations side by side, each worker in a copy of its own, and save after each."""
+    """Try the mutations in parallel, each worker in its own copy, and save the results after each trial."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
         checkouts = queue.SimpleQueue()
         for number in range(num_workers):
             checkouts.put(copy_checkout(Path(scratch) / str(number)))
 
         def trial(mutation):
-            checkout, key = checkouts.get(), identity(mutation)  # before somebody edits the file or its tests
+            checkout, key = checkouts.get(), identity(mutation)  # hash before the file or its tests can be edited
             try:
                 return mutation, key, try_mutation(checkout, mutation)
             finally:
@@ -214,13 +215,13 @@ def table(mutations: list[dict], results: dict[str, dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Try what was not tried before, write the table, and return 1 if a mutation survives without a reason."""
+    """Try the mutations without a result, write the table, and return 1 if a mutation survives without a reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", nargs="+", metavar="NAME", help="only these lists; the table is not written")
-    parser.add_argument("--match", metavar="WORD", help="only entries whose file or `breaks` contains this; no table")
+    parser.add_argument("--match", metavar="TEXT", help="only entries whose file or `breaks` contains this; no table")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
+    parser.add_argument("--no-baseline", action="store_true", help="skip the first run of the tests without a fault")
     options = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     SERVER.set_forkserver_preload(LIBRARIES)

@@ -1,9 +1,9 @@
 """
-Fetch the test-suite of the installed transformers from its source distribution: `python tests/peer/fetch.py DIR`.
+Download the test suite of the installed transformers from its source distribution: `python tests/peer/fetch.py DIR`.
 
-Its package is called `tests`, like ours; here it becomes `transformers_tests`. What it imports and the archive lacks
-is stubbed: two mixins that do not apply to RefTR (exporters, text generation), the values that its configuration test
-sets, and its store of downloads.
+Its package is called `tests`, like ours, and is renamed to `transformers_tests`. Imported modules that the archive
+lacks are stubbed: two mixins that do not apply to RefTR (exporters, text generation), the values that its
+configuration test sets, and its store of downloads.
 """
 
 import importlib.metadata
@@ -40,9 +40,9 @@ def main(folder: Path):
         with tarfile.open(archive) as source:
             top = f"{archive.name.removesuffix('.tar.gz')}/tests"
             for member in source.getmembers():
-                place = Path(member.name)
-                if place.parent.as_posix() == top and place.suffix == ".py":
-                    path = folder / "transformers_tests" / place.name
+                name = Path(member.name)
+                if name.parent.as_posix() == top and name.suffix == ".py":
+                    path = folder / "transformers_tests" / name.name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(source.extractfile(member).read())
     for name, text in {"transformers_tests/__init__.py": "", **STUBS}.items():

@@ -1,15 +1,16 @@
 """
-RefTR under transformers' own model and configuration tests; run by `make test-peer`.
+Run transformers' own model and configuration tests on RefTR, by `make test-peer`.
 
-The suite skips what does not apply, and says why in its report:
+The suite skips tests that do not apply, and gives the reasons in its report:
 
-- a machine's part that is absent: an accelerator or several, Flash Attention, MPS, DeepSpeed, the kernels library;
-- parts that RefTR has not: a language modelling head, `inputs_embeds` (the text goes through a backbone of its own),
-  sliding windows, rotary positions (`base_model_class`), experts, tensor parallelism, modules kept in float32,
-  weights that are renamed while they are loaded, positions that can be resized;
+- absent hardware or libraries: one or several accelerators, Flash Attention, MPS, DeepSpeed, the kernels library;
+- features that RefTR does not have: a language modelling head, `inputs_embeds` (the text has its own backbone),
+sliding
+  windows, rotary positions (`base_model_class`), experts, tensor parallelism, modules kept in float32, weights that
+  are renamed during loading, resizable positions;
 - "does not support SDPA" and "does not have both a non-text modality tower and a language sub-model": of the three
-  tests of SDPA dispatch one is for models without sub-configurations and one for generators; the third is run;
-- hidden states by layer: RefTR names them by encoder and decoder, the test asks for one `hidden_states`.
+  tests of SDPA dispatch, one is for models without sub-configurations and one for generators; the third one is run;
+- hidden states by layer: RefTR returns them separately for encoder and decoder, the test expects one `hidden_states`.
 """
 
 import copy
@@ -24,7 +25,7 @@ from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRModel
 
 
 class RefTRModelTester:
-    """A tiny model, and two pictures with a sentence of two phrases each."""
+    """Build a tiny model, and inputs of two images, each with one sentence of two phrases."""
 
     def __init__(self, parent):
         self.parent = parent
@@ -36,10 +37,10 @@ class RefTRModelTester:
         self.num_image_tokens = (self.image_size // 8) ** 2
         self.vocab_size = 99
         self.is_training = True
-        # timm: the feature maps asked for, and convolutions have no attention
+        # timm returns the requested feature maps; convolutions do not return attentions
         self.num_backbone_hidden_states = 4
         self.num_backbone_attentions = 0
-        # what the suite asks about shapes
+        # sizes that the suite reads to check shapes
         self.hidden_size = 32
         self.num_hidden_layers = 2
         self.num_attention_heads = 4
@@ -76,10 +77,10 @@ class RefTRModelTester:
             decoder_attention_heads=self.num_attention_heads,
             encoder_ffn_dim=37,
             decoder_ffn_dim=37,
-            # nothing is pretrained, and every parameter has to have a gradient
+            # the model is not pretrained, and the suite requires a gradient of every parameter
             freeze_backbone_batch_norm=False,
             num_frozen_backbone_stages=0,
-            # the suite compares pairs of boxes, which a new head answers alike
+            # the suite expects different boxes for different inputs, which a new head does not predict
             box_head_init_std=0.5,
             predict_masks=self.predict_masks,
         )
@@ -127,7 +128,7 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
         return inputs
 
     def only_with_a_loss(self, test):
-        """The suite looks for the loss of every class that it does not know by name."""
+        """Restrict a test to the class with a loss: the suite expects one of every class that it does not know."""
         with unittest.mock.patch.object(type(self), "all_model_classes", (RefTRForVisualGrounding,)):
             test()
 
@@ -144,7 +145,7 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
         self.only_with_a_loss(super().test_training_gradient_checkpointing_use_reentrant_true)
 
     def test_model_outputs_equivalence(self):
-        """The suite subtracts outputs from each other, and booleans have no minus: as 0 and 1 they have."""
+        """Convert boolean outputs to integers, because the suite subtracts outputs from each other."""
 
         def with_numbers(model_class):
             def forward(model, *args, **kwargs):
@@ -165,7 +166,7 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
             super().test_model_outputs_equivalence()
 
     def test_attention_outputs(self):
-        """The suite counts the outputs of a translation model; as in DETR's own tests, the shapes are looked at."""
+        """Check the shapes of attentions, as in DETR's tests: the suite expects the outputs of a translation model."""
         tester = self.model_tester
         config, inputs = tester.prepare_config_and_inputs_for_common()
         config._attn_implementation = "eager"
@@ -179,12 +180,12 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
         for model_class in self.all_model_classes:
             by_config = copy.deepcopy(config)
             by_config.output_attentions = True
-            for model, asked in (
+            for model, options in (
                 (model_class._from_config(config, attn_implementation="eager"), {"output_attentions": True}),
                 (model_class._from_config(by_config, attn_implementation="eager"), {}),
             ):
                 with torch.no_grad():
-                    outputs = model.eval()(**inputs, **asked)
+                    outputs = model.eval()(**inputs, **options)
                 for name, shape in expected.items():
                     assert [tuple(weights.shape) for weights in outputs[name]] == [shape] * layers, name
 
@@ -199,7 +200,7 @@ class RefTRModelTest(ModelTesterMixin, unittest.TestCase):
 
 
 class RefTRWithMasksModelTest(RefTRModelTest):
-    """The same, with the mask head."""
+    """Run the same tests with the mask head."""
 
     all_model_classes = (RefTRForVisualGrounding,)
 
@@ -209,7 +210,7 @@ class RefTRWithMasksModelTest(RefTRModelTest):
 
 
 class VisionTransformerTester(RefTRModelTester):
-    """The same with a backbone of attention, one of the library's own."""
+    """Build the same model with a vision transformer of the library as the backbone."""
 
     def __init__(self, parent):
         super().__init__(parent)
@@ -229,7 +230,7 @@ class VisionTransformerTester(RefTRModelTester):
 
 
 class RefTRWithVisionTransformerTest(RefTRModelTest):
-    """The same, with a backbone of attention."""
+    """Run the same tests with a vision transformer as the backbone."""
 
     def setUp(self):
         super().setUp()

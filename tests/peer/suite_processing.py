@@ -1,4 +1,4 @@
-"""RefTR's processors under transformers' own tests of image processors and processors; run by `make test-peer`."""
+"""Run transformers' own tests of image processors and processors on RefTR's, by `make test-peer`."""
 
 import unittest
 
