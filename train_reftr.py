@@ -35,11 +35,11 @@ from training_reftr.banner import announce, describe_results
 from training_reftr.card import write_card
 from training_reftr.checkpoints import save_checkpoint
 from training_reftr.dry_run import estimate, limited
-from training_reftr.guards import Signals, Stopped, Watchdog, explain
+from training_reftr.guards import Signals, Stopped, Watchdog, explain_runtime_error
 from training_reftr.launch import is_main_rank, resume_command
 from training_reftr.lock import exclusive
 from training_reftr.publishing import Publisher
-from training_reftr.report import format_table, report, select_splits
+from training_reftr.report import format_metrics, report, select_splits
 from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
 from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows, split_of
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stderr.write(for_terminal(f"{stopped}{hint}\n"))
             return stopped.exit_code
         except RuntimeError as error:
-            explained = explain(error)
+            explained = explain_runtime_error(error)
             if explained is None:
                 raise
             if signals.stop:  # another rank stopped first, which broke the connection
@@ -102,7 +102,7 @@ def run_all(settings: TrainingSettings, signals: Signals) -> None:
             if accelerator.is_main_process:
                 if not (eval_only and settings.initialization.init_from):  # the folder has no model otherwise
                     write_card(settings.checkpoints.output_dir)
-                results = f"{format_table(metrics)}\n\n{describe_results(settings.checkpoints.folder, metrics)}"
+                results = f"{format_metrics(metrics)}\n\n{describe_results(settings.checkpoints.folder, metrics)}"
                 sys.stdout.write(for_terminal(f"{estimate(settings) if settings.checkpoints.dry_run else results}\n"))
                 if revision := publisher.finish():
                     sys.stdout.write(f"Pushed to {settings.hub.push_to_hub}, revision {revision}\n")

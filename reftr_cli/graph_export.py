@@ -102,7 +102,7 @@ def export(model: RefTRForVisualGrounding, target: str = "onnx", phrases: bool =
     if target == "onnx":
         name_inputs_and_axes(exported.program)
         add_metadata(exported.program, "phrases" if phrases else "sentences")
-    for name, difference in differences(exported, model, phrases).items():
+    for name, difference in compare_outputs(exported, model, phrases).items():
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"The exported graph's {name} differ from the model's by {difference:.1e}, more than {TOLERANCE:.0e}."
@@ -137,7 +137,7 @@ def add_metadata(program: Any, text: str) -> None:
 
 
 @torch.no_grad()
-def differences(exported: ExportedModel, model: RefTRForVisualGrounding, phrases: bool) -> dict[str, float]:
+def compare_outputs(exported: ExportedModel, model: RefTRForVisualGrounding, phrases: bool) -> dict[str, float]:
     """
     Return the largest differences between the outputs of a graph and of a model over a few shapes.
 
@@ -169,7 +169,7 @@ def write_graph(model_name: str, output: str | Path, target: str, phrases: bool)
         phrases (`bool`): for captions with several phrases.
 
     Returns:
-        `dict[str, float]`: the largest differences between the written graph and the model, see `differences`.
+        `dict[str, float]`: the largest differences between the written graph and the model, see `compare_outputs`.
 
     Raises:
         ValueError: if the graph's outputs differ from the model's, or torch cannot save the graph.
@@ -186,4 +186,4 @@ def write_graph(model_name: str, output: str | Path, target: str, phrases: bool)
         reason = str(error).splitlines()[0]
         raise ValueError(f"torch cannot save this model's graph ({reason}); use --format onnx.") from error
     RefTRProcessor.from_pretrained(model_name).save_pretrained(output)
-    return differences(written, model, phrases)
+    return compare_outputs(written, model, phrases)

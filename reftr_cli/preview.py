@@ -28,7 +28,7 @@ def choose_phrases(row: dict, rng: random.Random) -> tuple[str, list[tuple[str, 
     if captions and rng.random() < len(captions) / len(row["sentences"]) + 0.25:
         sentence = rng.choice(captions)
         chosen = [(sentence, phrase) for phrase in sentence["phrases"]]
-        return sentence["text"], [(phrase_text(*pair), pair[1]["objects"][0]) for pair in chosen if pair[1]["objects"]]
+        return sentence["text"], [(phrase_of(*pair), pair[1]["objects"][0]) for pair in chosen if pair[1]["objects"]]
     pairs = [
         (sentence, phrase) for sentence in row["sentences"] for phrase in sentence["phrases"] if phrase["objects"]
     ]
@@ -36,11 +36,11 @@ def choose_phrases(row: dict, rng: random.Random) -> tuple[str, list[tuple[str, 
     chosen = {}
     for sentence, phrase in pairs:
         if len(chosen) < MAX_OBJECTS:
-            chosen.setdefault(phrase["objects"][0], phrase_text(sentence, phrase))
+            chosen.setdefault(phrase["objects"][0], phrase_of(sentence, phrase))
     return "", [(text, index) for index, text in chosen.items()]
 
 
-def phrase_text(sentence: dict, phrase: dict) -> str:
+def phrase_of(sentence: dict, phrase: dict) -> str:
     """Return the text of a phrase."""
     return sentence["text"][phrase["start"] : phrase["end"]]
 

@@ -33,7 +33,7 @@ def announce(rows: dict, model: RefTRForVisualGrounding, settings: TrainingSetti
     data, optimization, eval_only = settings.data, settings.optimization, settings.evaluation.eval_only
     trained = [] if eval_only else [*data.train_split.split("+"), *data.validation_split.split("+")]
     names = dict.fromkeys([*trained, *(name.strip() for name in data.test_splits.split(","))])
-    splits = ", ".join(f"{name} {describe_size(rows[name])}" for name in names if name in rows)
+    splits = ", ".join(f"{name} {describe_num_images(rows[name])}" for name in names if name in rows)
     processes = f"{accelerator.num_processes} process{'' if accelerator.num_processes == 1 else 'es'}"
     if eval_only:
         batch = f"evaluation_batch_size {settings.evaluation.evaluation_batch_size}"
@@ -62,7 +62,7 @@ def announce(rows: dict, model: RefTRForVisualGrounding, settings: TrainingSetti
         )
 
 
-def describe_size(rows: datasets.Dataset | datasets.IterableDataset) -> str:
+def describe_num_images(rows: datasets.Dataset | datasets.IterableDataset) -> str:
     """Return the number of images of a split, as people read it."""
     return f"{len(rows):,} images" if hasattr(rows, "__len__") else "streamed"
 

@@ -232,7 +232,7 @@ def make_card(facts: dict, repository: str | None = None) -> str:
         "text_model": for_markdown(text_model),
         "questions": ", ".join(map(quoted, texts)),
         "training": describe_training(facts),
-        "results": describe_results(facts),
+        "results": describe_evaluation(facts),
         "answers": ANSWERS if facts["has_pictures"] else "",
         "licence": describe_licence(facts),
     }
@@ -381,7 +381,7 @@ def leak_warnings(recipe: dict) -> list[str]:
     return warnings
 
 
-def describe_results(facts: dict) -> str:
+def describe_evaluation(facts: dict) -> str:
     """Return the tables of the report, the best validation if the run is not complete, or how to evaluate."""
     metrics, validation = facts["metrics"], facts["validation"]
     if metrics:

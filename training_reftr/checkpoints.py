@@ -43,7 +43,7 @@ from data_scripts.atomic_files import atomic_folder, remove_folder, remove_lefto
 from data_scripts.quoting import quote
 from modeling_reftr import RefTRProcessor
 from modeling_reftr.saving_reftr import save_tensors
-from training_reftr.guards import explain
+from training_reftr.guards import explain_runtime_error
 from training_reftr.json_files import read_json
 from training_reftr.run_folder import RunFolder
 from training_reftr.settings import CheckpointSettings
@@ -465,7 +465,7 @@ def on_main_process(accelerator: Accelerator, what: str = "") -> Iterator[None]:
     except Exception as raised:  # safetensors and tokenizers raise their own exceptions for a full disk
         error = [raised]
     message = [None if error[0] is None else f"{what}: {error[0]}" if what else str(error[0])]
-    if isinstance(error[0], RuntimeError) and (explained := explain(error[0])):
+    if isinstance(error[0], RuntimeError) and (explained := explain_runtime_error(error[0])):
         message = [str(explained)]  # torch raises for a lost loader process at any point of the main thread
     broadcast_object_list(message)
     if message[0] is not None:

@@ -120,7 +120,7 @@ class Signals:
         return save, interrupt or terminate
 
 
-def explain(error: RuntimeError) -> OSError | None:
+def explain_runtime_error(error: RuntimeError) -> OSError | None:
     """
     Return an error with a one-sentence explanation if another process caused a RuntimeError of torch, else None.
     """

@@ -90,7 +90,7 @@ def with_recipe(argv: list[str]) -> list[str]:
             sys.stdout.flush()
         return [DEMO, *argv]
     if is_main_rank():
-        sys.stderr.write(for_terminal(explain(argv, values)))
+        sys.stderr.write(for_terminal(describe_missing_recipe(argv, values)))
     sys.exit(EXIT_CODE)
 
 
@@ -110,7 +110,7 @@ def is_evaluation(values: dict[str, str]) -> bool:
     return {"eval_only", "dataset"} <= given and bool({"init_from", "output_dir"} & given)
 
 
-def explain(argv: list[str], values: dict[str, str]) -> str:
+def describe_missing_recipe(argv: list[str], values: dict[str, str]) -> str:
     """Return the error, the list of recipes, and an example that keeps the given settings."""
     names = ", ".join(list_recipes())
     recipes = textwrap.fill(names, width=100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)

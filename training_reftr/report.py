@@ -350,7 +350,7 @@ def format_comparison(metrics: dict, heading: str) -> list[str]:
     return ["", f"{heading} Compared with published results", "", *head, *lines]
 
 
-def format_table(metrics: dict) -> str:
+def format_metrics(metrics: dict) -> str:
     """Return the metrics of all splits as a table for a terminal."""
     blocks = []
     for split, values in metrics["splits"].items():

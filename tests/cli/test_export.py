@@ -13,7 +13,7 @@ from transformers.exporters.base import ExportedModel
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.modeling_reftr import RefTRVisualGroundingOutput
-from reftr_cli.graph_export import differences, export, make_inputs
+from reftr_cli.graph_export import compare_outputs, export, make_inputs
 from tests.helpers.documents import blocks_of
 from tests.helpers.tiny import ROOT
 from tests.modeling_reftr.test_inference import TIMM
@@ -101,7 +101,7 @@ def test_exported_graph_of_every_target_equals_model(make_model, tmp_path, targe
         session.run(None, {name: value.numpy() for name, value in inputs.items()})
     else:
         exported.program.module()(**inputs)
-    found = differences(ExportedModel.from_pretrained(tmp_path, trust_remote_code=True), model, phrases)
+    found = compare_outputs(ExportedModel.from_pretrained(tmp_path, trust_remote_code=True), model, phrases)
     assert max(found.values()) < 1e-4
 
 

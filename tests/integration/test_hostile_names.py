@@ -21,7 +21,7 @@ from reftr_cli import predict
 from tests.helpers.tiny import ROOT, TINY_MODEL, TINY_TEXT
 from training_reftr.card import MARK, write_card
 from training_reftr.recipes import to_recipe
-from training_reftr.report import format_report, format_table
+from training_reftr.report import format_metrics, format_report
 from training_reftr.settings import TrainingSettings
 
 
@@ -213,7 +213,7 @@ def test_log_and_table_escape_hostile_names(name):
     record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "%s is odd", (name,), None)
     line = TerminalFormatter("%(levelname)s: %(message)s").format(record)
     assert line == f"WARNING: {for_terminal(name)} is odd"
-    assert for_terminal(format_table(make_metrics(name))).count(for_terminal(name)) >= 2
+    assert for_terminal(format_metrics(make_metrics(name))).count(for_terminal(name)) >= 2
 
 
 def test_data_and_train_commands_escape_log_lines(run, tmp_path):

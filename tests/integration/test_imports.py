@@ -96,3 +96,30 @@ def test_wrong_recipe_name_is_refused_before_importing_torch():
     subprocess.run([sys.executable, "-c", "import torch, transformers.models.auto"], cwd=ROOT, check=True)
     assert light < time.monotonic() - start
     assert result.stderr.startswith("error: 'none' is neither a file nor one of the recipes")
+
+
+# names that independent parts of the project define again, because each works alone; tests compare their results
+REPEATED = {
+    *("quote", "explain", "_parts", "_array_parts", "check_text", "uncompress_counts", "to_run_lengths"),
+    *("mean", "entries", "precisions", "has_lists"),
+}
+
+
+def definitions_of(path) -> set[str]:
+    """Return the names of functions and classes at the top level of a module, without entry points of commands."""
+    nodes = ast.parse(path.read_text()).body
+    names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return names - {"main", "make_parser"}
+
+
+def test_function_name_has_one_meaning():
+    modules = {}
+    for path in {path.resolve() for path in PRODUCT}:
+        for name in definitions_of(path):
+            modules.setdefault(name, set()).add(module_of(path))
+    repeated = {name: sorted(found) for name, found in modules.items() if len(found) > 1}
+    assert {name: found for name, found in repeated.items() if name not in REPEATED} == {}
+    assert repeated.keys() == REPEATED
+    for name, found in repeated.items():
+        layers = [layer_of(module) for module in found]
+        assert all(layers.count(layer) == 1 for layer in layers if layer != "metrics"), (name, found)

@@ -30,8 +30,8 @@ from training_reftr.published_results import DATASET_NAMES, RESULTS, comparable_
 from training_reftr.report import (
     blind_baselines,
     find_training_rows,
+    format_metrics,
     format_report,
-    format_table,
     has_integer_boxes,
     report,
     select_splits,
@@ -350,7 +350,7 @@ def test_report_covers_several_splits(two_splits, shapes):
         assert values["constant_box"]["num_phrases"] == values["num_phrases"]
         assert {"swapped_expressions", "mask_overall_iou", "mask_mean_iou_resized"} <= values.keys()
         assert set(values["per_kind"]) == {"attribute", "place", "relation", "caption"}
-    assert result.stdout.startswith(format_table(metrics))
+    assert result.stdout.startswith(format_metrics(metrics))
 
     tables = tables_of((output / "report.md").read_text())
     (boxes,) = (rows for head, rows in tables.items() if head[:2] == ("accuracy@0.5", "mean IoU"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from training_reftr.guards import Signals, Stopped, Watchdog, explain
+from training_reftr.guards import Signals, Stopped, Watchdog, explain_runtime_error
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def test_watchdog_ends_process_that_stops_feeding(capfd):
 
 
 def test_explain_names_errors_of_other_processes():
-    killed = explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
+    killed = explain_runtime_error(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
     assert isinstance(killed, ChildProcessError)
     assert "(pid 7) was killed by signal: Killed; most often memory is full" in str(killed)
-    lost = explain(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"))
+    lost = explain_runtime_error(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"))
     assert isinstance(lost, ConnectionError)
     assert "Connection closed by peer" in str(lost)
     assert "more" not in str(lost)
-    assert isinstance(explain(torch.distributed.DistBackendError("reset")), ConnectionError)
-    assert explain(RuntimeError("CUDA out of memory")) is None
+    assert isinstance(explain_runtime_error(torch.distributed.DistBackendError("reset")), ConnectionError)
+    assert explain_runtime_error(RuntimeError("CUDA out of memory")) is None
