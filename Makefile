@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 # given as a Hub id is downloaded; without TOKENIZER the published tokenizer must be on this machine.
 SET ?= refcoco_unc
 reproduce: $(VENV)/.installed
-	$(if $(and $(DATA),$(CHECKPOINT)),,$(error make reproduce needs DATA=folder CHECKPOINT=file.pth, and accepts SET=$(SET) TOKENIZER=folder or Hub id OUTPUT=folder))
+	$(if $(and $(DATA),$(CHECKPOINT)),,$(error make reproduce requires DATA=folder CHECKPOINT=file.pth, and accepts SET=$(SET) TOKENIZER=folder or Hub id OUTPUT=folder))
 	$(RUN)/python -m reftr_cli reproduce --data_dir "$(DATA)" --checkpoint "$(CHECKPOINT)" --dataset "$(SET)" \
 		$(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(OUTPUT),--output_dir "$(OUTPUT)")
 

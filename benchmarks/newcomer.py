@@ -89,11 +89,11 @@ def follow(folder: Path, environment: str | None, max_steps: int | None) -> dict
     predict = [argument.replace("demo/shapes.jpg", "photo.jpg") for argument in shlex.split(predict)]
     answers = json.loads(step("answer", *predict))
     for answer in answers:
-        boxes = (torch.tensor([box], dtype=torch.float32) for box in (answer["box"], TRUTH[answer["phrase"]]))
+        boxes = (torch.tensor([box], dtype=torch.float32) for box in (answer["box"], TRUTH[answer["label"]]))
         answer["iou"] = round(box_iou(*boxes).item(), 3)
     return {
         "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
-        "answers": [{name: answer[name] for name in ("phrase", "box", "iou")} for answer in answers],
+        "answers": [{"phrase": answer["label"], "box": answer["box"], "iou": answer["iou"]} for answer in answers],
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True).strip(),
         "max_steps": max_steps,
         "environment": "installed before" if environment else "new",

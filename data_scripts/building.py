@@ -39,7 +39,7 @@ from .schema import FEATURES
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 100  # names in a message
-# what `integer_boxes` keeps, see `whole_box`
+# what `integer_boxes` keeps, see `integer_box`
 KEPT_BOXES = "boxes without extent are kept, to be counted as misses"
 KEPT_MASKS = "masks without a pixel are kept, to be counted as misses"
 # in the folder of a built dataset: split -> a kind of `REPORTED` -> reason -> number, see `reports.read_build_report`
@@ -316,22 +316,22 @@ def clip_box(box_xyxy: Sequence[float], width: int, height: int) -> list[float] 
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
 
 
-def whole_box(box_xyxy: Sequence[float], width: int, height: int, keep_misses: bool = False) -> list[float] | None:
+def integer_box(box_xyxy: Sequence[float], width: int, height: int, keep_misses: bool = False) -> list[float] | None:
     """
-    Cut a box to whole pixels, towards zero as the published loaders do, and to its image; None where it is inverted,
+    Truncate a box to integers as the published loaders do, and clip it to its image; None where it is inverted,
     not finite, or has no extent afterwards. `keep_misses` keeps one without extent: the published evaluation counts it
     as a miss.
 
     Example:
 
     ```python
-    >>> from data_scripts.building import whole_box
+    >>> from data_scripts.building import integer_box
 
-    >>> whole_box([1.9, 2.2, 2.1, 9.7], width=640, height=480)
+    >>> integer_box([1.9, 2.2, 2.1, 9.7], width=640, height=480)
     [1.0, 2.0, 2.0, 9.0]
-    >>> whole_box([20.4, 5, 20.8, 900], width=640, height=480) is None
+    >>> integer_box([20.4, 5, 20.8, 900], width=640, height=480) is None
     True
-    >>> whole_box([20.4, 5, 20.8, 900], width=640, height=480, keep_misses=True)
+    >>> integer_box([20.4, 5, 20.8, 900], width=640, height=480, keep_misses=True)
     [20.0, 5.0, 20.0, 480.0]
 
     ```"""
@@ -352,7 +352,7 @@ def is_for_training(split: str) -> bool:
 
 def is_degenerate(box_xyxy: Sequence[float]) -> bool:
     """
-    Return whether a box has no extent, as `whole_box` may leave it.
+    Return whether a box has no extent, as `integer_box` may leave it.
 
     Example:
 

@@ -154,7 +154,7 @@ def _is_part(rows: datasets.Dataset, learned: list[tuple[datasets.Dataset, list]
 def _expressions(rows: datasets.Dataset, keys: list) -> set[tuple]:
     """
     Return (image, text, box) of each phrase of rows, by which it is known in other splits of its dataset: ids may be
-    those of a file. What cannot be learned is left out, see `building.whole_box`.
+    those of a file. What cannot be learned is left out, see `building.integer_box`.
     """
     columns = rows.select_columns(["objects", "sentences"])
     return {

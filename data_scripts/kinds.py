@@ -12,7 +12,7 @@ Kind = tuple[str, Callable]
 MISSING = object()
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Return whether it is a 64-bit integer, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
@@ -23,11 +23,13 @@ def is_list(value: Any) -> bool:
 
 
 # (description of the expected value, predicate)
-WHOLE: Kind = ("an integer", is_whole)
-WHOLE_OR_ABSENT: Kind = ("an integer", lambda value: value is None or value is MISSING or is_whole(value))
+INTEGER: Kind = ("an integer", is_integer)
+INTEGER_OR_ABSENT: Kind = ("an integer", lambda value: value is None or value is MISSING or is_integer(value))
 DIGITS_OR_NONE: Kind = (
     "an integer, also as text, or null",
-    lambda value: value is None or is_whole(value) or (isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value)),
+    lambda value: (
+        value is None or is_integer(value) or (isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value))
+    ),
 )
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
 SPLIT: Kind = (
@@ -53,9 +55,9 @@ def check_fields(record: Any, kinds: dict[str, Kind], where: str) -> None:
     Example:
 
     ```python
-    >>> from data_scripts.kinds import WHOLE, check_fields
+    >>> from data_scripts.kinds import INTEGER, check_fields
 
-    >>> check_fields({"id": [7]}, {"id": WHOLE}, "'instances.json', image 0")
+    >>> check_fields({"id": [7]}, {"id": INTEGER}, "'instances.json', image 0")
     Traceback (most recent call last):
     ValueError: 'instances.json', image 0 has id=[7]; expected an integer.
 

@@ -35,11 +35,11 @@ from .building import (
     Source,
     clip_box,
     format_listing,
+    integer_box,
     is_degenerate,
     is_for_training,
-    whole_box,
 )
-from .kinds import FILE_NAME, LIST, SPLIT, TEXT, WHOLE, WHOLE_OR_ABSENT, check_fields, check_list, is_list
+from .kinds import FILE_NAME, INTEGER, INTEGER_OR_ABSENT, LIST, SPLIT, TEXT, check_fields, check_list, is_list
 from .masks import (
     decode_mask,
     encode_counts,
@@ -94,7 +94,7 @@ class RefCocoConfig(datasets.BuilderConfig):
     """
     Args:
         image_dir (`str`, *optional*): the folder of the images; absent: the first of `IMAGE_FOLDERS` with any.
-        integer_boxes (`bool`): cut the corners of boxes to whole pixels, as the published loaders do, so that their
+        integer_boxes (`bool`): truncate the corners of boxes to integers, as the published loaders do, so that their
             metrics can be compared. Boxes that this leaves without extent, and masks without a pixel, are kept in
             splits that are not for training: the published evaluation counts them as misses.
     """
@@ -248,7 +248,7 @@ class RefCoco(GroundingBuilder):
         annotated_box = xywh_to_xyxy(annotation.get("bbox"), scale)
         box_xyxy = annotated_box and clip_box(annotated_box, width, height)
         if annotated_box and self.config.integer_boxes:
-            box_xyxy = whole_box(annotated_box, width, height, keep_misses)
+            box_xyxy = integer_box(annotated_box, width, height, keep_misses)
             if box_xyxy is not None:
                 annotated_box = [float(int(value)) for value in annotated_box]
         if box_xyxy is None:
@@ -343,17 +343,17 @@ def read_instances(
     """
     instances, where = load_json(path), f"{str(path)!r}"
     check_fields(instances, dict.fromkeys(("images", "annotations", "categories"), LIST), where)
-    image_kinds = {"id": WHOLE, **({"file_name": FILE_NAME} if with_file_names else {})}
+    image_kinds = {"id": INTEGER, **({"file_name": FILE_NAME} if with_file_names else {})}
     for number, image in enumerate(instances["images"]):
         check_fields(image, image_kinds, f"{where}, image {number}")
     for number, category in enumerate(instances["categories"]):
-        check_fields(category, {"id": WHOLE, "name": TEXT}, f"{where}, category {number}")
+        check_fields(category, {"id": INTEGER, "name": TEXT}, f"{where}, category {number}")
         check_text(category["name"], f"{where}, the name of category {category['id']}")
     annotations = {}
     for number, item in enumerate(instances["annotations"]):
-        check_fields(item, {"id": WHOLE}, f"{where}, annotation {number}")
+        check_fields(item, {"id": INTEGER}, f"{where}, annotation {number}")
         if item["id"] in annotation_ids:
-            check_fields(item, {"category_id": WHOLE_OR_ABSENT}, f"{where}, annotation {number}")
+            check_fields(item, {"category_id": INTEGER_OR_ABSENT}, f"{where}, annotation {number}")
             annotations[item["id"]] = item
     images = {image["id"]: image for image in instances["images"]}
     return images, annotations, {category["id"]: category["name"] for category in instances["categories"]}
@@ -375,9 +375,9 @@ def read_refs(path: Path) -> list[dict]:
                 f"{position} names the objects {quote(ref['ann_id'])}; expected one object. References to none or "
                 "several are gRefCOCO's, which this dataset does not read."
             )
-        check_fields(ref, {"ann_id": WHOLE, "image_id": WHOLE, "split": SPLIT, "sentences": LIST}, position)
+        check_fields(ref, {"ann_id": INTEGER, "image_id": INTEGER, "split": SPLIT, "sentences": LIST}, position)
         for index, sentence in enumerate(ref["sentences"]):
-            check_fields(sentence, {"sent_id": WHOLE}, f"{position}, sentence {index}")
+            check_fields(sentence, {"sent_id": INTEGER}, f"{position}, sentence {index}")
             if isinstance(sentence.get("sent"), str):  # others are counted as expressions without words
                 check_text(sentence["sent"], f"{position}.sentences[{index}].sent")
     return refs

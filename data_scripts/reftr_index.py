@@ -10,7 +10,7 @@ The indexes that the published RefTR was trained with, in its folder tree as it 
 
 The indexes are lists of tuples written by `torch.save`, read here without running other code in them, and without
 torch. They name no objects: expressions of an image that share a box (and a mask) refer to one object. Boxes stay as
-they are, fractions of pixels included; the published loaders cut them to whole pixels (`integer_boxes`).
+they are, fractions of pixels included; the published loaders truncate them to integers (`integer_boxes`).
 """
 
 import math
@@ -30,9 +30,9 @@ from .building import (
     GroundingBuilder,
     Source,
     clip_boxes,
+    integer_box,
     is_degenerate,
     is_for_training,
-    whole_box,
 )
 from .masks import encode_mask, is_empty, to_segmentation
 from .pickles import read_pickle
@@ -128,7 +128,7 @@ class RefTRIndexConfig(datasets.BuilderConfig):
     """
     Args:
         image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: the published one.
-        integer_boxes (`bool`): cut the coordinates of boxes to whole pixels as the published loaders do, before
+        integer_boxes (`bool`): truncate the coordinates of boxes to integers as the published loaders do, before
             width and height are added to x and y. Boxes that this leaves without extent, and masks without a pixel,
             are kept in splits that are not for training: the published evaluation counts them as misses.
     """
@@ -219,7 +219,7 @@ class RefTRIndex(GroundingBuilder):
                     dropped["phrases that are not at their position in the sentence"] += 1
                     continue
                 box_xyxy = record_box_to_xyxy(box, self.index.box_format, self.config.integer_boxes)
-                miss = whole_box(box_xyxy, width, height, keep_misses=True) if keep_misses else None
+                miss = integer_box(box_xyxy, width, height, keep_misses=True) if keep_misses else None
                 if miss is not None and is_degenerate(miss):
                     kept = [miss]
                     changed[KEPT_BOXES] += 1
@@ -348,7 +348,7 @@ def read_record(file: str, number: int, record: tuple, layout: tuple[str | None,
 
 def record_box_to_xyxy(box: list[float], box_format: str, integer_boxes: bool) -> list[float]:
     """
-    Convert a box of "xyxy" or "xywh" to xyxy, optionally cut to whole pixels first, as the published loaders do.
+    Convert a box of "xyxy" or "xywh" to xyxy, optionally truncated to integers first, as the published loaders do.
 
     Example:
 

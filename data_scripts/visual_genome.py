@@ -28,7 +28,7 @@ from datasets.utils import tqdm
 
 from .atomic_files import write_file
 from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprint
-from .kinds import DIGITS_OR_NONE, LIST, WHOLE, check_fields, check_list
+from .kinds import DIGITS_OR_NONE, INTEGER, LIST, check_fields, check_list
 from .masks import box_of
 from .pickles import read_pickle
 from .quoting import explain, quote
@@ -113,7 +113,7 @@ class VisualGenome(GroundingBuilder):
         spans = {}  # image id -> (first byte, number of bytes) in region_descriptions.json
         holders = ", ".join([*config.exclude, *([config.held_out_file] if config.held_out_file else [])])
         for start, length, entry in tqdm(scan_list(regions_file), desc="Reading the regions", unit=" images"):
-            check_fields(entry, {"id": WHOLE, "regions": LIST}, f"{str(regions_file)!r}, the image at byte {start}")
+            check_fields(entry, {"id": INTEGER, "regions": LIST}, f"{str(regions_file)!r}, the image at byte {start}")
             image = images.get(entry["id"])
             described.add(entry["id"])
             if image is None:
@@ -214,7 +214,7 @@ def make_row(record: dict, regions: list[dict], dropped: Counter, changed: Count
         changed["images have another size than annotated, boxes are scaled to it"] += 1
     objects, sentences = [], []
     for number, region in enumerate(regions):
-        check_fields(region, {"region_id": WHOLE}, f"region {number}")
+        check_fields(region, {"region_id": INTEGER}, f"region {number}")
         if not has_words(region.get("phrase")):
             dropped["regions without words"] += 1
             continue
@@ -254,7 +254,7 @@ def read_images(path: Path) -> dict[int, dict]:
     where = f"{str(path)!r}"
     images = {}
     for number, image in enumerate(check_list(load_json(path), where)):
-        check_fields(image, {"image_id": WHOLE, "coco_id": DIGITS_OR_NONE}, f"{where}, image {number}")
+        check_fields(image, {"image_id": INTEGER, "coco_id": DIGITS_OR_NONE}, f"{where}, image {number}")
         images[image["image_id"]] = {
             "width": image.get("width"),
             "height": image.get("height"),

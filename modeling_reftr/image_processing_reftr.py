@@ -239,8 +239,8 @@ def check_size(size: SizeDict, name: str) -> None:
         ValueError: if a side is not a positive integer, or the product of the sides exceeds `MAX_PIXELS`.
     """
     sides = dict(size)
-    is_whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides.values())
-    if not is_whole or min(sides.values(), default=1) < 1 or math.prod(map(int, sides.values())) > MAX_PIXELS:
+    is_integer = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides.values())
+    if not is_integer or min(sides.values(), default=1) < 1 or math.prod(map(int, sides.values())) > MAX_PIXELS:
         raise ValueError(
             f"{name}={quote(sides)} must hold positive integers (pixels), whose product is at most {MAX_PIXELS:,}."
         )

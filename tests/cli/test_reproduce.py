@@ -93,7 +93,7 @@ def test_make_reproduce_converts_evaluates_and_compares(files, tmp_path):
 def test_make_reproduce_names_missing_variables():
     result = make("reproduce", "DATA=somewhere")
     assert result.returncode != 0
-    assert "make reproduce needs DATA=folder CHECKPOINT=file.pth" in result.stderr
+    assert "make reproduce requires DATA=folder CHECKPOINT=file.pth" in result.stderr
 
 
 def test_reproduce_names_missing_checkpoint(tmp_path):
