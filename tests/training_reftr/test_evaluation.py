@@ -83,7 +83,7 @@ def test_evaluation_counts_every_phrase_once_on_any_process_count():
 
 def test_evaluation_grid_reports_hang_as_failure():
     result = run_grid(counts=(1,), ranks=(1,), batch_sizes=(1,), timeout=0.5)
-    assert result == {"passed": 0, "of": 2, "failed": ["no end after 0.5 s"]}
+    assert result == {"passed": 0, "of": 2, "failed": ["not finished after 0.5 s"]}
 
 
 @pytest.mark.slow
