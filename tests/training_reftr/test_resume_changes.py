@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import train_reftr
+from data_scripts.escaping import for_markdown
 from modeling_reftr import RefTRConfig, RefTRProcessor
 from tests.helpers.tiny import trials
 from training_reftr.arguments import parse_arguments
@@ -117,7 +118,7 @@ def test_resume_with_changed_setting_is_refused_or_recorded(recipe, stopped_run,
         assert len(warnings) == 1
         assert change in warnings[0]
         assert f"# from step 6 on: {change}" in text
-        assert f"Settings were changed during training: from step 6 on: {change}" in card
+        assert f"Settings were changed during training: from step 6 on: {for_markdown(change)}" in card
     else:
         assert not warnings
         assert not text.startswith("#")
