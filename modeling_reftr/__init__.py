@@ -1,7 +1,8 @@
 """
 RefTR ("Referring Transformer", NeurIPS 2021) for transformers.
 
-Importing this package registers RefTR with the Auto classes and with `pipeline`.
+Importing this package registers RefTR with the Auto classes and with `pipeline`. It imports torch and torchvision, as
+importing a model from transformers does.
 """
 
 # first, because older releases of transformers lack names that are imported below

@@ -37,7 +37,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, is_timm_available, requires_backends
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, requires_backends
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -61,9 +61,6 @@ from .text_cache_reftr import TextCache, active_text_cache
 if TYPE_CHECKING:
     # `save_pretrained` copies every file that this one imports, and the pipeline has to travel with the model
     from .pipeline_reftr import VisualGroundingPipeline as VisualGroundingPipeline
-
-if is_timm_available():
-    from timm.layers import freeze_batch_norm_2d
 
 
 # Shapes: I images, S sentences, P phrase slots per sentence, L tokens per sentence, d = config.d_model, and h x w
@@ -972,6 +969,8 @@ class RefTRModel(RefTRPreTrainedModel):
         # CODEPATH: all published checkpoints freeze them; models trained from scratch may not
         if config.freeze_backbone_batch_norm:
             requires_backends(self, "timm")
+            from timm.layers import freeze_batch_norm_2d  # takes half a second
+
             self.backbone = freeze_batch_norm_2d(self.backbone)
         self.image_projection = nn.Sequential(
             nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1),
