@@ -10,7 +10,7 @@ import os
 import re
 from types import ModuleType
 
-from training_reftr.resources import resource_folder
+from training_reftr.recipes import resource_folder
 
 
 def space_files(model: str) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.image_utils import SizeDict
 
 from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
@@ -28,8 +29,7 @@ from modeling_reftr.loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedF
 from modeling_reftr.loading_reftr import WEIGHT_FILES as SAVED_WEIGHTS
 from training_reftr.arguments import merge
 from training_reftr.preflight import part_of, refuse_untrained_parts
-from training_reftr.settings import InitializationSettings, TrainingSettings, check_names
-from training_reftr.sizes import set_sizes
+from training_reftr.settings import DataSettings, InitializationSettings, TrainingSettings, check_names
 from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 
@@ -398,3 +398,45 @@ def refuse_model_changes(config: RefTRConfig, initialization: InitializationSett
             f"model.{name}={quote(wanted)}, but the model of {source} has {quote(known)} there, and an evaluation "
             f"takes a model as it was saved: leave it out{other}."
         )
+
+
+def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig) -> None:
+    """
+    Set the size and padding of images and the longest text in tokens, with phrases and without, where `data` names
+    them; None leaves what the processor brings.
+
+    Raises:
+        ValueError: if texts would have more tokens than the model has positions.
+    """
+    image_processor, max_text_length = processor.image_processor, data.max_text_length
+    if data.image_size is not None:
+        if image_size_of(image_processor) != data.image_size:
+            logger.info(f"image_size={data.image_size} in place of the processor's {describe_size(image_processor)}.")
+        image_processor.size = SizeDict(shortest_edge=data.image_size, longest_edge=data.image_size)
+    if data.size_divisor is not None:
+        image_processor.size_divisor = data.size_divisor
+    if max_text_length is None:
+        return
+    if max_text_length > config.max_text_positions:
+        raise ValueError(
+            f"max_text_length={max_text_length} is more than model.max_text_positions={config.max_text_positions}: "
+            "longer sentences would have no position."
+        )
+    processor.max_expression_length = processor.max_caption_length = max_text_length
+
+
+def image_size_of(image_processor: RefTRImageProcessor) -> int | None:
+    """Return the `image_size` that an image processor resizes to; None where it is not one number."""
+    size = image_processor.size
+    return size["longest_edge"] if size["longest_edge"] == size["shortest_edge"] else None
+
+
+def describe_size(image_processor: RefTRImageProcessor) -> str:
+    """Return a description of an image processor's size."""
+    return str({name: value for name, value in dict(image_processor.size).items() if value is not None})
+
+
+def max_text_length_of(processor: RefTRProcessor) -> int | None:
+    """Return the `max_text_length` of a processor; None where captions and expressions differ."""
+    same = processor.max_expression_length == processor.max_caption_length
+    return processor.max_expression_length if same else None

@@ -19,15 +19,30 @@ from data_scripts.quoting import quote
 from data_scripts.reading import read_text
 from data_scripts.yaml_values import MAX_YAML_CHARACTERS, read_yaml
 from training_reftr.launch import is_main_rank
-from training_reftr.resources import resource_folder
 from training_reftr.run_folder import RunFolder
 from training_reftr.settings import FIELDS, TrainingSettings, check_names
 
 
+PACKAGE = Path(__file__).resolve().parent
 DEMO = "demo"  # the recipe that runs without arguments
 # a folder of recipes was part of their names before
 FORMER_NAME = re.compile(r"(flickr30k|refcoco\+|refcocog|refcoco|referit|shapes|visual_genome)_(.+)")
 EXIT_CODE = 2  # of an invalid command line, as in argparse
+
+
+def resource_folder(name: str) -> Path:
+    """
+    Return the folder of the recipes ("recipes") or of the Space ("demo").
+
+    An installed copy has it inside this package, a checkout next to it.
+
+    Raises:
+        OSError: if neither is there.
+    """
+    for folder in (PACKAGE / name, PACKAGE.parent / name):
+        if folder.is_dir():
+            return folder
+    raise OSError(f"{str(PACKAGE / name)!r} is missing: the installation is incomplete, install the package again.")
 
 
 def find_recipe(name: str) -> Path:

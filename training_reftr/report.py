@@ -19,6 +19,7 @@ from data_scripts.reports import read_build_report
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.answers_reftr import json_answer
 from training_reftr.baselines import constant_box, shuffled_expressions
+from training_reftr.build import image_size_of
 from training_reftr.data import EvaluationData
 from training_reftr.evaluation import evaluate, summarize
 from training_reftr.images import read_row_image
@@ -26,7 +27,6 @@ from training_reftr.metrics import THRESHOLDS
 from training_reftr.published_results import comparable_results, dataset_and_split, has_coco_images
 from training_reftr.sampling import has_positions
 from training_reftr.settings import DataSettings, TrainingSettings
-from training_reftr.sizes import image_size_of
 from training_reftr.visualization import draw_samples, draw_validation_images
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRProcessor
 from training_reftr.arguments import merge
-from training_reftr.build import differences
+from training_reftr.build import describe_size, differences, image_size_of, max_text_length_of
 from training_reftr.checkpoints import TrainingState, load_state
 from training_reftr.settings import Scope, TrainingSettings, names_in_scope
-from training_reftr.sizes import describe_size, image_size_of, max_text_length_of
 
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,11 @@ import train_reftr
 from modeling_reftr import RefTRProcessor
 from tests.helpers.golden import load_case, published_state_dict
 from training_reftr.arguments import parse_arguments
-from training_reftr.build import build_model
+from training_reftr.build import build_model, image_size_of
 from training_reftr.checkpoints import checkpoints_of
 from training_reftr.resuming import refuse_changes
 from training_reftr.run import load_for_report
 from training_reftr.settings import FIELDS, Scope, TrainingSettings, names_in_scope
-from training_reftr.sizes import image_size_of
 from training_reftr.tokenizer_training import train_tokenizer
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from modeling_reftr import RefTRConfig
+from training_reftr.build import image_size_of, max_text_length_of, set_sizes
 from training_reftr.settings import DataSettings
-from training_reftr.sizes import image_size_of, max_text_length_of, set_sizes
 
 
 def test_set_sizes_changes_only_given_sizes(processor):
