@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -590,6 +591,46 @@ class RefTRBoxHead(nn.Module):
         return self.layers[-1](hidden_states)
 
 
+class RefTRMaskInputConvolution(nn.Conv2d):
+    """
+    First 3x3 convolution of the mask head, over image features, encoder output and attention maps.
+
+    A convolution is linear in its channels: those of an image are convolved once for all its sentences, those of a
+    sentence once for all its phrases, and only the attention maps once per phrase.
+    """
+
+    def __init__(self, d_model: int, num_heads: int):
+        width = 2 * d_model + num_heads
+        super().__init__(width, width, kernel_size=3, padding=1)
+        self.input_widths = (d_model, d_model, num_heads)
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        image_memory: torch.Tensor,
+        attentions: torch.Tensor,
+        image: torch.Tensor,
+        sentence: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Convolve the inputs of each phrase.
+
+        Args:
+            image_features (`torch.Tensor` of shape `(I, d, h, w)`): projected feature maps of the images.
+            image_memory (`torch.Tensor` of shape `(S, d, h, w)`): encoder output of the sentences.
+            attentions (`torch.Tensor` of shape `(N, heads, h, w)`): attention maps of the phrases.
+            image, sentence (`torch.Tensor` of shape `(N,)`): index of each phrase's image and sentence.
+
+        Returns:
+            `torch.Tensor` of shape `(N, 2 * d + heads, h, w)`.
+        """
+        image_weight, memory_weight, attention_weight = self.weight.split(self.input_widths, dim=1)
+        of_images = nn.functional.conv2d(image_features, image_weight, padding=self.padding)
+        of_sentences = nn.functional.conv2d(image_memory, memory_weight, self.bias, padding=self.padding)
+        of_phrases = nn.functional.conv2d(attentions, attention_weight, padding=self.padding)
+        return of_images[image] + of_sentences[sentence] + of_phrases
+
+
 class RefTRMaskHead(nn.Module):
     """
     Mask head in the manner of DETR: attention maps of each phrase over the image, then 3x3 convolutions of decreasing
@@ -610,9 +651,9 @@ class RefTRMaskHead(nn.Module):
         # The first layer reads image features, encoder output and attention maps, the next ones add feature maps from
         # the coarsest to the finest
         widths = [2 * config.d_model + self.num_heads] + [config.d_model // divisor for divisor in (2, 4, 8, 16)]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
-            for inputs, outputs in zip([widths[0], *widths], widths, strict=False)
+        self.convolutions = nn.ModuleList([RefTRMaskInputConvolution(config.d_model, self.num_heads)])
+        self.convolutions.extend(
+            nn.Conv2d(inputs, outputs, kernel_size=3, padding=1) for inputs, outputs in pairwise(widths)
         )
         self.norms = nn.ModuleList(
             nn.GroupNorm(math.gcd(config.mask_head_group_norm_groups, width), width) for width in widths
@@ -669,10 +710,9 @@ class RefTRMaskHead(nn.Module):
         scores = scores.masked_fill(~is_visible[:, None], -torch.inf)
         attentions = scores.flatten(1).softmax(dim=-1).to(queries.dtype).unflatten(1, (self.num_heads, *size))
 
-        states = torch.cat((image_features[image], image_memory[sentence]), dim=-1).transpose(1, 2).unflatten(-1, size)
-        states = torch.cat((states, attentions), dim=1)
-        for convolution, norm in zip(self.convolutions[:2], self.norms[:2], strict=True):
-            states = norm(convolution(states)).relu()
+        maps = (tokens.transpose(1, 2).unflatten(-1, size) for tokens in (image_features, image_memory))
+        states = self.norms[0](self.convolutions[0](*maps, attentions, image, sentence)).relu()
+        states = self.norms[1](self.convolutions[1](states)).relu()
         for feature_map, adapter, convolution, norm in zip(
             feature_maps[-2:-5:-1], self.adapters, self.convolutions[2:], self.norms[2:], strict=True
         ):

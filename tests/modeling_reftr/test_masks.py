@@ -12,6 +12,7 @@ from torch import nn
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor
 from modeling_reftr.image_processing_reftr import resize_logits, resize_logits_in_two_steps
 from modeling_reftr.loss_reftr import mask_losses
+from modeling_reftr.modeling_reftr import RefTRMaskInputConvolution
 from tests.helpers.golden import golden_inputs, golden_mask, golden_model, load_case
 from tests.modeling_reftr.test_modeling import model_inputs
 from training_reftr.data import GroundingCollator
@@ -420,3 +421,16 @@ def test_resize_logits_is_more_accurate_than_two_steps():
     )
     assert once > twice > 0.95
     assert once > 0.985
+
+
+def test_input_convolution_equals_one_convolution_of_all_channels():
+    """Convolve image and memory channels once each, for phrases that share and skip images and sentences."""
+    torch.manual_seed(0)
+    layer = RefTRMaskInputConvolution(d_model=6, num_heads=2)
+    image_features, image_memory = torch.randn(3, 6, 4, 5), torch.randn(4, 6, 4, 5)
+    attentions = torch.randn(5, 2, 4, 5)
+    image, sentence = torch.tensor([0, 0, 2, 2, 0]), torch.tensor([0, 0, 1, 3, 2])
+    states = torch.cat((image_features[image], image_memory[sentence], attentions), dim=1)
+    expected = nn.functional.conv2d(states, layer.weight, layer.bias, padding=1)
+    found = layer(image_features, image_memory, attentions, image, sentence)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
