@@ -96,6 +96,23 @@ def merge_masks(encoded: list[dict]) -> dict:
     return encoded[0] if len(encoded) == 1 else coco_mask.merge(encoded)
 
 
+def mask_iou(segmentation: dict, other: dict) -> float:
+    """
+    Return the IoU of two masks of one size, given as `segmentation` of the schema; 0 if both are empty.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.masks import mask_iou
+
+    >>> mask_iou({"size": [2, 2], "counts": [0, 2, 2]}, {"size": [2, 2], "counts": [1, 3]})
+    0.25
+
+    ```"""
+    encoded = [encode_counts(mask["counts"], *mask["size"]) for mask in (segmentation, other)]
+    return float(coco_mask.iou(encoded[:1], encoded[1:], [False])[0, 0])
+
+
 def resize_to_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     Resize a mask by the published rule for masks, torch's "nearest": coordinates are rounded down.

@@ -6,6 +6,7 @@ call it.
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
 
 import datasets
 import torch
@@ -13,10 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 
+from data_scripts.masks import mask_iou
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import EvaluationData, move
-from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, recalls
+from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, mean, recalls
 from training_reftr.settings import EvaluationSettings, TrainingSettings
 
 
@@ -240,10 +242,38 @@ def mask_metrics(records: list[dict]) -> dict[str, float | int]:
     return values | {"mask_mean_iou_resized": resized.compute()["mean_iou"]}
 
 
+def mask_separation(records: list[dict]) -> dict[str, float]:
+    """
+    Return how well the masks of a caption tell its objects apart.
+
+    Returns:
+        `dict`: the mean IoU over pairs of phrases of one sentence that name different objects, of the predicted masks
+        (`mask_separation`) and of the annotated ones (`mask_separation_target`), to which it should be close; empty
+        without such pairs.
+    """
+    by_sentence = defaultdict(list)
+    for record in records:
+        if record.get("segmentation") is not None and record.get("pred_segmentation") is not None:
+            by_sentence[record["image_id"], record["sentence_id"]].append(record)
+    pairs = [
+        pair
+        for group in by_sentence.values()
+        for pair in combinations(group, 2)
+        if pair[0]["object_id"] != pair[1]["object_id"]
+    ]
+    if not pairs:
+        return {}
+    return {
+        "mask_separation": mean([mask_iou(*(record["pred_segmentation"] for record in pair)) for pair in pairs]),
+        "mask_separation_target": mean([mask_iou(*(record["segmentation"] for record in pair)) for pair in pairs]),
+    }
+
+
 def summarize(records: list[dict]) -> dict:
     """
     Return the metrics of all phrases, and under `per_kind` those of each phrase type (a phrase of two types counts in
-    both): `grounding_metrics`, `mask_metrics`, and, where objects have several boxes, `recalls`.
+    both): `grounding_metrics`, `mask_metrics`, and, where objects have several boxes, `recalls`. `mask_separation` is
+    that of all phrases.
     """
     by_kind = defaultdict(list)
     for record in records:
@@ -257,4 +287,5 @@ def summarize(records: list[dict]) -> dict:
             values |= recalls([record["iou"] for record in group], [record["any_box_iou"] for record in group])
         return values | mask_metrics(group)
 
-    return metrics(records) | {"per_kind": {kind: metrics(group) for kind, group in sorted(by_kind.items())}}
+    per_kind = {kind: metrics(group) for kind, group in sorted(by_kind.items())}
+    return metrics(records) | mask_separation(records) | {"per_kind": per_kind}

@@ -286,6 +286,12 @@ def format_results(metrics: dict, heading: str) -> list[str]:
             ]
         if "mask_mean_iou" in values:
             lines += ["", "Masks:", "", *format_columns(entries, MASK_COLUMNS)]
+        if "mask_separation" in values:
+            lines += [
+                "",
+                f"The masks of different objects in one caption have a mean IoU of {values['mask_separation']:.3f}; "
+                f"that of the annotated masks is {values['mask_separation_target']:.3f}.",
+            ]
     return lines
 
 

@@ -25,7 +25,15 @@ from tests.helpers.ranks_evaluation import run_grid
 from tests.helpers.tiny import ROOT
 from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.data import GroundingCollator, move
-from training_reftr.evaluation import compare_boxes, evaluate, order_records, phrase_keys, predict_batch, summarize
+from training_reftr.evaluation import (
+    compare_boxes,
+    evaluate,
+    mask_separation,
+    order_records,
+    phrase_keys,
+    predict_batch,
+    summarize,
+)
 from training_reftr.published_results import DATASET_NAMES, RESULTS, comparable_results
 from training_reftr.report import (
     blind_baselines,
@@ -134,6 +142,31 @@ def test_summarize_matches_metrics_by_hand():
     # x is compared with the answer for y (a hit), y with that for x (a miss), and x again with that for y
     assert shuffled_expressions(records)["accuracy@0.5"] == pytest.approx(2 / 3)
     assert shuffled_expressions(records[::2]) is None
+
+
+def test_mask_separation_averages_pairs_of_different_objects_in_one_sentence():
+    def rle(*counts):
+        return {"size": [2, 4], "counts": list(counts)}
+
+    left, right, all_pixels = rle(0, 4, 4), rle(4, 4), rle(0, 8)
+    first, second = {"sentence_id": "s", "object_id": "x"}, {"sentence_id": "s", "object_id": "y"}
+    records = [
+        record_of(**first, segmentation=left, pred_segmentation=all_pixels),
+        record_of(**second, segmentation=right, pred_segmentation=left),
+        record_of(**first, segmentation=left, pred_segmentation=left),  # the same object as the first
+        record_of(**second, segmentation=None, pred_segmentation=right),
+        record_of(**second, segmentation=right, pred_segmentation=None),
+        record_of(**{**second, "sentence_id": "t"}, segmentation=right, pred_segmentation=right),
+    ]
+    # (all, left) is 0.5 and (left, left) is 1
+    assert mask_separation(records) == {"mask_separation": 0.75, "mask_separation_target": 0.0}
+    assert mask_separation(records[:1]) == {}
+
+
+def test_report_of_captions_compares_mask_separation_with_annotations():
+    text = format_report(metrics_of("shapes", "test", mask_separation=0.99444, mask_separation_target=0.0123))
+    assert "in one caption have a mean IoU of 0.994; that of the annotated masks is 0.012." in text
+    assert "in one caption" not in format_report(metrics_of("shapes", "test"))
 
 
 def test_summarize_matches_merged_and_any_box_recall_by_hand():
