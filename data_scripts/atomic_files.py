@@ -65,7 +65,7 @@ def atomic_file(path: str | Path, durable: bool = True) -> Iterator[Path]:
         yield temporary
         if durable:
             sync(temporary)
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it at any time
             temporary.chmod(path.stat().st_mode & 0o7777)
         temporary.replace(path)
         if durable:
