@@ -1,7 +1,7 @@
 """
 Measure time and memory to build a dataset of the size of Flickr30k Entities (31,783 images with five captions and
 about nine boxes each, in its authors' layout) into an empty cache, and to open it again:
-`python benchmarks/data_scale_flickr.py [--pictures 31783] [--num_proc 1]`. The files are first generated in a
+`python benchmarks/data_scale_flickr.py [--images 31783] [--num_proc 1]`. The files are first generated in a
 temporary folder (about 400 MB on disk).
 """
 
@@ -73,12 +73,12 @@ def write_dataset(folder: Path, num_images: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=31_783)
+    parser.add_argument("--images", "--pictures", type=int, default=31_783)
     parser.add_argument("--num_proc", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_dataset(folder, args.pictures)
+        write_dataset(folder, args.images)
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
@@ -90,7 +90,7 @@ def main():
         phrases = sum(len(s["phrases"]) for split in rows.values() for row in split["sentences"] for s in row)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     sys.stdout.write(
-        f"{args.pictures} images, {args.num_proc} process(es): built in {seconds[0]:.1f} s (goal: under 120 s), "
+        f"{args.images} images, {args.num_proc} process(es): built in {seconds[0]:.1f} s (goal: under 120 s), "
         f"opened again in {seconds[1]:.2f} s, peak memory {peak / 1024:.0f} MB; rows {counts}, {phrases} phrases\n"
     )
 

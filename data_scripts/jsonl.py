@@ -360,7 +360,7 @@ def annotated_size(value: dict) -> tuple[int, int] | None:
 
 def read_expression(expression: Any, field: str) -> tuple[str, list]:
     """
-    Return the text of an expression and (start, end, target, field) of its phrases, by default the whole text. A
+    Return the text of an expression and (start, end, target, field) of its phrases, by default the entire text. A
     target is the mapping that has the box.
     """
     require(isinstance(expression, dict), field, expression, '{"text": ..., "box": ...}')

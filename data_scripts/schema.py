@@ -27,7 +27,7 @@ FEATURES = datasets.Features(
             {
                 "sentence_id": datasets.Value("string"),
                 "text": datasets.Value("string"),
-                # text[start:end] names the objects; a referring expression has one phrase, the whole text
+                # text[start:end] names the objects; a referring expression has one phrase, the entire text
                 "phrases": [
                     {
                         "start": datasets.Value("int32"),

@@ -195,7 +195,7 @@ class RefTRConfig(PreTrainedConfig):
         freeze_backbone_batch_norm (`bool`, *optional*, defaults to `True`):
             Keep statistics and affine of the backbone's batch norms as they were loaded. The one switch for it.
         num_frozen_backbone_stages (`int`, *optional*, defaults to 1):
-            0 trains the whole backbone; N > 0 freezes the stem and the first N stages. Training a backbone from
+            0 trains the entire backbone; N > 0 freezes the stem and the first N stages. Training a backbone from
             scratch requires 0 here and `freeze_backbone_batch_norm=False`.
         predict_masks (`bool`, *optional*, defaults to `False`):
             Whether the head predicts masks as well as boxes, from the backbone's last four feature maps.
@@ -392,7 +392,7 @@ class RefTRConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={quote(getattr(self, name))} must be at least 1.")
         if self.num_frozen_backbone_stages < 0:
             raise ValueError(
-                f"num_frozen_backbone_stages={self.num_frozen_backbone_stages} must be 0 (train the whole backbone) "
+                f"num_frozen_backbone_stages={self.num_frozen_backbone_stages} must be 0 (train the entire backbone) "
                 "or the number of stages to freeze behind the stem."
             )
         divisors = {

@@ -736,7 +736,7 @@ image_index (`torch.Tensor` of shape `(S,)`, *optional*):
     Index of the image that each sentence refers to. Defaults to one sentence per image, in order.
 phrase_input_ids (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
     Phrases, each tokenized on its own. A phrase without a token between its special tokens is padding.
-    Defaults to one phrase per sentence, the whole sentence.
+    Defaults to one phrase per sentence, the entire sentence.
 phrase_attention_mask (`torch.Tensor` of shape `(S, P, Lp)`, *optional*):
     1 for real tokens of the phrases, 0 for padding.
 phrase_spans (`torch.Tensor` of shape `(S, P, 2)`, *optional*):

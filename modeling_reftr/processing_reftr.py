@@ -42,7 +42,7 @@ from .text_reftr import check_text, is_blank
 logger = logging.get_logger(__name__)
 
 LENGTHS = ("max_expression_length", "max_caption_length", "max_phrase_length", "max_phrases")
-# The (start, end) characters of a sentence's phrases; None: its one phrase is the whole sentence.
+# The (start, end) characters of a sentence's phrases; None: its one phrase is the entire sentence.
 Spans = list[tuple[int, int]] | None
 
 
@@ -61,7 +61,7 @@ class RefTRProcessor(ProcessorMixin):
             number of phrase slots that `padding="max_length"` pads to.
 
     Every sentence is encoded as published, whatever else is in the batch. A *single expression*, a sentence without
-    phrases or with the whole text as its only phrase, is lower-cased by `str.lower` and truncated to
+    phrases or with the entire text as its only phrase, is lower-cased by `str.lower` and truncated to
     `max_expression_length` tokens. A *caption*, a sentence with other phrases, keeps its case, and so do its phrases;
     it is truncated to `max_caption_length` tokens.
 
@@ -177,7 +177,7 @@ class RefTRProcessor(ProcessorMixin):
                 A list of phrases for each sentence, nested like `text`: a list of phrases for a `str`, a list of such
                 lists for a `list[str]`, and so on. A phrase is a `str`, which is found in its sentence (regardless of
                 case, whole words first, a repeated one at its next occurrence), or a pair of `int`, its (start, end)
-                characters. None, for all or for one sentence: its one phrase is the whole sentence.
+                characters. None, for all or for one sentence: its one phrase is the entire sentence.
             boxes (*optional*):
                 The boxes of the phrases of each sentence, (phrases, 4), as (x0, y0, x1, y1) in pixels of the upright
                 image; (4,) or (1, 4) for a sentence without `phrases`. Nested like `phrases`. None for a sentence
@@ -288,7 +288,7 @@ class RefTRProcessor(ProcessorMixin):
 
         Args:
             sentences (`list[str]`): the sentences, S entries.
-            spans (`list`): the (start, end) characters of each sentence's phrases; None: the whole sentence.
+            spans (`list`): the (start, end) characters of each sentence's phrases; None: the entire sentence.
             max_length (`int`, *optional*): the maximum length in tokens, instead of the processor's own.
 
         Returns:
@@ -675,11 +675,11 @@ def disable_truncation_and_padding(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def is_single_expression(sentence: str, spans: Spans) -> bool:
     """
-    Return whether the one phrase of a sentence is the whole text.
+    Return whether the one phrase of a sentence is the entire text.
 
     Args:
         sentence (`str`): the text.
-        spans (list of `(start, end)`): characters of its phrases; None: the whole sentence.
+        spans (list of `(start, end)`): characters of its phrases; None: the entire sentence.
 
     Example:
 

@@ -303,7 +303,7 @@ def load_image_backbone(model: RefTRForVisualGrounding, source: str) -> None:
     Give a model's image backbone weights that were trained on ImageNet.
 
     Args:
-        model ([`RefTRForVisualGrounding`]): changed in location.
+        model ([`RefTRForVisualGrounding`]): changed in place.
         source (`str`): a file of timm's or torchvision's names, or "timm", which fetches what timm has for it.
 
     Raises:

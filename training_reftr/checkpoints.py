@@ -313,14 +313,14 @@ def load_optimizer(
 ) -> None:
     """Load the moments and gradient scaler of a checkpoint; learning rates are kept. A collective."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        logger.warning("AdamW's moments begin anew: DeepSpeed kept them to itself when the checkpoint was written.")
+        logger.warning("AdamW's moments start at zero: DeepSpeed kept them to itself when the checkpoint was written.")
         return
     moments = {}
     for key, value in load_file(path / OPTIMIZER).items():
         name, _, moment = key.rpartition("/")
         moments.setdefault(name, {})[moment] = value
     if not moments:
-        logger.warning(f"AdamW's moments start anew: {str(path / OPTIMIZER)!r} was written without them.")
+        logger.warning(f"AdamW's moments start at zero: {str(path / OPTIMIZER)!r} was written without them.")
         return
     groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
     try:
@@ -350,12 +350,12 @@ def find_latest_valid_checkpoint(output_dir: str | Path) -> Path | None:
         problem = validate_checkpoint(path)
         if problem is None:
             return path
-        logger.warning(f"{problem}; the checkpoint before it is taken.")
+        logger.warning(f"{problem}; the previous checkpoint is used.")
         problems[path] = problem
     if found:
         raise OSError(
             f"All {len(found)} checkpoints in {str(found[0].parent)!r} are damaged, the latest because "
-            f"{problems[found[0]]}. Move them away to start anew."
+            f"{problems[found[0]]}. Move them away to start from scratch."
         )
     return None
 
