@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -241,3 +242,21 @@ def test_remove_leftovers_keeps_other_files(tmp_path):
 def test_sha256_of_returns_hex_digest_of_file(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_file_is_written_if_another_process_removes_the_former_one(tmp_path, monkeypatch):
+    """The former file is gone after the first look at it, a moment that a real process rarely meets."""
+    path, stat = tmp_path / "cache.npy", Path.stat
+    path.write_text("former")
+
+    def stat_and_lose(self, **kwargs):
+        status = stat(self, **kwargs)
+        if self == path:
+            path.unlink()
+        return status
+
+    monkeypatch.setattr(Path, "stat", stat_and_lose)
+    write_file(path, "new", durable=False)
+    monkeypatch.undo()
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["cache.npy"]
