@@ -22,60 +22,33 @@ from .building import GroundingBuilder, Source
 from .masks import encode_mask, to_segmentation
 from .quoting import quote
 from .reading import MAX_PIXELS
+from .scenes import SceneConfig, draw_ground, draw_image_size
 from .schema import FEATURES
 
 
-# quote: datasets <= 3.6 copies the siblings that a script itself imports, and no further
-__all__ = ["FEATURES", "SOURCES", "Shapes", "ShapesConfig", "quote"]
+# MAX_PIXELS, quote: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "MAX_PIXELS", "SOURCES", "Shapes", "quote"]
 
 # few of each, so that a model from scratch learns what every word means within minutes
 COLORS = {"red": (215, 45, 40), "green": (45, 165, 65), "blue": (45, 85, 215)}
 SHAPES = ("circle", "square", "star")
-SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in image sides
+SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in `image_size`
 PLACES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, direction
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
 KINDS = ("attribute", "place", "relation", "caption")
 SPLITS = ("train", "validation", "test")
 
 MIN_VISIBLE = 0.6  # of an object's area
-MARGIN = 0.08  # in image sides: what is called left is left by this much, what is not, is not
+MARGIN = 0.08  # in `image_size`: what is called left is left by this much, what is not, is not
 SUPERSAMPLING = 4
 MIN_SENTENCES = 3  # an image
-
-
-@dataclass
-class ShapesConfig(datasets.BuilderConfig):
-    """
-    Args:
-        image_size (`int`): side of the images in pixels, at least 32.
-        num_train, num_validation, num_test (`int`): images a split, each with about six expressions.
-        seed (`int`): another seed generates another dataset.
-    """
-
-    image_size: int = 96
-    num_train: int = 5000
-    num_validation: int = 200
-    num_test: int = 200
-    seed: int = 0
-
-    def validate(self) -> None:
-        """Validate the settings; raise a ValueError for one that no image can be generated with."""
-        if self.image_size < 32:
-            raise ValueError(f"image_size={self.image_size}: images of shapes must have at least 32 pixels per side.")
-        if self.image_size**2 > MAX_PIXELS:
-            raise ValueError(f"image_size={self.image_size}: images have no more than {MAX_PIXELS:,} pixels.")
-        for name in ("num_train", "num_validation", "num_test"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative.")
 
 
 class Shapes(GroundingBuilder):
     """Builder of the dataset; every image is a function of (seed, split, index)."""
 
-    BUILDER_CONFIG_CLASS = ShapesConfig
-    BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
+    BUILDER_CONFIG_CLASS = SceneConfig
+    BUILDER_CONFIGS = [SceneConfig(name="default", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "default"
 
     def _info(self) -> datasets.DatasetInfo:
@@ -92,7 +65,7 @@ class Shapes(GroundingBuilder):
 
     def _generate_examples(self, split: str, indices: Iterable[int]) -> Iterator[tuple[str, dict]]:
         for index in indices:
-            yield index, draw_row(split, index, self.config.image_size, self.config.seed)
+            yield index, draw_row(split, index, self.config)
 
 
 @dataclass
@@ -117,13 +90,14 @@ class Shape:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
-def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
+def draw_row(split: str, index: int, config: SceneConfig) -> dict:
     """Draw scenes until one has enough sentences about it, and describe it."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
+    width, height = draw_image_size(rng, config)
     sentences = []
     while len(sentences) < MIN_SENTENCES:
-        image, shapes = draw_scene(rng, image_size)
-        sentences = [] if shapes is None else write_sentences(rng, shapes, image_size)
+        image, shapes = draw_scene(rng, width, height, config.image_size)
+        sentences = [] if shapes is None else write_sentences(rng, shapes, config.image_size)
     image_id = f"shapes_{split}_{index:06d}"
     png = io.BytesIO()
     image.save(png, format="PNG")
@@ -143,16 +117,16 @@ def draw_row(split: str, index: int, image_size: int, seed: int) -> dict:
     return {
         "image_id": image_id,
         "image": {"bytes": png.getvalue(), "path": f"{image_id}.png"},
-        "width": image_size,
-        "height": image_size,
+        "width": width,
+        "height": height,
         "objects": objects,
         "sentences": sentences,
     }
 
 
-def draw_scene(rng: np.random.Generator, image_size: int) -> tuple:
+def draw_scene(rng: np.random.Generator, width: int, height: int, image_size: int) -> tuple:
     """Draw an image and its shapes, later ones in front; no shapes if one hides too much of another."""
-    canvas = draw_ground(rng, image_size)
+    canvas = draw_ground(rng, width, height)
     count = rng.integers(2, 4)
     # in two scenes of three no colour comes twice
     colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(3) == 0))
@@ -160,11 +134,11 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> tuple:
     for color in colors:
         size = str(rng.choice(list(SIZES)))
         radius = rng.uniform(*SIZES[size]) * image_size
-        center = tuple(rng.uniform(radius + 1, image_size - radius - 1, size=2))
+        center = tuple(rng.uniform(radius + 1, np.array([width, height]) - radius - 1))
         shapes.append(Shape(size, str(color), str(rng.choice(SHAPES)), center, radius))
-        alpha = draw_alpha(shapes[-1], image_size)
+        alpha = draw_alpha(shapes[-1], width, height)
         shade = np.array(COLORS[shapes[-1].color]) + rng.normal(0, 8, size=3)
-        grain = rng.normal(0, 6, size=(image_size, image_size, 1))
+        grain = rng.normal(0, 6, size=(height, width, 1))
         canvas += alpha[..., None] * (shade + grain - canvas)
         covered = alpha > 0.5
         areas.append(covered.sum())
@@ -179,23 +153,11 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> tuple:
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), shapes
 
 
-def draw_ground(rng: np.random.Generator, image_size: int) -> np.ndarray:
-    """Draw a dull ground with blotches, stripes and grain, (image_size, image_size, 3) in 0..255."""
-    base = rng.uniform(70, 170) + rng.normal(0, 10, size=3)
-    blotches = Image.fromarray(rng.normal(0, 20, size=(5, 5)).astype(np.float32))
-    blotches = np.asarray(blotches.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    y, x = np.mgrid[:image_size, :image_size]
-    angle, period = rng.uniform(0, np.pi), rng.uniform(0.1, 0.3) * image_size
-    stripes = 10 * np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period)
-    grain = rng.normal(0, 5, size=(image_size, image_size))
-    return base + (blotches + stripes + grain)[..., None]
-
-
-def draw_alpha(shape: Shape, image_size: int) -> np.ndarray:
-    """Return the share of each pixel that the shape covers, (image_size, image_size) in 0..1."""
+def draw_alpha(shape: Shape, width: int, height: int) -> np.ndarray:
+    """Return the share of each pixel that the shape covers, (height, width) in 0..1."""
     center = np.array(shape.center) * SUPERSAMPLING
     radius = shape.radius * SUPERSAMPLING
-    image = Image.new("L", (image_size * SUPERSAMPLING,) * 2)
+    image = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(image)
 
     if shape.shape == "circle":

@@ -1,5 +1,6 @@
 """The built-in shapes dataset: reproducible rows, disjoint splits, phrases that fit exactly one object each."""
 
+import hashlib
 import importlib
 import io
 import itertools
@@ -12,6 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data_scripts
+from data_scripts.scenes import SceneConfig
 from data_scripts.schema import FEATURES
 from data_scripts.shapes import COLORS, MARGIN, SHAPES, SIZES, draw_row
 
@@ -22,7 +24,14 @@ RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (
 
 @pytest.fixture(scope="module")
 def rows():
-    return [draw_row(split, index, 96, 3) for split in ("train", "test") for index in range(60)]
+    """Rows of square and of rectangular images."""
+    square = SceneConfig(image_size=96, seed=3)
+    rectangular = SceneConfig(image_size=96, seed=3, min_aspect_ratio=0.4, max_aspect_ratio=2.5)
+    return [
+        draw_row(split, index, config)
+        for split, config in (("train", square), ("test", rectangular))
+        for index in range(60)
+    ]
 
 
 def describe_objects(row, image):
@@ -58,8 +67,44 @@ def test_shapes_rows_follow_schema(shapes):
 
 
 def test_draw_row_is_reproducible_per_seed():
-    assert draw_row("train", 5, 64, 0) == draw_row("train", 5, 64, 0)
-    assert draw_row("train", 5, 64, 0) != draw_row("train", 5, 64, 1)
+    config = SceneConfig(image_size=64)
+    assert draw_row("train", 5, config) == draw_row("train", 5, config)
+    assert draw_row("train", 5, config) != draw_row("train", 5, SceneConfig(image_size=64, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("split", "index", "size", "seed", "expected"),
+    [
+        ("train", 0, 96, 0, "8d504aded582cb3b"),
+        ("test", 7, 64, 3, "37dead54efa2133a"),
+        ("validation", 11, 33, 1, "4bc80efc4a04480b"),
+    ],
+)
+def test_draw_row_keeps_square_images_of_earlier_versions(split, index, size, seed, expected):
+    """Pixels, as another version of zlib compresses them to other bytes."""
+    row = draw_row(split, index, SceneConfig(image_size=size, seed=seed))
+    pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+    texts = "".join(sentence["text"] for sentence in row["sentences"])
+    assert hashlib.sha256(pixels.tobytes() + texts.encode()).hexdigest()[:16] == expected
+
+
+def test_shapes_images_have_constant_area_and_log_uniform_ratios():
+    config = SceneConfig(image_size=32, min_aspect_ratio=0.5, max_aspect_ratio=2)
+    sizes = [(row["width"], row["height"]) for row in (draw_row("train", index, config) for index in range(200))]
+    ratios = np.array([width / height for width, height in sizes])
+    assert all(abs(width * height - 32**2) <= 64 for width, height in sizes)
+    assert 0.48 < ratios.min() < 0.55
+    assert 1.8 < ratios.max() < 2.1
+    assert 0.4 < (ratios < 1).mean() < 0.6
+    image = draw_row("train", 0, config)
+    assert Image.open(io.BytesIO(image["image"]["bytes"])).size == sizes[0]
+
+
+@pytest.mark.parametrize(("ratio", "size"), [(2, (91, 45)), (0.25, (32, 128))])
+def test_shapes_builder_generates_one_aspect_ratio(ratio, size, tmp_path):
+    flags = {"image_size": 64, "num_train": 1, "num_validation": 1, "num_test": 2, "cache_dir": str(tmp_path)}
+    rows = data_scripts.load("shapes", split="test", min_aspect_ratio=ratio, max_aspect_ratio=ratio, **flags)
+    assert {row["image"].size for row in rows} == {size}
 
 
 def test_edited_builder_rebuilds_cache(tmp_path, monkeypatch):
@@ -108,7 +153,7 @@ def test_shapes_phrases_fit_exactly_their_object(rows):
     for row in rows:
         image = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(float)
         seen = describe_objects(row, image)
-        margin = MARGIN * row["width"]
+        margin = MARGIN * 96
         for sentence in row["sentences"]:
             for phrase in sentence["phrases"]:
                 expression = sentence["text"][phrase["start"] : phrase["end"]]
@@ -179,6 +224,10 @@ def test_shapes_builder_refuses_wrong_settings(tmp_path):
         data_scripts.load("shapes", cache_dir=str(tmp_path), image_size=8)
     with pytest.raises(ValueError, match="50,000,000 pixels"):
         data_scripts.load("shapes", cache_dir=str(tmp_path), image_size=8000)
+    for ratios in ((2, 1), (0.2, 1), (1, 4.5), (float("nan"), 1)):
+        flags = dict(zip(("min_aspect_ratio", "max_aspect_ratio"), ratios, strict=True))
+        with pytest.raises(ValueError, match=r"must be from 0\.25 to 4"):
+            data_scripts.load("shapes", cache_dir=str(tmp_path), **flags)
     with pytest.raises(ValueError, match="num_test=0"):
         data_scripts.load("shapes", cache_dir=str(tmp_path), num_test=0)
     with pytest.raises(ValueError, match="no dataset 'shape'"):
