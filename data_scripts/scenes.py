@@ -1,15 +1,27 @@
-"""Shared by the builders that generate their images: settings, sizes of images, and textured grounds."""
+"""
+Shared by the builders that generate their images: settings, sizes of images, textured grounds, and sentences.
 
+The kinds of expressions, `COUNTS`, are those of `data_scripts/shapes.py`.
+"""
+
+import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 from PIL import Image
 
+from .masks import encode_mask, to_segmentation
 from .reading import MAX_PIXELS
 
 
+PLACES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, direction
+RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+COUNTS = {"attribute": 3, "place": 1, "relation": 1, "caption": 1}  # kind -> most sentences per image
+MIN_SENTENCES = 3  # per image
+MARGIN = 0.08  # in `image_size`: what is called left is left by this much, what is not, is not
 MAX_ASPECT_RATIO = 4.0  # shorter sides than half of `image_size` leave no room for objects
 
 
@@ -80,3 +92,101 @@ def draw_ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     stripes = 10 * np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period)
     grain = rng.normal(0, 5, size=(height, width))
     return base + (blotches + stripes + grain)[..., None]
+
+
+def middle_of(box: Sequence[float]) -> tuple[float, float]:
+    """Return the middle of the box of an object's visible part, which places and relations refer to."""
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def box_of_mask(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the smallest box (xyxy) that contains a mask (height, width) with at least one pixel."""
+    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def find_extreme(middles: list, candidates: list[int], place: str, margin: float) -> int | None:
+    """Return the extreme candidate as in `PLACES`; None unless there are two or more, and it leads by the margin."""
+    axis, direction = PLACES[place]
+    order = sorted(candidates, key=lambda index: direction * middles[index][axis])
+    if len(order) < 2 or direction * (middles[order[1]][axis] - middles[order[0]][axis]) < margin:
+        return None
+    return order[0]
+
+
+def find_related(middles: list, candidates: list[int], relation: str, anchor: int, margin: float) -> int | None:
+    """
+    Return the candidate in a relation of `RELATIONS` to another object; None unless there are two or more, one of them
+    is in the relation by the margin, and none of the others is.
+    """
+    axis, direction = RELATIONS[relation]
+    distances = {index: direction * (middles[anchor][axis] - middles[index][axis]) for index in candidates}
+    inside = [index for index, distance in distances.items() if distance >= margin]
+    outside = [index for index, distance in distances.items() if distance <= 0]
+    is_unique = len(distances) > 1 and len(inside) == 1 and len(outside) == len(distances) - 1
+    return inside[0] if is_unique else None
+
+
+def draw_links(rng: np.random.Generator, middles: list, described: list[int], first: int, margin: float) -> list:
+    """Draw up to two (relation, other object) that the first object is in, for a caption."""
+    related = [
+        (relation, other)
+        for other in described
+        for relation, (axis, direction) in RELATIONS.items()
+        if other != first and direction * (middles[other][axis] - middles[first][axis]) >= margin
+    ]
+    links = []
+    for choice in rng.permutation(len(related)):
+        relation, other = related[choice]
+        if other not in [linked for _, linked in links] and len(links) < 2:
+            links.append((relation, other))
+    return links
+
+
+def select_sentences(rng: np.random.Generator, written: dict[str, list]) -> list[dict]:
+    """Select sentences from kind -> [[(text, object index or None), ...], ...], few of each kind (`COUNTS`)."""
+    sentences = []
+    for kind, count in COUNTS.items():
+        choices = written[kind]
+        # an object is asked for before one is asked for twice
+        asked = set()
+        for choice in rng.permutation(len(choices)):
+            parts = choices[choice]
+            index = parts[0][1]
+            if index not in asked and len(asked) < count:
+                asked.add(index)
+                sentences.append(join_parts(parts, kind))
+    return sentences
+
+
+def join_parts(parts: list, kind: str) -> dict:
+    """Join [(text, object index or None), ...] to a sentence with a phrase for each part that names an object."""
+    text, phrases = "", []
+    for words, index in parts:
+        if index is not None:
+            span = {"start": len(text), "end": len(text) + len(words)}
+            phrases.append({**span, "objects": [index], "types": [kind]})
+        text += words
+    return {"text": text, "phrases": phrases}
+
+
+def make_scene_row(image_id: str, image: Image.Image, objects: list[tuple], sentences: list[dict]) -> dict:
+    """Return a row of `schema.FEATURES` from an image, its objects (category, visible mask) and its sentences."""
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    rows = []
+    for number, (category, mask) in enumerate(objects):
+        box = list(box_of_mask(mask))
+        segmentation = to_segmentation(encode_mask(mask))
+        named = {"object_id": f"{image_id}_{number}", "category": category}
+        rows.append({**named, "box": box, "boxes": [box], "segmentation": segmentation})
+    return {
+        "image_id": image_id,
+        "image": {"bytes": png.getvalue(), "path": f"{image_id}.png"},
+        "width": image.width,
+        "height": image.height,
+        "objects": rows,
+        "sentences": [
+            {**sentence, "sentence_id": f"{image_id}_{number}"} for number, sentence in enumerate(sentences)
+        ],
+    }

@@ -9,7 +9,6 @@ Four kinds of expression, named in each phrase's `types`:
 - caption: "the red circle is left of the star", several phrases, each unique by attributes.
 """
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,29 +18,39 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .building import GroundingBuilder, Source
-from .masks import encode_mask, to_segmentation
+from .masks import encode_mask
 from .quoting import quote
 from .reading import MAX_PIXELS
-from .scenes import SceneConfig, draw_ground, draw_image_size
+from .scenes import (
+    MARGIN,
+    MIN_SENTENCES,
+    PLACES,
+    RELATIONS,
+    SceneConfig,
+    box_of_mask,
+    draw_ground,
+    draw_image_size,
+    draw_links,
+    find_extreme,
+    find_related,
+    make_scene_row,
+    middle_of,
+    select_sentences,
+)
 from .schema import FEATURES
 
 
-# MAX_PIXELS, quote: datasets <= 3.6 copies the siblings that a script itself imports, and no further
-__all__ = ["FEATURES", "MAX_PIXELS", "SOURCES", "Shapes", "quote"]
+# MAX_PIXELS, encode_mask, quote: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "MAX_PIXELS", "SOURCES", "Shapes", "encode_mask", "quote"]
 
 # few of each, so that a model from scratch learns what every word means within minutes
 COLORS = {"red": (215, 45, 40), "green": (45, 165, 65), "blue": (45, 85, 215)}
 SHAPES = ("circle", "square", "star")
 SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in `image_size`
-PLACES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, direction
-RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
-KINDS = ("attribute", "place", "relation", "caption")
 SPLITS = ("train", "validation", "test")
 
 MIN_VISIBLE = 0.6  # of an object's area
-MARGIN = 0.08  # in `image_size`: what is called left is left by this much, what is not, is not
 SUPERSAMPLING = 4
-MIN_SENTENCES = 3  # an image
 
 
 class Shapes(GroundingBuilder):
@@ -70,7 +79,7 @@ class Shapes(GroundingBuilder):
 
 @dataclass
 class Shape:
-    """One object of a scene; centre and radius in pixels, box xyxy of its visible part."""
+    """One object of a scene; centre and radius in pixels, middle of the box of its visible part."""
 
     size: str
     color: str
@@ -78,16 +87,11 @@ class Shape:
     center: tuple[float, float]
     radius: float
     visible: np.ndarray | None = None
-    box: tuple[int, int, int, int] | None = None
+    middle: tuple[float, float] | None = None
 
     def fits(self, size: str | None, color: str | None, shape: str | None) -> bool:
         """Return whether the shape has these attributes, None being any."""
         return size in (None, self.size) and color in (None, self.color) and shape in (None, self.shape)
-
-    @property
-    def middle(self) -> tuple[float, float]:
-        """Middle of the visible box, which positions and relations refer to."""
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
 def draw_row(split: str, index: int, config: SceneConfig) -> dict:
@@ -98,30 +102,8 @@ def draw_row(split: str, index: int, config: SceneConfig) -> dict:
     while len(sentences) < MIN_SENTENCES:
         image, shapes = draw_scene(rng, width, height, config.image_size)
         sentences = [] if shapes is None else write_sentences(rng, shapes, config.image_size)
-    image_id = f"shapes_{split}_{index:06d}"
-    png = io.BytesIO()
-    image.save(png, format="PNG")
-    objects = []
-    for number, shape in enumerate(shapes):
-        objects.append(
-            {
-                "object_id": f"{image_id}_{number}",
-                "box": list(shape.box),
-                "boxes": [list(shape.box)],
-                "category": shape.shape,
-                "segmentation": to_segmentation(encode_mask(shape.visible)),
-            }
-        )
-    for number, sentence in enumerate(sentences):
-        sentence["sentence_id"] = f"{image_id}_{number}"
-    return {
-        "image_id": image_id,
-        "image": {"bytes": png.getvalue(), "path": f"{image_id}.png"},
-        "width": width,
-        "height": height,
-        "objects": objects,
-        "sentences": sentences,
-    }
+    objects = [(shape.shape, shape.visible) for shape in shapes]
+    return make_scene_row(f"shapes_{split}_{index:06d}", image, objects, sentences)
 
 
 def draw_scene(rng: np.random.Generator, width: int, height: int, image_size: int) -> tuple:
@@ -148,8 +130,7 @@ def draw_scene(rng: np.random.Generator, width: int, height: int, image_size: in
     for shape, area in zip(shapes, areas, strict=True):
         if shape.visible.sum() < MIN_VISIBLE * area:
             return None, None
-        rows, columns = shape.visible.any(axis=1).nonzero()[0], shape.visible.any(axis=0).nonzero()[0]
-        shape.box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        shape.middle = middle_of(box_of_mask(shape.visible))
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), shapes
 
 
@@ -215,88 +196,48 @@ def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: i
         "relation": relations(shapes, by_attribute, margin),
         "caption": captions(rng, shapes, by_attribute, margin),
     }
-    sentences = []
-    for kind, count in zip(KINDS, (3, 1, 1, 1), strict=True):
-        choices = written[kind]
-        # an object is asked for before one is asked for twice
-        asked = set()
-        for choice in rng.permutation(len(choices)):
-            parts = choices[choice]
-            index = parts[0][1]
-            if index not in asked and len(asked) < count:
-                asked.add(index)
-                sentences.append(join_parts(parts, kind))
-    return sentences
-
-
-def join_parts(parts: list, kind: str) -> dict:
-    """Join [(text, object index or None), ...] to a sentence with a phrase for each part that names an object."""
-    text, phrases = "", []
-    for words, index in parts:
-        if index is not None:
-            span = {"start": len(text), "end": len(text) + len(words)}
-            phrases.append({**span, "objects": [index], "types": [kind]})
-        text += words
-    return {"text": text, "phrases": phrases}
+    return select_sentences(rng, written)
 
 
 def places(shapes: list[Shape], margin: float) -> list:
     """Describe the extreme one of two or more shapes, by a margin: "the leftmost red shape"."""
     found = []
+    middles = [shape.middle for shape in shapes]
     descriptions = sorted({words for shape in shapes for words in attributes_of(shape)}, key=str)
     for words in descriptions:
         candidates = matches(shapes, words)
-        for place, (axis, direction) in PLACES.items():
-            order = sorted(candidates, key=lambda index: direction * shapes[index].middle[axis])
-            if len(order) > 1:
-                gap = direction * (shapes[order[1]].middle[axis] - shapes[order[0]].middle[axis])
-                if gap >= margin:
-                    found.append([(f"the {place} {describe_shape(words)}", order[0])])
+        for place in PLACES:
+            index = find_extreme(middles, candidates, place, margin)
+            if index is not None:
+                found.append([(f"the {place} {describe_shape(words)}", index)])
     return found
 
 
 def relations(shapes: list[Shape], by_attribute: list, margin: float) -> list:
     """Describe one of two or more shapes by its relation to another: "the star below the blue square"."""
     found = []
+    middles = [shape.middle for shape in shapes]
+    descriptions = sorted({words for shape in shapes for words in attributes_of(shape)}, key=str)
     for anchor, anchor_words in enumerate(by_attribute):
         if not anchor_words:
             continue
         # the fullest description that is not the longest: two words where they do, else what there is
         told_by = min(anchor_words, key=lambda words: abs(2 - sum(word is not None for word in words)))
-        descriptions = sorted({words for shape in shapes for words in attributes_of(shape)}, key=str)
         for words in descriptions:
             candidates = [index for index in matches(shapes, words) if index != anchor]
-            if len(candidates) < 2:
-                continue
-            for relation, (axis, direction) in RELATIONS.items():
-                distances = [
-                    direction * (shapes[anchor].middle[axis] - shapes[index].middle[axis]) for index in candidates
-                ]
-                inside = [index for index, distance in zip(candidates, distances, strict=True) if distance >= margin]
-                outside = [index for index, distance in zip(candidates, distances, strict=True) if distance <= 0]
-                if len(inside) == 1 and len(outside) == len(candidates) - 1:
-                    found.append(
-                        [(f"the {describe_shape(words)} {relation} the {describe_shape(told_by)}", inside[0])]
-                    )
+            for relation in RELATIONS:
+                index = find_related(middles, candidates, relation, anchor, margin)
+                if index is not None:
+                    found.append([(f"the {describe_shape(words)} {relation} the {describe_shape(told_by)}", index)])
     return found
 
 
 def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, margin: float) -> list:
     """Describe several unique shapes: "the red circle is left of the star and above the small cross"."""
-    told = [index for index, choices in enumerate(by_attribute) if choices]
+    described = [index for index, choices in enumerate(by_attribute) if choices]
     found = []
-    for first in told:
-        related = [
-            (relation, other)
-            for other in told
-            for relation, (axis, direction) in RELATIONS.items()
-            if other != first and direction * (shapes[other].middle[axis] - shapes[first].middle[axis]) >= margin
-        ]
-        links = []
-        for choice in rng.permutation(len(related)):
-            relation, other = related[choice]
-            if other not in [linked for _, linked in links] and len(links) < 2:
-                links.append((relation, other))
+    for first in described:
+        links = draw_links(rng, [shape.middle for shape in shapes], described, first, margin)
         if not links:
             continue
 

@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data_scripts
-from data_scripts.scenes import SceneConfig
+from data_scripts.scenes import MARGIN, SceneConfig
 from data_scripts.schema import FEATURES
-from data_scripts.shapes import COLORS, MARGIN, SHAPES, SIZES, draw_row
+from data_scripts.shapes import COLORS, SHAPES, SIZES, draw_row
 
 
 LOCATIONS = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}
