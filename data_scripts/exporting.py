@@ -94,6 +94,10 @@ def write_dataset_card(
             }
         ],
     }
+    info = next(iter(splits.values())).info
+    if info.license:
+        settings["license"] = info.license.lower().replace(" ", "-")  # as the Hub spells it: cc-by-sa-4.0
+    credit = f" {for_markdown(info.citation)}" if info.citation else ""
     counts = {split: count_split(rows) for split, rows in splits.items()}
     table = [["split", *COUNTS], ["---"] * (1 + len(COUNTS))]
     table += [[split, *(f"{numbers[name]:,}" for name in COUNTS)] for split, numbers in counts.items()]
@@ -127,7 +131,7 @@ rows = load_dataset({json.dumps(str(folder), ensure_ascii=False)}, split="{next(
   sentence whose one phrase is all of it.
 - `positions`: the number of each sentence in the annotations of its split, where rows are ordered otherwise, or null.
 
-Source: {source.distribution} Licences of images and annotations are their authors'.
+Source: {source.distribution} Licences of images and annotations are their authors'.{credit}
 
 {MARK}{source.name}`; flags:{chosen}.
 """,
