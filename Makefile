@@ -54,7 +54,7 @@ test-legacy-datasets: .legacy/.installed $(VENV)/.installed
 
 # test the commands with the lowest versions allowed by setup.cfg, and with those of its extras, in separate
 # environments; uv resolves the versions, and downloads Python 3.11 if it is not installed
-EXTRAS := export demo quantization
+EXTRAS := export demo openmoji quantization
 UV := .lowest/uv/bin/uv
 LOWEST = $(UV) pip install --quiet --python .lowest/$(1)/bin/python
 

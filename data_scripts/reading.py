@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .quoting import explain
 
@@ -446,5 +446,22 @@ def check_decodes(path: str | Path) -> None:
     try:
         with open_file(path) as image:
             image.load()
+    except Exception as error:
+        raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error
+
+
+def decode_image(path: str | Path) -> Image.Image:
+    """
+    Decode an image file, turned as its EXIF orientation says.
+
+    Raises:
+        OSError: if the file is missing, cut or damaged.
+        ValueError: if it claims more than `MAX_PIXELS` pixels.
+    """
+    read_image_size(path)
+    try:
+        with open_file(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
     except Exception as error:
         raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error

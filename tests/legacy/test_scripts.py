@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import data_scripts  # noqa: E402 -- requires the path above
 
 
-SMALL = {"shapes": {"num_train": 3, "num_validation": 2, "num_test": 2}}
+SMALL = {name: {"num_train": 3, "num_validation": 2, "num_test": 2} for name in ("shapes", "cutouts")}
 
 
 def module_of(source) -> str:
@@ -68,7 +68,7 @@ def test_every_source_has_files(source):
 def test_script_gives_rows_of_load(source, num_proc, tmp_path):
     flags = SMALL.get(module_of(source), {})
     data_dir = None
-    if module_of(source) not in SMALL:
+    if layout_of(source):
         data_dir = str(tmp_path / "files")
         make_files(source, tmp_path / "files")
     loaded = datasets.load_dataset(

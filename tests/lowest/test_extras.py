@@ -29,3 +29,9 @@ def test_model_loads_with_int8_weights(trained, folder):  # noqa: F811 -- a fixt
         "print(any('torchao' in type(weight).__module__ for weight in model.parameters()))"
     )
     assert run(sys.executable, "-c", code, cwd=folder).stdout.strip() == "True"
+
+
+def test_openmoji_objects_are_pasted(folder):  # noqa: F811 -- a fixture
+    flags = [flag for split in ("train", "validation", "test") for flag in (f"--num_{split}", "2")]
+    flags += ["--objects", "openmoji", "--cache_dir", "cache"]
+    assert run(REFTR, "data", "check", "cutouts", *flags, cwd=folder).stdout.endswith("0 errors, 0 warnings.\n")
