@@ -7,7 +7,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 import data_scripts
@@ -174,6 +174,16 @@ def test_shadow_darkens_background_below_object(load, tmp_path):
         free = ~np.any(decode_masks(row), axis=0)
         assert np.asarray(row["image"])[free].mean() < np.asarray(other["image"])[free].mean() < 255
         assert row["objects"] == other["objects"]
+
+
+def test_object_is_turned_by_its_orientation(load, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for name in ("apple", "car"):
+        Image.new("RGBA", (40, 20), "red").save(tmp_path / f"{name}.png", exif=exif)
+    rows = load(split="train", objects=str(tmp_path), rotation=0)
+    boxes = [row["objects"][-1]["box"] for row in rows]
+    assert all(y1 - y0 > 1.5 * (x1 - x0) for x0, y0, x1, y1 in boxes)
 
 
 def test_backgrounds_are_parts_of_images_of_folder(load, tmp_path):

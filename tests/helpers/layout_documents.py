@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForPreTraining, DetrConfig, DetrForObje
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor, RefTRProcessor
 from tests.helpers.golden import GOLDEN, load_case, published_state_dict
+from tests.helpers.layout_cutouts import make_cutouts
 from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_reftr_index import make_reftr_index
@@ -78,8 +79,10 @@ def make_sets(folder: Path):
         make_refcoco(folder / "refer", name)
     make_visual_genome(folder / "visual_genome", (581857, 100, 20, 101, 102))
     make_flickr30k(folder / "flickr30k")
+    make_cutouts(folder / "objects")
+    (folder / "backgrounds").mkdir()
     (folder / "mine").mkdir()
-    for name in ("photo.jpg", "mine/1.jpg", "mine/2.jpg", "mine/3.jpg"):
+    for name in ("photo.jpg", "backgrounds/1.jpg", "mine/1.jpg", "mine/2.jpg", "mine/3.jpg"):
         Image.effect_noise((200, 100), 90).convert("RGB").save(folder / name)
     expressions = [{"text": "the red car", "box": [10, 20, 110, 90]}]
     for split, image in (("train", "1.jpg"), ("validation", "2.jpg")):

@@ -43,6 +43,10 @@ EXPECTED = {
         ['"phrase": "the blue car"', '"image": "mine/3.jpg"'],
         ["samples.png", "runs/mine/report.md", "out.png", "answered/00002_2.png", "answers.jsonl"],
     ),
+    "docs/cutouts.md": (
+        ["cutouts: 0 errors, 0 warnings.", '"phrase": "the mug left of the apple"'],
+        ["samples.png", "runs/objects/report.md", "out.png"],
+    ),
     "docs/published_checkpoints.md": (
         [
             "337 weights taken, left: ['query_embed.weight']",
