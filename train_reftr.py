@@ -130,7 +130,8 @@ def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelera
     with bar, logging_redirect_tqdm(), deferred, Watchdog(settings.checkpoints.watchdog_minutes) as watchdog:
 
         def save() -> None:
-            save_checkpoint(run.model, run.optimizer, run.processor, run.state, settings.checkpoints, accelerator)
+            parts = run.model, run.optimizer, run.processor, run.state
+            save_checkpoint(*parts, settings.checkpoints, accelerator, run.average)
 
         def should_stop() -> bool:
             """Save and stop as signals ask for, between two steps of training or evaluation. A collective."""

@@ -7,6 +7,7 @@ are collectives: all processes call them; only the main process writes.
             step_00001200/
                 config.json, model.safetensors, processor files    a folder for `from_pretrained`
                 optimizer.safetensors                               by the parameters' names
+                average.safetensors                                 moving average of the weights, with `ema_decay`
                 state.json                                          progress of the run, see `TrainingState`
                 manifest.json                                       sizes and SHA-256 of all the others, written last
         config.json, model.safetensors, ...                         the best model so far, with its processor
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim.swa_utils import AveragedModel
 
 from data_scripts.atomic_files import atomic_folder, remove_folder, remove_leftovers, replaced_files, sha256_of
 from data_scripts.quoting import quote
@@ -52,6 +54,7 @@ from training_reftr.settings import CheckpointSettings
 logger = logging.getLogger(__name__)
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 NAME = re.compile(r"step_(\d{8,})")
 # files without which a checkpoint is not complete
 REQUIRED = ("config.json", "model*.safetensors", OPTIMIZER, STATE, "processor_config.json", "tokenizer_config.json")
@@ -118,9 +121,13 @@ def save_checkpoint(
     state: TrainingState,
     checkpoints: CheckpointSettings,
     accelerator: Accelerator,
+    average: AveragedModel | None = None,
 ) -> None:
     """
     Write a checkpoint of this step, then delete the oldest beyond `keep_checkpoints`. A collective.
+
+    Args:
+        average (`AveragedModel`, *optional*): moving average of the weights.
 
     Raises:
         OSError: on all processes, if it cannot be written; existing checkpoints stay.
@@ -140,6 +147,8 @@ def save_checkpoint(
         # Hyperparameters such as learning rates are not saved: they come from the settings.
         tensors = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
         save_tensors(tensors, folder / OPTIMIZER)
+        if average is not None:
+            save_tensors(average.state_dict(), folder / AVERAGE)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
 
     with on_main_process(accelerator, f"The checkpoint of step {state.step} was not written"):

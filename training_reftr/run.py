@@ -13,15 +13,17 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
+from torch.optim.swa_utils import AveragedModel
 from transformers.utils.logging import disable_progress_bar
 
 from data_scripts.atomic_files import write_file
 from data_scripts.escaping import TerminalFormatter
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from training_reftr.averaging import build_average, load_average
 from training_reftr.banner import announce
 from training_reftr.batch_norm import synchronize_batch_norm
 from training_reftr.build import HUB_ID, build_model, load_reftr, refuse_model_changes, refuse_tokenizer
-from training_reftr.checkpoints import TrainingState, find_checkpoint, load_optimizer, load_state
+from training_reftr.checkpoints import AVERAGE, TrainingState, find_checkpoint, load_optimizer, load_state
 from training_reftr.data import EvaluationData, TrainingData
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.optimization import build_optimizer, build_scheduler, num_warmup_steps
@@ -55,6 +57,7 @@ class Run:
         global_batch_size (`int`): number of samples per batch on all processes together.
         settings ([`TrainingSettings`]): settings in effect.
         evaluation (`EvaluationData`, *optional*): batches of the validation split.
+        average (`AveragedModel`, *optional*): moving average of the weights, with `ema_decay`.
     """
 
     model: torch.nn.Module
@@ -66,6 +69,12 @@ class Run:
     global_batch_size: int
     settings: TrainingSettings
     evaluation: EvaluationData | None = None
+    average: AveragedModel | None = None
+
+    @property
+    def result(self) -> torch.nn.Module:
+        """Return the model that is evaluated and saved: the average of the weights if there is one."""
+        return self.model if self.average is None else self.average.module
 
     @property
     def num_steps(self) -> int:
@@ -96,7 +105,9 @@ class Run:
         self.state.start_epoch(self.state.epoch + 1)
 
     def advance(self) -> None:
-        """Record an optimizer step and set the learning rates of the next one."""
+        """Record an optimizer step, average the weights, and set the learning rates of the next step."""
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.scheduler.step()
         self.state.step += 1
         self.state.schedule_step += 1
@@ -154,6 +165,9 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
     warnings = [refuse_missing_labels(train_rows, settings.data, model.config.predict_masks)]
     configure_deepspeed(settings.optimization, accelerator)
     announce(rows, model, settings, accelerator)
+    average = build_average(model, settings.optimization, accelerator)
+    if average is not None and checkpoint is not None:
+        load_average(checkpoint / AVERAGE, average)
     if settings.optimization.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(model, settings.optimization))
@@ -176,7 +190,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
         accelerator.process_index,
         accelerator.num_processes,
     )
-    run = Run(model, optimizer, processor, None, data, state, global_batch_size, settings, evaluation)
+    run = Run(model, optimizer, processor, None, data, state, global_batch_size, settings, evaluation, average)
     run.scheduler = build_scheduler(
         optimizer, settings.schedule, state.steps_per_epoch, run.num_steps, done=state.schedule_step
     )

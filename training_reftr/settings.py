@@ -196,6 +196,11 @@ class OptimizationSettings:
     adam_beta2: float = setting(
         Scope.RESULTS, 0.999, "AdamW's decay of squared gradients; a shorter memory leaves plateaus sooner."
     )
+    ema_decay: float = setting(
+        Scope.RESULTS,
+        0.0,
+        "Decay per step of a moving average of the weights, which is evaluated and saved as the model; 0: none.",
+    )
     max_grad_norm: float = setting(Scope.RESULTS, 0.1, "Clip the norm of the gradient of all parameters to this.")
     seed: int = setting(Scope.RESULTS, 42, "Random seed of weights, order, choice of expressions and dropout.")
 
@@ -213,6 +218,10 @@ class OptimizationSettings:
         require_choice(self, "mixed_precision", (None, "no", "bf16", "fp16"))
         if not 0 <= self.adam_beta2 < 1:
             raise ValueError(f"adam_beta2={self.adam_beta2} must be at least 0 and less than 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay} must be at least 0 and less than 1, for example 0.999; 0: no average."
+            )
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be greater than 0; inf does not clip.")
 

@@ -30,7 +30,7 @@ def validate(
     """
     settings, state = run.settings, run.state
     split = split_of(rows, settings.data.validation_split)
-    arguments = run.model, run.processor, split, settings, accelerator
+    arguments = run.result, run.processor, split, settings, accelerator
     records = evaluate(*arguments, settings.data.validation_split, should_stop, run.evaluation)
     if records is None:
         return False
@@ -41,7 +41,7 @@ def validate(
     tracking.log_evaluation(state, settings.data.validation_split, metrics, records, split)
     if state.best is None or metrics[name] > state.best:
         state.best, state.best_step = metrics[name], state.step
-        save_best(run.model, run.processor, settings.checkpoints.output_dir, accelerator)
+        save_best(run.result, run.processor, settings.checkpoints.output_dir, accelerator)
         if accelerator.is_main_process:
             describe_best(settings, state.changes)
         publisher.push_best(state.step)

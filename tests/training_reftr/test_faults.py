@@ -28,7 +28,7 @@ LAST_STEP = 12
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, data_cache):
-    return write_recipe(tmp_path_factory.mktemp("faults") / "faults.yaml", data_cache)
+    return write_recipe(tmp_path_factory.mktemp("faults") / "faults.yaml", data_cache, ema_decay=0.7)
 
 
 class UndisturbedRuns(dict):
@@ -59,7 +59,7 @@ def run(recipe, output_dir, ranks=1, *argv, **settings):
 def assert_same(first: Path, second: Path):
     """Assert that two runs logged the same metrics and ended with bit-identical models and optimizers."""
     assert losses_of(first) == losses_of(second)
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "optimizer.safetensors", "average.safetensors"):
         one, two = (load_file(folder / f"checkpoints/step_{LAST_STEP:08d}" / name) for folder in (first, second))
         assert one.keys() == two.keys()
         assert [key for key in one if not torch.equal(one[key], two[key])] == []
