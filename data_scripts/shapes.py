@@ -9,6 +9,7 @@ Four kinds of expression, named in each phrase's `types`:
 - caption: "the red circle is left of the star", several phrases, each unique by attributes.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,17 +48,41 @@ __all__ = ["FEATURES", "MAX_PIXELS", "SOURCES", "Shapes", "encode_mask", "quote"
 COLORS = {"red": (215, 45, 40), "green": (45, 165, 65), "blue": (45, 85, 215)}
 SHAPES = ("circle", "square", "star")
 SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in `image_size`
+MIN_SCALE = 0.5  # smaller objects have too few pixels for their shape to be seen
+MAX_DIAMETER = 0.85  # of an object, in shorter sides of an image
 SPLITS = ("train", "validation", "test")
 
 MIN_VISIBLE = 0.6  # of an object's area
 SUPERSAMPLING = 4
 
 
+@dataclass
+class ShapesConfig(SceneConfig):
+    """
+    Args:
+        object_scale (`float`): factor of the size of all objects, at most what fits into the shorter side of an image.
+            The other arguments are those of [`SceneConfig`].
+    """
+
+    object_scale: float = 1.0
+
+    def validate(self) -> None:
+        """Validate the settings; raise a ValueError for one that no image can be generated with."""
+        super().validate()
+        limit = MAX_DIAMETER / (2 * SIZES["large"][1])
+        limit /= math.sqrt(max(self.max_aspect_ratio, 1 / self.min_aspect_ratio))
+        if not MIN_SCALE <= self.object_scale <= limit:
+            raise ValueError(
+                f"object_scale={self.object_scale} must be from {MIN_SCALE} to {limit:.2f}, where the largest object "
+                "fits into the shorter side of an image."
+            )
+
+
 class Shapes(GroundingBuilder):
     """Builder of the dataset; every image is a function of (seed, split, index)."""
 
-    BUILDER_CONFIG_CLASS = SceneConfig
-    BUILDER_CONFIGS = [SceneConfig(name="default", version=GroundingBuilder.VERSION)]
+    BUILDER_CONFIG_CLASS = ShapesConfig
+    BUILDER_CONFIGS = [ShapesConfig(name="default", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "default"
 
     def _info(self) -> datasets.DatasetInfo:
@@ -94,19 +119,19 @@ class Shape:
         return size in (None, self.size) and color in (None, self.color) and shape in (None, self.shape)
 
 
-def draw_row(split: str, index: int, config: SceneConfig) -> dict:
+def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
     """Draw scenes until one has enough sentences about it, and describe it."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     width, height = draw_image_size(rng, config)
     sentences = []
     while len(sentences) < MIN_SENTENCES:
-        image, shapes = draw_scene(rng, width, height, config.image_size)
+        image, shapes = draw_scene(rng, width, height, config)
         sentences = [] if shapes is None else write_sentences(rng, shapes, config.image_size)
     objects = [(shape.shape, shape.visible) for shape in shapes]
     return make_scene_row(f"shapes_{split}_{index:06d}", image, objects, sentences)
 
 
-def draw_scene(rng: np.random.Generator, width: int, height: int, image_size: int) -> tuple:
+def draw_scene(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> tuple:
     """Draw an image and its shapes, later ones in front; no shapes if one hides too much of another."""
     canvas = draw_ground(rng, width, height)
     count = rng.integers(2, 4)
@@ -115,7 +140,7 @@ def draw_scene(rng: np.random.Generator, width: int, height: int, image_size: in
     shapes, areas = [], []
     for color in colors:
         size = str(rng.choice(list(SIZES)))
-        radius = rng.uniform(*SIZES[size]) * image_size
+        radius = rng.uniform(*SIZES[size]) * config.object_scale * config.image_size
         center = tuple(rng.uniform(radius + 1, np.array([width, height]) - radius - 1))
         shapes.append(Shape(size, str(color), str(rng.choice(SHAPES)), center, radius))
         alpha = draw_alpha(shapes[-1], width, height)

@@ -38,6 +38,7 @@ from .version_reftr import VERSION
 
 logger = logging.get_logger(__name__)
 
+MASK_CONDITIONINGS = ("attention", "scaled_attention", "add", "multiply")
 SUB_CONFIGS = {"backbone_config", "text_config"}
 # where a saved folder keeps our classes; written by every save, whatever a loaded file said
 AUTO_MAP = {
@@ -201,6 +202,11 @@ class RefTRConfig(PreTrainedConfig):
             Whether the head predicts masks as well as boxes, from the backbone's last four feature maps.
         mask_head_group_norm_groups (`int`, *optional*, defaults to 8):
             Most groups of the mask head's group norms; fewer where they do not divide a layer's channels.
+        mask_conditioning (`str`, *optional*, defaults to `"attention"`):
+            How the mask head knows the phrase: `"attention"`, by attention maps whose values sum to 1 over heads and
+            positions, as published; `"scaled_attention"`, multiplied by their number, so that they have mean 1 as the
+            other input channels, and masks of several phrases of a sentence are told apart; `"add"` or `"multiply"`, a
+            projection of the phrase.
         freeze_grounding (`bool`, *optional*, defaults to `False`):
             Train the mask head alone; everything else stays as it was loaded, and without dropout.
         auxiliary_loss (`bool`, *optional*, defaults to `True`):
@@ -288,6 +294,7 @@ class RefTRConfig(PreTrainedConfig):
     num_frozen_backbone_stages: int = 1
     predict_masks: bool = False
     mask_head_group_norm_groups: int = 8
+    mask_conditioning: str = "attention"
     freeze_grounding: bool = False
     auxiliary_loss: bool = True
     bbox_loss_coefficient: float | int = 1.0
@@ -446,6 +453,10 @@ class RefTRConfig(PreTrainedConfig):
         """Refuse masks that cannot be trained or built."""
         if self.freeze_grounding and not self.predict_masks:
             raise ValueError("freeze_grounding=True trains the mask head alone, but predict_masks=False has none.")
+        if self.mask_conditioning not in MASK_CONDITIONINGS:
+            raise ValueError(
+                f"mask_conditioning={quote(self.mask_conditioning)} must be one of {', '.join(MASK_CONDITIONINGS)}."
+            )
         if self.predict_masks and self.d_model < 32:
             raise ValueError(
                 f"d_model={self.d_model} is too narrow for predict_masks=True, whose last layer is d_model / 16 wide: "

@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data_scripts
-from data_scripts.scenes import MARGIN, SceneConfig
+from data_scripts.scenes import MARGIN
 from data_scripts.schema import FEATURES
-from data_scripts.shapes import COLORS, SHAPES, SIZES, draw_row
+from data_scripts.shapes import COLORS, SHAPES, SIZES, ShapesConfig, draw_row
 
 
 LOCATIONS = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}
@@ -25,8 +25,8 @@ RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (
 @pytest.fixture(scope="module")
 def rows():
     """Rows of square and of rectangular images."""
-    square = SceneConfig(image_size=96, seed=3)
-    rectangular = SceneConfig(image_size=96, seed=3, min_aspect_ratio=0.4, max_aspect_ratio=2.5)
+    square = ShapesConfig(image_size=96, seed=3)
+    rectangular = ShapesConfig(image_size=96, seed=3, min_aspect_ratio=0.4, max_aspect_ratio=2.5)
     return [
         draw_row(split, index, config)
         for split, config in (("train", square), ("test", rectangular))
@@ -67,9 +67,9 @@ def test_shapes_rows_follow_schema(shapes):
 
 
 def test_draw_row_is_reproducible_per_seed():
-    config = SceneConfig(image_size=64)
+    config = ShapesConfig(image_size=64)
     assert draw_row("train", 5, config) == draw_row("train", 5, config)
-    assert draw_row("train", 5, config) != draw_row("train", 5, SceneConfig(image_size=64, seed=1))
+    assert draw_row("train", 5, config) != draw_row("train", 5, ShapesConfig(image_size=64, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_draw_row_is_reproducible_per_seed():
 )
 def test_draw_row_keeps_square_images_of_earlier_versions(split, index, size, seed, expected):
     """Pixels, as another version of zlib compresses them to other bytes."""
-    row = draw_row(split, index, SceneConfig(image_size=size, seed=seed))
+    row = draw_row(split, index, ShapesConfig(image_size=size, seed=seed))
     pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
     texts = "".join(sentence["text"] for sentence in row["sentences"])
     assert hashlib.sha256(pixels.tobytes() + texts.encode()).hexdigest()[:16] == expected
 
 
 def test_shapes_images_have_constant_area_and_log_uniform_ratios():
-    config = SceneConfig(image_size=32, min_aspect_ratio=0.5, max_aspect_ratio=2)
+    config = ShapesConfig(image_size=32, min_aspect_ratio=0.5, max_aspect_ratio=2)
     sizes = [(row["width"], row["height"]) for row in (draw_row("train", index, config) for index in range(200))]
     ratios = np.array([width / height for width, height in sizes])
     assert all(abs(width * height - 32**2) <= 64 for width, height in sizes)
@@ -98,6 +98,20 @@ def test_shapes_images_have_constant_area_and_log_uniform_ratios():
     assert 0.4 < (ratios < 1).mean() < 0.6
     image = draw_row("train", 0, config)
     assert Image.open(io.BytesIO(image["image"]["bytes"])).size == sizes[0]
+
+
+def test_object_scale_multiplies_size_of_objects():
+    def sides(scale: float) -> float:
+        rows = [draw_row("train", index, ShapesConfig(image_size=64, object_scale=scale)) for index in range(30)]
+        return np.mean([item["box"][2] - item["box"][0] for row in rows for item in row["objects"]])
+
+    assert 1.2 < sides(1.3) / sides(1) < 1.4
+
+
+def test_objects_larger_than_shorter_side_are_refused():
+    ShapesConfig(object_scale=1.4, min_aspect_ratio=0.5, max_aspect_ratio=2).validate()
+    with pytest.raises(ValueError, match=r"object_scale=1.5 must be from 0.5 to 1.43, where the largest object fits"):
+        ShapesConfig(object_scale=1.5, min_aspect_ratio=0.5, max_aspect_ratio=1).validate()
 
 
 @pytest.mark.parametrize(("ratio", "size"), [(2, (91, 45)), (0.25, (32, 128))])
