@@ -329,19 +329,17 @@ class RefTRProcessor(ProcessorMixin):
         Raises:
             ValueError: if a limit leaves no room besides the special tokens.
         """
+        # Many texts of a batch are equal: empty slots, and the phrases that people use.
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         # A tokenizer.json can lack the very token that a text requires.
         with naming_files(self.tokenizer.name_or_path, ["tokenizer.json", "tokenizer_config.json"], {}):
             encodings = self.tokenizer(
-                texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+                list(row_of), return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
             )
+        names = ("input_ids", "offset_mapping", "special_tokens_mask")
         encoded, cuts = [], []
-        for ids, offsets, is_special, limit in zip(
-            encodings["input_ids"],
-            encodings["offset_mapping"],
-            encodings["special_tokens_mask"],
-            limits,
-            strict=True,
-        ):
+        for text, limit in zip(texts, limits, strict=True):
+            ids, offsets, is_special = (encodings[name][row_of[text]] for name in names)
             limit = min(limit, self.tokenizer.model_max_length)
             if len(ids) > limit:
                 # Keep what the tokenizer adds before and after a text; a special token typed in the text is text.
