@@ -189,7 +189,7 @@ class VisualGroundingPipeline(Pipeline):
 
     def draw(self, image: ImageInput, answers: list[dict[str, Any]], width: int | None = None) -> Image.Image:
         """
-        Draw answers onto their image, with their texts below it.
+        Draw answers onto their image, with their texts at their boxes; see `draw_answers`.
 
         Args:
             image: the image, as it was passed to the call.

@@ -139,7 +139,7 @@ class RefTRPredictor:
 
     def draw(self, answers: list[dict[str, Any]], width: int | None = None) -> Image.Image:
         """
-        Draw answers onto the image, with their texts below it.
+        Draw answers onto the image, with their texts at their boxes; see `draw_answers`.
 
         Args:
             answers (`list[dict]`): answers of `predict`.

@@ -47,9 +47,9 @@ def phrase_of(sentence: dict, phrase: dict) -> str:
 
 def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) -> Image.Image:
     """
-    Draw random rows: each image with boxes and masks in the colours of the phrases under it.
+    Draw random rows: each image with boxes and masks in the colours of the phrases at them.
 
-    If an object has several boxes, they are white and their union is coloured.
+    If an object has several boxes, they are dashed and their union is coloured.
 
     Args:
         rows (`datasets.Dataset`): a split.
@@ -84,6 +84,7 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
                 masks=masks,
                 title=f"{row['image_id']}: {sentence}" if sentence else row["image_id"],
                 width=width,
+                legend="dashed: the boxes of an object with several",
             )
         )
     return make_grid(images, min(COLUMNS, len(images)))
