@@ -30,7 +30,7 @@ MARK = "<!-- written by train_reftr.py from the files beside it; without this li
 ANSWERS = """
 ## Predictions
 
-![predicted boxes and masks in the colours of the phrases, ground truth boxes in white](predictions.png)
+![predicted boxes and masks in the colours of the phrases, ground truth boxes dashed](predictions.png)
 """
 TEMPLATE = (
     """---

@@ -22,51 +22,108 @@ from training_reftr.images import read_row_image
 
 NUM_HEADS = 4  # as many as the published evaluation shows
 PANEL_WIDTH = 480
+GRID_WIDTH = 1400  # of predictions.png, if it has several columns
 GAP = 8
+FULL_ATTENTION = 4  # times uniform attention
 
 
 def draw_validation_images(records: list[dict], rows: datasets.Dataset, num: int) -> Image.Image | None:
     """
-    Draw a grid of the first images of a split with one sentence each, alternating between phrase types: predicted
-    boxes and masks in the colors of their phrases, target boxes in white. Return None if there is nothing to draw.
+    Draw a grid of chosen sentences of a split, see `choose_sentences`: predictions in the colors of their phrases,
+    ground-truth boxes dashed, a failure marked in red. Return None if there is nothing to draw.
 
     Args:
         records (`list[dict]`): records of `evaluate`.
         rows (`datasets.Dataset`): rows of the split.
         num (`int`): maximum number of images.
     """
+    sentences = group_by_sentence(records)
+    chosen = choose_sentences(sentences, num)
+    if not chosen:
+        return None
+    index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
+    undecoded = rows.cast_column("image", datasets.Image(decode=False))
+    columns = min(len(chosen), 3 if len(chosen) in (3, 5, 6, 9) else 4)
+    width = min((GRID_WIDTH - GAP) // columns - GAP, PANEL_WIDTH)
+    images = []
+    for group in chosen:
+        row = undecoded[index_of[group[0]["image_id"]]]
+        images.append(draw_sentence({**row, "image": Image.fromarray(read_row_image(row))}, group, width))
+    num_good = sum(not describe_failure(group) for group in sentences)
+    note = f"Dashed: ground truth. Chosen from {len(sentences)} texts, of which {num_good} have every IoU over 0.5."
+    return make_grid(images, columns, GAP, note)
+
+
+def group_by_sentence(records: list[dict]) -> list[list[dict]]:
+    """Return the records of each sentence, in the order of the records."""
     sentences = defaultdict(list)
     for record in records:
         sentences[record["image_id"], record["sentence_id"]].append(record)
-    by_kind = defaultdict(list)
-    for group in sentences.values():
-        by_kind[group[0]["types"][0] if group[0]["types"] else ""].append(group)
-    index_of = {image_id: index for index, image_id in enumerate(rows["image_id"])}
-    undecoded = rows.cast_column("image", datasets.Image(decode=False))
-    used, images = set(), []
-    while len(images) < num and any(by_kind.values()):
-        for kind in sorted(by_kind):
-            # Prefer images that are not drawn yet.
-            fresh = (group for group in by_kind[kind] if group[0]["image_id"] not in used)
-            group = next(fresh, None) or next(iter(by_kind[kind]), None)
-            if group is None or len(images) == num:
-                continue
-            by_kind[kind].remove(group)
-            used.add(group[0]["image_id"])
-            row = undecoded[index_of[group[0]["image_id"]]]
-            images.append(draw_sentence({**row, "image": Image.fromarray(read_row_image(row))}, group))
-    return make_grid(images, columns=4) if images else None
+    return list(sentences.values())
 
 
-def draw_sentence(row: dict, records: list[dict]) -> Image.Image:
-    """Draw the predictions for all phrases of a sentence on one image."""
+def choose_sentences(sentences: list[list[dict]], num: int) -> list[list[dict]]:
+    """
+    Choose sentences to draw, the same ones for the same records: correct ones, and last one failure if there is any.
+
+    The types of phrases take turns, beginning with captions of several phrases; within a type, sentences of images
+    that are not chosen yet come first. The failure is the one whose worst IoU is the median of all failures, or of
+    captions if no caption is correct.
+
+    Args:
+        sentences (`list[list[dict]]`): the records of each sentence, see `evaluate`.
+        num (`int`): the maximum number of sentences.
+    """
+    failures = [group for group in sentences if describe_failure(group)]
+    correct_by_type = defaultdict(list)
+    for group in sentences:
+        if not describe_failure(group):
+            kind = group[0]["types"][0] if group[0]["types"] else ""
+            correct_by_type["" if len(group) > 1 else f"phrase: {kind}"].append(group)
+    captions = [group for group in failures if len(group) > 1]
+    failures = captions if captions and not correct_by_type[""] else failures
+    failures = sorted(failures, key=lambda group: min(record["iou"] for record in group))
+    chosen, images = [], set()
+    while len(chosen) < num - bool(failures) and any(correct_by_type.values()):
+        for kind in sorted(correct_by_type):
+            groups = correct_by_type[kind]
+            if groups and len(chosen) < num - bool(failures):
+                group = next((group for group in groups if group[0]["image_id"] not in images), groups[0])
+                groups.remove(group)
+                images.add(group[0]["image_id"])
+                chosen.append(group)
+    return (chosen + failures[len(failures) // 2 :][:1])[:num]
+
+
+def recorded_mask_iou(record: dict) -> float | None:
+    """Return the mask IoU of a record, as in the metrics; None without masks."""
+    if "mask_pixels" not in record:
+        return None
+    intersection, union = record["mask_pixels"]
+    return intersection / union if union else 0.0
+
+
+def describe_failure(records: list[dict]) -> str:
+    """Return why a sentence is a failure: the worst IoU of its boxes or masks, if it is at most 0.5; else nothing."""
+    iou = min(record["iou"] for record in records)
+    masks = [value for value in map(recorded_mask_iou, records) if value is not None]
+    if iou <= 0.5:
+        return f"failure, IoU {iou:.2f}"
+    return f"failure, mask IoU {min(masks):.2f}" if masks and min(masks) <= 0.5 else ""
+
+
+def draw_sentence(row: dict, records: list[dict], width: int = 320) -> Image.Image:
+    """Draw the predictions for all phrases of a sentence on one image of a width in pixels."""
     return draw_answers(
         row["image"],
         [record["pred_box"] for record in records],
-        [f"{record['words']} ({record['iou']:.2f})" for record in records],
+        [f"{record['words']} {record['iou']:.2f}" for record in records],
         true_boxes_xyxy=[record["box"] for record in records],
         masks=[decode(record["pred_segmentation"]) for record in records if "pred_segmentation" in record],
         title=find_sentence(row, records[0])["text"] if len(records) > 1 else "",
+        width=width,
+        failure=describe_failure(records),
+        legend="",
     )
 
 
@@ -136,22 +193,22 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
         maps (`np.ndarray` of shape `(heads, h, w)`): see `attend`.
     """
     sentence = find_sentence(row, record)["text"]
-    words = f"answer: {record['words']}" if record["pred_box"] else f"no answer: {record['words']}"
-    title = sentence if sentence != record["words"] else ""
     answer = draw_answers(
         row["image"],
         [record["pred_box"]],
-        [f"{words} (IoU {record['iou']:.2f})"],
+        [f"{record['words']} (IoU {record['iou']:.2f})"],
         true_boxes_xyxy=[record["box"]],
         masks=[decode(record["pred_segmentation"])] if "pred_segmentation" in record else (),
-        title=title,
+        title=sentence if sentence != record["words"] else "",
         width=PANEL_WIDTH,
+        failure=describe_failure([record]),
     )
     truth = draw_answers(
         row["image"],
-        [record["box"]],
-        ["truth"],
-        masks=[decode(record["segmentation"])],
+        [],
+        [],
+        true_boxes_xyxy=[record["box"]],
+        true_masks=[decode(record["segmentation"])],
         width=PANEL_WIDTH,
     )
     heads = maps[:NUM_HEADS]
@@ -160,7 +217,8 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
         draw_answers(
             heat(row["image"], head),
             [record["pred_box"]],
-            [f"head {number}: {head.sum():.0%} on image"],
+            [""],
+            title=f"head {number}: {head.sum():.0%} on image",
             width=width,
         )
         for number, head in enumerate(heads, start=1)
@@ -169,8 +227,18 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
 
 
 def heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
-    """Color a gray image by `weights` (h, w): yellow at their maximum, red at half of it."""
-    weights = weights / max(weights.max(), 1e-12)
+    """
+    Color a gray image by the attention of a head: from red to yellow.
+
+    The brightness is the attention relative to a uniform one, full at `FULL_ATTENTION` times that, and at most the
+    share of the head's attention that goes to the image: heads are comparable, and one that attends to the text only
+    leaves the image gray.
+
+    Args:
+        image (`PIL.Image.Image`): the image.
+        weights (`np.ndarray` of shape `(h, w)`): see `attend`; they sum to at most 1.
+    """
+    weights = np.minimum(weights * weights.size / FULL_ATTENTION, min(weights.sum(), 1.0))
     layer = Image.fromarray((weights * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     share = np.asarray(layer, dtype=np.float32)[..., None] / 255
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32) * 0.6

@@ -17,12 +17,12 @@ from torchvision.ops import box_iou
 
 import data_scripts
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
-from modeling_reftr.drawing_reftr import draw_answers
 from modeling_reftr.rle_reftr import from_coco_rle
 from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.ranks_evaluation import run_grid
 from tests.helpers.tiny import ROOT
+from training_reftr import visualization
 from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.data import GroundingCollator, move
 from training_reftr.evaluation import (
@@ -45,7 +45,14 @@ from training_reftr.report import (
     select_splits,
 )
 from training_reftr.settings import DataSettings, EvaluationSettings, TrainingSettings
-from training_reftr.visualization import attend, draw_sample, draw_validation_images, heat
+from training_reftr.visualization import (
+    attend,
+    choose_sentences,
+    describe_failure,
+    draw_sample,
+    draw_validation_images,
+    heat,
+)
 
 
 @pytest.fixture(scope="module")
@@ -635,12 +642,32 @@ def test_report_restores_attention_implementation(make_model, processor, shapes,
 
 def test_heat_colors_largest_weights():
     weights = np.zeros((4, 4), np.float32)
-    weights[3, 0] = 0.02  # small, but the largest weight
+    weights[3, 0] = 0.9
     image = np.asarray(heat(Image.new("RGB", (80, 40), "gray"), weights)).astype(int)
     left_bottom, right_top = image[36, 4], image[4, 70]
     assert left_bottom[0] - left_bottom[2] > 150
     assert len(set(right_top.tolist())) == 1
     assert heat(Image.new("RGB", (8, 8)), np.zeros((2, 2))).size == (8, 8)
+
+
+def test_heat_of_head_without_attention_on_image_stays_gray():
+    """The largest weight of a head that attends to the text is small, in one position or in all."""
+    peak, even = np.zeros((8, 8), np.float32), np.full((8, 8), 0.004 / 64, np.float32)
+    peak[5, 5] = 0.004
+    gray = np.asarray(heat(Image.new("RGB", (64, 64), "gray"), np.zeros((8, 8)))).astype(int)
+    for weights in (peak, even):
+        image = np.asarray(heat(Image.new("RGB", (64, 64), "gray"), weights)).astype(int)
+        assert np.abs(image - gray).max() <= 2
+
+
+def test_heat_of_several_heads_has_common_scale():
+    """Uniform attention is weak everywhere, concentrated attention strong, and its share on the image limits both."""
+    image, peak = Image.new("RGB", (64, 64), "gray"), np.zeros((8, 8), np.float32)
+    peak[5, 5] = 1
+    heads = (peak, 0.5 * peak, np.full((8, 8), 1 / 64, np.float32), np.full((8, 8), 0.1 / 64, np.float32))
+    reds = [np.ptp(np.asarray(heat(image, weights)).astype(int), axis=-1).max() for weights in heads]
+    assert reds[0] > reds[1] > reds[2] > reds[3] > 0
+    assert reds[2] < 0.5 * reds[0]
 
 
 def test_draw_sample_accepts_missing_answer(shapes):
@@ -652,23 +679,98 @@ def test_draw_sample_accepts_missing_answer(shapes):
     assert draw_sample(row, record, np.ones((3, 4, 4))).width > 960
 
 
-def test_draw_answers_outlines_masks_on_any_color():
-    """Draw on the complementary color: the tint turns nearly grey, so the outline must be visible."""
-    mask = np.zeros((40, 40), bool)
-    mask[10:30, 10:30] = True
-    image = np.asarray(draw_answers(Image.new("RGB", (40, 40), (39, 228, 66)), [None], [""], masks=[mask]))
-    is_color = (image[:320] == (216, 27, 189)).all(axis=-1)
-    assert is_color[76:84, 90:230].any(axis=0).all()
-    assert not is_color[90:230, 90:230].any()
+def make_group(number, ious=(0.9,), kind="attribute", image_id=None, mask_pixels=None):
+    """Make the records of a sentence, as far as its choice depends on them."""
+    fields = {"image_id": image_id or f"image {number}", "sentence_id": f"sentence {number}", "types": [kind]}
+    fields |= {} if mask_pixels is None else {"mask_pixels": mask_pixels}
+    return [{**fields, "phrase": phrase, "iou": iou} for phrase, iou in enumerate(ious)]
 
 
-def test_draw_validation_images_arranges_grid_of_samples(evaluated, shapes):
-    _, records = evaluated
-    image = draw_validation_images(records, shapes["test"], 5)
-    assert image.width == 8 + 4 * 328
-    assert image.height > 2 * 320
-    assert draw_validation_images(records, shapes["test"], 1).width == 336
+def test_choose_sentences_takes_types_in_turns_and_one_failure_last():
+    kinds = ["attribute"] * 6 + ["place", "relation"]
+    groups = [make_group(number, kind=kind) for number, kind in enumerate(kinds)]
+    groups += [make_group(10, (0.9, 0.8), "caption"), make_group(11, (0.9, 0.8), "caption")]
+    groups += [make_group(number, (iou,)) for number, iou in ((20, 0.4), (21, 0.0), (22, 0.2))]
+    chosen = choose_sentences(groups, 6)
+    assert [len(group) for group in chosen] == [2, 1, 1, 1, 2, 1]
+    assert {group[0]["types"][0] for group in chosen[:4]} == {"caption", "attribute", "place", "relation"}
+    assert [describe_failure(group) for group in chosen] == [""] * 5 + ["failure, IoU 0.20"]
+    assert choose_sentences(groups, 6) == chosen
+    assert len(choose_sentences(groups, 100)) == 11, "all correct ones, and one failure"
+    assert choose_sentences(groups, 1) == [groups[-1]]
+    assert choose_sentences([], 8) == choose_sentences(groups, 0) == []
+
+
+def test_choose_sentences_without_failure_draws_correct_ones_only():
+    groups = [make_group(number) for number in range(9)]
+    assert choose_sentences(groups, 8) == groups[:8]
+
+
+def test_choose_sentences_prefers_failed_caption_if_no_caption_is_correct():
+    groups = [make_group(0), make_group(1, (0.1,)), make_group(2, (0.9, 0.4)), make_group(3, (0.2,))]
+    assert choose_sentences(groups, 8) == [groups[0], groups[2]]
+
+
+def test_choose_sentences_prefers_fresh_images():
+    groups = [make_group(number, image_id="a") for number in range(5)] + [make_group(5, image_id="b")]
+    assert choose_sentences(groups, 2) == [groups[0], groups[5]]
+
+
+def test_describe_failure_counts_boxes_and_masks():
+    assert describe_failure(make_group(0, (0.9, 0.5), mask_pixels=(9, 10))) == "failure, IoU 0.50"
+    assert describe_failure(make_group(0, (0.51,), mask_pixels=(3, 10))) == "failure, mask IoU 0.30"
+    assert describe_failure(make_group(0, (0.51,), mask_pixels=(0, 0))) == "failure, mask IoU 0.00"
+    assert describe_failure(make_group(0, (0.51,), mask_pixels=(6, 10))) == ""
+
+
+def make_records(rows, is_failure):
+    """Make a record per phrase of some rows, predicted correctly or far away from the object."""
+    records = []
+    for row in rows:
+        for sentence in row["sentences"]:
+            for number, phrase in enumerate(sentence["phrases"]):
+                item = row["objects"][phrase["objects"][0]]
+                wrong = is_failure(sentence)
+                records.append(
+                    {"image_id": row["image_id"], "sentence_id": sentence["sentence_id"], "phrase": number}
+                    | {"words": sentence["text"][phrase["start"] : phrase["end"]], "types": phrase["types"]}
+                    | {"box": item["box"], "pred_box": [0, 0, 4, 4] if wrong else item["box"]}
+                    | {"iou": 0.0 if wrong else 1.0, "segmentation": item["segmentation"]}
+                    | {"pred_segmentation": item["segmentation"], "mask_pixels": (9, 10)}
+                )
+    return records
+
+
+def test_draw_validation_images_arranges_grid_with_one_failure_and_caption(shapes, monkeypatch):
+    drawn, draw_sentence = [], visualization.draw_sentence
+
+    def record_group(row, group, width):
+        drawn.append(group)
+        return draw_sentence(row, group, width)
+
+    monkeypatch.setattr(visualization, "draw_sentence", record_group)
+    records = make_records(shapes["test"], lambda sentence: sentence["sentence_id"].endswith("_1"))
+    for num, columns in ((8, 4), (6, 3), (7, 4)):
+        drawn.clear()
+        image = draw_validation_images(records, shapes["test"], num)
+        assert len(drawn) == num
+        assert 1200 <= image.width <= 1600
+        assert image.width // columns >= 320
+        assert [bool(describe_failure(group)) for group in drawn] == [False] * (num - 1) + [True]
+        assert any(len(group) > 1 for group in drawn)
+        is_red = (np.asarray(image) == (208, 0, 0)).all(axis=-1)
+        assert is_red[:, : image.width - image.width // columns - 8].sum() == 0 or num == 7
+        assert is_red.sum() > 340 * 15
+    repeated = draw_validation_images(records, shapes["test"], 7)
+    assert repeated.tobytes() == image.tobytes()
+    assert draw_validation_images(records, shapes["test"], 1).width == 2 * 8 + 480
     assert draw_validation_images([], Dataset.from_dict({"image_id": []}), 5) is None
+
+
+def test_draw_validation_images_of_untrained_model_shows_one_failure(evaluated, shapes):
+    _, records = evaluated
+    records = [{**record, "iou": 0.0} for record in records]
+    assert draw_validation_images(records, shapes["test"], 5).width == 2 * 8 + 480
 
 
 def test_draw_validation_images_keeps_stored_orientation(tmp_path):
