@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from gradio_client.utils import is_file_obj_with_meta, traverse
 from PIL import Image
 from starlette.middleware import Middleware
@@ -35,13 +34,8 @@ MAX_CHARACTERS = 512
 MAX_WAITING = 20
 MAX_IMAGES = 8  # whose features are cached; with ResNet-50 they take about 50 MB each
 CACHE_SECONDS = 3600  # for which uploaded and generated files are kept
-DISPLAY_SIDE = 800  # pixels of the longer side: for a large image, the opacities of 16 answers would take gigabytes
-BOX_LINE = 6  # pixels of the displayed image
-MASK_OPACITY = 0.45
-COLORS = (
-    *("#d81bbd", "#0098a8", "#e67700", "#7b2fd0", "#8a6d00", "#c2255c", "#2b8a3e", "#1864ab"),
-    *("#f03e3e", "#12b886", "#fab005", "#4263eb", "#a61e4d", "#5c940d", "#862e9c", "#495057"),
-)
+DISPLAY_SIDE = 800  # pixels of the longer side of the drawn image
+MIN_WIDTH = 320  # pixels, for the texts
 EXAMPLES = [[str(Path(__file__).parent / "shapes.jpg"), "the green star\nthe red square\nthe shape right of the star"]]
 ABOUT = f"""# Locate expressions in an image
 
@@ -105,41 +99,20 @@ class Answerer:
                 self.predictors.popitem(last=False)
         return predictor
 
-    def answer(self, path: str, expressions: list[str]) -> tuple[Image.Image, list[np.ndarray], list[dict[str, Any]]]:
+    def answer(self, path: str, expressions: list[str]) -> tuple[Image.Image, list[dict[str, Any]]]:
         """
         Locate expressions in the image of a file.
 
         Returns:
-            `tuple`: the image as displayed, an opacity map per expression, see `draw`, and the answers in JSON, see
-            `answer_to_json`.
+            `tuple`: the image with the answers drawn onto it, and the answers in JSON, see `answer_to_json`.
 
         Raises:
             ValueError: if the image or an expression is invalid.
         """
         predictor = self.encode(path)
         answers = predictor.predict(expressions)
-        image = predictor.image.convert("RGB")
-        scale = DISPLAY_SIDE / max(image.size)
-        shown = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        opacities = []
-        for answer in answers:
-            box_xyxy = np.array(list(answer["box"].values()))
-            mask = answer.get("mask")
-            if mask is not None:
-                mask = np.asarray(mask.resize(shown.size, Image.Resampling.NEAREST)) > 0
-            opacities.append(draw(box_xyxy * scale, mask, shown.height, shown.width))
-        return shown, opacities, predictor.to_json(answers)
-
-
-def draw(box_xyxy: np.ndarray, mask: np.ndarray | None, height: int, width: int) -> np.ndarray:
-    """Return the opacity (height, width), from 0 to 1, of a box's opaque outline and of a translucent mask."""
-    opacity = np.zeros((height, width)) if mask is None else mask * MASK_OPACITY
-    x0, y0, x1, y1 = np.clip(np.round(box_xyxy), 0, [width, height, width, height]).astype(int).tolist()
-    frame = np.zeros_like(opacity, dtype=bool)
-    frame[y0:y1, x0:x1] = True
-    frame[y0 + BOX_LINE : y1 - BOX_LINE, x0 + BOX_LINE : x1 - BOX_LINE] = False
-    opacity[frame] = 1
-    return opacity
+        width = round(DISPLAY_SIDE * predictor.image.width / max(predictor.image.size))
+        return predictor.draw(answers, width=max(width, MIN_WIDTH)), predictor.to_json(answers)
 
 
 def read_expressions(text: Any) -> tuple[list[str], bool]:
@@ -209,20 +182,18 @@ def build_app(model_name: str) -> gr.Blocks:
     answerer = Answerer(model_name)
 
     # The API of the page calls the image `picture`, as the name of the parameter.
-    def ask(picture: dict[str, Any] | None, text: str) -> tuple[gr.AnnotatedImage, list[dict[str, Any]]]:
+    def ask(picture: dict[str, Any] | None, text: str) -> tuple[Image.Image, list[dict[str, Any]]]:
         """Locate expressions, one per line, in an uploaded image."""
         try:
             if not picture:
                 raise ValueError("There is no image: upload one, or use the example.")
             expressions, is_cut = read_expressions(text)
-            shown, opacities, answers = answerer.answer(picture["path"], expressions)
+            drawing, answers = answerer.answer(picture["path"], expressions)
         except ValueError as error:  # the page interprets messages as HTML
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
         if is_cut:
             gr.Warning(f"Expressions were truncated to {MAX_CHARACTERS} characters.")
-        colors = dict(zip(expressions, COLORS, strict=False))
-        layers = list(zip(opacities, expressions, strict=True))
-        return gr.AnnotatedImage((shown, layers), color_map=colors), answers
+        return drawing, answers
 
     with UploadsOnly(
         title="RefTR: visual grounding", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
@@ -237,7 +208,7 @@ def build_app(model_name: str) -> gr.Blocks:
                 button = gr.Button("Locate", variant="primary")
                 gr.Examples(EXAMPLES, [picture, text], api_visibility="private")
             with gr.Column():
-                shown = gr.AnnotatedImage(label="Answers", height=500, format="jpeg", elem_id="answers")
+                shown = gr.Image(label="Answers", interactive=False, format="jpeg", elem_id="answers")
                 answers = gr.JSON(label="JSON")
         gr.Markdown(f"Model: `{model_name}`")
         # Pass the uploaded file itself: gradio would decode it before its size is checked.
