@@ -316,7 +316,7 @@ class EvaluationSettings:
     eval_only: bool = setting(
         Scope.NEUTRAL, False, "Evaluate init_from (by default the model in output_dir) on the test splits, and report."
     )
-    num_pictures: int = setting(Scope.NEUTRAL, 8, "Images chosen for predictions.png, and for trackers at each evaluation.")
+    num_pictures: int = setting(Scope.NEUTRAL, 8, "Images in predictions.png, and in trackers at each evaluation.")
     visualize: int = setting(Scope.NEUTRAL, 0, "Samples to draw individually: texts, boxes, masks, attention.")
 
     def __post_init__(self) -> None:

@@ -89,6 +89,7 @@ def test_missing_glyphs_are_found():
 def test_characters_without_font_are_written_as_code_points(without_fonts):
     assert spell("the cup") == "the cup"
     assert spell("café") == "cafe"
+    assert spell("cafe\u0301") == "cafe"
     assert spell("人左") == "U+4EBA U+5DE6"
     assert spell("a 人.") == "a U+4EBA ."
 
