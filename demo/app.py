@@ -208,7 +208,13 @@ def build_app(model_name: str) -> gr.Blocks:
                 button = gr.Button("Locate", variant="primary")
                 gr.Examples(EXAMPLES, [picture, text], api_visibility="private")
             with gr.Column():
-                shown = gr.Image(label="Answers", interactive=False, format="jpeg", elem_id="answers")
+                shown = gr.Image(
+                    label="Answers",
+                    interactive=False,
+                    format="jpeg",
+                    buttons=["download", "fullscreen"],
+                    elem_id="answers",
+                )
                 answers = gr.JSON(label="JSON")
         gr.Markdown(f"Model: `{model_name}`")
         # Pass the uploaded file itself: gradio would decode it before its size is checked.
