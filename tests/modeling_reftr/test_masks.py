@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRImageProcessor
 from modeling_reftr.image_processing_reftr import resize_logits, resize_logits_in_two_steps
 from modeling_reftr.loss_reftr import mask_losses
-from modeling_reftr.modeling_reftr import RefTRMaskInputConvolution
+from modeling_reftr.modeling_reftr import RefTRMaskHead, RefTRMaskInputConvolution
 from tests.helpers.golden import golden_inputs, golden_mask, golden_model, load_case
 from tests.modeling_reftr.test_modeling import model_inputs
 from training_reftr.data import GroundingCollator
@@ -434,3 +435,28 @@ def test_input_convolution_equals_one_convolution_of_all_channels():
     expected = nn.functional.conv2d(states, layer.weight, layer.bias, padding=1)
     found = layer(image_features, image_memory, attentions, image, sentence)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mask_head_halves_arithmetic_for_captions():
+    """At the published width: multiplications of the head beside those of a convolution over all inputs per phrase."""
+    with torch.device("meta"):
+        head = RefTRMaskHead(RefTRConfig(predict_masks=True), [256, 512, 1024, 2048])
+    num_images, num_sentences, num_phrases, side = 2, 10, 6, 20  # five captions per image of 640 x 640 pixels
+    image_index = torch.arange(num_sentences, device="meta") // 5
+    inputs = {
+        "queries": torch.empty(num_sentences, num_phrases, 256, device="meta"),
+        "image_features": torch.empty(num_images, side**2, 256, device="meta"),
+        "image_memory": torch.empty(num_sentences, side**2, 256, device="meta"),
+        "image_mask": torch.ones(num_images, side**2, dtype=torch.bool, device="meta"),
+        "feature_maps": tuple(
+            torch.empty(num_images, channels, side * scale, side * scale, device="meta")
+            for channels, scale in ((256, 8), (512, 4), (1024, 2), (2048, 1))
+        ),
+    }
+    with FlopCounterMode(display=False) as counter:
+        head(**inputs, image_index=image_index)
+    width = 2 * 256 + 8
+    direct = 2 * num_sentences * num_phrases * side**2 * width * width * 9
+    first = counter.get_flop_counts()["RefTRMaskHead.convolutions.0"]
+    saved = direct - sum(first.values())
+    assert 0.4 < saved / (counter.get_total_flops() + saved) < 0.6
