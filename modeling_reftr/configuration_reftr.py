@@ -191,6 +191,10 @@ class RefTRConfig(PreTrainedConfig):
             Base of the sine embedding's frequencies.
         max_image_positions (`int`, *optional*, defaults to 50):
             Rows and columns of the learned image positions.
+        add_positions_to_image_tokens (`bool`, *optional*, defaults to `False`):
+            Whether image positions are also added to the image tokens, so that the values of attention contain them.
+            As published, only queries and keys do, and a model from scratch learns to locate objects from the padding
+            of its convolutions, which takes longer.
         max_text_positions (`int`, *optional*, defaults to 128):
             Longest sentence in tokens.
         freeze_backbone_batch_norm (`bool`, *optional*, defaults to `True`):
@@ -289,6 +293,7 @@ class RefTRConfig(PreTrainedConfig):
     position_embedding_type: str = "sine"
     position_embedding_temperature: float | int = 10000
     max_image_positions: int = 50
+    add_positions_to_image_tokens: bool = False
     max_text_positions: int = 128
     freeze_backbone_batch_norm: bool = True
     num_frozen_backbone_stages: int = 1

@@ -1227,6 +1227,9 @@ class RefTRModel(RefTRPreTrainedModel):
             device (`torch.device`): device of the inputs. `device_map` may have put parts of the model on others.
         """
         features, mask = image.pooler_output.to(device), image.image_mask
+        # CODEPATH: published checkpoints are trained without it; models from scratch learn positions faster with it
+        if self.config.add_positions_to_image_tokens:
+            features = features + image.image_position_embeddings.to(features)
         # Offloading loads a parameter of this module itself during `forward` only
         image_type = self.embed_token_type(IMAGE_TYPE, device)
         position_embeddings = image.image_position_embeddings.to(device) + (self.level_embedding + image_type)

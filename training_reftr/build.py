@@ -409,10 +409,20 @@ def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig
         ValueError: if texts would have more tokens than the model has positions.
     """
     image_processor, max_text_length = processor.image_processor, data.max_text_length
-    if data.image_size is not None:
-        if image_size_of(image_processor) != data.image_size:
-            logger.info(f"image_size={data.image_size} in place of the processor's {describe_size(image_processor)}.")
-        image_processor.size = SizeDict(shortest_edge=data.image_size, longest_edge=data.image_size)
+    image_size, keeps_ratio = data.image_size, data.keep_aspect_ratio
+    if keeps_ratio not in (None, keeps_aspect_ratio(image_processor)):
+        image_size = image_size or image_size_of(image_processor)
+        if image_size is None:
+            raise ValueError(
+                f"keep_aspect_ratio={keeps_ratio} requires image_size: the processor's size is "
+                f"{describe_size(image_processor)}."
+            )
+    if image_size is not None:
+        if image_size_of(image_processor) != image_size:
+            logger.info(f"image_size={image_size} in place of the processor's {describe_size(image_processor)}.")
+        keeps_ratio = keeps_aspect_ratio(image_processor) if keeps_ratio is None else keeps_ratio
+        names = ("shortest_edge", "longest_edge") if keeps_ratio else ("height", "width")
+        image_processor.size = SizeDict(**dict.fromkeys(names, image_size))
     if data.size_divisor is not None:
         image_processor.size_divisor = data.size_divisor
     if max_text_length is None:
@@ -428,7 +438,14 @@ def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig
 def image_size_of(image_processor: RefTRImageProcessor) -> int | None:
     """Return the `image_size` that an image processor resizes to; None where it is not one number."""
     size = image_processor.size
-    return size["longest_edge"] if size["longest_edge"] == size["shortest_edge"] else None
+    names = ("shortest_edge", "longest_edge") if keeps_aspect_ratio(image_processor) else ("height", "width")
+    first, second = (size[name] for name in names)
+    return first if first == second else None
+
+
+def keeps_aspect_ratio(image_processor: RefTRImageProcessor) -> bool:
+    """Return whether an image processor keeps the aspect ratio of images."""
+    return image_processor.size["longest_edge"] is not None
 
 
 def describe_size(image_processor: RefTRImageProcessor) -> str:

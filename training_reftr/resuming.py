@@ -9,7 +9,13 @@ from pathlib import Path
 from data_scripts.quoting import quote
 from modeling_reftr import RefTRConfig, RefTRProcessor
 from training_reftr.arguments import merge
-from training_reftr.build import describe_size, differences, image_size_of, max_text_length_of
+from training_reftr.build import (
+    describe_size,
+    differences,
+    image_size_of,
+    keeps_aspect_ratio,
+    max_text_length_of,
+)
 from training_reftr.checkpoints import TrainingState, load_state
 from training_reftr.settings import Scope, TrainingSettings, names_in_scope
 
@@ -21,6 +27,7 @@ def with_sizes_of(settings: TrainingSettings, processor: RefTRProcessor) -> Trai
     """Return the settings with the sizes that a processor has, whether they were given or it brought them."""
     return settings.replace(
         image_size=image_size_of(processor.image_processor),
+        keep_aspect_ratio=keeps_aspect_ratio(processor.image_processor),
         max_text_length=max_text_length_of(processor),
         size_divisor=processor.image_processor.size_divisor,
     )
@@ -48,6 +55,7 @@ def with_model_of(
     known = {name: former[name] for name in names_in_scope(Scope.MODEL) if name in former and name != "model"}
     known |= {
         "image_size": image_size_of(image_processor) or describe_size(image_processor),
+        "keep_aspect_ratio": keeps_aspect_ratio(image_processor),
         "max_text_length": max_text_length_of(processor) or lengths,
         "size_divisor": image_processor.size_divisor,
     }

@@ -92,6 +92,12 @@ class DataSettings:
     image_size: int | None = setting(
         Scope.MODEL, None, "Longer side of an image in pixels; none: the loaded model's, 640 for a new one."
     )
+    keep_aspect_ratio: bool | None = setting(
+        Scope.MODEL,
+        None,
+        "Whether images keep their aspect ratio when they are resized; false: to squares of image_size; none: the "
+        "loaded model's, true for a new one.",
+    )
     max_text_length: int | None = setting(
         Scope.MODEL, None, "Longest sentence in tokens; none: 40, and 90 with several phrases."
     )
@@ -453,7 +459,7 @@ def names_in_scope(*scopes: Scope) -> list[str]:
     >>> from training_reftr.settings import Scope, names_in_scope
 
     >>> names_in_scope(Scope.MODEL)[:3]
-    ['image_size', 'max_text_length', 'size_divisor']
+    ['image_size', 'keep_aspect_ratio', 'max_text_length']
 
     ```"""
     return [name for name, item in FIELDS.items() if item.metadata["scope"] in scopes]

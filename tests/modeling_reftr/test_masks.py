@@ -460,3 +460,23 @@ def test_mask_head_halves_arithmetic_for_captions():
     first = counter.get_flop_counts()["RefTRMaskHead.convolutions.0"]
     saved = direct - sum(first.values())
     assert 0.4 < saved / (counter.get_total_flops() + saved) < 0.6
+
+
+def test_scaled_attention_multiplies_attention_maps_by_number_of_values(batch, make_mask_model):
+    scaled = make_mask_model(mask_conditioning="scaled_attention").eval()
+    published = make_mask_model().eval()
+    published.load_state_dict(scaled.state_dict())
+    inputs = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
+    with torch.no_grad():
+        expected, attentions = scaled(**inputs).pred_masks, published(**inputs, output_attentions=True).mask_attentions
+        differs = published(**inputs).pred_masks
+        heads, size = attentions.shape[2], attentions.shape[3:].numel()
+        published.mask_head.convolutions[0].weight[:, -heads:] *= heads * size
+        found = published(**inputs).pred_masks
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (differs - expected).abs().max() > 1e-2
+
+
+def test_mask_conditioning_of_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"mask_conditioning='scaled' must be one of attention, scaled_attention"):
+        RefTRConfig(predict_masks=True, mask_conditioning="scaled")

@@ -426,3 +426,19 @@ def test_model_overfits_sixteen_samples(processor, shapes, make_model, several):
         schedule.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0], (losses[0], losses[-1])
+
+
+def test_positions_are_added_to_image_tokens_if_configured(make_model, batch):
+    model, published = make_model(add_positions_to_image_tokens=True).eval(), make_model().eval()
+    published.load_state_dict(model.state_dict())
+    inputs = model_inputs(batch)
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], inputs["pixel_mask"])
+        (tokens, positions, _), (without, same_positions, _) = (
+            part.model.embed_images(features, inputs["image_index"], torch.device("cpu"))
+            for part in (model, published)
+        )
+        expected = features.image_position_embeddings[inputs["image_index"]]
+        torch.testing.assert_close(tokens - without, expected.expand_as(tokens), rtol=1e-4, atol=1e-5)
+        assert torch.equal(positions, same_positions)
+        assert (model(**inputs).pred_boxes - published(**inputs).pred_boxes).abs().max() > 1e-5

@@ -33,6 +33,7 @@ SIZES = {**dict.fromkeys(PATHS, APPLIES), "resumed": REFUSED}
 STARTS = {**dict.fromkeys(PATHS, REFUSED), "new": TESTED_ELSEWHERE}
 TABLE = {
     "image_size": SIZES,
+    "keep_aspect_ratio": SIZES,
     "max_text_length": SIZES,
     "size_divisor": SIZES,
     "attn_implementation": dict.fromkeys(PATHS, APPLIES),
@@ -52,6 +53,10 @@ TABLE = {
 # setting -> (arguments that change its value, check of the changed value)
 VALUES = {
     "image_size": (["--image_size", "32"], lambda model, processor: image_size_of(processor.image_processor) == 32),
+    "keep_aspect_ratio": (
+        ["--keep_aspect_ratio", "false"],
+        lambda model, processor: processor.image_processor.size.longest_edge is None,
+    ),
     "max_text_length": (
         ["--max_text_length", "12"],
         lambda model, processor: processor.max_expression_length == processor.max_caption_length == 12,

@@ -30,6 +30,7 @@ CHANGES = [
     ("image_size", "640"),
     ("max_text_length", "40"),
     ("size_divisor", "32"),
+    ("keep_aspect_ratio", "false"),
     ("tokenizer", "./tokenizer"),
     ("init_from", "./elsewhere"),
     ("init_detr", "detr.pth"),
@@ -127,7 +128,7 @@ def test_resume_with_changed_setting_is_refused_or_recorded(recipe, stopped_run,
 
 def test_resume_changes_cover_every_model_setting():
     assert set(names_in_scope(Scope.MODEL)) <= {setting.split(".")[0] for setting, _ in CHANGES}
-    assert len(CHANGES) == 40
+    assert len(CHANGES) == 41
 
 
 def resumed_settings(folder, settings=None, **given):
