@@ -14,6 +14,7 @@ import threading
 
 from data_scripts.escaping import for_terminal
 from training_reftr.arguments import parse_arguments
+from training_reftr.locating import check_sources
 from training_reftr.recipes import with_recipe
 
 
@@ -23,7 +24,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: os._exit(128 + number))
     ARGV = with_recipe(sys.argv[1:])
     try:
-        parse_arguments(ARGV)  # an invalid command line fails before the imports below
+        check_sources(parse_arguments(ARGV))  # an invalid command line fails before the imports below
     except (ValueError, OSError) as error:
         sys.exit(for_terminal(f"error: {error}"))
 

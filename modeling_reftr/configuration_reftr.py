@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from .inputs_reftr import check_setting
 from .loading_reftr import CONFIG_FILES, DamagedFilesError, describe_error, naming_files
+from .locating_reftr import check_source
 from .quoting_reftr import quote
 from .version_reftr import VERSION
 
@@ -364,6 +365,7 @@ class RefTRConfig(PreTrainedConfig):
             ValueError: if the file is damaged, naming it.
             OSError: if there is none.
         """
+        check_source(pretrained_model_name_or_path, kwargs)
         with naming_files(pretrained_model_name_or_path, CONFIG_FILES, kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -27,6 +27,7 @@ from .checkpoint_claims import NOT_READ, check_claims
 from .configuration_reftr import RefTRConfig, check_config_file
 from .image_processing_reftr import RefTRImageProcessor
 from .loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedFilesError, naming_files
+from .locating_reftr import check_source
 from .modeling_reftr import RefTRForVisualGrounding
 from .processing_reftr import RefTRProcessor
 from .saving_reftr import save_tensors
@@ -432,6 +433,7 @@ def load_tokenizer(tokenizer: str | os.PathLike | None, config: RefTRConfig) -> 
                 f"The tokenizer {names[0]!r} is not on this machine. Give --tokenizer NAME (fetched from the Hub) or "
                 "--tokenizer FOLDER, or --no_processor to write the model alone."
             )
+    check_source(source, what="tokenizer")
     try:
         check_config_file(source)
         with naming_files(source, TOKENIZER_FILES + CONFIG_FILES, {}):

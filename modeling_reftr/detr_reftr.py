@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 from transformers.utils import logging
 
 from .convert_reftr_checkpoint import our_names, place_weights, read_weights
+from .locating_reftr import check_source
 from .modeling_reftr import RefTRPreTrainedModel
 from .quoting_reftr import quote
 
@@ -100,6 +101,7 @@ def locate_weights(source: str | os.PathLike) -> list[Path]:
         return files
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(f"{path} does not exist; give the file, folder or Hub id (owner/name) of a DETR.")
+    check_source(source, what="DETR")
     try:
         return [Path(hf_hub_download(str(source), "model.safetensors"))]
     except (OSError, ValueError) as error:

@@ -62,6 +62,7 @@ from .inputs_reftr import (
     warn_about_joined_expressions,
 )
 from .loading_reftr import IMAGE_PROCESSOR_FILES, naming_files
+from .locating_reftr import check_source
 from .orientation_reftr import load_as_stored, read_orientation, turn_upright
 from .pixels_reftr import blend_onto_white, check_image, height_and_width, to_channels_first, to_rgb
 from .quoting_reftr import explain, quote
@@ -437,6 +438,7 @@ class RefTRImageProcessor(TorchvisionBackend):
             ValueError: if a file is damaged; the message names it.
             OSError: if there is no image processor.
         """
+        check_source(pretrained_model_name_or_path, kwargs)
         with naming_files(pretrained_model_name_or_path, IMAGE_PROCESSOR_FILES, kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

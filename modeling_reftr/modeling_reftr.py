@@ -53,6 +53,7 @@ from .input_checks_reftr import (
     check_text_shapes,
 )
 from .loading_reftr import CONFIG_FILES, WEIGHT_FILES, check_index, naming_files
+from .locating_reftr import check_source
 from .loss_reftr import grounding_loss
 from .quoting_reftr import quote
 from .saving_reftr import apply_default_permissions
@@ -884,6 +885,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
             OSError: if there is no model.
         """
         source = pretrained_model_name_or_path
+        check_source(source, kwargs)
         with naming_files(source, CONFIG_FILES + WEIGHT_FILES, kwargs):
             if source is not None:
                 check_index(source, kwargs.get("subfolder"))

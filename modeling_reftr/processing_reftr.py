@@ -33,6 +33,7 @@ from .image_processing_reftr import RefTRImageProcessor
 from .inputs_reftr import check_setting, take_renamed_argument, to_list, to_threshold, warn_about_joined_expressions
 from .labels_reftr import is_one_target, stack_masks, to_label_boxes
 from .loading_reftr import CONFIG_FILES, IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, naming_files
+from .locating_reftr import check_source
 from .phrases_reftr import find_phrases
 from .quoting_reftr import quote
 from .rle_reftr import to_coco_rle
@@ -128,6 +129,7 @@ class RefTRProcessor(ProcessorMixin):
             ValueError: if a file is damaged; the message names it.
             OSError: if there is no processor.
         """
+        check_source(pretrained_model_name_or_path, kwargs)
         check_config_file(pretrained_model_name_or_path, kwargs)
         names = TOKENIZER_FILES + IMAGE_PROCESSOR_FILES + CONFIG_FILES
         with naming_files(pretrained_model_name_or_path, names, kwargs):

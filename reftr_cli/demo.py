@@ -10,6 +10,7 @@ import os
 import re
 from types import ModuleType
 
+from training_reftr.locating import check_model
 from training_reftr.recipes import resource_folder
 
 
@@ -47,5 +48,6 @@ def main(argv: list[str] | None = None) -> None:
             "No model is named: set --model, or the environment variable REFTR_MODEL, to the folder or Hub id of a "
             "trained RefTR."
         )
+    check_model(args.model)
     page = import_page()
     page.launch(page.build_app(args.model), args.port, args.share == "yes")

@@ -11,6 +11,8 @@ import argparse
 import json
 import sys
 
+from training_reftr.locating import check_model
+
 
 def main(argv: list[str] | None = None) -> None:
     """Print the output folder, and how far the graph's outputs are from the model's, as JSON."""
@@ -22,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--phrases", action="store_true", help="export for captions with several phrases")
     args = parser.parse_args(argv)
+    check_model(args.model)
 
     from reftr_cli.graph_export import write_graph
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from data_scripts.escaping import for_stdout
 from training_reftr.json_files import read_json_lines
+from training_reftr.locating import check_model
 
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.phrases and (are_many or len(args.text) != 1):
         raise ValueError("--phrases requires one image and one --text, the caption; use a .jsonl file for several.")
     questions = read_questions(path, args.text) if are_many else []
+    check_model(args.model)
 
     from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
     from modeling_reftr.answers_reftr import answer_to_json

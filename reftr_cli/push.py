@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from training_reftr.locating import check_model
+
 
 def push_space(repository: str, model: str, private: bool | None = None) -> str:
     """
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.repo and not args.space:
         raise ValueError("A repository is required: --repo user/name for the model, --space user/name for a Space.")
+
+    check_model(args.model)
 
     pushed = {}
     if args.repo:

@@ -1,7 +1,6 @@
 """Build the model and processor of a run and initialize their weights. Nothing here is a collective."""
 
 import logging
-import re
 from pathlib import Path
 
 import datasets
@@ -27,7 +26,9 @@ from modeling_reftr.convert_reftr_checkpoint import (
 from modeling_reftr.detr_reftr import init_from_detr, resnet_name
 from modeling_reftr.loading_reftr import CONFIG_FILES, TOKENIZER_FILES, DamagedFilesError, check_index, naming_files
 from modeling_reftr.loading_reftr import WEIGHT_FILES as SAVED_WEIGHTS
+from modeling_reftr.locating_reftr import check_source
 from training_reftr.arguments import merge
+from training_reftr.locating import WEIGHT_FILES
 from training_reftr.preflight import part_of, refuse_untrained_parts
 from training_reftr.settings import DataSettings, InitializationSettings, TrainingSettings, check_names
 from training_reftr.tokenizer_training import all_sentences, train_tokenizer
@@ -35,8 +36,6 @@ from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 LEFT_FROM_TEXT = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 
 
@@ -98,20 +97,17 @@ def is_weights_file(source: str | Path) -> bool:
     return Path(source).suffix in WEIGHT_FILES
 
 
-def local_or_hub(name: str | Path, what: str) -> Path | str:
+def local_or_hub(name: str | Path, what: str = "RefTR") -> Path | str:
     """
-    Return a name as a path, or the name itself if it can only be a Hub id.
+    Return a name as a path, or the name itself if it is a Hub id.
 
     A `Path`, `./folder` and a file of weights are always local.
 
     Raises:
-        OSError: if the path does not exist, and the name is not a Hub id.
+        OSError: if there is nothing at either.
     """
-    if Path(name).exists():
-        return Path(name)
-    if isinstance(name, str) and not is_weights_file(name) and HUB_ID.fullmatch(name):
-        return name
-    raise FileNotFoundError(f"There is no {what} at {str(name)!r}; give its path, or a Hub id (owner/name).")
+    check_source(Path(name) if is_weights_file(name) else name, what=what)
+    return Path(name) if Path(name).exists() else str(name)
 
 
 def load_reftr(source: str | Path, settings: TrainingSettings) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:

@@ -19,10 +19,11 @@ from transformers.utils.logging import disable_progress_bar
 from data_scripts.atomic_files import write_file
 from data_scripts.escaping import TerminalFormatter
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.locating_reftr import HUB_ID
 from training_reftr.averaging import build_average, load_average
 from training_reftr.banner import announce
 from training_reftr.batch_norm import synchronize_batch_norm
-from training_reftr.build import HUB_ID, build_model, load_reftr, refuse_model_changes, refuse_tokenizer
+from training_reftr.build import build_model, load_reftr, refuse_model_changes, refuse_tokenizer
 from training_reftr.checkpoints import AVERAGE, TrainingState, find_checkpoint, load_optimizer, load_state
 from training_reftr.data import EvaluationData, TrainingData
 from training_reftr.fingerprint import Fingerprint

@@ -377,11 +377,17 @@ def content_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("model", ["folder", "someone/nothing"])
-def test_push_refuses_space_of_model_missing_on_hub(hub, folder, monkeypatch, model):
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("folder", r"'someone/page' was not pushed because its model .* was not found on the Hub"),
+        ("someone/nothing", r"There is no RefTR at 'someone/nothing', and .* has no such model"),
+    ],
+)
+def test_push_refuses_space_of_model_missing_on_hub(hub, folder, monkeypatch, model, message):
     hub.use(monkeypatch, "hf_write")
     model = str(folder) if model == "folder" else model
-    with pytest.raises(OSError, match=r"'someone/page' was not pushed because its model .* was not found on the Hub"):
+    with pytest.raises(OSError, match=message):
         main(["--model", model, "--space", "someone/page"])
     assert hub.repositories == {}
 

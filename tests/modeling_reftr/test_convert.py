@@ -525,7 +525,7 @@ def test_converter_uses_cached_tokenizer_without_network(checkpoint, tokenizer, 
 
 
 def test_converter_rejects_missing_or_too_large_tokenizer(checkpoint, tokenizer, tmp_path):
-    with pytest.raises(OSError, match="no tokenizer '/no/folder'"):
+    with pytest.raises(OSError, match="There is no tokenizer at '/no/folder'"):
         convert_checkpoint(checkpoint, tmp_path / "out", tokenizer="/no/folder")
     larger = type(tokenizer).from_pretrained(saved(tokenizer, tmp_path / "tokenizer"))
     larger.add_tokens([f"word{number}" for number in range(120)])
