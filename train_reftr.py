@@ -29,8 +29,6 @@ if __name__ == "__main__":
         sys.exit(for_terminal(f"error: {error}"))
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from training_reftr.banner import announce, describe_results
 from training_reftr.card import write_card
@@ -39,13 +37,14 @@ from training_reftr.dry_run import estimate, limited
 from training_reftr.guards import Signals, Stopped, Watchdog, explain_runtime_error
 from training_reftr.launch import is_main_rank, resume_command
 from training_reftr.lock import exclusive
+from training_reftr.progress import Progress
 from training_reftr.publishing import Publisher
 from training_reftr.report import format_metrics, report, select_splits
 from training_reftr.run import Run, build_accelerator, load_for_report, prepare_run
 from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows, split_of
 from training_reftr.step import train_step
-from training_reftr.tracking import Tracking
+from training_reftr.tracking import Tracking, describe_step
 from training_reftr.validation import validate
 
 
@@ -120,15 +119,9 @@ def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelera
     settings = run.settings
     checkpoint_every = settings.checkpoints.checkpoint_every
     tracking = Tracking(settings, accelerator, run.state)
-    bar = tqdm(
-        desc="training",
-        total=run.num_steps,
-        initial=run.state.schedule_step,
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
+    progress = Progress("training", run.num_steps, run.state.schedule_step, is_shown=accelerator.is_main_process)
     deferred = signals.deferred(is_announced=accelerator.is_main_process)
-    with bar, logging_redirect_tqdm(), deferred, Watchdog(settings.checkpoints.watchdog_minutes) as watchdog:
+    with progress, deferred, Watchdog(settings.checkpoints.watchdog_minutes) as watchdog:
 
         def save() -> None:
             parts = run.model, run.optimizer, run.processor, run.state
@@ -149,7 +142,7 @@ def train(run: Run, rows: dict, publisher: Publisher, signals: Signals, accelera
             for batches in run.steps():
                 losses, num_expressions = train_step(run, batches, accelerator)
                 run.advance()
-                bar.update()
+                progress.update(lambda losses=losses: describe_step(run, losses))
                 tracking.log_step(run, losses, num_expressions)
                 if should_stop():
                     return False

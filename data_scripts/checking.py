@@ -13,11 +13,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from .box_conventions import Judgement, judge_splits
 from .building import SUSPECTED, Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
+from .progress import progress_bar
 from .reading import check_decodes, has_words, read_frame, read_image_size
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
 
@@ -212,7 +212,7 @@ def validate_splits(
         starts = range(0, len(rows), PART_SIZE)
         parts += [(split, rows.select(range(start, min(start + PART_SIZE, len(rows))))) for start in starts]
     findings = []
-    with tqdm(total=sum(map(len, splits.values())), desc=description, unit="image") as progress:
+    with progress_bar(total=sum(map(len, splits.values())), desc=description, unit="image") as progress:
 
         def take(results: Iterable) -> None:
             for (split, _), (count, problems) in zip(parts, results, strict=True):

@@ -10,11 +10,11 @@ import datasets
 import pyarrow.parquet as pq
 import yaml
 from datasets.table import embed_table_storage
-from tqdm import tqdm
 
 from .atomic_files import atomic_folder
 from .building import Source
 from .escaping import for_code, for_markdown
+from .progress import progress_bar
 from .reading import check_text, is_as_stored
 from .reports import COUNTS, count_split, format_build_report
 
@@ -206,7 +206,7 @@ def export_dataset(
             for index in range(num_shards):
                 path = folder / DATA / f"{split}-{index:05d}-of-{num_shards:05d}.parquet"
                 tasks.append((rows.shard(num_shards, index, contiguous=True), path, embed))
-        with tqdm(total=sum(map(len, splits.values())), desc="exporting", unit="image") as progress:
+        with progress_bar(total=sum(map(len, splits.values())), desc="exporting", unit="image") as progress:
             if num_proc is None or num_proc == 1:
                 for task in tasks:
                     progress.update(write_shard(task))

@@ -18,6 +18,7 @@ from data_scripts.checking import MASK_TOLERANCE, check, find_broken_images, for
 from data_scripts.escaping import TerminalFormatter, for_terminal
 from data_scripts.exporting import DATA, MARK, README, check_output, export_dataset
 from data_scripts.loading import load_with_report
+from data_scripts.progress import disable_library_bars
 from data_scripts.quoting import quote
 from data_scripts.reading import check_text
 from data_scripts.reports import (
@@ -237,6 +238,7 @@ def run(args: Namespace, flags: list[str]) -> int:
     Raises:
         ValueError, OSError: if the dataset, a flag, or a file is invalid.
     """
+    disable_library_bars()
     handler = logging.StreamHandler()
     handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
     logging.getLogger("data_scripts").addHandler(handler)  # not to the root: datasets prints its own messages

@@ -12,13 +12,13 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from tqdm.auto import tqdm
 
 from data_scripts.masks import mask_iou
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import EvaluationData, move
 from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, mean, recalls
+from training_reftr.progress import Progress
 from training_reftr.settings import EvaluationSettings, TrainingSettings
 
 
@@ -70,10 +70,12 @@ def evaluate(
             accelerator.process_index,
             accelerator.num_processes,
         )
-    with for_inference(model, accelerator) as inference_model, inference_model.cache_text():
-        batches = data.batches(description)
-        for batch in tqdm(batches, desc=description, disable=not accelerator.is_main_process, leave=False):
+    batches = data.batches(description)
+    progress = Progress(description, len(batches), unit="batch", num_lines=0, is_shown=accelerator.is_main_process)
+    with progress, for_inference(model, accelerator) as inference_model, inference_model.cache_text():
+        for batch in batches:
             records += predict_batch(inference_model, processor, batch, settings.evaluation, accelerator)
+            progress.update()
             is_stopped = should_stop is not None and should_stop()
             if is_stopped:
                 break

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data_scripts.atomic_files import write_file
 from data_scripts.escaping import TerminalFormatter
+from data_scripts.progress import disable_library_bars
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.locating_reftr import HUB_ID
 from training_reftr.averaging import build_average, load_average
@@ -127,6 +128,7 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=settings.checkpoints.watchdog_minutes))],
     )
     disable_progress_bar()  # the library shows one for every file it reads or writes
+    disable_library_bars()
     handler = logging.StreamHandler()
     handler.setFormatter(TerminalFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(

@@ -119,6 +119,12 @@ class Tracking:
         self.accelerator.log(values, step=state.step)
 
 
+def describe_step(run: Run, losses: dict[str, torch.Tensor]) -> str:
+    """Return the epoch, the loss and the highest learning rate of an optimizer step for a line of the log."""
+    learning_rate = max(run.scheduler.get_last_lr())
+    return f"epoch {run.state.epoch}, loss {losses['loss'].item():.4f}, learning rate {learning_rate:.2e}"
+
+
 def tracker_settings(name: str, state: TrainingState) -> dict:
     """Return the arguments of each tracker with which a resumed run continues as one run."""
     return {
