@@ -96,7 +96,11 @@ def command_before(argv: list[str]) -> list[str]:
 
 
 def reftr_command() -> list[str]:
-    """Return the beginning of a `reftr` command that runs in the environment of this process."""
-    script = shutil.which("reftr")
-    is_own = script is not None and Path(script).parent == Path(sys.executable).parent
-    return ["reftr"] if is_own else [sys.executable, "-m", "reftr_cli"]
+    """Return the shortest beginning of a `reftr` command that runs in the environment of this process."""
+    script = Path(sys.executable).with_name("reftr")
+    if not script.is_file():
+        return [sys.executable, "-m", "reftr_cli"]
+    found = shutil.which("reftr")
+    if found is not None and Path(found) == script:
+        return ["reftr"]
+    return [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]

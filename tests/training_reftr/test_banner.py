@@ -94,7 +94,7 @@ def test_run_ends_with_its_paths_and_a_working_command(trained):
     assert not answer.exists()
     try:
         # run the command as printed, except that the interpreter is already running
-        assert run_process(argv[argv.index("predict") - 2 :] if argv[0] != "reftr" else argv).returncode == 0
+        assert run_process(["-m", "reftr_cli", *argv[argv.index("predict") :]]).returncode == 0
         assert answer.exists()
     finally:
         answer.unlink(missing_ok=True)

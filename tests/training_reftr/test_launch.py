@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny import ROOT
-from training_reftr.launch import is_main_rank, resume_command, without_resume
+from training_reftr.launch import is_main_rank, reftr_command, resume_command, without_resume
 from training_reftr.tracking import memory_in_use
 
 
@@ -61,3 +61,17 @@ def test_resume_command_repeats_launcher(tmp_path, name):
 def test_memory_in_use_matches_resident_memory():
     expected = psutil.Process().memory_info().rss / 2**30
     assert memory_in_use(torch.device("cpu")) == pytest.approx(expected, rel=0.1)
+
+
+def test_reftr_command_is_shortest_that_runs_in_same_environment(tmp_path, monkeypatch):
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert reftr_command() == [str(folder / "python"), "-m", "reftr_cli"]
+    (folder / "reftr").touch(mode=0o755)
+    assert reftr_command() == [str(folder / "reftr")]
+    monkeypatch.chdir(tmp_path)
+    assert reftr_command() == [".venv/bin/reftr"]
+    monkeypatch.setenv("PATH", str(folder))
+    assert reftr_command() == ["reftr"]
