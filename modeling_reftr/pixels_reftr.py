@@ -256,13 +256,14 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def to_pil_image(image: Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
     """
-    Convert an array or a tensor to the RGB image that the model sees; return a PIL image unchanged.
+    Convert an image of any type to the RGB image that the model sees; return an opaque RGB image unchanged.
 
     Raises:
-        ValueError: see `to_channels_first`.
+        ValueError: see `to_channels_first` and `to_rgb`.
     """
     if isinstance(image, Image.Image):
-        return image
+        is_seen = image.mode == "RGB" and not image.has_transparency_data
+        return image if is_seen else Image.fromarray(to_rgb(image))
     pixels = to_channels_first(image)
     pixels = blend_onto_white(pixels) if len(pixels) == 4 else pixels.expand(3, -1, -1)
     return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
