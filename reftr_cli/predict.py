@@ -2,25 +2,29 @@
 Locate expressions in images:
 
     reftr predict --model runs/demo --image photo.jpg --text "the red circle" "the star" --output out.png
-    reftr predict --model runs/demo --image images/ --text "the red circle" --output answers/
+    reftr predict --model runs/demo --image images/ more/*.jpg --text "the red circle" --output answers/
     reftr predict --model runs/demo --image questions.jsonl --output answers/
 
-The first form prints the answers as JSON and draws them. A folder of images, or a file with one question per line
-such as {"image": "1.jpg", "text": ["the red circle"]}, with "phrases" for captions, prints one line of JSON per
-question and draws each answer into the folder `answers`. A question that fails has an "error" in its line, and the
-exit code is 1. A line that is not a question, or not UTF-8, fails before any question is answered.
+On a terminal, an answer is a readable line; with `--json`, and where the output is piped or redirected, it is JSON.
+The first form prints the answers of one image and draws them. Several images, folders, patterns such as
+"images/*.jpg", and files with one question per line, such as {"image": "1.jpg", "text": ["the red circle"]}, with
+"phrases" for captions, print one line of JSON per question and draw each answer into the folder `answers`. A question
+that fails, or a line that is not a question, has an "error" in its line, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
+import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
-from data_scripts.escaping import for_stdout
+from data_scripts.escaping import for_stdout, for_terminal
+from data_scripts.progress import progress_bar
 from training_reftr.json_files import read_json_lines
 from training_reftr.locating import check_model
 
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
 
 
 EXAMPLE = '{"image": "1.jpg", "text": ["the cup"]}'
+KEPT = ("id", "text")  # fields of a question that its line of output repeats
+PATTERN = re.compile(r"[*?[]")
+MAX_LABEL = 60  # characters to align
 
 
 def image_suffixes() -> set[str]:
@@ -41,59 +48,174 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 
 
-def read_questions(path: Path, texts: list[str] | None) -> list[tuple[str | None, dict]]:
+def is_pattern(source: str) -> bool:
+    """Return whether a source is a pattern of file names, and neither a file of this name nor a URL."""
+    return bool(PATTERN.search(source)) and "://" not in source and not Path(source).exists()
+
+
+def is_question_file(source: str) -> bool:
+    """Return whether a source is a JSON Lines file of questions."""
+    return Path(source).suffix == ".jsonl"
+
+
+def is_for_many(sources: list[str]) -> bool:
+    """Return whether sources may name several images: one line of output per image."""
+    return len(sources) > 1 or is_question_file(sources[0]) or is_pattern(sources[0]) or Path(sources[0]).is_dir()
+
+
+def expand_source(source: str) -> list[str]:
     """
-    Read questions from a folder of images, which are all asked `texts`, or from a JSON Lines file.
+    Return the images that a source names.
 
     Args:
-        path (`Path`): the folder or the file. Image paths in the file are relative to its folder.
-        texts (`list[str]`, *optional*): the expressions for a folder.
-
-    Returns:
-        `list[tuple]`: for each question its file and line (None in a folder), and the question.
+        source (`str`): an image, a folder, whose images are found at any depth, or a pattern of file names.
 
     Raises:
-        ValueError: if the folder has no images, the texts are missing or superfluous, or a line is not a question.
+        ValueError: if a folder has no images, or a pattern matches none.
     """
-    if path.is_dir():
-        images = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_suffixes())
-        if not images:
-            raise ValueError(f"The folder {str(path)!r} contains no images.")
-        if not texts:
-            raise ValueError(f"The images of {str(path)!r} require an expression to locate: add --text ...")
-        return [(None, {"image": str(image), "text": texts}) for image in images]
-    if texts:
-        raise ValueError(f"The questions in {str(path)!r} have their own texts: remove --text.")
+    if Path(source).is_dir():
+        files, problem = map(str, Path(source).rglob("*")), f"The folder {source!r} contains no images."
+    elif is_pattern(source):
+        files, problem = glob.iglob(source, recursive=True), f"The pattern {source!r} matches no images."
+    else:
+        return [source]
+    suffixes = image_suffixes()
+    images = sorted(file for file in files if Path(file).suffix.lower() in suffixes)
+    if not images:
+        raise ValueError(problem)
+    return images
+
+
+def read_questions(sources: list[str], texts: list[str] | None) -> list[tuple[dict, dict | str]]:
+    """
+    Read the questions about images, which are all asked `texts`, and those of JSON Lines files.
+
+    Args:
+        sources (`list[str]`): see `expand_source`, and JSON Lines files.
+        texts (`list[str]`, *optional*): the expressions to locate in images.
+
+    Returns:
+        `list[tuple]`: for each question the fields that its line of output begins with, and the question, or what is
+        wrong with it.
+
+    Raises:
+        ValueError: if there are no images or questions, or the texts are missing or superfluous.
+    """
     questions = []
-    for number, _, question in read_json_lines(path):
-        where = f"{str(path)!r}, line {number}"
-        image = question.get("image") if isinstance(question, dict) else None
-        if not isinstance(image, str):
-            problem = question if isinstance(question, ValueError) else "'image' must be a str"
-            raise ValueError(f"{where}: {problem}; expected {EXAMPLE}.")
-        questions.append((where, {**question, "image": str(path.parent / image)}))
+    for source in sources:
+        if is_question_file(source):
+            if texts:
+                raise ValueError(f"The questions in {source!r} have their own texts: remove --text.")
+            of_file = list(read_question_file(Path(source)))
+            if not of_file:
+                raise ValueError(f"The file {source!r} contains no questions; expected lines such as {EXAMPLE}.")
+            questions += of_file
+        else:
+            images = expand_source(source)
+            if not texts:
+                raise ValueError(f"The images of {source!r} require an expression to locate: add --text ...")
+            questions += [({"image": image}, {"image": image, "text": texts}) for image in images]
     return questions
 
 
-def answer_all(ground: VisualGroundingPipeline, questions: list[tuple], output: Path | None) -> int:
-    """Print one line of JSON per question, draw answers into the folder `output`, and return how many failed."""
+def read_question_file(path: Path) -> Iterator[tuple[dict, dict | str]]:
+    """Yield the questions of a JSON Lines file, see `read_questions`; paths of images are relative to its folder."""
+    for number, _, value in read_json_lines(path):
+        where = f"{str(path)!r}, line {number}"
+        fields, image = {"image": None}, None
+        if isinstance(value, dict):
+            fields |= {name: value[name] for name in KEPT if name in value}
+            image = value.get("image")
+        if isinstance(image, str):
+            fields["image"] = str(path.parent / image)
+            yield fields, {**value, "image": fields["image"], "where": where}
+        else:
+            problem = value if isinstance(value, ValueError) else "'image' must be a str"
+            yield fields, f"{where}: {problem}; expected {EXAMPLE}."
+
+
+def answer_question(ground: VisualGroundingPipeline, question: dict | str) -> list[dict]:
+    """
+    Answer a question of `read_questions`.
+
+    Raises:
+        ValueError, OSError: if it has no answer; the message names its line, if it is of a file.
+    """
+    if isinstance(question, str):
+        raise ValueError(question)
+    where = question.pop("where", None)
+    try:
+        return ground(question)
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error) if where is None else f"{where}: {error}") from error
+
+
+def answer_all(
+    ground: VisualGroundingPipeline, questions: list[tuple], output: Path | None, is_json: bool
+) -> tuple[int, int]:
+    """
+    Print the answers of each question, and draw them into the folder `output`.
+
+    Returns:
+        `tuple`: how many questions failed, and how many files were written.
+    """
     from modeling_reftr.answers_reftr import answer_to_json
 
-    num_failed = 0
-    for number, (where, question) in enumerate(tqdm(questions, desc="predicting", unit="image"), start=1):
-        line = {"image": question["image"]}
+    num_failed = num_written = 0
+    # readable answers show the progress themselves
+    bar = progress_bar(questions, desc="predicting", unit="image", is_shown=not sys.stdout.isatty())
+    for number, (fields, question) in enumerate(bar, start=1):
         try:
-            answers = ground(question)
-            line["answers"] = [answer_to_json(answer) for answer in answers]
+            answers = answer_question(ground, question)
             if output:
-                drawing = ground.draw(question["image"], answers)
+                drawing = ground.draw(fields["image"], answers)
                 # file names are limited to 255 bytes
-                drawing.save(output / f"{number:05d}_{Path(question['image']).stem[:60]}.png")
+                drawing.save(output / f"{number:05d}_{Path(fields['image']).stem[:60]}.png")
+                num_written += 1
+            line, text = {"answers": [answer_to_json(answer) for answer in answers]}, describe_answers(answers)
         except (ValueError, OSError) as error:
             num_failed += 1
-            line["error"] = str(error) if where is None else f"{where}: {error}"
-        sys.stdout.write(for_stdout(line) + "\n")
-    return num_failed
+            line, text = {"error": str(error)}, f"error: {error}"
+        readable = f"{fields['image'] or 'no image'}\n{textwrap.indent(text, '  ')}"
+        sys.stdout.write(for_stdout({**fields, **line}) if is_json else for_terminal(readable))
+        sys.stdout.write("\n")
+    return num_failed, num_written
+
+
+def describe_answers(answers: list[dict[str, Any]]) -> str:
+    """Return a readable line per answer: its label, its box in pixels, and the area of its mask."""
+    import numpy as np
+
+    labels = [" ".join(answer["label"].split()) for answer in answers]
+    width = min(MAX_LABEL, max(map(len, labels), default=0))
+    lines = []
+    for label, answer in zip(labels, answers, strict=True):
+        if answer["box"] is None:
+            lines.append(f"{label:<{width}}  no answer: it is past the end of the truncated text")
+            continue
+        sides = ", ".join(f"{side:.1f}" for side in answer["box"].values())
+        mask = answer.get("mask")
+        area = "" if mask is None else f"  mask {np.asarray(mask).mean() / 255:.1%} of the image"
+        lines.append(f"{label:<{width}}  box [{sides}]{area}")
+    return "\n".join(lines)
+
+
+def check_output(output: str, is_folder: bool) -> None:
+    """
+    Refuse a name that cannot be written, before anything is loaded.
+
+    Raises:
+        ValueError: if it is a file and should be a folder, or has no extension of an image format.
+    """
+    from PIL import Image
+
+    if is_folder and Path(output).is_file():
+        raise ValueError(f"--output {output!r} is a file, and several images are drawn into a folder.")
+    if not is_folder and (Path(output).is_dir() or Path(output).suffix.lower() not in Image.registered_extensions()):
+        raise ValueError(
+            f"--output {output!r} must have the extension of an image format, such as .png or .jpg: one image is "
+            "drawn into a file."
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,30 +224,38 @@ def make_parser() -> argparse.ArgumentParser:
         prog="reftr predict", description="Locate expressions in images with bounding boxes and masks."
     )
     parser.add_argument("--model", required=True, help="RefTR folder or Hub id")
-    parser.add_argument("--image", required=True, help="image, folder of images, or .jsonl file of questions")
+    parser.add_argument(
+        "--image",
+        nargs="+",
+        action="extend",
+        required=True,
+        help='images, folders of images, patterns such as "images/*.jpg", or .jsonl files of questions',
+    )
     parser.add_argument("--text", nargs="+", help="one or several expressions, each in quotes")
     parser.add_argument("--phrases", nargs="+", help="phrases to locate, when --text is one caption")
     parser.add_argument("--output", help="where to draw: a file (.png, .jpg, ...), or a folder for several images")
+    parser.add_argument("--json", action="store_true", help="print JSON on a terminal, too")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; by default an accelerator if there is one")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """
-    Print the answers as JSON.
+    Print the answers, readable on a terminal and as JSON elsewhere, and on stderr the files that were written.
 
     Raises:
         ValueError: if arguments contradict each other, or a question has no answer.
     """
     args = make_parser().parse_args(argv)
-    path = Path(args.image)
-    are_many = path.is_dir() or path.suffix == ".jsonl"
+    are_many = is_for_many(args.image)
     if not args.text and not are_many:
         raise ValueError('An expression to locate is required: add --text "the red circle" ...')
     if args.phrases and (are_many or len(args.text) != 1):
         raise ValueError("--phrases requires one image and one --text, the caption; use a .jsonl file for several.")
-    questions = read_questions(path, args.text) if are_many else []
+    if args.output:
+        check_output(args.output, is_folder=are_many)
     check_model(args.model)
+    questions = read_questions(args.image, args.text) if are_many else []
 
     from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
     from modeling_reftr.answers_reftr import answer_to_json
@@ -133,15 +263,22 @@ def main(argv: list[str] | None = None) -> None:
     model = RefTRForVisualGrounding.from_pretrained(args.model).fused_copy()
     processor = RefTRProcessor.from_pretrained(args.model)
     ground = VisualGroundingPipeline(model, processor=processor, device=args.device)
+    output = Path(args.output) if args.output else None
+    if output:
+        (output if are_many else output.parent).mkdir(parents=True, exist_ok=True)
+    is_json = args.json or not sys.stdout.isatty()
     if are_many:
-        output = Path(args.output) if args.output else None
+        num_failed, num_written = answer_all(ground, questions, output, is_json)
         if output:
-            output.mkdir(parents=True, exist_ok=True)
-        num_failed = answer_all(ground, questions, output)
+            sys.stderr.write(for_terminal(f"Written: {num_written} images in {output}\n"))
         if num_failed:
             raise ValueError(f'{num_failed} of {len(questions)} questions failed: see "error" in their lines.')
         return
-    answers = ground(args.image, text=args.text, phrases=args.phrases and [args.phrases])
-    if args.output:
-        ground.draw(args.image, answers).save(args.output)
-    sys.stdout.write(for_stdout([answer_to_json(answer) for answer in answers], indent=2) + "\n")
+    (image,) = args.image
+    answers = ground(image, text=args.text, phrases=args.phrases and [args.phrases])
+    printed = for_stdout([answer_to_json(answer) for answer in answers], indent=2)
+    sys.stdout.write(printed if is_json else for_terminal(describe_answers(answers)))
+    sys.stdout.write("\n")
+    if output:
+        ground.draw(image, answers).save(output)
+        sys.stderr.write(for_terminal(f"Written: {output}\n"))

@@ -1,11 +1,9 @@
-"""`reftr`: one entry point for every command, help that fits a screen, errors as sentences, many images at once."""
+"""`reftr`: one entry point for every command, help that fits a screen, errors as sentences."""
 
-import json
 import subprocess
 import sys
 
 import pytest
-from PIL import Image
 
 import modeling_reftr
 from reftr_cli.__main__ import COMMANDS, main
@@ -96,75 +94,3 @@ def test_command_errors_are_sentences_without_traceback(run, tmp_path):
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in result.stderr
-
-
-@pytest.fixture
-def image_folder(tmp_path, shapes):
-    folder = tmp_path / "images"
-    (folder / "inner").mkdir(parents=True)
-    for index, name in enumerate(("a.png", "b.jpg", "inner/c.PNG")):
-        shapes["test"][index]["image"].save(folder / name)
-    (folder / "notes.txt").write_text("not an image")
-    return folder
-
-
-def predict(trained, image, *argv):
-    """Return the argv of a command that asks the trained model."""
-    return [str(argument) for argument in ("predict", "--model", trained[0], "--image", image, *argv)]
-
-
-def test_predict_answers_folder_of_images(capsys, trained, image_folder, tmp_path):
-    main(predict(trained, image_folder, "--text", "the star", "the circle", "--output", tmp_path / "answers"))
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    names = ("a.png", "b.jpg", "inner/c.PNG")
-    assert [line["image"] for line in lines] == [str(image_folder / name) for name in names]
-    assert [[answer["phrase"] for answer in line["answers"]] for line in lines] == [["the star", "the circle"]] * 3
-    main(predict(trained, image_folder / "b.jpg", "--text", "the star"))
-    one = json.loads(capsys.readouterr().out)
-    assert one[0]["box"] == pytest.approx(lines[1]["answers"][0]["box"], abs=0.02)
-    drawn = sorted((tmp_path / "answers").iterdir())
-    assert [path.name for path in drawn] == ["00001_a.png", "00002_b.png", "00003_c.png"]
-    for path in drawn:
-        with Image.open(path) as image:
-            assert image.width == 320
-
-
-def test_predict_answers_file_of_questions_despite_bad_ones(capsys, trained, image_folder, tmp_path):
-    """A broken image or question is named in its line, and the others are answered."""
-    (image_folder / "broken.png").write_text("not an image")
-    questions = [
-        {"image": "a.png", "text": "the star"},
-        {"image": "broken.png", "text": "the star"},
-        {"image": "inner/c.PNG", "text": "the circle and the star", "phrases": ["the circle", "the star"]},
-        {"image": "b.jpg", "text": ["the star", "ein Würfel ☕"]},
-        {"image": "b.jpg"},
-    ]
-    path = image_folder / "questions.jsonl"
-    path.write_text("\n".join(json.dumps(question) for question in questions) + "\n\n")
-    error = error_of(*predict(trained, path, "--output", tmp_path / "answers"))
-    assert "2 of 5 questions failed" in error
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [[answer["phrase"] for answer in line.get("answers", [])] for line in lines] == [
-        ["the star"],
-        [],
-        ["the circle", "the star"],
-        ["the star", "ein Würfel ☕"],
-        [],
-    ]
-    assert "broken.png" in lines[1]["error"]
-    assert "'image' and a 'text'" in lines[4]["error"]
-    assert len(list((tmp_path / "answers").iterdir())) == 3
-    path.write_text('{"image": "a.png", "text": "the star"}\n{"picture": 1}\n')
-    assert "line 2: 'image'" in error_of(*predict(trained, path))
-    assert capsys.readouterr().out == ""
-    assert "have their own texts" in error_of(*predict(trained, path, "--text", "the star"))
-
-
-def test_predict_locates_phrases_of_caption(capsys, trained, image_folder):
-    caption = ("--text", "the red circle is left of the star", "--phrases", "the star", "the red circle")
-    main(predict(trained, image_folder / "a.png", *caption))
-    answers = json.loads(capsys.readouterr().out)
-    assert [answer["phrase"] for answer in answers] == ["the star", "the red circle"]
-    image = image_folder / "a.png"
-    assert "--phrases requires one image" in error_of(*predict(trained, image, "--text", "a", "b", "--phrases", "a"))
-    assert "An expression to locate is required" in error_of(*predict(trained, image))

@@ -295,7 +295,7 @@ def test_open_image_names_format_of_refused_content(content, found):
 def test_predict_reads_accepted_image_names_of_folder(folder):
     for name in ("drawing.eps", "text.pdf", "scan.TIFF"):
         (folder / name).write_bytes(b"")
-    questions = predict.read_questions(folder, ["the star"])
+    questions = predict.read_questions([str(folder)], ["the star"])
     found = {question["image"].rpartition("/")[2] for _, question in questions}
     assert found == {"image.png", "scan.TIFF", *(f"{name}.jpg" for name in REFUSED)}
 
