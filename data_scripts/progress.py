@@ -20,8 +20,10 @@ def progress_bar(iterable: Iterable | None = None, is_shown: bool = True, **opti
 
 
 def disable_library_bars() -> None:
-    """Disable the progress bars of the datasets library if stderr is not a terminal."""
-    import datasets  # takes most of a second to import
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    """Disable the progress bars of the libraries that are imported if stderr is not a terminal."""
+    if sys.stderr.isatty():
+        return
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.disable_progress_bar()

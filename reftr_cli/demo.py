@@ -10,6 +10,7 @@ import os
 import re
 from types import ModuleType
 
+from data_scripts.progress import disable_library_bars
 from training_reftr.locating import check_model
 from training_reftr.recipes import resource_folder
 
@@ -50,4 +51,5 @@ def main(argv: list[str] | None = None) -> None:
         )
     check_model(args.model)
     page = import_page()
+    disable_library_bars()
     page.launch(page.build_app(args.model), args.port, args.share == "yes")

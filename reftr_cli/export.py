@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 
+from data_scripts.progress import disable_library_bars
 from training_reftr.locating import check_model
 
 
@@ -28,5 +29,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from reftr_cli.graph_export import write_graph
 
+    disable_library_bars()
     found = write_graph(args.model, args.output, args.format, args.phrases)
     sys.stdout.write(json.dumps({"output": args.output, "largest_differences": found}) + "\n")

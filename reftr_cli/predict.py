@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_scripts.escaping import for_stdout, for_terminal
-from data_scripts.progress import progress_bar
+from data_scripts.progress import disable_library_bars, progress_bar
 from training_reftr.json_files import read_json_lines
 from training_reftr.locating import check_model
 
@@ -200,7 +200,7 @@ def describe_answers(answers: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def check_output(output: str, is_folder: bool) -> None:
+def validate_output(output: str, is_folder: bool) -> None:
     """
     Refuse a name that cannot be written, before anything is loaded.
 
@@ -253,13 +253,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.phrases and (are_many or len(args.text) != 1):
         raise ValueError("--phrases requires one image and one --text, the caption; use a .jsonl file for several.")
     if args.output:
-        check_output(args.output, is_folder=are_many)
+        validate_output(args.output, is_folder=are_many)
     check_model(args.model)
     questions = read_questions(args.image, args.text) if are_many else []
 
     from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
     from modeling_reftr.answers_reftr import answer_to_json
 
+    disable_library_bars()
     model = RefTRForVisualGrounding.from_pretrained(args.model).fused_copy()
     processor = RefTRProcessor.from_pretrained(args.model)
     ground = VisualGroundingPipeline(model, processor=processor, device=args.device)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from data_scripts.progress import progress_bar
+from tests.helpers.tiny import ROOT
 from training_reftr import progress
 from training_reftr.progress import Progress
 
@@ -49,6 +50,13 @@ def test_training_without_terminal_logs_lines_instead_of_bars(trained):
 def test_data_commands_without_terminal_show_no_bars(run, tmp_path):
     result = run("-m", "reftr_cli", "data", "build", "shapes", "--cache_dir", tmp_path, "--verify", *SMALL)
     assert "All images decode" in result.stdout
+    assert result.stderr == ""
+
+
+def test_predict_without_terminal_shows_no_bars(run, trained):
+    image = ROOT / "demo" / "shapes.jpg"
+    result = run("-m", "reftr_cli", "predict", "--model", trained[0], "--image", image, image, "--text", "the star")
+    assert len(result.stdout.splitlines()) == 2
     assert result.stderr == ""
 
 
