@@ -38,6 +38,7 @@ from .phrases_reftr import find_phrases
 from .quoting_reftr import quote
 from .rle_reftr import to_coco_rle
 from .text_reftr import check_text, is_blank
+from .unknown_words_reftr import find_unknown_words, spells_unknown_words, warn_about_unknown_words
 
 
 logger = logging.get_logger(__name__)
@@ -115,6 +116,7 @@ class RefTRProcessor(ProcessorMixin):
             # The tokenizer's file may name remote code. It was not loaded, and must not be saved again.
             tokenizer.init_kwargs.pop("auto_map", None)
         disable_truncation_and_padding(tokenizer)
+        self.has_spelled_words = spells_unknown_words(tokenizer)
         super().__init__(image_processor, tokenizer)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
@@ -245,7 +247,12 @@ class RefTRProcessor(ProcessorMixin):
             )
         data = {**data, "image_index": image_index}
         data |= self.encode_text(
-            sentences, spans, phrases is not None, padding == "max_length", text_kwargs.pop("max_length", None)
+            sentences,
+            spans,
+            phrases is not None,
+            padding == "max_length",
+            text_kwargs.pop("max_length", None),
+            warns=not targets,
         )
         if targets:
             padded_size = tuple(np.shape(data["pixel_values"][0])[-2:])
@@ -259,7 +266,13 @@ class RefTRProcessor(ProcessorMixin):
         return [*self.image_processor.model_input_names, "input_ids", "attention_mask", "image_index"]
 
     def encode_text(
-        self, sentences: list[str], spans: list[Spans], has_phrases: bool, fixed: bool, max_length: int | None = None
+        self,
+        sentences: list[str],
+        spans: list[Spans],
+        has_phrases: bool,
+        fixed: bool,
+        max_length: int | None = None,
+        warns: bool = False,
     ) -> dict[str, np.ndarray]:
         """
         Encode and pad sentences and their phrases.
@@ -268,13 +281,13 @@ class RefTRProcessor(ProcessorMixin):
             sentences (`list[str]`), spans (`list`): see `encode_sentences`.
             has_phrases (`bool`): whether to encode phrases.
             fixed (`bool`): whether to pad to the published lengths.
-            max_length (`int`, *optional*): see `encode_sentences`.
+            max_length (`int`, *optional*), warns (`bool`, *optional*): see `encode_sentences`.
 
         Returns:
             `dict[str, np.ndarray]`: `input_ids` and `attention_mask` (S, L), and with phrases what `encode_phrases`
             returns.
         """
-        encoded = self.encode_sentences(sentences, spans, max_length)
+        encoded = self.encode_sentences(sentences, spans, max_length, warns)
         widths = [len(ids) for ids, _ in encoded]
         if fixed:
             longest = self.max_caption_length if has_phrases else self.max_expression_length
@@ -283,7 +296,7 @@ class RefTRProcessor(ProcessorMixin):
         return data | self.encode_phrases(sentences, spans, encoded, fixed) if has_phrases else data
 
     def encode_sentences(
-        self, sentences: list[str], spans: list[Spans], max_length: int | None = None
+        self, sentences: list[str], spans: list[Spans], max_length: int | None = None, warns: bool = False
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """
         Encode each sentence as published: a single expression in lower case, a caption as it is.
@@ -292,6 +305,7 @@ class RefTRProcessor(ProcessorMixin):
             sentences (`list[str]`): the sentences, S entries.
             spans (`list`): the (start, end) characters of each sentence's phrases; None: the entire sentence.
             max_length (`int`, *optional*): the maximum length in tokens, instead of the processor's own.
+            warns (`bool`, *optional*, defaults to `False`): whether to warn about words unknown to the tokenizer.
 
         Returns:
             `list[tuple]`: for each sentence its token ids, and the (start, end) characters of each token.
@@ -313,6 +327,14 @@ class RefTRProcessor(ProcessorMixin):
                 f"{len(cuts)} of {len(sentences)} texts are longer than {' or '.join(map(str, sorted(set(cuts))))} "
                 "tokens and were truncated; phrases past the end are masked and get no answer."
             )
+        if warns:
+            words = dict.fromkeys(
+                word
+                for text, tokens in zip(texts, encoded, strict=True)
+                for word in find_unknown_words(text, *tokens, self.tokenizer, self.has_spelled_words)
+            )
+            if words:
+                warn_about_unknown_words(tuple(words))
         return encoded
 
     def tokenize(
