@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
 from gradio_client.utils import is_file_obj_with_meta, traverse
 from PIL import Image
 from starlette.middleware import Middleware
@@ -36,6 +37,8 @@ MAX_IMAGES = 8  # whose features are cached; with ResNet-50 they take about 50 M
 CACHE_SECONDS = 3600  # for which uploaded and generated files are kept
 DISPLAY_SIDE = 800  # pixels of the longer side of the drawn image
 MIN_WIDTH = 320  # pixels, for the texts
+MAX_QUOTED = 80  # characters of a truncated text in a message
+CSS = "#examples td { white-space: pre-line; }"  # one line per expression, as in the text field
 EXAMPLES = [[str(Path(__file__).parent / "shapes.jpg"), "the green star\nthe red square\nthe shape right of the star"]]
 ABOUT = f"""# Locate expressions in an image
 
@@ -44,7 +47,7 @@ Upload an image and enter the expressions to locate, one per line: RefTR
 It always answers: it predicts no confidence, and cannot tell that an object is absent.
 
 An image file may have up to {MAX_FILE_BYTES // 1024**2} MB. Up to {MAX_EXPRESSIONS} expressions are accepted, and each
-is truncated to {MAX_CHARACTERS} characters."""
+is truncated to {MAX_CHARACTERS} characters and to the length of the model's input. A message says what was read."""
 
 
 class Answerer:
@@ -104,7 +107,7 @@ class Answerer:
         Locate expressions in the image of a file.
 
         Returns:
-            `tuple`: the image with the answers drawn onto it, and the answers in JSON, see `answer_to_json`.
+            `tuple`: the image with the answers drawn onto it, and the answers in JSON, see `to_json`.
 
         Raises:
             ValueError: if the image or an expression is invalid.
@@ -112,7 +115,32 @@ class Answerer:
         predictor = self.encode(path)
         answers = predictor.predict(expressions)
         width = round(DISPLAY_SIDE * predictor.image.width / max(predictor.image.size))
-        return predictor.draw(answers, width=max(width, MIN_WIDTH)), predictor.to_json(answers)
+        return predictor.draw(answers, width=max(width, MIN_WIDTH)), to_json(predictor, answers)
+
+    def find_truncated(self, expressions: list[str]) -> list[tuple[int, int, str]]:
+        """
+        Find the expressions that are longer than the model reads.
+
+        Args:
+            expressions (`list[str]`): the expressions.
+
+        Returns:
+            `list[tuple]`: the number of each truncated expression from 1 on, the number of tokens that it may have,
+            and the part of it that is read.
+        """
+        found = []
+        for number, expression in enumerate(expressions, start=1):
+            text = expression.lower()  # as the processor reads it
+            [(_, offsets)], limits = self.processor.tokenize([text], [self.processor.max_expression_length])
+            if limits:
+                characters = [position for start, end in offsets if end > start for position in (start, end)]
+                found.append((number, limits[0], text[min(characters) : max(characters)]))
+        return found
+
+
+def to_json(predictor: Any, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Convert answers to JSON, label and box first: a mask is a long text that would hide the box below it."""
+    return [{name: answer[name] for name in ("label", "box")} | answer for answer in predictor.to_json(answers)]
 
 
 def read_expressions(text: Any) -> tuple[list[str], bool]:
@@ -130,6 +158,11 @@ def read_expressions(text: Any) -> tuple[list[str], bool]:
             f"There are {len(lines)} expressions, more than {MAX_EXPRESSIONS}: enter fewer of them at once."
         )
     return [line[:MAX_CHARACTERS] for line in lines], any(len(line) > MAX_CHARACTERS for line in lines)
+
+
+def shorten(text: str) -> str:
+    """Return a text of at most `MAX_QUOTED` characters, its end if it is longer."""
+    return text if len(text) <= MAX_QUOTED else f"... {text[4 - MAX_QUOTED :]}"
 
 
 def check_upload(file: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +215,7 @@ def build_app(model_name: str) -> gr.Blocks:
     answerer = Answerer(model_name)
 
     # The API of the page calls the image `picture`, as the name of the parameter.
-    def ask(picture: dict[str, Any] | None, text: str) -> tuple[Image.Image, list[dict[str, Any]]]:
+    def ask(picture: dict[str, Any] | None, text: str) -> tuple[Image.Image, list[dict[str, Any]], str]:
         """Locate expressions, one per line, in an uploaded image."""
         try:
             if not picture:
@@ -193,7 +226,18 @@ def build_app(model_name: str) -> gr.Blocks:
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
         if is_cut:
             gr.Warning(f"Expressions were truncated to {MAX_CHARACTERS} characters.")
-        return drawing, answers
+        for number, limit, part in answerer.find_truncated(expressions):
+            gr.Warning(
+                f"Expression {number} is longer than the {limit} tokens that the model reads, and was truncated to "
+                f'"{html.escape(shorten(part), quote=False)}".'
+            )
+        file = save_pil_to_cache(drawing, download.GRADIO_CACHE, name="answers", format="png")
+        download.temp_files.add(file)  # to be deleted with the other files
+        return drawing, answers, file
+
+    def offer(file: str) -> gr.DownloadButton:
+        """Offer the drawn answers for download."""
+        return gr.DownloadButton(value=file, interactive=True)
 
     with UploadsOnly(
         title="RefTR: visual grounding", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
@@ -206,19 +250,23 @@ def build_app(model_name: str) -> gr.Blocks:
                 )
                 text = gr.Textbox(label="Expressions, one per line", lines=4, max_lines=MAX_EXPRESSIONS)
                 button = gr.Button("Locate", variant="primary")
-                gr.Examples(EXAMPLES, [picture, text], api_visibility="private")
+                gr.Examples(EXAMPLES, [picture, text], api_visibility="private", elem_id="examples")
             with gr.Column():
                 shown = gr.Image(
                     label="Answers",
                     interactive=False,
                     format="jpeg",
-                    buttons=["download", "fullscreen"],
+                    buttons=["fullscreen"],
                     elem_id="answers",
                 )
+                download = gr.DownloadButton("Download the drawing", interactive=False, elem_id="download")
                 answers = gr.JSON(label="JSON")
         gr.Markdown(f"Model: `{model_name}`")
         # Pass the uploaded file itself: gradio would decode it before its size is checked.
-        button.click(ask, [picture, text], [shown, answers], preprocess=False, concurrency_limit=1, api_name="ask")
+        drawing = gr.State()  # a state is not part of the API, whose clients draw the answers themselves
+        outputs = [shown, answers, drawing]
+        asked = button.click(ask, [picture, text], outputs, preprocess=False, concurrency_limit=1, api_name="ask")
+        asked.success(offer, drawing, download, api_visibility="private")
     app.answerer = answerer
     return app.queue(max_size=MAX_WAITING, api_open=False)
 
@@ -240,6 +288,7 @@ def launch(app: gr.Blocks, port: int | None = None, share: bool = False, wait: b
     _, address, _ = app.launch(
         server_port=port,
         share=share,
+        css=CSS,
         prevent_thread_lock=not wait,
         max_file_size=MAX_FILE_BYTES,
         app_kwargs={"middleware": [Middleware(RefuseAddresses)]},

@@ -154,9 +154,37 @@ def test_example_is_filled_in_by_one_click(browser):
     wait(browser, lambda: find(browser, "textarea")[0].get_attribute("value").count("\n") == 2)
     ask(browser)
     wait_for_answers(browser)
+    wait(browser, lambda: find(browser, "#download")[0].is_enabled())
     if os.environ.get("SCREENSHOT"):
         browser.execute_script("scrollTo(0, 0)")
         browser.save_screenshot(os.environ["SCREENSHOT"])
+
+
+def test_example_is_shown_with_one_expression_per_line(browser):
+    wait(browser, lambda: find(browser, "#examples td"))
+    text = find(browser, "#examples td")[-1].text
+    assert text.splitlines() == import_app().EXAMPLES[0][1].splitlines()
+    assert len(text.splitlines()) == 3
+
+
+def test_drawing_is_downloaded_by_button(browser, gray_image, tmp_path):
+    folder = tmp_path / "downloads"
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    assert not find(browser, "#download")[0].is_enabled()
+    upload_and_ask(browser, gray_image, "\n".join(EXPRESSIONS))
+    wait(browser, lambda: find(browser, "#download")[0].is_enabled())
+    find(browser, "#download")[0].click()
+    wait(browser, lambda: (folder / "answers.png").exists())
+    with Image.open(folder / "answers.png") as drawing:
+        assert drawing.format == "PNG"
+        assert drawing.width >= 320
+
+
+def test_expression_over_token_limit_shows_message(browser, gray_image):
+    upload_and_ask(browser, gray_image, f"the star\n{'the star ' * 50}".strip())
+    message = wait_for_message(browser)
+    assert "Expression 2 is longer than the 40 tokens that the model reads" in message
+    assert message.rstrip().endswith('the star".')
 
 
 def test_page_requests_only_its_own_server(browser, address, gray_image):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,6 +19,7 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
+from modeling_reftr import RefTRPredictor
 from modeling_reftr.answers_reftr import answer_to_json
 from modeling_reftr.rle_reftr import from_coco_rle
 from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
@@ -243,6 +245,69 @@ def test_expressions_are_cut_at_512_characters(client, space, image):
     answers = ask(client, image, f"the circle\n{long}")[1]
     assert [answer["phrase"] for answer in answers] == ["the circle", long[:512]]
     assert "512 characters" in space.ABOUT
+
+
+def test_answers_in_json_begin_with_label_and_box(client, image):
+    """Show the box before the mask, whose RLE fills the page."""
+    for answer in ask(client, image)[1]:
+        assert list(answer) == ["label", "box", "score", "segmentation", "phrase"]
+
+
+def warnings_of(events: str) -> list[str]:
+    """Return the messages of the page in an event stream of a queue."""
+    messages = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
+    return [message["log"] for message in messages if message["msg"] == "log"]
+
+
+def run_as_page(page, name, data) -> tuple[list[str], list]:
+    """Run a function of the page through the queue as a browser does; return its messages and its outputs."""
+    (number,) = [fn._id for fn in page.fns.values() if fn.name == name]
+    join = {"data": data, "fn_index": number, "session_hash": "page"}
+    httpx.post(f"{page.address}/gradio_api/queue/join", json=join).raise_for_status()
+    events = httpx.get(f"{page.address}/gradio_api/queue/data?session_hash=page", timeout=60).text
+    (output,) = re.findall(r'^data: (.*"process_completed".*)$', events, re.MULTILINE)
+    return warnings_of(events), json.loads(output)["output"]["data"]
+
+
+def ask_as_page(page, path, text) -> list[str]:
+    """Ask as a browser does, and return the messages of the page."""
+    file = httpx.post(f"{page.address}/gradio_api/upload", files={"files": path.read_bytes()}).json()[0]
+    return run_as_page(page, "ask", [{"path": file, "meta": {"_type": "gradio.FileData"}}, text])[0]
+
+
+def test_expression_over_token_limit_is_reported_with_part_that_is_read(page, image):
+    processor = page.answerer.processor
+    limit = processor.max_expression_length
+    long = "The <red> circle " * limit
+    (warning,) = ask_as_page(page, image, f"the circle\n{long[:500]}")
+    assert warning.startswith(f"Expression 2 is longer than the {limit} tokens that the model reads, and was")
+    assert "&lt;red&gt;" in warning
+    assert "<red>" not in warning
+    [(number, tokens, part)] = page.answerer.find_truncated(["the circle", long])
+    assert (number, tokens) == (2, limit)
+    assert long.lower().startswith(part)
+    assert len(processor.tokenizer(part)["input_ids"]) == limit
+    assert ask_as_page(page, image, "the circle\nthe star") == []
+    assert page.answerer.find_truncated([part]) == []
+
+
+def test_drawing_of_answers_is_downloaded_and_deleted_with_cache(page, client, folder, image):
+    ask_as_page(page, image, "\n".join(EXPRESSIONS))
+    _, (button,) = run_as_page(page, "offer", [None])
+    url, path = button["value"]["url"], Path(button["value"]["path"])
+    response = httpx.get(url if url.startswith("http") else f"{page.address}{url}")
+    drawing = Image.open(io.BytesIO(response.content))
+    predictor = RefTRPredictor.from_pretrained(folder)
+    predictor.set_image(str(image))
+    expected = predictor.draw(predictor.predict(EXPRESSIONS), width=drawing.width)
+    assert (drawing.format, drawing.size) == ("PNG", expected.size)
+    difference = np.abs(np.asarray(drawing.convert("RGB")).astype(int) - np.asarray(expected.convert("RGB")))
+    assert (difference > 40).mean() < 0.02  # the page's model has fused layers
+    assert path.name == "answers.png"
+    assert len(ask(client, image, "the circle")) == 2  # a client of the API receives no drawing
+    drawings = {str(path) for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("answers.png")}
+    assert len(drawings) >= 2
+    assert drawings <= set().union(*page.temp_file_sets)  # gradio deletes these after CACHE_SECONDS
 
 
 @pytest.mark.row("S9")
@@ -474,7 +539,7 @@ def test_client_snippet_of_readme_runs(page, image, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     Image.open(image).save("photo.jpg")
     exec(code.replace("you/your-space", page.address), {})
-    assert "'label': 'the red cup', 'score': 1.0, 'box': [" in capsys.readouterr().out
+    assert "[{'label': 'the red cup', 'box': [" in capsys.readouterr().out
 
 
 def test_space_metadata_and_requirements_are_valid():
