@@ -18,7 +18,7 @@ from data_scripts.reading import read_text
 from data_scripts.yaml_values import read_yaml
 from modeling_reftr.configuration_reftr import RefTRConfig
 from modeling_reftr.loading_reftr import naming_files
-from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
+from modeling_reftr.requirements_reftr import MINIMUM_VERSIONS
 from training_reftr.hub import write_contents
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import DATASET_NAMES, has_coco_images
@@ -27,10 +27,8 @@ from training_reftr.run_folder import RunFolder
 
 
 MARK = "<!-- written by train_reftr.py from the files beside it; without this line it is left alone -->"
-ANSWERS = """
-## Predictions
-
-![predicted boxes and masks in the colours of the phrases, ground truth boxes dashed](predictions.png)
+EXAMPLE = """
+![Images with the predicted boxes{and_masks} of expressions, and with the annotated boxes dashed](predictions.png)
 """
 TEMPLATE = (
     """---
@@ -39,14 +37,20 @@ TEMPLATE = (
 
 # {title}
 
-RefTR ("[Referring Transformer](https://arxiv.org/abs/2106.03089)", NeurIPS 2021) is a visual grounding model: given an
-image and text, it predicts a box{and_mask} for one expression, or for every phrase of a caption, in one forward pass.
-It has {num_parameters} million parameters, {backbone} for the image and {text_model} for the text.
+This model locates what a text refers to in an image: for an expression, or for every phrase of a caption, it predicts
+a bounding box{and_mask} (visual grounding: referring expression {tasks}, phrase grounding).
+{example}
+It is a RefTR ("[Referring Transformer](https://arxiv.org/abs/2106.03089)", NeurIPS 2021) with {num_parameters} million
+parameters, {backbone} for the image and {text_model} for the text.
 
 ## Usage
 
-With torch, torchvision, transformers {minimum_transformers} or newer, timm and pycocotools installed{where}:
+With Python {python} or newer:
 
+```bash
+pip install {requirements}
+```
+{where}
 ```python
 from transformers import pipeline
 
@@ -59,20 +63,20 @@ ground.draw("photo.jpg", answers).save("answers.png")
 
 {code} Several images, batches, and captions with their phrases are accepted too.
 
-## Training
-
-{training}
-
 ## Results
 
 {results}
+
+## Training
+
+{training}
 
 ## Limits
 
 The model always predicts a box: it gives no confidence, and cannot tell that an object is absent. It predicts one
 box{and_one_mask} per phrase, even if the phrase refers to several objects. It works on images and expressions like
 those it was trained on, and reproduces their errors and biases.
-{answers}
+
 ## Licence
 
 {licence}
@@ -217,8 +221,11 @@ def make_card(facts: dict, repository: str | None = None) -> str:
         "front_matter": front_matter(facts, repository).to_yaml(),
         "title": for_markdown(title_of(repository)),
         "model": quoted(repository or "."),
-        "minimum_transformers": MINIMUM_TRANSFORMERS,
-        "where": "" if repository else ", in the folder of this card",
+        "tasks": "comprehension and segmentation" if masks else "comprehension",
+        "example": EXAMPLE.format(and_masks=" and masks" if masks else "") if facts["has_pictures"] else "",
+        "python": MINIMUM_VERSIONS["python"],
+        "requirements": " ".join(f'"{requirement}"' for requirement in requirements()),
+        "where": "" if repository else "\nIn the folder of this card:\n",
         "code": (
             "The code of this repository is run: pin what you have read with `revision=`."
             if repository
@@ -233,10 +240,16 @@ def make_card(facts: dict, repository: str | None = None) -> str:
         "questions": ", ".join(map(quoted, texts)),
         "training": describe_training(facts),
         "results": describe_evaluation(facts),
-        "answers": ANSWERS if facts["has_pictures"] else "",
         "licence": describe_licence(facts),
     }
     return str(ModelCard(TEMPLATE.format(**values)))
+
+
+def requirements() -> list[str]:
+    """Return the requirements of a saved model as pip takes them."""
+    limits = {"transformers": ",<6"}
+    names = [name for name in MINIMUM_VERSIONS if name != "python"]
+    return [f"{name}>={MINIMUM_VERSIONS[name]}{limits.get(name, '')}" for name in names]
 
 
 def quoted(text: str) -> str:
@@ -387,9 +400,7 @@ def describe_evaluation(facts: dict) -> str:
     if metrics:
         size, trained_at = metrics.get("image_size"), facts["recipe"].get("image_size")
         at = f", images of {size} pixels" if size and size != trained_at else ""
-        return "\n".join(
-            [f"On {for_markdown(pretty_name(metrics['dataset']))}{at}:", "", *format_results(metrics, "###")]
-        )
+        return "\n".join([f"On {for_markdown(pretty_name(metrics['dataset']))}{at}:", *format_results(metrics, "###")])
     if validation:
         values = {name.split("/")[1]: value for name, value in validation.items() if "/" in name}
         named = ", ".join(f"{METRICS[name]} {values[name]:.3f}" for name in METRICS if name in values)
@@ -400,7 +411,9 @@ def describe_evaluation(facts: dict) -> str:
 
 
 def describe_licence(facts: dict) -> str:
-    """Return the licences of the weights and of the code."""
+    """Return the licences of the weights, of the code and of the dataset."""
     if facts["origin"]:
         return "The weights are the authors', under the MIT licence; the code is under Apache-2.0."
+    if licenses := facts["metrics"].get("dataset_license"):
+        return f"Code and weights: Apache-2.0. Images and annotations of the dataset: {for_markdown(licenses)}."
     return "Apache-2.0. Images and annotations of the training data stay under their authors' licences."

@@ -114,6 +114,8 @@ def report(
         run.path.mkdir(parents=True, exist_ok=True)
         run.remove_report()
     training_rows = find_training_rows(rows, settings.data)
+    if licenses := licenses_of([*splits.values(), *([] if training_rows is None else [training_rows])]):
+        metrics["dataset_license"] = licenses
     data = EvaluationData(splits, processor, settings, accelerator.process_index, accelerator.num_processes)
     for name, split in splits.items():
         records = evaluate(model, processor, split, settings, accelerator, name, data=data)
@@ -147,6 +149,11 @@ def save_example(row: dict, path: Path) -> dict:
     image.save(path)
     texts = list(dict.fromkeys(sentence["text"] for sentence in row["sentences"]))
     return {"image": path.name, "texts": texts[:3]}
+
+
+def licenses_of(parts: list[datasets.Dataset]) -> str:
+    """Return the licences that the builders of some rows declare, each once; empty if they declare none."""
+    return "; ".join(dict.fromkeys(part.info.license for part in parts if part.info.license))
 
 
 def has_integer_boxes(split: str, data: DataSettings) -> bool:
@@ -244,54 +251,55 @@ def format_report(metrics: dict) -> str:
 
 
 def format_results(metrics: dict, heading: str) -> list[str]:
-    """Return tables of every split under headings of a level, "##", and the conditions of the evaluation."""
-    lines = ["A box is correct if its IoU is over 0.5."]
-    if any("mask_mean_iou" in values for values in metrics["splits"].values()):
-        steps = "in two steps, as published" if metrics["two_step_masks"] else "once, from logits to the original size"
-        lines += [
-            f"Masks are resized {steps}; their metrics are at the original size of the image, except for the mIoU at "
-            "the size that images are resized to, which is the published metric.",
-        ]
-    if has_coco_images(metrics["dataset"]):
-        lines += [
-            "",
-            "The images of these datasets are from COCO's train2014: a detector trained on COCO (such as DETR) that "
-            "weights come from has seen the held-out images, though not their expressions.",
-        ]
-    if "evaluation_batching" in metrics:
-        lines += ["", BATCHINGS[metrics["evaluation_batching"]].format(metrics["evaluation_batch_size"])]
-    lines += format_comparison(metrics, heading)
+    """Return tables of every split under headings of a level, "##", and then the conditions of the evaluation."""
+    lines = format_comparison(metrics, heading)
     for name, values in metrics["splits"].items():
         lines += ["", f"{heading} {for_markdown(name)}"]
         entries = {"all phrases": values, **values["per_kind"]}
         with_baselines = entries | {label: values[key] for key, label in BLIND_BASELINES.items() if key in values}
         missing = [label for key, label in BLIND_BASELINES.items() if key not in values]
         targets = "truncated to integers, as published" if values["integer_boxes"] else "as annotated, not truncated"
-        lines += [
-            "",
-            f"Boxes, compared with the ground truth {targets}:",
-            "",
-            *format_columns(with_baselines, BOX_COLUMNS),
-        ]
+        lines += ["", *format_columns("boxes", with_baselines, BOX_COLUMNS)]
+        if "mask_mean_iou" in values:
+            lines += ["", *format_columns("masks", entries, MASK_COLUMNS)]
+        lines += ["", f"Boxes are compared with the ground truth {targets}."]
         lines += format_targets(values)
         if missing:
             lines += ["", f"Not computed, for lack of data: {', '.join(missing)}."]
         if "any_box_recall@1" in values:
             lines += [
                 "",
-                "Objects of this split have several boxes. Merged: the prediction is compared with their union; any "
-                "box: with each of them. The two protocols are not comparable:",
+                *format_columns("boxes", entries, RECALL_COLUMNS),
                 "",
-                *format_columns(entries, RECALL_COLUMNS),
+                "Objects of this split have several boxes. Merged: the prediction is compared with their union; any "
+                "box: with each of them. The two protocols are not comparable.",
             ]
-        if "mask_mean_iou" in values:
-            lines += ["", "Masks:", "", *format_columns(entries, MASK_COLUMNS)]
         if "mask_separation" in values:
             lines += [
                 "",
                 f"The masks of different objects in one caption have a mean IoU of {values['mask_separation']:.3f}; "
                 f"that of the annotated masks is {values['mask_separation_target']:.3f}.",
             ]
+    return [*lines, *format_conditions(metrics, heading)]
+
+
+def format_conditions(metrics: dict, heading: str) -> list[str]:
+    """Return the conditions of the evaluation, under a heading of a level."""
+    lines = ["", f"{heading} Conditions of the evaluation", "", "A box is correct if its IoU is over 0.5."]
+    if any("mask_mean_iou" in values for values in metrics["splits"].values()):
+        steps = "in two steps, as published" if metrics["two_step_masks"] else "once, from logits to the original size"
+        lines += [
+            f"Masks are resized {steps}; their metrics are at the original size of the image, except for the mIoU at "
+            "the size that images are resized to, which is the published metric.",
+        ]
+    if "evaluation_batching" in metrics:
+        lines += ["", BATCHINGS[metrics["evaluation_batching"]].format(metrics["evaluation_batch_size"])]
+    if has_coco_images(metrics["dataset"]):
+        lines += [
+            "",
+            "The images of these datasets are from COCO's train2014: a detector trained on COCO (such as DETR) that "
+            "weights come from has seen the held-out images, though not their expressions.",
+        ]
     return lines
 
 
@@ -318,9 +326,9 @@ def format_targets(values: dict) -> list[str]:
     return [line for sentence in sentences for line in ("", sentence.strip())]
 
 
-def format_columns(entries: dict[str, dict], columns: dict[str, str]) -> list[str]:
+def format_columns(title: str, entries: dict[str, dict], columns: dict[str, str]) -> list[str]:
     """Return a Markdown table with one row per entry that has all columns, keyed as in metrics.json."""
-    lines = [f"| | {' | '.join(columns.values())} |", f"|---{'|---:' * len(columns)}|"]
+    lines = [f"| {title} | {' | '.join(columns.values())} |", f"|---{'|---:' * len(columns)}|"]
     for label, values in entries.items():
         if columns.keys() <= values.keys():
             cells = [str(values[key]) if "num" in key else f"{values[key]:.3f}" for key in columns]

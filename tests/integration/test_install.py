@@ -13,8 +13,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
+from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS, MINIMUM_VERSIONS
 from tests.helpers.tiny import ROOT
+from training_reftr.card import requirements
 
 
 PACKAGES = ("modeling_reftr", "data_scripts", "training_reftr", "reftr_cli")
@@ -177,6 +178,13 @@ def test_transformers_version_is_same_everywhere():
     line = f"transformers>={MINIMUM_TRANSFORMERS},<6"
     assert f"    {line}\n" in (ROOT / "setup.cfg").read_text()
     assert line in (ROOT / "demo" / "requirements.txt").read_text().splitlines()
+
+
+def test_minimum_versions_of_card_match_setup():
+    setup = (ROOT / "setup.cfg").read_text()
+    assert f"\npython_requires = >={MINIMUM_VERSIONS['python']}\n" in setup
+    declared_lines = setup.split("install_requires =\n")[1].split("\n\n")[0].split()
+    assert set(requirements()) <= set(declared_lines)
 
 
 LOAD_WITH_OLDER_TRANSFORMERS = """

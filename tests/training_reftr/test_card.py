@@ -1,13 +1,15 @@
 """The model card reports the files of a folder, and warns of metrics on images seen in training."""
 
 import json
+import shlex
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
-from modeling_reftr.requirements_reftr import MINIMUM_TRANSFORMERS
-from training_reftr.card import write_card
+from modeling_reftr.requirements_reftr import MINIMUM_VERSIONS
+from training_reftr.card import requirements, write_card
 from training_reftr.recipes import to_recipe
 from training_reftr.run import describe_best
 from training_reftr.settings import TrainingSettings
@@ -64,8 +66,42 @@ def test_card_lists_report_metrics_next_to_published_ones(folder):
     }
 
 
-def test_card_names_minimum_transformers_version(folder):
-    assert f"transformers {MINIMUM_TRANSFORMERS} or newer" in card_of(folder).text
+def test_card_names_minimum_versions_in_one_command(folder):
+    text = card_of(folder).text
+    assert f"With Python {MINIMUM_VERSIONS['python']} or newer:" in text
+    (command,) = [line for line in text.splitlines() if line.startswith("pip install ")]
+    assert shlex.split(command)[2:] == requirements()
+    assert f"transformers>={MINIMUM_VERSIONS['transformers']},<6" in command
+
+
+def test_card_opens_with_task_and_drawn_predictions(trained):
+    """Show a stranger first what the model does, in the words that people search for, and a large example."""
+    text = ModelCard.load(trained[0] / "README.md").text
+    title, sentence, image, *_ = text.strip().split("\n\n")
+    assert title == "# RefTR"
+    assert sentence.startswith("This model locates what a text refers to in an image: ")
+    for task in ("visual grounding", "referring expression comprehension", "phrase grounding"):
+        assert task in " ".join(sentence.split())
+    assert image.endswith("](predictions.png)")
+    with Image.open(trained[0] / "predictions.png") as drawn:
+        assert min(drawn.size) >= 512
+
+
+def test_card_shows_metrics_before_their_conditions(trained):
+    """Begin the results with a table, and put the conditions of the evaluation below it."""
+    results = ModelCard.load(trained[0] / "README.md").text.split("## Results\n")[1].split("\n## ")[0]
+    lines = [line for line in results.splitlines() if line]
+    assert lines[:2] == ["On shapes:", "### test"]
+    assert lines[2].startswith("| boxes | accuracy@0.5 |")
+    assert "A box is correct if its IoU is over 0.5." in results.split("### Conditions of the evaluation")[1]
+    assert "|" not in results.split("### Conditions of the evaluation")[1]
+
+
+def test_card_names_licence_that_dataset_declares(folder):
+    (folder / "metrics.json").write_text(json.dumps({**METRICS, "dataset_license": "CC BY-SA 4.0"}))
+    assert "Images and annotations of the dataset: CC BY-SA 4.0." in card_of(folder).text
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    assert "stay under their authors' licences" in card_of(folder).text
 
 
 def test_card_without_dataset_hub_id_has_no_leaderboard_entries(folder):

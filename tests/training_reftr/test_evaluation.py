@@ -640,6 +640,14 @@ def test_report_restores_attention_implementation(make_model, processor, shapes,
     assert metrics["model"] == str(tmp_path)
 
 
+def test_report_names_licences_that_builders_declare(make_model, processor, shapes, accelerator, tmp_path):
+    rows = {name: split.select(range(len(split))) for name, split in shapes.items()}
+    rows["train"].info.license, rows["test"].info.license = "CC0", "CC BY-SA 4.0"
+    args = TrainingSettings.from_flat(output_dir=str(tmp_path), num_workers=0, num_pictures=0)
+    assert report(make_model(), processor, rows, args, accelerator)["dataset_license"] == "CC BY-SA 4.0; CC0"
+    assert "dataset_license" not in report(make_model(), processor, shapes, args, accelerator)
+
+
 def test_heat_colors_largest_weights():
     weights = np.zeros((4, 4), np.float32)
     weights[3, 0] = 0.9
