@@ -8,7 +8,9 @@ Write the committed results into the documents, between their markers:
 import json
 import re
 import shutil
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -36,6 +38,68 @@ def table_of_shapes(metrics: dict) -> str:
         cells = ["" if value is None else f"{value:.3f}" for value in row]
         lines.append(f"| {name} | {' | '.join(cells)} | {values['num_phrases']} |")
     return "\n".join(lines)
+
+
+def spread(runs: list[dict], value_of: Callable[[dict], float], is_highest_worst: bool = False) -> str:
+    """Format the worst, mean and best value of several runs."""
+    values = sorted(map(value_of, runs), reverse=is_highest_worst)
+    return f"**{values[0]:.3f}** / {statistics.mean(values):.3f} / {values[-1]:.3f}"
+
+
+def table_of_seeds(results: dict) -> str:
+    """
+    Format the runs of `benchmarks/demo_seeds.py` as a Markdown table, followed by how they were made.
+
+    The worst value comes first: the lowest one, but the highest one of a blind baseline and of `mask_separation`.
+    """
+    runs = [run for run in results["runs"] if not run["label"]]
+    metrics = [run["metrics"] for run in runs]
+    lines = ["| asked | accuracy at IoU 0.5 | mean IoU | mask mean IoU | phrases |", "|---|---|---|---|---|"]
+    rows = {"all expressions": lambda run: run}
+    rows |= {kind: lambda run, kind=kind: run["per_kind"][kind] for kind in metrics[0]["per_kind"]}
+    rows |= {
+        name: lambda run, key=key: run[key]
+        for key, name in (
+            ("constant_box", "best constant box"),
+            ("swapped_expressions", "expressions swapped between objects"),
+        )
+    }
+    for name, part_of in rows.items():
+        first = part_of(metrics[0])
+        is_baseline = "mask_mean_iou" not in first and "mask_mean_iou" in metrics[0]
+        row = [
+            spread(metrics, lambda run, key=key, part_of=part_of: part_of(run)[key], is_baseline)
+            if key in first
+            else ""
+            for key in ("accuracy@0.5", "mean_iou", "mask_mean_iou")
+        ]
+        lines.append(f"| {name} | {' | '.join(row)} | {first['num_phrases']} |")
+    numbers = ", ".join(str(run["seed"]) for run in runs)
+    notes = [
+        f"**Worst** / mean / best of {len(runs)} runs with the seeds {numbers}; of the blind baselines, the highest "
+        f"value counts as the worst. {describe_runs(runs)}"
+    ]
+    if "mask_separation" in metrics[0]:
+        notes.append(
+            "The masks of different objects in one caption have a mean IoU of "
+            f"{spread(metrics, lambda run: run['mask_separation'], True)}; that of the annotated masks is "
+            f"{metrics[0]['mask_separation_target']:.3f}."
+        )
+    for label in dict.fromkeys(run["label"] for run in results["runs"] if run["label"]):
+        labelled = [run for run in results["runs"] if run["label"] == label]
+        accuracy = spread([run["metrics"] for run in labelled], lambda run: run["accuracy@0.5"])
+        notes.append(f"{label}, accuracy of all expressions: {accuracy}. {describe_runs(labelled)}")
+    return "\n".join([*lines, *(line for note in notes for line in ("", note))])
+
+
+def describe_runs(runs: list[dict]) -> str:
+    """Say how long some runs took, and on what machines."""
+    machines = dict.fromkeys(
+        f"{machine['threads']} threads on {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}"
+        for machine in (run["machine"] for run in runs)
+    )
+    minutes = sorted(run["minutes"] for run in runs)
+    return f"Each run took {minutes[0]:.1f} to {minutes[-1]:.1f} minutes with {'; '.join(machines)}."
 
 
 def table_of_speed(results: dict) -> str:
@@ -84,6 +148,17 @@ def table_of_newcomer(results: dict) -> str:
     return "\n".join([*lines, "", note])
 
 
+def seeds_of(name: str) -> Path:
+    """Return the file of a run's repetitions with several seeds, see `benchmarks/demo_seeds.py`."""
+    return RESULTS / name / "seeds.json"
+
+
+def has_seeds(name: str) -> bool:
+    """Return whether a run was repeated with several seeds, so that they are quoted in place of the single run."""
+    path = seeds_of(name)
+    return path.exists() and any(not run["label"] for run in json.loads(path.read_text())["runs"])
+
+
 def results_in(text: str) -> list[str]:
     """Return the names of the results that a document quotes."""
     return [match[2] for match in BLOCK.finditer(text)]
@@ -100,6 +175,8 @@ def quote(document: str) -> str:
             text = table_of_newcomer(json.loads((RESULTS / "newcomer.json").read_text()))
         elif name == "space":
             text = table_of_space(json.loads((RESULTS / "space" / "speed.json").read_text()))
+        elif has_seeds(name):
+            text = table_of_seeds(json.loads(seeds_of(name).read_text()))
         elif name.startswith("speed"):
             text = table_of_speed(json.loads((RESULTS / f"{name}.json").read_text()))
         else:
