@@ -1,10 +1,12 @@
 """
-Write the committed results into the documents, between their markers:
+Write the committed results into the documents, between their markers, and the address of the repository in `setup.cfg`
+into their commands and links:
 
     python benchmarks/quote_results.py            # from benchmarks/results
     python benchmarks/quote_results.py runs/demo  # first copy the metrics, the log of metrics and the image of a run
 """
 
+import configparser
 import json
 import re
 import shutil
@@ -20,6 +22,11 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "demo/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
 ]
+NOTEBOOK = ROOT / "docs" / "quick_start.ipynb"
+# an address of this repository: what pip installs, what git clones, and what Colab opens
+REPOSITORY = re.compile(
+    r"((?:git\+|git clone )https://github\.com/|https://colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+"
+)
 BLOCK = re.compile(r"(<!-- (\w+) results -->\n).*?(<!-- end of \2 results -->)", re.DOTALL)
 FILES = ("metrics.json", "metrics.jsonl", "predictions.png")  # files of a run to copy
 
@@ -165,7 +172,10 @@ def results_in(text: str) -> list[str]:
 
 
 def quote(document: str) -> str:
-    """Replace the text between the markers of a document with the committed results of runs and benchmarks."""
+    """
+    Replace the text between the markers of a document with the committed results of runs and benchmarks, and the
+    addresses of the repository with that of `setup.cfg`.
+    """
 
     def table(match: re.Match) -> str:
         start, name, end = match.groups()
@@ -183,7 +193,14 @@ def quote(document: str) -> str:
             text = table_of_shapes(json.loads((RESULTS / name / "metrics.json").read_text())["splits"]["test"])
         return f"{start}{text}\n{end}"
 
-    return BLOCK.sub(table, document)
+    return REPOSITORY.sub(lambda match: match[1] + name_of_repository(), BLOCK.sub(table, document))
+
+
+def name_of_repository() -> str:
+    """Return the account and the name of this repository on GitHub."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup["metadata"]["url"].removeprefix("https://github.com/")
 
 
 def main():
@@ -192,7 +209,7 @@ def main():
         (RESULTS / run.name).mkdir(exist_ok=True)
         for name in FILES:
             shutil.copy(run / name, RESULTS / run.name / name)
-    for path in DOCUMENTS:
+    for path in (*DOCUMENTS, NOTEBOOK):
         path.write_text(quote(path.read_text()))
 
 
