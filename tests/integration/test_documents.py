@@ -1,5 +1,6 @@
 """Documents are true: every command and snippet runs, and metrics equal the committed results."""
 
+import configparser
 import contextlib
 import functools
 import importlib.util
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -23,7 +25,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import data_scripts
 import modeling_reftr
-from benchmarks.quote_results import DOCUMENTS, quote, results_in
+from benchmarks.newcomer import first_commands
+from benchmarks.quote_results import DOCUMENTS, NOTEBOOK, name_of_repository, quote, results_in
 from data_scripts.building import flags_of
 from tests.helpers.documents import FENCE, blocks_of, commands_of
 from tests.helpers.layout_documents import environment_of, make_published_sizes, make_user_folder
@@ -34,7 +37,10 @@ from training_reftr.arguments import parse_arguments
 
 # expected output and files of the blocks of a document
 EXPECTED = {
-    "README.md": (["'phrase': 'the green star'"], ["out.png", "runs/demo/predictions.png"]),
+    "README.md": (
+        ["'phrase': 'the green star'"],
+        ["out.png", "answers.png", "runs/demo/predictions.png", "runs/refcoco_masks/report.md"],
+    ),
     "docs/train_refcoco.md": (
         ["120,624", "of val [1.0, 2.0, 31.0, 22.0]", "The dry run succeeded. An epoch of"],
         ["samples.png", "runs/refcoco_r50_masks_pretrained/report.md", "held_out.json", "exported/README.md"],
@@ -68,6 +74,7 @@ EXPECTED = {
     "docs/hub.md": ([], ["exported/README.md", "runs/mine/README.md"]),
     "docs/how_it_works.md": (["pred_masks (1, 1, 120, 160)"], []),
 }
+PACKAGES = ("modeling_reftr", "data_scripts", "training_reftr", "reftr_cli")
 PUSHED = {
     ("model", "someone/reftr-shapes"),
     ("model", "someone/reftr-mine"),
@@ -162,9 +169,6 @@ def test_blocks_of_reads_marks(tmp_path):
 # the notebook
 
 
-NOTEBOOK = ROOT / "docs" / "quick_start.ipynb"
-
-
 @pytest.mark.slow
 def test_notebook_runs(user_folder, tmp_path, monkeypatch):
     folder = tmp_path / "user"
@@ -184,6 +188,115 @@ def test_notebook_has_no_outputs():
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+def test_notebook_opens_in_colab_and_installs_project_first():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    first, install = notebook.cells[:2]
+    path = NOTEBOOK.relative_to(ROOT).as_posix()
+    address = f"https://colab.research.google.com/github/{name_of_repository()}/blob/main/{path}"
+    assert f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})" in first.source
+    assert install.cell_type == "code"
+    assert install.source.startswith("import importlib.util\n")
+    assert f'%pip install --quiet "git+https://github.com/{name_of_repository()}"' in install.source
+    assert notebook.metadata["colab"]["name"] == NOTEBOOK.name
+
+
+# the README
+
+
+ORDER = [
+    "# RefTR for transformers",
+    "referring expression comprehension (REC), referring expression segmentation (RES) and phrase grounding",
+    "benchmarks/results/demo/predictions.png",
+    "img.shields.io",
+    "make demo",
+    'pip install "git+https://github.com/',
+    ".from_pretrained(",
+    "<!-- demo results -->",
+    "## Train on RefCOCO",
+    "## Documentation",
+    "## Status",
+    "## Licence and citation",
+]
+MAX_WORDS = 900
+OTHER_REPOSITORIES = {"BryanPlummer/flickr30k_entities", "lichengunc/refer", "ubc-vision/RefTR", "zyang-ur/ReSC"}
+
+
+def words_of(text: str) -> list[str]:
+    """
+    Return the words that a rendered document shows outside code blocks and tables: between spaces, with a letter or a
+    digit. Comments, images and the addresses of links are not shown.
+    """
+    text = re.sub(r"<!--.*?-->", "", FENCE.sub("", text), flags=re.DOTALL)
+    text = re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    return [word for word in text.split() if re.search(r"\w", word)]
+
+
+def test_words_are_counted_as_rendered():
+    text = "# A title\n\n![alt](a.png) [two words](b.md) · and\n\n| a | table |\n\n```bash\ncode\n```\n<!-- no -->\n"
+    assert words_of(text) == ["A", "title", "two", "words", "and"]
+
+
+def test_readme_answers_questions_of_visitors_in_order():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    positions = [text.find(" ".join(part.split())) for part in ORDER]
+    assert -1 not in positions, ORDER[positions.index(-1)]
+    assert positions == sorted(positions)
+
+
+def test_readme_stays_short():
+    assert 0 < len(words_of((ROOT / "README.md").read_text())) < MAX_WORDS
+
+
+def test_readme_begins_with_two_commands_and_six_lines_of_python():
+    text = (ROOT / "README.md").read_text()
+    assert len(first_commands(text)) == 2
+    python = [block.code for block in blocks_of(ROOT / "README.md") if block.language == "python"]
+    assert [len([line for line in code.splitlines() if line]) for code in python] == [6]
+
+
+def test_badges_of_readme_match_setup():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    (transformers,) = re.findall(r"^transformers(.*)$", setup["options"]["install_requires"], re.MULTILINE)
+    found = dict(re.findall(r"img\.shields\.io/badge/(\w+)-(.+)-blue\)", (ROOT / "README.md").read_text()))
+    assert {name: unquote(text).replace("--", "-").replace("_", " ") for name, text in found.items()} == {
+        "licence": setup["metadata"]["license"],
+        "python": setup["options"]["python_requires"],
+        "transformers": transformers,
+        "tests": "make test",  # how they are run, since no service reports whether they pass
+    }
+
+
+def test_status_of_readme_has_three_lines_and_details():
+    status = (ROOT / "README.md").read_text().split("## Status\n")[1].split("\n## ")[0]
+    assert status.count("\n- ") == 3
+    assert "](docs/status.md)" in status
+
+
+def test_address_of_repository_is_the_same_everywhere():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["metadata"]["url"] == f"https://github.com/{name_of_repository()}"
+    paths = [*DOCUMENTS, NOTEBOOK, ROOT / "CITATION.cff"]
+    paths += [path for folder in ("demo", *PACKAGES) for path in (ROOT / folder).rglob("*.py")]
+    found = {}
+    for path in paths:
+        names = re.findall(r"github(?:\.com)?/([\w.-]+/[\w-]+)", path.read_text(encoding="utf-8"))
+        found |= {path: set(names) - OTHER_REPOSITORIES} if set(names) - OTHER_REPOSITORIES else {}
+    assert set().union(*found.values()) == {name_of_repository()}
+    assert {ROOT / "README.md", NOTEBOOK} <= found.keys()
+
+
+def test_quote_writes_address_of_setup_into_commands_and_links():
+    text = 'pip install "git+https://github.com/a/b.c" https://colab.research.google.com/github/a/b/blob/main/c.ipynb'
+    name = name_of_repository()
+    address = f"https://colab.research.google.com/github/{name}/blob/main/c.ipynb"
+    assert quote(text) == f'pip install "git+https://github.com/{name}" {address}'
+    assert quote("https://github.com/ubc-vision/RefTR") == "https://github.com/ubc-vision/RefTR"
 
 
 # a newcomer
@@ -403,7 +516,7 @@ def test_documents_are_linked_in_index_and_readme():
 
 
 def test_documents_quote_committed_results():
-    texts = [document.read_text() for document in DOCUMENTS]
+    texts = [document.read_text() for document in (*DOCUMENTS, NOTEBOOK)]
     assert sorted(name for text in texts for name in results_in(text)) == [
         "demo",
         "newcomer",
