@@ -150,9 +150,19 @@ def table_of_newcomer(results: dict) -> str:
     lines = [f"| minutes | {' | '.join(seconds)} |", "|---" * (len(seconds) + 1) + "|"]
     lines.append("| | " + " | ".join(f"{value / 60:.1f}" for value in seconds.values()) + " |")
     answers = " and ".join(f"{answer['iou']:.2f}" for answer in results["answers"])
-    image = "of 320 x 200 pixels (the demo model was trained on square images only)"
-    note = f"IoU of the boxes with the drawn objects, in an image {image}: {answers}. On {machine['cores']} cores."
+    note = "IoU of the boxes with the drawn objects, in an image of 320 x 200 pixels"
+    note = f"{note}: {answers}. On {machine['cores']} cores."
     return "\n".join([*lines, "", note])
+
+
+def table_of_own_images(results: dict) -> str:
+    """Format the accuracy of `benchmarks/own_images.py`, the worst and the mean of the models, per size of images."""
+    names = list(next(iter(results.values())))
+    lines = [f"| accuracy at IoU 0.5 | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    values = {name: [sizes[name]["accuracy@0.5"] for sizes in results.values()] for name in names}
+    lines.append("| worst | " + " | ".join(f"{min(values[name]):.3f}" for name in names) + " |")
+    lines.append("| mean | " + " | ".join(f"{sum(values[name]) / len(results):.3f}" for name in names) + " |")
+    return "\n".join(lines)
 
 
 def seeds_of(name: str) -> Path:
@@ -183,6 +193,8 @@ def quote(document: str) -> str:
             text = table_of_precision(json.loads((RESULTS / "precision.json").read_text()))
         elif name == "newcomer":
             text = table_of_newcomer(json.loads((RESULTS / "newcomer.json").read_text()))
+        elif name == "own_images":
+            text = table_of_own_images(json.loads((RESULTS / "demo" / "own_images.json").read_text()))
         elif name == "space":
             text = table_of_space(json.loads((RESULTS / "space" / "speed.json").read_text()))
         elif has_seeds(name):

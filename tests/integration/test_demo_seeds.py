@@ -1,13 +1,16 @@
 """The demo's seeds are trained, resumed, and quoted with their worst value."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import yaml
 
 from benchmarks import quote_results
 from benchmarks.demo_seeds import hash_recipe
-from benchmarks.quote_results import quote, seeds_of, table_of_seeds
+from benchmarks.own_images import BACKGROUNDS, SIZES, ask, draw_image
+from benchmarks.quote_results import quote, seeds_of, table_of_own_images, table_of_seeds
 from tests.helpers.tiny import ROOT
 
 
@@ -152,3 +155,32 @@ def test_committed_seeds_are_of_current_recipe():
     assert results["recipe"] == "recipes/demo.yaml"
     assert results["recipe_sha256"] == hash_recipe(str(ROOT / "recipes" / "demo.yaml"))
     assert "+" not in results["commit"]  # no uncommitted changes
+
+
+def test_own_images_of_every_size_are_measured(run, trained, tmp_path):
+    output = tmp_path / "own_images.json"
+    run("benchmarks/own_images.py", "--model", trained[0], "--num_images", 2, "--output", output, PYTHONPATH=str(ROOT))
+    results = json.loads(output.read_text())
+    (sizes,) = results.values()
+    assert sizes.keys() == SIZES.keys()
+    assert all(row["images"] == 2 and row["expressions"] >= 12 for row in sizes.values())
+    better = {name: {"accuracy@0.5": 1.0} for name in sizes}
+    lines = table_of_own_images({**results, "better": better}).splitlines()
+    worst, mean = sizes["square"]["accuracy@0.5"], (sizes["square"]["accuracy@0.5"] + 1) / 2
+    assert lines[2].startswith(f"| worst | {worst:.3f} |")
+    assert lines[3].startswith(f"| mean | {mean:.3f} |")
+
+
+def test_own_images_have_boxes_of_drawn_objects():
+    for number in range(20):
+        image, objects = draw_image(np.random.default_rng(number), 300, 200)
+        pixels = np.asarray(image).astype(int)
+        (ground,) = (color for color in BACKGROUNDS if (pixels == color).all(axis=-1).mean() > 0.3)
+        is_drawn = (pixels != ground).any(axis=-1)
+        for item in objects:
+            left, top, right, bottom = item["box"]
+            inside = (slice(math.floor(top), math.ceil(bottom) + 1), slice(math.floor(left), math.ceil(right) + 1))
+            assert is_drawn[inside].mean() > 0.25
+            is_drawn[inside] = False
+        assert not is_drawn.any(), "nothing is drawn outside the boxes"
+        assert {box for _, box in ask(objects)} == {item["box"] for item in objects}
