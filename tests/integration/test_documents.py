@@ -520,6 +520,7 @@ def test_documents_quote_committed_results():
     assert sorted(name for text in texts for name in results_in(text)) == [
         "demo",
         "newcomer",
+        "own_images",
         "precision",
         "shapes_small",
         "space",
