@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
+from modeling_reftr.decoding_reftr import open_image_file
 
 
 SIZES = {
@@ -90,7 +91,7 @@ def vary_file(image: Image.Image, number: int) -> Image.Image:
     if number % 2:
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=80)
-        return Image.open(io.BytesIO(buffer.getvalue()))
+        return open_image_file(io.BytesIO(buffer.getvalue()))
     return image
 
 

@@ -31,7 +31,7 @@ from .building import GroundingBuilder, Source, fingerprint
 from .masks import encode_mask
 from .openmoji import CITATION, HOMEPAGE, LICENSE, NAMES, draw_emoji, emoji_of, package_version
 from .quoting import quote
-from .reading import MAX_PIXELS, check_text, decode_image, has_words, read_image_size
+from .reading import MAX_PIXELS, check_text, has_words, load_image_file, read_image_size
 from .scenes import (
     MARGIN,
     MIN_SENTENCES,
@@ -232,7 +232,7 @@ def load_library(
             emoji_of(name)
             views[name] = [prepare_view(draw_emoji(name, side), name, side)]
         elif name in files:
-            views[name] = [prepare_view(decode_image(path), str(path), side) for path in files[name]]
+            views[name] = [prepare_view(load_image_file(path), str(path), side) for path in files[name]]
         else:
             raise ValueError(
                 f"{quote(name)} is not an object of {quote(objects)}: use {', '.join(known)}, or add {name!r} as a "
@@ -358,7 +358,7 @@ def find_backgrounds(folder: str) -> list[Path]:
 @functools.lru_cache(maxsize=1000)
 def load_background(path: Path, side: int) -> Image.Image:
     """Decode an image, shrink its shorter side to `side` pixels, and return it as RGB."""
-    image = decode_image(path)
+    image = load_image_file(path)
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{str(path)!r} has pixels of mode {image.mode}; save it with 8 bits per channel.")
     image = image.convert("RGB")

@@ -450,7 +450,7 @@ def check_decodes(path: str | Path) -> None:
         raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error
 
 
-def decode_image(path: str | Path) -> Image.Image:
+def load_image_file(path: str | Path) -> Image.Image:
     """
     Decode an image file, turned as its EXIF orientation says.
 

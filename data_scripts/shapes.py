@@ -60,8 +60,12 @@ SUPERSAMPLING = 4
 class ShapesConfig(SceneConfig):
     """
     Args:
+        image_size (`int`): side of a square of an image's area in pixels, at least 32.
+        min_aspect_ratio, max_aspect_ratio (`float`): width / height is drawn between these, log-uniformly: images
+            have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
+        num_train, num_validation, num_test (`int`): images per split, each with about six expressions.
         object_scale (`float`): factor of the size of all objects, at most what fits into the shorter side of an image.
-            The other arguments are those of [`SceneConfig`].
+        seed (`int`): another seed generates another dataset.
     """
 
     object_scale: float = 1.0

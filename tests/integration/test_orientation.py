@@ -449,12 +449,16 @@ def make_foreign_rows(undecoded, folder, by_content):
 
 
 @pytest.mark.parametrize("by_content", [False, True])
-def test_rows_with_oriented_files_agree_with_boxes(undecoded, folder, large_processor, tmp_path, by_content):
+def test_rows_with_oriented_files_agree_with_boxes(
+    undecoded, folder, large_processor, tmp_path, monkeypatch, by_content
+):
     rows = make_foreign_rows(undecoded, folder, by_content)
     parts = {"rows": rows, "undecoded": rows.cast_column("image", datasets.Image(decode=False))}
     for door in (at_the_reader, at_the_cache, at_the_training_loader, at_the_evaluation_loader, at_the_preview):
         (tmp_path / door.__name__).mkdir()
-        results = list(door(**parts, large_processor=large_processor, tmp_path=tmp_path / door.__name__))
+        results = list(
+            door(**parts, large_processor=large_processor, tmp_path=tmp_path / door.__name__, monkeypatch=monkeypatch)
+        )
         assert results == [True] * len(CASES), door.__name__
 
 

@@ -105,8 +105,12 @@ def test_json_readers_reject_hostile_text(tmp_path, text):
         write(folder / name, text)
         return card_files(folder)
 
+    def questions():
+        ((_, problem),) = predict.read_questions([str(lines)], None)
+        raise ValueError(problem)  # of its line of output
+
     readers = {
-        "questions": (lambda: predict.read_questions(lines, None), "train.jsonl', line 1"),
+        "questions": (questions, "train.jsonl', line 1"),
         "dataset": (lambda: data_scripts.load("jsonl", **data), "train.jsonl, line 1"),
         "configuration": (lambda: RefTRConfig.from_pretrained(path), "cannot be used"),
         "state of a run": (lambda: load_state(tmp_path), STATE),
