@@ -1,10 +1,12 @@
 """Read files of unknown origin without running code that they contain."""
 
+import contextlib
 import io
 import json
 import re
 import struct
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -434,9 +436,10 @@ def drop_jpeg_metadata(content: bytes) -> bytes:
         position = end
 
 
-def check_decodes(path: str | Path) -> None:
+@contextlib.contextmanager
+def decoded(path: str | Path) -> Iterator[Image.Image]:
     """
-    Decode every pixel of an image file.
+    Yield an image file with every pixel decoded. Errors of the block count as damage of the file.
 
     Raises:
         OSError: if the file is missing, cut or damaged.
@@ -446,8 +449,21 @@ def check_decodes(path: str | Path) -> None:
     try:
         with open_file(path) as image:
             image.load()
+            yield image
     except Exception as error:
         raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error
+
+
+def check_decodes(path: str | Path) -> None:
+    """
+    Decode every pixel of an image file.
+
+    Raises:
+        OSError: if the file is missing, cut or damaged.
+        ValueError: if it claims more than `MAX_PIXELS` pixels.
+    """
+    with decoded(path):
+        pass
 
 
 def load_image_file(path: str | Path) -> Image.Image:
@@ -458,10 +474,5 @@ def load_image_file(path: str | Path) -> Image.Image:
         OSError: if the file is missing, cut or damaged.
         ValueError: if it claims more than `MAX_PIXELS` pixels.
     """
-    read_image_size(path)
-    try:
-        with open_file(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error
+    with decoded(path) as image:
+        return ImageOps.exif_transpose(image)

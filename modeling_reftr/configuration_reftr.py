@@ -210,7 +210,7 @@ class RefTRConfig(PreTrainedConfig):
         mask_conditioning (`str`, *optional*, defaults to `"attention"`):
             How the mask head knows the phrase: `"attention"`, by attention maps whose values sum to 1 over heads and
             positions, as published; `"scaled_attention"`, multiplied by their number, so that they have mean 1 as the
-            other input channels, and masks of several phrases of a sentence are told apart; `"add"` or `"multiply"`, a
+            other input channels, which distinguishes the masks of a sentence's phrases; `"add"` or `"multiply"`, a
             projection of the phrase.
         freeze_grounding (`bool`, *optional*, defaults to `False`):
             Train the mask head alone; everything else stays as it was loaded, and without dropout.

@@ -297,7 +297,7 @@ def find_place(
     (x0, y0, x1, y1), (width, height) = corners, size
     if width > canvas_size[0] or height > canvas_size[1] / 2:
         return None
-    # Beginning at the upper left corner: outside and inside of the upper and lower side, then beside the box.
+    # In order of preference: above and below the box, within its upper and lower side, to its right and left.
     steps = np.linspace(0, 1, 5)
     along = [x0 + step * (x1 + 1 - width - x0) for step in steps]
     down = [y0 + step * (y1 + 1 - height - y0) for step in steps]

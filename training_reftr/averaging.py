@@ -84,7 +84,9 @@ def load_average(file: Path, average: AveragedModel) -> None:
         OSError: if the file does not fit the model.
     """
     if not file.exists():
-        logger.warning(f"The average of weights starts anew: {str(file.parent)!r} was written without ema_decay.")
+        logger.warning(
+            f"The average of weights restarts from {str(file.parent)!r}, which was written without ema_decay."
+        )
         return
     try:
         average.load_state_dict(load_file(file))

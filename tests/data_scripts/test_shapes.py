@@ -81,7 +81,7 @@ def test_draw_row_is_reproducible_per_seed():
     ],
 )
 def test_draw_row_keeps_square_images_of_earlier_versions(split, index, size, seed, expected):
-    """Pixels, as another version of zlib compresses them to other bytes."""
+    """Compare pixels, because another version of zlib compresses them to other bytes."""
     row = draw_row(split, index, ShapesConfig(image_size=size, seed=seed))
     pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
     texts = "".join(sentence["text"] for sentence in row["sentences"])

@@ -438,7 +438,7 @@ def test_input_convolution_equals_one_convolution_of_all_channels():
 
 
 def test_mask_head_halves_arithmetic_for_captions():
-    """At the published width: multiplications of the head beside those of a convolution over all inputs per phrase."""
+    """Compare the head at the published width with a convolution over all inputs of each phrase."""
     with torch.device("meta"):
         head = RefTRMaskHead(RefTRConfig(predict_masks=True), [256, 512, 1024, 2048])
     num_images, num_sentences, num_phrases, side = 2, 10, 6, 20  # five captions per image of 640 x 640 pixels

@@ -79,7 +79,7 @@ def test_average_that_starts_on_resume_warns(recipe, tmp_path, caplog):
     assert not list(tmp_path.rglob("average.safetensors"))
     with caplog.at_level(logging.WARNING):
         assert train_reftr.main([*argv, "--max_steps", "4", "--resume", "auto"]) == 0
-    assert "The average of weights starts anew" in caplog.text
+    assert "The average of weights restarts from" in caplog.text
     assert "ema_decay=0.6 (was 0.0)" in caplog.text
     third, fourth = weights_by_step(tmp_path)[2:]
     average = load_file(checkpoints_of(tmp_path)[0] / "average.safetensors")
