@@ -3,11 +3,12 @@ Train the demo with several seeds, one after the other, and collect the metrics 
 
     python benchmarks/demo_seeds.py 0 1 2 3 4
     python benchmarks/demo_seeds.py 0 1 --label "torch 2.6"    # in an environment with another version of torch
+    python benchmarks/demo_seeds.py 0 1 --label short -- --num_epochs 1    # what follows -- goes to train_reftr.py
     python benchmarks/quote_results.py                         # then write them into the README
 
 The output is a JSON file about one recipe and one commit:
 
-    {"recipe", "recipe_sha256", "commit", "runs": [{"seed", "label", "minutes", "machine", "metrics"}]}
+    {"recipe", "recipe_sha256", "commit", "runs": [{"seed", "label", "arguments", "minutes", "machine", "metrics"}]}
 
 `minutes` is the time of the complete command: dataset, training and evaluation. The file is written after each run.
 Seeds that it already contains with the same label are skipped; runs of another recipe or commit are replaced.
@@ -82,9 +83,9 @@ def select_metrics(metrics: dict) -> dict:
     }
 
 
-def train(recipe: str, seed: int, folder: Path, num_threads: int | None) -> float:
+def train(recipe: str, seed: int, folder: Path, num_threads: int | None, arguments: list[str]) -> float:
     """
-    Train one seed in a new folder, and return the minutes.
+    Train one seed in a new folder, with further arguments of train_reftr.py, and return the minutes.
 
     Raises:
         subprocess.CalledProcessError: if the run fails; its output is on stderr.
@@ -92,6 +93,7 @@ def train(recipe: str, seed: int, folder: Path, num_threads: int | None) -> floa
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(num_threads)} if num_threads else {})}
     argv = ["train_reftr.py", str(find_recipe(recipe).resolve()), "--seed", str(seed), "--output_dir", str(folder)]
+    argv += arguments
     start = time.monotonic()
     subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
     return (time.monotonic() - start) / 60
@@ -121,7 +123,9 @@ def main():
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "demo_seeds", help="folder of the runs")
     parser.add_argument("--num_threads", type=int, help="OMP_NUM_THREADS of the runs, by default that of this process")
     parser.add_argument("--label", type=check_label, default="", help="what distinguishes these runs from the others")
-    options = parser.parse_args()
+    argv = sys.argv[1:]
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, arguments = parser.parse_args(argv[:end]), argv[end + 1 :]
     num_threads = options.num_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or None
     head = {"recipe": options.recipe, "recipe_sha256": hash_recipe(options.recipe), "commit": describe_commit()}
     runs = read_results(options.output, head)
@@ -130,11 +134,12 @@ def main():
             sys.stderr.write(f"Seed {seed} is in {options.output} already.\n")
             continue
         folder = (options.runs / options.label / f"seed_{seed}").resolve()
-        minutes = train(options.recipe, seed, folder, num_threads)
+        minutes = train(options.recipe, seed, folder, num_threads, arguments)
         runs.append(
             {
                 "seed": seed,
                 "label": options.label,
+                "arguments": arguments,
                 "minutes": round(minutes, 2),
                 "machine": describe_machine(num_threads),
                 "metrics": select_metrics(json.loads(RunFolder(folder).metrics.read_text())),

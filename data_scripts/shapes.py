@@ -52,7 +52,6 @@ MIN_SCALE = 0.5  # smaller objects have too few pixels for their shape to be see
 MAX_DIAMETER = 0.85  # of an object, in shorter sides of an image
 SPLITS = ("train", "validation", "test")
 
-MIN_VISIBLE = 0.6  # of an object's area
 SUPERSAMPLING = 4
 
 
@@ -65,10 +64,12 @@ class ShapesConfig(SceneConfig):
             have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
         num_train, num_validation, num_test (`int`): images per split, each with about six expressions.
         object_scale (`float`): factor of the size of all objects, at most what fits into the shorter side of an image.
+        min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
         seed (`int`): another seed generates another dataset.
     """
 
     object_scale: float = 1.0
+    min_visible: float = 0.6
 
     def validate(self) -> None:
         """Validate the settings; raise a ValueError for one that no image can be generated with."""
@@ -80,6 +81,8 @@ class ShapesConfig(SceneConfig):
                 f"object_scale={self.object_scale} must be from {MIN_SCALE} to {limit:.2f}, where the largest object "
                 "fits into the shorter side of an image."
             )
+        if not 0.1 <= self.min_visible <= 1:
+            raise ValueError(f"min_visible={self.min_visible} must be from 0.1 to 1.")
 
 
 class Shapes(GroundingBuilder):
@@ -157,7 +160,7 @@ def draw_scene(rng: np.random.Generator, width: int, height: int, config: Shapes
             shape.visible = shape.visible & ~covered
         shapes[-1].visible = covered
     for shape, area in zip(shapes, areas, strict=True):
-        if shape.visible.sum() < MIN_VISIBLE * area:
+        if shape.visible.sum() < config.min_visible * area:
             return None, None
         shape.middle = middle_of(box_of_mask(shape.visible))
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), shapes

@@ -192,6 +192,9 @@ class RefTRConfig(PreTrainedConfig):
             Base of the sine embedding's frequencies.
         max_image_positions (`int`, *optional*, defaults to 50):
             Rows and columns of the learned image positions.
+        pre_norm (`bool`, *optional*, defaults to `False`):
+            Whether the layers of encoder and decoder normalize their inputs, as in DETR's `--pre_norm` (Carion et al.,
+            ECCV 2020), in place of the sums, as published. From scratch, it learns in fewer steps.
         add_positions_to_image_tokens (`bool`, *optional*, defaults to `False`):
             Whether image positions are also added to the image tokens, so that the values of attention contain them.
             As published, only queries and keys do, and a model from scratch learns to locate objects from the padding
@@ -294,6 +297,7 @@ class RefTRConfig(PreTrainedConfig):
     position_embedding_type: str = "sine"
     position_embedding_temperature: float | int = 10000
     max_image_positions: int = 50
+    pre_norm: bool = False
     add_positions_to_image_tokens: bool = False
     max_text_positions: int = 128
     freeze_backbone_batch_norm: bool = True

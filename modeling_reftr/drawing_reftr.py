@@ -364,16 +364,15 @@ def add_text_below(
 
 
 def make_grid(images: list[Image.Image], columns: int, gap: int = 8, note: str = "") -> Image.Image:
-    """Arrange images of one width in rows, each row as high as its highest image, with a note below them."""
-    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
-    width = gap + sum(image.width + gap for image in max(rows, key=len))
-    height = gap + sum(max(image.height for image in row) + gap for row in rows)
-    grid = Image.new("RGB", (width, height), "white")
-    top = gap
-    for row in rows:
-        left = gap
-        for image in row:
-            grid.paste(image, (left, top))
-            left += image.width + gap
-        top += max(image.height for image in row) + gap
+    """Arrange images of one width in columns, each next image in the shortest column, with a note below them."""
+    bottoms = [gap] * min(columns, len(images))
+    corners = []
+    for image in images:
+        column = bottoms.index(min(bottoms))
+        corners.append((column, bottoms[column]))
+        bottoms[column] += image.height + gap
+    width = max(image.width for image in images)
+    grid = Image.new("RGB", (gap + len(bottoms) * (width + gap), max(bottoms)), "white")
+    for image, (column, top) in zip(images, corners, strict=True):
+        grid.paste(image, (gap + column * (width + gap), top))
     return add_text_below(grid, Pen(16), "", note, [], "") if note else grid

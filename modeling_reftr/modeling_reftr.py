@@ -456,11 +456,19 @@ class RefTRMLP(nn.Module):
         return self.fc2(self.activation_dropout(self.activation(self.fc1(hidden_states))))
 
 
+def add_residual(
+    hidden_states: torch.Tensor, block: Callable[[torch.Tensor], torch.Tensor], norm: nn.Module, pre_norm: bool
+) -> torch.Tensor:
+    """Add the output of a block to its input, and normalize: after the addition as published, or before the block."""
+    return hidden_states + block(norm(hidden_states)) if pre_norm else norm(hidden_states + block(hidden_states))
+
+
 class RefTREncoderLayer(GradientCheckpointingLayer):
-    """Encoder layer: self-attention and feed-forward over text and image tokens, each followed by layer norm."""
+    """Encoder layer: self-attention and feed-forward over text and image tokens, each with a layer norm."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
+        self.pre_norm = config.pre_norm
         self.self_attn = RefTRAttention(config, config.encoder_attention_heads)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.mlp = RefTRMLP(config, config.encoder_ffn_dim)
@@ -482,11 +490,17 @@ class RefTREncoderLayer(GradientCheckpointingLayer):
         Returns:
             `torch.Tensor` of shape `(S, L + h * w, d)`
         """
-        attention_output, _ = self.self_attn(
-            hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
-        )
-        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attention_output))
-        return self.final_layer_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+        def attend(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(
+                self.self_attn(states, position_embeddings, attention_mask=attention_mask, **kwargs)[0]
+            )
+
+        def transform(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.mlp(states))
+
+        hidden_states = add_residual(hidden_states, attend, self.self_attn_layer_norm, self.pre_norm)
+        return add_residual(hidden_states, transform, self.final_layer_norm, self.pre_norm)
 
 
 class RefTRDecoderLayer(GradientCheckpointingLayer):
@@ -494,6 +508,7 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
+        self.pre_norm = config.pre_norm
         self.self_attn = RefTRAttention(config, config.decoder_attention_heads)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.cross_attn = RefTRAttention(config, config.decoder_attention_heads)
@@ -522,20 +537,29 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
         Returns:
             `torch.Tensor` of shape `(S, P, d)`
         """
-        attention_output, _ = self.self_attn(
-            hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
-        )
-        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attention_output))
-        attention_output, _ = self.cross_attn(
-            hidden_states,
-            position_embeddings,
-            key_value_states=encoder_hidden_states,
-            key_position_embeddings=encoder_position_embeddings,
-            attention_mask=encoder_attention_mask,
-            **kwargs,
-        )
-        hidden_states = self.cross_attn_layer_norm(hidden_states + self.dropout(attention_output))
-        return self.final_layer_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+        def attend_to_phrases(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(
+                self.self_attn(states, position_embeddings, attention_mask=attention_mask, **kwargs)[0]
+            )
+
+        def attend_to_memory(states: torch.Tensor) -> torch.Tensor:
+            attention_output, _ = self.cross_attn(
+                states,
+                position_embeddings,
+                key_value_states=encoder_hidden_states,
+                key_position_embeddings=encoder_position_embeddings,
+                attention_mask=encoder_attention_mask,
+                **kwargs,
+            )
+            return self.dropout(attention_output)
+
+        def transform(states: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.mlp(states))
+
+        hidden_states = add_residual(hidden_states, attend_to_phrases, self.self_attn_layer_norm, self.pre_norm)
+        hidden_states = add_residual(hidden_states, attend_to_memory, self.cross_attn_layer_norm, self.pre_norm)
+        return add_residual(hidden_states, transform, self.final_layer_norm, self.pre_norm)
 
 
 class RefTRQueryEncoder(nn.Module):
@@ -920,6 +944,8 @@ class RefTREncoder(RefTRPreTrainedModel):
     def __init__(self, config: RefTRConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(RefTREncoderLayer(config) for _ in range(config.encoder_layers))
+        # post-norm layers return normalized states already
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         self.post_init()
 
     @merge_with_config_defaults
@@ -944,7 +970,7 @@ class RefTREncoder(RefTRPreTrainedModel):
         attention_mask = expand_attention_mask(self.config, inputs_embeds, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_embeddings, attention_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
 class RefTRDecoder(RefTRPreTrainedModel):

@@ -246,3 +246,16 @@ def test_shapes_builder_refuses_wrong_settings(tmp_path):
         data_scripts.load("shapes", cache_dir=str(tmp_path), num_test=0)
     with pytest.raises(ValueError, match="no dataset 'shape'"):
         data_scripts.load("shape")
+
+
+def least_ratio(min_visible):
+    """Return the least ratio of the sides of the boxes of squares and circles, which overlaps cut."""
+    rows = [draw_row("train", index, ShapesConfig(image_size=64, min_visible=min_visible)) for index in range(60)]
+    boxes = [item["box"] for row in rows for item in row["objects"] if item["category"] != "star"]
+    return min(min(x2 - x1, y2 - y1) / max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes)
+
+
+def test_min_visible_bounds_what_objects_hide():
+    assert least_ratio(0.95) > 0.85 > least_ratio(0.4)
+    with pytest.raises(ValueError, match=r"min_visible=1.5 must be from 0.1 to 1"):
+        ShapesConfig(min_visible=1.5).validate()

@@ -225,6 +225,15 @@ def test_draw_answers_limits_size_and_time_for_200_phrases(tags):
         assert not have_overlap(one, other)
 
 
+def test_make_grid_puts_next_image_into_shortest_column():
+    tiles = [Image.new("RGB", (10, height), color) for height, color in ((30, "red"), (10, "green"), (10, "blue"))]
+    grid = make_grid(tiles, columns=2, gap=2)
+    assert grid.size == (26, 34)
+    assert grid.getpixel((14, 2)) == (0, 128, 0)
+    assert grid.getpixel((14, 14)) == (0, 0, 255)
+    assert make_grid(tiles[:2], columns=1, gap=0).size == (10, 40)
+
+
 def test_make_grid_writes_note_below():
     tiles = [Image.new("RGB", (100, 50), "gray")] * 3
     plain, noted = make_grid(tiles, 2), make_grid(tiles, 2, note="chosen")

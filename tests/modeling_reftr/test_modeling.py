@@ -442,3 +442,53 @@ def test_positions_are_added_to_image_tokens_if_configured(make_model, batch):
         torch.testing.assert_close(tokens - without, expected.expand_as(tokens), rtol=1e-4, atol=1e-5)
         assert torch.equal(positions, same_positions)
         assert (model(**inputs).pred_boxes - published(**inputs).pred_boxes).abs().max() > 1e-5
+
+
+def copy_attention(ours, theirs):
+    """Copy the weights of RefTR's attention to PyTorch's."""
+    for kind in ("weight", "bias"):
+        parts = [getattr(projection, kind) for projection in (ours.q_proj, ours.k_proj, ours.v_proj)]
+        getattr(theirs, f"in_proj_{kind}").data.copy_(torch.cat(parts))
+        getattr(theirs.out_proj, kind).data.copy_(getattr(ours.o_proj, kind))
+
+
+def copy_layer(ours, theirs, norms):
+    """Copy the feed-forward block and layer norms of one of RefTR's layers, randomized, to one of PyTorch's."""
+    copy_attention(ours.self_attn, theirs.self_attn)
+    theirs.linear1.load_state_dict(ours.mlp.fc1.state_dict())
+    theirs.linear2.load_state_dict(ours.mlp.fc2.state_dict())
+    for number, name in enumerate(norms, start=1):
+        norm = getattr(ours, name)
+        nn.init.normal_(norm.weight, mean=1, std=0.2)
+        nn.init.normal_(norm.bias, std=0.2)
+        getattr(theirs, f"norm{number}").load_state_dict(norm.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_layers_normalize_as_those_of_pytorch(make_model, pre_norm):
+    model = make_model(pre_norm=pre_norm).model
+    config, features = model.config, torch.randn(2, 7, model.config.d_model)
+    sizes = {"d_model": config.d_model, "batch_first": True, "norm_first": pre_norm}
+    layer = model.encoder.layers[0]
+    theirs = nn.TransformerEncoderLayer(
+        nhead=config.encoder_attention_heads, dim_feedforward=config.encoder_ffn_dim, **sizes
+    ).eval()
+    copy_layer(layer, theirs, ("self_attn_layer_norm", "final_layer_norm"))
+    nowhere = torch.zeros(())
+    torch.testing.assert_close(layer(features, nowhere), theirs(features), atol=1e-5, rtol=1e-4)
+
+    layer, queries = model.decoder.layers[0], torch.randn(2, 3, config.d_model)
+    theirs = nn.TransformerDecoderLayer(
+        nhead=config.decoder_attention_heads, dim_feedforward=config.decoder_ffn_dim, **sizes
+    ).eval()
+    copy_layer(layer, theirs, ("self_attn_layer_norm", "cross_attn_layer_norm", "final_layer_norm"))
+    copy_attention(layer.cross_attn, theirs.multihead_attn)
+    found = layer(queries, nowhere, features, nowhere)
+    torch.testing.assert_close(found, theirs(queries, features), atol=1e-5, rtol=1e-4)
+
+
+def test_pre_norm_encoder_returns_normalized_states(make_model, batch):
+    memory = make_model(pre_norm=True).model(**model_inputs(batch)).encoder_last_hidden_state
+    torch.testing.assert_close(memory.mean(-1), torch.zeros(memory.shape[:2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(memory.std(-1, correction=0), torch.ones(memory.shape[:2]), atol=1e-3, rtol=0)
