@@ -99,6 +99,22 @@ def table_of_seeds(results: dict) -> str:
     return "\n".join([*lines, *(line for note in notes for line in ("", note))])
 
 
+def table_of_mask_conditioning(results: dict) -> str:
+    """Format the runs of `benchmarks/demo_seeds.py` with several labels, the ways to condition the mask head."""
+    columns = {
+        "accuracy at IoU 0.5": lambda run: run["accuracy@0.5"],
+        "mask mean IoU": lambda run: run["mask_mean_iou"],
+        "of captions": lambda run: run["per_kind"]["caption"]["mask_mean_iou"],
+        "mask separation": lambda run: run["mask_separation"],
+    }
+    lines = [f"| `mask_conditioning` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for label in dict.fromkeys(run["label"] for run in results["runs"]):
+        metrics = [run["metrics"] for run in results["runs"] if run["label"] == label]
+        row = [spread(metrics, value_of, name == "mask separation") for name, value_of in columns.items()]
+        lines.append(f"| `{label}` | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def describe_runs(runs: list[dict]) -> str:
     """Say how long some runs took, and on what machines."""
     machines = dict.fromkeys(
@@ -195,6 +211,8 @@ def quote(document: str) -> str:
             text = table_of_newcomer(json.loads((RESULTS / "newcomer.json").read_text()))
         elif name == "own_images":
             text = table_of_own_images(json.loads((RESULTS / "demo" / "own_images.json").read_text()))
+        elif name == "mask_conditioning":
+            text = table_of_mask_conditioning(json.loads((RESULTS / "demo" / "mask_conditioning.json").read_text()))
         elif name == "space":
             text = table_of_space(json.loads((RESULTS / "space" / "speed.json").read_text()))
         elif has_seeds(name):

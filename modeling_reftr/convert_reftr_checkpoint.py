@@ -80,6 +80,8 @@ LAYER_MODULES = {
 OUR_LAYER = re.compile(r"(model\.(encoder|decoder)\.layers\.\d+\.)((?:mlp\.)?\w+)\.(.*)")
 OUR_PROJECTION = re.compile(r"(model\.(?:text_projection|phrase_projection|query_encoder\.fusion)\.)(\w+)\.(.*)")
 
+# fields that change answers, but not the shapes of weights: their published values
+PUBLISHED_SWITCHES = {"pre_norm": False, "add_positions_to_image_tokens": False, "mask_conditioning": "attention"}
 # left in files of 2021 by the text backbone, by batch norm and by a profiler; they hold no weights
 IGNORED = re.compile(r"lang_backbone\.embeddings\.position_ids|(.*\.)?(num_batches_tracked|total_params|total_ops)")
 
@@ -550,6 +552,9 @@ def convert_to_published(model: str | os.PathLike, output: str | os.PathLike, ov
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} is there already; give another path, or --overwrite to replace it.")
     config = RefTRConfig.from_pretrained(folder)
+    if changed := [name for name, value in PUBLISHED_SWITCHES.items() if getattr(config, name) != value]:
+        changes = ", ".join(f"{name}={quote(getattr(config, name))}" for name in changed)
+        raise ValueError(f"{folder} has {changes}, which the published code does not know: it would answer otherwise.")
     published = to_published_state_dict({name: value for file in files for name, value in read_weights(file).items()})
     with torch.device("meta"):
         expected = RefTRForVisualGrounding(config).state_dict()

@@ -113,7 +113,10 @@ class DataSettings:
         Scope.RESULTS, 8, "Sentences of an image in a batch; the others come in other batches."
     )
     bucket_by_shape: bool = setting(
-        Scope.RESULTS, True, "Batch images of similar shape, and texts of similar length, together."
+        Scope.RESULTS,
+        True,
+        "Batch images of similar shape, and texts of similar length, together; false for batch norms that are trained, "
+        "whose statistics would depend on the shape.",
     )
     augmentation: str = setting(
         Scope.RESULTS,

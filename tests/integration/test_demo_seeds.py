@@ -10,7 +10,13 @@ import yaml
 from benchmarks import quote_results
 from benchmarks.demo_seeds import hash_recipe
 from benchmarks.own_images import BACKGROUNDS, SIZES, ask, draw_image
-from benchmarks.quote_results import quote, seeds_of, table_of_own_images, table_of_seeds
+from benchmarks.quote_results import (
+    quote,
+    seeds_of,
+    table_of_mask_conditioning,
+    table_of_own_images,
+    table_of_seeds,
+)
 from tests.helpers.tiny import ROOT
 
 
@@ -25,10 +31,10 @@ def short_recipe(recipe, tmp_path):
     return path
 
 
-def train_seeds(run, tmp_path, recipe, *argv):
-    """Run the script, and return its results and its messages."""
+def train_seeds(run, tmp_path, recipe, *argv, arguments=()):
+    """Run the script, with arguments for the training script, and return its results and its messages."""
     flags = ("--recipe", recipe, "--output", tmp_path / "seeds.json", "--runs", tmp_path / "runs", "--num_threads", 1)
-    result = run("benchmarks/demo_seeds.py", *argv, *flags, PYTHONPATH=str(ROOT))
+    result = run("benchmarks/demo_seeds.py", *argv, *flags, *arguments, PYTHONPATH=str(ROOT))
     return json.loads((tmp_path / "seeds.json").read_text()), result.stderr
 
 
@@ -69,9 +75,13 @@ def test_two_seeds_are_trained_collected_and_not_repeated(run, short_recipe, tmp
 def test_runs_of_another_recipe_are_replaced(run, short_recipe, tmp_path):
     old = {"recipe": str(short_recipe), "recipe_sha256": "0", "commit": "0", "runs": [{"seed": 3, "label": ""}]}
     (tmp_path / "seeds.json").write_text(json.dumps(old))
-    results, messages = train_seeds(run, tmp_path, short_recipe, 3, "--label", "other torch")
+    arguments = ["--max_steps", "1"]
+    label = ("--label", "other torch")
+    results, messages = train_seeds(run, tmp_path, short_recipe, 3, *label, arguments=("--", *arguments))
     assert "1 runs in" in messages
     assert [(entry["seed"], entry["label"]) for entry in results["runs"]] == [(3, "other torch")]
+    assert results["runs"][0]["arguments"] == arguments
+    assert yaml.safe_load((tmp_path / "runs" / label[1] / "seed_3" / "recipe.yaml").read_text())["max_steps"] == 1
     assert (tmp_path / "runs" / "other torch" / "seed_3" / "metrics.json").exists()
 
 
@@ -132,6 +142,22 @@ def test_table_of_seeds_puts_worst_value_first():
     assert "Each run took 6.0 to 6.2 minutes with 2 threads on 2 cores (a CPU), torch 2.9." in text
     assert "have a mean IoU of **0.400** / 0.267 / 0.200; that of the annotated masks is 0.010." in text
     assert "old torch, accuracy of all expressions: **0.500** / 0.500 / 0.500." in text
+
+
+def test_table_of_mask_conditioning_compares_labels():
+    runs = [result_of(0, 0.8, "attention", separation=0.5), result_of(1, 0.6, "attention"), result_of(0, 0.4, "add")]
+    for run in runs:
+        run["metrics"]["per_kind"]["caption"] = {"mask_mean_iou": run["metrics"]["accuracy@0.5"] / 8}
+    first, _, attention, add = table_of_mask_conditioning({"runs": runs}).splitlines()
+    assert first.split(" | ")[-2:] == ["of captions", "mask separation |"]
+    assert attention.split(" | ") == [
+        "| `attention`",
+        "**0.600** / 0.700 / 0.800",
+        "**0.150** / 0.175 / 0.200",
+        "**0.075** / 0.087 / 0.100",
+        "**0.500** / 0.350 / 0.200 |",
+    ]
+    assert "**0.400** / 0.400 / 0.400" in add
 
 
 def test_seeds_are_quoted_in_place_of_single_run(tmp_path, monkeypatch):

@@ -405,6 +405,16 @@ def test_conversion_to_published_rejects_unsupported_models(make_model, tmp_path
     assert os.listdir(tmp_path) == ["demo"]
 
 
+@pytest.mark.parametrize(
+    "switch", [{"pre_norm": True}, {"add_positions_to_image_tokens": True}, {"mask_conditioning": "scaled_attention"}]
+)
+def test_conversion_to_published_rejects_layers_that_answer_otherwise(make_model, tmp_path, switch):
+    make_model(predict_masks=True, **switch).save_pretrained(tmp_path / "demo")
+    (name,) = switch
+    with pytest.raises(ValueError, match=rf"{name}=.+, which the published code does not know"):
+        convert_to_published(tmp_path / "demo", tmp_path / "back")
+
+
 def test_converter_reads_bare_state_dicts_and_legacy_files(published, case, tmp_path):
     config = golden_config(case, freeze_backbone_batch_norm=False)
     for number, (content, is_zip) in enumerate([(published, True), (published_content(published), False)]):
