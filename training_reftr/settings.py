@@ -115,8 +115,8 @@ class DataSettings:
     bucket_by_shape: bool = setting(
         Scope.RESULTS,
         True,
-        "Batch images of similar shape, and texts of similar length, together; false for batch norms that are trained, "
-        "whose statistics would depend on the shape.",
+        "Batch images of similar shape, and texts of similar length, together; false for trained batch norms, whose "
+        "statistics would depend on the shape.",
     )
     augmentation: str = setting(
         Scope.RESULTS,
