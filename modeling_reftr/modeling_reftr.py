@@ -457,10 +457,16 @@ class RefTRMLP(nn.Module):
 
 
 def add_residual(
-    hidden_states: torch.Tensor, block: Callable[[torch.Tensor], torch.Tensor], norm: nn.Module, pre_norm: bool
+    hidden_states: torch.Tensor,
+    block: Callable[[torch.Tensor], torch.Tensor],
+    norm: nn.Module,
+    dropout: nn.Module,
+    pre_norm: bool,
 ) -> torch.Tensor:
     """Add the output of a block to its input, and normalize: after the addition as published, or before the block."""
-    return hidden_states + block(norm(hidden_states)) if pre_norm else norm(hidden_states + block(hidden_states))
+    if pre_norm:
+        return hidden_states + dropout(block(norm(hidden_states)))
+    return norm(hidden_states + dropout(block(hidden_states)))
 
 
 class RefTREncoderLayer(GradientCheckpointingLayer):
@@ -492,15 +498,10 @@ class RefTREncoderLayer(GradientCheckpointingLayer):
         """
 
         def attend(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(
-                self.self_attn(states, position_embeddings, attention_mask=attention_mask, **kwargs)[0]
-            )
+            return self.self_attn(states, position_embeddings, attention_mask=attention_mask, **kwargs)[0]
 
-        def transform(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.mlp(states))
-
-        hidden_states = add_residual(hidden_states, attend, self.self_attn_layer_norm, self.pre_norm)
-        return add_residual(hidden_states, transform, self.final_layer_norm, self.pre_norm)
+        hidden_states = add_residual(hidden_states, attend, self.self_attn_layer_norm, self.dropout, self.pre_norm)
+        return add_residual(hidden_states, self.mlp, self.final_layer_norm, self.dropout, self.pre_norm)
 
 
 class RefTRDecoderLayer(GradientCheckpointingLayer):
@@ -539,9 +540,7 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
         """
 
         def attend_to_phrases(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(
-                self.self_attn(states, position_embeddings, attention_mask=attention_mask, **kwargs)[0]
-            )
+            return self.self_attn(states, position_embeddings, attention_mask=attention_mask, **kwargs)[0]
 
         def attend_to_memory(states: torch.Tensor) -> torch.Tensor:
             attention_output, _ = self.cross_attn(
@@ -552,14 +551,12 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
                 attention_mask=encoder_attention_mask,
                 **kwargs,
             )
-            return self.dropout(attention_output)
+            return attention_output
 
-        def transform(states: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.mlp(states))
-
-        hidden_states = add_residual(hidden_states, attend_to_phrases, self.self_attn_layer_norm, self.pre_norm)
-        hidden_states = add_residual(hidden_states, attend_to_memory, self.cross_attn_layer_norm, self.pre_norm)
-        return add_residual(hidden_states, transform, self.final_layer_norm, self.pre_norm)
+        dropout, pre_norm = self.dropout, self.pre_norm
+        hidden_states = add_residual(hidden_states, attend_to_phrases, self.self_attn_layer_norm, dropout, pre_norm)
+        hidden_states = add_residual(hidden_states, attend_to_memory, self.cross_attn_layer_norm, dropout, pre_norm)
+        return add_residual(hidden_states, self.mlp, self.final_layer_norm, dropout, pre_norm)
 
 
 class RefTRQueryEncoder(nn.Module):
