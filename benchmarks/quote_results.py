@@ -118,11 +118,18 @@ def table_of_mask_conditioning(results: dict) -> str:
 def describe_runs(runs: list[dict]) -> str:
     """Say how long some runs took, and on what machines."""
     machines = dict.fromkeys(
-        f"{machine['threads']} threads on {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}"
+        f"{count(machine['threads'], 'thread')} on {count(machine['cores'], 'core')} ({machine['cpu']}), "
+        f"torch {machine['torch']}"
         for machine in (run["machine"] for run in runs)
     )
     minutes = sorted(run["minutes"] for run in runs)
-    return f"Each run took {minutes[0]:.1f} to {minutes[-1]:.1f} minutes with {'; '.join(machines)}."
+    duration = " to ".join(dict.fromkeys(f"{value:.1f}" for value in (minutes[0], minutes[-1])))
+    return f"Each run took {duration} minutes with {'; '.join(machines)}."
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, which gets an s unless the number is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def table_of_speed(results: dict) -> str:
