@@ -1506,6 +1506,8 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRVisualGroundingOutput:
         r"""
+        Predict a box, and a mask if configured, for every phrase.
+
         Returns:
             [`RefTRVisualGroundingOutput`]. If a token, an image index, a span or a phrase index is out of range, the
             answer is finite and `phrase_mask` is False: to raise an error, the host would have to wait for the device.
