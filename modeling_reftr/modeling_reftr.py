@@ -1506,7 +1506,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRVisualGroundingOutput:
         r"""
-        Predict a box, and a mask if configured, for every phrase.
+        Return the boxes, and the masks if configured, of all phrases.
 
         Returns:
             [`RefTRVisualGroundingOutput`]. If a token, an image index, a span or a phrase index is out of range, the
