@@ -108,7 +108,6 @@ class CutoutsConfig(SceneConfig):
     max_scale: float = 0.45
     rotation: float = 15.0
     mirror: bool = False
-    min_visible: float = 0.6
     shadow_opacity: float = 0.35
 
     def validate(self) -> None:
@@ -135,7 +134,6 @@ class CutoutsConfig(SceneConfig):
         for name, lowest, highest in (
             ("repeat_probability", 0, 1),
             ("rotation", 0, 180),
-            ("min_visible", 0.1, 1),
             ("shadow_opacity", 0, 1),
         ):
             if not lowest <= getattr(self, name) <= highest:

@@ -33,6 +33,7 @@ class SceneConfig(datasets.BuilderConfig):
         min_aspect_ratio, max_aspect_ratio (`float`): width / height is drawn between these, log-uniformly: images
             have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
         num_train, num_validation, num_test (`int`): images per split, each with about six expressions.
+        min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
         seed (`int`): another seed generates another dataset.
     """
 
@@ -42,6 +43,7 @@ class SceneConfig(datasets.BuilderConfig):
     num_train: int = 5000
     num_validation: int = 200
     num_test: int = 200
+    min_visible: float = 0.6
     seed: int = 0
 
     def validate(self) -> None:
@@ -58,6 +60,8 @@ class SceneConfig(datasets.BuilderConfig):
         for name in ("num_train", "num_validation", "num_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0.1 <= self.min_visible <= 1:
+            raise ValueError(f"min_visible={self.min_visible} must be from 0.1 to 1.")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative.")
 

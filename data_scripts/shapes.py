@@ -69,7 +69,6 @@ class ShapesConfig(SceneConfig):
     """
 
     object_scale: float = 1.0
-    min_visible: float = 0.6
 
     def validate(self) -> None:
         """Validate the settings; raise a ValueError for one that no image can be generated with."""
@@ -81,8 +80,6 @@ class ShapesConfig(SceneConfig):
                 f"object_scale={self.object_scale} must be from {MIN_SCALE} to {limit:.2f}, where the largest object "
                 "fits into the shorter side of an image."
             )
-        if not 0.1 <= self.min_visible <= 1:
-            raise ValueError(f"min_visible={self.min_visible} must be from 0.1 to 1.")
 
 
 class Shapes(GroundingBuilder):
