@@ -47,7 +47,7 @@ __all__ = ["FEATURES", "MAX_PIXELS", "SOURCES", "Shapes", "encode_mask", "quote"
 # few of each, so that a model from scratch learns what every word means within minutes
 COLORS = {"red": (215, 45, 40), "green": (45, 165, 65), "blue": (45, 85, 215)}
 SHAPES = ("circle", "square", "star")
-SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in `image_size`
+SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in shorter sides of an image
 MIN_SCALE = 0.5  # smaller objects have too few pixels for their shape to be seen
 MAX_DIAMETER = 0.85  # of an object, in shorter sides of an image
 SPLITS = ("train", "validation", "test")
@@ -74,7 +74,6 @@ class ShapesConfig(SceneConfig):
         """Validate the settings; raise a ValueError for one that no image can be generated with."""
         super().validate()
         limit = MAX_DIAMETER / (2 * SIZES["large"][1])
-        limit /= math.sqrt(max(self.max_aspect_ratio, 1 / self.min_aspect_ratio))
         if not MIN_SCALE <= self.object_scale <= limit:
             raise ValueError(
                 f"object_scale={self.object_scale} must be from {MIN_SCALE} to {limit:.2f}, where the largest object "
@@ -108,13 +107,14 @@ class Shapes(GroundingBuilder):
 
 @dataclass
 class Shape:
-    """One object of a scene; centre and radius in pixels, middle of the box of its visible part."""
+    """One object of a scene; centre and radius in pixels, covered share of each pixel, middle of the visible part."""
 
     size: str
     color: str
     shape: str
     center: tuple[float, float]
     radius: float
+    alpha: np.ndarray | None = None
     visible: np.ndarray | None = None
     middle: tuple[float, float] | None = None
 
@@ -124,50 +124,70 @@ class Shape:
 
 
 def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
-    """Draw scenes until one has enough sentences about it, and describe it."""
+    """Place shapes until there are enough sentences about them, then draw and describe the scene."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     width, height = draw_image_size(rng, config)
     sentences = []
     while len(sentences) < MIN_SENTENCES:
-        image, shapes = draw_scene(rng, width, height, config)
-        sentences = [] if shapes is None else write_sentences(rng, shapes, config.image_size)
+        shapes = place_shapes(rng, width, height, config)
+        sentences = write_sentences(rng, shapes, config.image_size) if shapes else []
+    image = draw_scene(rng, width, height, shapes)
     objects = [(shape.shape, shape.visible) for shape in shapes]
     return make_scene_row(f"shapes_{split}_{index:06d}", image, objects, sentences)
 
 
-def draw_scene(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> tuple:
-    """Draw an image and its shapes, later ones in front; no shapes if one hides too much of another."""
-    canvas = draw_ground(rng, width, height)
+def place_shapes(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> list[Shape]:
+    """Draw where two or three shapes are, later ones in front; return none if one hides too much of another."""
     count = rng.integers(2, 4)
     # in two scenes of three no colour comes twice
     colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(3) == 0))
-    shapes, areas = [], []
+    shapes = []
     for color in colors:
-        size = str(rng.choice(list(SIZES)))
-        radius = rng.uniform(*SIZES[size]) * config.object_scale * config.image_size
+        size, kind = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))
+        radius = rng.uniform(*SIZES[size]) * config.object_scale * min(width, height)
         center = tuple(rng.uniform(radius + 1, np.array([width, height]) - radius - 1))
-        shapes.append(Shape(size, str(color), str(rng.choice(SHAPES)), center, radius))
-        alpha = draw_alpha(shapes[-1], width, height)
-        shade = np.array(COLORS[shapes[-1].color]) + rng.normal(0, 8, size=3)
-        grain = rng.normal(0, 6, size=(height, width, 1))
-        canvas += alpha[..., None] * (shade + grain - canvas)
-        covered = alpha > 0.5
-        areas.append(covered.sum())
-        for shape in shapes[:-1]:
-            shape.visible = shape.visible & ~covered
-        shapes[-1].visible = covered
-    for shape, area in zip(shapes, areas, strict=True):
-        if shape.visible.sum() < config.min_visible * area:
-            return None, None
+        shape = Shape(size, str(color), kind, center, radius)
+        if not place_in_front(shape, shapes, draw_alpha(shape, width, height), config.min_visible):
+            return []
+    for shape in shapes:
         shape.middle = middle_of(box_of_mask(shape.visible))
-    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), shapes
+    return shapes
+
+
+def place_in_front(shape: Shape, shapes: list[Shape], alpha: np.ndarray, min_visible: float) -> bool:
+    """Add a shape in front of others, and return True; if too little of one would remain visible, return False."""
+    covered = alpha > 0.5
+    remaining = [other.visible & ~covered for other in shapes]
+    if any(
+        visible.sum() < min_visible * (other.alpha > 0.5).sum()
+        for other, visible in zip(shapes, remaining, strict=True)
+    ):
+        return False
+    for other, visible in zip(shapes, remaining, strict=True):
+        other.visible = visible
+    shape.alpha, shape.visible = alpha, covered
+    shapes.append(shape)
+    return True
+
+
+def draw_scene(rng: np.random.Generator, width: int, height: int, shapes: list[Shape]) -> Image.Image:
+    """Draw an image of shapes, later ones in front."""
+    canvas = draw_ground(rng, width, height)
+    for shape in shapes:
+        shade = np.array(COLORS[shape.color]) + rng.normal(0, 8, size=3)
+        grain = rng.normal(0, 6, size=(height, width, 1))
+        canvas += shape.alpha[..., None] * (shade + grain - canvas)
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
 def draw_alpha(shape: Shape, width: int, height: int) -> np.ndarray:
     """Return the share of each pixel that the shape covers, (height, width) in 0..1."""
-    center = np.array(shape.center) * SUPERSAMPLING
+    left, top = (int(middle - shape.radius) - 1 for middle in shape.center)
+    side = math.ceil(2 * shape.radius) + 3
+    window = (min(side, width - left), min(side, height - top))
+    center = (np.array(shape.center) - (left, top)) * SUPERSAMPLING
     radius = shape.radius * SUPERSAMPLING
-    image = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    image = Image.new("L", (window[0] * SUPERSAMPLING, window[1] * SUPERSAMPLING))
     draw = ImageDraw.Draw(image)
 
     if shape.shape == "circle":
@@ -178,7 +198,9 @@ def draw_alpha(shape: Shape, width: int, height: int) -> np.ndarray:
         angles = np.arange(10) * np.pi / 5
         points = np.stack((np.sin(angles), -np.cos(angles)), axis=1) * np.array([1, 0.45] * 5)[:, None]
         draw.polygon([tuple(point) for point in center + radius * points], fill=255)
-    return np.asarray(image.reduce(SUPERSAMPLING)) / 255
+    alpha = np.zeros((height, width))
+    alpha[top : top + window[1], left : left + window[0]] = np.asarray(image.reduce(SUPERSAMPLING)) / 255
+    return alpha
 
 
 def describe_shape(attributes: tuple) -> str:
