@@ -201,6 +201,8 @@ def quiet_forks() -> Iterator[None]:
         if os.getpid() == process:
             is_interrupted = True
             raise KeyboardInterrupt
+        # a worker that the main process ends in the middle of its work cannot close what it has open
+        sys.unraisablehook = lambda _: None
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
