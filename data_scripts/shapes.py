@@ -139,8 +139,8 @@ def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
 def place_shapes(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> list[Shape]:
     """Draw where two or three shapes are, later ones in front; return none if one hides too much of another."""
     count = rng.integers(2, 4)
-    # in two scenes of three no colour comes twice
-    colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(3) == 0))
+    # in five scenes of six no colour comes twice, so that a colour is enough
+    colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(6) == 0))
     shapes = []
     for color in colors:
         size, kind = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))
