@@ -137,7 +137,7 @@ def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
 
 
 def place_shapes(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> list[Shape]:
-    """Draw where two or three shapes are, later ones in front; return none if one hides too much of another."""
+    """Draw positions of two or three shapes, later ones in front; return none if one hides too much of another."""
     count = rng.integers(2, 4)
     # in five scenes of six no colour comes twice, so that a colour is enough
     colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(6) == 0))
@@ -147,27 +147,21 @@ def place_shapes(rng: np.random.Generator, width: int, height: int, config: Shap
         radius = rng.uniform(*SIZES[size]) * config.object_scale * min(width, height)
         center = tuple(rng.uniform(radius + 1, np.array([width, height]) - radius - 1))
         shape = Shape(size, str(color), kind, center, radius)
-        if not place_in_front(shape, shapes, draw_alpha(shape, width, height), config.min_visible):
+        shape.alpha = draw_alpha(shape, width, height)
+        if not place_in_front(shape, shapes, config.min_visible):
             return []
+        shapes.append(shape)
     for shape in shapes:
         shape.middle = middle_of(box_of_mask(shape.visible))
     return shapes
 
 
-def place_in_front(shape: Shape, shapes: list[Shape], alpha: np.ndarray, min_visible: float) -> bool:
-    """Add a shape in front of others, and return True; if too little of one would remain visible, return False."""
-    covered = alpha > 0.5
-    remaining = [other.visible & ~covered for other in shapes]
-    if any(
-        visible.sum() < min_visible * (other.alpha > 0.5).sum()
-        for other, visible in zip(shapes, remaining, strict=True)
-    ):
-        return False
-    for other, visible in zip(shapes, remaining, strict=True):
-        other.visible = visible
-    shape.alpha, shape.visible = alpha, covered
-    shapes.append(shape)
-    return True
+def place_in_front(shape: Shape, others: list[Shape], min_visible: float) -> bool:
+    """Remove what a shape covers from the visible parts of others, and return whether enough of each remains."""
+    shape.visible = shape.alpha > 0.5
+    for other in others:
+        other.visible = other.visible & ~shape.visible
+    return all(other.visible.sum() >= min_visible * (other.alpha > 0.5).sum() for other in others)
 
 
 def draw_scene(rng: np.random.Generator, width: int, height: int, shapes: list[Shape]) -> Image.Image:

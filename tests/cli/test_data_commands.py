@@ -587,3 +587,27 @@ def test_interrupted_build_ends_with_one_line(tmp_path):
     assert process.returncode == 130
     assert output.splitlines()[-1] == "Interrupted."
     assert "KeyboardInterrupt" not in output
+
+
+def test_interrupted_worker_reports_nothing_that_it_could_not_close():
+    """Send Ctrl-C to a forked worker, in which closing a file then fails; the main process prints what it has to."""
+    program = """
+import os, signal
+from reftr_cli.data_commands import quiet_forks
+
+class File:
+    def __del__(self):
+        raise OSError("not closed")
+
+with quiet_forks():
+    if not (worker := os.fork()):
+        os.kill(os.getpid(), signal.SIGINT)
+        file = File()
+        del file
+        os._exit(0)
+    os.waitpid(worker, 0)
+file = File()
+del file
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stderr.count("Exception ignored") == 1

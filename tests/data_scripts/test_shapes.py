@@ -81,7 +81,7 @@ def test_draw_row_is_reproducible_per_seed():
         ("validation", 11, 33, 1, "124aaeb1718d2fee"),
     ],
 )
-def test_draw_row_draws_the_same_images_as_ever(split, index, size, seed, expected):
+def test_draw_row_draws_known_images(split, index, size, seed, expected):
     """Compare pixels, because another version of zlib compresses them to other bytes."""
     row = draw_row(split, index, ShapesConfig(image_size=size, seed=seed))
     pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
