@@ -78,7 +78,7 @@ def count_split(rows: datasets.Dataset) -> dict[str, int]:
     >>> from data_scripts.reports import count_split
 
     >>> count_split(data_scripts.load("shapes", split="test", num_train=1, num_validation=1, num_test=2))
-    {'images': 2, 'objects': 6, 'expressions': 16}
+    {'images': 2, 'objects': 6, 'expressions': 18}
 
     ```"""
     table = table_of(rows, "objects", "sentences")

@@ -139,8 +139,8 @@ def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
 def place_shapes(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> list[Shape]:
     """Draw positions of two or three shapes, later ones in front; return none if one hides too much of another."""
     count = rng.integers(2, 4)
-    # in five scenes of six no colour comes twice, so that a colour is enough
-    colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(6) == 0))
+    # in eleven scenes of twelve no colour comes twice, so that a colour is enough
+    colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(12) == 0))
     shapes = []
     for color in colors:
         size, kind = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))
@@ -214,8 +214,8 @@ def attributes_of(shape: Shape) -> list[tuple]:
 
 
 def draw_description(rng: np.random.Generator, choices: list[tuple]) -> tuple:
-    """Draw one of several descriptions; people usually name the colour, and the size only if required."""
-    weights = np.array([(4.0 if color else 1.0) * (0.2 if size else 1.0) for size, color, _ in choices])
+    """Draw one of several descriptions; the colour is mostly named, and the size only if required."""
+    weights = np.array([(12.0 if color else 1.0) * (0.2 if size else 1.0) for size, color, _ in choices])
     return choices[rng.choice(len(choices), p=weights / weights.sum())]
 
 
