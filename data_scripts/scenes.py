@@ -19,7 +19,7 @@ from .reading import MAX_PIXELS
 
 PLACES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}  # axis, direction
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
-COUNTS = {"attribute": 3, "place": 1, "relation": 2, "caption": 1}  # kind -> most sentences per image
+COUNTS = {"attribute": 2, "place": 2, "relation": 2, "caption": 1}  # kind -> most sentences per image
 MIN_SENTENCES = 3  # per image
 MARGIN = 0.08  # in `image_size`: what is called left is left by this much, what is not, is not
 MAX_ASPECT_RATIO = 4.0  # shorter sides than half of `image_size` leave no room for objects
