@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks import quote_results
 from benchmarks.demo_seeds import hash_recipe
-from benchmarks.own_images import BACKGROUNDS, SIZES, ask, draw_image
+from benchmarks.own_images import BACKGROUNDS, SHAPE_ALONE, SIZES, ask, ask_by_shape, draw_image
 from benchmarks.quote_results import (
     quote,
     seeds_of,
@@ -188,8 +188,8 @@ def test_own_images_of_every_size_are_measured(run, trained, tmp_path):
     run("benchmarks/own_images.py", "--model", trained[0], "--num_images", 2, "--output", output, PYTHONPATH=str(ROOT))
     results = json.loads(output.read_text())
     (sizes,) = results.values()
-    assert sizes.keys() == SIZES.keys()
-    assert all(row["images"] == 2 and row["expressions"] >= 12 for row in sizes.values())
+    assert list(sizes) == [*SIZES, SHAPE_ALONE]
+    assert all(row["expressions"] >= 12 for row in sizes.values())
     better = {name: {"accuracy@0.5": 1.0} for name in sizes}
     lines = table_of_own_images({**results, "better": better}).splitlines()
     worst, mean = sizes["square"]["accuracy@0.5"], (sizes["square"]["accuracy@0.5"] + 1) / 2
@@ -210,3 +210,10 @@ def test_own_images_have_boxes_of_drawn_objects():
             is_drawn[inside] = False
         assert not is_drawn.any(), "nothing is drawn outside the boxes"
         assert {box for _, box in ask(objects)} == {item["box"] for item in objects}
+
+
+def test_own_images_are_asked_for_by_shape_where_one_object_has_it():
+    objects = [
+        {"shape": shape, "box": (left, 0, left + 9, 9)} for left, shape in enumerate(("star", "circle", "star"))
+    ]
+    assert ask_by_shape(objects) == [("the circle", (1, 0, 10, 9))]
