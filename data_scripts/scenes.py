@@ -32,7 +32,7 @@ class SceneConfig(datasets.BuilderConfig):
         image_size (`int`): side of a square of an image's area in pixels, at least 32.
         min_aspect_ratio, max_aspect_ratio (`float`): width / height is drawn between these, log-uniformly: images
             have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
-        num_train, num_validation, num_test (`int`): images per split, each with about six expressions.
+        num_train, num_validation, num_test (`int`): images per split, each with about seven expressions.
         min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
         seed (`int`): another seed generates another dataset.
     """

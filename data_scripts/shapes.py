@@ -62,7 +62,7 @@ class ShapesConfig(SceneConfig):
         image_size (`int`): side of a square of an image's area in pixels, at least 32.
         min_aspect_ratio, max_aspect_ratio (`float`): width / height is drawn between these, log-uniformly: images
             have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
-        num_train, num_validation, num_test (`int`): images per split, each with about six expressions.
+        num_train, num_validation, num_test (`int`): images per split, each with about seven expressions.
         object_scale (`float`): factor of the size of all objects, at most what fits into the shorter side of an image.
         min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
         seed (`int`): another seed generates another dataset.
@@ -225,7 +225,7 @@ def matches(shapes: list[Shape], attributes: tuple) -> list[int]:
 
 
 def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: int) -> list[dict]:
-    """Write about six unambiguous sentences, of fewer kinds if the scene does not allow all."""
+    """Write up to seven unambiguous sentences, of fewer kinds if the scene does not allow all."""
     margin = MARGIN * image_size
     by_attribute = [
         [words for words in attributes_of(shape) if any(words) and matches(shapes, words) == [index]]
