@@ -39,7 +39,7 @@ from .version_reftr import VERSION
 
 logger = logging.get_logger(__name__)
 
-MASK_CONDITIONINGS = ("attention", "scaled_attention", "add", "multiply")
+MASK_CONDITIONINGS = ("attention", "scaled_attention")
 SUB_CONFIGS = {"backbone_config", "text_config"}
 # where a saved folder keeps our classes; written by every save, whatever a loaded file said
 AUTO_MAP = {
@@ -213,8 +213,7 @@ class RefTRConfig(PreTrainedConfig):
         mask_conditioning (`str`, *optional*, defaults to `"attention"`):
             How the mask head knows the phrase: `"attention"`, by attention maps whose values sum to 1 over heads and
             positions, as published; `"scaled_attention"`, multiplied by their number, so that they have mean 1 as the
-            other input channels, which distinguishes the masks of a sentence's phrases; `"add"` or `"multiply"`, a
-            projection of the phrase.
+            other input channels, which distinguishes the masks of a sentence's phrases.
         freeze_grounding (`bool`, *optional*, defaults to `False`):
             Train the mask head alone; everything else stays as it was loaded, and without dropout.
         auxiliary_loss (`bool`, *optional*, defaults to `True`):

@@ -686,15 +686,6 @@ class RefTRMaskHead(nn.Module):
         )
         self.output_convolution = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
         self.conditioning = config.mask_conditioning
-        if self.conditioning in ("add", "multiply"):
-            self.phrase_conditioning = nn.ModuleList(nn.Linear(config.d_model, width) for width in widths[:2])
-
-    def condition(self, layer: int, states: torch.Tensor, phrases: torch.Tensor) -> torch.Tensor:
-        """Add a projection of the phrases to the states of a layer, or multiply by it; it starts as the identity."""
-        if self.conditioning not in ("add", "multiply"):
-            return states
-        change = self.phrase_conditioning[layer](phrases)[..., None, None]
-        return states + change if self.conditioning == "add" else states * (1 + change)
 
     def forward(
         self,
@@ -734,8 +725,7 @@ class RefTRMaskHead(nn.Module):
         sentence = rows // shape[1]
         image = sentence if image_index is None else image_index[sentence]
 
-        phrases = queries.flatten(0, 1)[rows]
-        queries = self.query_projection(phrases).unflatten(-1, (self.num_heads, -1))
+        queries = self.query_projection(queries.flatten(0, 1)[rows]).unflatten(-1, (self.num_heads, -1))
         keys = self.key_projection(image_memory).unflatten(-1, (self.num_heads, -1))[sentence]
         scores = torch.einsum("phc,pnhc->phn", queries * self.scaling, keys).float()
         # An image that is all padding is attended to as a whole, because a softmax over nothing is NaN
@@ -747,8 +737,7 @@ class RefTRMaskHead(nn.Module):
         # CODEPATH: published checkpoints are trained without it; with it, phrases of a sentence get masks of their own
         scaled = attentions * attentions[0].numel() if self.conditioning == "scaled_attention" else attentions
         states = self.norms[0](self.convolutions[0](*maps, scaled, image, sentence))
-        states = self.norms[1](self.convolutions[1](self.condition(0, states, phrases).relu()))
-        states = self.condition(1, states, phrases).relu()
+        states = self.norms[1](self.convolutions[1](states.relu())).relu()
         for feature_map, adapter, convolution, norm in zip(
             feature_maps[-2:-5:-1], self.adapters, self.convolutions[2:], self.norms[2:], strict=True
         ):
@@ -876,9 +865,6 @@ class RefTRPreTrainedModel(PreTrainedModel):
             for convolution in (*module.convolutions, *module.adapters, module.output_convolution):
                 init.kaiming_uniform_(convolution.weight, a=1)
                 init.zeros_(convolution.bias)
-            for projection in getattr(module, "phrase_conditioning", ()):
-                init.zeros_(projection.weight)
-                init.zeros_(projection.bias)
         elif isinstance(module, RefTRModel):
             init.xavier_uniform_(module.text_position_embeddings.weight, gain=xavier_std)
             init.xavier_uniform_(module.token_type_embeddings.weight, gain=xavier_std)

@@ -519,6 +519,7 @@ def test_documents_quote_committed_results():
     texts = [document.read_text() for document in (*DOCUMENTS, NOTEBOOK)]
     assert sorted(name for text in texts for name in results_in(text)) == [
         "demo",
+        "mask_conditioning",
         "newcomer",
         "own_images",
         "precision",
