@@ -140,7 +140,7 @@ def recipe(tmp_path_factory, data_cache):
         "data_cache_dir": data_cache,
         "image_size": 64,
         "model": {**TINY_MODEL, "text_config": {**TINY_TEXT}},
-        "expressions_per_image": 6,
+        "expressions_per_image": 7,
         "num_epochs": 2,
         "batch_size": 8,
         "learning_rate": 1e-3,
