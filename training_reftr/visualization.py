@@ -21,7 +21,7 @@ from training_reftr.images import read_row_image
 
 
 NUM_HEADS = 4  # as many as the published evaluation shows
-PANEL_WIDTH = 480
+PANEL_WIDTH = 512
 GRID_WIDTH = 1400  # of predictions.png, if it has several columns
 GAP = 8
 FULL_ATTENTION = 4  # times uniform attention

@@ -82,7 +82,7 @@ def assert_graph_accepts_processor_output(folder):
     small = onnxruntime.InferenceSession(folder / "small.onnx")
     (boxes,) = small.run(["pred_boxes"], inputs)
     assert not np.array_equal(boxes, found["pred_boxes"])
-    np.testing.assert_allclose(boxes, found["pred_boxes"], atol=0.05)
+    np.testing.assert_allclose(boxes, found["pred_boxes"], atol=0.1)
 
 
 @pytest.mark.slow

@@ -771,14 +771,14 @@ def test_draw_validation_images_arranges_grid_with_one_failure_and_caption(shape
         assert is_red.sum() > 340 * 15
     repeated = draw_validation_images(records, shapes["test"], 7)
     assert repeated.tobytes() == image.tobytes()
-    assert draw_validation_images(records, shapes["test"], 1).width == 2 * 8 + 480
+    assert draw_validation_images(records, shapes["test"], 1).width == 2 * 8 + 512
     assert draw_validation_images([], Dataset.from_dict({"image_id": []}), 5) is None
 
 
 def test_draw_validation_images_of_untrained_model_shows_one_failure(evaluated, shapes):
     _, records = evaluated
     records = [{**record, "iou": 0.0} for record in records]
-    assert draw_validation_images(records, shapes["test"], 5).width == 2 * 8 + 480
+    assert draw_validation_images(records, shapes["test"], 5).width == 2 * 8 + 512
 
 
 def test_draw_validation_images_keeps_stored_orientation(tmp_path):
