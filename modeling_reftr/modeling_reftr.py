@@ -648,9 +648,10 @@ class RefTRMaskInputConvolution(nn.Conv2d):
         """
         image_weight, memory_weight, attention_weight = self.weight.split(self.input_widths, dim=1)
         of_images = nn.functional.conv2d(image_features, image_weight, padding=self.padding)
-        of_sentences = nn.functional.conv2d(image_memory, memory_weight, self.bias, padding=self.padding)
+        of_sentences = nn.functional.conv2d(image_memory, memory_weight, padding=self.padding)
         of_phrases = nn.functional.conv2d(attentions, attention_weight, padding=self.padding)
-        return of_images[image] + of_sentences[sentence] + of_phrases
+        # Added here, because ONNX Runtime quantizes no convolution that has a bias and a part of a weight
+        return of_images[image] + (of_sentences + self.bias[:, None, None])[sentence] + of_phrases
 
 
 class RefTRMaskHead(nn.Module):

@@ -24,7 +24,11 @@ BACKBONE = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]}
 
 @pytest.fixture
 def checkpoint(make_model, processor, tmp_path):
-    make_model(backbone_config=BACKBONE, predict_masks=True).save_pretrained(tmp_path / "model")
+    model = make_model(backbone_config=BACKBONE, predict_masks=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)  # the exporter leaves out biases of zero
+    model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
