@@ -116,17 +116,14 @@ def measure(ground: VisualGroundingPipeline, num_images: int, seed: int) -> dict
             values = box_iou(found, torch.tensor(boxes, dtype=torch.float64)).diagonal().tolist()
             ious[name] += values[: len(questions)]
             ious[SHAPE_ALONE] += values[len(questions) :]
-    return {name: summarize(values) for name, values in ious.items()}
-
-
-def summarize(ious: list[float]) -> dict:
-    """Return the metrics of some expressions; of none, they are zero."""
-    count = max(len(ious), 1)
-    accuracy = sum(iou > 0.5 for iou in ious) / count
     return {
-        "accuracy@0.5": round(accuracy, 4),
-        "mean_iou": round(sum(ious) / count, 4),
-        "expressions": len(ious),
+        name: {
+            "accuracy@0.5": round(float(np.mean(np.array(values) > 0.5)), 4),
+            "mean_iou": round(float(np.mean(values)), 4),
+            "images": num_images * (len(SIZES) if name == SHAPE_ALONE else 1),
+            "expressions": len(values),
+        }
+        for name, values in ious.items()
     }
 
 

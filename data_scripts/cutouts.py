@@ -84,7 +84,7 @@ class CutoutsConfig(SceneConfig):
         image_size (`int`): side of a square of an image's area in pixels, at least 32.
         min_aspect_ratio, max_aspect_ratio (`float`): width / height is drawn between these, log-uniformly: images
             have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
-        num_train, num_validation, num_test, num_unseen (`int`): images per split, each with about four expressions.
+        num_train, num_validation, num_test, num_unseen (`int`): images per split, each with about five expressions.
         min_objects, max_objects (`int`): objects per image, from 2 to 10. An object for which there is no room is left
             out.
         repeat_probability (`float`): probability that an object has the name of an earlier one.

@@ -189,7 +189,8 @@ def test_own_images_of_every_size_are_measured(run, trained, tmp_path):
     results = json.loads(output.read_text())
     (sizes,) = results.values()
     assert list(sizes) == [*SIZES, SHAPE_ALONE]
-    assert all(row["expressions"] >= 12 for row in sizes.values())
+    assert sizes.pop(SHAPE_ALONE)["images"] == 2 * len(SIZES)
+    assert all(row["images"] == 2 and row["expressions"] >= 12 for row in sizes.values())
     better = {name: {"accuracy@0.5": 1.0} for name in sizes}
     lines = table_of_own_images({**results, "better": better}).splitlines()
     worst, mean = sizes["square"]["accuracy@0.5"], (sizes["square"]["accuracy@0.5"] + 1) / 2
