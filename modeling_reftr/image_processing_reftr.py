@@ -702,6 +702,8 @@ class RefTRImageProcessor(TorchvisionBackend):
             size = size if isinstance(size, SizeDict) else SizeDict(**size)
             masks = resize_nearest(masks, output_size(*masks.shape[-2:], size))
         height, width = masks.shape[-2:]
+        if (height, width) == tuple(padded_size):
+            return masks
         return tvF.pad(masks, [0, 0, padded_size[1] - width, padded_size[0] - height])
 
     def sizes_of_sentences(
