@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_scripts.building import is_degenerate
 from modeling_reftr import RefTRImageProcessor, RefTRProcessor
@@ -21,6 +21,7 @@ from modeling_reftr.text_reftr import check_text
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.images import ImageReader, read_row_image, to_array
+from training_reftr.packing import pack_labels, unpack_labels
 from training_reftr.samples import Sample, make_sample, take_sentences, without_misses
 from training_reftr.sampling import BuiltOrder, EpochSampler, SampleIndex, StreamedOrder, evaluation_batches
 from training_reftr.settings import TrainingSettings
@@ -223,7 +224,10 @@ class GuardedDataset(Dataset):
 
 
 class GuardedCollator:
-    """A collator that hands a `Failure` on, and makes one of its own errors about files and values."""
+    """
+    A collator that hands a `Failure` on, and makes one of its own errors about files and values. In a loader process,
+    it packs the labels.
+    """
 
     def __init__(self, collate_fn: Callable) -> None:
         self.collate_fn = collate_fn
@@ -233,9 +237,12 @@ class GuardedCollator:
         if isinstance(samples, Failure):
             return samples
         try:
-            return self.collate_fn(samples)
+            batch = self.collate_fn(samples)
         except (ValueError, OSError) as error:
             return Failure(portable(error))
+        if get_worker_info() is not None and "labels" in batch:
+            batch = {**batch, "labels": pack_labels(batch["labels"])}
+        return batch
 
 
 def portable(error: ValueError | OSError) -> ValueError | OSError:
@@ -292,7 +299,7 @@ class SampleLoader(DataLoader):
             if isinstance(batch, Failure):
                 error = batch.error
                 break
-            yield batch
+            yield {**batch, "labels": unpack_labels(batch["labels"])} if "labels" in batch else batch
         # an iterator that an error's traceback keeps would be inherited by loader processes of later iterators
         del batches
         if error is not None:
