@@ -30,7 +30,6 @@ from pathlib import Path
 from data_scripts.atomic_files import write_file
 from training_reftr.recipes import find_recipe, read_recipe
 from training_reftr.run_folder import RunFolder
-from training_reftr.settings import Scope, names_in_scope
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,15 +41,8 @@ BASELINES = ("constant_box", "swapped_expressions")
 
 
 def hash_recipe(recipe: str) -> str:
-    """
-    Return the SHA-256 of the settings of a recipe and of those that it inherits, whatever their comments say, without
-    those that leave the results as they are, such as `num_workers`.
-    """
-    neutral = {*names_in_scope(Scope.NEUTRAL), *names_in_scope(Scope.MACHINE)}
-    layers = [
-        {name: value for name, value in layer.items() if name not in neutral}
-        for layer in read_recipe(find_recipe(recipe)).values()
-    ]
+    """Return the SHA-256 of the settings of a recipe and of those that it inherits, whatever their comments say."""
+    layers = list(read_recipe(find_recipe(recipe)).values())
     return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()
 
 
