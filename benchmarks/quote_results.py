@@ -32,7 +32,7 @@ FILES = ("metrics.json", "metrics.jsonl", "predictions.png")  # files of a run t
 
 
 def table_of_shapes(metrics: dict) -> str:
-    """Format the metrics of one split of the shapes dataset as a Markdown table, with the published metric of masks."""
+    """Format the metrics of one split of the shapes dataset as Markdown, with the published metric of masks."""
     lines = ["| asked | accuracy at IoU 0.5 | mean IoU | mask mean IoU | phrases |", "|---|---|---|---|---|"]
     entries = {
         "all expressions": metrics,
