@@ -24,6 +24,7 @@ These words are English: do not use `strong` for texts in other languages.
 """
 
 import bisect
+import functools
 import random
 import re
 from dataclasses import replace
@@ -126,7 +127,9 @@ def augment(sample: Sample, kind: str, rng: random.Random) -> Sample:
 
 def change_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
     """
-    HSV's V multiplied and clipped, H and S kept: all channels of a pixel are multiplied alike.
+    Multiply and clip HSV's V, and keep H and S: all channels of a pixel are multiplied alike.
+
+    One channel after the other: NumPy takes five times as long over an axis of three.
 
     Args:
         pixels (`np.ndarray` of shape `(height, width, 3)`, uint8): RGB.
@@ -141,17 +144,30 @@ def change_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
     [[[255, 128, 0]]]
 
     ```"""
-    value = pixels.max(axis=2, keepdims=True).astype(np.float32)
+    channels = [pixels[..., index] for index in range(3)]
+    value = functools.reduce(np.maximum, channels).astype(np.float32)
     gain = np.minimum(np.float32(factor), 255 / np.maximum(value, 1))
-    return np.rint(pixels * gain).astype(np.uint8)
+    changed = np.empty_like(pixels)
+    for index, channel in enumerate(channels):
+        changed[..., index] = np.rint(channel * gain)
+    return changed
 
 
 def change_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """HSV's S multiplied and clipped, H and V kept: what a channel lacks of the largest is multiplied."""
-    value = pixels.max(axis=2, keepdims=True).astype(np.float32)
-    lack = value - pixels
-    gain = np.minimum(np.float32(factor), value / np.maximum(lack.max(axis=2, keepdims=True), 1))
-    return np.rint(value - lack * gain).astype(np.uint8)
+    """
+    Multiply and clip HSV's S, and keep H and V: what a channel lacks of the largest is multiplied.
+
+    Args:
+        pixels (`np.ndarray` of shape `(height, width, 3)`, uint8): RGB.
+    """
+    channels = [pixels[..., index] for index in range(3)]
+    value = functools.reduce(np.maximum, channels).astype(np.float32)
+    largest_lack = value - functools.reduce(np.minimum, channels)
+    gain = np.minimum(np.float32(factor), value / np.maximum(largest_lack, 1))
+    changed = np.empty_like(pixels)
+    for index, channel in enumerate(channels):
+        changed[..., index] = np.rint(value - (value - channel) * gain)
+    return changed
 
 
 def crop_and_scale(sample: Sample, rng: random.Random) -> Sample:

@@ -69,6 +69,21 @@ def test_brightness_and_saturation_changes_follow_hsv(factor):
     assert np.abs(np.clip(values[0] * factor, 0, 255) - values[1]).max() <= 1
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.77, 1.0, 1.21, 1.5])
+def test_brightness_and_saturation_round_as_formulas_over_all_channels(factor):
+    """Compare every byte with the formulas written over all channels at once in float32."""
+    values = np.arange(256, dtype=np.uint8)
+    colors = np.stack(np.meshgrid(values, values, values[::17], indexing="ij"), axis=-1).reshape(256, -1, 3)
+    for pixels in (colors, colors[..., ::-1], colors[..., [1, 2, 0]]):
+        value = pixels.max(axis=2, keepdims=True).astype(np.float32)
+        gain = np.minimum(np.float32(factor), 255 / np.maximum(value, 1))
+        np.testing.assert_array_equal(change_brightness(pixels, factor), np.rint(pixels * gain).astype(np.uint8))
+        lack = value - pixels
+        gain = np.minimum(np.float32(factor), value / np.maximum(lack.max(axis=2, keepdims=True), 1))
+        expected = np.rint(value - lack * gain).astype(np.uint8)
+        np.testing.assert_array_equal(change_saturation(pixels, factor), expected)
+
+
 def test_saturation_change_leaves_grey_and_black_unchanged():
     grey = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     assert (change_saturation(grey, 1.5) == grey).all()
