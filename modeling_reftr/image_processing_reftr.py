@@ -281,7 +281,10 @@ def resize_nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def pad_batch(
-    images: list[torch.Tensor], pad_size: SizeDict | None = None, size_divisor: int | None = None
+    images: list[torch.Tensor],
+    pad_size: SizeDict | None = None,
+    size_divisor: int | None = None,
+    mask_dtype: torch.dtype = torch.long,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Stack images into a batch, padded with zeros at the bottom and on the right.
@@ -289,12 +292,13 @@ def pad_batch(
     Each image is copied once; the library's `pad`, followed by stacking, takes a quarter of all preprocessing.
 
     Args:
-        images (list of `(3, height, width)` tensors): the normalized images.
+        images (list of `(3, height, width)` tensors): the images.
         pad_size (`SizeDict`, *optional*): height and width of the batch, by default those of its largest images.
         size_divisor (`int`, *optional*): without `pad_size`, round height and width up to multiples of this number.
+        mask_dtype (`torch.dtype`, *optional*, defaults to int64): the dtype of the mask.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the images (I, 3, H, W) and their mask (I, H, W), int64, 1 = image.
+        `tuple[torch.Tensor, torch.Tensor]`: the images (I, 3, H, W) and their mask (I, H, W), 1 = image.
 
     Raises:
         ValueError: if an image is larger than `pad_size`, or the padded size exceeds `MAX_PIXELS` pixels.
@@ -313,7 +317,7 @@ def pad_batch(
             f"{MAX_PIXELS:,} pixels: resize them, use smaller batches, or a smaller size_divisor."
         )
     pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width)
-    pixel_mask = images[0].new_zeros(len(images), height, width, dtype=torch.long)
+    pixel_mask = images[0].new_zeros(len(images), height, width, dtype=mask_dtype)
     for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
         pixel_values[index, :, : size[0], : size[1]] = image
         pixel_mask[index, : size[0], : size[1]] = 1
@@ -368,9 +372,12 @@ class RefTRImageProcessorKwargs(ImagesKwargs, total=False):
     """
     size_divisor (`int`, *optional*):
         Pad batches to multiples of this number of pixels.
+    do_defer_normalization (`bool`, *optional*):
+        Return images that are neither rescaled nor normalized, for `normalize_batch`.
     """
 
     size_divisor: int | None
+    do_defer_normalization: bool | None
 
 
 class RefTRImageProcessor(TorchvisionBackend):
@@ -387,6 +394,9 @@ class RefTRImageProcessor(TorchvisionBackend):
         size_divisor (`int`, *optional*):
             Pad batches to multiples of this number of pixels, which gives `torch.compile` fewer shapes. Padding
             changes answers slightly.
+        do_defer_normalization (`bool`, *optional*, defaults to `False`):
+            Leave 8-bit images as uint8 and return a bool `pixel_mask`, which together take a fifth of the bytes.
+            `normalize_batch` normalizes them later, such as on a GPU.
         do_resize, do_rescale, do_normalize, do_pad, image_mean, image_std, pad_size, ...: see `BaseImageProcessor`.
 
     Example:
@@ -413,6 +423,7 @@ class RefTRImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_pad = True
     size_divisor = None
+    do_defer_normalization = None
     valid_kwargs = RefTRImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask"]
 
@@ -556,7 +567,8 @@ class RefTRImageProcessor(TorchvisionBackend):
             kwargs: settings of the processor, for this call.
 
         Returns:
-            `BatchFeature`: `pixel_values` (I, 3, H, W) and `pixel_mask` (I, H, W), int64, 1 = image.
+            `BatchFeature`: `pixel_values` (I, 3, H, W), and `pixel_mask` (I, H, W), int64, 1 = image, or bool with
+            `do_defer_normalization`.
 
         Raises:
             ValueError, OSError: see `open_images` and `scale_to_8_bits`.
@@ -656,6 +668,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         disable_grouping: bool | None,
         return_tensors: str | TensorType | None,
         size_divisor: int | None = None,
+        do_defer_normalization: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         if len({image.dtype for image in images}) > 1:
@@ -664,16 +677,58 @@ class RefTRImageProcessor(TorchvisionBackend):
         for shape, stacked in grouped_images.items():
             if do_resize:
                 stacked = self.resize(stacked, size=size, resample=resample)
-            grouped_images[shape] = self.rescale_and_normalize(
-                stacked.contiguous(), do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
+            if not do_defer_normalization:
+                stacked = self.rescale_and_normalize(
+                    stacked.contiguous(), do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                )
+            grouped_images[shape] = stacked
         images = reorder_images(grouped_images, order)
         data = {"pixel_values": images}
         if do_pad:
-            data["pixel_values"], data["pixel_mask"] = pad_batch(images, pad_size, size_divisor)
+            mask_dtype = torch.bool if do_defer_normalization else torch.long
+            data["pixel_values"], data["pixel_mask"] = pad_batch(images, pad_size, size_divisor, mask_dtype)
             if return_tensors is None:
                 data = {name: list(tensor) for name, tensor in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def normalize_batch(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Rescale and normalize a batch made with `do_defer_normalization`, by the processor's own settings.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): the images of a batch, on any device.
+            pixel_mask (`torch.Tensor` of shape `(I, H, W)`, *optional*): False for padding; absent: there is none.
+
+        Returns:
+            `torch.Tensor` of shape `(I, 3, H, W)`: the `pixel_values` without `do_defer_normalization`, bit for bit.
+
+        Example:
+
+        ```python
+        >>> import numpy as np
+        >>> from modeling_reftr import RefTRImageProcessor
+
+        >>> image_processor = RefTRImageProcessor()
+        >>> images = [np.zeros((60, 100, 3), dtype=np.uint8), np.zeros((80, 80, 3), dtype=np.uint8)]
+        >>> batch = image_processor(images, do_defer_normalization=True, return_tensors="pt")
+        >>> batch["pixel_values"].dtype, batch["pixel_mask"].dtype
+        (torch.uint8, torch.bool)
+        >>> expected = image_processor(images, return_tensors="pt")["pixel_values"]
+        >>> image_processor.normalize_batch(**batch).equal(expected)
+        True
+
+        ```"""
+        settings = self._standardize_kwargs(image_mean=self.image_mean, image_std=self.image_std)
+        normalized = self.rescale_and_normalize(
+            pixel_values,
+            self.do_rescale,
+            self.rescale_factor,
+            self.do_normalize,
+            settings["image_mean"],
+            settings["image_std"],
+        )
+        # Padding is zero after normalization, not before.
+        return normalized if pixel_mask is None else normalized.masked_fill_(~pixel_mask[:, None], 0)
 
     def resize_masks(
         self,

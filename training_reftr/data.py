@@ -108,6 +108,8 @@ class GroundingCollator:
         with_masks (`bool`, *optional*, defaults to `False`): whether labels have `masks`. Sentences with a phrase
             without a mask have none.
         are_resized (`bool`, *optional*, defaults to `False`): whether images have the model's size already.
+        defers_normalization (`bool`, *optional*, defaults to `False`): whether images stay 8-bit, which takes a fifth
+            of the bytes. `move` normalizes them.
     """
 
     def __init__(
@@ -116,8 +118,10 @@ class GroundingCollator:
         with_targets: bool = True,
         with_masks: bool = False,
         are_resized: bool = False,
+        defers_normalization: bool = False,
     ) -> None:
         self.processor = processor
+        self.defers_normalization = defers_normalization
         self.are_resized = are_resized
         self.with_targets = with_targets
         self.with_masks = with_masks
@@ -150,6 +154,7 @@ class GroundingCollator:
             phrases=None if are_expressions else phrases,
             boxes=boxes,
             masks=masks if self.with_masks else None,
+            do_defer_normalization=self.defers_normalization,
             **({"do_resize": False} if self.are_resized else {}),
         )
         if self.with_targets:
@@ -359,7 +364,9 @@ class TrainingData:
                 ),
             ),
             batch_sampler=self.sampler,
-            collate_fn=GroundingCollator(processor, with_masks=with_masks, are_resized=True),
+            collate_fn=GroundingCollator(
+                processor, with_masks=with_masks, are_resized=True, defers_normalization=True
+            ),
             num_workers=settings.data.num_workers,
         )
 
@@ -464,7 +471,7 @@ class EvaluationData:
         self.loader = SampleLoader(
             SplitsDataset({name: GroundingDataset(rows, prepare) for name, rows in splits.items()}),
             batch_sampler=self.sampler,
-            collate_fn=GroundingCollator(processor, are_resized=cache is not None),
+            collate_fn=GroundingCollator(processor, are_resized=cache is not None, defers_normalization=True),
             num_workers=settings.data.num_workers,
         )
 
@@ -474,8 +481,16 @@ class EvaluationData:
         return self.loader
 
 
-def move(batch: dict, device: torch.device) -> dict:
-    """Move the model inputs of a batch to a device; drop the targets, which metrics use."""
+def move(batch: dict, device: torch.device, processor: RefTRProcessor) -> dict:
+    """
+    Move the model inputs of a batch to a device, and normalize 8-bit images there; drop the targets, which metrics
+    use.
+
+    Args:
+        batch (`dict`): made by a [`GroundingCollator`].
+        device (`torch.device`): of the model.
+        processor ([`RefTRProcessor`]): that of the collator.
+    """
     # on a GPU the batch is in pinned memory, and the host goes on while it is copied
     is_pinned = torch.device(device).type == "cuda"
 
@@ -483,4 +498,9 @@ def move(batch: dict, device: torch.device) -> dict:
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         return {name: value.to(device, non_blocking=is_pinned) for name, value in tensors.items()}
 
-    return {**to_device(batch), "labels": [to_device(label) for label in batch["labels"]]}
+    inputs = {**to_device(batch), "labels": [to_device(label) for label in batch["labels"]]}
+    if inputs["pixel_values"].dtype == torch.uint8:
+        inputs["pixel_values"] = processor.image_processor.normalize_batch(
+            inputs["pixel_values"], inputs.get("pixel_mask")
+        )
+    return inputs

@@ -148,7 +148,7 @@ def predict_batch(
     accelerator: Accelerator,
 ) -> list[dict]:
     """Return the records of a batch, see `evaluate`."""
-    inputs = move(batch, accelerator.device)
+    inputs = move(batch, accelerator.device, processor)
     inputs.pop("labels")
     with accelerator.autocast():
         outputs = model(**inputs)

@@ -53,7 +53,7 @@ def train_step(run: Run, batches: list[dict], accelerator: Accelerator) -> tuple
         context = accelerator.no_sync(model) if number + 1 < len(batches) else accelerator.accumulate(model)
         with context:
             with accelerator.autocast():
-                outputs = model(**move(batch, accelerator.device), num_items_in_batch=num_sentences)
+                outputs = model(**move(batch, accelerator.device, run.processor), num_items_in_batch=num_sentences)
             if steps_in_backward:
                 check_finite(outputs.loss, accelerator.reduce(outputs.loss.detach()), None, [batch], step, accelerator)
             # Gradients are averaged over processes, whereas the loss is a sum over them.

@@ -174,7 +174,7 @@ def attend(
     without padding. The weights of a head sum to at most 1; the rest of its attention goes to the text.
     """
     sentence = find_sentence(row, record)
-    inputs = move(GroundingCollator(processor)([{**row, "sentences": [sentence]}]), accelerator.device)
+    inputs = move(GroundingCollator(processor)([{**row, "sentences": [sentence]}]), accelerator.device, processor)
     inputs.pop("labels")
     with accelerator.autocast():
         outputs = model.model(**inputs, output_attentions=True)

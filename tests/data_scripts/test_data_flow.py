@@ -27,7 +27,7 @@ from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_toy import make_toy
 from tests.helpers.processes import free_port
 from tests.helpers.tiny import ROOT, TINY_SET
-from training_reftr.data import EvaluationData, GroundingCollator, TrainingData, TrainingSamples
+from training_reftr.data import EvaluationData, GroundingCollator, TrainingData, TrainingSamples, move
 from training_reftr.images import ImageReader, decode_array, encode_array
 from training_reftr.samples import make_sample, take_sentences
 from training_reftr.sampling import BUCKET_SIZE, STREAM_WINDOW, BuiltOrder, EpochSampler, SampleIndex, StreamedOrder
@@ -262,7 +262,9 @@ def test_training_data_batches_equal_collator_output(shapes, processor, argument
         images = list(dict.fromkeys(target[0]["image_id"] for target in batch["targets"]))
         slots = {target[0]["sentence_id"]: slot for slot, target in enumerate(batch["targets"])}
         expected = collator([rows[name] for name in images])
-        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+        inputs = move(batch, "cpu", processor)
+        for name in ("pixel_values", "pixel_mask"):
+            assert torch.equal(inputs[name], expected[name])
         shared = [slot for slot, target in enumerate(expected["targets"]) if target[0]["sentence_id"] in slots]
         assert len(shared) == len(slots)
         for other in shared:
@@ -270,6 +272,19 @@ def test_training_data_batches_equal_collator_output(shapes, processor, argument
             assert batch["targets"][slot] == expected["targets"][other]
             for name in ("boxes", "masks"):
                 assert torch.equal(batch["labels"][slot][name], expected["labels"][other][name])
+
+
+def test_loaders_send_a_fifth_of_the_bytes(shapes, processor, arguments):
+    """Send images to the device as uint8 and their mask as bool."""
+    names = ("pixel_values", "pixel_mask")
+    normalized = GroundingCollator(processor)([shapes["test"][0]])
+    for batches in (
+        TrainingData(shapes["train"], processor, arguments(), 0, 1).batches(0),
+        EvaluationData({"test": shapes["test"]}, processor, arguments(), 0, 1).batches("test"),
+    ):
+        batch = next(iter(batches))
+        assert [batch[name].dtype for name in names] == [torch.uint8, torch.bool]
+        assert sum(batch[name][0].nbytes for name in names) * 5 == sum(normalized[name].nbytes for name in names)
 
 
 def test_training_data_reshuffles_each_epoch_reproducibly(shapes, processor, arguments):
@@ -389,7 +404,9 @@ def test_image_cache_gives_identical_batches(toy, processor, arguments, tmp_path
     for batch in data.batches(0):
         images = list(dict.fromkeys(target[0]["image_id"] for target in batch["targets"]))
         expected = collator([by_id[name] for name in images])
-        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+        inputs = move(batch, "cpu", processor)
+        for name in ("pixel_values", "pixel_mask"):
+            assert torch.equal(inputs[name], expected[name])
         for label, other in zip(batch["labels"], expected["labels"], strict=True):
             assert torch.allclose(label["boxes"], other["boxes"], atol=1e-6)
             assert torch.equal(label["masks"], other["masks"])

@@ -35,7 +35,7 @@ from tests.helpers.layout_orientation import (
     orientation_exif,
     save_jpeg,
 )
-from training_reftr.data import EvaluationData, GroundingCollator, TrainingData
+from training_reftr.data import EvaluationData, GroundingCollator, TrainingData, move
 from training_reftr.images import ImageReader
 from training_reftr.settings import TrainingSettings
 
@@ -163,22 +163,23 @@ def arguments(**settings):
 
 def at_the_training_loader(rows, large_processor, **_):
     data = TrainingData(rows, large_processor, arguments(batch_size=4), 0, 1, with_masks=True)
-    yield from check_batches(data.batches(0))
+    yield from check_batches(data.batches(0), large_processor)
 
 
 def at_the_evaluation_loader(rows, large_processor, **_):
     data = EvaluationData({"test": rows}, large_processor, arguments(evaluation_batch_size=4), 0, 1)
-    yield from check_batches(data.batches("test"))
+    yield from check_batches(data.batches("test"), large_processor)
 
 
-def check_batches(batches):
+def check_batches(batches, processor):
     """Return whether the label of each image is correct, in the order of the cases."""
     results = {}
     for batch in batches:
+        pixel_values = move(batch, "cpu", processor)["pixel_values"]
         for index, label, targets in zip(
             batch["image_index"].tolist(), batch["labels"], batch["targets"], strict=True
         ):
-            results[targets[0]["image_id"]] = label_matches_red(batch["pixel_values"][index], label)
+            results[targets[0]["image_id"]] = label_matches_red(pixel_values[index], label)
     return [results[f"coco_{case.number}"] for case in CASES]
 
 

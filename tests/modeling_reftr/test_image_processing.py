@@ -173,6 +173,37 @@ def test_image_processor_gives_same_batch_for_images_and_arrays(image_processor)
     assert all(torch.equal(*pair) for pair in zip(separate["pixel_values"], inputs["pixel_values"], strict=True))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"size_divisor": 48},
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.1]},
+        {"image_mean": 0.5, "image_std": 0.25, "rescale_factor": 1 / 128},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+    ],
+)
+def test_deferred_normalization_gives_same_pixels_bit_for_bit(settings):
+    image_processor = RefTRImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}, **settings)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (90, 140, 3), (100, 1, 3))]
+    images.append(as_mode("RGBA", rotated=True))
+    expected = image_processor(images, return_tensors="pt")
+    batch = image_processor(images, do_defer_normalization=True, return_tensors="pt")
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert batch["pixel_mask"].dtype == torch.bool
+    assert torch.equal(batch["pixel_mask"].long(), expected["pixel_mask"])
+    assert not batch["pixel_mask"].all()
+    normalized = image_processor.normalize_batch(**batch)
+    assert normalized.dtype == expected["pixel_values"].dtype
+    assert torch.equal(normalized, expected["pixel_values"])
+    without_padding = image_processor(images[0], do_defer_normalization=True, do_pad=False, return_tensors="pt")
+    expected = image_processor(images[0], do_pad=False, return_tensors="pt")
+    assert torch.equal(image_processor.normalize_batch(**without_padding), expected["pixel_values"])
+
+
 def test_image_processor_pads_batch_to_pad_size(image_processor):
     image = np.zeros((320, 640, 3), np.uint8)
     inputs = image_processor(image, pad_size={"height": 700, "width": 800}, return_tensors="pt")

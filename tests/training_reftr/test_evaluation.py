@@ -604,7 +604,7 @@ def test_attend_returns_attention_of_last_decoder_layer(evaluated, processor, sh
     record = next(record for record in records if record["phrase"] == 1)
     row = shapes["test"][shapes["test"]["image_id"].index(record["image_id"])]
     (sentence,) = (item for item in row["sentences"] if item["sentence_id"] == record["sentence_id"])
-    inputs = move(GroundingCollator(processor)([{**row, "sentences": [sentence]}]), "cpu")
+    inputs = move(GroundingCollator(processor)([{**row, "sentences": [sentence]}]), "cpu", processor)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         maps = attend(model, processor, row, record, accelerator)

@@ -429,10 +429,10 @@ def test_resume_with_other_process_count_repeats_no_sample(recipe, undisturbed, 
     before = (
         "import os, training_reftr.step as step\n"
         "move = step.move\n"
-        "def noted(batch, device):\n"
+        "def noted(batch, *args):\n"
         f"    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
         "        file.write(''.join(t[0]['sentence_id'] + '\\n' for t in batch['targets']))\n"
-        "    return move(batch, device)\n"
+        "    return move(batch, *args)\n"
         "step.move = noted"
     )
     argv = ("--batch_size", 8, "--num_epochs", 1, "--checkpoint_every", 1)
