@@ -4,9 +4,13 @@ Measure the savings of the training data flow: `python benchmarks/data_flow.py`.
 - Share of padded pixels and tokens with and without buckets, on generated sizes and texts like RefCOCO's.
 - Seconds to compute the order of an epoch with as many rows and sentences as Visual Genome.
 - Time to read and resize a JPEG of 4000 x 3000 pixels, and to read it from the image cache.
+- CPU time of a loader process per image of 640 x 480 pixels with seven expressions, and the bytes of a batch's images.
+
+To compare two versions, run this file with each of them in `PYTHONPATH`.
 """
 
 import io
+import os
 import sys
 import tempfile
 import time
@@ -15,12 +19,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
-from modeling_reftr import RefTRImageProcessor, open_image
+from data_scripts import FEATURES
+from modeling_reftr import RefTRImageProcessor, RefTRProcessor, open_image
 from modeling_reftr.image_processing_reftr import resized_size
+from training_reftr.data import TrainingData
 from training_reftr.images import ImageReader
 from training_reftr.sampling import BuiltOrder, EpochSampler
+from training_reftr.settings import TrainingSettings
+from training_reftr.tokenizer_training import train_tokenizer
 
 
 # (width, height) -> percentage of images of this size; the remaining images have random sizes up to 640
@@ -105,6 +114,55 @@ def cache_seconds(folder: Path) -> tuple[float, float, float]:
     )
 
 
+def make_photograph_rows(folder: Path, num_rows: int = 32, num_sentences: int = 7) -> datasets.Dataset:
+    """Write JPEGs of 640 x 480 pixels; return their rows, each with three objects and some expressions."""
+    text = "second man from the left"
+    rows = []
+    for number in range(num_rows):
+        path = folder / f"{number}.jpg"
+        make_photograph(path, 640, 480)
+        boxes = [[100.0 * index, 50, 100 * index + 200, 400] for index in range(3)]
+        rows.append(
+            {
+                "image_id": str(number),
+                "image": str(path),
+                "width": 640,
+                "height": 480,
+                "objects": [
+                    {"object_id": str(index), "box": box, "boxes": [box], "category": None, "segmentation": None}
+                    for index, box in enumerate(boxes)
+                ],
+                "sentences": [
+                    {
+                        "sentence_id": f"{number}_{index}",
+                        "text": text,
+                        "phrases": [{"start": 0, "end": len(text), "objects": [index % 3], "types": []}],
+                    }
+                    for index in range(num_sentences)
+                ],
+                "positions": list(range(number * num_sentences, (number + 1) * num_sentences)),
+            }
+        )
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+def loader_costs(rows: datasets.Dataset, augmentation: str, epochs: tuple[int, int] = (1, 7)) -> tuple[float, float]:
+    """Return the CPU seconds of a loader process per image, without its start, and the megabytes of a batch."""
+    processor = RefTRProcessor(RefTRImageProcessor(), train_tokenizer(WORDS, max_length=512))
+    settings = TrainingSettings.from_flat(batch_size=8, num_workers=1, augmentation=augmentation)
+    seconds_of = []
+    for num_epochs in epochs:
+        before = os.times()
+        data = TrainingData(rows, processor, settings, rank=0, world_size=1)
+        for epoch in range(num_epochs):
+            for batch in data.batches(epoch):
+                size = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+        del data  # ends its process, whose times count from then on
+        after = os.times()
+        seconds_of.append(sum(after[2:4]) - sum(before[2:4]))
+    return (seconds_of[1] - seconds_of[0]) / (epochs[1] - epochs[0]) / len(rows), size / 1e6
+
+
 def main():
     rows = make_rows(16_994)
     for limit, kind in ((8, "grouped by image"), (1, "one sentence a sample")):
@@ -133,6 +191,14 @@ def main():
         f"a JPEG of 4000 x 3000: read and resized in {plain * 1000:.1f} ms, from the cache in {cached * 1000:.1f} ms "
         f"({plain / cached:.0f} times as fast); as PNG it would take {png * 1000:.1f} ms\n"
     )
+    with tempfile.TemporaryDirectory() as folder:
+        rows = make_photograph_rows(Path(folder))
+        for augmentation in ("none", "published", "strong"):
+            cpu, size = loader_costs(rows, augmentation)
+            sys.stdout.write(
+                f"augmentation {augmentation}: {cpu * 1000:.1f} ms of a loader process per image of 640 x 480, "
+                f"{size:.1f} MB in a batch of 8\n"
+            )
 
 
 if __name__ == "__main__":
