@@ -469,11 +469,12 @@ def test_unfolding_arguments_are_refused_with_short_message(processor, record_pr
     assert not failed, "\n".join(map(str, failed))
 
 
-def test_both_packages_have_same_quoting_module():
+@pytest.mark.parametrize("name", ["quoting", "phrase_search"])
+def test_both_packages_have_same_module(name):
     """Compare the copies: modeling_reftr is uploaded to the Hub without data_scripts, so they share no code."""
-    copies = (ROOT / "data_scripts/quoting.py", ROOT / "modeling_reftr/quoting_reftr.py")
+    copies = (ROOT / f"data_scripts/{name}.py", ROOT / f"modeling_reftr/{name}_reftr.py")
     first, second = (path.read_text(encoding="utf-8") for path in copies)
-    assert first == second.replace("modeling_reftr.quoting_reftr", "data_scripts.quoting")
+    assert first == second.replace(f"modeling_reftr.{name}_reftr", f"data_scripts.{name}")
 
 
 # dataset files, recipes and the convert command

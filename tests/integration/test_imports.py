@@ -101,6 +101,8 @@ def test_wrong_recipe_name_is_refused_before_importing_torch():
 # names that independent parts of the project define again, because each works alone; tests compare their results
 REPEATED = {
     *("quote", "explain", "_parts", "_array_parts", "check_text", "uncompress_counts", "to_run_lengths"),
+    *("PhraseSearcher", "fold_text", "mark_words", "find_whole_words", "find_characters", "find_occurrences"),
+    "is_word_character",
     *("mean", "entries", "precisions", "has_lists"),
 }
 

@@ -130,6 +130,20 @@ def test_find_phrases_prefers_word_over_end_of_longer_word():
     assert find_phrases("upright", ["right"]) == [(2, 7)], "used if there is no better match"
 
 
+@pytest.mark.parametrize(
+    ("sentence", "phrase", "span"),
+    [
+        ("the man\u2019s red hat", "the man's red hat", (0, 17)),
+        ("a \u201cstop\u201d sign", 'A "Stop" sign', (0, 13)),
+        ("two  red\n cars\u00a0there", "red cars", (5, 14)),
+        ("two red cars", "red\u00a0 cars ", (4, 12)),
+        ("red", " red", (0, 3)),
+    ],
+)
+def test_find_phrases_ignores_shape_of_quotes_and_number_of_spaces(sentence, phrase, span):
+    assert find_phrases(sentence, [phrase]) == [span]
+
+
 def test_find_phrases_rejects_part_of_letter():
     for sentence, phrase in (("İ", "i"), ("ﬁ", "f"), ("ẞ", "s")):
         with pytest.raises(ValueError, match="is not in its sentence"):

@@ -11,7 +11,8 @@ from data_scripts.flickr30k_entities import parse_caption
 from modeling_reftr import VisualGroundingPipeline
 from modeling_reftr.drawing_reftr import draw_answers
 from modeling_reftr.inputs_reftr import is_joined, split_expressions
-from modeling_reftr.phrases_reftr import find_occurrences, find_phrases
+from modeling_reftr.phrase_search_reftr import find_occurrences
+from modeling_reftr.phrases_reftr import find_phrases
 from modeling_reftr.quoting_reftr import quote
 from training_reftr.augmentation import mirror_sentence, mirrored_words
 
