@@ -223,12 +223,19 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         Raises:
             OSError: with their number and their names (`format_listing`), and how the authors distribute them.
         """
+        message = self.describe_missing(paths, distribution, what)
+        if message:
+            raise OSError(message)
+
+    def describe_missing(self, paths: Iterable[str | Path], distribution: str, what: str = "images") -> str:
+        """Return the message of `require_images`; it is empty if all files exist."""
         missing = [str(path) for path in paths if not os.path.isfile(path)]
-        if missing:
-            raise OSError(
-                f"{len(missing)} {what} of {self.config.name!r} do not exist (data_dir={self.config.data_dir!r}):"
-                f"{format_listing(missing)}\n{distribution}"
-            )
+        if not missing:
+            return ""
+        return (
+            f"{len(missing)} {what} of {self.config.name!r} do not exist (data_dir={self.config.data_dir!r}):"
+            f"{format_listing(missing)}\n{distribution}"
+        )
 
     def read_frames(self, annotated_sizes: dict, distribution: str) -> dict[str, Frame]:
         """

@@ -32,6 +32,7 @@ UNDONE_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+MAX_ENTRY_BYTES = 64 << 20  # of one entry of a list in a JSON file; more is a damaged file
 MAX_NAME = 1000  # characters of the path of a file that an annotation file names
 AS_STORED = ".as_stored"  # at the end of the name of an image whose orientation is not followed
 
@@ -50,6 +51,60 @@ def load_json(path: str | Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise OSError(f"{str(path)!r} is damaged: {explain(error)}") from error
+
+
+def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[int, int, dict]]:
+    """
+    Yield the objects of a JSON file that is one list, without reading the complete file.
+
+    Args:
+        path (`str` or `Path`): the file, `[{...}, {...}, ...]`.
+        chunk_bytes (`int`): how much is read at a time.
+
+    Yields:
+        (first byte, number of bytes, object); its texts are in latin-1, read the bytes for the true ones.
+
+    Raises:
+        OSError: if the file is damaged or is not a list of objects, saying where.
+    """
+    decoder = json.JSONDecoder()
+    with open(path, "rb") as file:
+        # a character a byte, so that positions in the text are positions in the file
+        text, base, position, expected = "", 0, 0, "["
+
+        def damaged(reason: str) -> OSError:
+            return OSError(f"{str(path)!r} is damaged at byte {base + position}: {reason}.")
+
+        while True:
+            if base == position == 0 and text.startswith("\xef\xbb\xbf"):  # a byte order mark
+                position = 3
+            while position < len(text) and text[position] in " \t\r\n":
+                position += 1
+            if position == len(text):
+                chunk = file.read(chunk_bytes)
+                if not chunk:
+                    raise damaged("it ends before its list does")
+                base, text, position = base + position, chunk.decode("latin-1"), 0
+            elif text[position] not in expected:
+                raise damaged(f"{' or '.join(expected)} was expected")
+            elif text[position] == "]":
+                return
+            elif text[position] == "{":
+                try:
+                    value, end = decoder.raw_decode(text, position)
+                except RecursionError as error:
+                    raise damaged(explain(error)) from error
+                except ValueError as error:  # an object that goes on in the next chunk
+                    chunk = file.read(max(chunk_bytes, len(text) - position))
+                    if not chunk or len(text) - position > MAX_ENTRY_BYTES:
+                        raise damaged(explain(error)) from error
+                    base, text, position = base + position, text[position:] + chunk.decode("latin-1"), 0
+                    continue
+                yield base + position, end - position, value
+                position, expected = end, ",]"
+            else:
+                expected = "{]" if text[position] == "[" else "{"
+                position += 1
 
 
 def is_file_name(name: Any) -> bool:

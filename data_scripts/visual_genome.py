@@ -31,8 +31,8 @@ from .building import ALL_SPLITS, GroundingBuilder, Source, clip_box, fingerprin
 from .kinds import DIGITS_OR_NONE, INTEGER, LIST, check_fields, check_list
 from .masks import box_of
 from .pickles import read_pickle
-from .quoting import explain, quote
-from .reading import check_text, has_words, image_of, load_json
+from .quoting import quote
+from .reading import check_text, has_words, image_of, load_json, scan_list
 from .refcoco import RefCoco, annotated_size_of, read_refs, xywh_to_xyxy
 from .schema import FEATURES
 
@@ -58,7 +58,6 @@ DISTRIBUTION = (
     "images2.zip (VG_100K_2); extract them into data_dir."
 )
 IMAGES_A_SHARD = 1000
-MAX_IMAGE_BYTES = 64 << 20  # of region_descriptions.json for one image; more is a damaged file
 
 
 @dataclass
@@ -261,58 +260,6 @@ def read_images(path: Path) -> dict[int, dict]:
             "coco_id": None if image["coco_id"] is None else int(image["coco_id"]),
         }
     return images
-
-
-def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[int, int, dict]]:
-    """
-    Yield the objects of a JSON file that is one list, without reading the complete file.
-
-    Args:
-        path (`str` or `Path`): the file, `[{...}, {...}, ...]`.
-        chunk_bytes (`int`): how much is read at a time.
-
-    Yields:
-        (first byte, number of bytes, object); its texts are in latin-1, read the bytes for the true ones.
-
-    Raises:
-        OSError: if the file is damaged or is not a list of objects, saying where.
-    """
-    decoder = json.JSONDecoder()
-    with open(path, "rb") as file:
-        # a character a byte, so that positions in the text are positions in the file
-        text, base, position, expected = "", 0, 0, "["
-
-        def damaged(reason: str) -> OSError:
-            return OSError(f"{str(path)!r} is damaged at byte {base + position}: {reason}.")
-
-        while True:
-            while position < len(text) and text[position] in " \t\r\n":
-                position += 1
-            if position == len(text):
-                chunk = file.read(chunk_bytes)
-                if not chunk:
-                    raise damaged("it ends before its list does")
-                base, text, position = base + position, chunk.decode("latin-1"), 0
-            elif text[position] not in expected:
-                raise damaged(f"{' or '.join(expected)} was expected")
-            elif text[position] == "]":
-                return
-            elif text[position] == "{":
-                try:
-                    value, end = decoder.raw_decode(text, position)
-                except RecursionError as error:
-                    raise damaged(explain(error)) from error
-                except ValueError as error:  # an object that goes on in the next chunk
-                    chunk = file.read(max(chunk_bytes, len(text) - position))
-                    if not chunk or len(text) - position > MAX_IMAGE_BYTES:
-                        raise damaged(explain(error)) from error
-                    base, text, position = base + position, text[position:] + chunk.decode("latin-1"), 0
-                    continue
-                yield base + position, end - position, value
-                position, expected = end, ",]"
-            else:
-                expected = "{]" if text[position] == "[" else "{"
-                position += 1
 
 
 def refs_file(name: str, data_dir: str | Path) -> Path:

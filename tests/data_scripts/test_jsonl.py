@@ -15,6 +15,7 @@ from data_scripts.jsonl import JsonLines
 from data_scripts.masks import uncompress_counts
 from data_scripts.schema import FEATURES
 from modeling_reftr import RefTRImageProcessor
+from modeling_reftr.phrases_reftr import find_phrases
 from tests.helpers.layout_jsonl import PICTURES, make_jsonl
 from tests.helpers.layout_orientation import STORING
 from training_reftr.data import GroundingCollator
@@ -257,7 +258,7 @@ BAD = {
     "outside mask file": (line(box(mask="../m.png")), "expressions[0].mask is '../m.png'; expected a path in"),
     "mask of colours": (line(box(mask="pictures/b.png")), "expected an image of one channel, not of mode RGB"),
     "small mask": (line(box(mask="pictures/small.png")), "expected a mask of (width, height) (40, 30)"),
-    "same image": (line(box()), "expected another image than in"),
+    "same image_id": (line(box(), image_id="pictures/c.png"), "expected that of"),
 }  # fmt: skip
 
 
@@ -266,7 +267,7 @@ def test_builder_names_field_value_and_expectation_of_bad_line(load, folder, tmp
     bad, message = BAD[fault]
     (folder / "pictures" / "text.png").write_text("no image")
     Image.new("L", (4, 3)).save(folder / "pictures" / "small.png")
-    first = line(box()) if fault == "same image" else line(box(), image="pictures/c.png")
+    first = line(box(), image="pictures/c.png")
     bad = bad if isinstance(bad, str) else json.dumps(bad)
     (folder / "train.jsonl").write_bytes(f"{json.dumps(first)}\n\n{bad}\n".encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=rf"(?s)1 bad lines .*train\.jsonl, line 3: .*{re.escape(message)}"):
@@ -297,7 +298,7 @@ def test_builder_names_every_missing_image(load, tmp_path):
 
 def test_builder_names_missing_files_and_invalid_split(folder, tmp_path):
     cache = str(tmp_path / "cache")
-    with pytest.raises(OSError, match=r"(?s)no \.jsonl file in .*own'.*A folder of your own data contains"):
+    with pytest.raises(OSError, match=r"(?s)no \.jsonl or \.json file in .*own'.*A folder of your own data contains"):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder))
     with pytest.raises(OSError, match=r"no file .*mine\.jsonl"):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder), path="mine.jsonl")
@@ -306,6 +307,122 @@ def test_builder_names_missing_files_and_invalid_split(folder, tmp_path):
     write(folder / "my-data.jsonl", line(box()))
     with pytest.raises(ValueError, match="'my-data' is not a valid name of a split"):
         data_scripts.load("jsonl", cache_dir=cache, data_dir=str(folder))
+
+
+def test_builder_names_missing_images_and_bad_lines_in_one_round(load):
+    lines = [line(box()), line(box("")), line(box(), image="no.jpg"), line({"text": "a"}, image="none.jpg")]
+    with pytest.raises(ValueError, match=r"(?s)^1 bad lines .*line 2: expressions\[0\]\.text.*2 images .*no\.jpg"):
+        load(*lines)
+    with pytest.raises(OSError, match="2 images of 'jsonl' do not exist"):
+        load(drop_bad_lines=True)
+
+
+def test_builder_joins_lines_of_one_image(load, caplog):
+    lines = [
+        line(box()),
+        line(box("it"), image="pictures/b.png"),
+        line(box("she", box=[1, 2, 10, 10]), box("the same"), box_format="xywh"),
+    ]
+    with caplog.at_level(logging.WARNING, "data_scripts.building"):
+        rows = load(*lines)
+    assert "train: 1 lines are joined to the first one of their image." in caplog.text
+    assert rows["image_id"] == ["pictures/a.png", "pictures/b.png"]
+    row = rows[0]
+    assert [item["box"] for item in row["objects"]] == [[1, 2, 11, 12], [1, 2, 12, 14]]
+    assert [sentence["text"] for sentence in row["sentences"]] == ["the red car", "she", "the same"]
+    assert [sentence["phrases"][0]["objects"] for sentence in row["sentences"]] == [[0], [0], [1]]
+    assert len({sentence["sentence_id"] for sentence in row["sentences"]}) == 3
+
+
+def test_builder_refuses_lines_of_one_image_in_two_frames(load, folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(folder / "turned.jpg", exif=exif)
+    lines = [line(box(), image="turned.jpg", width=60, height=40), line(box(), image="turned.jpg")]
+    with pytest.raises(ValueError, match=r"line 2: width, height is None; expected those of .*train\.jsonl, line 1"):
+        load(*lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("pictures/a.png", "pictures\\a.png"),
+        ("pictures/a.png", "Pictures/A.PNG"),
+        ("pictures/caf\u00e9 1.png", "pictures/cafe\u0301 1.png"),
+        ("pictures/caf\u00e9 1.png", "pictures/caf%C3%A9%201.png"),
+        ("pictures/50%25.png", "pictures/50%.png"),
+    ],
+)
+def test_builder_finds_file_under_another_spelling(load, folder, caplog, name, written):
+    Image.new("RGB", (40, 30)).save(folder / name)
+    with caplog.at_level(logging.WARNING, "data_scripts.building"):
+        rows = load(line(box(), image=written), line(box("it"), image=name))
+    assert "train: 1 files are found under another spelling of their name, 1 lines are joined" in caplog.text
+    assert rows["image_id"] == [name]
+    assert rows[0]["image"].size == (40, 30)
+
+
+def test_builder_refuses_file_that_may_be_several(load, folder):
+    for name in ("A.png", "a.PNG"):
+        Image.new("RGB", (40, 30)).save(folder / name)
+    with pytest.raises(ValueError, match=r"line 1: 'a\.png' may be any of 2 files"):
+        load(line(box(), image="a.png"))
+    assert load(line(box(), image="A.png"))["image_id"] == ["A.png"]
+
+
+def test_builder_never_leaves_folder_by_encoded_name(load, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.png")
+    for name in ("%2e%2e/secret.png", "..%2fsecret.png", "pictures/..%5c..%5csecret.png"):
+        with pytest.raises(OSError, match="1 images of 'jsonl' do not exist"):
+            load(line(box(), image=name))
+
+
+def test_builder_with_respelled_mask_rebuilds_cache(load, folder):
+    assert load(line({"text": "one", "mask": "pictures\\MASK.png"}))[0]["objects"][0]["box"] == [10, 5, 30, 15]
+    changed = MASK.copy()
+    changed[0] = 1
+    Image.fromarray(changed).save(folder / "pictures" / "mask.png")
+    assert load()[0]["objects"][0]["box"] == [0, 0, 40, 15]
+
+
+def test_builder_ignores_unknown_fields_by_flag_and_names_misspelled_ones(load, caplog):
+    caption = {"text": "a car", "phrases": [{"text": "a car", "box": [1, 2, 11, 12], "uid": 1}], "lang": "en"}
+    first = line(box(score=0.5, category_id=3), caption, source="me")
+    with pytest.raises(ValueError, match=r"(?s)1 bad lines .*\['source'\]; expected of image"):
+        load(first)
+    with caplog.at_level(logging.WARNING, "data_scripts.building"):
+        rows = load(first, line(box(score=1), image="pictures/b.png"), ignore_unknown_fields=True)
+    assert [len(row["sentences"]) for row in rows] == [2, 1]
+    assert "1 fields 'category_id', which are unknown" in caplog.text
+    assert "2 fields 'score', which are unknown" in caplog.text
+    assert "1 fields 'uid', which are unknown" in caplog.text
+    for wrong, right in {"bbox": "box", "Boxes": "boxes", "poligon": "polygon", "type": "types"}.items():
+        with pytest.raises(ValueError, match=rf"\['{wrong}'\], '{wrong}' perhaps for '{right}'; expected of text"):
+            load(line(box(**{wrong: 1})), ignore_unknown_fields=True)
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+def test_builder_reads_json_array_as_lines(load, folder, start):
+    lines = [line(box("die T\u00fcr")), line({"text": "it", "mask": "pictures/mask.png"}, image="pictures/b.png")]
+    expected = load(*lines)
+    (folder / "train.jsonl").rename(folder.parent / "train.jsonl")
+    (folder / "train.json").write_text(start + json.dumps(lines, indent=1, ensure_ascii=False), encoding="utf-8")
+    assert load().to_dict() == expected.to_dict()
+    (folder / "train.json").write_text(json.dumps([lines[0], {**lines[1], "expressions": []}]))
+    with pytest.raises(ValueError, match=r"(?s)1 bad lines .*train\.json, entry 2: expressions is \[\]"):
+        load()
+    (folder / "train.json").write_text(json.dumps(lines)[:-3])
+    with pytest.raises(OSError, match=r"train\.json' is damaged"):
+        load()
+
+
+def test_builder_finds_phrases_as_processor_does(load):
+    text = "The man\u2019s  car near a carport, a  dog and a dog"
+    phrases = ["the man's car", "car", "A dog", "a dog", "carp"]
+    caption = {"text": text, "phrases": [{"text": phrase, "box": [1, 2, 11, 12]} for phrase in phrases]}
+    found = [(phrase["start"], phrase["end"]) for phrase in load(line(caption))[0]["sentences"][0]["phrases"]]
+    assert found == find_phrases(text, phrases)
+    assert [text[start:end] for start, end in found] == ["The man\u2019s  car", "car", "a  dog", "a dog", "carp"]
 
 
 def test_builder_clips_and_counts_boxes_past_edge(load, caplog):

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import data_scripts
-from data_scripts.visual_genome import held_out_coco_ids, read_held_out, scan_list, write_held_out
+from data_scripts.reading import scan_list
+from data_scripts.visual_genome import held_out_coco_ids, read_held_out, write_held_out
 from tests.helpers.layout_refcoco import make_refcoco
 from tests.helpers.layout_visual_genome import make_visual_genome
 
