@@ -66,6 +66,8 @@ class FileFinder:
         """
         exact = [(folder / name, folder) for folder in folders if os.path.isfile(folder / name)]
         found = exact or [(path, folder) for folder in folders for path in self._respelled(folder, name)]
+        if len(found) > 1:  # not if one folder is a link to another
+            found = list({os.path.realpath(path): (path, folder) for path, folder in reversed(found)}.values())
         if len(found) > 1:
             paths = ", ".join(str(path) for path, _ in found[:3])
             raise ValueError(

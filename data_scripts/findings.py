@@ -46,6 +46,11 @@ class Findings:
         except (OSError, ValueError) as error:
             self.refuse(where, str(error))
 
+    def leave_out(self, reason: str, number: int = 1) -> None:
+        """Count annotations that have no equivalent in a line."""
+        if number:
+            self.left_out[reason] += number
+
     def refuse(self, where: str, message: str, reason: str = BAD_LINES) -> None:
         """Refuse an annotation."""
         self.bad.append(f"{where}: {message}")

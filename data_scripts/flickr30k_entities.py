@@ -25,7 +25,7 @@ import datasets
 
 from .building import GroundingBuilder, Source, clip_boxes, merge_boxes
 from .quoting import explain, quote
-from .reading import check_text, has_words, image_of, read_frame, read_text
+from .reading import check_text, has_words, image_of, parse_xml, read_frame, read_text
 from .schema import FEATURES
 
 
@@ -232,10 +232,7 @@ def read_chain_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[f
     """
     boxes = {}
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if "<!DOCTYPE" in text:
-            raise ValueError("it has a document type, which an annotation never has")
-        root = ElementTree.fromstring(text)
+        root = parse_xml(path)
         size = (int(read_number(root, "size/width")), int(read_number(root, "size/height")))
         if min(size) < 1:
             raise ValueError(f"its image has the size {quote(size)}")
@@ -249,7 +246,7 @@ def read_chain_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list[list[f
                 if chain != "0":
                     check_text(chain, "the name of an object")
                     boxes.setdefault(chain, []).append(box_xyxy)
-    except (ElementTree.ParseError, ValueError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{str(path)!r} is not an annotation of Flickr30k Entities: {explain(error)}.") from error
     return size, boxes
 

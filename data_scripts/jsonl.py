@@ -40,23 +40,23 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 from .box_conventions import BOX_FORMATS
 from .building import GroundingBuilder, Source
 from .file_names import FileFinder
 from .findings import Findings
-from .lines import LineBuilder, LineConfig, require
+from .lines import LineBuilder, LineConfig
 from .masks import box_of
 from .phrase_search import PhraseSearcher
-from .quoting import explain
-from .reading import scan_list
+from .quoting import quote
+from .reading import parse_line, read_entries
 from .schema import FEATURES
 
 
-# BOX_FORMATS, FEATURES, PhraseSearcher, box_of: datasets <= 3.6 copies the siblings that a script itself imports, and
-# no further
-__all__ = ["BOX_FORMATS", "FEATURES", "SOURCES", "JsonLines", "JsonLinesConfig", "PhraseSearcher", "box_of"]
+# BOX_FORMATS, FEATURES, PhraseSearcher, box_of, quote: datasets <= 3.6 copies the siblings that a script itself
+# imports, and no further
+__all__ = ["BOX_FORMATS", "FEATURES", "SOURCES", "JsonLines", "JsonLinesConfig", "PhraseSearcher", "box_of", "quote"]
 
 DISTRIBUTION = (
     "A folder of your own data contains one file per split, such as train.jsonl and validation.jsonl, with one line "
@@ -134,49 +134,6 @@ def mask_paths(path: Path, folder: Path, finder: FileFinder) -> list[Path]:
             except ValueError:  # named when the line is read
                 continue
     return [found.path for found in paths if found.exists]
-
-
-def read_entries(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """
-    Yield (position, offset in bytes, JSON) of each line of a file that is not blank, or of each entry of a file that
-    is one array.
-
-    Raises:
-        OSError: if an array is damaged, or has an entry that is not an object.
-    """
-    with open(path, "rb") as file:
-        is_array = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-        file.seek(0)
-        if is_array:
-            for number, (offset, length, _) in enumerate(scan_list(path), start=1):
-                file.seek(offset)
-                yield f"{path}, entry {number}", offset, file.read(length)
-            return
-        offset = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", offset, line
-            offset += len(line)
-
-
-def refuse_constant(name: str) -> Never:
-    """Refuse NaN and infinity, which Python's reader accepts and JSON does not have."""
-    raise ValueError(f"{name} is not a number")
-
-
-def parse_line(content: bytes) -> dict:
-    """
-    Parse a line as JSON.
-
-    Raises:
-        ValueError: where it is not an object.
-    """
-    try:
-        line = json.loads(content.decode("utf-8-sig"), parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON: {explain(error)}.") from error
-    require(isinstance(line, dict), "the line", line, '{"image": ..., "expressions": [...]}')
-    return line
 
 
 SOURCES = [

@@ -317,17 +317,16 @@ class LineBuilder(GroundingBuilder):
                 )
             rows[split], written[split], findings, seen = {}, {}, Findings(), {}
             for path in files:
+                folders = self.image_folders(path)
                 for where, source, line in self.read_file(path, findings):
                     with findings.entry(where):
                         ignored = Counter()
-                        check_line(line, ignored if converter.ignore_unknown_fields else None)
-                        image_id, found = converter.find_image(line, self.image_folders(path))
+                        check_line(line, Counter() if converter.ignore_unknown_fields else None)
+                        image_id, found = converter.find_image(line, folders)
                         image_paths[found.path] = None
                         frame = None
                         if found.exists:
-                            frame = converter.convert(
-                                line, self.image_folders(path), Counter(), ignored, written[split]
-                            ).frame
+                            frame = converter.convert(line, folders, Counter(), ignored, written[split]).frame
                         first, first_path, first_frame = seen.setdefault(image_id, (where, found.path, frame))
                         is_same = first_path == found.path
                         require(is_same, "image", line["image"], f"that of {first}, which has the same image_id")
@@ -362,11 +361,11 @@ class LineBuilder(GroundingBuilder):
         self, split: str, rows: list[tuple[str, list[tuple[str, Any]]]]
     ) -> Iterator[tuple[str, dict]]:
         changed, converter = Counter(), self.make_converter()
+        paths = {path for _, sources in rows for path, _ in sources}
+        folders = {path: self.image_folders(Path(path)) for path in paths}
         for image_id, sources in rows:
             parts = [
-                converter.convert(
-                    self.load_line(Path(path), source), self.image_folders(Path(path)), changed, Counter()
-                )
+                converter.convert(self.load_line(Path(path), source), folders[path], changed, Counter())
                 for path, source in sources
             ]
             changed.update({JOINED: len(parts) - 1} if len(parts) > 1 else {})

@@ -6,14 +6,14 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from . import cutouts, flickr30k_entities, jsonl, refcoco, reftr_index, shapes, visual_genome
+from . import cutouts, flickr30k_entities, jsonl, line_formats, refcoco, reftr_index, shapes, visual_genome
 from .building import Source, builder_error_of, flags_of
 from .reports import format_build_report, read_build_report
 from .schema import FEATURES
 
 
 # all datasets that `load` takes; each module of builders lists its own
-MODULES = (shapes, cutouts, jsonl, refcoco, flickr30k_entities, visual_genome, reftr_index)
+MODULES = (shapes, cutouts, jsonl, refcoco, flickr30k_entities, visual_genome, reftr_index, line_formats)
 SOURCES: dict[str, Source] = {source.name: source for module in MODULES for source in module.SOURCES}
 
 

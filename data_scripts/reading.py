@@ -6,13 +6,14 @@ import json
 import re
 import struct
 import unicodedata
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Never
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .quoting import explain
+from .quoting import explain, quote
 
 
 # images over this are refused, as by the image processor
@@ -105,6 +106,67 @@ def scan_list(path: str | Path, chunk_bytes: int = 1 << 20) -> Iterator[tuple[in
             else:
                 expected = "{]" if text[position] == "[" else "{"
                 position += 1
+
+
+def read_entries(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """
+    Yield (position, offset in bytes, JSON) of each line of a file that is not blank, or of each entry of a file that
+    is one array.
+
+    Raises:
+        OSError: if an array is damaged, or has an entry that is not an object.
+    """
+    with open(path, "rb") as file:
+        is_array = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        file.seek(0)
+        if is_array:
+            for number, (offset, length, _) in enumerate(scan_list(path), start=1):
+                file.seek(offset)
+                yield f"{path}, entry {number}", offset, file.read(length)
+            return
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", offset, line
+            offset += len(line)
+
+
+def refuse_constant(name: str) -> Never:
+    """Refuse NaN and infinity, which Python's reader accepts and JSON does not have."""
+    raise ValueError(f"{name} is not a number")
+
+
+def parse_line(content: bytes) -> dict:
+    """
+    Parse a line as JSON.
+
+    Raises:
+        ValueError: where it is not an object.
+    """
+    try:
+        line = json.loads(content.decode("utf-8-sig"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON: {explain(error)}.") from error
+    if not isinstance(line, dict):
+        raise ValueError(f'the line is {quote(line)}; expected {{"name": value, ...}}, an object.')
+    return line
+
+
+def parse_xml(path: str | Path) -> ElementTree.Element:
+    """
+    Read an XML file in UTF-8 and return its root.
+
+    Raises:
+        OSError: if the file does not exist.
+        ValueError: if it is not XML, or has a document type, which can make a small file a huge one.
+    """
+    text = Path(path).read_bytes().decode("utf-8-sig")
+    if "<!DOCTYPE" in text:
+        raise ValueError("it has a document type, which an annotation never has")
+    try:
+        return ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ValueError(explain(error)) from error
 
 
 def is_file_name(name: Any) -> bool:

@@ -395,6 +395,7 @@ def test_builder_ignores_unknown_fields_by_flag_and_names_misspelled_ones(load, 
     assert [len(row["sentences"]) for row in rows] == [2, 1]
     assert "1 fields 'category_id', which are unknown" in caplog.text
     assert "2 fields 'score', which are unknown" in caplog.text
+    assert "1 fields 'source', which are unknown" in caplog.text
     assert "1 fields 'uid', which are unknown" in caplog.text
     for wrong, right in {"bbox": "box", "Boxes": "boxes", "poligon": "polygon", "type": "types"}.items():
         with pytest.raises(ValueError, match=rf"\['{wrong}'\], '{wrong}' perhaps for '{right}'; expected of text"):

@@ -1,0 +1,84 @@
+"""
+Read ODVG JSON Lines, the annotations of Grounding DINO in mmdetection and Open-GroundingDINO.
+
+    {"filename": "1.jpg", "height": 480, "width": 640,
+     "grounding": {"caption": "a car near two trees",
+                   "regions": [{"bbox": [10, 20, 110, 90], "phrase": "a car", "tokens_positive": [[0, 5]]},
+                               {"bbox": [[200, 5, 260, 190], [300, 5, 360, 190]], "phrase": "two trees"}]}}
+
+- Regions of one phrase are boxes of it. `tokens_positive` say where it is in the caption; without them its text is
+  looked for.
+- `bbox` are the corners, in pixels in mmdetection, 0..1 in other tools, which the build recognizes and reports.
+- `detection`, of lines without a caption: `{"instances": [{"bbox": [...], "category": "car"}]}`; categories that occur
+  once in their image are expressions.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from .findings import Findings
+from .kinds import LIST, TEXT, check_fields
+from .records import (
+    WITHOUT_WORDS,
+    LabeledObject,
+    expression_of_spans,
+    expressions_of_objects,
+    read_records,
+    size_fields,
+    spans_of_tokens,
+    to_box_list,
+)
+
+
+def read_odvg(path: Path, findings: Findings, box_format: str = "xyxy") -> Iterator[tuple[str, dict]]:
+    """
+    Yield (position, line) of each line of a file that has expressions.
+
+    Args:
+        path (`Path`): the file.
+        findings ([`Findings`]): takes what is left out, and malformed lines.
+        box_format (`str`, *optional*, defaults to `"xyxy"`): convention of the boxes.
+
+    Raises:
+        OSError: if the file is missing or damaged.
+    """
+    for where, record in read_records(path, findings):
+        expressions = []
+        with findings.entry(where):
+            check_fields(record, {"filename": TEXT}, "the line")
+            if "grounding" in record:
+                expressions = read_grounding(record["grounding"], findings)
+            elif "detection" in record:
+                expressions = read_detection(record["detection"], findings)
+            else:
+                raise ValueError("the line has neither 'grounding' nor 'detection'; expected one of them.")
+        if expressions:
+            size = size_fields(record.get("width"), record.get("height"))
+            line = {"image": record["filename"], **size, "box_format": box_format}
+            yield where, {**line, "expressions": expressions}
+
+
+def read_grounding(grounding: dict, findings: Findings) -> list[dict]:
+    """Return the expression of a caption with regions, in a list that is empty if there are none."""
+    check_fields(grounding, {"caption": TEXT, "regions": LIST}, "grounding")
+    targets = []
+    for index, region in enumerate(grounding["regions"]):
+        check_fields(region, {"bbox": LIST}, f"grounding.regions[{index}]")
+        boxes, phrase = to_box_list(region["bbox"], f"grounding.regions[{index}].bbox"), region.get("phrase")
+        spans = spans_of_tokens(region.get("tokens_positive") or [])
+        spans = spans or [text for text in (phrase if isinstance(phrase, list) else [phrase]) if isinstance(text, str)]
+        if not spans:
+            findings.leave_out(WITHOUT_WORDS, len(boxes))
+        targets += [(span, {}, boxes) for span in spans]
+    expression = expression_of_spans(grounding["caption"], targets)
+    return [] if expression is None else [expression]
+
+
+def read_detection(detection: dict, findings: Findings) -> list[dict]:
+    """Return the categories of objects that occur once in their image as expressions."""
+    check_fields(detection, {"instances": LIST}, "detection")
+    objects = []
+    for index, item in enumerate(detection["instances"]):
+        check_fields(item, {"bbox": LIST, "category": TEXT}, f"detection.instances[{index}]")
+        objects.append(LabeledObject("", {"box": item["bbox"]}, item["category"]))
+    return [expression for _, expression in expressions_of_objects(objects, findings)]

@@ -1,0 +1,104 @@
+"""
+Read PhraseCut (Wu et al., CVPR 2020) from its authors' files: phrases about images of Visual Genome, with all their
+instances as boxes and polygons.
+
+    refer_train.json  refer_val.json  refer_test.json  refer_miniv.json
+        [{"task_id": "2375429__8", "image_id": 2375429, "phrase": "walking people", "ann_ids": [1, 2],
+          "instance_boxes": [[x, y, width, height], ...],
+          "Polygons": [an instance: [a part: [[x, y], [x, y], ...], ...], ...]}, ...]
+    image_data_split.json       beside them, if there: sizes and COCO ids of the images
+    VG_100K/  VG_100K_2/        or one folder of all images, <image_id>.jpg
+
+A phrase has all its instances: `boxes` are theirs, and the mask is their union. `image_id` is that of `visual_genome`,
+so that images that other datasets hold out can be left out by `combine`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .findings import Findings
+from .kinds import DIGITS_OR_NONE, INTEGER, LIST, TEXT, check_fields, check_list
+from .quoting import quote
+from .reading import is_number, load_json
+from .records import read_records, size_fields
+
+
+IMAGES_FILE = "image_data_split.json"
+
+
+def read_phrasecut(path: Path, findings: Findings, box_format: str = "xywh") -> Iterator[tuple[str, dict]]:
+    """
+    Yield (position, line) of each phrase of a file.
+
+    Args:
+        path (`Path`): the file.
+        findings ([`Findings`]): takes what is left out, and malformed entries.
+        box_format (`str`, *optional*, defaults to `"xywh"`): convention of the boxes.
+
+    Raises:
+        OSError, ValueError: if the file, or the file of images beside it, is damaged.
+    """
+    images = read_image_data(path.with_name(IMAGES_FILE))
+    for where, record in read_records(path, findings):
+        line = None
+        with findings.entry(where):
+            check_fields(
+                record, {"image_id": INTEGER, "phrase": TEXT, "instance_boxes": LIST, "Polygons": LIST}, "the entry"
+            )
+            image_id = record["image_id"]
+            expression = {"text": record["phrase"].strip(), "boxes": record["instance_boxes"]}
+            polygons = flatten_polygons(record["Polygons"], findings)
+            expression |= {"polygon": polygons} if polygons else {}
+            image = images.get(image_id, {})
+            coco = "" if image.get("coco_id") is None else f"_coco_{image['coco_id']}"
+            size = size_fields(image.get("width"), image.get("height"))
+            line = {"image": f"{image_id}.jpg", "image_id": f"vg_{image_id}{coco}", **size, "box_format": box_format}
+            line["expressions"] = [expression]
+        if line is not None:
+            yield where, line
+
+
+def read_image_data(path: Path) -> dict[int, dict]:
+    """Return the entries of `image_data_split.json` by image id; none if the file does not exist."""
+    if not path.is_file():
+        return {}
+    where, images = f"{str(path)!r}", {}
+    for number, image in enumerate(check_list(load_json(path), where)):
+        check_fields(image, {"image_id": INTEGER, "coco_id": DIGITS_OR_NONE}, f"{where}, image {number}")
+        images[image["image_id"]] = image
+    return images
+
+
+def flatten_polygons(value: list, findings: Findings) -> list[list[float]]:
+    """
+    Return polygons [x, y, x, y, ...] of all parts of all instances. Parts of fewer than three points have no area.
+
+    Raises:
+        ValueError: if it is not a list of instances, of parts, of points [x, y].
+
+    Example:
+
+    ```python
+    >>> from data_scripts.findings import Findings
+    >>> from data_scripts.phrasecut import flatten_polygons
+
+    >>> flatten_polygons([[[[1, 2], [3, 4], [5, 6]], [[7, 8]]]], Findings())
+    [[1, 2, 3, 4, 5, 6]]
+
+    ```"""
+    polygons = []
+    for index, parts in enumerate(value):
+        for part in check_list(parts, f"Polygons[{index}]"):
+            if not isinstance(part, list) or not all(is_point(point) for point in part):
+                raise ValueError(f"Polygons[{index}] has {quote(part)}; expected a list of points [x, y].")
+            if len(part) >= 3:
+                polygons.append([number for point in part for number in point])
+            else:
+                findings.changed["polygons of fewer than three points are left out of their mask"] += 1
+    return polygons
+
+
+def is_point(value: Any) -> bool:
+    """Return whether a value is a list of two coordinates."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))

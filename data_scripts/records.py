@@ -1,0 +1,193 @@
+"""Helpers of the readers, which turn annotation files of other formats into lines (see `jsonl`)."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .findings import Findings
+from .quoting import quote
+from .reading import has_words, is_number, parse_line, read_entries
+
+
+AMBIGUOUS = "objects whose category is that of another object of their image"
+WITHOUT_WORDS = "objects without words"
+# fields that hold an expression, in the order in which they are looked for
+TEXT_FIELDS = ("caption", "captions", "expression", "expressions", "description", "sentence", "sentences", "text")
+
+
+def read_records(path: Path, findings: Findings) -> Iterator[tuple[str, dict]]:
+    """Yield (position, object) of each line of a file, or of each entry of one JSON array."""
+    for where, _, content in read_entries(path):
+        record = None
+        with findings.entry(where):
+            record = parse_line(content)
+        if record is not None:
+            yield where, record
+
+
+def size_fields(width: Any, height: Any) -> dict[str, int]:
+    """
+    Return the fields of a line that say the annotated size, none where it is not known.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import size_fields
+
+    >>> size_fields(640.0, 480), size_fields(None, 480), size_fields(0, 0)
+    ({'width': 640, 'height': 480}, {}, {})
+
+    ```"""
+    size = (width, height)
+    if not all(is_number(side) and side >= 1 and int(side) == side for side in size):
+        return {}
+    return {"width": int(width), "height": int(height)}
+
+
+def to_box_list(value: Any, field: str) -> list[list]:
+    """
+    Return the boxes of a field that is one box or a list of them.
+
+    Raises:
+        ValueError: if it is something else.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import to_box_list
+
+    >>> to_box_list([1, 2, 3, 4], "bbox"), to_box_list([[1, 2, 3, 4], [5, 6, 7, 8]], "bbox")
+    ([[1, 2, 3, 4]], [[1, 2, 3, 4], [5, 6, 7, 8]])
+
+    ```"""
+    boxes = [value] if isinstance(value, list) and value and is_number(value[0]) else value
+    if not isinstance(boxes, list) or not boxes or not all(isinstance(box, list) for box in boxes):
+        raise ValueError(f"{field} is {quote(value)}; expected a box of four numbers, or a list of boxes.")
+    return boxes
+
+
+def expression_of_spans(caption: str, targets: Iterable[tuple[tuple[int, int] | str, dict, list]]) -> dict | None:
+    """
+    Return the expression of a caption whose phrases are given one box at a time; None if there are none.
+
+    Args:
+        caption (`str`): the caption.
+        targets (iterable): the phrase of each, (start, end) or its text; further fields; its boxes.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import expression_of_spans
+
+    >>> boxes = [[1, 2, 3, 4]], [[5, 6, 7, 8]]
+    >>> expression_of_spans("two cars", [((0, 8), {}, box) for box in boxes])["phrases"]
+    [{'start': 0, 'end': 8, 'boxes': [[1, 2, 3, 4], [5, 6, 7, 8]]}]
+
+    ```"""
+    phrases = {}
+    for span, fields, boxes in targets:
+        named = {"text": span} if isinstance(span, str) else {"start": span[0], "end": span[1]}
+        phrases.setdefault(span, {**named, **fields, "boxes": []})["boxes"] += boxes
+    return {"text": caption, "phrases": list(phrases.values())} if phrases else None
+
+
+def spans_of_tokens(value: Any) -> list[tuple[int, int]]:
+    """
+    Return the spans of `tokens_positive`, (start, end) characters of a caption. Each of several names the object.
+
+    Raises:
+        ValueError: if they are not pairs of integers.
+    """
+    spans = [value] if isinstance(value, list) and value and type(value[0]) is int else value
+    if not isinstance(spans, list) or not all(
+        isinstance(span, list) and len(span) == 2 and all(type(index) is int for index in span) for span in spans
+    ):
+        raise ValueError(f"tokens_positive is {quote(value)}; expected a list of [start, end].")
+    return list(dict.fromkeys((start, end) for start, end in spans))
+
+
+class LabeledObject(NamedTuple):
+    """
+    An annotated object of an image.
+
+    Args:
+        where (`str`): its position, for messages.
+        target (`dict`): the fields of a line that locate it: `box`, `polygon` and so on.
+        category (`str`, *optional*): its category.
+        texts (`list[str]`): its own expressions.
+    """
+
+    where: str
+    target: dict
+    category: str | None = None
+    texts: Sequence[str] = ()
+
+
+def expressions_of_objects(objects: Sequence[LabeledObject], findings: Findings) -> Iterator[tuple[str, dict]]:
+    """
+    Yield (position, expression) of each object: its own texts, else its category where no other object of the image
+    has it.
+
+    Args:
+        objects (`list[LabeledObject]`): all objects of an image.
+        findings ([`Findings`]): counts those without an expression.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.findings import Findings
+    >>> from data_scripts.records import LabeledObject, expressions_of_objects
+
+    >>> findings = Findings()
+    >>> cats = [LabeledObject("", {}, "cat")] * 2
+    >>> animals = [LabeledObject("", {"box": [1, 2, 3, 4]}, "dog"), *cats]
+    >>> [expression for _, expression in expressions_of_objects(animals, findings)]
+    [{'text': 'dog', 'category': 'dog', 'box': [1, 2, 3, 4]}]
+    >>> findings.left_out
+    Counter({'objects whose category is that of another object of their image': 2})
+
+    ```"""
+    counts = Counter(item.category for item in objects)
+    for where, target, category, texts in objects:
+        is_named = has_words(category)
+        fields = {"category": category, **target} if is_named else target
+        if texts:
+            yield from ((where, {"text": text.strip(), **fields}) for text in texts)
+        elif not is_named:
+            findings.leave_out(WITHOUT_WORDS)
+        elif counts[category] > 1:
+            findings.leave_out(AMBIGUOUS)
+        else:
+            yield where, {"text": category.replace("_", " ").strip(), **fields}
+
+
+def words_in(value: Any) -> list[str]:
+    """Return the texts with words of a value that is one text or a list of them."""
+    return [text for text in (value if isinstance(value, list) else [value]) if has_words(text)]
+
+
+def texts_of(record: dict, text_field: str | None = None) -> list[str]:
+    """
+    Return the expressions that an annotation has itself: in a field, or in an attribute.
+
+    Args:
+        record (`dict`): the annotation; `attributes` may be a mapping in it.
+        text_field (`str`, *optional*): the field or the attribute; absent: the first of `TEXT_FIELDS` with words.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import texts_of
+
+    >>> texts_of({"id": 1, "caption": "the red car"}), texts_of({"attributes": {"color": "red"}}, "color")
+    (['the red car'], ['red'])
+
+    ```"""
+    attributes = record.get("attributes")
+    for fields in (record, attributes if isinstance(attributes, dict) else {}):
+        for name in TEXT_FIELDS if text_field is None else (text_field,):
+            texts = words_in(fields.get(name))
+            if texts:
+                return texts
+    return []
