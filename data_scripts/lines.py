@@ -186,6 +186,20 @@ class LineConverter:
             require(self.scales_to_image, "width, height", size, f"the image's {frame.size}")
             line = scale_line(line, size, frame.size, self.box_format)
             changed[SCALED] += 1
+        return Part(
+            image_id, found.path, frame, self.convert_in_frame(line, frame, folders, changed, unknown, written)
+        )
+
+    def convert_in_frame(
+        self,
+        line: dict,
+        frame: Frame,
+        folders: Sequence[Path],
+        changed: Counter,
+        unknown: Counter | None = None,
+        written: dict | None = None,
+    ) -> list[tuple[str, list[tuple]]]:
+        """Convert the expressions of a line in the frame of its image, see `convert` and `known`, to a `Part`'s."""
         box_format = line.get("box_format", self.box_format)
         parse_box_format(box_format)
         if written is not None:
@@ -198,7 +212,7 @@ class LineConverter:
                 for start, end, target, where in spans
             ]
             sentences.append((text, phrases))
-        return Part(image_id, found.path, frame, sentences)
+        return sentences
 
     def _object(
         self, target: dict, where: str, box_format: str, frame: Frame, folders: Sequence[Path], changed: Counter

@@ -140,9 +140,10 @@ def read_build_report(folder: str | Path) -> dict[str, dict[str, dict[str, int]]
     return report
 
 
-def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None) -> str:
+def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None, what: str = "build") -> str:
     """
-    Format what a build left out or changed (`read_build_report`), a line for each split and kind.
+    Format what a build, or another step (`what`), left out or changed, a line for each split and kind; see
+    `read_build_report`.
 
     Example:
 
@@ -164,7 +165,7 @@ def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None) -> 
         if kinds.get(kind)
     ]
     return "\n".join(
-        ["Left out or changed by the build:", *lines] if lines else ["The build left out and changed nothing."]
+        [f"Left out or changed by the {what}:", *lines] if lines else [f"The {what} left out and changed nothing."]
     )
 
 

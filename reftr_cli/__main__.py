@@ -15,7 +15,7 @@ from data_scripts.escaping import for_terminal
 COMMANDS = {
     "predict": ("reftr_cli.predict", "answer texts about images with boxes and masks"),
     "train": ("reftr_cli.train", "train or evaluate with a recipe; `accelerate launch train_reftr.py` for many GPUs"),
-    "data": ("reftr_cli.data", "list, build, check, preview and export datasets"),
+    "data": ("reftr_cli.data", "list, build, check, preview, import and export datasets"),
     "convert": ("reftr_cli.convert", "convert published checkpoints to folders, and back"),
     "reproduce": ("reftr_cli.reproduce", "evaluate a published checkpoint as published"),
     "export": ("reftr_cli.export", "export a model as one graph, for ONNX Runtime or torch.export"),

@@ -1,5 +1,5 @@
 """
-Build, check, preview and export datasets:
+Build, check, preview, import and export datasets:
 
     reftr data list
     reftr data build refcoco_unc --data_dir data
@@ -7,12 +7,14 @@ Build, check, preview and export datasets:
 
 import argparse
 
+from data_scripts.formats import FORMATS, IMPORTED
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="reftr data",
-        description="Build, check, preview and export datasets for visual grounding.",
+        description="Build, check, preview, import and export datasets for visual grounding.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -59,6 +61,26 @@ def make_parser() -> argparse.ArgumentParser:
     previews.add_argument("--num", type=int, default=12, metavar="N", help="number of images (default: %(default)s)")
     previews.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("stats", "print statistics of images, boxes, phrases and texts")
+    text = "write annotation files of other formats as JSON Lines, for the dataset jsonl"
+    formats = "\n".join(f"  {name:<16}{FORMATS[name].reads}" for name in IMPORTED)
+    imports = commands.add_parser(
+        "import",
+        help=text,
+        description=text,
+        epilog=f"formats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    imports.set_defaults(name=None)
+    imports.add_argument("format", metavar="FORMAT", help="the format of the files")
+    imports.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help="files, of the split train by default")
+    imports.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    imports.add_argument("--image_dir", metavar="DIR", help="folder of the images (default: that of the first file)")
+    imports.add_argument("--box_format", metavar="NAME", help="convention of the boxes, such as xyxy or xywh_thousand")
+    imports.add_argument("--text_field", metavar="NAME", help="field or attribute that has the words of an object")
+    imports.add_argument("--prompt", metavar="TEXT", help="what questions look like, with {} for the expression")
+    imports.add_argument("--drop_bad_lines", action="store_true", help="leave out malformed and refused annotations")
+    imports.add_argument("--overwrite", action="store_true", help="replace files of an earlier import")
     text = "list the COCO images that datasets hold out, to exclude them from pre-training on Visual Genome"
     held_out = commands.add_parser("held_out", help=text, description=text, allow_abbrev=False)
     held_out.set_defaults(name=None)

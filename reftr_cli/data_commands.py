@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from data_scripts.building import Source, flags_of, format_listing
 from data_scripts.checking import MASK_TOLERANCE, check, find_broken_images, format_findings, judge_rows
 from data_scripts.escaping import TerminalFormatter, for_terminal
 from data_scripts.exporting import DATA, MARK, README, check_output, export_dataset
+from data_scripts.importing import import_files
 from data_scripts.loading import load_with_report
 from data_scripts.progress import disable_library_bars
 from data_scripts.quoting import quote
@@ -27,6 +29,7 @@ from data_scripts.reports import (
     format_build_report,
     format_counts,
     format_statistics,
+    format_table,
     list_sources,
 )
 from data_scripts.visual_genome import write_held_out
@@ -149,6 +152,36 @@ def run_stats(args: Namespace) -> None:
     write(f"\n{format_build_report(build_report)}")
 
 
+def run_import(args: Namespace) -> None:
+    """Write annotation files of another format as JSON Lines."""
+    splits = {}
+    for argument in args.files:
+        split, is_named, file = argument.partition("=")
+        if not is_named or os.path.exists(argument):
+            split, file = "train", argument
+        splits.setdefault(split, []).append(Path(file))
+    given = {name: getattr(args, name) for name in ("box_format", "text_field", "prompt")}
+    options = {name: value for name, value in given.items() if value is not None}
+    report = import_files(
+        args.format, splits, args.output, args.image_dir, args.drop_bad_lines, args.overwrite, **options
+    )
+    columns = list(next(iter(report.counts.values())))
+    rows = ([split, *(counts[name] for name in columns)] for split, counts in report.counts.items())
+    write(format_table([["split", *columns], *rows]))
+    if report.box_format is not None:
+        write(
+            f"The boxes were recognized as {report.box_format}, from those of all images; --box_format says another."
+        )
+    write(format_build_report(report.build, "import"))
+    base = Path(args.image_dir) if args.image_dir else splits[next(iter(splits))][0].parent
+    if report.missing:
+        names = format_listing(report.missing)
+        write(f"warning: {len(report.missing)} images are not in {str(base)!r}, nor checked boxes with them:{names}")
+    is_beside = os.path.realpath(base) == os.path.realpath(args.output)
+    flag = "" if is_beside else f" --image_dir {shlex.quote(os.path.abspath(base))}"
+    write(f"Written to {args.output}; `reftr data check jsonl --data_dir {shlex.quote(args.output)}{flag}` checks it.")
+
+
 def run_held_out(args: Namespace) -> None:
     """List the images that datasets hold out, to exclude them from training on others."""
     count = write_held_out(args.output, args.names, args.data_dir)
@@ -222,6 +255,7 @@ COMMANDS = {
     "export": run_export,
     "preview": run_preview,
     "stats": run_stats,
+    "import": run_import,
     "held_out": run_held_out,
 }
 

@@ -57,7 +57,7 @@ def refused(result, *parts):
     return errors
 
 
-@pytest.mark.parametrize("name", [None, "list", "build", "check", "export", "preview", "stats", "held_out"])
+@pytest.mark.parametrize("name", [None, "list", "build", "check", "export", "preview", "stats", "import", "held_out"])
 def test_data_command_help_fits_screen(run, name):
     result = run("-m", "reftr_cli", "data", *([name] if name else []), "--help", COLUMNS="80")
     assert len(result.stdout.splitlines()) <= 40
