@@ -12,11 +12,21 @@ from typing import NamedTuple
 from .atomic_files import replaced_files
 from .box_conventions import judge_boxes, judge_splits, parse_box_format
 from .building import ALL_SPLITS, CHANGED, LEFT_OUT, SUSPECTED, describe_reported, format_listing
-from .file_names import FoundFile
+from .file_names import FoundFile, fold_name
 from .findings import Findings
 from .formats import reader_of
 from .line_formats import find_image_folders
-from .lines import SCALED, LineConverter, annotated_size, boxes_in, check_line, read_expression, require, scale_line
+from .lines import (
+    RESPELLED,
+    SCALED,
+    LineConverter,
+    annotated_size,
+    boxes_in,
+    check_line,
+    read_expression,
+    require,
+    scale_line,
+)
 from .reading import Frame, is_inside, read_frame
 
 
@@ -180,12 +190,12 @@ def locate_line(
     converter: LineConverter,
     folders: list[Path],
     base: Path,
-    owners: dict[Path, str],
+    owners: dict[Path, tuple[str, dict]],
     changed: Counter,
 ) -> ReadLine:
     """
-    Find the image of a line in folders of `base`: by its path, else by the longest end of its path. `owners` are the
-    paths that images were found by.
+    Find the image of a line in folders of `base`: by its path, else by the longest end of its path. `owners` has the
+    path that each image was found by, and its frames by the annotated size.
 
     Raises:
         ValueError, OSError: if the line is malformed, or its image cannot be read.
@@ -201,12 +211,15 @@ def locate_line(
         for end in ends:
             found = converter.find(end, "image", folders)
             if found.exists:
-                other = owners.setdefault(found.path, name)
-                is_same = name.endswith(other) or other.endswith(name)
+                other, _ = owners.setdefault(found.path, (name, {}))
+                is_same = fold_name(name).endswith(fold_name(other)) or fold_name(other).endswith(fold_name(name))
                 require(is_same, "image", name, f"another end of its path than {other!r}: both would be {end!r}")
-                changed.update([SHORTENED] * (end != name))
+                changed.update([SHORTENED] * (end != name) + [RESPELLED] * found.is_respelled)
+                frames = owners[found.path][1]
+                if size not in frames:
+                    frames[size] = read_frame(found.path, size)
                 image = Path(os.path.relpath(found.path, base)).as_posix()
-                return ReadLine(where, {**line, "image": image}, found, read_frame(found.path, size))
+                return ReadLine(where, {**line, "image": image}, found, frames[size])
     found = converter.find(name if is_inside(name) else "/".join(parts[-1:]), "image", folders)
     image = found.path.relative_to(found.folder).as_posix()
     return ReadLine(where, {**line, "image": image}, found, None if size is None else Frame(*size))

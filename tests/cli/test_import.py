@@ -443,6 +443,17 @@ def test_import_without_images_warns_and_keeps_what_it_can_check(convert, folder
         convert("image_text_bbox", records)
 
 
+def test_import_writes_names_as_files_are_spelled(convert):
+    records = [{"image": name, "text": "the cup", "bbox": [1, 2, 11, 12]} for name in ("A.PNG", "a.png", "x\\a.png")]
+    (line,), report = convert("image_text_bbox", records)
+    assert line["image"] == "a.png"
+    changed = {
+        "files are found under another spelling of their name": 1,
+        "images are found by the end of their path": 1,
+    }
+    assert report.build["train"]["changed"] == changed
+
+
 def test_import_refuses_two_images_of_one_file(convert):
     records = [{"image": f"{name}/a.png", "text": "the cup", "bbox": [1, 2, 11, 12]} for name in ("one", "two")]
     with pytest.raises(ValueError, match=r"image is 'two/a\.png'; expected another end of its path than 'one/a\.png'"):
