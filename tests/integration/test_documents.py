@@ -220,7 +220,10 @@ ORDER = [
     "## Licence and citation",
 ]
 MAX_WORDS = 900
-OTHER_REPOSITORIES = {"BryanPlummer/flickr30k_entities", "lichengunc/refer", "ubc-vision/RefTR", "zyang-ur/ReSC"}
+OTHER_REPOSITORIES = {
+    *("BryanPlummer/flickr30k_entities", "ChenyunWu/PhraseCutDataset", "lichengunc/refer", "ubc-vision/RefTR"),
+    "zyang-ur/ReSC",
+}
 
 
 def words_of(text: str) -> list[str]:
