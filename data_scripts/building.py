@@ -23,10 +23,10 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -48,6 +48,38 @@ REPORTED = LEFT_OUT, CHANGED, SUSPECTED = "left_out", "changed", "suspected"
 ALL_SPLITS = "all"  # what is left out before the splits are made; the library refuses a split of this name
 
 
+class Copy(NamedTuple):
+    """
+    Where data can be found whose authors' host is gone, or files of it in another layout.
+
+    Args:
+        where (`str`): a repository, "user/name" of the Hub.
+        content (`str`): what it has, in a few words.
+        license (`str`): the licence that is stated for it, in a few words.
+    """
+
+    where: str
+    content: str
+    license: str
+
+
+def describe_copies(copies: Sequence[Copy]) -> str:
+    """
+    Return the living copies of a dataset as a sentence; empty if there are none.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.building import Copy, describe_copies
+
+    >>> describe_copies([Copy("someone/photos", "annotations", "CC BY 4.0")])
+    'Living copies: someone/photos (annotations; CC BY 4.0).'
+
+    ```"""
+    listed = ", ".join(f"{copy.where} ({copy.content}; {copy.license})" for copy in copies)
+    return f"Living copies: {listed}." if listed else ""
+
+
 @dataclass(frozen=True)
 class Source:
     """
@@ -61,6 +93,10 @@ class Source:
         files (`tuple[str, ...]`): the required files, relative to `data_dir`, as shown to users.
         distribution (`str`): how its authors distribute it, in a sentence.
         counts (`dict[str, tuple]`): published (images, objects, expressions) of each split, None where not known.
+        copies (`tuple[Copy, ...]`): where else its files are.
+        license (`str`): the licence of an export on the Hub: an id of the Hub; "other" where images and annotations
+            have licences of their own, and "unknown" where only the user knows it.
+        language (`str`, *optional*): of its texts, as a code of ISO 639; None where only the user knows it.
     """
 
     name: str
@@ -70,6 +106,9 @@ class Source:
     files: tuple[str, ...]
     distribution: str
     counts: dict[str, tuple[int | None, int | None, int | None]] = field(default_factory=dict)
+    copies: tuple[Copy, ...] = ()
+    license: str = "unknown"
+    language: str | None = None
 
 
 def flags_of(source: Source) -> dict[str, Field]:
@@ -132,14 +171,43 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
     """
 
     VERSION = datasets.Version("1.0.0")
+    # whether `_split_generators` reads only the files of `requested` splits
+    BUILDS_SPLITS_ALONE = False
 
-    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, hash: str | None = None, requested: Collection[str] | None = None, **kwargs: Any
+    ) -> None:
         data_dir = kwargs.get("data_dir")
         name = kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME
         paths = [] if data_dir is None else [p for p in self.annotation_files(Path(data_dir), name) if p.exists()]
         sources = [path.read_text() for path in sorted(modules_of(Path(inspect.getfile(type(self)))))]
-        super().__init__(*args, hash=fingerprint(paths, hash, *sources), **kwargs)
+        self.requested = None if requested is None else frozenset(requested)
+        alone = () if requested is None else ("splits", *sorted(requested))
+        super().__init__(*args, hash=fingerprint(paths, hash, *sources, *alone), **kwargs)
         self.reported = []  # (split, a kind of REPORTED, reason -> number)
+
+    @property
+    def title(self) -> str:
+        """The name of the dataset in messages."""
+        return self.config.name
+
+    def is_requested(self, split: str) -> bool:
+        """Return whether a split is to be built: all are, unless some were `requested`."""
+        return self.requested is None or split in self.requested
+
+    def require_splits(self, splits: Collection[str]) -> None:
+        """
+        Require that the `requested` splits exist.
+
+        Args:
+            splits (`Collection[str]`): all splits of the dataset.
+
+        Raises:
+            ValueError: naming the first that does not, and those that do.
+        """
+        for split in sorted(self.requested or ()):
+            if split not in splits:
+                raise ValueError(f"There is no split {split!r} in {self.title!r}; there are: {', '.join(splits)}.")
 
     def _download_and_prepare(
         self, dl_manager: datasets.DownloadManager, verification_mode: Any, **settings: Any
@@ -208,11 +276,11 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
             OSError: naming every missing file, the folder, and how the authors distribute it.
         """
         if self.config.data_dir is None:
-            raise ValueError(f"{self.config.name!r} requires data_dir=..., the folder of its files. {distribution}")
+            raise ValueError(f"{self.title!r} requires data_dir=..., the folder of its files. {distribution}")
         missing = [str(path) for path in paths if not Path(path).exists()]
         if missing:
             raise OSError(
-                f"{self.config.name!r} requires files that do not exist (data_dir={self.config.data_dir!r}):"
+                f"{self.title!r} requires files that do not exist (data_dir={self.config.data_dir!r}):"
                 f"{format_listing(missing)}\n{distribution}"
             )
 
@@ -233,7 +301,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
         if not missing:
             return ""
         return (
-            f"{len(missing)} {what} of {self.config.name!r} do not exist (data_dir={self.config.data_dir!r}):"
+            f"{len(missing)} {what} of {self.title!r} do not exist (data_dir={self.config.data_dir!r}):"
             f"{format_listing(missing)}\n{distribution}"
         )
 
@@ -260,7 +328,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
                 unreadable.append(str(error))
         if unreadable:
             raise OSError(
-                f"{len(unreadable)} images of {self.config.name!r} cannot be read; copy them again:"
+                f"{len(unreadable)} images of {self.title!r} cannot be read; copy them again:"
                 f"{format_listing(unreadable)}\n{distribution}"
             )
         return frames
@@ -280,7 +348,7 @@ class GroundingBuilder(datasets.GeneratorBasedBuilder):
     def _report(self, split: str, kind: str, counts: Counter) -> None:
         if counts:
             self.reported.append((split, kind, dict(counts)))
-            logger.warning(f"{self.config.name} {split}: {describe_reported(kind, counts)}.")
+            logger.warning(f"{self.title} {split}: {describe_reported(kind, counts)}.")
 
 
 def describe_reported(kind: str, counts: dict[str, int]) -> str:

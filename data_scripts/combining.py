@@ -4,13 +4,13 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 import datasets
 
 from .building import is_degenerate
 from .loading import load
+from .reading import coco_number
 from .schema import OPTIONAL
 
 
@@ -43,8 +43,7 @@ def coco_id(image_id: str, path: str | None = None, *, picture: str | None = Non
         warnings.warn("`picture` is deprecated, use `path`.", FutureWarning, stacklevel=2)
         path = picture
     told = re.search(r"(?:^|_)coco_(\d{1,18})$", image_id)
-    told = told or re.match(r"COCO_(?:train|val)2014_(\d{12})", PurePath(path or "").name)
-    return int(told[1]) if told else None
+    return int(told[1]) if told else coco_number(path or "")
 
 
 def combine(

@@ -607,5 +607,6 @@ SOURCES = [
         ("<name>.png",),
         "Drawn here from your own objects, or from the emoji of OpenMoji with --objects openmoji "
         f"({HOMEPAGE}, {LICENSE}).",
+        language="en",
     )
 ]

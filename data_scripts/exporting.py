@@ -4,12 +4,16 @@ import json
 import math
 import multiprocessing
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet as pq
 import yaml
+from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
+from huggingface_hub import DatasetCardData
 
 from .atomic_files import atomic_folder
 from .building import Source
@@ -24,6 +28,18 @@ MAX_SHARD_BYTES = 500_000_000
 # rows that a reader of a stream loads at a time
 ROW_GROUP_SIZE = 100
 README, DATA = "README.md", "data"
+# how the names of splits begin, in their usual order
+SPLIT_ORDER = ("train", "val", "dev", "test")
+# rows from which on the Hub calls a dataset larger, and what it calls it below
+SIZE_CATEGORIES = {
+    10**3: "n<1K",
+    10**4: "1K<n<10K",
+    10**5: "10K<n<100K",
+    10**6: "100K<n<1M",
+    10**7: "1M<n<10M",
+    10**8: "10M<n<100M",
+}
+UNDETERMINED = "und"  # the code of a language that nobody has told
 # marks a card as written by this module, and not by a person
 MARK = "Written by `python -m data_scripts export "
 
@@ -59,15 +75,54 @@ def with_absolute_path(row: dict) -> dict:
     return {"image": {"bytes": None, "path": os.path.abspath(image["path"])}}
 
 
-def write_shard(task: tuple[datasets.Dataset, Path, bool]) -> int:
-    """Write one Parquet file of (rows, path, whether to embed the images); returns the number of rows."""
-    rows, path, embed = task
-    rows = rows.with_format("arrow")
+def in_usual_order(names: Iterable[str]) -> list[str]:
+    """
+    Return names of splits in their usual order: those of training, validation, test, others.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.exporting import in_usual_order
+
+    >>> in_usual_order(["testB", "extra", "val", "testA", "train"])
+    ['train', 'val', 'testA', 'testB', 'extra']
+
+    ```"""
+
+    def rank(name: str) -> tuple[int, str]:
+        begins = [index for index, start in enumerate(SPLIT_ORDER) if name.startswith(start)]
+        return min(begins, default=len(SPLIT_ORDER)), name
+
+    return sorted(names, key=rank)
+
+
+def size_category(num_rows: int) -> str:
+    """
+    Return the category that the Hub has for a number of rows.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.exporting import size_category
+
+    >>> size_category(999), size_category(1000)
+    ('n<1K', '1K<n<10K')
+
+    ```"""
+    return next((name for limit, name in SIZE_CATEGORIES.items() if num_rows < limit), "100M<n<1B")
+
+
+def write_shard(task: tuple[datasets.Dataset, Path, str, bool]) -> tuple[str, int, int]:
+    """Write one Parquet file of (rows, path, split, whether to embed the images); returns (split, rows, bytes)."""
+    rows, path, split, embed = task
+    rows, num_bytes = rows.with_format("arrow"), 0
     with pq.ParquetWriter(path, rows.features.arrow_schema) as writer:
         for start in range(0, len(rows), ROW_GROUP_SIZE):
             table = rows[start : start + ROW_GROUP_SIZE]
-            writer.write_table(embed_table_storage(table) if embed else table)
-    return len(rows)
+            table = embed_table_storage(table) if embed else table
+            writer.write_table(table)
+            num_bytes += table.nbytes
+    return split, len(rows), num_bytes
 
 
 def write_dataset_card(
@@ -78,13 +133,23 @@ def write_dataset_card(
     embed: bool,
     flags: dict,
     build_report: dict | None,
+    dataset_info: dict | None = None,
+    license: str | None = None,
+    language: str | None = None,
 ) -> None:
     """
     Write the dataset card of an export to `folder`: which file is of which split, what is in it and what is not, and
-    where it comes from.
+    where it comes from. `license` and `language` are those of the source if they are not given.
     """
+    info = next(iter(splits.values())).info
+    license_of_rows = (info.license or "").lower().replace(" ", "-")  # as the Hub spells it: cc-by-sa-4.0
+    # a folder may have any name
+    name = source.name if re.fullmatch(r"[\w./+ -]+", source.name) else "a folder"
     settings = {
-        "pretty_name": source.name,
+        "pretty_name": name,
+        "license": license or license_of_rows or source.license,
+        "language": [language or source.language or UNDETERMINED],
+        "size_categories": [size_category(sum(map(len, splits.values())))],
         "task_categories": ["zero-shot-object-detection"],
         "tags": ["visual-grounding", "referring-expression-comprehension", "phrase-grounding"],
         "configs": [
@@ -93,10 +158,8 @@ def write_dataset_card(
                 "data_files": [{"split": split, "path": f"{DATA}/{split}-*.parquet"} for split in splits],
             }
         ],
+        **({} if dataset_info is None else {"dataset_info": dataset_info}),
     }
-    info = next(iter(splits.values())).info
-    if info.license:
-        settings["license"] = info.license.lower().replace(" ", "-")  # as the Hub spells it: cc-by-sa-4.0
     credit = f" {for_markdown(info.citation)}" if info.citation else ""
     counts = {split: count_split(rows) for split, rows in splits.items()}
     table = [["split", *COUNTS], ["---"] * (1 + len(COUNTS))]
@@ -111,7 +174,7 @@ def write_dataset_card(
         f"""---
 {yaml.safe_dump(settings, sort_keys=False)}---
 
-# {source.name}
+# {name}
 
 Visual grounding: images ({placement}), objects, and the sentences that refer to them. A row is an image.
 
@@ -133,10 +196,34 @@ rows = load_dataset({json.dumps(str(folder), ensure_ascii=False)}, split="{next(
 
 Source: {source.distribution} Licences of images and annotations are their authors'.{credit}
 
-{MARK}{source.name}`; flags:{chosen}.
+{MARK}{name}`; flags:{chosen}.
 """,
         encoding="utf-8",
     )
+
+
+def describe_files(folder: Path, splits: dict[str, datasets.Dataset], num_bytes: dict[str, int]) -> dict:
+    """
+    Return the `dataset_info` of a card, which tells the Hub the features, rows and bytes of files.
+
+    Args:
+        folder (`Path`): the files.
+        splits (`dict[str, datasets.Dataset]`): split -> rows.
+        num_bytes (`dict[str, int]`): split -> bytes of its rows as tables.
+    """
+    entries = {
+        name: datasets.SplitInfo(name=name, num_bytes=num_bytes[name], num_examples=len(rows))
+        for name, rows in splits.items()
+    }
+    info = datasets.DatasetInfo(
+        features=next(iter(splits.values())).features,
+        splits=datasets.SplitDict(entries),
+        download_size=sum(file.stat().st_size for file in folder.iterdir()),
+        dataset_size=sum(num_bytes.values()),
+    )
+    data = DatasetCardData()
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    return data.to_dict()["dataset_info"]
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -165,6 +252,8 @@ def export_dataset(
     overwrite: bool = False,
     flags: dict | None = None,
     build_report: dict | None = None,
+    license: str | None = None,
+    language: str | None = None,
 ) -> Path:
     """
     Write a dataset as Parquet files with a dataset card, atomically.
@@ -184,6 +273,9 @@ def export_dataset(
         flags (`dict`, *optional*): the flags that the dataset was built with, for the card.
         build_report (`dict`, *optional*): what its build left out or changed, see `reports.read_build_report`, for the
             card.
+        license (`str`, *optional*): the licence, as an id of the Hub, for the card; absent: that of the source.
+        language (`str`, *optional*): the language of the texts, as a code of ISO 639, for the card; absent: the
+            source's.
 
     Returns:
         `Path`: `output`.
@@ -194,6 +286,8 @@ def export_dataset(
     """
     output = Path(output).absolute()
     check_output(output, overwrite)
+    splits = {split: splits[split] for split in in_usual_order(splits)}
+    num_bytes = dict.fromkeys(splits, 0)
     with atomic_folder(output, overwrite) as folder:
         (folder / DATA).mkdir()
         tasks = []
@@ -205,14 +299,21 @@ def export_dataset(
             rows = rows.cast_column("image", datasets.Image())
             for index in range(num_shards):
                 path = folder / DATA / f"{split}-{index:05d}-of-{num_shards:05d}.parquet"
-                tasks.append((rows.shard(num_shards, index, contiguous=True), path, embed))
+                tasks.append((rows.shard(num_shards, index, contiguous=True), path, split, embed))
         with progress_bar(total=sum(map(len, splits.values())), desc="exporting", unit="image") as progress:
+
+            def take(written: Iterable[tuple[str, int, int]]) -> None:
+                for split, count, size in written:
+                    num_bytes[split] += size
+                    progress.update(count)
+
             if num_proc is None or num_proc == 1:
-                for task in tasks:
-                    progress.update(write_shard(task))
+                take(map(write_shard, tasks))
             else:
                 with multiprocessing.Pool(num_proc) as pool:
-                    for count in pool.imap_unordered(write_shard, tasks):
-                        progress.update(count)
-        write_dataset_card(folder / README, output, source, splits, embed, flags or {}, build_report)
+                    take(pool.imap_unordered(write_shard, tasks))
+        info = describe_files(folder / DATA, splits, num_bytes)
+        write_dataset_card(
+            folder / README, output, source, splits, embed, flags or {}, build_report, info, license, language
+        )
     return output

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import datasets
 
-from .building import GroundingBuilder, Source, clip_boxes, merge_boxes
+from .building import Copy, GroundingBuilder, Source, clip_boxes, describe_copies, merge_boxes
 from .quoting import explain, quote
 from .reading import check_text, has_words, image_of, parse_xml, read_frame, read_text
 from .schema import FEATURES
@@ -37,8 +37,12 @@ IMAGE_DIRS = ("flickr30k-images", "flickr30k_images", "f30k_images", "images", "
 DISTRIBUTION = (
     "Annotations/ and Sentences/ are in annotations.zip, next to the lists train.txt, val.txt and test.txt and the "
     "file UNRELATED_CAPTIONS, at https://github.com/BryanPlummer/flickr30k_entities; the images are sent on "
-    "request: https://shannon.cs.illinois.edu/DenotationGraph/."
+    "request: https://shannon.cs.illinois.edu/DenotationGraph/. "
 )
+COPIES = (
+    Copy("nlphuji/flickr30k", "images and captions without boxes, to be saved as <id>.jpg", "non-commercial research"),
+)
+DISTRIBUTION += describe_copies(COPIES)
 # [/EN#<chain>/<type>[/<type>...] words]
 PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)*)(?: ([^\[\]]*))?\]")
 
@@ -49,8 +53,8 @@ class Flickr30kEntitiesConfig(datasets.BuilderConfig):
     Args:
         image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: the first of
             `IMAGE_DIRS` that is there.
-        drop_unrelated_captions (`bool`): leave out the captions that the authors list as not about their image: 20,
-            all in train. The published metrics include them.
+        drop_unrelated_captions (`bool`): leave out the captions that the authors list as not about their image, of
+            which there are 21. The published metrics include them.
     """
 
     image_dir: str | None = None
@@ -61,6 +65,7 @@ class Flickr30kEntities(GroundingBuilder):
     """Flickr30k Entities: captions of images, and boxes of their phrases. Rows have the order of the split lists."""
 
     BUILDER_CONFIG_CLASS = Flickr30kEntitiesConfig
+    BUILDS_SPLITS_ALONE = True
     BUILDER_CONFIGS = [Flickr30kEntitiesConfig(name="flickr30k_entities", version=GroundingBuilder.VERSION)]
     DEFAULT_CONFIG_NAME = "flickr30k_entities"
 
@@ -78,9 +83,11 @@ class Flickr30kEntities(GroundingBuilder):
         data_dir = Path(self.config.data_dir or "")
         annotations, sentences, *lists, unrelated = self.annotation_files(data_dir, self.config.name)
         optional = [unrelated] if self.config.drop_unrelated_captions else []
-        self.require_files([annotations, sentences, *lists, *optional], DISTRIBUTION)
-        image_ids = {split: read_image_ids(path) for split, path in zip(SPLITS, lists, strict=True)}
-        everything = [image_id for split in SPLITS for image_id in image_ids[split]]
+        self.require_splits(SPLITS)
+        lists = {split: path for split, path in zip(SPLITS, lists, strict=True) if self.is_requested(split)}
+        self.require_files([annotations, sentences, *lists.values(), *optional], DISTRIBUTION)
+        image_ids = {split: read_image_ids(path) for split, path in lists.items()}
+        everything = [image_id for split in lists for image_id in image_ids[split]]
         for folder, ending in ((annotations, "xml"), (sentences, "txt")):
             files = (folder / f"{image_id}.{ending}" for image_id in everything)
             self.require_images(files, DISTRIBUTION, f".{ending} files")
@@ -88,7 +95,7 @@ class Flickr30kEntities(GroundingBuilder):
         self.require_images((image_dir / f"{image_id}.jpg" for image_id in everything), DISTRIBUTION)
         return [
             datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "image_ids": image_ids[split]})
-            for split in SPLITS
+            for split in lists
         ]
 
     def _image_dir(self) -> Path:
@@ -305,5 +312,8 @@ SOURCES = [
         files=("Annotations/", "Sentences/", "train.txt", "val.txt", "test.txt", "flickr30k-images/"),
         distribution=DISTRIBUTION,
         counts={"train": (29_783, None, 427_193), "val": (1_000, None, 14_433), "test": (1_000, None, 14_481)},
+        copies=COPIES,
+        license="other",
+        language="en",
     )
 ]

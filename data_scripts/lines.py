@@ -250,6 +250,7 @@ class LineConverter:
 class LineBuilder(GroundingBuilder):
     """A builder of files that a reader turns into lines. A row is an image, in the order of the first lines."""
 
+    BUILDS_SPLITS_ALONE = True
     DISTRIBUTION = ""
     SCALES_TO_IMAGE = True
     ENDINGS = (".jsonl", ".json")  # of the files of a folder: those of the first ending that any has are read
@@ -314,17 +315,19 @@ class LineBuilder(GroundingBuilder):
         if not self.split_files:
             if self.config.data_dir is None:
                 raise ValueError(
-                    f"{self.config.name!r} requires data_dir=... or path=..., the folder or the files to read. "
+                    f"{self.title!r} requires data_dir=... or path=..., the folder or the files to read. "
                     f"{self.DISTRIBUTION}"
                 )
             raise OSError(
                 f"There is no {' or '.join(self.ENDINGS)} file in {self.config.data_dir!r}. {self.DISTRIBUTION}"
             )
-        absent = [str(file) for files in self.split_files.values() for file in files if not file.is_file()]
+        self.require_splits(self.split_files)
+        split_files = {split: files for split, files in self.split_files.items() if self.is_requested(split)}
+        absent = [str(file) for files in split_files.values() for file in files if not file.is_file()]
         if absent:
             raise OSError(f"There is no file {', '.join(absent)}. {self.DISTRIBUTION}")
         rows, bad, left_out, changed, image_paths, written = {}, [], {}, {}, {}, {}
-        for split, files in self.split_files.items():
+        for split, files in split_files.items():
             if not re.fullmatch(r"\w+", split) or split == "all":
                 raise ValueError(
                     f"{split!r} is not a valid name of a split; expected letters, digits and _, and not 'all'."

@@ -1,25 +1,29 @@
 """Load datasets by name, building those that are not in the cache."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+from datasets.config import DATASET_INFO_FILENAME
 from datasets.exceptions import DatasetGenerationError
 
 from . import cutouts, flickr30k_entities, jsonl, line_formats, refcoco, reftr_index, shapes, visual_genome
-from .building import Source, builder_error_of, flags_of
+from .building import GroundingBuilder, Source, builder_error_of, flags_of
+from .named_rows import open_named, refuse_other_rows, refuse_other_texts, source_of, stream_texts
 from .reports import format_build_report, read_build_report
 from .schema import FEATURES
 
 
-# all datasets that `load` takes; each module of builders lists its own
+# all datasets that `load` takes by a name of ours; each module of builders lists its own
 MODULES = (shapes, cutouts, jsonl, refcoco, flickr30k_entities, visual_genome, reftr_index, line_formats)
 SOURCES: dict[str, Source] = {source.name: source for module in MODULES for source in module.SOURCES}
 
 
 def load(
     name: str,
-    split: str | None = None,
+    split: str | Sequence[str] | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
     streaming: bool = False,
@@ -30,7 +34,8 @@ def load(
     """
     Load a dataset, building it if it is not in the cache.
 
-    A change of the annotation files, of the builder or of a flag builds it again.
+    A change of the annotation files, of the builder or of a flag builds it again. Of a dataset that is not built yet,
+    only the `split` that is asked for is, and the files of the others may be missing.
 
     An image is turned as its EXIF orientation says, unless only its stored size agrees with the size that it was
     annotated at. Where it is not turned, the row has the content of the file without its orientation, since the
@@ -38,21 +43,23 @@ def load(
     boxes and masks are in.
 
     Args:
-        name (`str`): the dataset, one of `SOURCES`.
-        split (`str`, *optional*): one of its splits; absent: all of them, in a dict.
+        name (`str`): the dataset: one of `SOURCES`; a folder that `datasets.load_dataset` opens, such as an export; or
+            a dataset of the Hub (user/name), which is downloaded unless it is in the cache. Rows of other columns than
+            those of an export are converted, see `named_rows`.
+        split (`str` or `list[str]`, *optional*): one of its splits, or several, in a dict; absent: all of them.
         data_dir (`str`, *optional*): the folder of its files, as its authors distribute them.
         cache_dir (`str`, *optional*): the cache of built datasets, by default that of the datasets library.
         streaming (`bool`): yield the rows from the files in turn, writing nothing.
         num_proc (`int`, *optional*): number of processes that build it.
         decode (`bool`): decode the images; else their path or content is given, as by `datasets.Image(decode=False)`.
-        config: flags of the dataset's configuration, for example `image_size=64`.
+        config: flags of the dataset's configuration, for example `image_size=64`, or `revision` of one of the Hub.
 
     Returns:
         `datasets.Dataset`, or `IterableDataset` when streaming: one row per image, see `schema.FEATURES`.
 
     Raises:
         ValueError: if the dataset or a flag is unknown, `data_dir` is missing, or nothing is left in a split.
-        OSError: if files are missing or damaged, naming them.
+        OSError: if files are missing or damaged, naming them, or there is no such folder or dataset of the Hub.
 
     Example:
 
@@ -64,24 +71,27 @@ def load(
     ['attribute']
 
     ```"""
-    builder = _make_builder(name, data_dir, cache_dir, config)
+    wanted = names_of_splits(split)
+    builder = _make_builder(name, data_dir, cache_dir, config, wanted, streaming)
     if streaming:
-        rows = builder.as_streaming_dataset(split=split)
-        parts = rows if split is None else {split: rows}
-        undecoded = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in parts.items()}
-        empty = [name for name, part in undecoded.items() if next(iter(part), None) is None]
-        _refuse_empty(builder, empty, builder.make_report())
-        if split is None:
-            return datasets.IterableDatasetDict({key: _stream_as_stored(part, decode) for key, part in rows.items()})
-        return _stream_as_stored(rows, decode)
-    _build(builder, num_proc, split)
+        if not isinstance(builder, GroundingBuilder):
+            refuse_other_texts(stream_texts(name, cache_dir, config, builder), name)
+        if split is None or isinstance(split, str):
+            return _stream(builder, split, decode)
+        return datasets.IterableDatasetDict({part: _stream(builder, part, decode) for part in split})
+    _build(builder, num_proc, wanted)
     try:
-        rows = builder.as_dataset(split=split)
+        if split is None or isinstance(split, str):
+            rows = builder.as_dataset(split=split)
+        else:
+            rows = datasets.DatasetDict({part: builder.as_dataset(split=part) for part in split})
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
         sizes = ", ".join(f"{part}: {info.num_examples}" for part, info in builder.info.splits.items())
         raise ValueError(f"split={split!r} of {name!r} has no rows; its splits have {sizes} rows.") from error
+    if not isinstance(builder, GroundingBuilder):
+        refuse_other_rows(rows if isinstance(rows, dict) else {split: rows}, name)
     return rows if decode else rows.cast_column("image", datasets.Image(decode=False))
 
 
@@ -95,7 +105,8 @@ def load_with_report(
         name, data_dir, cache_dir, num_proc, config: see `load`.
 
     Returns:
-        `DatasetDict`: split -> rows. `dict` or None: see `reports.read_build_report`.
+        `DatasetDict`: split -> rows. `dict` or None: see `reports.read_build_report`; empty for rows that are used as
+            they are.
 
     Raises:
         ValueError, OSError: see `load`.
@@ -112,43 +123,132 @@ def load_with_report(
     ```"""
     builder = _make_builder(name, data_dir, cache_dir, config)
     _build(builder, num_proc)
-    return builder.as_dataset(), read_build_report(builder.cache_dir)
+    rows = builder.as_dataset()
+    if isinstance(builder, GroundingBuilder):
+        return rows, read_build_report(builder.cache_dir)
+    refuse_other_rows(rows, name)
+    return rows, {}
 
 
-def _make_builder(name: str, data_dir: str | None, cache_dir: str | None, config: dict) -> datasets.DatasetBuilder:
-    """Return the builder of a dataset by its name; raise a ValueError for unknown names and flags."""
-    if name not in SOURCES:
-        raise ValueError(f"There is no dataset {name!r}; choose from: {', '.join(SOURCES)}.")
-    source = SOURCES[name]
+def find_source(name: str) -> Source:
+    """
+    Return what is known of a dataset by its name, without opening it.
+
+    Args:
+        name (`str`): see `load`.
+
+    Raises:
+        ValueError: if it is neither one of `SOURCES` nor the form of a path or of a name on the Hub.
+        OSError: if it is a path, and there is no such folder.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.loading import find_source
+
+    >>> find_source("someone/photos").name
+    'someone/photos'
+
+    ```"""
+    if name in SOURCES:
+        return SOURCES[name]
+    if "/" not in name and not os.path.isdir(name):
+        raise ValueError(
+            f"There is no dataset {name!r}; choose from: {', '.join(SOURCES)}; or give a folder, or a dataset of the "
+            "Hub (user/name)."
+        )
+    return source_of(name)
+
+
+def names_of_splits(split: str | Sequence[str] | None) -> list[str] | None:
+    """
+    Return the names of splits in what `load` takes; None for all of them.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.loading import names_of_splits
+
+    >>> names_of_splits("train[:10%]+val"), names_of_splits(["test"]), names_of_splits(None)
+    (['train', 'val'], ['test'], None)
+
+    ```"""
+    if split is None or str(split) == "all":
+        return None
+    parts = [split] if isinstance(split, str) else split
+    return [name.split("[")[0].strip() for part in parts for name in str(part).split("+")]
+
+
+def _make_builder(
+    name: str,
+    data_dir: str | None,
+    cache_dir: str | None,
+    config: dict,
+    wanted: list[str] | None = None,
+    streaming: bool = False,
+) -> datasets.DatasetBuilder:
+    """
+    Return the builder of a dataset by its name; raise a ValueError for unknown names and flags. Where the dataset is
+    not built yet, it is a builder of the wanted splits alone.
+    """
+    source = find_source(name)
     flags = flags_of(source)
     unknown = sorted(set(config) - set(flags))
     if unknown:
         raise ValueError(f"{name!r} has no flag {', '.join(unknown)}; it has: {', '.join(flags)}.")
-    if data_dir is not None:
-        config = {**config, "data_dir": str(data_dir)}
-    return source.builder(config_name=source.config_name, cache_dir=cache_dir, **config)
+
+    def make(requested: list[str] | None = None) -> datasets.DatasetBuilder:
+        if name not in SOURCES:
+            return open_named(name, data_dir, cache_dir, config, requested, streaming)
+        folder = {} if data_dir is None else {"data_dir": str(data_dir)}
+        alone = {} if requested is None else {"requested": requested}
+        return source.builder(config_name=source.config_name, cache_dir=cache_dir, **config, **folder, **alone)
+
+    builder = make()
+    is_partial = wanted is not None and getattr(builder, "BUILDS_SPLITS_ALONE", False)
+    if is_partial and (streaming or not os.path.isfile(os.path.join(builder.cache_dir, DATASET_INFO_FILENAME))):
+        return make(wanted)
+    return builder
 
 
-def _build(builder: datasets.DatasetBuilder, num_proc: int | None, split: str | None = None) -> None:
+def _build(builder: datasets.DatasetBuilder, num_proc: int | None, wanted: list[str] | None = None) -> None:
     """Build a dataset that is not in the cache; raise the builder's own error, and one for an empty split."""
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except DatasetGenerationError as error:
         raise builder_error_of(error) from error
-    # the library loads no split without rows
-    empty = [name for name, info in builder.info.splits.items() if split in (None, name) and not info.num_examples]
-    _refuse_empty(builder, empty, read_build_report(builder.cache_dir))
+    if isinstance(builder, GroundingBuilder):
+        # the library loads no split without rows
+        splits = {name: info for name, info in builder.info.splits.items() if wanted is None or name in wanted}
+        empty = [name for name, info in splits.items() if not info.num_examples]
+        _refuse_empty(builder, empty, read_build_report(builder.cache_dir))
 
 
-def _refuse_empty(builder: datasets.DatasetBuilder, empty: list[str], report: dict | None) -> None:
+def _refuse_empty(builder: GroundingBuilder, empty: list[str], report: dict | None) -> None:
     """Raise a ValueError if there are splits without rows, with the files that they are read from."""
     if empty:
         files = dict.fromkeys(str(file) for name in empty for file in builder.files_of(name))
         read_from = ", ".join(map(repr, files)) or "no file"
         raise ValueError(
-            f"Nothing is left in {', '.join(empty)} of {builder.config.name!r}, read from {read_from}. "
+            f"Nothing is left in {', '.join(empty)} of {builder.title!r}, read from {read_from}. "
             f"{format_build_report(report)}"
         )
+
+
+def _stream(
+    builder: datasets.DatasetBuilder, split: str | None, decode: bool
+) -> datasets.IterableDataset | datasets.IterableDatasetDict:
+    """Return the streams of a builder; raise a ValueError for a split without rows."""
+    rows = builder.as_streaming_dataset(split=split)
+    parts = rows if split is None else {split: rows}
+    if isinstance(builder, GroundingBuilder):
+        undecoded = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in parts.items()}
+        empty = [name for name, part in undecoded.items() if next(iter(part), None) is None]
+        _refuse_empty(builder, empty, builder.make_report())
+        parts = {name: _stream_as_stored(part, decode) for name, part in parts.items()}
+    elif not decode:
+        parts = {name: part.cast_column("image", datasets.Image(decode=False)) for name, part in parts.items()}
+    return datasets.IterableDatasetDict(parts) if split is None else parts[split]
 
 
 def _stream_as_stored(rows: datasets.IterableDataset, decode: bool) -> datasets.IterableDataset:

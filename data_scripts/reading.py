@@ -191,6 +191,23 @@ def is_inside(name: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
+def coco_number(name: str) -> int | None:
+    """
+    Return the COCO id in the name of an image file of COCO 2014; None if it has none.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.reading import coco_number
+
+    >>> coco_number("coco/train2014/COCO_train2014_000000581857.jpg"), coco_number("1.jpg")
+    (581857, None)
+
+    ```"""
+    found = re.match(r"COCO_(?:train|val)2014_(\d{12})", re.split(r"[/\\]", name)[-1])
+    return int(found[1]) if found else None
+
+
 def check_text(text: object, name: str) -> str:
     """
     Return a text as it is, if it can be encoded, written to a file and read again, and tokenized in a second. The

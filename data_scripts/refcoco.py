@@ -31,9 +31,11 @@ import numpy as np
 from .building import (
     KEPT_BOXES,
     KEPT_MASKS,
+    Copy,
     GroundingBuilder,
     Source,
     clip_box,
+    describe_copies,
     format_listing,
     integer_box,
     is_degenerate,
@@ -75,13 +77,31 @@ IMAGE_FOLDERS = {
     ),
     "saiapr": ("images/saiapr_tc-12", "saiapr_tc-12", "referit/images", "../saiapr_tc-12", "../referit/images"),
 }
+# licences as the authors of Ref-L4 state those of the annotations
+APACHE, CC_BY = "annotations: Apache-2.0", "annotations: CC BY 4.0"
+COPIES = {
+    "refcoco_unc": (
+        Copy("jxu124/refcoco", "all splits, without images", APACHE),
+        Copy("lmms-lab/RefCOCO", "testA, testB and a val mixed with google's, with images; no train", APACHE),
+        Copy("moondream/refcoco-m", "half of val with other masks, with images", "MIT"),
+    ),
+    "refcoco_google": (Copy("lmms-lab/RefCOCO", "test, with images; no train", APACHE),),
+    "refcoco+_unc": (
+        Copy("jxu124/refcocoplus", "all splits, without images", APACHE),
+        Copy("lmms-lab/RefCOCOplus", "testA, testB and val, with images; no train", APACHE),
+    ),
+    "refcocog_umd": (
+        Copy("jxu124/refcocog", "all splits, without images", CC_BY),
+        Copy("lmms-lab/RefCOCOg", "test and a val mixed with google's, with images; no train", CC_BY),
+    ),
+}
 ANNOTATIONS = (
-    "The refer API's authors publish the annotations as refcoco.zip, refcoco+.zip, refcocog.zip and refclef.zip "
-    "(github.com/lichengunc/refer); extract them into data_dir."
+    "The refer API's authors distributed the annotations as refcoco.zip, refcoco+.zip, refcocog.zip and refclef.zip "
+    "(github.com/lichengunc/refer), from a host that no longer answers; extract them into data_dir."
 )
 IMAGE_SOURCES = {
     "coco": "The images are COCO's train2014.zip (cocodataset.org).",
-    "saiapr": "The images are saiapr_tc-12.zip, the subset of ImageCLEF that the refer API's authors publish.",
+    "saiapr": "The images are saiapr_tc-12.zip, the subset of ImageCLEF that the refer API's authors distributed.",
 }
 
 
@@ -107,6 +127,7 @@ class RefCoco(GroundingBuilder):
     """Referring expressions of the refer API: RefCOCO, RefCOCO+, RefCOCOg, ReferItGame."""
 
     BUILDER_CONFIG_CLASS = RefCocoConfig
+    BUILDS_SPLITS_ALONE = True
     BUILDER_CONFIGS = [
         RefCocoConfig(name=name, version=GroundingBuilder.VERSION)
         for name in (
@@ -129,9 +150,14 @@ class RefCoco(GroundingBuilder):
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         files = [] if self.config.data_dir is None else self.annotation_files(self.config.data_dir, self.config.name)
-        self.require_files(files, ANNOTATIONS)
+        self.require_files(files, describe_annotations(self.config.name))
         instances_file, refs_file = files
         refs = read_refs(refs_file)
+        splits = dict.fromkeys(split for ref in refs for split in splits_of(ref["split"]))
+        if not 1 <= len(splits) <= MAX_SPLITS:
+            raise ValueError(f"{str(refs_file)!r} has {len(splits)} splits; expected from 1 to {MAX_SPLITS}.")
+        self.require_splits(splits)
+        refs = [ref for ref in refs if any(map(self.is_requested, splits_of(ref["split"])))]
         images, annotations, categories = read_instances(
             instances_file, {ref["ann_id"] for ref in refs}, with_file_names=self.image_source == "saiapr"
         )
@@ -147,10 +173,7 @@ class RefCoco(GroundingBuilder):
             {path: annotated_size_of(images[image_id]) for image_id, path in paths.items()}, self.distribution
         )
         generators = []
-        splits = dict.fromkeys(split for ref in refs for split in splits_of(ref["split"]))
-        if not 1 <= len(splits) <= MAX_SPLITS:
-            raise ValueError(f"{str(refs_file)!r} has {len(splits)} splits; expected from 1 to {MAX_SPLITS}.")
-        for split in splits:
+        for split in filter(self.is_requested, splits):
             by_image, position = defaultdict(list), 0
             for ref in refs:
                 if split in splits_of(ref["split"]):
@@ -513,6 +536,11 @@ def encode_part(part: Any, annotated_size: tuple[int, int], size: tuple[int, int
     return encode_polygons([points.ravel().tolist()], height, width)
 
 
+def describe_annotations(name: str) -> str:
+    """Return where the annotations of a dataset come from, in a few sentences."""
+    return f"{ANNOTATIONS} {describe_copies(COPIES.get(name, ()))}".rstrip()
+
+
 def _source(name: str, counts: dict[str, tuple]) -> Source:
     folder, split_by = name.rsplit("_", 1)
     image_folder = "images/saiapr_tc-12/" if folder == "refclef" else "images/train2014/"
@@ -524,6 +552,9 @@ def _source(name: str, counts: dict[str, tuple]) -> Source:
         files=(f"{folder}/instances.json", f"{folder}/refs({split_by}).p", image_folder),
         distribution=f"{ANNOTATIONS} {IMAGE_SOURCES['saiapr' if folder == 'refclef' else 'coco']}",
         counts=counts,
+        copies=COPIES.get(name, ()),
+        license="other",
+        language="en",
     )
 
 
@@ -538,7 +569,10 @@ SOURCES = [
             "testB": (750, 1810, 5095),
         },
     ),
-    _source("refcoco_google", dict.fromkeys(("train", "val", "test"), (None, None, None))),
+    _source(
+        "refcoco_google",
+        {"train": (19213, 40000, None), "val": (4559, 5000, None), "test": (4527, 5000, None)},
+    ),
     _source(
         "refcoco+_unc",
         {
@@ -550,9 +584,9 @@ SOURCES = [
     ),
     _source(
         "refcocog_umd",
-        {"train": (21899, 42226, None), "val": (1300, 2573, 4896), "test": (2600, 5023, None)},
+        {"train": (21899, 42226, 80512), "val": (1300, 2573, 4896), "test": (2600, 5023, 9602)},
     ),
-    _source("refcocog_google", {"train": (None, None, 85474), "val": (4650, None, 9536)}),
+    _source("refcocog_google", {"train": (24698, 44822, 85474), "val": (4650, 5000, 9536)}),
     _source("refclef_unc", dict.fromkeys(("train", "val", "testA", "testB", "testC"), (None, None, None))),
     _source(
         "refclef_berkeley",

@@ -27,9 +27,11 @@ import numpy as np
 from .building import (
     KEPT_BOXES,
     KEPT_MASKS,
+    Copy,
     GroundingBuilder,
     Source,
     clip_boxes,
+    describe_copies,
     integer_box,
     is_degenerate,
     is_for_training,
@@ -50,6 +52,7 @@ DISTRIBUTION = (
     "the images are those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first "
     "README's tree."
 )
+COPIES = (Copy("linhuixiao/OneRef", "indexes of ReSC in another tree of folders", "licence: see its card"),)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class RefTRIndex(GroundingBuilder):
     """The published indexes of RefTR and ReSC. Rows have the order in which the index first names their images."""
 
     BUILDER_CONFIG_CLASS = RefTRIndexConfig
+    BUILDS_SPLITS_ALONE = True
     BUILDER_CONFIGS = [RefTRIndexConfig(name=name, version=GroundingBuilder.VERSION) for name in INDEXES]
 
     @classmethod
@@ -161,9 +165,16 @@ class RefTRIndex(GroundingBuilder):
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         index, data_dir = self.index, Path(self.config.data_dir or "").absolute()
-        self.require_files(self.annotation_files(data_dir, self.config.name), DISTRIBUTION)
+        self.require_splits(index.splits)
+        splits = list(filter(self.is_requested, index.splits))
+        files = list(dict.fromkeys(file for split in splits for file in index.split_files(split)))
+        names = (*files, *filter(None, [index.mask_dir]))
+        self.require_files(
+            (data_dir / name for name in names),
+            f"{DISTRIBUTION} {describe_copies(copies_of(self.config.name))}".rstrip(),
+        )
         self.masks = {}  # mask file -> see `read_mask_array`; splits share masks
-        records = {file: read_index(data_dir / file, index.layout) for file in index.files}
+        records = {file: read_index(data_dir / file, index.layout) for file in files}
         column = index.layout.index("image")
         folders = IMAGE_DIRS[index.image_source] if self.config.image_dir is None else (self.config.image_dir,)
         paths = {}
@@ -175,7 +186,7 @@ class RefTRIndex(GroundingBuilder):
             masks = names_of(records.values(), index.layout.index("mask"))
             self.require_images((data_dir / index.mask_dir / name for name in masks), DISTRIBUTION, "masks")
         generators = []
-        for split in index.splits:
+        for split in splits:
             images, position = {}, 0
             for file in index.split_files(split):
                 name = PurePosixPath(file).name
@@ -262,6 +273,11 @@ class RefTRIndex(GroundingBuilder):
                 return None
             changed[KEPT_MASKS] += 1
         return segmentation
+
+
+def copies_of(name: str) -> tuple[Copy, ...]:
+    """Return where else the index files of a dataset are."""
+    return COPIES if name.startswith("resc_") else ()
 
 
 def names_of(indexes: Iterable[list[tuple]], column: int) -> list[str]:
@@ -445,6 +461,9 @@ SOURCES = [
         files=(*index.files, *filter(None, [index.mask_dir]), IMAGE_DIRS[index.image_source][0]),
         distribution=DISTRIBUTION,
         counts=COUNTS.get(COUNTS_OF.get(name), {}),
+        copies=copies_of(name),
+        license="other",
+        language="en",
     )
     for name, index in INDEXES.items()
 ]

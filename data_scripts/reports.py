@@ -170,13 +170,20 @@ def format_build_report(report: dict[str, dict[str, dict[str, int]]] | None, wha
 
 
 def list_sources(sources: dict[str, Source]) -> str:
-    """Format one line per dataset: its splits, published counts and required files."""
+    """
+    Format one line per dataset: its splits, published counts and required files; and one per living copy of those
+    whose hosts are gone.
+    """
     rows = [["name", "images", "expressions", "splits", "files"]]
     for name, source in sources.items():
         rows.append([name, total(source, "images"), total(source, "expressions"), ", ".join(source.splits)])
         rows[-1].append(", ".join(source.files) or "none, it is generated")
+    copies = [["on the Hub", "of", "licence", "content"]]
+    copies += [
+        [copy.where, name, copy.license, copy.content] for name, source in sources.items() for copy in source.copies
+    ]
     width = shutil.get_terminal_size((119, 24)).columns
-    lines = format_table(rows).splitlines()
+    lines = [*format_table(rows).splitlines(), "", *format_table(copies).splitlines()]
     return "\n".join(line if len(line) <= width else line[: width - 3] + "..." for line in lines)
 
 
@@ -194,6 +201,11 @@ def describe_source(source: Source) -> str:
     parts.append("published counts:\n" + format_table(counts, indent="  "))
     parts.append("files in --data_dir:\n" + "\n".join(f"  {name}" for name in source.files or ("none",)))
     parts.append(textwrap.fill(source.distribution, 100))
+    if source.copies:
+        rows = [[copy.where, copy.content, copy.license] for copy in source.copies]
+        parts.append(
+            "living copies on the Hub:\n" + format_table([["name", "content", "licence"], *rows], indent="  ")
+        )
     flags = [f"  --{name} ({item.default!r})" for name, item in flags_of(source).items()]
     if flags:
         documentation = inspect.getdoc(source.builder.BUILDER_CONFIG_CLASS) or ""

@@ -296,4 +296,15 @@ def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, 
     return found
 
 
-SOURCES = [Source("shapes", Shapes, "default", SPLITS, (), "Drawn here; there is nothing to download.")]
+SOURCES = [
+    Source(
+        "shapes",
+        Shapes,
+        "default",
+        SPLITS,
+        (),
+        "Drawn here; there is nothing to download.",
+        license="apache-2.0",
+        language="en",
+    )
+]

@@ -330,5 +330,7 @@ SOURCES = [
         files=("region_descriptions.json", "image_data.json", "VG_100K/", "VG_100K_2/"),
         distribution=DISTRIBUTION,
         counts={"train": (108077, None, None)},
+        license="cc-by-4.0",
+        language="en",
     )
 ]

@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         if not needs_name:
             added.add_argument("name", nargs="?", metavar="NAME", help="a dataset, to describe it")
             return added
-        added.add_argument("name", metavar="NAME", help="a dataset, see `list`")
+        added.add_argument("name", metavar="NAME", help="a dataset, see `list`; a folder; or user/name of the Hub")
         added.add_argument("--data_dir", metavar="DIR", help="folder of the dataset's files")
         added.add_argument(
             "--cache_dir", metavar="DIR", help="folder of built datasets (default: that of the library)"
@@ -53,6 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     form.add_argument("--embed", action="store_true", help="store the images in the files (default)")
     form.add_argument("--by_path", action="store_true", help="store the paths of the images on this machine")
     exports.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    exports.add_argument("--license", metavar="ID", help="licence for the card, e.g. cc-by-4.0 (default: if known)")
+    exports.add_argument("--language", metavar="CODE", help="language of the texts, e.g. en (default: if known)")
     exports.add_argument("--push_to_hub", metavar="REPO", help="push to this repository (user/name)")
     exports.add_argument("--private", action="store_true", help="create the repository as private")
     previews = add("preview", "draw samples with boxes, masks and texts")

@@ -19,7 +19,7 @@ from data_scripts.checking import MASK_TOLERANCE, check, find_broken_images, for
 from data_scripts.escaping import TerminalFormatter, for_terminal
 from data_scripts.exporting import DATA, MARK, README, check_output, export_dataset
 from data_scripts.importing import import_files
-from data_scripts.loading import load_with_report
+from data_scripts.loading import find_source, load_with_report
 from data_scripts.progress import disable_library_bars
 from data_scripts.quoting import quote
 from data_scripts.reading import check_text
@@ -124,8 +124,10 @@ def run_export(args: Namespace) -> None:
         raise ValueError("--private has no effect without --push_to_hub: add it or remove --private.")
     check_output(Path(args.output).absolute(), args.overwrite)
     splits, build_report = load_splits(args)
+    settings = {"num_proc": args.num_proc, "overwrite": args.overwrite, "flags": {**args.flags}}
+    terms = {"license": args.license, "language": args.language}
     folder = export_dataset(
-        args.source, splits, args.output, not args.by_path, args.num_proc, args.overwrite, {**args.flags}, build_report
+        args.source, splits, args.output, not args.by_path, build_report=build_report, **settings, **terms
     )
     write(f'Written to {folder}; datasets.load_dataset("{folder}") reads it.')
     if args.push_to_hub:
@@ -279,9 +281,7 @@ def run(args: Namespace, flags: list[str]) -> int:
     handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
     logging.getLogger("data_scripts").addHandler(handler)  # not to the root: datasets prints its own messages
     if args.name is not None:
-        if args.name not in SOURCES:
-            raise ValueError(f"{args.name!r} is not a dataset; use one of {', '.join(SOURCES)}.")
-        args.source = SOURCES[args.name]
+        args.source = find_source(args.name)
         args.flags = parse_flags(args.source, flags)
     with quiet_forks():
         return COMMANDS[args.command](args) or 0

@@ -116,7 +116,7 @@ def is_published(dataset: str) -> bool:
 
 def dataset_and_split(dataset: str, split: str) -> tuple[str, str]:
     """Return the dataset and the name of a split; splits of joined datasets are called "dataset/split"."""
-    return tuple(split.split("/", 1)) if "/" in split else (dataset, split)
+    return tuple(split.rsplit("/", 1)) if "/" in split else (dataset, split)
 
 
 def comparable_results(dataset: str, split: str) -> list[PublishedResult]:

@@ -73,7 +73,7 @@ class DataSettings:
     """Which samples are read, and how they are batched."""
 
     dataset: str = setting(
-        Scope.RESULTS, "shapes", "Dataset of data_scripts; several joined: a,b; or a folder of Parquet files."
+        Scope.RESULTS, "shapes", "Dataset of data_scripts, a folder, or user/name of the Hub; several joined: a,b."
     )
     dataset_config: dict = setting(
         Scope.RESULTS, {}, "Flags of the dataset, for several by dataset name: a mapping, YAML here."

@@ -14,12 +14,14 @@ import time
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub import DatasetCard, HfApi
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from data_scripts import FEATURES, SOURCES, exporting, load
 from data_scripts.checking import is_box_within
 from reftr_cli.data_commands import push_export
+from tests.helpers.layout_hub import encoded, write_layout
 from tests.helpers.layout_toy import make_row, make_toy, save_picture
 from tests.helpers.local_hub import Hub
 from tests.helpers.tiny import ROOT
@@ -72,7 +74,7 @@ def test_list_shows_datasets_and_their_flags(run, command, toy):
     details = run("-m", "reftr_cli", "data", "list", "shapes").stdout
     assert "--image_size (96)" in details
     assert "at least 32" in details
-    refused(run("-m", "reftr_cli", "data", "list", "shape", check=False), "'shape' is not a dataset", "shapes")
+    refused(run("-m", "reftr_cli", "data", "list", "shape", check=False), "There is no dataset 'shape'", "shapes")
 
 
 def test_list_tells_origin_of_files(run):
@@ -379,6 +381,79 @@ def test_stats_prints_statistics_of_each_split(command, toy):
 def hub():
     with Hub() as hub:
         yield hub
+
+
+@pytest.mark.parametrize("layout", ["sample", "export"])
+def test_data_commands_take_folders(shapes, run, tmp_path, layout):
+    folder = tmp_path / "rows"
+    if layout == "sample":
+        write_layout(folder, "sample")
+    else:
+        exporting.export_dataset(SOURCES["shapes"], shapes, folder)
+    cache = ("--cache_dir", tmp_path / "cache")
+    printed = run("-m", "reftr_cli", "data", "check", folder, *cache).stdout
+    assert f"{folder}: 0 errors, 0 warnings." in printed
+    assert "expressions (phrases)" in run("-m", "reftr_cli", "data", "stats", folder, *cache).stdout
+    run("-m", "reftr_cli", "data", "preview", folder, *cache, "--output", tmp_path / "samples.png")
+    assert Image.open(tmp_path / "samples.png").width > 300
+    reported = {"sample": "validation: 1 boxes are cut at their", "export": "left out and changed nothing"}[layout]
+    assert reported in run("-m", "reftr_cli", "data", "build", folder, *cache).stdout
+    result = run("-m", "reftr_cli", "data", "check", tmp_path / "none", *cache, check=False)
+    refused(result, "There is no folder", "datasets.load_dataset")
+
+
+def test_data_commands_take_columns_of_a_pushed_dataset(hub, run, tmp_path, monkeypatch):
+    hub.use(monkeypatch, "hf_write")
+    rows = [{"photo": {"bytes": encoded(11), "path": None}, "said": "a cup", "at": [4, 6, 16, 24]}]
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    api = HfApi(endpoint=hub.address, token="hf_write")
+    api.create_repo("someone/photos", repo_type="dataset")
+    commit = api.upload_folder(repo_id="someone/photos", repo_type="dataset", folder_path=tmp_path / "rows").oid
+    online = hub.environment("hf_write", tmp_path / "home")
+    command = ("-m", "reftr_cli", "data", "check", "someone/photos", "--cache_dir", tmp_path / "cache")
+    refused(run(*command, check=False, **online), "has the columns photo, said, at", "columns: {image: image")
+    flags = ("--columns", "{image: photo, text: said, box: at}", "--box_format", "xywh", "--revision", commit)
+    assert "someone/photos: 0 errors" in run(*command, *flags, **online).stdout
+    assert "someone/photos: 0 errors" in run(*command, *flags, **{**online, "HF_HUB_OFFLINE": "1"}).stdout
+    refused(run(*command, "--column", "x", check=False, **online), "'--column'", "--columns, --box_format")
+
+
+def test_list_names_living_copies_with_licences(run):
+    lines = run("-m", "reftr_cli", "data", "list", COLUMNS="119").stdout.splitlines()
+    (copy,) = [line for line in lines if line.startswith("moondream/refcoco-m")]
+    assert copy.split()[1:3] == ["refcoco_unc", "MIT"]
+    details = run("-m", "reftr_cli", "data", "list", "refcocog_umd").stdout
+    assert "jxu124/refcocog" in details
+    assert "CC BY 4.0" in details
+    assert ["train", "21,899", "42,226", "80,512"] in [line.split() for line in details.splitlines()]
+
+
+def test_missing_annotations_name_living_copies(run, tmp_path):
+    result = run("-m", "reftr_cli", "data", "build", "refcoco_unc", "--data_dir", tmp_path, check=False)
+    refused(result, "instances.json", "Living copies: jxu124/refcoco", "Apache-2.0", "moondream/refcoco-m")
+
+
+def test_export_card_describes_terms_size_and_files(toy, tmp_path):
+    make_toy(toy, {split: [make_row(split, 0)] for split in ("train", "testA")})
+    loaded = load("toy", data_dir=toy, cache_dir=str(tmp_path / "cache"))
+    splits = {"testA": loaded["testA"], "extra": loaded["testA"], "val": loaded["testA"], "train": loaded["train"]}
+    exporting.export_dataset(SOURCES["toy"], splits, tmp_path / "export", license="cc-by-4.0", language="de")
+    card = DatasetCard.load(tmp_path / "export" / "README.md").data
+    assert (card.license, card.language, card.size_categories) == ("cc-by-4.0", ["de"], ["n<1K"])
+    order = ["train", "val", "testA", "extra"]
+    assert [part["split"] for part in card.configs[0]["data_files"]] == order
+    info = card.dataset_info
+    assert [(part["name"], part["num_examples"]) for part in info["splits"]] == [(name, 1) for name in order]
+    assert info["download_size"] == sum(file.stat().st_size for file in (tmp_path / "export" / "data").iterdir())
+    assert info["dataset_size"] == sum(part["num_bytes"] for part in info["splits"]) > 1000
+    read = datasets.load_dataset(str(tmp_path / "export"), cache_dir=str(tmp_path / "other"))
+    assert list(read) == order
+    assert read["train"].features == FEATURES
+    # nobody has told the terms of a user's own data
+    exporting.export_dataset(SOURCES["jsonl"], splits, tmp_path / "own")
+    card = DatasetCard.load(tmp_path / "own" / "README.md").data
+    assert (card.license, card.language) == ("unknown", ["und"])
 
 
 def test_export_pushes_to_hub_only_with_flag(command, toy, tmp_path, hub, run):

@@ -210,7 +210,7 @@ def test_jsonl_builder_names_split_in_another_convention(tmp_path, true):
     make_lines(tmp_path, true, num_images=4)
     (tmp_path / "train.jsonl").rename(tmp_path / "validation.jsonl")
     with pytest.raises(ValueError, match=rf"The boxes of 'validation', said to be 'xyxy', look like '{true}'"):
-        load(tmp_path)
+        data_scripts.load("jsonl", data_dir=tmp_path, cache_dir=str(tmp_path / "cache"))
 
 
 def test_jsonl_builder_refuses_polygons_in_fractions(tmp_path):

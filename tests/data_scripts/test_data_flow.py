@@ -555,23 +555,23 @@ def exported(shapes, tmp_path_factory):
 
 
 def test_load_rows_reads_folder_of_parquet_files(exported, shapes, arguments, processor, tmp_path):
-    args = arguments(dataset=exported, data_cache_dir=str(tmp_path))
+    args = arguments(dataset=exported, dataset_config={}, data_cache_dir=str(tmp_path))
     rows = load_rows(args.data)
     assert {name: len(part) for name, part in rows.items()} == {name: len(part) for name, part in shapes.items()}
     batches = [
         list(TrainingData(part["train"], processor, args, 0, 1, with_masks=True).batches(0)) for part in (rows, shapes)
     ]
     assert_same(*batches)
-    with pytest.raises(OSError, match="no folder '/nowhere' of Parquet files"):
-        load_rows(arguments(dataset="/nowhere").data)
+    with pytest.raises(OSError, match="no folder '/nowhere': give one"):
+        load_rows(arguments(dataset="/nowhere", dataset_config={}).data)
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other" / "train.parquet")
-    with pytest.raises(ValueError, match="has no columns height, image, image_id, objects, sentences, width"):
-        load_rows(arguments(dataset=str(tmp_path / "other")).data)
+    with pytest.raises(ValueError, match="has the columns text, which are neither those of an export"):
+        load_rows(arguments(dataset=str(tmp_path / "other"), dataset_config={}).data)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "builder"])
 def test_training_data_streams_each_sentence_at_most_once(exported, shapes, arguments, processor, kind):
-    source = {"dataset": exported, "dataset_config": "{}"} if kind == "parquet" else {}
+    source = {"dataset": exported, "dataset_config": {}} if kind == "parquet" else {}
     args = arguments(**source, streaming=True, expressions_per_image=3)
     rows = load_rows(args.data)
     assert isinstance(rows["train"], datasets.IterableDataset)

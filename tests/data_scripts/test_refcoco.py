@@ -308,7 +308,7 @@ def test_builder_names_missing_images_before_writing(tmp_path, refcoco):
     facts["refs_file"].write_bytes(pickle.dumps(refs, protocol=2))
     for streaming in (False, True):
         with pytest.raises(OSError, match="25 images of 'refcoco_unc' do not exist") as error:
-            load("train", streaming=streaming)
+            load("testB", streaming=streaming)
         for number in range(2000, 2025):
             assert f"COCO_train2014_{number:012d}.jpg" in str(error.value)
         for part in ("train2014.zip", str(facts["image_dir"]), "image_dir", "images/mscoco/images/train2014"):
