@@ -254,7 +254,7 @@ class NamedRows(GroundingBuilder):
         """Return the row of an image, counting what is left out and changed; boxes are added to `written`, if any."""
         layout = self.layout
         record = layout.convert(group)
-        frame, stored, file = self._read_image(group[0], image, record["annotated_size"])
+        frame, stored, file = self._open_frame(group[0], image, record["annotated_size"])
         width, height = frame.size
         annotated_size = record["annotated_size"] or frame.size
         scale = [width / annotated_size[0], height / annotated_size[1]] * 2
@@ -310,7 +310,7 @@ class NamedRows(GroundingBuilder):
         row |= {"objects": objects, "sentences": sentences}
         return row if positions is None else {**row, "positions": kept_positions}
 
-    def _read_image(self, row: dict, image: Any, annotated_size: tuple[int, int] | None) -> tuple:
+    def _open_frame(self, row: dict, image: Any, annotated_size: tuple[int, int] | None) -> tuple:
         """Return (frame, what the row stores of the image, name of its file or None)."""
         if self.layout.image is None:
             path = self.paths[row[self.layout.key]]

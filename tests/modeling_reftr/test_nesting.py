@@ -111,7 +111,7 @@ def test_json_readers_reject_hostile_text(tmp_path, text):
 
     readers = {
         "questions": (questions, "train.jsonl', line 1"),
-        "dataset": (lambda: data_scripts.load("jsonl", **data), "train.jsonl, line 1"),
+        "dataset": (lambda: data_scripts.load("jsonl", **data), "train.jsonl"),
         "configuration": (lambda: RefTRConfig.from_pretrained(path), "cannot be used"),
         "state of a run": (lambda: load_state(tmp_path), STATE),
         "build report": (lambda: read_build_report(tmp_path), "is damaged"),
