@@ -42,8 +42,8 @@ def coco_id(image_id: str, path: str | None = None, *, picture: str | None = Non
     if picture is not None:
         warnings.warn("`picture` is deprecated, use `path`.", FutureWarning, stacklevel=2)
         path = picture
-    told = re.search(r"(?:^|_)coco_(\d{1,18})$", image_id)
-    return int(told[1]) if told else coco_number(path or "")
+    match = re.search(r"(?:^|_)coco_(\d{1,18})$", image_id)
+    return int(match[1]) if match else coco_number(path or "")
 
 
 def combine(

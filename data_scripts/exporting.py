@@ -39,7 +39,7 @@ SIZE_CATEGORIES = {
     10**7: "1M<n<10M",
     10**8: "10M<n<100M",
 }
-UNDETERMINED = "und"  # the code of a language that nobody has told
+UNDETERMINED = "und"  # the ISO 639 code of an unknown language
 # marks a card as written by this module, and not by a person
 MARK = "Written by `python -m data_scripts export "
 

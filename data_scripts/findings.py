@@ -12,7 +12,7 @@ BAD_LINES = "bad lines"
 @dataclass
 class Findings:
     """
-    What the reading of files found beside their lines.
+    What a reader reports about a file, in addition to its lines.
 
     Args:
         left_out (`Counter`): reason -> number of annotations that have no equivalent in a line.

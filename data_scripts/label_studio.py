@@ -11,7 +11,7 @@ Read the JSON export of Label Studio: a list of tasks.
 - The words of a region are the texts with its id, or its `meta`; else its label where the annotation has one such
   region.
 - A rotated rectangle or image is refused: a box cannot have its corners.
-- The image is a URL, which is not fetched: the end of its path is looked for among the files.
+- The image is a URL, which is not fetched: a file is searched for by the last parts of its path.
 """
 
 import re

@@ -142,7 +142,7 @@ def convert_question_rows(rows: list[dict]) -> dict:
     """Convert rows of lmms-lab/RefCOCO, RefCOCOplus and RefCOCOg, each a reference with its image."""
     objects, sentences = Objects(), []
     for row in rows:
-        # of several polygons there may be one, and they are a flat list; there is no id of the annotation
+        # a single polygon as one list of numbers, even where the object has several; there is no annotation id
         polygon = row["segmentation"]
         key = (tuple(row["bbox"]), tuple(polygon))
         index = objects.add(key, [row["bbox"]], [polygon] if polygon else None)

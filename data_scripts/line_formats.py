@@ -101,7 +101,7 @@ class LineFormats(LineBuilder):
     @classmethod
     def find_splits(cls, data_dir: Path) -> dict[str, list[Path]]:
         """
-        Return the file of each split, by its name; files of other names beside them are not read.
+        Return the file of each split, by its name; files with other names are not read.
 
         Raises:
             ValueError: if several files are of one split.
@@ -149,13 +149,20 @@ def split_of_name(stem: str) -> str | None:
     ('testA', 'train', None)
 
     ```"""
-    told = [part for part in re.split(r"[_\-.\s]+", stem) if SPLITS.fullmatch(part)]
-    return told[-1] if told else None
+    found = [part for part in re.split(r"[_\-.\s]+", stem) if SPLITS.fullmatch(part)]
+    return found[-1] if found else None
 
 
 def _line_source(name: str, splits: tuple[str, ...], files: tuple[str, ...]) -> Source:
-    told = f"{DISTRIBUTIONS[name]} {LOOKED_FOR}"
-    return Source(name=name, builder=LineFormats, config_name=name, splits=splits, files=files, distribution=told)
+    distribution = f"{DISTRIBUTIONS[name]} {LOOKED_FOR}"
+    return Source(
+        name=name,
+        builder=LineFormats,
+        config_name=name,
+        splits=splits,
+        files=files,
+        distribution=distribution,
+    )
 
 
 SOURCES = [

@@ -46,7 +46,8 @@ DISTRIBUTION = (
     "The rows name files of images: they are looked for in image_dir, or below data_dir and the dataset's own folder, "
     f"there also in {', '.join(IMAGE_FOLDERS['coco'])}. COCO's are those of train2014.zip (cocodataset.org)."
 )
-# what a mask and its box may differ by, beside `MASK_TOLERANCE`, as a share of the box: polygons are drawn by hand
+# tolerated difference of a mask and its box, as a share of the box, in addition to `MASK_TOLERANCE`: polygons are
+# drawn by hand
 MASK_SHARE = 0.02
 
 
@@ -440,7 +441,7 @@ def open_files(
     is_folder = os.path.isdir(name)
     if is_folder and revision is not None:
         raise ValueError(f"revision={revision!r} is for datasets of the Hub, and {name!r} is a folder: leave it out.")
-    # so written, the library never takes one for the other
+    # in these forms, the library cannot confuse a folder with a dataset of the Hub
     path = os.path.abspath(name) if is_folder else f"hf://datasets/{name}"
     try:
         builder = datasets.load_dataset_builder(path, name=subset, revision=revision, cache_dir=cache_dir, **options)
@@ -448,7 +449,7 @@ def open_files(
         where = f"The folder {name!r}" if is_folder else f"There is no folder {name!r}, and the dataset of this name"
         hint = "" if is_folder else " of the Hub"
         raise OSError(f"{where}{hint} cannot be opened: {explain(error)}") from error
-    # without the Hub the library opens whatever the cache has
+    # offline, the library opens any revision that is in the cache
     if revision is not None and ".cache." in type(builder).__module__ and builder.hash != revision:
         raise ValueError(
             f"revision={revision!r} of {name!r} is not in the cache, which has {builder.hash!r}, and the Hub is not "
@@ -489,7 +490,7 @@ def refuse_empty(opened: datasets.DatasetBuilder, name: str, empty: list[str]) -
 
 def refuse_other_rows(rows: dict, name: str) -> None:
     """
-    Refuse rows of `FEATURES` that somebody's files have, where no builder has read their values.
+    Refuse invalid values in rows that have the columns of `FEATURES` already, and that no builder has read.
 
     Args:
         rows (`dict`): split -> rows, all texts of which are read.

@@ -6,7 +6,7 @@ instances as boxes and polygons.
         [{"task_id": "2375429__8", "image_id": 2375429, "phrase": "walking people", "ann_ids": [1, 2],
           "instance_boxes": [[x, y, width, height], ...],
           "Polygons": [an instance: [a part: [[x, y], [x, y], ...], ...], ...]}, ...]
-    image_data_split.json       beside them, if there: sizes and COCO ids of the images
+    image_data_split.json       optional: sizes and COCO ids of the images
     VG_100K/  VG_100K_2/        or one folder of all images, <image_id>.jpg
 
 A phrase has all its instances: `boxes` are theirs, and the mask is their union. `image_id` is that of `visual_genome`,
@@ -37,7 +37,7 @@ def read_phrasecut(path: Path, findings: Findings, box_format: str = "xywh") -> 
         box_format (`str`, *optional*, defaults to `"xywh"`): convention of the boxes.
 
     Raises:
-        OSError, ValueError: if the file, or the file of images beside it, is damaged.
+        OSError, ValueError: if the file, or the image_data_split.json in its folder, is damaged.
     """
     images = read_image_data(path.with_name(IMAGES_FILE))
     for where, record in read_records(path, findings):

@@ -450,7 +450,7 @@ def test_export_card_describes_terms_size_and_files(toy, tmp_path):
     read = datasets.load_dataset(str(tmp_path / "export"), cache_dir=str(tmp_path / "other"))
     assert list(read) == order
     assert read["train"].features == FEATURES
-    # nobody has told the terms of a user's own data
+    # the licence of a user's own data is unknown
     exporting.export_dataset(SOURCES["jsonl"], splits, tmp_path / "own")
     card = DatasetCard.load(tmp_path / "own" / "README.md").data
     assert (card.license, card.language) == ("unknown", ["und"])

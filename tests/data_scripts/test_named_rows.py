@@ -293,7 +293,7 @@ def test_columns_are_read_as_the_user_names_them(load, tmp_path):
 
 
 def test_columns_of_structures_files_and_masks(load, tmp_path):
-    """Fields of structures, paths of files beside the rows, and boxes of masks; rows of one file are one image."""
+    """Fields of structures, paths of files, and boxes of masks; rows of one file are one image."""
     save_images(tmp_path / "images")
     (tmp_path / "rows").mkdir()
     objects = [{"mask": run_lengths(box), "name": f"object {index}", "kind": "cup"} for index, box in

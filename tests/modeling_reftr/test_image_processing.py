@@ -225,3 +225,12 @@ def test_image_processor_pads_to_multiple_of_size_divisor(image_processor, tmp_p
     assert RefTRImageProcessor.from_pretrained(tmp_path).size_divisor == 100
     with pytest.raises(ValueError, match="size_divisor=0 must be at least 1"):
         image_processor(image, size_divisor=0, return_tensors="pt")
+
+
+@pytest.mark.parametrize("padded_size", [(4, 6), (5, 6), (4, 8), (5, 8)])
+def test_resize_masks_pads_each_side_that_is_too_short(padded_size):
+    masks = torch.ones(2, 4, 6, dtype=torch.bool)
+    resized = RefTRImageProcessor().resize_masks(masks, padded_size, do_resize=False)
+    assert resized.shape == (2, *padded_size)
+    assert resized[:, :4, :6].all()
+    assert resized.sum() == masks.sum()
