@@ -65,10 +65,14 @@ class ShapesConfig(SceneConfig):
         num_train, num_validation, num_test (`int`): images per split, each with about seven expressions.
         object_scale (`float`): factor of the size of all objects, at most what fits into the shorter side of an image.
         min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
+        repeated_colors (`float`): share of the scenes in which a colour may come twice, in steps of 1/12. In others a
+            colour is enough to name an object; here expressions depend on its size and shape, which takes longer to
+            learn.
         seed (`int`): another seed generates another dataset.
     """
 
     object_scale: float = 1.0
+    repeated_colors: float = 1 / 12
 
     def validate(self) -> None:
         """Validate the settings; raise a ValueError for one that no image can be generated with."""
@@ -79,6 +83,8 @@ class ShapesConfig(SceneConfig):
                 f"object_scale={self.object_scale} must be from {MIN_SCALE} to {limit:.2f}, where the largest object "
                 "fits into the shorter side of an image."
             )
+        if not 0 <= self.repeated_colors <= 1:
+            raise ValueError(f"repeated_colors={self.repeated_colors} must be from 0 to 1, a share of the scenes.")
 
 
 class Shapes(GroundingBuilder):
@@ -139,8 +145,8 @@ def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
 def place_shapes(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> list[Shape]:
     """Draw positions of two or three shapes, later ones in front; return none if one hides too much of another."""
     count = rng.integers(2, 4)
-    # in eleven scenes of twelve no colour comes twice, so that a colour is enough
-    colors = rng.choice(list(COLORS), size=count, replace=bool(rng.integers(12) == 0))
+    may_repeat = bool(rng.integers(12) < 12 * config.repeated_colors)
+    colors = rng.choice(list(COLORS), size=count, replace=may_repeat)
     shapes = []
     for color in colors:
         size, kind = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))

@@ -68,6 +68,7 @@ from .pixels_reftr import blend_onto_white, check_image, height_and_width, to_ch
 from .quoting_reftr import explain, quote
 
 
+MASK_RESAMPLINGS = ("nearest", "nearest-exact")  # modes of torch.nn.functional.interpolate
 MAX_IMAGE_DEPTH = 3  # of nested lists of images
 
 
@@ -273,11 +274,11 @@ def check_numbers(
         raise ValueError(f"{name}={quote(values)} must be positive.")
 
 
-def resize_nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize bool masks (N, height, width) to `size` by the published rule for masks, torch's "nearest"."""
+def resize_nearest(masks: torch.Tensor, size: tuple[int, int], mode: str = "nearest") -> torch.Tensor:
+    """Resize bool masks (N, height, width) to `size`, with a mode of `MASK_RESAMPLINGS`; by default as published."""
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks
-    return nn.functional.interpolate(masks[:, None].to(torch.uint8), size=tuple(size), mode="nearest")[:, 0].bool()
+    return nn.functional.interpolate(masks[:, None].to(torch.uint8), size=tuple(size), mode=mode)[:, 0].bool()
 
 
 def pad_batch(
@@ -374,10 +375,13 @@ class RefTRImageProcessorKwargs(ImagesKwargs, total=False):
         Pad batches to multiples of this number of pixels.
     do_defer_normalization (`bool`, *optional*):
         Return images that are neither rescaled nor normalized, for `normalize_batch`.
+    mask_resampling (`str`, *optional*):
+        Mode of `torch.nn.functional.interpolate` that resizes target masks, "nearest" or "nearest-exact".
     """
 
     size_divisor: int | None
     do_defer_normalization: bool | None
+    mask_resampling: str | None
 
 
 class RefTRImageProcessor(TorchvisionBackend):
@@ -397,6 +401,9 @@ class RefTRImageProcessor(TorchvisionBackend):
         do_defer_normalization (`bool`, *optional*, defaults to `False`):
             Leave 8-bit images as uint8 and return a bool `pixel_mask`, which together take a fifth of the bytes.
             `normalize_batch` normalizes them later, such as on a GPU.
+        mask_resampling (`str`, *optional*, defaults to `"nearest"`):
+            How target masks are resized. The published `"nearest"` rounds coordinates down, which shifts a mask by
+            up to half a pixel; `"nearest-exact"` does not. The shift matters for images of about 100 pixels.
         do_resize, do_rescale, do_normalize, do_pad, image_mean, image_std, pad_size, ...: see `BaseImageProcessor`.
 
     Example:
@@ -424,6 +431,7 @@ class RefTRImageProcessor(TorchvisionBackend):
     do_pad = True
     size_divisor = None
     do_defer_normalization = None
+    mask_resampling = "nearest"
     valid_kwargs = RefTRImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask"]
 
@@ -471,6 +479,9 @@ class RefTRImageProcessor(TorchvisionBackend):
         divisor = kwargs.get("size_divisor")
         if divisor is not None and (not isinstance(divisor, Integral) or isinstance(divisor, bool) or divisor < 1):
             raise ValueError(f"size_divisor={quote(divisor)} must be at least 1, an integer number of pixels.")
+        if kwargs.get("mask_resampling", "nearest") not in MASK_RESAMPLINGS:
+            known = " or ".join(map(repr, MASK_RESAMPLINGS))
+            raise ValueError(f"mask_resampling={quote(kwargs['mask_resampling'])} must be {known}.")
         # Without the conversion to RGB an image may keep its opacity.
         num_channels = (3, 4) if kwargs.get("do_convert_rgb") is False else (3,)
         for name in ("image_mean", "image_std", "rescale_factor"):
@@ -738,7 +749,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         do_resize: bool | None = None,
     ) -> torch.Tensor:
         """
-        Resize the masks of one image as the published loader does, and pad them.
+        Resize the masks of one image by `mask_resampling`, by default as the published loader does, and pad them.
 
         torch's "nearest" rounds coordinates down; "nearest-exact" and Pillow's "nearest", which the library uses for
         masks, round them to the nearest integer.
@@ -755,7 +766,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         masks = torch.as_tensor(np.asarray(masks)).bool()
         if self.do_resize if do_resize is None else do_resize:
             size = size if isinstance(size, SizeDict) else SizeDict(**size)
-            masks = resize_nearest(masks, output_size(*masks.shape[-2:], size))
+            masks = resize_nearest(masks, output_size(*masks.shape[-2:], size), self.mask_resampling)
         height, width = masks.shape[-2:]
         if (height, width) == tuple(padded_size):
             return masks

@@ -398,8 +398,8 @@ def refuse_model_changes(config: RefTRConfig, initialization: InitializationSett
 
 def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig) -> None:
     """
-    Set the size and padding of images and the longest text in tokens, with phrases and without, where `data` names
-    them; None leaves what the processor brings.
+    Set the size and padding of images, the resampling of masks, and the longest text in tokens, with phrases and
+    without, where `data` names them; None leaves what the processor brings.
 
     Raises:
         ValueError: if texts would have more tokens than the model has positions.
@@ -419,6 +419,8 @@ def set_sizes(processor: RefTRProcessor, data: DataSettings, config: RefTRConfig
         keeps_ratio = keeps_aspect_ratio(image_processor) if keeps_ratio is None else keeps_ratio
         names = ("shortest_edge", "longest_edge") if keeps_ratio else ("height", "width")
         image_processor.size = SizeDict(**dict.fromkeys(names, image_size))
+    if data.mask_resampling is not None:
+        image_processor.mask_resampling = data.mask_resampling
     if data.size_divisor is not None:
         image_processor.size_divisor = data.size_divisor
     if max_text_length is None:

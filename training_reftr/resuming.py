@@ -28,6 +28,7 @@ def with_sizes_of(settings: TrainingSettings, processor: RefTRProcessor) -> Trai
     return settings.replace(
         image_size=image_size_of(processor.image_processor),
         keep_aspect_ratio=keeps_aspect_ratio(processor.image_processor),
+        mask_resampling=processor.image_processor.mask_resampling,
         max_text_length=max_text_length_of(processor),
         size_divisor=processor.image_processor.size_divisor,
     )
@@ -56,6 +57,7 @@ def with_model_of(
     known |= {
         "image_size": image_size_of(image_processor) or describe_size(image_processor),
         "keep_aspect_ratio": keeps_aspect_ratio(image_processor),
+        "mask_resampling": image_processor.mask_resampling,
         "max_text_length": max_text_length_of(processor) or lengths,
         "size_divisor": image_processor.size_divisor,
     }

@@ -98,6 +98,12 @@ class DataSettings:
         "Whether images keep their aspect ratio when they are resized; false: to squares of image_size; none: the "
         "loaded model's, true for a new one.",
     )
+    mask_resampling: str | None = setting(
+        Scope.MODEL,
+        None,
+        "How target masks are resized: nearest, as published, which shifts them by up to half a pixel, or "
+        "nearest-exact; none: the loaded model's, nearest for a new one.",
+    )
     max_text_length: int | None = setting(
         Scope.MODEL, None, "Longest sentence in tokens; none: 40, and 90 with several phrases."
     )
@@ -130,6 +136,7 @@ class DataSettings:
         require_at_least_one(self, "image_size", "max_text_length", "size_divisor", "expressions_per_image")
         require_non_negative(self, "num_workers")
         require_choice(self, "augmentation", ("none", "published", "brightness", "strong"))
+        require_choice(self, "mask_resampling", (None, "nearest", "nearest-exact"))
 
 
 @dataclass

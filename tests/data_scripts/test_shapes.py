@@ -271,3 +271,21 @@ def test_min_visible_bounds_what_objects_hide():
     assert least_ratio(0.95) > 0.85 > least_ratio(0.4)
     with pytest.raises(ValueError, match=r"min_visible=1.5 must be from 0.1 to 1"):
         ShapesConfig(min_visible=1.5).validate()
+
+
+def share_with_shapes(repeated_colors):
+    """Return the share of the attribute expressions that name a shape in some scenes."""
+    config = ShapesConfig(image_size=64, repeated_colors=repeated_colors)
+    texts = [
+        sentence["text"]
+        for index in range(60)
+        for sentence in draw_row("train", index, config)["sentences"]
+        if sentence["phrases"][0]["types"] == ["attribute"]
+    ]
+    return np.mean([text.split()[-1] != "shape" and not set(COLORS) & set(text.split()) for text in texts])
+
+
+def test_repeated_colors_makes_expressions_depend_on_shapes():
+    assert share_with_shapes(0) < share_with_shapes(1)
+    with pytest.raises(ValueError, match=r"repeated_colors=1.5 must be from 0 to 1"):
+        ShapesConfig(repeated_colors=1.5).validate()

@@ -234,3 +234,27 @@ def test_resize_masks_pads_each_side_that_is_too_short(padded_size):
     assert resized.shape == (2, *padded_size)
     assert resized[:, :4, :6].all()
     assert resized.sum() == masks.sum()
+
+
+def mean_shift(image_processor, masks, side):
+    """Return the mean distance (x, y), in 0..1, by which resizing to a square moves the centroids of masks."""
+    shifts = []
+    for before, after in zip(masks, image_processor.resize_masks(masks, (side, side)).numpy(), strict=True):
+        (y, x), (new_y, new_x) = (np.stack(np.nonzero(mask)).mean(axis=1) + 0.5 for mask in (before, after))
+        shifts.append((new_x / side - x / before.shape[1], new_y / side - y / before.shape[0]))
+    return np.mean(shifts, axis=0)
+
+
+@pytest.mark.parametrize("side", [40, 128])
+def test_mask_resampling_nearest_exact_keeps_masks_in_place(side, tmp_path):
+    masks = np.zeros((30, 90, 60), dtype=bool)
+    for index, mask in enumerate(masks):
+        mask[index : 31 + 2 * index, index % 20 : 35 + index % 7] = True
+    size = {"height": side, "width": side}
+    RefTRImageProcessor(size=size, mask_resampling="nearest-exact").save_pretrained(tmp_path)
+    exact = RefTRImageProcessor.from_pretrained(tmp_path)
+    assert exact.mask_resampling == "nearest-exact"
+    assert np.abs(mean_shift(exact, masks, side)).max() < 0.001
+    assert np.abs(mean_shift(RefTRImageProcessor(size=size), masks, side)).min() > 0.002
+    with pytest.raises(ValueError, match="mask_resampling='bilinear' must be 'nearest' or 'nearest-exact'"):
+        RefTRImageProcessor(mask_resampling="bilinear")
