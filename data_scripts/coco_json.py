@@ -6,7 +6,8 @@ Read COCO's JSON of instances, as many datasets and tools write it (COCO, LVIS, 
      "categories": [{"id": 3, "name": "car"}]}
 
 Annotations have no expressions in COCO itself: an annotation's own words are taken where it has any (`caption`,
-`description` or the like, in it or in its `attributes`), else its category where the image has one such object.
+`description` or the like, in it or in its `attributes`), else its category where the image has one such object. Groups
+of objects (`iscrowd`) are left out unless they have words.
 """
 
 from collections import defaultdict
@@ -55,7 +56,8 @@ def read_coco(
             for position, item in annotations.pop(image["id"], []):
                 target = target_of_annotation(item)
                 category = categories.get(item.get("category_id"))
-                objects.append(LabeledObject(position, target, category, texts_of(item, text_field)))
+                is_group = bool(item.get("iscrowd"))
+                objects.append(LabeledObject(position, target, category, texts_of(item, text_field), is_group))
         located = [item for item in objects if item.target]
         findings.leave_out("annotations without a box or mask", len(objects) - len(located))
         for position, expression in expressions_of_objects(located, findings):

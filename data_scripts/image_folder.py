@@ -34,8 +34,14 @@ def read_image_folder(
         text_field (`str`, *optional*): the field of an object that has its words.
 
     Raises:
+        ValueError: if the file is of another type.
         OSError: if the file is missing or damaged.
     """
+    if path.suffix.lower() in (".csv", ".parquet"):
+        raise ValueError(
+            f"{str(path)!r} is a {path.suffix[1:]} file; expected metadata.jsonl. Load the folder itself as a "
+            "dataset, with columns: it may have any of these files."
+        )
     for where, record in read_records(path, findings):
         expressions = []
         with findings.entry(where):

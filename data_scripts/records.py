@@ -12,6 +12,7 @@ from .reading import has_words, is_number, parse_line, read_entries
 
 AMBIGUOUS = "objects whose category is that of another object of their image"
 WITHOUT_WORDS = "objects without words"
+GROUPS = "groups of objects of one category"
 # fields that hold an expression, in the order in which they are looked for
 TEXT_FIELDS = ("caption", "captions", "expression", "expressions", "description", "sentence", "sentences", "text")
 
@@ -116,12 +117,14 @@ class LabeledObject(NamedTuple):
         target (`dict`): the fields of a line that locate it: `box`, `polygon` and so on.
         category (`str`, *optional*): its category.
         texts (`list[str]`): its own expressions.
+        is_group (`bool`): whether it is several objects of its category, which the category does not name.
     """
 
     where: str
     target: dict
     category: str | None = None
     texts: Sequence[str] = ()
+    is_group: bool = False
 
 
 def expressions_of_objects(objects: Sequence[LabeledObject], findings: Findings) -> Iterator[tuple[str, dict]]:
@@ -149,13 +152,15 @@ def expressions_of_objects(objects: Sequence[LabeledObject], findings: Findings)
 
     ```"""
     counts = Counter(item.category for item in objects)
-    for where, target, category, texts in objects:
+    for where, target, category, texts, is_group in objects:
         is_named = has_words(category)
         fields = {"category": category, **target} if is_named else target
         if texts:
             yield from ((where, {"text": text.strip(), **fields}) for text in texts)
         elif not is_named:
             findings.leave_out(WITHOUT_WORDS)
+        elif is_group:
+            findings.leave_out(GROUPS)
         elif counts[category] > 1:
             findings.leave_out(AMBIGUOUS)
         else:

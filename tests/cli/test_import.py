@@ -106,6 +106,13 @@ def test_coco_takes_words_from_named_attribute(convert, load):
     assert list(expressions_of(load())) == ["red one"]
 
 
+def test_coco_leaves_out_groups_without_words(convert, load):
+    group = {**coco()["annotations"][0], "iscrowd": 1}
+    _, report = convert("coco", coco(annotations=[group, {**group, "id": 8, "caption": "the row of lights"}]))
+    assert list(expressions_of(load())) == ["the row of lights"]
+    assert report.build["train"]["left_out"] == {"groups of objects of one category": 1}
+
+
 def test_coco_scales_annotations_to_image_of_another_size(convert, load):
     images = [{"id": 1, "file_name": "a.png", "width": 80, "height": 30}]
     lines, report = convert("coco", coco(images=images))
@@ -417,6 +424,9 @@ def test_import_names_wrong_arguments(run, folder):
         "coco", file, "--prompt", ""
     )
     assert "There is no file" in refused("coco", folder / "none.json")
+    table = folder / "metadata.csv"
+    table.write_text("file_name,text\na.png,the cup\n")
+    assert "is a csv file; expected metadata.jsonl" in refused("imagefolder", table)
     assert "'a-b' is not a valid name of a split" in refused("coco", f"a-b={file}")
     assert "look like 'xyxy_fraction'" in refused("image_text_bbox", make_fractions(folder))
     (folder / "train.jsonl").write_text("kept")
