@@ -52,6 +52,8 @@ MIN_SCALE = 0.5  # smaller objects have too few pixels for their shape to be see
 MAX_DIAMETER = 0.85  # of an object, in shorter sides of an image
 SPLITS = ("train", "validation", "test")
 
+REPEATED_COLORS = 1 / 12
+
 SUPERSAMPLING = 4
 
 
@@ -65,14 +67,14 @@ class ShapesConfig(SceneConfig):
         num_train, num_validation, num_test (`int`): images per split, each with about seven expressions.
         object_scale (`float`): factor of the size of all objects, at most what fits into the shorter side of an image.
         min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
-        repeated_colors (`float`): share of the scenes in which a colour may come twice, in steps of 1/12. In others a
-            colour is enough to name an object; here expressions depend on its size and shape, which takes longer to
-            learn.
+        repeated_colors (`float`): share of the training scenes in which a colour may come twice, in steps of 1/12. In
+            the others a colour is enough to name an object; here expressions depend on its size and shape, which
+            takes longer to learn. The other splits always have 1/12, so that results are comparable.
         seed (`int`): another seed generates another dataset.
     """
 
     object_scale: float = 1.0
-    repeated_colors: float = 1 / 12
+    repeated_colors: float = REPEATED_COLORS
 
     def validate(self) -> None:
         """Validate the settings; raise a ValueError for one that no image can be generated with."""
@@ -133,19 +135,25 @@ def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
     """Place shapes until there are enough sentences about them, then draw and describe the scene."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     width, height = draw_image_size(rng, config)
+    repeated_colors = config.repeated_colors if split == "train" else REPEATED_COLORS
     sentences = []
     while len(sentences) < MIN_SENTENCES:
-        shapes = place_shapes(rng, width, height, config)
+        shapes = place_shapes(rng, width, height, config, repeated_colors)
         sentences = write_sentences(rng, shapes, config.image_size) if shapes else []
     image = draw_scene(rng, width, height, shapes)
     objects = [(shape.shape, shape.visible) for shape in shapes]
     return make_scene_row(f"shapes_{split}_{index:06d}", image, objects, sentences)
 
 
-def place_shapes(rng: np.random.Generator, width: int, height: int, config: ShapesConfig) -> list[Shape]:
-    """Draw positions of two or three shapes, later ones in front; return none if one hides too much of another."""
+def place_shapes(
+    rng: np.random.Generator, width: int, height: int, config: ShapesConfig, repeated_colors: float
+) -> list[Shape]:
+    """
+    Draw positions of two or three shapes, later ones in front; return none if one hides too much of another. The share
+    `repeated_colors` of the scenes may have a colour twice.
+    """
     count = rng.integers(2, 4)
-    may_repeat = bool(rng.integers(12) < 12 * config.repeated_colors)
+    may_repeat = bool(rng.integers(12) < 12 * repeated_colors)
     colors = rng.choice(list(COLORS), size=count, replace=may_repeat)
     shapes = []
     for color in colors:

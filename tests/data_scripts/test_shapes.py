@@ -285,7 +285,9 @@ def share_with_shapes(repeated_colors):
     return np.mean([text.split()[-1] != "shape" and not set(COLORS) & set(text.split()) for text in texts])
 
 
-def test_repeated_colors_makes_expressions_depend_on_shapes():
+def test_repeated_colors_makes_expressions_to_train_on_depend_on_shapes():
     assert share_with_shapes(0) < share_with_shapes(1)
+    rows = [draw_row("test", 0, ShapesConfig(repeated_colors=share)) for share in (0, 1)]
+    assert rows[0] == rows[1]
     with pytest.raises(ValueError, match=r"repeated_colors=1.5 must be from 0 to 1"):
         ShapesConfig(repeated_colors=1.5).validate()
