@@ -50,6 +50,43 @@ def table_of_shapes(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_splits(splits: dict[str, dict]) -> str:
+    """Format the metrics of a run as Markdown, one table per split, under their names if there are several."""
+    if len(splits) == 1:
+        return table_of_shapes(*splits.values())
+    return "\n\n".join(f"`{name}`:\n\n{table_of_shapes(metrics)}" for name, metrics in splits.items())
+
+
+def table_of_summary() -> str:
+    """Format the accuracy and the masks of all committed runs, the worst of several, beside the blind baselines."""
+    demo = [run["metrics"] for run in json.loads(seeds_of("demo").read_text())["runs"] if not run["label"]]
+    own_images = json.loads((RESULTS / "demo" / "own_images.json").read_text()).values()
+    ratios = [item["accuracy@0.5"] for sizes in own_images for name, item in sizes.items() if name != "shape alone"]
+    newcomer = json.loads((RESULTS / "newcomer.json").read_text())
+    lines = ["| | accuracy at IoU 0.5 | mask mean IoU |", "|---|---|---|"]
+    for name, part_of in (
+        (f"`make demo`, 64 pixels, worst / mean / best of {len(demo)} seeds", lambda run: run),
+        ("best constant box", lambda run: run["constant_box"]),
+        ("expressions swapped between objects", lambda run: run["swapped_expressions"]),
+    ):
+        is_baseline = "mask_mean_iou" not in part_of(demo[0])
+        accuracy, masks = (
+            spread(demo, lambda run, key=key, part_of=part_of: part_of(run)[key], is_baseline)
+            if key in part_of(demo[0])
+            else ""
+            for key in ("accuracy@0.5", "mask_mean_iou")
+        )
+        lines.append(f"| {name} | {accuracy} | {masks} |")
+    lines.append(f"| the same models, images drawn apart from 1:2 to 2:1, the worst | {min(ratios):.3f} | |")
+    for name, recipe in (("shapes_small", "shapes/small.yaml"), ("openmoji", "cutouts/openmoji.yaml")):
+        for split, values in json.loads((RESULTS / name / "metrics.json").read_text())["splits"].items():
+            row = f"{values['accuracy@0.5']:.3f} | {values['mask_mean_iou']:.3f}"
+            lines.append(f"| `{recipe}`, split `{split}`, one run | {row} |")
+    minutes = f"{newcomer['seconds']['all'] / 60:.1f}"
+    note = f"From a clone to an answer about another image: {minutes} minutes on {newcomer['machine']['cores']} cores."
+    return "\n".join([*lines, "", note])
+
+
 def spread(runs: list[dict], value_of: Callable[[dict], float], is_highest_worst: bool = False) -> str:
     """Format the worst, mean and best value of several runs."""
     values = sorted(map(value_of, runs), reverse=is_highest_worst)
@@ -223,6 +260,8 @@ def quote(document: str) -> str:
             text = table_of_own_images(json.loads((RESULTS / "demo" / "own_images.json").read_text()))
         elif name == "mask_conditioning":
             text = table_of_mask_conditioning(json.loads((RESULTS / "demo" / "mask_conditioning.json").read_text()))
+        elif name == "summary":
+            text = table_of_summary()
         elif name == "space":
             text = table_of_space(json.loads((RESULTS / "space" / "speed.json").read_text()))
         elif has_seeds(name):
@@ -230,7 +269,7 @@ def quote(document: str) -> str:
         elif name.startswith("speed"):
             text = table_of_speed(json.loads((RESULTS / f"{name}.json").read_text()))
         else:
-            text = table_of_shapes(json.loads((RESULTS / name / "metrics.json").read_text())["splits"]["test"])
+            text = table_of_splits(json.loads((RESULTS / name / "metrics.json").read_text())["splits"])
         return f"{start}{text}\n{end}"
 
     return REPOSITORY.sub(lambda match: match[1] + name_of_repository(), BLOCK.sub(table, document))

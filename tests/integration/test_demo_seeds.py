@@ -16,6 +16,8 @@ from benchmarks.quote_results import (
     table_of_mask_conditioning,
     table_of_own_images,
     table_of_seeds,
+    table_of_splits,
+    table_of_summary,
 )
 from tests.helpers.tiny import ROOT
 
@@ -158,6 +160,36 @@ def test_table_of_mask_conditioning_compares_labels():
         "**0.500** / 0.350 / 0.200 |",
     ]
     assert "**0.400** / 0.400 / 0.400" in add
+
+
+def test_table_of_splits_names_each_of_several():
+    first, second = result_of(0, 0.8)["metrics"], result_of(0, 0.4)["metrics"]
+    assert "`test`" not in table_of_splits({"test": first})
+    text = table_of_splits({"test": first, "unseen": second})
+    assert "| all expressions | 0.800 |" in text[text.index("`test`:") : text.index("`unseen`:")]
+    assert "| all expressions | 0.400 |" in text[text.index("`unseen`:") :]
+
+
+def test_summary_quotes_worst_values_and_every_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(quote_results, "RESULTS", tmp_path)
+    splits = {"test": result_of(0, 0.9)["metrics"], "unseen": result_of(0, 0.4)["metrics"]}
+    sizes = {"square": {"accuracy@0.5": 0.9}, "1:2": {"accuracy@0.5": 0.85}, "shape alone": {"accuracy@0.5": 0.3}}
+    files = {
+        "demo/seeds.json": RESULTS,
+        "demo/own_images.json": {"seed_0": sizes, "seed_1": {"1:2": {"accuracy@0.5": 0.8}}},
+        "newcomer.json": {"seconds": {"all": 630}, "machine": {"cores": 2}},
+        "shapes_small/metrics.json": {"splits": {"test": splits["test"]}},
+        "openmoji/metrics.json": {"splits": splits},
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    text = table_of_summary()
+    assert "of 3 seeds | **0.600** / 0.700 / 0.800 | **0.150** / 0.175 / 0.200 |" in text
+    assert "| expressions swapped between objects | **0.300** / 0.167 / 0.100 |  |" in text
+    assert "the worst | 0.800 |" in text
+    assert "openmoji.yaml`, split `unseen`, one run | 0.400 | 0.100 |" in text
+    assert "10.5 minutes on 2 cores" in text
 
 
 def test_seeds_are_quoted_in_place_of_single_run(tmp_path, monkeypatch):

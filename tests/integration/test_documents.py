@@ -213,7 +213,7 @@ ORDER = [
     "make demo",
     'pip install "git+https://github.com/',
     ".from_pretrained(",
-    "<!-- demo results -->",
+    "<!-- summary results -->",
     "## Train on RefCOCO",
     "## Documentation",
     "## Status",
@@ -524,10 +524,12 @@ def test_documents_quote_committed_results():
         "demo",
         "mask_conditioning",
         "newcomer",
+        "openmoji",
         "own_images",
         "precision",
         "shapes_small",
         "space",
         "speed_cpu",
+        "summary",
     ]
     assert [quote(text) for text in texts] == texts
