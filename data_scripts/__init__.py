@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .combining import coco_id, combine
+    from .combining import combine
     from .loading import SOURCES, load
+    from .reading import coco_id
     from .schema import FEATURES
 
 __all__ = ["FEATURES", "SOURCES", "coco_id", "combine", "load"]
@@ -14,7 +15,7 @@ __all__ = ["FEATURES", "SOURCES", "coco_id", "combine", "load"]
 _MODULES = {
     "FEATURES": "schema",
     "SOURCES": "loading",
-    "coco_id": "combining",
+    "coco_id": "reading",
     "combine": "combining",
     "load": "loading",
 }

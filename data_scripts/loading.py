@@ -1,7 +1,7 @@
 """Load datasets by name, building those that are not in the cache."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -14,6 +14,7 @@ from .building import GroundingBuilder, Source, builder_error_of, flags_of
 from .named_rows import open_named, refuse_other_rows, refuse_other_texts, source_of, stream_texts
 from .reports import format_build_report, read_build_report
 from .schema import FEATURES
+from .split_parts import check_split_parts, cut_splits
 
 
 # all datasets that `load` takes by a name of ours; each module of builders lists its own
@@ -29,6 +30,7 @@ def load(
     streaming: bool = False,
     num_proc: int | None = None,
     decode: bool = True,
+    split_parts: Mapping[str, Mapping[str, float]] | None = None,
     **config: Any,
 ) -> datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict:
     """
@@ -52,6 +54,8 @@ def load(
         streaming (`bool`): yield the rows from the files in turn, writing nothing.
         num_proc (`int`, *optional*): number of processes that build it.
         decode (`bool`): decode the images; else their path or content is given, as by `datasets.Image(decode=False)`.
+        split_parts (`dict`, *optional*): splits to cut in parts by image, split -> part -> share, see `split_parts`;
+            `split` may then be a part, "train_of_validation".
         config: flags of the dataset's configuration, for example `image_size=64`, or `revision` of one of the Hub.
 
     Returns:
@@ -71,6 +75,9 @@ def load(
     ['attribute']
 
     ```"""
+    if split_parts is not None:
+        settings = {"data_dir": data_dir, "cache_dir": cache_dir, "num_proc": num_proc, **config}
+        return _load_parts(name, split, split_parts, streaming, decode, settings)
     wanted = names_of_splits(split)
     builder = _make_builder(name, data_dir, cache_dir, config, wanted, streaming)
     if streaming:
@@ -95,18 +102,62 @@ def load(
     return rows if decode else rows.cast_column("image", datasets.Image(decode=False))
 
 
+def _load_parts(
+    name: str,
+    split: str | Sequence[str] | None,
+    split_parts: Mapping[str, Mapping[str, float]],
+    streaming: bool,
+    decode: bool,
+    settings: dict,
+) -> Any:
+    """Return what `load` does with `split_parts`; of the other splits, only those that `split` names are loaded."""
+    split_of_part = check_split_parts(split_parts)
+    names = [split] if isinstance(split, str) else split
+    for item in names or ():
+        used = names_of_splits(item)
+        if item not in split_of_part and (used is None or {*used} & {*split_of_part, *split_parts}):
+            known = ", ".join(split_of_part)
+            raise ValueError(f"split={item!r} of {name!r} is cut in parts: name {known}, or a split that is not cut.")
+    complete = None if names is None else list(dict.fromkeys(split_of_part.get(item, item) for item in names))
+    # a stream that decodes would decode the images of all parts
+    rows = dict(load(name, complete, streaming=streaming, decode=decode and not streaming, **settings))
+    # the splits that are not loaded are not cut
+    rows = cut_splits(rows, {item: split_parts[item] for item in complete or split_parts if item in split_parts}, name)
+    if streaming and decode:
+        rows = {item: _decoded(part) for item, part in rows.items()}
+    if isinstance(split, str):
+        return rows[split]
+    splits = datasets.IterableDatasetDict if streaming else datasets.DatasetDict
+    return splits({item: rows[item] for item in names or rows})
+
+
+def _decoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Return a stream with decoded images; a cast of one that does not decode changes its features alone."""
+    return rows.map(_decode, features=datasets.Features({**rows.features, "image": datasets.Image()}))
+
+
+def _decode(row: dict) -> dict:
+    """Return a row with its image decoded."""
+    return {**row, "image": datasets.Image().decode_example(row["image"])}
+
+
 def load_with_report(
-    name: str, data_dir: str | None = None, cache_dir: str | None = None, num_proc: int | None = None, **config: Any
+    name: str,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+    split_parts: Mapping[str, Mapping[str, float]] | None = None,
+    **config: Any,
 ) -> tuple[datasets.DatasetDict, dict | None]:
     """
     Load all splits as `load` does, with the report of what their build left out or changed.
 
     Args:
-        name, data_dir, cache_dir, num_proc, config: see `load`.
+        name, data_dir, cache_dir, num_proc, split_parts, config: see `load`.
 
     Returns:
         `DatasetDict`: split -> rows. `dict` or None: see `reports.read_build_report`; empty for rows that are used as
-            they are.
+            they are. It is of complete splits.
 
     Raises:
         ValueError, OSError: see `load`.
@@ -121,13 +172,15 @@ def load_with_report(
     (2, {})
 
     ```"""
+    check_split_parts(split_parts or {})
     builder = _make_builder(name, data_dir, cache_dir, config)
     _build(builder, num_proc)
-    rows = builder.as_dataset()
+    rows, report = builder.as_dataset(), {}
     if isinstance(builder, GroundingBuilder):
-        return rows, read_build_report(builder.cache_dir)
-    refuse_other_rows(rows, name)
-    return rows, {}
+        report = read_build_report(builder.cache_dir)
+    else:
+        refuse_other_rows(rows, name)
+    return datasets.DatasetDict(cut_splits(rows, split_parts or {}, name)), report
 
 
 def find_source(name: str) -> Source:

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import unicodedata
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -206,6 +207,33 @@ def coco_number(name: str) -> int | None:
     ```"""
     found = re.match(r"COCO_(?:train|val)2014_(\d{12})", re.split(r"[/\\]", name)[-1])
     return int(found[1]) if found else None
+
+
+def coco_id(image_id: str, path: str | None = None, *, picture: str | None = None) -> int | None:
+    """
+    Return the COCO id of a row's image, which identifies it across datasets; None if the row does not tell one.
+
+    Args:
+        image_id (`str`): the row's, "coco_<id>" or any other with "_coco_<id>" at its end.
+        path (`str`, *optional*): path of its image, used if image_id has no COCO id: COCO_train2014_<id>.jpg.
+        picture (`str`, *optional*): deprecated name of `path`.
+
+    Example:
+
+    ```python
+    >>> from data_scripts import coco_id
+
+    >>> coco_id("vg_2405722_coco_581857"), coco_id("coco_581857"), coco_id("vg_1")
+    (581857, 581857, None)
+    >>> coco_id("17", "train2014/COCO_train2014_000000000042.jpg")
+    42
+
+    ```"""
+    if picture is not None:
+        warnings.warn("`picture` is deprecated, use `path`.", FutureWarning, stacklevel=2)
+        path = picture
+    match = re.search(r"(?:^|_)coco_(\d{1,18})$", image_id)
+    return int(match[1]) if match else coco_number(path or "")
 
 
 def check_text(text: object, name: str) -> str:

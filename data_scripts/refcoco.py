@@ -15,7 +15,7 @@ underscore of a configuration says who cut the splits; RefCLEF's references of "
 the refer API counts them.
 
 `image_id` is "coco_<id>" for images of COCO and "saiapr_<id>" for RefCLEF's, so that datasets that share images can be
-told apart from those that do not (`combine.coco_id`).
+told apart from those that do not (`reading.coco_id`).
 """
 
 import os

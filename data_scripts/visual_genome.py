@@ -11,7 +11,7 @@ read image by image (it has 5.4 million regions).
 
 About half of the images are COCO's, among them validation and test images of RefCOCO, RefCOCO+ and RefCOCOg.
 Name those datasets in `exclude`, or their list of held-out images in `held_out_file`, and the images stay out.
-`image_id` is "vg_<id>", or "vg_<id>_coco_<COCO's id>" (`combine.coco_id`).
+`image_id` is "vg_<id>", or "vg_<id>_coco_<COCO's id>" (`reading.coco_id`).
 """
 
 import json

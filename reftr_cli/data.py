@@ -33,6 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
             "--cache_dir", metavar="DIR", help="folder of built datasets (default: that of the library)"
         )
         added.add_argument("--num_proc", type=int, metavar="N", help="number of processes (default: 1)")
+        added.add_argument(
+            "--split_parts", metavar="YAML", help="cut splits by image: {validation: {train: 0.9, test: 0.1}}"
+        )
         return added
 
     add("list", "list datasets, their splits, published counts and files", needs_name=False)

@@ -73,9 +73,8 @@ def write(text: str) -> None:
 
 def load_splits(args: Namespace) -> tuple[dict, dict | None]:
     """Load the dataset named by the command, from the cache if it is there, and its build report."""
-    return load_with_report(
-        args.name, data_dir=args.data_dir, cache_dir=args.cache_dir, num_proc=args.num_proc, **args.flags
-    )
+    folders = {"data_dir": args.data_dir, "cache_dir": args.cache_dir, "num_proc": args.num_proc}
+    return load_with_report(args.name, **folders, **args.flags)
 
 
 def run_list(args: Namespace) -> None:
@@ -283,5 +282,7 @@ def run(args: Namespace, flags: list[str]) -> int:
     if args.name is not None:
         args.source = find_source(args.name)
         args.flags = parse_flags(args.source, flags)
+        if getattr(args, "split_parts", None) is not None:
+            args.flags["split_parts"] = read_yaml(args.split_parts, f"--split_parts {quote(args.split_parts)}")
     with quiet_forks():
         return COMMANDS[args.command](args) or 0

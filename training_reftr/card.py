@@ -21,7 +21,7 @@ from modeling_reftr.loading_reftr import naming_files
 from modeling_reftr.requirements_reftr import MINIMUM_VERSIONS
 from training_reftr.hub import write_contents
 from training_reftr.json_files import read_json, read_json_lines
-from training_reftr.published_results import DATASET_NAMES, has_coco_images
+from training_reftr.published_results import DATASET_NAMES, find_cut, has_coco_images
 from training_reftr.report import format_results
 from training_reftr.run_folder import RunFolder
 
@@ -280,7 +280,7 @@ def front_matter(facts: dict, repository: str | None = None) -> ModelCardData:
             task_name="visual grounding",
             # the name of a folder, because its path reads as a Hub id
             dataset_type=hub_dataset or Path(metrics["dataset"]).name,
-            dataset_name=pretty_name(metrics["dataset"]),
+            dataset_name=pretty_name(metrics["dataset"]) + suffix_of_part(values),
             dataset_split=split,
             metric_type=metric,
             metric_name=METRICS[metric],
@@ -304,6 +304,11 @@ def front_matter(facts: dict, repository: str | None = None) -> ModelCardData:
     )
 
 
+def suffix_of_part(values: dict) -> str:
+    """Return which split the metrics are a part of, for the name of a dataset; empty for a complete split."""
+    return f", a part of {values['cut_from']['split']}" if "cut_from" in values else ""
+
+
 def is_hub_id(start: str) -> bool:
     """Return whether starting weights were named by a Hub id, and are not a folder or a file."""
     is_file = Path(start).suffix in (".pth", ".pt", ".bin", ".safetensors")
@@ -311,7 +316,10 @@ def is_hub_id(start: str) -> bool:
 
 
 def make_eval_results(facts: dict) -> list[EvalResultEntry]:
-    """Return the metrics in the format of `.eval_results/` if the recipe names the dataset's Hub id."""
+    """
+    Return the metrics in the format of `.eval_results/` if the recipe names the dataset's Hub id. Leaderboards are of
+    complete splits, so parts are left out.
+    """
     hub_dataset = facts["recipe"].get("hub_dataset")
     if not hub_dataset:
         return []
@@ -321,7 +329,7 @@ def make_eval_results(facts: dict) -> list[EvalResultEntry]:
         )
         for split, values in facts["metrics"].get("splits", {}).items()
         for metric, name in METRICS.items()
-        if metric in values
+        if metric in values and "cut_from" not in values
     ]
 
 
@@ -354,11 +362,27 @@ def describe_training(facts: dict) -> str:
         f"{'images' if recipe['group_by_image'] else 'sentences'} per process and step, peak learning rate "
         f"{recipe['learning_rate']:g}; the best checkpoint on the split {for_code(recipe['validation_split'])} was "
         "kept. [recipe.yaml](recipe.yaml) has all settings of `train_reftr.py`.",
+        *describe_cuts(recipe),
         f"It was initialized from {describe_start(recipe)}.",
         *([f"Settings were changed during training: {changes}."] if changes else []),
         *leak_warnings(recipe),
     ]
     return "\n\n".join(lines)
+
+
+def describe_cuts(recipe: dict) -> list[str]:
+    """Describe which splits of a run are parts of one that was cut by image."""
+    names = ",".join(recipe[name] for name in ("train_split", "validation_split", "test_splits"))
+    sentences = []
+    for name in dict.fromkeys(name.strip() for name in re.split(r"[,+]", names)):
+        if cut := find_cut(recipe["dataset"], name, recipe.get("dataset_config") or {}):
+            sentences.append(f"{for_code(name)} is about {100 * cut['share']:g} % of {for_code(cut['split'])}")
+    if not sentences:
+        return []
+    return [
+        f"Splits were cut by image, by a hash of its id: {', '.join(sentences)}. Results on a part of a split are not "
+        "comparable with published results on the split."
+    ]
 
 
 def describe_start(recipe: dict) -> str:

@@ -4,6 +4,8 @@ Published results as data, and which of them a model's own results are comparabl
 
 from dataclasses import dataclass
 
+from data_scripts.split_parts import name_of_part
+
 
 # datasets of data_scripts with the images, expressions and splits of a published one. ReSC's index of Flickr30k is
 # left out, because it has phrases where the others have captions.
@@ -19,8 +21,9 @@ DATASET_NAMES = {
 CAPTION_DATASETS = ("flickr30k_entities", "reftr_flickr")
 ALWAYS_AUGMENTED = ("visual_genome", "resc_vg")
 # also those without a published result here
-COCO_DATASETS = ("refcoco", "reftr_refcoco", "resc_unc", "resc_gref")
-PUBLISHED_DATASETS = (*COCO_DATASETS, "refclef", "resc_", "reftr_", "flickr30k_entities", "visual_genome")
+REFCOCO_DATASETS = ("refcoco", "reftr_refcoco", "resc_unc", "resc_gref")
+COCO_DATASETS = (*REFCOCO_DATASETS, "jxu124/refcoco", "lmms-lab/RefCOCO", "moondream/refcoco-m")
+PUBLISHED_DATASETS = (*REFCOCO_DATASETS, "refclef", "resc_", "reftr_", "flickr30k_entities", "visual_genome")
 REFTR = "Li & Sigal, Referring Transformer, NeurIPS 2021"
 
 
@@ -86,7 +89,8 @@ def is_augmented_as_published(dataset: str, train_split: str, with_masks: bool) 
     Args:
         dataset (`str`): a name of `data_scripts`, or several joined by commas, which the published code reads from
             ReSC's indexes. One of which nothing is published is augmented.
-        train_split (`str`): what is trained on; "train+val" is the published "trainval".
+        train_split (`str`): what is trained on; "train+val" is the published "trainval", "train_of_train" a part of
+            "train".
         with_masks (`bool`): whether masks are trained.
 
     Example:
@@ -102,7 +106,8 @@ def is_augmented_as_published(dataset: str, train_split: str, with_masks: bool) 
     ```"""
     if dataset in ALWAYS_AUGMENTED or not is_published(dataset):
         return True
-    parts = set(train_split.split("+"))
+    # a part of a split, see `data_scripts.split_parts`, is augmented as the split
+    parts = {name.rpartition("_of_")[2] for name in train_split.split("+")}
     if with_masks or dataset in CAPTION_DATASETS:
         return parts == {"train"}
     return parts in ({"train"}, {"trainval"}, {"train", "val"})
@@ -117,6 +122,41 @@ def is_published(dataset: str) -> bool:
 def dataset_and_split(dataset: str, split: str) -> tuple[str, str]:
     """Return the dataset and the name of a split; splits of joined datasets are called "dataset/split"."""
     return tuple(split.rsplit("/", 1)) if "/" in split else (dataset, split)
+
+
+def find_cut(dataset: str, split: str, dataset_config: dict) -> dict | None:
+    """
+    Return what a part of a split is cut from, see `data_scripts.split_parts`; None for a complete split.
+
+    Args:
+        dataset (`str`): a name of `data_scripts`, or several joined by commas.
+        split (`str`): one of its splits or parts, "set/part" where several are joined.
+        dataset_config (`dict`): flags of the dataset, for several by dataset name.
+
+    Returns:
+        `dict`: `split` and `share`.
+
+    Example:
+
+    ```python
+    >>> from training_reftr.published_results import find_cut
+
+    >>> find_cut("someone/photos", "test_of_val", {"split_parts": {"val": {"train": 0.8, "test": 0.2}}})
+    {'split': 'val', 'share': 0.2}
+
+    ```"""
+    flags = flags_of_split(dataset, split, dataset_config)
+    part_name = dataset_and_split(dataset, split)[1]
+    for name, shares in (flags.get("split_parts") or {}).items():
+        for part, share in shares.items():
+            if part_name == name_of_part(part, name):
+                return {"split": name, "share": share}
+    return None
+
+
+def flags_of_split(dataset: str, split: str, dataset_config: dict) -> dict:
+    """Return the flags of the dataset that a split is of; joined datasets have separate flags."""
+    return dataset_config.get(dataset_and_split(dataset, split)[0], {}) if "/" in split else dataset_config
 
 
 def comparable_results(dataset: str, split: str) -> list[PublishedResult]:

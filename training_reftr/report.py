@@ -24,7 +24,13 @@ from training_reftr.data import EvaluationData
 from training_reftr.evaluation import evaluate, summarize
 from training_reftr.images import read_row_image
 from training_reftr.metrics import THRESHOLDS
-from training_reftr.published_results import comparable_results, dataset_and_split, has_coco_images
+from training_reftr.published_results import (
+    comparable_results,
+    dataset_and_split,
+    find_cut,
+    flags_of_split,
+    has_coco_images,
+)
 from training_reftr.sampling import has_positions
 from training_reftr.settings import DataSettings, TrainingSettings
 from training_reftr.visualization import draw_samples, draw_validation_images
@@ -119,9 +125,12 @@ def report(
     data = EvaluationData(splits, processor, settings, accelerator.process_index, accelerator.num_processes)
     for name, split in splits.items():
         records = evaluate(model, processor, split, settings, accelerator, name, data=data)
-        boxes = {"integer_boxes": has_integer_boxes(name, settings.data)} | count_targets(
-            split, records, dataset_and_split(settings.data.dataset, name)[1]
-        )
+        cut = find_cut(settings.data.dataset, name, settings.data.dataset_config)
+        boxes = {
+            "integer_boxes": has_integer_boxes(name, settings.data),
+            **({} if cut is None else {"cut_from": cut}),
+            **count_targets(split, records, dataset_and_split(settings.data.dataset, name)[1], cut),
+        }
         metrics["splits"][name] = (
             boxes | summarize(records) | blind_baselines(records, training_rows, name, settings.data)
         )
@@ -158,10 +167,7 @@ def licenses_of(parts: list[datasets.Dataset]) -> str:
 
 def has_integer_boxes(split: str, data: DataSettings) -> bool:
     """Return whether the flags of a split's dataset truncate its boxes to integers."""
-    flags = data.dataset_config
-    if "/" in split:  # joined datasets have separate flags
-        flags = flags.get(dataset_and_split(data.dataset, split)[0], {})
-    return bool(flags.get("integer_boxes", False))
+    return bool(flags_of_split(data.dataset, split, data.dataset_config).get("integer_boxes", False))
 
 
 def left_out_of_build(rows: datasets.Dataset, split: str) -> dict[str, int] | None:
@@ -174,18 +180,19 @@ def left_out_of_build(rows: datasets.Dataset, split: str) -> dict[str, int] | No
     return None if report is None else report.get(split, {}).get(LEFT_OUT, {})
 
 
-def count_targets(rows: datasets.Dataset, records: list[dict], split: str) -> dict:
+def count_targets(rows: datasets.Dataset, records: list[dict], split: str, cut: dict | None = None) -> dict:
     """
-    Count the targets of a split that count as misses or are left out.
+    Count the targets of a split that count as misses or are left out. `cut` is what a part of a split is cut from.
 
     Returns:
-        `dict`: `left_out`, see `left_out_of_build`; `num_left_out`, expressions of the annotations that the rows lack
-        before their last one, as far as `positions` tell (None: not at all); `num_without_extent` and
-        `num_empty_masks`, phrases that nothing can hit and that count as misses; with masks `num_without_mask`,
-        phrases whose mask is not known and does not count.
+        `dict`: `left_out`, see `left_out_of_build`, of the complete split; `num_left_out`, expressions of the
+        annotations that the rows lack before their last one, as far as `positions` tell (None: not at all);
+        `num_without_extent` and `num_empty_masks`, phrases that nothing can hit and that count as misses; with masks
+        `num_without_mask`, phrases whose mask is not known and does not count.
     """
-    left_out = left_out_of_build(rows, split)
-    positions = [position for row in rows["positions"] for position in row or ()] if has_positions(rows) else []
+    left_out = left_out_of_build(rows, split if cut is None else cut["split"])
+    is_known = cut is None and has_positions(rows)
+    positions = [position for row in rows["positions"] for position in row or ()] if is_known else []
     counts = {
         "left_out": left_out,
         "num_left_out": max(positions) + 1 - len(positions) if positions else None,
@@ -255,6 +262,8 @@ def format_results(metrics: dict, heading: str) -> list[str]:
     lines = format_comparison(metrics, heading)
     for name, values in metrics["splits"].items():
         lines += ["", f"{heading} {for_markdown(name)}"]
+        if cut := values.get("cut_from"):
+            lines += ["", describe_cut(cut)]
         entries = {"all phrases": values, **values["per_kind"]}
         with_baselines = entries | {label: values[key] for key, label in BLIND_BASELINES.items() if key in values}
         missing = [label for key, label in BLIND_BASELINES.items() if key not in values]
@@ -281,6 +290,14 @@ def format_results(metrics: dict, heading: str) -> list[str]:
                 f"that of the annotated masks is {values['mask_separation_target']:.3f}.",
             ]
     return [*lines, *format_conditions(metrics, heading)]
+
+
+def describe_cut(cut: dict) -> str:
+    """Return a sentence on a part of a split, see `published_results.find_cut`."""
+    return (
+        f"A part of the split {for_code(cut['split'])}, about {100 * cut['share']:g} % of its images: the results are "
+        "not comparable with published ones, which are of complete splits."
+    )
 
 
 def format_conditions(metrics: dict, heading: str) -> list[str]:
@@ -310,8 +327,9 @@ def format_targets(values: dict) -> list[str]:
     if reasons is None and values.get("num_left_out"):
         reasons = {"expressions of the annotations": values["num_left_out"]}
     if reasons:
+        of_split = f"of all of {for_code(values['cut_from']['split'])}, " if "cut_from" in values else ""
         sentences.append(
-            f"Not evaluated: the dataset {for_markdown(describe_reported(LEFT_OUT, reasons))}. "
+            f"Not evaluated: {of_split}the dataset {for_markdown(describe_reported(LEFT_OUT, reasons))}. "
             + ("" if values["integer_boxes"] else "The published evaluation counts boxes without extent as misses.")
         )
     if count := values.get("num_without_extent"):

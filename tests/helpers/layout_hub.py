@@ -194,6 +194,17 @@ def sample_splits() -> dict[str, datasets.Dataset]:
     return {"validation": datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)}
 
 
+def write_samples(folder: Path, numbers) -> Path:
+    """Write a dataset of any number of images in the columns of moondream/refcoco-m; return the folder."""
+    rows = []
+    for number in numbers:
+        image = {"bytes": encoded(number), "path": None}
+        rows.append({**sample_row(11), "image": image, "image_id": number, "file_name": file_name(number)})
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES).to_parquet(folder / "validation.parquet")
+    return folder
+
+
 def caption_row(number: int, index: int, split: str, **changes) -> dict:
     """Return a row of JierunChen/Ref-L4."""
     box = to_xywh(BOXES[number][index])
