@@ -8,6 +8,7 @@ measurement runs in a separate process; no image is decoded.
 """
 
 import argparse
+import io
 import json
 import math
 import multiprocessing
@@ -52,17 +53,17 @@ def make_text(rng: random.Random, least: int, most: int) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
 
 
-def link_images(folder: Path, names):
-    """Link a JPEG of noise under several names."""
+def link_images(folder: Path, names, content: bytes | None = None):
+    """Link a JPEG, by default one of noise, under several names."""
     folder.mkdir(parents=True)
-    image = folder.parent / "image.jpg"
-    if not image.exists():
-        noise = np.random.default_rng(0).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((WIDTH, HEIGHT)).save(image)
+    if content is None:
+        noise, file = np.random.default_rng(0).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8), io.BytesIO()
+        Image.fromarray(noise).resize((WIDTH, HEIGHT)).save(file, "JPEG")
+        content = file.getvalue()
     for index, name in enumerate(names):
         if index % 30_000 == 0:  # file systems limit the number of links per file
-            source = image.with_name(f"{folder.name}_{index}.jpg")
-            source.write_bytes(image.read_bytes())
+            source = folder.with_name(f"{folder.name}_{index}.jpg")
+            source.write_bytes(content)
         os.link(source, folder / name)
 
 

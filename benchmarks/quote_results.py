@@ -228,6 +228,23 @@ def table_of_own_images(results: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_rows(results: dict) -> str:
+    """Format the seconds and the memory of `benchmarks/data_rows.py` per number of rows, and their last ratio."""
+    counts = sorted({row["rows"] for row in results["rows"]})
+    growth = f"{counts[-1]:,} to {counts[-2]:,}"
+    heads = [head for unit in ("s", "MB") for head in (*(f"{count:,} rows, {unit}" for count in counts), growth)]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for case in dict.fromkeys(row["case"] for row in results["rows"]):
+        found = {row["rows"]: row for row in results["rows"] if row["case"] == case}
+        parts = []
+        for what, digits in (("seconds", 1), ("megabytes", 0)):
+            values = [found[count][what] for count in counts]
+            parts += [*(f"{value:.{digits}f}" for value in values), f"{values[-1] / values[-2]:.1f}"]
+        lines.append(f"| {case} | {' | '.join(parts)} |")
+    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    return "\n".join([*lines, "", f"Measured on: {machine}."])
+
+
 def seeds_of(name: str) -> Path:
     """Return the file of a run's repetitions with several seeds, see `benchmarks/demo_seeds.py`."""
     return RESULTS / name / "seeds.json"
@@ -262,6 +279,8 @@ def quote(document: str) -> str:
             text = table_of_mask_conditioning(json.loads((RESULTS / "demo" / "mask_conditioning.json").read_text()))
         elif name == "summary":
             text = table_of_summary()
+        elif name == "data_rows":
+            text = table_of_rows(json.loads((RESULTS / "data_rows.json").read_text()))
         elif name == "space":
             text = table_of_space(json.loads((RESULTS / "space" / "speed.json").read_text()))
         elif has_seeds(name):

@@ -521,6 +521,7 @@ def test_documents_are_linked_in_index_and_readme():
 def test_documents_quote_committed_results():
     texts = [document.read_text() for document in (*DOCUMENTS, NOTEBOOK)]
     assert sorted(name for text in texts for name in results_in(text)) == [
+        "data_rows",
         "demo",
         "mask_conditioning",
         "newcomer",
