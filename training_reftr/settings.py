@@ -469,7 +469,7 @@ def names_in_scope(*scopes: Scope) -> list[str]:
     >>> from training_reftr.settings import Scope, names_in_scope
 
     >>> names_in_scope(Scope.MODEL)[:3]
-    ['image_size', 'keep_aspect_ratio', 'max_text_length']
+    ['image_size', 'keep_aspect_ratio', 'mask_resampling']
 
     ```"""
     return [name for name, item in FIELDS.items() if item.metadata["scope"] in scopes]
