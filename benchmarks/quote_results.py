@@ -1,6 +1,6 @@
 """
-Write the committed results into the documents, between their markers, and the address of the repository in `setup.cfg`
-into their commands and links:
+Write the committed results and the table of file formats into the documents, between their markers, and the address of
+the repository in `setup.cfg` into their commands and links:
 
     python benchmarks/quote_results.py            # from benchmarks/results
     python benchmarks/quote_results.py runs/demo  # first copy the metrics, the log of metrics and the image of a run
@@ -14,6 +14,8 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from data_scripts.formats import describe_formats
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,8 +265,8 @@ def results_in(text: str) -> list[str]:
 
 def quote(document: str) -> str:
     """
-    Replace the text between the markers of a document with the committed results of runs and benchmarks, and the
-    addresses of the repository with that of `setup.cfg`.
+    Replace the text between the markers of a document with the committed results of runs and benchmarks, the table of
+    file formats, and the addresses of the repository with that of `setup.cfg`.
     """
 
     def table(match: re.Match) -> str:
@@ -273,6 +275,8 @@ def quote(document: str) -> str:
             text = table_of_precision(json.loads((RESULTS / "precision.json").read_text()))
         elif name == "newcomer":
             text = table_of_newcomer(json.loads((RESULTS / "newcomer.json").read_text()))
+        elif name == "formats":
+            text = describe_formats()
         elif name == "own_images":
             text = table_of_own_images(json.loads((RESULTS / "demo" / "own_images.json").read_text()))
         elif name == "mask_conditioning":

@@ -5,7 +5,7 @@ import math
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import datasets
@@ -67,12 +67,22 @@ def with_absolute_path(row: dict) -> dict:
     image = row["image"]
     if is_as_stored(image):
         return {"image": image}  # other readers would turn the file at its path
-    if image["bytes"] is not None:
+    return {"image": {"bytes": None, "path": path_of_image(row)}}
+
+
+def path_of_image(row: dict) -> str:
+    """
+    Return the absolute path of a row's image.
+
+    Raises:
+        ValueError: if it is not a file.
+    """
+    if row["image"]["bytes"] is not None:
         raise ValueError(
             f"The images of this dataset are in its rows ({row['image_id']!r} is not a file): they cannot be "
             "exported by path. Leave out --by_path."
         )
-    return {"image": {"bytes": None, "path": os.path.abspath(image["path"])}}
+    return os.path.abspath(row["image"]["path"])
 
 
 def in_usual_order(names: Iterable[str]) -> list[str]:
@@ -226,9 +236,14 @@ def describe_files(folder: Path, splits: dict[str, datasets.Dataset], num_bytes:
     return data.to_dict()["dataset_info"]
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, names: Collection[str] = (README, DATA)) -> None:
     """
     Refuse a folder that must not be replaced.
+
+    Args:
+        output (`Path`): the folder.
+        overwrite (`bool`): whether to replace an earlier export.
+        names (`tuple[str, ...]`, *optional*): what an export contains.
 
     Raises:
         OSError: if it exists, unless it is an earlier export and is to be overwritten.
@@ -239,8 +254,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OSError(f"{str(output)!r} exists. Choose another --output, or replace it by --overwrite.")
-    if not output.is_dir() or not {entry.name for entry in output.iterdir()} <= {README, DATA}:
-        raise OSError(f"{str(output)!r} is not replaced: it contains more than an export ({README} and {DATA}/).")
+    if not output.is_dir() or not {entry.name for entry in output.iterdir()} <= set(names):
+        raise OSError(f"{str(output)!r} is not replaced: it contains more than an export ({', '.join(names)}).")
 
 
 def export_dataset(

@@ -1,12 +1,15 @@
 """
-List the file formats of annotations: what reads and writes them, and what their readers are checked by. It imports
-nothing of the datasets library, since the help of commands shows it.
+List the file formats of annotations: what reads and writes them, and what their tests compare with. It imports nothing
+of the datasets library, since the help of commands shows it.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+
+
+PARQUET = "parquet"
 
 
 @dataclass(frozen=True)
@@ -16,36 +19,80 @@ class Format:
 
     Args:
         name (`str`): its name in commands.
-        reads (`str`): which files these are.
+        content (`str`): which files these are.
         reader (`str`, *optional*): module and function that read them as lines, "coco_json.read_coco".
         is_dataset (`bool`): whether it is a dataset of this name for `data_scripts.load`.
-        is_written (`bool`): whether `reftr data import` writes it.
+        writer (`str`, *optional*): module and function that write lines, "coco_json.write_coco".
+        written_by (`tuple[str, ...]`): the commands that write it, of "import", "export" and "predict".
         checked_by (`str`): what its tests compare it with.
     """
 
     name: str
-    reads: str
+    content: str
     reader: str | None = None
     is_dataset: bool = False
-    is_written: bool = False
+    writer: str | None = None
+    written_by: tuple[str, ...] = ()
     checked_by: str = "files in the documented layout"
 
 
 FORMATS: dict[str, Format] = {
     item.name: item
     for item in (
-        Format("jsonl", "our JSON Lines, or a JSON array of its lines", is_dataset=True, is_written=True),
+        Format(
+            PARQUET,
+            "our Parquet files with images",
+            written_by=("export",),
+            checked_by="`datasets.load_dataset`",
+        ),
+        Format(
+            "jsonl",
+            "our JSON Lines, or a JSON array of its lines",
+            is_dataset=True,
+            writer="jsonl.write_jsonl",
+            written_by=("import", "export", "predict"),
+        ),
         Format(
             "mdetr_json",
             "JSON of MDETR, GLIP and mmdetection",
             "mdetr_json.read_mdetr",
             is_dataset=True,
+            writer="mdetr_json.write_mdetr",
+            written_by=("export",),
             checked_by="pycocotools",
         ),
-        Format("odvg", "JSON Lines of mmdetection and Open-GroundingDINO", "odvg.read_odvg", is_dataset=True),
+        Format(
+            "odvg",
+            "JSON Lines of mmdetection and Open-GroundingDINO",
+            "odvg.read_odvg",
+            is_dataset=True,
+            writer="odvg.write_odvg",
+            written_by=("export", "predict"),
+        ),
         Format("phrasecut", "refer_*.json of PhraseCut", "phrasecut.read_phrasecut", is_dataset=True),
-        Format("coco", "COCO's JSON of instances", "coco_json.read_coco", checked_by="pycocotools"),
-        Format("label_studio", "JSON export of Label Studio", "label_studio.read_label_studio"),
+        Format(
+            "coco",
+            "COCO's JSON of instances",
+            "coco_json.read_coco",
+            writer="coco_json.write_coco",
+            written_by=("export",),
+            checked_by="pycocotools",
+        ),
+        Format(
+            "coco_results",
+            "COCO's JSON of results",
+            writer="coco_json.write_coco_results",
+            written_by=("predict",),
+            checked_by="pycocotools",
+        ),
+        Format(
+            "label_studio",
+            "JSON of Label Studio: exported annotations, predictions to import",
+            "label_studio.read_label_studio",
+            writer="label_studio.write_label_studio",
+            written_by=("predict",),
+            checked_by="label-studio-sdk",
+        ),
         Format("cvat", "XML of CVAT for images 1.1", "cvat_xml.read_cvat"),
         Format("imagefolder", "metadata.jsonl of an imagefolder", "image_folder.read_image_folder"),
         Format("image_text_bbox", "objects with image, text and bbox", "image_text_bbox.read_image_text_bbox"),
@@ -54,6 +101,8 @@ FORMATS: dict[str, Format] = {
     )
 }
 IMPORTED = tuple(name for name, item in FORMATS.items() if item.reader is not None)
+EXPORTED = tuple(name for name, item in FORMATS.items() if "export" in item.written_by)
+PREDICTED = tuple(name for name, item in FORMATS.items() if "predict" in item.written_by)
 
 
 def reader_of(name: str, options: dict) -> Callable:
@@ -78,8 +127,7 @@ def reader_of(name: str, options: dict) -> Callable:
     ```"""
     if name not in IMPORTED:
         raise ValueError(f"{name!r} is not a format to import; use one of {', '.join(IMPORTED)}.")
-    module, _, function = FORMATS[name].reader.partition(".")
-    reader = getattr(importlib.import_module(f"data_scripts.{module}"), function)
+    reader = import_function(FORMATS[name].reader)
     known = list(inspect.signature(reader).parameters)[2:]
     unknown = [option for option in options if option not in known]
     if unknown:
@@ -88,13 +136,58 @@ def reader_of(name: str, options: dict) -> Callable:
     return reader
 
 
+def writer_of(name: str, names: tuple[str, ...]) -> Callable:
+    """
+    Return the writer of a format: of lines, [`Findings`] and [`Written`] it makes the parts of a file's text.
+
+    Args:
+        name (`str`): the format.
+        names (`tuple[str, ...]`): the formats of the command, `EXPORTED` or `PREDICTED`.
+
+    Raises:
+        ValueError: if it is not one of them.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.formats import PREDICTED, writer_of
+
+    >>> writer_of("odvg", PREDICTED).__name__
+    'write_odvg'
+
+    ```"""
+    if name not in names:
+        raise ValueError(f"{name!r} is not a format to write here; use one of {', '.join(names)}.")
+    return import_function(FORMATS[name].writer)
+
+
+def import_function(name: str) -> Callable:
+    """Return a function of this package by the names of its module and its own, "coco_json.read_coco"."""
+    module, _, function = name.partition(".")
+    return getattr(importlib.import_module(f"data_scripts.{module}"), function)
+
+
+def suffix_of(name: str) -> str:
+    """
+    Return the ending of the files of a format.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.formats import suffix_of
+
+    >>> suffix_of("odvg"), suffix_of("coco")
+    ('.jsonl', '.json')
+
+    ```"""
+    return ".jsonl" if name in ("jsonl", "odvg") else ".json"
+
+
 def describe_formats() -> str:
     """Return the table of all formats for the documentation, in Markdown."""
-    rows = [
-        ("format", "files", "`reftr data` and recipes", "`reftr data import`", "written", "tests compare with"),
-        ("---",) * 6,
-    ]
+    rows = [("format", "read", "write", "checked by"), ("---",) * 4]
     for item in FORMATS.values():
-        flags = (item.is_dataset, item.reader is not None, item.is_written)
-        rows.append((f"`{item.name}`", item.reads, *("yes" if flag else "" for flag in flags), item.checked_by))
+        is_read = {"as a dataset": item.is_dataset or item.name == PARQUET, "import": item.reader is not None}
+        read = ", ".join(name for name, is_way in is_read.items() if is_way)
+        rows.append((f"`{item.name}`: {item.content}", read, ", ".join(item.written_by), item.checked_by))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

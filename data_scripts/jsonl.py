@@ -37,7 +37,7 @@ them.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from .masks import box_of
 from .phrase_search import PhraseSearcher
 from .quoting import quote
 from .reading import parse_line, read_entries
+from .records import Written, is_expression, leave_out_fields, to_json
 from .schema import FEATURES
 
 
@@ -134,6 +135,47 @@ def mask_paths(path: Path, folder: Path, finder: FileFinder) -> list[Path]:
             except ValueError:  # named when the line is read
                 continue
     return [found.path for found in paths if found.exists]
+
+
+def write_jsonl(lines: Iterable[dict], findings: Findings, about: Written) -> Iterator[str]:
+    """
+    Yield the text of lines.
+
+    Args:
+        lines (iterable of `dict`): the lines, see `records`.
+        findings ([`Findings`]): counts what is left out.
+        about ([`Written`]): their dataset, which lines do not name.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.findings import Findings
+    >>> from data_scripts.jsonl import write_jsonl
+    >>> from data_scripts.records import Written
+
+    >>> phrase = {"start": 0, "end": 7, "boxes": [[1, 2, 3, 4]]}
+    >>> line = {"image": "1.jpg", "expressions": [{"text": "the cup", "phrases": [phrase]}]}
+    >>> print(*write_jsonl([line], Findings(), Written("cups")), end="")
+    {"image": "1.jpg", "expressions": [{"text": "the cup", "box": [1, 2, 3, 4]}]}
+
+    ```"""
+    for line in lines:
+        leave_out_fields(line, {"score": "scores"}, findings)
+        fields = {name: line[name] for name in ("image", "image_id", "width", "height") if name in line}
+        expressions = [shorten_expression(item) for item in line["expressions"]]
+        yield f"{to_json({**fields, 'expressions': expressions})}\n"
+
+
+def shorten_expression(expression: dict) -> dict:
+    """Return an expression that is written without the phrase that is all of it, and one box as `box`."""
+    phrases = []
+    for phrase in expression["phrases"]:
+        boxes = {"box": phrase["boxes"][0]} if len(phrase["boxes"]) == 1 else {"boxes": phrase["boxes"]}
+        rest = {name: value for name, value in phrase.items() if name not in ("start", "end", "boxes", "score")}
+        phrases.append(({"start": phrase["start"], "end": phrase["end"]}, {**boxes, **rest}))
+    if is_expression(expression):
+        return {"text": expression["text"], **phrases[0][1]}
+    return {"text": expression["text"], "phrases": [{**span, **target} for span, target in phrases]}
 
 
 SOURCES = [

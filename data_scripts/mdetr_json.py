@@ -1,5 +1,6 @@
 """
-Read the annotations of MDETR, which GLIP and mmdetection use as well: COCO's JSON with one image entry per expression.
+Read and write the annotations of MDETR, which GLIP and mmdetection use as well: COCO's JSON with one image entry per
+expression.
 
     {"images": [{"id": 0, "file_name": "COCO_train2014_000000581857.jpg", "height": 427, "width": 640,
                  "original_id": 581857, "caption": "the lady with the blue shirt", "dataset_name": "refcoco"}],
@@ -13,17 +14,30 @@ Read the annotations of MDETR, which GLIP and mmdetection use as well: COCO's JS
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from .findings import Findings
 from .kinds import INTEGER, LIST, TEXT, check_fields
 from .reading import load_json
-from .records import expression_of_spans, size_fields, spans_of_tokens, to_box_list
+from .records import (
+    Written,
+    expression_of_spans,
+    is_expression,
+    json_array,
+    leave_out_fields,
+    size_fields,
+    spans_of_tokens,
+    to_box_list,
+    to_json,
+    to_xywh,
+)
 
 
 # beginnings of `dataset_name` of which an expression is about one object
 REFERRING = ("refcoco", "refexp", "referit", "refclef")
+CATEGORIES = [{"supercategory": "object", "id": 1, "name": "object"}]
 
 
 def read_mdetr(path: Path, findings: Findings, box_format: str = "xywh") -> Iterator[tuple[str, dict]]:
@@ -63,7 +77,7 @@ def make_expression(image: dict, annotations: list[dict], findings: Findings) ->
     if not annotations:
         findings.leave_out("captions without a box")
         return None
-    if isinstance(dataset_name, str) and dataset_name.lower().startswith(REFERRING):
+    if is_referring(dataset_name):
         boxes = [box for item in annotations for box in to_box_list(item.get("bbox"), "bbox")]
         return {"text": caption.strip(), "boxes": boxes}
     targets = []
@@ -73,3 +87,78 @@ def make_expression(image: dict, annotations: list[dict], findings: Findings) ->
             findings.leave_out("boxes without words of their caption")
         targets += [(span, {}, to_box_list(item.get("bbox"), "bbox")) for span in spans]
     return expression_of_spans(caption, targets)
+
+
+def is_referring(dataset_name: Any) -> bool:
+    """Return whether the expressions of a dataset are about one object, by its name."""
+    return isinstance(dataset_name, str) and dataset_name.lower().startswith(REFERRING)
+
+
+def write_mdetr(lines: Iterable[dict], findings: Findings, about: Written) -> Iterator[str]:
+    """
+    Yield the text of a file: an image entry per expression, an annotation per box.
+
+    Args:
+        lines (iterable of `dict`): the lines, see `records`.
+        findings ([`Findings`]): counts what is left out.
+        about ([`Written`]): their dataset. The part of its name before `_` is `dataset_name`, as "refcoco+" of
+            refcoco+_unc; expressions with phrases are never of a dataset of `REFERRING`.
+
+    Example:
+
+    ```python
+    >>> import json
+    >>> from data_scripts.findings import Findings
+    >>> from data_scripts.mdetr_json import write_mdetr
+    >>> from data_scripts.records import Written
+
+    >>> expressions = [{"text": "the cup", "phrases": [{"start": 0, "end": 7, "boxes": [[1, 2, 30, 40]]}]}]
+    >>> line = {"image": "1.jpg", "width": 40, "height": 30, "expressions": expressions}
+    >>> content = json.loads("".join(write_mdetr([line], Findings(), Written("cups"))))
+    >>> content["images"][0]["caption"], content["annotations"][0]["bbox"]
+    ('the cup', [1, 2, 29, 38])
+
+    ```"""
+    annotations = []
+    yield '{"images": '
+    yield from json_array(entries_of_lines(lines, findings, about, annotations))
+    yield ',\n"annotations": '
+    yield from json_array(annotations)
+    yield f',\n"categories": {to_json(CATEGORIES)}, "info": [], "licenses": []}}\n'
+
+
+def entries_of_lines(
+    lines: Iterable[dict], findings: Findings, about: Written, annotations: list[dict]
+) -> Iterator[dict]:
+    """Yield the image entry of each expression, and add its annotations to a list."""
+    name, number = about.name.partition("_")[0], 0
+    for original_id, line in enumerate(lines, start=1):
+        leave_out_fields(
+            line, {"segmentation": "masks", "category": "categories", "types": "types of phrases"}, findings
+        )
+        for expression in line["expressions"]:
+            number += 1
+            for phrase in expression["phrases"]:
+                for x0, y0, width, height in map(to_xywh, phrase["boxes"]):
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": number,
+                            "category_id": 1,
+                            "bbox": [x0, y0, width, height],
+                            "area": width * height,
+                            "iscrowd": 0,
+                            "tokens_positive": [[phrase["start"], phrase["end"]]],
+                        }
+                    )
+            is_caption = is_referring(name) and not is_expression(expression)
+            yield {
+                "id": number,
+                "file_name": line["image"],
+                "height": line["height"],
+                "width": line["width"],
+                "original_id": original_id,
+                "caption": expression["text"],
+                "dataset_name": "captions" if is_caption else name,
+                "tokens_negative": [[0, len(expression["text"])]],
+            }

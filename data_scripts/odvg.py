@@ -1,5 +1,5 @@
 """
-Read ODVG JSON Lines, the annotations of Grounding DINO in mmdetection and Open-GroundingDINO.
+Read and write ODVG JSON Lines, the annotations of Grounding DINO in mmdetection and Open-GroundingDINO.
 
     {"filename": "1.jpg", "height": 480, "width": 640,
      "grounding": {"caption": "a car near two trees",
@@ -13,7 +13,7 @@ Read ODVG JSON Lines, the annotations of Grounding DINO in mmdetection and Open-
   once in their image are expressions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .findings import Findings
@@ -21,12 +21,15 @@ from .kinds import LIST, TEXT, check_fields
 from .records import (
     WITHOUT_WORDS,
     LabeledObject,
+    Written,
     expression_of_spans,
     expressions_of_objects,
+    leave_out_fields,
     read_records,
     size_fields,
     spans_of_tokens,
     to_box_list,
+    to_json,
 )
 
 
@@ -82,3 +85,43 @@ def read_detection(detection: dict, findings: Findings) -> list[dict]:
         check_fields(item, {"bbox": LIST, "category": TEXT}, f"detection.instances[{index}]")
         objects.append(LabeledObject("", {"box": item["bbox"]}, item["category"]))
     return [expression for _, expression in expressions_of_objects(objects, findings)]
+
+
+def write_odvg(lines: Iterable[dict], findings: Findings, about: Written) -> Iterator[str]:
+    """
+    Yield the text of a file: a line per expression, a region per box.
+
+    Args:
+        lines (iterable of `dict`): the lines, see `records`.
+        findings ([`Findings`]): counts what is left out.
+        about ([`Written`]): their dataset, which the format does not name.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.findings import Findings
+    >>> from data_scripts.odvg import write_odvg
+    >>> from data_scripts.records import Written
+
+    >>> phrase = {"start": 0, "end": 7, "boxes": [[1, 2, 3, 4]]}
+    >>> expressions = [{"text": "the cup", "phrases": [phrase]}]
+    >>> line = {"image": "1.jpg", "width": 40, "height": 30, "expressions": expressions}
+    >>> (text,) = write_odvg([line], Findings(), Written("cups"))
+    >>> text[:84]
+    '{"filename": "1.jpg", "height": 30, "width": 40, "grounding": {"caption": "the cup",'
+
+    ```"""
+    for line in lines:
+        leave_out_fields(
+            line, {"segmentation": "masks", "category": "categories", "types": "types of phrases"}, findings
+        )
+        for expression in line["expressions"]:
+            text, regions = expression["text"], []
+            for phrase in expression["phrases"]:
+                start, end = phrase["start"], phrase["end"]
+                score = {"score": phrase["score"]} if "score" in phrase else {}
+                named = {"phrase": text[start:end], "tokens_positive": [[start, end]], **score}
+                regions += [{"bbox": box, **named} for box in phrase["boxes"]]
+            size = {"height": line["height"], "width": line["width"]}
+            record = {"filename": line["image"], **size, "grounding": {"caption": text, "regions": regions}}
+            yield f"{to_json(record)}\n"

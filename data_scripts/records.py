@@ -1,5 +1,13 @@
-"""Helpers of the readers, which turn annotation files of other formats into lines (see `jsonl`)."""
+"""
+Helpers of readers, which turn annotation files of other formats into lines (see `jsonl`), and of writers, which turn
+lines into these formats.
 
+A line that is written has all its fields: `image`, `width`, `height`, and expressions with `text` and `phrases`, each
+with `start`, `end` and `boxes` (xyxy, in pixels), and with `category`, `segmentation`, `types` and `score` if it has
+them.
+"""
+
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -196,3 +204,88 @@ def texts_of(record: dict, text_field: str | None = None) -> list[str]:
             if texts:
                 return texts
     return []
+
+
+class Written(NamedTuple):
+    """
+    What writers say about a dataset.
+
+    Args:
+        name (`str`): its name.
+        categories (`list[str]`): the categories of its objects in all splits.
+    """
+
+    name: str
+    categories: Sequence[str] = ()
+
+
+def is_expression(expression: dict) -> bool:
+    """
+    Return whether the one phrase of an expression that is written is all of its text.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import is_expression
+
+    >>> is_expression({"text": "a cup", "phrases": [{"start": 0, "end": 5, "boxes": [[1, 2, 3, 4]]}]})
+    True
+
+    ```"""
+    return [(phrase["start"], phrase["end"]) for phrase in expression["phrases"]] == [(0, len(expression["text"]))]
+
+
+def leave_out_fields(line: dict, names: dict[str, str], findings: Findings) -> None:
+    """
+    Count the fields of the phrases of a line that a format does not have.
+
+    Args:
+        line (`dict`): the line.
+        names (`dict[str, str]`): field -> what is left out.
+        findings ([`Findings`]): counts them.
+    """
+    for expression in line["expressions"]:
+        for phrase in expression["phrases"]:
+            for field, reason in names.items():
+                findings.leave_out(reason, field in phrase)
+
+
+def to_xywh(box_xyxy: Sequence[float]) -> list[float]:
+    """
+    Return a box as left, top, width and height, without the errors of subtraction.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import to_xywh
+
+    >>> to_xywh([103.93, 299.99, 238.15, 477.41])
+    [103.93, 299.99, 134.22, 177.42]
+
+    ```"""
+    x0, y0, x1, y1 = box_xyxy
+    return [x0, y0, round(x1 - x0, 9), round(y1 - y0, 9)]
+
+
+def to_json(value: Any) -> str:
+    """Return a value as JSON in one line, with all characters as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def json_array(items: Iterable[Any]) -> Iterator[str]:
+    """
+    Yield the parts of a JSON array, an item per line.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import json_array
+
+    >>> "".join(json_array([1, {"a": 2}]))
+    '[\\n1,\\n{"a": 2}\\n]'
+
+    ```"""
+    yield "["
+    for number, item in enumerate(items):
+        yield f"{',' if number else ''}\n{to_json(item)}"
+    yield "\n]"

@@ -7,7 +7,7 @@ Build, check, preview, import and export datasets:
 
 import argparse
 
-from data_scripts.formats import FORMATS, IMPORTED
+from data_scripts.formats import EXPORTED, FORMATS, IMPORTED, PARQUET
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,10 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="tolerated distance between the sides of a mask's bounding box and its box (default: 2.0)",
     )
-    exports = add("export", "write Parquet files that datasets.load_dataset reads")
+    exports = add("export", "write Parquet files that datasets.load_dataset reads, or files of other formats")
     exports.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    others = ", ".join(EXPORTED)
+    exports.add_argument("--format", default=PARQUET, metavar="FORMAT", help=f"{others} (default: %(default)s)")
     form = exports.add_mutually_exclusive_group()
-    form.add_argument("--embed", action="store_true", help="store the images in the files (default)")
+    form.add_argument("--embed", action="store_true", help="store the images in the files or beside them (default)")
     form.add_argument("--by_path", action="store_true", help="store the paths of the images on this machine")
     exports.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     exports.add_argument("--license", metavar="ID", help="licence for the card, e.g. cc-by-4.0 (default: if known)")

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_scripts import SOURCES
+from data_scripts.annotation_export import export_annotations
 from data_scripts.building import Source, flags_of, format_listing
 from data_scripts.checking import MASK_TOLERANCE, check, find_broken_images, format_findings, judge_rows
 from data_scripts.escaping import TerminalFormatter, for_terminal
 from data_scripts.exporting import DATA, MARK, README, check_output, export_dataset
+from data_scripts.formats import EXPORTED, FORMATS, PARQUET, suffix_of, writer_of
 from data_scripts.importing import import_files
 from data_scripts.loading import find_source, load_with_report
 from data_scripts.progress import disable_library_bars
@@ -121,6 +123,9 @@ def run_export(args: Namespace) -> None:
         )
     if args.private and not args.push_to_hub:
         raise ValueError("--private has no effect without --push_to_hub: add it or remove --private.")
+    if args.format != PARQUET:
+        export_format(args)
+        return
     check_output(Path(args.output).absolute(), args.overwrite)
     splits, build_report = load_splits(args)
     settings = {"num_proc": args.num_proc, "overwrite": args.overwrite, "flags": {**args.flags}}
@@ -131,6 +136,38 @@ def run_export(args: Namespace) -> None:
     write(f'Written to {folder}; datasets.load_dataset("{folder}") reads it.')
     if args.push_to_hub:
         write(f"Pushed: {push_export(folder, args.push_to_hub, args.private or None)}")
+
+
+def export_format(args: Namespace) -> None:
+    """
+    Write annotation files of another format.
+
+    Raises:
+        ValueError: if there is no such format, or an option is for Parquet files alone.
+    """
+    writer_of(args.format, EXPORTED)
+    for name in ("push_to_hub", "license", "language"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} is for Parquet files: remove it or --format {args.format}.")
+    splits, _ = load_splits(args)
+    report = export_annotations(args.format, args.source, splits, args.output, args.by_path, args.overwrite)
+    write(format_split_counts(report.counts))
+    write(format_build_report(report.build, "export"))
+    output, image_dir = shlex.quote(args.output), shlex.quote(str(report.image_dir))
+    flag = f" --image_dir {image_dir}" if args.by_path else ""
+    if FORMATS[args.format].is_dataset:
+        command = f"reftr data check {args.format} --data_dir {output}{flag}"
+    else:
+        files = shlex.join(f"{split}={Path(args.output, split)}{suffix_of(args.format)}" for split in report.counts)
+        command = f"reftr data import {args.format} {files}{flag} --output ..."
+    write(f"Written to {args.output}; `{command}` reads it.")
+
+
+def format_split_counts(counts: dict[str, dict[str, int]]) -> str:
+    """Format the counts of splits as a table."""
+    columns = list(next(iter(counts.values())))
+    rows = ([split, *(numbers[name] for name in columns)] for split, numbers in counts.items())
+    return format_table([["split", *columns], *rows])
 
 
 def run_preview(args: Namespace) -> None:
@@ -166,9 +203,7 @@ def run_import(args: Namespace) -> None:
     report = import_files(
         args.format, splits, args.output, args.image_dir, args.drop_bad_lines, args.overwrite, **options
     )
-    columns = list(next(iter(report.counts.values())))
-    rows = ([split, *(counts[name] for name in columns)] for split, counts in report.counts.items())
-    write(format_table([["split", *columns], *rows]))
+    write(format_split_counts(report.counts))
     if report.box_format is not None:
         write(
             f"The boxes were recognized as {report.box_format}, from those of all images; --box_format says another."
