@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # for two cores: run one process with two threads, or two test workers with one thread each
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: benchmark demo reproduce scorecard test test-all test-peer test-legacy-datasets test-lowest test-wheel test-browser mutation quality lint format clean
+.PHONY: benchmark demo reproduce scorecard test test-all test-oracles test-peer test-legacy-datasets test-lowest test-wheel test-browser mutation quality lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -42,6 +42,14 @@ benchmark: $(VENV)/.installed
 test-peer: $(VENV)/.installed
 	$(RUN)/python tests/peer/fetch.py .peer
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 2 -c tests/peer/pytest.ini -rs tests/peer
+
+# compare the files that are written for other tools with the tools' own libraries
+test-oracles: $(VENV)/.oracles
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -rs tests/cli/test_save.py
+
+$(VENV)/.oracles: $(VENV)/.installed
+	$(RUN)/python -m pip install --quiet --editable ".[oracles]"
+	touch $@
 
 # test the builders as loading scripts of datasets 3.6, the last version that supports them, in a separate environment
 test-legacy-datasets: .legacy/.installed $(VENV)/.installed

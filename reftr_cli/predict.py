@@ -9,7 +9,8 @@ On a terminal, an answer is a readable line; with `--json`, and where the output
 The first form prints the answers of one image and draws them. Several images, folders, patterns such as
 "images/*.jpg", and files with one question per line, such as {"image": "1.jpg", "text": ["the red circle"]}, with
 "phrases" for captions, print one line of JSON per question and draw each answer into the folder `answers`. A question
-that fails, or a line that is not a question, has an "error" in its line, and the exit code is 1.
+that fails, or a line that is not a question, has an "error" in its line, and the exit code is 1. `--save FORMAT FILE`
+also writes all answers to a file for an evaluation or an annotation tool.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_scripts.escaping import for_stdout, for_terminal
+from data_scripts.formats import PREDICTED
 from data_scripts.progress import disable_library_bars, progress_bar
+from reftr_cli.prediction_files import PredictionFiles
 from training_reftr.json_files import read_json_lines
 from training_reftr.locating import check_model
 
@@ -151,10 +154,14 @@ def answer_question(ground: VisualGroundingPipeline, question: dict | str) -> li
 
 
 def answer_all(
-    ground: VisualGroundingPipeline, questions: list[tuple], output: Path | None, is_json: bool
+    ground: VisualGroundingPipeline,
+    questions: list[tuple],
+    output: Path | None,
+    is_json: bool,
+    files: PredictionFiles,
 ) -> tuple[int, int]:
     """
-    Print the answers of each question, and draw them into the folder `output`.
+    Print the answers of each question, draw them into the folder `output`, and add them to `files`.
 
     Returns:
         `tuple`: how many questions failed, and how many files were written.
@@ -167,6 +174,7 @@ def answer_all(
     for number, (fields, question) in enumerate(bar, start=1):
         try:
             answers = answer_question(ground, question)
+            files.add(ground, number - 1, question, answers)
             if output:
                 drawing = ground.draw(fields["image"], answers)
                 # file names are limited to 255 bytes
@@ -234,6 +242,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", nargs="+", help="one or several expressions, each in quotes")
     parser.add_argument("--phrases", nargs="+", help="phrases to locate, when --text is one caption")
     parser.add_argument("--output", help="where to draw: a file (.png, .jpg, ...), or a folder for several images")
+    parser.add_argument(
+        "--save",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FORMAT", "FILE"),
+        help=f"also write the answers to a file: {', '.join(PREDICTED)}; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON on a terminal, too")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; by default an accelerator if there is one")
     return parser
@@ -254,8 +270,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--phrases requires one image and one --text, the caption; use a .jsonl file for several.")
     if args.output:
         validate_output(args.output, is_folder=are_many)
+    files = PredictionFiles(args.save, Path(args.model).name)
     check_model(args.model)
     questions = read_questions(args.image, args.text) if are_many else []
+    files.expect([question for _, question in questions])
 
     from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
     from modeling_reftr.answers_reftr import answer_to_json
@@ -269,17 +287,22 @@ def main(argv: list[str] | None = None) -> None:
         (output if are_many else output.parent).mkdir(parents=True, exist_ok=True)
     is_json = args.json or not sys.stdout.isatty()
     if are_many:
-        num_failed, num_written = answer_all(ground, questions, output, is_json)
+        num_failed, num_written = answer_all(ground, questions, output, is_json, files)
+        sys.stderr.writelines(f"{sentence}\n" for sentence in files.write())
         if output:
             sys.stderr.write(for_terminal(f"Written: {num_written} images in {output}\n"))
         if num_failed:
             raise ValueError(f'{num_failed} of {len(questions)} questions failed: see "error" in their lines.')
         return
     (image,) = args.image
-    answers = ground(image, text=args.text, phrases=args.phrases and [args.phrases])
+    question = {"image": image, "text": args.text, "phrases": args.phrases and [args.phrases]}
+    answers = ground(question)
+    files.expect([question])
+    files.add(ground, 0, question, answers)
     printed = for_stdout([answer_to_json(answer) for answer in answers], indent=2)
     sys.stdout.write(printed if is_json else for_terminal(describe_answers(answers)))
     sys.stdout.write("\n")
     if output:
         ground.draw(image, answers).save(output)
         sys.stderr.write(for_terminal(f"Written: {output}\n"))
+    sys.stderr.writelines(f"{sentence}\n" for sentence in files.write())

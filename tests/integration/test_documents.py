@@ -47,7 +47,10 @@ EXPECTED = {
     ),
     "docs/your_own_pictures.md": (
         ['"phrase": "the blue car"', '"image": "mine/3.jpg"'],
-        ["samples.png", "runs/mine/report.md", "out.png", "answered/00002_2.png", "answers.jsonl"],
+        [
+            *("samples.png", "runs/mine/report.md", "out.png", "answered/00002_2.png", "answers.jsonl"),
+            *("mine_coco/train.json", "mine_odvg/images/1.jpg", "results.json", "tasks.json"),
+        ],
     ),
     "docs/cutouts.md": (
         ["cutouts: 0 errors, 0 warnings.", '"phrase": "the mug left of the apple"'],
@@ -523,6 +526,7 @@ def test_documents_quote_committed_results():
     assert sorted(name for text in texts for name in results_in(text)) == [
         "data_rows",
         "demo",
+        "formats",
         "mask_conditioning",
         "newcomer",
         "openmoji",
