@@ -4,7 +4,8 @@ Export a dataset as annotation files of other formats, with its images or beside
     output/train.json  output/val.json  ...     a file per split
     output/images/...                           the images, whose names in the files begin with "images/"
 
-Ids of objects and sentences are not written. A format that groups sentences by their objects loses their order.
+Ids of objects and sentences are not written, and equal objects of an image are one. A format that groups sentences by
+their objects loses their order.
 """
 
 import os
@@ -23,14 +24,15 @@ from .atomic_files import atomic_folder
 from .building import CHANGED, LEFT_OUT, Source, describe_reported, is_degenerate
 from .exporting import check_output, in_usual_order, path_of_image
 from .findings import Findings
-from .formats import EXPORTED, suffix_of, writer_of
+from .formats import EXPORTED, PARQUET, suffix_of, writer_of
 from .importing import count_lines
 from .masks import is_empty, unite_segmentations
 from .progress import progress_bar
-from .reading import name_format
+from .reading import is_as_stored, name_format
 from .records import Written
 
 
+OTHERS = tuple(name for name in EXPORTED if name != PARQUET)
 IMAGES = "images"  # folder of the copied images
 COLUMNS = ["image_id", "image", "width", "height", "objects", "sentences"]
 
@@ -68,7 +70,8 @@ def export_annotations(
         splits (`dict[str, datasets.Dataset]`): split -> rows.
         output (`str` or `Path`): the folder.
         by_path (`bool`, *optional*, defaults to `False`): leave images where they are, and name them relative to the
-            folder that they have in common; else they are copied.
+            folder that they have in common; else they are copied. Images that are annotated as they are stored,
+            against their EXIF orientation, are left out, since other readers would turn their files.
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier export.
 
     Returns:
@@ -95,7 +98,7 @@ def export_annotations(
     (2, 2)
 
     ```"""
-    writer, output = writer_of(name, EXPORTED[1:]), Path(output).absolute()
+    writer, output = writer_of(name, OTHERS), Path(output).absolute()
     files = {split: f"{split}{suffix_of(name)}" for split in in_usual_order(splits)}
     check_output(output, overwrite, [*files.values(), IMAGES])
     about = Written(source.name, categories_of(splits))
@@ -125,8 +128,11 @@ def lines_of_rows(
 ) -> Iterator[dict]:
     """Yield the line of each row that has one, see `line_of_row`, and count what is in it."""
     for row in rows.select_columns(COLUMNS).cast_column("image", datasets.Image(decode=False)):
-        line = line_of_row(row, findings)
         progress.update()
+        if names.folder is None and is_as_stored(row["image"]):
+            findings.leave_out("images annotated against their EXIF orientation, which have no path")
+            continue
+        line = line_of_row(row, findings)
         if line is not None:
             line = {"image": names.name(row), **line}
             counts.update(count_lines([line]))
@@ -187,7 +193,7 @@ def target_of_objects(objects: list[dict], findings: Findings) -> dict | None:
     if len(objects) > 1:
         findings.changed["phrases of several objects have all their boxes, and one mask"] += 1
     boxes = [box for item in objects for box in (item["boxes"] if len(item["boxes"]) > 1 else [item["box"]])]
-    boxes = [shorten(box) for box in boxes if not is_degenerate(box)]
+    boxes = [shorten_numbers(box) for box in boxes if not is_degenerate(box)]
     if not boxes:
         findings.leave_out("phrases of objects without extent" if objects else "phrases without a target")
         return None
@@ -209,16 +215,16 @@ def target_of_objects(objects: list[dict], findings: Findings) -> dict | None:
     return target
 
 
-def shorten(box: list[float]) -> list[float]:
+def shorten_numbers(box: list[float]) -> list[float]:
     """
     Return numbers in single precision with no more digits than they have.
 
     Example:
 
     ```python
-    >>> from data_scripts.annotation_export import shorten
+    >>> from data_scripts.annotation_export import shorten_numbers
 
-    >>> shorten([103.93000030517578, 299.989990234375, 238.14999389648438, 477.4100036621094])
+    >>> shorten_numbers([103.93000030517578, 299.989990234375, 238.14999389648438, 477.4100036621094])
     [103.93, 299.99, 238.15, 477.41]
 
     ```"""

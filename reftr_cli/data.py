@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     previews.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("stats", "print statistics of images, boxes, phrases and texts")
     text = "write annotation files of other formats as JSON Lines, for the dataset jsonl"
-    formats = "\n".join(f"  {name:<16}{FORMATS[name].reads}" for name in IMPORTED)
+    formats = "\n".join(f"  {name:<16}{FORMATS[name].content}" for name in IMPORTED)
     imports = commands.add_parser(
         "import",
         help=text,

@@ -62,6 +62,8 @@ class PredictionFiles:
 
     def write(self) -> list[str]:
         """Write the files, each atomically, and return a sentence about each."""
+        from data_scripts.building import CHANGED, LEFT_OUT, describe_reported
+
         sentences = []
         for name, file in self.targets:
             findings = Findings(self.findings.left_out.copy())
@@ -69,12 +71,8 @@ class PredictionFiles:
             lines = self.lines if name == "coco_results" else [line for line in self.lines if line["expressions"]]
             with atomic_file(file) as temporary, open(temporary, "w", encoding="utf-8") as opened:
                 opened.writelines(writer(lines, findings, Written(self.model)))
-            counted = {"left out": findings.left_out, "changed": findings.changed}
-            reported = [
-                f"{kind} {', '.join(f'{number:,} {reason}' for reason, number in sorted(counts.items()))}"
-                for kind, counts in counted.items()
-                if counts
-            ]
+            counted = {LEFT_OUT: findings.left_out, CHANGED: findings.changed}
+            reported = [describe_reported(kind, counts) for kind, counts in counted.items() if counts]
             sentences.append(for_terminal(f"Written: {file}{'; '.join(['', *reported])}"))
         return sentences
 
