@@ -69,6 +69,13 @@ FORMATS: dict[str, Format] = {
             writer="odvg.write_odvg",
             written_by=("export", "predict"),
         ),
+        Format(
+            "refer",
+            "refs(*).json or .p, and instances.json, of the refer API",
+            is_dataset=True,
+            checked_by="pycocotools",
+        ),
+        Format("grefcoco", "grefs(unc).json or .p, and instances.json", is_dataset=True, checked_by="pycocotools"),
         Format("phrasecut", "refer_*.json of PhraseCut", "phrasecut.read_phrasecut", is_dataset=True),
         Format(
             "coco",

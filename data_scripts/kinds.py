@@ -22,6 +22,12 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
+def is_targets(value: Any) -> bool:
+    """Return whether it is what references have as the ids of their objects; -1 is none, and stands alone."""
+    numbers = value if is_list(value) else [-1 if value is None else value]
+    return all(map(is_integer, numbers)) and (-1 not in numbers or set(numbers) == {-1})
+
+
 # (description of the expected value, predicate)
 INTEGER: Kind = ("an integer", is_integer)
 INTEGER_OR_ABSENT: Kind = ("an integer", lambda value: value is None or value is MISSING or is_integer(value))
@@ -31,6 +37,7 @@ DIGITS_OR_NONE: Kind = (
         value is None or is_integer(value) or (isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value))
     ),
 )
+TARGETS: Kind = ("an integer, a list of integers, or null or [-1] for none", is_targets)
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
 SPLIT: Kind = (
     "the name of a split, of letters, digits and _",

@@ -39,6 +39,7 @@ from .reading import (
     check_texts,
     has_words,
     image_of,
+    is_four_numbers,
     is_inside,
     is_number,
     open_file,
@@ -564,11 +565,6 @@ def spans_in(value: dict) -> list[list]:
 def is_dict(value: Any) -> bool:
     """Return whether a value is a JSON object."""
     return isinstance(value, dict)
-
-
-def is_four_numbers(box: Any) -> bool:
-    """Return whether a value is a list of four coordinates."""
-    return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
 
 
 def collect_boxes(line: dict, box_format: str, size: tuple[int, int], written: dict) -> None:

@@ -216,6 +216,12 @@ class DataUnpickler(BoundedUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands in for a name."""
+        if isinstance(module, str) and module.partition(".")[0] == "pandas":
+            as_json = str(Path(self.name).with_suffix(".json"))
+            self.refuse(
+                "it is a pickle of pandas, which can run code. If you trust its source, convert it to JSON: "
+                f"pandas.read_pickle({self.name!r}).to_json({as_json!r}, orient='records')"
+            )
         if (module, name) not in self.allowed:
             self.refuse(
                 f"it asks for {quote(f'{module}.{name}')[1:-1]}, and an annotation file consists of numbers, "

@@ -367,6 +367,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
+def is_four_numbers(value: Any) -> bool:
+    """Return whether a value is a list of four coordinates."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
 def open_file(source: str | Path | BinaryIO) -> Image.Image:
     """
     Open an image file of one of `IMAGE_FORMATS`, by its content and not by its name. Nothing is decoded yet.

@@ -1,10 +1,12 @@
 """
-RefCOCO, RefCOCO+, RefCOCOg and ReferItGame (RefCLEF), from the files of the refer API as its authors publish them:
+RefCOCO, RefCOCO+, RefCOCOg, ReferItGame (RefCLEF) and gRefCOCO, from the files of the refer API as their authors
+publish them:
 
     data_dir/
-      refcoco/  refcoco+/  refcocog/  refclef/
+      refcoco/  refcoco+/  refcocog/  refclef/  grefcoco/
         instances.json            images, annotations (box xywh in pixels, polygons or run lengths), categories
-        refs(unc).p               pickled list of references; also (google), (umd), (berkeley)
+        refs(unc).p               pickled list of references; also (google), (umd), (berkeley), and grefs(unc).p
+        refs(unc).json            the same list as JSON, read in place of the pickle if it exists
       images/train2014/COCO_train2014_000000581857.jpg     or in another of `IMAGE_FOLDERS`
       images/saiapr_tc-12/...                              RefCLEF's; in folders as distributed, or flat
 
@@ -13,6 +15,10 @@ image id, objects and sentences stand in the order of the references, and `posit
 all those of its split's references, as the refer API and the published indexes order them. The word after the
 underscore of a configuration says who cut the splits; RefCLEF's references of "testAB" are in testA and in testB, as
 the refer API counts them.
+
+A reference of gRefCOCO names any number of objects. A phrase that has several names all of them; training and
+evaluation use the first. References without a target are left out and counted. A crowd, which gRefCOCO's own reader
+refuses, is an object like others, and is counted.
 
 `image_id` is "coco_<id>" for images of COCO and "saiapr_<id>" for RefCLEF's, so that datasets that share images can be
 told apart from those that do not (`reading.coco_id`).
@@ -41,7 +47,7 @@ from .building import (
     is_degenerate,
     is_for_training,
 )
-from .kinds import FILE_NAME, INTEGER, INTEGER_OR_ABSENT, LIST, SPLIT, TEXT, check_fields, check_list, is_list
+from .kinds import FILE_NAME, INTEGER, INTEGER_OR_ABSENT, LIST, SPLIT, TARGETS, TEXT, check_fields, check_list, is_list
 from .masks import (
     decode_mask,
     encode_counts,
@@ -54,12 +60,12 @@ from .masks import (
 )
 from .pickles import read_pickle
 from .quoting import quote
-from .reading import Frame, check_text, has_words, image_of, is_number, load_json
+from .reading import Frame, check_text, has_words, image_of, is_four_numbers, is_number, load_json
 from .schema import FEATURES
 
 
-# FEATURES: datasets <= 3.6 copies the siblings that a script itself imports, and no further
-__all__ = ["FEATURES", "SOURCES", "RefCoco", "RefCocoConfig"]
+# FEATURES, quote: datasets <= 3.6 copies the siblings that a script itself imports, and no further
+__all__ = ["FEATURES", "SOURCES", "RefCoco", "RefCocoConfig", "quote"]
 
 
 # usual folders of the images, relative to data_dir; the first that contains one of them is used
@@ -94,10 +100,27 @@ COPIES = {
         Copy("jxu124/refcocog", "all splits, without images", CC_BY),
         Copy("lmms-lab/RefCOCOg", "test and a val mixed with google's, with images; no train", CC_BY),
     ),
+    "grefcoco": (Copy("FudanCVL/gRefCOCO", "grefcoco/ with all splits, without images", "licence: see its card"),),
 }
+# configuration -> folder, and file of the references without its ending
+REFERENCES = {
+    "refcoco_unc": ("refcoco", "refs(unc)"),
+    "refcoco_google": ("refcoco", "refs(google)"),
+    "refcoco+_unc": ("refcoco+", "refs(unc)"),
+    "refcocog_umd": ("refcocog", "refs(umd)"),
+    "refcocog_google": ("refcocog", "refs(google)"),
+    "refclef_unc": ("refclef", "refs(unc)"),
+    "refclef_berkeley": ("refclef", "refs(berkeley)"),
+    "grefcoco": ("grefcoco", "grefs(unc)"),
+}
+AS_JSON = "The references may also be JSON, refs(...).json in place of refs(...).p."
 ANNOTATIONS = (
     "The refer API's authors distributed the annotations as refcoco.zip, refcoco+.zip, refcocog.zip and refclef.zip "
-    "(github.com/lichengunc/refer), from a host that no longer answers; extract them into data_dir."
+    f"(github.com/lichengunc/refer), from a host that no longer answers; extract them into data_dir. {AS_JSON}"
+)
+GREFCOCO_ANNOTATIONS = (
+    "gRefCOCO's authors distribute grefs(unc).json and instances.json (github.com/henghuiding/gRefCOCO); place them "
+    "in the folder grefcoco of data_dir."
 )
 IMAGE_SOURCES = {
     "coco": "The images are COCO's train2014.zip (cocodataset.org).",
@@ -105,6 +128,10 @@ IMAGE_SOURCES = {
 }
 
 
+# what is said of references that name no object, or several
+WITHOUT_TARGET = "expressions without a target"
+SEVERAL_TARGETS = "expressions have several objects, of which training and evaluation use the first"
+CROWDS = "objects are crowds"
 UNREADABLE = "unreadable"  # stands for a segmentation until it is encoded
 MAX_SPLITS = 20
 
@@ -124,34 +151,32 @@ class RefCocoConfig(datasets.BuilderConfig):
 
 
 class RefCoco(GroundingBuilder):
-    """Referring expressions of the refer API: RefCOCO, RefCOCO+, RefCOCOg, ReferItGame."""
+    """Referring expressions of the refer API: RefCOCO, RefCOCO+, RefCOCOg, ReferItGame, gRefCOCO."""
 
     BUILDER_CONFIG_CLASS = RefCocoConfig
     BUILDS_SPLITS_ALONE = True
-    BUILDER_CONFIGS = [
-        RefCocoConfig(name=name, version=GroundingBuilder.VERSION)
-        for name in (
-            "refcoco_unc",
-            "refcoco_google",
-            "refcoco+_unc",
-            "refcocog_umd",
-            "refcocog_google",
-            "refclef_unc",
-            "refclef_berkeley",
-        )
-    ]
+    BUILDER_CONFIGS = [RefCocoConfig(name=name, version=GroundingBuilder.VERSION) for name in REFERENCES]
     DEFAULT_CONFIG_NAME = "refcoco_unc"
 
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
-        """Return `instances.json` and the pickled references."""
-        folder, split_by = config_name.rsplit("_", 1)
-        return [Path(data_dir) / folder / "instances.json", Path(data_dir) / folder / f"refs({split_by}).p"]
+        """Return `instances.json` and the file of the references."""
+        folder, stem = REFERENCES[config_name]
+        return [Path(data_dir) / folder / "instances.json", find_refs_file(Path(data_dir) / folder, stem)]
 
-    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+    def find_files(self) -> list[Path]:
+        """
+        Return `instances.json` and the file of the references, which exist.
+
+        Raises:
+            ValueError, OSError: see `require_files`.
+        """
         files = [] if self.config.data_dir is None else self.annotation_files(self.config.data_dir, self.config.name)
         self.require_files(files, describe_annotations(self.config.name))
-        instances_file, refs_file = files
+        return files
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        instances_file, refs_file = self.find_files()
         refs = read_refs(refs_file)
         splits = dict.fromkeys(split for ref in refs for split in splits_of(ref["split"]))
         if not 1 <= len(splits) <= MAX_SPLITS:
@@ -159,7 +184,7 @@ class RefCoco(GroundingBuilder):
         self.require_splits(splits)
         refs = [ref for ref in refs if any(map(self.is_requested, splits_of(ref["split"])))]
         images, annotations, categories = read_instances(
-            instances_file, {ref["ann_id"] for ref in refs}, with_file_names=self.image_source == "saiapr"
+            instances_file, {number for ref in refs for number in target_ids(ref)}, self.uses_file_names
         )
         required = {ref["image_id"] for ref in refs}
         unknown = sorted(required - images.keys())
@@ -227,28 +252,48 @@ class RefCoco(GroundingBuilder):
 
     @property
     def image_source(self) -> str:
-        """Whose images they are, "coco" or "saiapr"."""
+        """Whose images they are, "coco" or "saiapr": the beginning of their ids."""
         return "saiapr" if self.config.name.startswith("refclef") else "coco"
+
+    @property
+    def uses_file_names(self) -> bool:
+        """Whether images are found by the `file_name` of `instances.json`."""
+        return self.image_source == "saiapr"
+
+    @property
+    def image_folders(self) -> tuple[str, ...]:
+        """The usual folders of the images, relative to data_dir."""
+        return IMAGE_FOLDERS[self.image_source]
 
     @property
     def distribution(self) -> str:
         """Where the images come from and where they are looked for."""
-        folders = ", ".join(IMAGE_FOLDERS[self.image_source])
         return (
             f"{IMAGE_SOURCES[self.image_source]} They are looked for in image_dir, or below data_dir in the first of "
-            f"these folders that contains one of them: {folders}."
+            f"these folders that contains one of them: {', '.join(self.image_folders)}."
         )
+
+    def names_of_image(self, image: dict) -> tuple[str, ...]:
+        """Return the names that the file of an image may have in its folder."""
+        if self.image_source == "coco":  # the refs' own file_name ends with a number and is not a file
+            return (f"COCO_train2014_{image['id']:012d}.jpg",)
+        return (image["file_name"], Path(image["file_name"]).name)
+
+    def id_of_image(self, image: dict) -> str:
+        """Return the `image_id` of an image's row."""
+        return f"{self.image_source}_{image['id']}"
+
+    def read_box(self, box: Any, annotated_size: tuple[int, int], scale: tuple[float, float]) -> list[float] | None:
+        """Return an annotated box as xyxy, scaled by (horizontal, vertical); None if it is not a box."""
+        return xywh_to_xyxy(box, scale)
 
     def find_image_paths(self, images: list[dict]) -> dict[int, str]:
         """Return the path of each image by its id, whether or not the file exists."""
-        if self.image_source == "coco":  # the refs' own file_name ends with a number and is not a file
-            names = {image["id"]: (f"COCO_train2014_{image['id']:012d}.jpg",) for image in images}
-        else:
-            names = {image["id"]: (image["file_name"], Path(image["file_name"]).name) for image in images}
+        names = {image["id"]: self.names_of_image(image) for image in images}
         if self.config.image_dir is not None:
             folder = Path(self.config.image_dir)
         else:
-            folders = [Path(self.config.data_dir) / folder for folder in IMAGE_FOLDERS[self.image_source]]
+            folders = [Path(self.config.data_dir) / folder for folder in self.image_folders]
             used = (
                 folder
                 for folder in folders
@@ -264,11 +309,17 @@ class RefCoco(GroundingBuilder):
         return {image_id: str(path) for image_id, path in found.items()}
 
     def make_object(
-        self, annotation: dict, scale: tuple[float, float], frame: Frame, changed: Counter, keep_misses: bool
+        self,
+        annotation: dict,
+        annotated_size: tuple[int, int],
+        frame: Frame,
+        changed: Counter,
+        keep_misses: bool,
     ) -> dict | None:
         """Return the object of an annotation, counting what is changed; None if it has no box in the image."""
         width, height = frame.size
-        annotated_box = xywh_to_xyxy(annotation.get("bbox"), scale)
+        scale = (width / annotated_size[0], height / annotated_size[1])
+        annotated_box = self.read_box(annotation.get("bbox"), annotated_size, scale)
         box_xyxy = annotated_box and clip_box(annotated_box, width, height)
         if annotated_box and self.config.integer_boxes:
             box_xyxy = integer_box(annotated_box, width, height, keep_misses)
@@ -280,6 +331,8 @@ class RefCoco(GroundingBuilder):
             changed["boxes are cut at their image's edge"] += 1
         if is_degenerate(box_xyxy):
             changed[KEPT_BOXES] += 1
+        if self.config.name == "grefcoco" and annotation.get("iscrowd"):
+            changed[CROWDS] += 1
         segmentation = annotation.get("segmentation")
         if segmentation and not is_segmentation(segmentation):
             segmentation = UNREADABLE  # a deeply nested value cannot be sent to another process
@@ -304,8 +357,7 @@ class RefCoco(GroundingBuilder):
         """
         width, height = frame.size
         annotated_size = annotated_size_of(image) or frame.size
-        scale = (width / annotated_size[0], height / annotated_size[1])
-        if scale != (1.0, 1.0):
+        if annotated_size != frame.size:
             changed["images have another size than annotated, boxes and masks are scaled to it"] += 1
         objects, sentences, positions, indices = [], [], [], {}
         for first_position, ref in refs:
@@ -318,25 +370,37 @@ class RefCoco(GroundingBuilder):
                 dropped["expressions without words"] += len(ref["sentences"]) - len(said)
             if not said:
                 continue
-            annotation = annotations.get(ref["ann_id"])
-            if annotation is None:
+            targets = target_ids(ref)
+            if not targets:
+                dropped[WITHOUT_TARGET] += len(said)
+                continue
+            if any(number not in annotations for number in targets):
                 dropped["expressions of objects that instances.json lacks"] += len(said)
                 continue
-            if ref["ann_id"] not in indices:
-                item = self.make_object(annotation, scale, frame, changed, keep_misses)
-                if item is None:
-                    dropped["expressions of objects without a box in the image"] += len(said)
-                    continue
-                indices[ref["ann_id"]] = len(objects)
-                objects.append({**item, "category": categories.get(annotation.get("category_id"))})
+            # of several objects all or none are added
+            found, found_changes = {}, Counter()
+            for number in targets:
+                if number not in indices:
+                    annotation = annotations[number]
+                    found[number] = self.make_object(annotation, annotated_size, frame, found_changes, keep_misses)
+            if None in found.values():
+                dropped["expressions of objects without a box in the image"] += len(said)
+                continue
+            changed.update(found_changes)
+            for number, item in found.items():
+                indices[number] = len(objects)
+                objects.append({**item, "category": categories.get(annotations[number].get("category_id"))})
+            if len(targets) > 1:
+                changed[SEVERAL_TARGETS] += len(said)
             for position, sentence in said:
                 text = sentence["sent"].strip()  # `raw` is not in lower case
-                phrase = {"start": 0, "end": len(text), "objects": [indices[ref["ann_id"]]], "types": []}
+                named = [indices[number] for number in targets]
+                phrase = {"start": 0, "end": len(text), "objects": named, "types": []}
                 sentence_id = f"{self.config.name}_{sentence['sent_id']}"
                 sentences.append({"sentence_id": sentence_id, "text": text, "phrases": [phrase]})
                 positions.append(position)
         return {
-            "image_id": f"{self.image_source}_{image['id']}",
+            "image_id": self.id_of_image(image),
             "image": path,
             "width": width,
             "height": height,
@@ -382,28 +446,48 @@ def read_instances(
     return images, annotations, {category["id"]: category["name"] for category in instances["categories"]}
 
 
+def find_refs_file(folder: Path, stem: str) -> Path:
+    """Return the file of references with a name without its ending: JSON if there is one, else a pickle."""
+    as_json = folder / f"{stem}.json"
+    return as_json if as_json.is_file() else folder / f"{stem}.p"
+
+
 def read_refs(path: Path) -> list[dict]:
     """
-    Return the references of a `refs(...).p`, in their order: dicts with `ann_id`, `image_id`, `split` and `sentences`.
+    Return the references of a `refs(...).p` or `refs(...).json`, in their order: dicts with `ann_id`, `image_id`,
+    `split` and `sentences`.
 
     Raises:
         OSError: if the file is missing or damaged.
         ValueError: if it contains anything but references.
     """
-    refs, where = read_pickle(path), f"{str(path)!r}"
+    refs, where = load_json(path) if path.suffix == ".json" else read_pickle(path), f"{str(path)!r}"
     for number, ref in enumerate(check_list(refs, where)):
         position = f"{where}, reference {number}"
-        if isinstance(ref, dict) and is_list(ref.get("ann_id")):
-            raise ValueError(
-                f"{position} names the objects {quote(ref['ann_id'])}; expected one object. References to none or "
-                "several are gRefCOCO's, which this dataset does not read."
-            )
-        check_fields(ref, {"ann_id": INTEGER, "image_id": INTEGER, "split": SPLIT, "sentences": LIST}, position)
+        check_fields(ref, {"ann_id": TARGETS, "image_id": INTEGER, "split": SPLIT, "sentences": LIST}, position)
         for index, sentence in enumerate(ref["sentences"]):
             check_fields(sentence, {"sent_id": INTEGER}, f"{position}, sentence {index}")
             if isinstance(sentence.get("sent"), str):  # others are counted as expressions without words
                 check_text(sentence["sent"], f"{position}.sentences[{index}].sent")
     return refs
+
+
+def target_ids(ref: dict) -> list[int]:
+    """
+    Return the ids of the objects that a reference names, each once; none where it has no target.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.refcoco import target_ids
+
+    >>> target_ids({"ann_id": 7}), target_ids({"ann_id": [7, 9, 7]}), target_ids({"ann_id": [-1]})
+    ([7], [7, 9], [])
+
+    ```"""
+    value = ref["ann_id"]
+    numbers = value if is_list(value) else [-1 if value is None else value]
+    return [number for number in dict.fromkeys(numbers) if number != -1]
 
 
 def splits_of(split: str) -> tuple[str, ...]:
@@ -471,7 +555,7 @@ def xywh_to_xyxy(box_xywh: Any, scale: tuple[float, float] = (1.0, 1.0)) -> list
     [50.0, 200.0, 60.0, 210.0]
 
     ```"""
-    if not isinstance(box_xywh, list) or len(box_xywh) != 4 or not all(map(is_number, box_xywh)):
+    if not is_four_numbers(box_xywh):
         return None
     x, y, width, height = box_xywh
     across, down = scale
@@ -538,19 +622,25 @@ def encode_part(part: Any, annotated_size: tuple[int, int], size: tuple[int, int
 
 def describe_annotations(name: str) -> str:
     """Return where the annotations of a dataset come from, in a few sentences."""
-    return f"{ANNOTATIONS} {describe_copies(COPIES.get(name, ()))}".rstrip()
+    return f"{annotations_of(name)} {describe_copies(COPIES.get(name, ()))}".rstrip()
+
+
+def annotations_of(name: str) -> str:
+    """Return how the authors of a dataset distribute its annotations."""
+    return GREFCOCO_ANNOTATIONS if name == "grefcoco" else ANNOTATIONS
 
 
 def _source(name: str, counts: dict[str, tuple]) -> Source:
-    folder, split_by = name.rsplit("_", 1)
+    folder, stem = REFERENCES[name]
+    ending = "json" if name == "grefcoco" else "p"
     image_folder = "images/saiapr_tc-12/" if folder == "refclef" else "images/train2014/"
     return Source(
         name=name,
         builder=RefCoco,
         config_name=name,
         splits=tuple(counts),
-        files=(f"{folder}/instances.json", f"{folder}/refs({split_by}).p", image_folder),
-        distribution=f"{ANNOTATIONS} {IMAGE_SOURCES['saiapr' if folder == 'refclef' else 'coco']}",
+        files=(f"{folder}/instances.json", f"{folder}/{stem}.{ending}", image_folder),
+        distribution=f"{annotations_of(name)} {IMAGE_SOURCES['saiapr' if folder == 'refclef' else 'coco']}",
         counts=counts,
         copies=COPIES.get(name, ()),
         license="other",
@@ -592,4 +682,5 @@ SOURCES = [
         "refclef_berkeley",
         {"train": (None, None, 54127), "val": (None, None, 5842), "test": (None, None, 60103)},
     ),
+    _source("grefcoco", dict.fromkeys(("train", "val", "testA", "testB"), (None, None, None))),
 ]

@@ -17,6 +17,7 @@ import data_scripts
 from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_jsonl import make_jsonl
 from tests.helpers.layout_refcoco import make_refcoco
+from tests.helpers.layout_refer import make_grefcoco, make_refer
 from tests.helpers.layout_reftr_index import make_reftr_index
 from tests.helpers.layout_visual_genome import make_visual_genome
 from tests.helpers.tiny import trials
@@ -208,6 +209,9 @@ LAYOUTS = {
     "refclef refs": Layout(make_refclef, "refclef_unc", "refclef/refs(unc).p", *PICKLE),
     "refclef instances": Layout(make_refclef, "refclef_unc", "refclef/instances.json"),
     "refs to several objects": Layout(make_refcoco, "refcoco_unc", REFS, *PICKLE, prepare=name_several_objects),
+    "grefs": Layout(make_grefcoco, "grefcoco", "grefcoco/grefs(unc).json"),
+    "refs of any name": Layout(make_refer, "refer", "refs(unc).p", *PICKLE),
+    "instances beside refs of any name": Layout(make_refer, "refer", "instances.json"),
     "regions": Layout(make_visual_genome, "visual_genome", "region_descriptions.json"),
     "image data": Layout(make_visual_genome, "visual_genome", "image_data.json"),
     "held-out images": Layout(

@@ -224,8 +224,8 @@ ORDER = [
 ]
 MAX_WORDS = 900
 OTHER_REPOSITORIES = {
-    *("BryanPlummer/flickr30k_entities", "ChenyunWu/PhraseCutDataset", "lichengunc/refer", "ubc-vision/RefTR"),
-    "zyang-ur/ReSC",
+    *("BryanPlummer/flickr30k_entities", "ChenyunWu/PhraseCutDataset", "henghuiding/gRefCOCO", "lichengunc/refer"),
+    *("ubc-vision/RefTR", "zyang-ur/ReSC"),
 }
 
 
