@@ -1,6 +1,5 @@
 """Validate the rows of a dataset against the schema, and its image files."""
 
-import io
 import math
 import multiprocessing
 from collections import Counter
@@ -18,7 +17,7 @@ from .box_conventions import Judgement, judge_splits
 from .building import SUSPECTED, Source, is_degenerate, merge_boxes
 from .masks import box_of, check_counts
 from .progress import progress_bar
-from .reading import check_decodes, has_words, read_frame, read_image_size
+from .reading import NamedBytes, check_decodes, has_words, read_frame, read_image_size
 from .reports import COUNTS, count_split, flatten, published_counts, table_of
 
 
@@ -40,17 +39,6 @@ class Finding(NamedTuple):
     split: str
     image_id: str | None
     message: str
-
-
-class NamedBytes(io.BytesIO):
-    """The content of an image that is stored in a row, with its name."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def image_file_of(row: dict) -> Path | NamedBytes:

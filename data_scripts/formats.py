@@ -76,6 +76,7 @@ FORMATS: dict[str, Format] = {
             checked_by="pycocotools",
         ),
         Format("grefcoco", "grefs(unc).json or .p, and instances.json", is_dataset=True, checked_by="pycocotools"),
+        Format("grit", "shards of img2dataset with GRIT's columns, tar or Parquet", is_dataset=True),
         Format("phrasecut", "refer_*.json of PhraseCut", "phrasecut.read_phrasecut", is_dataset=True),
         Format(
             "coco",

@@ -9,7 +9,18 @@ import numpy as np
 from datasets.config import DATASET_INFO_FILENAME
 from datasets.exceptions import DatasetGenerationError
 
-from . import cutouts, flickr30k_entities, jsonl, line_formats, refcoco, refer, reftr_index, shapes, visual_genome
+from . import (
+    cutouts,
+    flickr30k_entities,
+    grit,
+    jsonl,
+    line_formats,
+    refcoco,
+    refer,
+    reftr_index,
+    shapes,
+    visual_genome,
+)
 from .building import GroundingBuilder, Source, builder_error_of, flags_of
 from .named_rows import open_named, refuse_other_rows, refuse_other_texts, source_of, stream_texts
 from .reports import format_build_report, read_build_report
@@ -18,7 +29,10 @@ from .split_parts import check_split_parts, cut_splits
 
 
 # all datasets that `load` takes by a name of ours; each module of builders lists its own
-MODULES = (shapes, cutouts, jsonl, refcoco, refer, flickr30k_entities, visual_genome, reftr_index, line_formats)
+MODULES = (
+    *(shapes, cutouts, jsonl, refcoco, refer, flickr30k_entities, visual_genome, reftr_index, line_formats),
+    grit,
+)
 SOURCES: dict[str, Source] = {source.name: source for module in MODULES for source in module.SOURCES}
 
 

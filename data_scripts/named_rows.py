@@ -19,16 +19,15 @@ from datasets.exceptions import DatasetGenerationError
 
 from .box_conventions import judge_splits, parse_box_format, to_boxes_xyxy
 from .building import GroundingBuilder, Source, builder_error_of, clip_boxes, fingerprint, merge_boxes
-from .checking import MASK_TOLERANCE, NamedBytes, are_close, judge_rows
+from .checking import MASK_TOLERANCE, are_close, judge_rows
 from .kinds import check_fields
 from .layouts import Layout, find_layout, image_name, make_layout, value_at
 from .masks import box_of
 from .quoting import explain, quote
 from .reading import (
-    AS_STORED,
     check_text,
     coco_number,
-    drop_orientation,
+    frame_content,
     has_words,
     image_of,
     is_number,
@@ -322,11 +321,8 @@ class NamedRows(GroundingBuilder):
         if image["bytes"] is None:
             frame = read_frame(image["path"], annotated_size)
             return frame, image_of(image["path"], frame), image["path"]
-        frame = read_frame(NamedBytes(image["bytes"], image["path"] or "the image"), annotated_size)
-        if frame.is_stored:
-            content, ending = drop_orientation(image["bytes"])
-            image = {"bytes": content, "path": f"{Path(image['path'] or 'image').stem}{AS_STORED}.{ending}"}
-        return frame, image, image["path"]
+        frame, stored = frame_content(image["bytes"], image["path"], annotated_size)
+        return frame, stored, stored["path"]
 
     def _image_id(self, name: str, row: dict, file: str | None) -> str:
         """Return the id of an image: that of COCO, the dataset's own, or its name in the split."""

@@ -554,6 +554,39 @@ def image_of(path: str | Path, frame: Frame) -> str | dict:
     return {"bytes": content, "path": f"{path.stem}{AS_STORED}.{ending}"}
 
 
+class NamedBytes(io.BytesIO):
+    """The content of an image that is stored in a row, with its name."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def frame_content(
+    content: bytes, name: str | None, annotated_size: tuple[int, int] | None = None
+) -> tuple[Frame, dict]:
+    """
+    Return the frame that the content of an image file is annotated in, and what a row stores of it, as `read_frame`
+    and `image_of` do for a file.
+
+    Args:
+        content (`bytes`): of the file.
+        name (`str`, *optional*): of the file.
+        annotated_size (`(width, height)`, *optional*): the size that the image was annotated at.
+
+    Raises:
+        OSError, ValueError: see `read_image_size`.
+    """
+    frame = read_frame(NamedBytes(content, name or "the image"), annotated_size)
+    if frame.is_stored:
+        content, ending = drop_orientation(content)
+        name = f"{PurePosixPath(name or 'image').stem}{AS_STORED}.{ending}"
+    return frame, {"bytes": content, "path": name}
+
+
 def is_as_stored(image: dict) -> bool:
     """Return whether an image of a row that is not decoded is the content of a file without its orientation."""
     return image["bytes"] is not None and PurePosixPath(image["path"] or "").stem.endswith(AS_STORED)

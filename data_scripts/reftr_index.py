@@ -8,6 +8,12 @@ The indexes that the published RefTR was trained with, in its folder tree as it 
         refcoco/masks/<set>/<mask>.npy                       H x W, not 0 where the object is
         flickr30k/f30k_images  refcoco/images/train2014  referit/images  visualgenome/VG_100K
 
+The index of ReSC is also found where TransVG, CLIP-VG, HiVG and OneRef have it, and their images with it:
+
+    data_dir/
+        <set>/<set>_<split>.pth                              or in another of `RESC_FOLDERS`
+        ln_data/other/images/mscoco/images/train2014         or another of `IMAGE_DIRS`
+
 The indexes are lists of tuples written by `torch.save`, read here without running other code in them, and without
 torch. They name no objects: expressions of an image that share a box (and a mask) refer to one object. Boxes stay as
 they are, fractions of pixels included; the published loaders truncate them to integers (`integer_boxes`).
@@ -18,7 +24,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -50,9 +57,12 @@ DISTRIBUTION = (
     "The indexes and masks are linked in the READMEs of https://github.com/ubc-vision/RefTR (annotations, "
     "refcoco/masks, refcoco/anns, annotations_resc/vg) and of https://github.com/zyang-ur/ReSC (annotations_resc); "
     "the images are those of COCO train2014, Flickr30k, ReferItGame and Visual Genome, in the folders of the first "
-    "README's tree."
+    "README's tree. The trees of TransVG, CLIP-VG, HiVG and OneRef are read as well, <set>/<set>_<split>.pth with "
+    "images in ln_data or image_data."
 )
-COPIES = (Copy("linhuixiao/OneRef", "indexes of ReSC in another tree of folders", "licence: see its card"),)
+COPIES = (Copy("linhuixiao/OneRef", "indexes of ReSC, without images", "licence: see its card"),)
+# folders of the sets of ReSC's index; the first that contains one of a set's files is used
+RESC_FOLDERS = ("annotations_resc", "", "data", "ref_data_shuffled", "ref_data_shuffled/single_dataset")
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,14 @@ class Index:
     box_format: str = "xyxy"
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def find(self, data_dir: Path) -> "Index":
+        """Return the index as it is in a folder: ReSC's in the first of `RESC_FOLDERS` that has any of its files."""
+        folder, _, name = self.stem.partition("/")
+        if folder != RESC_FOLDERS[0]:
+            return self
+        choices = [replace(self, stem=str(PurePosixPath(folder, name))) for folder in RESC_FOLDERS]
+        return next((index for index in choices if any((data_dir / file).is_file() for file in index.files)), self)
+
     def split_files(self, split: str) -> list[str]:
         """Return the index files of a split, relative to `data_dir`."""
         return [f"{self.stem}_{part}.pth" for part in self.parts.get(split, (split,))]
@@ -91,10 +109,20 @@ class Index:
         return f"refcoco/masks/{PurePosixPath(self.stem).parent.name}" if "mask" in self.layout else None
 
 
+def _in_image_roots(*names: str) -> tuple[str, ...]:
+    """Return folders of images in those that TransVG, CLIP-VG, HiVG and OneRef name in `data_root`."""
+    roots = ("", "ln_data", "image_data", "../ln_data", "../image_data")
+    return tuple(str(PurePosixPath(root, name)) for root in roots for name in names)
+
+
+# source of images -> folders that they may be in, the published one first
 IMAGE_DIRS = {
-    "coco": ("refcoco/images/train2014",),
-    "flickr30k": ("flickr30k/f30k_images",),
-    "saiapr": ("referit/images",),
+    "coco": ("refcoco/images/train2014", *_in_image_roots("other/images/mscoco/images/train2014", "train2014")),
+    "flickr30k": (
+        "flickr30k/f30k_images",
+        *_in_image_roots("Flickr30k/flickr30k-images", "Flickr30k/flickr30k_images"),
+    ),
+    "saiapr": _in_image_roots("referit/images"),
     "vg": ("visualgenome/VG_100K", "visualgenome/VG_100K_2"),
 }
 TRAIN_VAL_TEST = ("train", "val", "test", "trainval")
@@ -130,7 +158,7 @@ INDEXES = {
 class RefTRIndexConfig(datasets.BuilderConfig):
     """
     Args:
-        image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: the published one.
+        image_dir (`str`, *optional*): folder of the images, in `data_dir` or absolute; absent: those of `IMAGE_DIRS`.
         integer_boxes (`bool`): truncate the coordinates of boxes to integers as the published loaders do, before
             width and height are added to x and y. Boxes that this leaves without extent, and masks without a pixel,
             are kept in splits that are not for training: the published evaluation counts them as misses.
@@ -150,14 +178,14 @@ class RefTRIndex(GroundingBuilder):
     @classmethod
     def annotation_files(cls, data_dir: Path, config_name: str) -> list[Path]:
         """Return the index files of a dataset, and the folder of its masks."""
-        index = INDEXES.get(config_name)
+        index = INDEXES[config_name].find(Path(data_dir)) if config_name in INDEXES else None
         names = (*index.files, *filter(None, [index.mask_dir])) if index else ()
         return [data_dir / name for name in names]
 
-    @property
+    @cached_property
     def index(self) -> Index:
-        """The files of this dataset and their layout."""
-        return INDEXES[self.config.name]
+        """The files of this dataset in its folder, and their layout."""
+        return INDEXES[self.config.name].find(Path(self.config.data_dir or ""))
 
     def files_of(self, split: str) -> list[Path]:
         """Return the index files of a split."""
@@ -177,6 +205,7 @@ class RefTRIndex(GroundingBuilder):
         records = {file: read_index(data_dir / file, index.layout) for file in files}
         column = index.layout.index("image")
         folders = IMAGE_DIRS[index.image_source] if self.config.image_dir is None else (self.config.image_dir,)
+        folders = [folder for folder in folders if (data_dir / folder).is_dir()] or folders[:1]
         paths = {}
         for name in names_of(records.values(), column):
             choices = [data_dir / folder / name for folder in folders]

@@ -112,6 +112,54 @@ def test_builder_reads_box_format_of_each_dataset(load):
     assert texts(genome)[0] == ["tree", "tree"]
 
 
+# tree -> (folder of the sets, folder of COCO's images, folder of the others, data_dir)
+MSCOCO = "other/images/mscoco/images/train2014"
+TREES = {
+    "TransVG": ("data", f"ln_data/{MSCOCO}", "ln_data", "."),
+    "TransVG's sets": ("data", f"ln_data/{MSCOCO}", "ln_data", "data"),
+    "OneRef": ("ref_data_shuffled", f"image_data/{MSCOCO}", "image_data", "."),
+    "OneRef's single": ("ref_data_shuffled/single_dataset", f"image_data/{MSCOCO}", "image_data", "."),
+    "one folder": (".", "train2014", ".", "."),
+}
+
+
+@pytest.mark.parametrize(
+    ("tree", "name"),
+    [
+        ("TransVG", "resc_unc"),
+        ("TransVG", "resc_flickr"),
+        ("TransVG's sets", "resc_referit"),
+        ("OneRef", "resc_gref_umd"),
+        ("OneRef", "resc_flickr"),
+        ("OneRef's single", "resc_referit"),
+        ("one folder", "resc_unc"),
+        ("one folder", "resc_referit"),
+    ],
+)
+def test_builder_finds_resc_index_in_trees_of_others(load, folder, tmp_path, tree, name):
+    expected = load(name)
+    sets, coco_images, image_root, data_dir = TREES[tree]
+    moved = {
+        f"annotations_resc/{path.name}": f"{sets}/{path.name}" for path in (folder / "annotations_resc").iterdir()
+    }
+    moved |= {"refcoco/images/train2014": coco_images, "referit/images": f"{image_root}/referit/images"}
+    moved |= {"flickr30k/f30k_images": f"{image_root}/Flickr30k/flickr30k-images"}
+    other = tmp_path / "other"
+    for source, target in moved.items():
+        (other / target).parent.mkdir(parents=True, exist_ok=True)
+        (folder / source).rename(other / target)
+    settings = {"data_dir": str(other / data_dir), "cache_dir": str(tmp_path / "other_cache")}
+    rows = data_scripts.load(name, **settings)
+    assert list(rows) == list(expected)
+    for split, part in expected.items():
+        assert rows[split].remove_columns("image")[:] == part.remove_columns("image")[:]
+        assert [row["image"].size for row in rows[split]] == [row["image"].size for row in part]
+    (path,) = (other / sets / name.removeprefix("resc_")).glob("*_val.pth")
+    path.unlink()
+    with pytest.raises(OSError, match=rf"(?s){path.name}.*<set>/<set>_<split>\.pth.*Living copies: linhuixiao/OneRef"):
+        data_scripts.load(name, **settings)
+
+
 def test_builder_truncates_boxes_with_integer_boxes_flag(load):
     assert load("resc_unc", "val", integer_boxes=True)[0]["objects"][0]["box"] == FACTS["coco_box_whole_xyxy"]
     boxes = [item["box"] for item in load("reftr_refcoco_unc", "val", integer_boxes=True)[0]["objects"]]
