@@ -22,7 +22,7 @@ from . import (
     visual_genome,
 )
 from .building import GroundingBuilder, Source, builder_error_of, flags_of
-from .named_rows import open_named, refuse_other_rows, refuse_other_texts, source_of, stream_texts
+from .named_rows import open_named, refuse_other_rows, refuse_other_texts, source_of, stream_annotations
 from .reports import format_build_report, read_build_report
 from .schema import FEATURES
 from .split_parts import check_split_parts, cut_splits
@@ -93,13 +93,13 @@ def load(
         settings = {"data_dir": data_dir, "cache_dir": cache_dir, "num_proc": num_proc, **config}
         return _load_parts(name, split, split_parts, streaming, decode, settings)
     wanted = names_of_splits(split)
-    builder = _make_builder(name, data_dir, cache_dir, config, wanted, streaming)
+    builder = make_builder(name, data_dir, cache_dir, config, wanted, streaming)
     if streaming:
         if not isinstance(builder, GroundingBuilder):
-            refuse_other_texts(stream_texts(name, cache_dir, config, builder), name)
+            refuse_other_texts(stream_annotations(name, cache_dir, config, builder), name)
         if split is None or isinstance(split, str):
-            return _stream(builder, split, decode)
-        return datasets.IterableDatasetDict({part: _stream(builder, part, decode) for part in split})
+            return stream(builder, split, decode)
+        return datasets.IterableDatasetDict({part: stream(builder, part, decode) for part in split})
     _build(builder, num_proc, wanted)
     try:
         if split is None or isinstance(split, str):
@@ -187,7 +187,7 @@ def load_with_report(
 
     ```"""
     check_split_parts(split_parts or {})
-    builder = _make_builder(name, data_dir, cache_dir, config)
+    builder = make_builder(name, data_dir, cache_dir, config)
     _build(builder, num_proc)
     rows, report = builder.as_dataset(), {}
     if isinstance(builder, GroundingBuilder):
@@ -246,7 +246,7 @@ def names_of_splits(split: str | Sequence[str] | None) -> list[str] | None:
     return [name.split("[")[0].strip() for part in parts for name in str(part).split("+")]
 
 
-def _make_builder(
+def make_builder(
     name: str,
     data_dir: str | None,
     cache_dir: str | None,
@@ -302,7 +302,7 @@ def _refuse_empty(builder: GroundingBuilder, empty: list[str], report: dict | No
         )
 
 
-def _stream(
+def stream(
     builder: datasets.DatasetBuilder, split: str | None, decode: bool
 ) -> datasets.IterableDataset | datasets.IterableDatasetDict:
     """Return the streams of a builder; raise a ValueError for a split without rows."""

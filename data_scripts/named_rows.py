@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -402,7 +402,7 @@ def open_named(
     """
     opened = open_files(name, config.get("subset"), config.get("revision"), cache_dir)
     try:
-        features = features_of(opened, name, streaming)
+        features = features_of(opened, name, streaming, cache_dir, config)
     except DatasetGenerationError as error:
         raise OSError(f"{name!r} cannot be read: {explain(builder_error_of(error))}") from error
     columns = config.get("columns")
@@ -454,7 +454,9 @@ def open_files(
     return builder
 
 
-def features_of(opened: datasets.DatasetBuilder, name: str, streaming: bool) -> datasets.Features:
+def features_of(
+    opened: datasets.DatasetBuilder, name: str, streaming: bool, cache_dir: str | None, config: dict
+) -> datasets.Features:
     """
     Return the features of a dataset, which is prepared for that unless it is to be streamed.
 
@@ -467,9 +469,16 @@ def features_of(opened: datasets.DatasetBuilder, name: str, streaming: bool) -> 
         refuse_empty(opened, name, [split for split, info in opened.info.splits.items() if not info.num_examples])
         return opened.info.features
     parts = opened.as_streaming_dataset()
-    refuse_empty(opened, name, [split for split, part in parts.items() if is_empty_stream(part)])
     part = next(iter(parts.values()))
-    return part.features or part._resolve_features().features
+    features = part.features or part._resolve_features().features
+    if hasattr(opened.config, "columns"):  # a column of values takes fewer bytes to read than one of images
+        column = next((column for column, kind in features.items() if isinstance(kind, datasets.Value)), None)
+        columns = None if column is None else [column]
+        parts = open_files(
+            name, config.get("subset"), config.get("revision"), cache_dir, columns=columns
+        ).as_streaming_dataset()
+    refuse_empty(opened, name, [split for split, part in parts.items() if is_empty_stream(part)])
+    return features
 
 
 def is_empty_stream(part: datasets.IterableDataset) -> bool:
@@ -504,22 +513,41 @@ def refuse_other_rows(rows: dict, name: str) -> None:
 
 
 def refuse_other_texts(rows: dict, name: str) -> None:
-    """Raise a ValueError if a text of rows is blank or refused by `check_text`, naming its image."""
+    """Raise the ValueError of `checked_texts` for the texts of rows, split -> rows."""
     for split, part in rows.items():
-        image_id = None
-        try:
-            for row in part.select_columns(list(TEXT_COLUMNS)):
-                image_id = row["image_id"]
-                for sentence in row["sentences"]:
-                    if not has_words(check_text(sentence["text"], "a text")):
-                        raise ValueError("a text is blank")
-        except ValueError as error:  # one of Arrow's where bytes are not UTF-8
-            raise ValueError(f"{name!r} {split}, image {quote(image_id)} or after it: {explain(error)}.") from error
+        for _ in checked_texts(part.select_columns(list(TEXT_COLUMNS)), f"{name!r} {split}"):
+            pass
 
 
-def stream_texts(name: str, cache_dir: str | None, config: dict, opened: datasets.DatasetBuilder) -> dict:
-    """Return streams of the texts of rows, split -> rows; the reader of Parquet leaves out the images."""
+def checked_texts(rows: Iterable[dict], where: str) -> Iterator[dict]:
+    """
+    Yield rows whose texts are valid.
+
+    Args:
+        rows (`Iterable[dict]`): with `TEXT_COLUMNS`.
+        where (`str`): dataset and split, for messages.
+
+    Raises:
+        ValueError: if a text is blank or refused by `check_text`, naming its image.
+    """
+    image_id = None
+    try:
+        for row in rows:
+            image_id = row["image_id"]
+            for sentence in row["sentences"]:
+                if not has_words(check_text(sentence["text"], "a text")):
+                    raise ValueError("a text is blank")
+            yield row
+    except ValueError as error:  # one of Arrow's where bytes are not UTF-8
+        raise ValueError(f"{where}, image {quote(image_id)} or after it: {explain(error)}.") from error
+
+
+def stream_annotations(name: str, cache_dir: str | None, config: dict, opened: datasets.DatasetBuilder) -> dict:
+    """
+    Return streams of rows of `FEATURES` without their images, split -> rows, with the shards of `opened`. The reader
+    of Parquet does not read the images.
+    """
+    columns = [column for column in FEATURES if column != "image" and column not in OPTIONAL]
     if hasattr(opened.config, "columns"):
-        columns = {"columns": list(TEXT_COLUMNS)}
-        opened = open_files(name, config.get("subset"), config.get("revision"), cache_dir, **columns)
-    return opened.as_streaming_dataset()
+        opened = open_files(name, config.get("subset"), config.get("revision"), cache_dir, columns=columns)
+    return {split: part.select_columns(columns) for split, part in opened.as_streaming_dataset().items()}

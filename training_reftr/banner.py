@@ -12,6 +12,7 @@ from training_reftr.build import is_weights_file
 from training_reftr.launch import is_alone_by_mistake, reftr_command
 from training_reftr.run_folder import RunFolder
 from training_reftr.settings import TrainingSettings
+from training_reftr.streams import StreamedRows
 
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,9 @@ def announce(rows: dict, model: RefTRForVisualGrounding, settings: TrainingSetti
         )
 
 
-def describe_num_images(rows: datasets.Dataset | datasets.IterableDataset) -> str:
-    """Return the number of images of a split, as people read it."""
-    return f"{len(rows):,} images" if hasattr(rows, "__len__") else "streamed"
+def describe_num_images(rows: datasets.Dataset | StreamedRows) -> str:
+    """Return the number of images of a split, or of the shards of a stream, as people read it."""
+    return f"{rows.num_shards:,} streamed shards" if isinstance(rows, StreamedRows) else f"{len(rows):,} images"
 
 
 def describe_results(folder: RunFolder, metrics: dict) -> str:

@@ -31,6 +31,7 @@ from training_reftr.arguments import merge
 from training_reftr.locating import WEIGHT_FILES
 from training_reftr.preflight import part_of, refuse_untrained_parts
 from training_reftr.settings import DataSettings, InitializationSettings, TrainingSettings, check_names
+from training_reftr.streams import StreamedRows
 from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 
@@ -40,7 +41,7 @@ LEFT_FROM_TEXT = ("architectures", "auto_map", "dtype", "transformers_version", 
 
 
 def build_model(
-    settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset
+    settings: TrainingSettings, train_rows: datasets.Dataset | StreamedRows
 ) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """
     Build the initial model of a run and its processor, the same on all processes. Log loaded and random weights.
@@ -178,7 +179,7 @@ def load_weights(
 
 
 def new_model(
-    settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset
+    settings: TrainingSettings, train_rows: datasets.Dataset | StreamedRows
 ) -> tuple[RefTRForVisualGrounding, RefTRProcessor]:
     """Return a model with random weights as `model` and `init_text` configure it, and its processor."""
     initialization = settings.initialization

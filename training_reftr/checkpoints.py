@@ -69,7 +69,8 @@ class TrainingState:
     Args:
         step (`int`): optimizer steps taken.
         epoch (`int`): current epoch, from 0.
-        seen (`list`): progress of the epoch, [global batch size, batches] for each batch size it was trained with.
+        seen (`list`): progress of the epoch, [global batch size, batches] for each batch size it was trained with; for
+            a stream [global batch size, batches, processes, readers of a process], see `training_reftr.streams`.
         is_evaluation_due (`bool`): whether the model must be evaluated before it is trained further.
         best (`float`, *optional*): best validation metric so far, reached at `best_step`.
         schedule_step (`int`): step of the learning rate schedule, in epochs of `steps_per_epoch` steps.
@@ -96,12 +97,12 @@ class TrainingState:
     num_rows: int = 0
     fingerprint: str = ""
 
-    def count(self, global_batch_size: int, num_batches: int) -> None:
-        """Add batches to the progress of the epoch."""
-        if self.seen and self.seen[-1][0] == global_batch_size:
+    def count(self, global_batch_size: int, num_batches: int, layout: tuple[int, ...] = ()) -> None:
+        """Add batches to the progress of the epoch; `layout` is that of a stream."""
+        if self.seen and [self.seen[-1][0], *self.seen[-1][2:]] == [global_batch_size, *layout]:
             self.seen[-1][1] += num_batches
         else:
-            self.seen.append([global_batch_size, num_batches])
+            self.seen.append([global_batch_size, num_batches, *layout])
 
     def start_epoch(self, epoch: int) -> None:
         """Move to the start of an epoch."""
@@ -274,9 +275,9 @@ def is_finite(value: Any) -> bool:
 
 
 def is_progress(value: Any) -> bool:
-    """Return whether a JSON value is a list of [global batch size, number of batches]."""
+    """Return whether a JSON value is a list as `TrainingState.seen`."""
     return isinstance(value, list) and all(
-        isinstance(cut, list) and len(cut) == 2 and all(is_count(number, 1) for number in cut) for cut in value
+        isinstance(cut, list) and len(cut) in (2, 4) and all(is_count(number, 1) for number in cut) for cut in value
     )
 
 

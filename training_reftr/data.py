@@ -3,6 +3,7 @@ Batches of training and evaluation. Nothing here is a collective: all processes 
 shard of it, see `sampling`.
 """
 
+import itertools
 import os
 import pickle
 import random
@@ -23,8 +24,9 @@ from training_reftr.fingerprint import Fingerprint
 from training_reftr.images import ImageReader, read_row_image, to_array
 from training_reftr.packing import pack_labels, unpack_labels
 from training_reftr.samples import Sample, make_sample, take_sentences, without_misses
-from training_reftr.sampling import BuiltOrder, EpochSampler, SampleIndex, StreamedOrder, evaluation_batches
+from training_reftr.sampling import BuiltOrder, EpochSampler, SampleIndex, evaluation_batches
 from training_reftr.settings import TrainingSettings
+from training_reftr.streams import StreamedOrder, StreamedRows, StreamFingerprint, StreamSampler, Ticket
 
 
 class GroundingDataset(Dataset):
@@ -32,18 +34,42 @@ class GroundingDataset(Dataset):
     Samples by sample_index.
 
     Args:
-        rows (`datasets.Dataset`, *optional*): see `data_scripts.FEATURES`; None if indices hold their rows.
+        rows (`datasets.Dataset`): see `data_scripts.FEATURES`.
         prepare (`Callable[[dict, SampleIndex], Sample]`): makes a sample of a row whose image is not decoded.
     """
 
-    def __init__(self, rows: datasets.Dataset | None, prepare: Callable[[dict, SampleIndex], Sample]) -> None:
-        self.rows = None if rows is None else rows.cast_column("image", datasets.Image(decode=False))
+    def __init__(self, rows: datasets.Dataset, prepare: Callable[[dict, SampleIndex], Sample]) -> None:
+        self.rows = rows.cast_column("image", datasets.Image(decode=False))
         self.prepare = prepare
 
     def __getitem__(self, sample_index: SampleIndex) -> Sample:
-        return self.prepare(
-            self.rows[sample_index.index] if sample_index.row is None else sample_index.row, sample_index
-        )
+        return self.prepare(self.rows[sample_index.index], sample_index)
+
+
+class StreamedDataset(Dataset):
+    """
+    Samples by ticket. The batch that a ticket names is always the same; to read the batches of a lane in their order
+    takes a single pass over its shards.
+
+    Args:
+        order ([`StreamedOrder`]): reads the lanes.
+        prepare (`Callable[[dict, SampleIndex], Sample]`): see [`GroundingDataset`].
+    """
+
+    def __init__(self, order: StreamedOrder, prepare: Callable[[dict, SampleIndex], Sample]) -> None:
+        self.order = order
+        self.prepare = prepare
+        self.lane, self.position, self.samples = None, 0, iter(())
+
+    def __getitems__(self, tickets: list[Ticket]) -> list[Sample]:
+        """Return the samples of the one ticket of a batch."""
+        ((lane, start, size),) = tickets
+        if (self.lane, self.position) != (lane, start):
+            self.samples = self.order.samples(lane, start)
+        self.lane, self.position = None, 0  # an error ends the samples
+        samples = [self.prepare(sample.row, sample) for sample in itertools.islice(self.samples, size)]
+        self.lane, self.position = lane, start + size
+        return samples
 
 
 class TrainingSamples:
@@ -223,6 +249,8 @@ class GuardedDataset(Dataset):
     def __getitems__(self, indices: list) -> list | Failure:
         """Return the samples of a batch."""
         try:
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(indices)
             return [self.dataset[index] for index in indices]
         except (ValueError, OSError) as error:
             return Failure(portable(error))
@@ -321,16 +349,18 @@ class TrainingData:
     Batches of training, epoch by epoch, from one pool of workers.
 
     Order, choice of sentences and augmentation are a function of the seed and the epoch alone (`sampling`), for any
-    number of workers and processes, and nothing draws from the process's own random generators. What does not fill a
-    global batch waits for another epoch's order.
+    number of workers and processes, and nothing draws from the process's own random generators. The order of a stream
+    also depends on the number of workers and processes (`streams`). What does not fill a global batch waits for
+    another epoch's order.
 
     Args:
-        rows (`datasets.Dataset` or `datasets.IterableDataset`): see `data_scripts.FEATURES`. A stream is read through
-            once to count its samples, without decoding images.
+        rows (`datasets.Dataset` or [`StreamedRows`]): see `data_scripts.FEATURES`.
         processor ([`RefTRProcessor`]): makes the batches.
         settings ([`TrainingSettings`]): the components `data` and `optimization`.
         rank, world_size (`int`): this process, and how many there are.
         with_masks (`bool`, *optional*, defaults to `False`): whether labels have masks.
+        contents (`dict`, *optional*): samples of each shard of a stream, see `streams.count_together`; absent: they
+            are counted here.
 
     Raises:
         ValueError: if the samples do not fill one global batch.
@@ -338,55 +368,60 @@ class TrainingData:
 
     def __init__(
         self,
-        rows: datasets.Dataset | datasets.IterableDataset,
+        rows: datasets.Dataset | StreamedRows,
         processor: RefTRProcessor,
         settings: TrainingSettings,
         rank: int,
         world_size: int,
         with_masks: bool = False,
+        contents: dict | None = None,
     ) -> None:
-        is_streamed = isinstance(rows, datasets.IterableDataset)
-        order = (StreamedOrder if is_streamed else BuiltOrder)(
-            rows,
-            settings.data.expressions_per_image if settings.data.group_by_image else 1,
-            settings.optimization.seed,
-            settings.data.bucket_by_shape,
-        )
-        self.sampler = EpochSampler(order, settings.optimization.batch_size, rank, world_size)
+        data, seed, batch_size = settings.data, settings.optimization.seed, settings.optimization.batch_size
+        order = data.sentences_per_sample, seed, data.bucket_by_shape
+        reader = ImageReader(processor.image_processor, data.image_cache)
+        prepare = TrainingSamples(reader, data.augmentation, seed, with_masks)
+        if isinstance(rows, StreamedRows):
+            streamed = StreamedOrder(rows, *order, contents)
+            self.sampler = StreamSampler(streamed, batch_size, rank, world_size, max(1, data.num_workers))
+            dataset = StreamedDataset(streamed, prepare)
+        else:
+            self.sampler = EpochSampler(BuiltOrder(rows, *order), batch_size, rank, world_size)
+            dataset = GroundingDataset(rows, prepare)
         self.loader = SampleLoader(
-            GroundingDataset(
-                None if is_streamed else rows,
-                TrainingSamples(
-                    ImageReader(processor.image_processor, settings.data.image_cache),
-                    settings.data.augmentation,
-                    settings.optimization.seed,
-                    with_masks,
-                ),
-            ),
+            dataset,
             batch_sampler=self.sampler,
             collate_fn=GroundingCollator(
                 processor, with_masks=with_masks, are_resized=True, defers_normalization=True
             ),
-            num_workers=settings.data.num_workers,
+            num_workers=data.num_workers,
         )
 
     @property
-    def fingerprint(self) -> Fingerprint:
+    def layout(self) -> tuple[int, ...]:
+        """Return what the order of a stream depends on, processes and readers of a process; empty for built rows."""
+        return self.sampler.layout[1:] if isinstance(self.sampler, StreamSampler) else ()
+
+    @property
+    def fingerprint(self) -> Fingerprint | StreamFingerprint:
         """Number and hash of the training rows; the first call reads all annotations."""
         return self.sampler.order.fingerprint
 
-    def num_batches(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> int:
+    def num_batches(self, epoch: int, progress: Iterable[tuple[int, ...]] = ()) -> int:
         """
         Batches of this process still to come in an epoch, the same on all processes.
 
         Args:
             epoch (`int`): which one.
-            progress (list of `(int, int)`, *optional*): what was seen of it before, in order: (batch_size *
-                world_size, number of batches).
+            progress (list of `(int, int, ...)`, *optional*): what was seen of it before, in order: (batch_size *
+                world_size, number of batches, and the `layout` then).
         """
-        return self.sampler.num_batches(progress)
+        return self.sampler.num_batches(progress, epoch)
 
-    def batches(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> Iterator[dict]:
+    def num_left_out(self, epoch: int, progress: Iterable[tuple[int, ...]]) -> int:
+        """Return how many samples an epoch leaves out because the layout of a stream changed in it."""
+        return self.sampler.plan(progress, epoch).num_left_out if self.layout else 0
+
+    def batches(self, epoch: int, progress: Iterable[tuple[int, ...]] = ()) -> Iterator[dict]:
         """
         Yield the batches left in an epoch, as `GroundingCollator` gives them; asking for them ends those of an
         earlier call.

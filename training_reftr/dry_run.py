@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from training_reftr.checkpoints import checkpoints_of, find_checkpoint, load_state
 from training_reftr.resuming import refuse_changes
 from training_reftr.settings import TrainingSettings
+from training_reftr.streams import StreamedRows
 
 
 NUM_STEPS = 4  # the first steps are slower than the rest
@@ -54,10 +55,8 @@ def limited(
             shutil.rmtree(folder[0], ignore_errors=True)
 
 
-def _first(
-    rows: datasets.Dataset | datasets.IterableDataset, count: int
-) -> datasets.Dataset | datasets.IterableDataset:
-    return rows.take(count) if not hasattr(rows, "select") else rows.select(range(min(count, len(rows))))
+def _first(rows: datasets.Dataset | StreamedRows, count: int) -> datasets.Dataset | StreamedRows:
+    return rows if isinstance(rows, StreamedRows) else rows.select(range(min(count, len(rows))))
 
 
 def estimate(settings: TrainingSettings) -> str:

@@ -8,7 +8,7 @@ or caches: the same data, built again on another machine, has the same fingerpri
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import datasets
 import numpy as np
@@ -85,23 +85,23 @@ class Fingerprint:
         return hashlib.blake2b(parts.encode()).hexdigest()[:LENGTH]
 
 
-def annotations(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[pa.Table]:
-    """Yield the annotations of rows as tables of `BATCH_ROWS`; no image is read."""
-    columns = rows.select_columns([*COLUMNS])
-    if isinstance(rows, datasets.Dataset):
-        yield from columns.with_format("arrow").iter(BATCH_ROWS)
-        return
-    # tables of a stream ignore its features: types would depend on which values are absent
-    features = rows.features or FEATURES
+def tables_of(rows: Iterable[dict], features: datasets.Features = FEATURES) -> Iterator[pa.Table]:
+    """Yield the annotations of streamed rows as tables of `BATCH_ROWS`."""
+    # without a schema, types would depend on which values are absent
     schema = datasets.Features({name: features[name] for name in COLUMNS}).arrow_schema
-    examples = iter(columns)
+    examples = iter(rows)
     while batch := list(itertools.islice(examples, BATCH_ROWS)):
         yield pa.Table.from_pylist(batch, schema=schema)
 
 
 def fingerprint_of(rows: datasets.Dataset | datasets.IterableDataset) -> Fingerprint:
-    """Return the fingerprint of all rows of a dataset."""
+    """Return the fingerprint of all rows of a dataset; no image is read."""
+    columns = rows.select_columns([*COLUMNS])
+    if isinstance(rows, datasets.Dataset):
+        tables = columns.with_format("arrow").iter(BATCH_ROWS)
+    else:
+        tables = tables_of(columns, rows.features or FEATURES)
     fingerprint = Fingerprint()
-    for table in annotations(rows):
+    for table in tables:
         fingerprint.add(table)
     return fingerprint

@@ -15,6 +15,7 @@ from torch import nn
 from modeling_reftr import RefTRConfig
 from training_reftr.optimization import learning_rate_setting
 from training_reftr.settings import DataSettings, OptimizationSettings
+from training_reftr.streams import StreamedRows
 
 
 logger = logging.getLogger(__name__)
@@ -133,15 +134,13 @@ def refuse_few_samples(num_batches: int, optimization: OptimizationSettings, num
         )
 
 
-def refuse_missing_labels(
-    rows: datasets.Dataset | datasets.IterableDataset, data: DataSettings, with_masks: bool
-) -> str | None:
+def refuse_missing_labels(rows: datasets.Dataset | StreamedRows, data: DataSettings, with_masks: bool) -> str | None:
     """
     Refuse training rows without a label for a head that is trained.
 
     Args:
-        rows (`datasets.Dataset` or `datasets.IterableDataset`): see `data_scripts.FEATURES`. A stream is read up to
-            the first label, no image is decoded.
+        rows (`datasets.Dataset` or [`StreamedRows`]): see `data_scripts.FEATURES`. A stream is read up to the first
+            label, without images.
         data ([`DataSettings`]): names the split, for the message.
         with_masks (`bool`): whether masks are trained.
 
@@ -151,8 +150,8 @@ def refuse_missing_labels(
     Raises:
         ValueError: if no sentence has a phrase, or with masks none has a mask for all of its phrases.
     """
-    if isinstance(rows, datasets.IterableDataset):
-        labels = (label for row in rows.select_columns(["objects", "sentences"]) for label in labels_of_row(row))
+    if isinstance(rows, StreamedRows):
+        labels = (label for row in rows.annotations() for label in labels_of_row(row))
         has_boxes = has_masks = False
         for is_box, is_mask in labels:
             has_boxes, has_masks = has_boxes or is_box, has_masks or is_mask

@@ -17,6 +17,7 @@ from training_reftr.build import (
     max_text_length_of,
 )
 from training_reftr.checkpoints import TrainingState, load_state
+from training_reftr.data import TrainingData
 from training_reftr.settings import Scope, TrainingSettings, names_in_scope
 
 
@@ -88,7 +89,9 @@ def refuse_changes(settings: TrainingSettings, checkpoint: Path | None) -> None:
         with_model_of(settings, config, processor, load_state(checkpoint).settings, checkpoint)
 
 
-def find_changes(state: TrainingState, settings: TrainingSettings, global_batch_size: int) -> list[str]:
+def find_changes(
+    state: TrainingState, settings: TrainingSettings, global_batch_size: int, data: TrainingData | None = None
+) -> list[str]:
     """
     Return what differs from the run that wrote a checkpoint and changes what is learned, "learning_rate=0.1 (was
     0.01)".
@@ -97,6 +100,7 @@ def find_changes(state: TrainingState, settings: TrainingSettings, global_batch_
         state (`TrainingState`): of the checkpoint.
         settings ([`TrainingSettings`]): of the run that resumes.
         global_batch_size (`int`): samples of all processes in a batch.
+        data ([`TrainingData`], *optional*): of the run that resumes, for what a stream leaves out.
     """
     flat = settings.to_flat()
     names = [name for name in names_in_scope(Scope.RESULTS) if name in state.settings]
@@ -107,4 +111,11 @@ def find_changes(state: TrainingState, settings: TrainingSettings, global_batch_
     ]
     if state.seen and state.seen[-1][0] != global_batch_size:
         changed.append(f"{global_batch_size} samples of all processes in a batch (was {state.seen[-1][0]})")
+    if state.seen and data is not None and data.layout:
+        former = tuple(state.seen[-1][2:])
+        if former and former != data.layout:
+            changed.append(
+                f"{data.layout[0]} processes with {data.layout[1]} readers of the stream each (was {former[0]} with "
+                f"{former[1]}), so that this epoch leaves out {data.num_left_out(state.epoch, state.seen)} samples"
+            )
     return changed

@@ -40,6 +40,7 @@ from training_reftr.recipes import to_recipe
 from training_reftr.resuming import find_changes, with_model_of, with_sizes_of
 from training_reftr.settings import OptimizationSettings, Scope, TrainingSettings, names_in_scope
 from training_reftr.sources import split_of
+from training_reftr.streams import StreamedRows, StreamFingerprint, count_together
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ class Run:
         self.scheduler.step()
         self.state.step += 1
         self.state.schedule_step += 1
-        self.state.count(self.global_batch_size, self.settings.optimization.gradient_accumulation_steps)
+        num_batches = self.settings.optimization.gradient_accumulation_steps
+        self.state.count(self.global_batch_size, num_batches, self.data.layout)
 
 
 def build_accelerator(settings: TrainingSettings) -> Accelerator:
@@ -155,6 +157,9 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
     refuse_idle_model(model, settings.optimization)
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
         synchronize_batch_norm(model, accelerator.device)
+    contents = None
+    if isinstance(train_rows, StreamedRows):
+        contents = count_together(train_rows, settings.data.sentences_per_sample, accelerator)
     data = TrainingData(
         train_rows,
         processor,
@@ -162,6 +167,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
         accelerator.process_index,
         accelerator.num_processes,
         with_masks=model.config.predict_masks,
+        contents=contents,
     )
     num_batches = data.num_batches(0)
     refuse_few_samples(num_batches, settings.optimization, accelerator.num_processes)
@@ -177,7 +183,9 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
     global_batch_size = settings.optimization.batch_size * accelerator.num_processes
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer, state, accelerator)
-        changes = ", ".join(find_changes(state, settings, global_batch_size))
+        changes = ", ".join(find_changes(state, settings, global_batch_size, data))
+        if any(len(cut) != 2 + len(data.layout) for cut in state.seen):  # the orders of streams and others differ
+            state.start_epoch(state.epoch + 1)
         if changes:
             state.changes.append(f"from step {state.step} on: {changes}")
             warnings.append(f"This run is not quite the one of the checkpoint: {changes}.")
@@ -209,7 +217,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
 
 
 def start_or_resume(
-    settings: TrainingSettings, train_rows: datasets.Dataset | datasets.IterableDataset, checkpoint: Path | None
+    settings: TrainingSettings, train_rows: datasets.Dataset | StreamedRows, checkpoint: Path | None
 ) -> tuple[RefTRForVisualGrounding, RefTRProcessor, TrainingState, TrainingSettings]:
     """
     Build the initial model of a run, or load that of a checkpoint. A collective.
@@ -314,7 +322,7 @@ def load_for_report(settings: TrainingSettings) -> tuple[RefTRForVisualGrounding
     return model, processor
 
 
-def note_data(state: TrainingState, fingerprint: Fingerprint) -> None:
+def note_data(state: TrainingState, fingerprint: Fingerprint | StreamFingerprint) -> None:
     """Record the fingerprint of the training data in the state of a run, and warn if it has changed."""
     found = fingerprint.num_rows, fingerprint.hexdigest()
     if state.fingerprint and found != (state.num_rows, state.fingerprint):

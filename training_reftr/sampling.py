@@ -20,15 +20,13 @@ import pyarrow.compute as pc
 from data_scripts.building import is_degenerate
 from modeling_reftr import RefTRImageProcessor
 from modeling_reftr.image_processing_reftr import resized_size
-from training_reftr.fingerprint import Fingerprint, annotations, fingerprint_of
+from training_reftr.fingerprint import Fingerprint, fingerprint_of
 
 
 # Number of consecutive samples of similar shape. A global batch that divides this size comes from one bucket.
 BUCKET_SIZE = 128
 # Number of samples sorted by shape together, small enough that each epoch has other neighbors.
 WINDOW = 32 * BUCKET_SIZE
-# The shuffle buffer of a stream, smaller because its rows are held in memory.
-STREAM_WINDOW = 16 * BUCKET_SIZE
 SHAPE_STEPS = 20  # the shorter side is rounded to a twentieth of the longer one
 
 
@@ -223,68 +221,15 @@ class BuiltOrder:
             yield SampleIndex(epoch, int(rows[sample]), tuple(indices[begins[sample] : ends[sample]].tolist()))
 
 
-class StreamedOrder:
-    """
-    Order the samples of a stream: files are shuffled per epoch, samples within windows of `STREAM_WINDOW`.
-
-    Every process reads all rows but decodes only the images of its own samples. The order is therefore the same on any
-    number of processes, and all of them end together.
-
-    Args:
-        rows (`datasets.IterableDataset`), limit, seed, by_shape: see `BuiltOrder`.
-    """
-
-    def __init__(self, rows: datasets.IterableDataset, limit: int, seed: int, by_shape: bool) -> None:
-        self.rows = rows.cast_column("image", datasets.Image(decode=False))
-        self.limit = limit
-        self.seed = seed
-        self.by_shape = by_shape
-
-    @cached_property
-    def _contents(self) -> tuple[int, Fingerprint]:
-        """Return the number of samples per epoch and the fingerprint of the rows, reading the stream once."""
-        num_samples, fingerprint = 0, Fingerprint()
-        for table in annotations(self.rows):
-            counts = np.array([len(indices) for indices in learnable_sentences(table)], dtype=int)
-            num_samples += int((-(-counts // self.limit)).sum())
-            fingerprint.add(table)
-        return num_samples, fingerprint
-
-    @property
-    def num_samples(self) -> int:
-        """Return the number of samples per epoch."""
-        return self._contents[0]
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Return the number and the hash of the rows."""
-        return self._contents[1]
-
-    def samples(self, epoch: int, start: int = 0) -> Iterator[SampleIndex]:
-        """Yield the samples of an epoch in order, from index `start` on."""
-        rng = generator(self.seed, epoch)
-        num_files = self.rows.num_shards
-        # Read files one after the other: the library's own shuffling uses threads that take 5 s to end.
-        files = (self.rows.shard(num_files, index) for index in rng.permutation(num_files).tolist())
-        rows = itertools.chain.from_iterable(files)
-        return itertools.islice(self.shuffled(self.cut(rows, epoch, rng), rng), start, None)
-
-    def cut(self, rows: Iterable[dict], epoch: int, rng: np.random.Generator) -> Iterator[SampleIndex]:
-        """Yield the samples of each row, in the order of the rows."""
-        for index, row in enumerate(rows):
-            indices = learnable_indices(row)
-            indices = np.array(indices, dtype=int)[rng.permutation(len(indices))]
-            if len(indices):
-                for part in np.array_split(indices, -(-len(indices) // self.limit)):
-                    yield SampleIndex(epoch, index, tuple(part.tolist()), row)
-
-    def shuffled(self, samples: Iterator[SampleIndex], rng: np.random.Generator) -> Iterator[SampleIndex]:
-        """Yield samples window by window, in the order of `shuffle`."""
-        while window := list(itertools.islice(samples, STREAM_WINDOW)):
-            shapes = np.array([shape_class(sample.row["width"], sample.row["height"]) for sample in window])
-            texts = [[len(sample.row["sentences"][index]["text"]) for index in sample.sentences] for sample in window]
-            for index in shuffle(shapes, np.array([max(lengths) for lengths in texts]), rng, self.by_shape):
-                yield window[index]
+def refuse_few(num_samples: int, batch_size: int, world_size: int) -> None:
+    """Raise a ValueError if the samples do not fill one global batch."""
+    if num_samples == 0:
+        raise ValueError("No row of the training split has a sentence: there is nothing to learn from.")
+    if num_samples < batch_size * world_size:
+        raise ValueError(
+            f"{num_samples} training samples do not fill one global batch of {batch_size * world_size} "
+            f"({world_size} processes with batch_size={batch_size}); lower batch_size."
+        )
 
 
 class EpochSampler:
@@ -293,7 +238,7 @@ class EpochSampler:
     reshuffling makes it a different one every epoch.
 
     Args:
-        order (`BuiltOrder` or `StreamedOrder`): order of the samples.
+        order ([`BuiltOrder`]): order of the samples.
         batch_size (`int`): samples per process and batch.
         rank, world_size (`int`): rank of this process and number of processes.
 
@@ -301,22 +246,19 @@ class EpochSampler:
         ValueError: if the samples do not fill one global batch.
     """
 
-    def __init__(self, order: BuiltOrder | StreamedOrder, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, order: BuiltOrder, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.order = order
         self.global_batch_size = batch_size * world_size
         self.rank = rank
         self.world_size = world_size
-        if order.num_samples == 0:
-            raise ValueError("No row of the training split has a sentence: there is nothing to learn from.")
-        if order.num_samples < self.global_batch_size:
-            raise ValueError(
-                f"{order.num_samples} training samples do not fill one global batch of {self.global_batch_size} "
-                f"({world_size} processes with batch_size={batch_size}); lower batch_size."
-            )
+        refuse_few(order.num_samples, batch_size, world_size)
         self.begin(0)
 
-    def num_batches(self, progress: Iterable[tuple[int, int]] = ()) -> int:
-        """Return the number of batches left in an epoch after `progress`, (global batch size, batches) each."""
+    def num_batches(self, progress: Iterable[tuple[int, int]] = (), epoch: int = 0) -> int:
+        """
+        Return the number of batches left in an epoch after `progress`, (global batch size, batches) each. It is the
+        same in every `epoch`.
+        """
         return max(0, self.order.num_samples - num_seen(progress)) // self.global_batch_size
 
     def begin(self, epoch: int, progress: Iterable[tuple[int, int]] = ()) -> None:
@@ -328,17 +270,12 @@ class EpochSampler:
         return self.num_batches(self.progress)
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        return self.cut(self.epoch, len(self), self.order.samples(self.epoch, num_seen(self.progress)))
+        return self.cut(len(self), self.order.samples(self.epoch, num_seen(self.progress)))
 
-    def cut(self, epoch: int, num_batches: int, samples: Iterator[SampleIndex]) -> Iterator[list[SampleIndex]]:
+    def cut(self, num_batches: int, samples: Iterator[SampleIndex]) -> Iterator[list[SampleIndex]]:
         """Yield the shard of this process of each global batch."""
-        for number in range(num_batches):
+        for _ in range(num_batches):
             batch = list(itertools.islice(samples, self.global_batch_size))
-            if len(batch) < self.global_batch_size:
-                raise ValueError(
-                    f"Epoch {epoch} ended after {number} of {num_batches} batches: the training files have changed "
-                    "since they were counted. Start the run again."
-                )
             mine = shard_batch([len(sample.sentences) for sample in batch], self.rank, self.world_size)
             yield [batch[index] for index in mine]
 

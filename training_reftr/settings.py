@@ -86,6 +86,12 @@ class DataSettings:
     validation_split: str = setting(Scope.RESULTS, "validation", "Split that selects the best checkpoint.")
     test_splits: str = setting(Scope.RESULTS, "test", "Splits to report on: testA,testB.")
     streaming: bool = setting(Scope.RESULTS, False, "Stream the training rows from the files, without building.")
+    stream_weights: dict = setting(
+        Scope.RESULTS,
+        {},
+        "Shares of several streamed datasets in an epoch, by dataset name: a mapping, YAML here; none: all their "
+        "samples.",
+    )
     image_cache: str | None = setting(
         Scope.MACHINE, None, "Folder that caches images at image_size; none: read them every time."
     )
@@ -132,9 +138,17 @@ class DataSettings:
     )
     num_workers: int = setting(Scope.NEUTRAL, 2, "Processes that prepare batches.")
 
+    @property
+    def sentences_per_sample(self) -> int:
+        """The maximum number of sentences of an image in a sample."""
+        return self.expressions_per_image if self.group_by_image else 1
+
     def __post_init__(self) -> None:
         require_at_least_one(self, "image_size", "max_text_length", "size_divisor", "expressions_per_image")
         require_non_negative(self, "num_workers")
+        for name, weight in self.stream_weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"stream_weights has {name}={quote(weight)}; expected a finite number above 0.")
         require_choice(self, "augmentation", ("none", "published", "brightness", "strong"))
         require_choice(self, "mask_resampling", (None, "nearest", "nearest-exact"))
 

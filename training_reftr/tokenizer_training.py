@@ -7,6 +7,8 @@ import datasets
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from training_reftr.streams import StreamedRows
+
 
 def train_tokenizer(sentences: Iterable[str], max_length: int, vocab_size: int = 4000) -> PreTrainedTokenizerFast:
     """
@@ -49,8 +51,8 @@ def train_tokenizer(sentences: Iterable[str], max_length: int, vocab_size: int =
     )
 
 
-def all_sentences(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
+def all_sentences(rows: datasets.Dataset | StreamedRows) -> Iterator[str]:
     """Yield every sentence of some rows, without reading their images."""
-    for sentences in rows.select_columns("sentences"):
+    for sentences in rows.annotations() if isinstance(rows, StreamedRows) else rows.select_columns("sentences"):
         for sentence in sentences["sentences"]:
             yield sentence["text"]

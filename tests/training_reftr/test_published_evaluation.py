@@ -25,6 +25,7 @@ from training_reftr.data import EvaluationData, TrainingData
 from training_reftr.sampling import published_batches, source_order
 from training_reftr.settings import TrainingSettings
 from training_reftr.sources import load_rows
+from training_reftr.streams import StreamedRows
 
 
 # (width, height), wide images first; each group gives the images of one published batch
@@ -339,7 +340,7 @@ def test_training_drops_boxes_without_extent_and_empty_masks(index, processor, s
     """Train on val with integer boxes: 28 of 29 expressions remain, and empty masks give no labels."""
     rows = rows_of(index)
     if streaming:
-        rows = rows.to_iterable_dataset()
+        rows = StreamedRows.of(rows.to_iterable_dataset())
     args = TrainingSettings.from_flat(batch_size=1, num_workers=0, group_by_image=False, augmentation="none")
     data = TrainingData(rows, processor, args, 0, 1, with_masks=True)
     batches = list(data.batches(0))
