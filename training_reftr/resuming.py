@@ -111,11 +111,13 @@ def find_changes(
     ]
     if state.seen and state.seen[-1][0] != global_batch_size:
         changed.append(f"{global_batch_size} samples of all processes in a batch (was {state.seen[-1][0]})")
-    if state.seen and data is not None and data.layout:
-        former = tuple(state.seen[-1][2:])
-        if former and former != data.layout:
+    if data is not None and data.layout and state.seen and len(state.seen[-1]) == 2 + len(data.layout):
+        former, layout = tuple(state.seen[-1][2:]), data.layout
+        if former != layout:
             changed.append(
-                f"{data.layout[0]} processes with {data.layout[1]} readers of the stream each (was {former[0]} with "
-                f"{former[1]}), so that this epoch leaves out {data.num_left_out(state.epoch, state.seen)} samples"
+                f"{layout[0]} processes with {layout[1]} readers of the stream each (was {former[0]} with {former[1]})"
             )
+        if former != layout or state.seen[-1][0] != global_batch_size:
+            num_left_out = data.num_left_out(state.epoch, state.seen)
+            changed.append(f"{num_left_out} samples left out of this epoch, which windows that were begun had")
     return changed

@@ -287,7 +287,7 @@ class StreamedOrder:
             )
         )
 
-    def plan(self, epoch: int, progress: Iterable[Sequence[int]], layout: tuple[int, int, int]) -> "Plan":
+    def plan(self, epoch: int, progress: Iterable[Sequence[int]], layout: tuple[int, int, int]) -> Plan:
         """
         Return the lanes that a run reads from now on in an epoch.
 
@@ -314,7 +314,7 @@ class StreamedOrder:
         plan = self.deal((epoch, len(legs)), remaining, layout)
         return plan._replace(num_taken=num_taken, num_left_out=num_left_out)
 
-    def deal(self, leg: tuple[int, int], remaining: list[list[Interval]], layout: Sequence[int]) -> "Plan":
+    def deal(self, leg: tuple[int, int], remaining: list[list[Interval]], layout: Sequence[int]) -> Plan:
         """Cut what is left of each stream into lanes for a leg (epoch, its number there), see `plan`."""
         global_batch_size, num_processes, num_readers = layout
         num_batches = self.num_available(remaining, num_processes * num_readers) // global_batch_size
@@ -347,7 +347,7 @@ class StreamedOrder:
             self.read(stream, lane.epoch, cut(part, skip, length_of(part) - skip))
             for stream, (part, skip) in enumerate(zip(lane.parts, skipped, strict=True))
         ]
-        read = (next(readers[source]) for source in sources[window * WINDOW :].tolist())
+        read = (next(readers[source]) for source in sources[window * WINDOW :])
         return itertools.islice(self.shuffled(read, lane, window), start - window * WINDOW, None)
 
     def shuffled(self, samples: Iterator[SampleIndex], lane: Lane, window: int) -> Iterator[SampleIndex]:

@@ -186,14 +186,16 @@ def test_change_of_layout_is_reported_once():
         layout = 1, 2
 
         def num_left_out(self, epoch, progress):
-            return StreamSampler(order, 8, 0, 1, 2).plan(progress, epoch).num_left_out
+            return StreamSampler(order, 8, 0, *self.layout).plan(progress, epoch).num_left_out
 
-    (change,) = find_changes(state, data, 8, Data())
-    assert change == (
-        "1 processes with 2 readers of the stream each (was 2 with 1), so that this epoch leaves out 376 samples"
-    )
+    left_out = "376 samples left out of this epoch, which windows that were begun had"
+    assert find_changes(state, data, 8, Data()) == [
+        "1 processes with 2 readers of the stream each (was 2 with 1)",
+        left_out,
+    ]
     Data.layout = 2, 1
     assert find_changes(state, data, 8, Data()) == []
+    assert find_changes(state, data, 16, Data())[1:] == [left_out]
 
 
 def test_cut_joins_parts_of_intervals():
@@ -332,8 +334,10 @@ def test_process_reads_its_quarter_of_the_bytes_and_counts_without_images(tmp_pa
 
 
 def test_streamed_order_does_not_decode_images(tmp_path, processor, arguments):
-    toy = make_toy(tmp_path)
-    stream = StreamedRows([[open_streams("toy", **toy)["train"]]], [1.0])
+    (tmp_path / "toy").mkdir()
+    make_toy(tmp_path / "toy")
+    streams = open_streams("toy", data_dir=str(tmp_path / "toy"), cache_dir=str(tmp_path / "built"))
+    stream = StreamedRows([[streams["train"]]], [1.0])
     for path in (tmp_path / "toy" / "pictures").glob("train_*"):
         path.write_bytes(b"not an image")
     order = StreamedOrder(stream, 8, 0, True)
