@@ -5,9 +5,8 @@ An epoch of a stream is the sequence of the samples of its shards, which are in 
 sequence is cut into consecutive lanes of equal length, one for each loader process of each process. A loader process
 reads the shards of its lane one after the other, and shuffles the samples window by window. Where lanes begin follows
 from the number of samples in each shard, so that all processes take the same number of steps without waiting for each
-other, and the position of a run is the number of batches that it has taken. That number is all that a checkpoint has to
-store: unlike `IterableDataset.state_dict`, it restores the shuffled windows as well, and serves other numbers of
-processes.
+other, and the position of a run is the number of batches that it has taken. A checkpoint stores that number alone:
+unlike `IterableDataset.state_dict`, it restores the shuffled windows too, and serves other numbers of processes.
 
 Several streams are mixed by weight: each lane has a part of each of them, and an epoch ends when one is used up.
 
