@@ -307,9 +307,8 @@ def bytes_read():
 
 
 def test_process_reads_its_quarter_of_the_bytes_and_counts_without_images(tmp_path):
-    total = write_shards(
-        tmp_path, make_rows(256, 1, bytes_per_image=20_000).cast_column("image", datasets.Image()), 64
-    )
+    rows = make_rows(256, 1, bytes_per_image=200_000)
+    total = write_shards(tmp_path, rows.cast_column("image", datasets.Image()), 64)
     stream = StreamedRows([[open_streams(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"]]], [1.0])
     assert stream.num_shards == 64
     before = bytes_read()
@@ -328,9 +327,10 @@ def test_process_reads_its_quarter_of_the_bytes_and_counts_without_images(tmp_pa
             for lane in {ticket.lane for (ticket,) in sampler}
             for sample in order.samples(lane)
         ]
-        assert {len(image) for image in images} == {20_000}
+        assert {len(image) for image in images} == {200_000}
         assert len(set(images)) == 64
-        assert 0.24 * total < bytes_read() - before < 0.27 * total
+        # the end of a file, which says where its columns are, is read in addition
+        assert 0.24 * total < bytes_read() - before < 0.3 * total
 
 
 def test_streamed_order_does_not_decode_images(tmp_path, processor, arguments):
@@ -349,7 +349,7 @@ def test_streamed_order_does_not_decode_images(tmp_path, processor, arguments):
 
 def test_stream_that_is_shorter_than_counted_is_refused(shapes, processor, arguments):
     rows = StreamedRows.of(shapes["train"].to_iterable_dataset())
-    data = TrainingData(rows, processor, arguments(), 0, 1)
+    data = TrainingData(rows, processor, arguments(expressions_per_image=100), 0, 1)
     data.loader.dataset.dataset.order.shards[0][0][0].rows = shapes["train"].select(range(10)).to_iterable_dataset()
     with pytest.raises(
         ValueError, match="Shard 0 of the stream has 10 samples of 48: the training files have changed"
@@ -386,7 +386,7 @@ def test_dataset_of_the_hub_is_streamed_by_name(hub, shapes, processor, argument
     api = HfApi(token="hf_write")
     api.create_repo("someone/shapes", repo_type="dataset")
     api.upload_folder(repo_id="someone/shapes", repo_type="dataset", folder_path=folder)
-    args = arguments(dataset="someone/shapes", num_workers=num_workers)
+    args = arguments(dataset="someone/shapes", num_workers=num_workers, expressions_per_image=100)
     rows = load_rows(args.data)
     assert rows["train"].num_shards == 8
     assert len(rows["validation"]) == len(shapes["validation"])
@@ -406,7 +406,7 @@ def test_dataset_of_the_hub_is_streamed_by_name(hub, shapes, processor, argument
 # runs
 
 RECORD = """
-import os, re, training_reftr.data as data, training_reftr.step as step
+import os, re, training_reftr.data as data, training_reftr.step as step, training_reftr.streams as streams
 rank, folder = os.environ.get("RANK", "0"), {folder!r}
 def bytes_read():
     with open("/proc/self/io") as file:
@@ -421,6 +421,11 @@ def counted(self, tickets):
     note("bytes", str(bytes_read() - before))
     return samples
 data.StreamedDataset.__getitems__ = counted
+read_shard = streams.StreamedOrder.read_shard
+def opened(self, stream, shard, *args):
+    note("shards", str(shard))
+    return read_shard(self, stream, shard, *args)
+streams.StreamedOrder.read_shard = opened
 move = step.move
 def noted(batch, *args):
     note("seen", " ".join(targets[0]["sentence_id"] for targets in batch["targets"]))
@@ -434,13 +439,14 @@ step.move = noted
 )
 def test_processes_share_shards_and_resume_to_the_same_bits(ranks, num_shards, data_cache, tmp_path):
     """Train an epoch, and again with a kill in it; the slow case starts torchrun."""
-    sizes = {**TINY_SET, "num_train": 4 * num_shards, "num_test": 2, "num_validation": 2}
+    sizes = {**TINY_SET, "num_train": 8 * num_shards, "num_test": 2, "num_validation": 2}
     shapes = data_scripts.load("shapes", cache_dir=data_cache, **sizes)
     folder = tmp_path / "shapes"
-    total = write_shards(folder, shapes["train"], num_shards)
+    write_shards(folder, shapes["train"], num_shards)
     for split in ("validation", "test"):
         write_shards(folder, shapes[split], 1, split)
     settings = {"dataset": str(folder), "dataset_config": {}, "streaming": True, "num_epochs": 1}
+    settings["expressions_per_image"] = 100
     recipe = write_recipe(tmp_path / "recipe.yaml", data_cache, **settings, batch_size=16 // ranks)
 
     def launch(name, *argv):
@@ -458,15 +464,18 @@ def test_processes_share_shards_and_resume_to_the_same_bits(ranks, num_shards, d
 
     for process in launch("whole"):
         finish(process)
+    shards = [[int(shard) for shard in numbers] for numbers in noted("whole", "shards")]
+    assert [len(numbers) for numbers in shards] == [num_shards // ranks] * ranks
+    assert sorted(itertools.chain(*shards)) == list(range(num_shards))
     read = [sum(map(int, numbers)) for numbers in noted("whole", "bytes")]
-    assert all(0.9 / ranks < number / total < 1.15 / ranks for number in read), (read, total)
+    assert all(0.8 / ranks < number / sum(read) < 1.2 / ranks for number in read), read
     seen = [name for names in noted("whole", "seen") for name in names]
     expected = [item["sentence_id"] for sentences in shapes["train"]["sentences"] for item in sentences]
     assert sorted(seen) == sorted(expected)
-    num_steps = 4 * num_shards // 16
+    num_steps = 8 * num_shards // 16
     run = tmp_path / "killed" / "run"
     processes = launch("killed")
-    wait_for(lambda: max(steps_of(run), default=0) >= num_steps // 2, processes[0])
+    wait_for(lambda: max(steps_of(run), default=0) >= 2, processes[0])
     for process in processes:
         kill(process)
     assert steps_of(run)[0] < num_steps
@@ -478,5 +487,5 @@ def test_processes_share_shards_and_resume_to_the_same_bits(ranks, num_shards, d
         one, other = (folder / f"checkpoints/step_{num_steps:08d}" / name for folder in (run, whole))
         assert one.read_bytes() == other.read_bytes()
     state = json.loads((run / f"checkpoints/step_{num_steps:08d}/state.json").read_text())
-    assert state["num_rows"] == 4 * num_shards
-    assert state["seen"] == []
+    assert state["num_rows"] == 8 * num_shards
+    assert state["seen"] == [[16, num_steps, ranks, 1]]
