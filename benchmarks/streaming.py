@@ -25,7 +25,7 @@ from data_scripts.streaming import open_streams
 from training_reftr.streams import StreamedOrder, StreamedRows, StreamSampler, count_shards
 
 
-NUM_ROWS, NUM_SHARDS, NUM_PHOTOGRAPHS = 4000, 4, 16
+NUM_ROWS, NUM_SHARDS, NUM_PHOTOGRAPHS = 1000, 2, 16
 
 
 def make_rows(folder: Path, num_rows: int) -> datasets.Dataset:

@@ -45,6 +45,7 @@ from training_reftr.report import (
     select_splits,
 )
 from training_reftr.settings import DataSettings, EvaluationSettings, TrainingSettings
+from training_reftr.streams import StreamedRows
 from training_reftr.visualization import (
     attend,
     choose_sentences,
@@ -336,7 +337,7 @@ def test_evaluation_omits_unavailable_baselines_with_warning(shapes, caplog):
     assert "testA: no shuffled expressions" in caplog.text
     both = find_training_rows(shapes, DataSettings(train_split="train+validation"))
     assert len(both) == len(shapes["train"]) + len(shapes["validation"])
-    streamed = {"train": shapes["train"].to_iterable_dataset()}
+    streamed = {"train": StreamedRows.of(shapes["train"].to_iterable_dataset())}
     assert find_training_rows(streamed, DataSettings()) is None
 
 

@@ -11,6 +11,7 @@ import train_reftr
 from tests.helpers.faults import free_port
 from training_reftr.preflight import count_labels, find_unfinished_warmup, refuse_empty_splits, refuse_missing_labels
 from training_reftr.settings import DataSettings, TrainingSettings
+from training_reftr.streams import StreamedRows
 
 
 FROZEN_HEAD = ["--model.predict_masks", "true", "--mask_head_learning_rate", "0"]
@@ -197,10 +198,11 @@ def test_count_labels_requires_mask_for_every_phrase(shapes):
         == "2 of 3 training sentences have no mask and train the boxes alone."
     )
     assert refuse_missing_labels(built, args.data, False) is None
-    for part in (built.select([0, 1, 3]), built.select([0, 1, 3]).to_iterable_dataset()):
+    without_masks = built.select([0, 1, 3])
+    for part in (without_masks, StreamedRows.of(without_masks.to_iterable_dataset())):
         with pytest.raises(ValueError, match="has a mask for all of its phrases"):
             refuse_missing_labels(part, args.data, True)
-    assert refuse_missing_labels(built.to_iterable_dataset(), args.data, True) is None
+    assert refuse_missing_labels(StreamedRows.of(built.to_iterable_dataset()), args.data, True) is None
 
 
 def test_run_warns_of_unfinished_warmup(recipe, tmp_path, caplog):
