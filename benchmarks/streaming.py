@@ -1,8 +1,8 @@
 """
 Measure what a stream costs, for the plan in docs/many_gpus.md: `python benchmarks/streaming.py`.
 
-It writes Parquet files as an export does, with JPEGs of 640 x 480 pixels and captions of three phrases. It prints the
-bytes of annotations and images per row, and how many rows a CPU second counts, or reads with their images.
+It writes Parquet files as an export does, with captions of three phrases. It prints the bytes of annotations per row,
+and how many rows a CPU second counts.
 """
 
 import os
@@ -22,7 +22,7 @@ from benchmarks.data_flow import WORDS, make_photograph
 from data_scripts import FEATURES
 from data_scripts.exporting import write_shard
 from data_scripts.streaming import open_streams
-from training_reftr.streams import StreamedOrder, StreamedRows, StreamSampler, count_shards
+from training_reftr.streams import StreamedRows, count_shards
 
 
 NUM_ROWS, NUM_SHARDS, NUM_PHOTOGRAPHS = 1000, 2, 16
@@ -53,8 +53,8 @@ def make_rows(folder: Path, num_rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
-def column_bytes(file: Path) -> tuple[int, int]:
-    """Return the bytes of a Parquet file that are not images, and those that are."""
+def annotation_bytes(file: Path) -> int:
+    """Return the bytes of a Parquet file that are not images."""
     metadata = pq.read_metadata(file)
     columns = [
         metadata.row_group(group).column(column)
@@ -62,7 +62,7 @@ def column_bytes(file: Path) -> tuple[int, int]:
         for column in range(metadata.num_columns)
     ]
     images = sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("image."))
-    return file.stat().st_size - images, images
+    return file.stat().st_size - images
 
 
 def main():
@@ -73,21 +73,13 @@ def main():
         files = [folder / "export" / "data" / f"train-{index:05d}.parquet" for index in range(NUM_SHARDS)]
         for index, file in enumerate(files):
             write_shard((rows.shard(NUM_SHARDS, index), file, "train", True))
-        annotations, images = np.sum([column_bytes(file) for file in files], axis=0) / NUM_ROWS
+        annotations = sum(annotation_bytes(file) for file in files) / NUM_ROWS
         stream = open_streams(str(folder / "export"), cache_dir=str(folder / "cache"))["train"]
         stream = StreamedRows([[stream]], [1.0])
         start = time.process_time()
-        contents = count_shards(stream, 8)
+        count_shards(stream, 8)
         counted = NUM_ROWS / (time.process_time() - start)
-        order = StreamedOrder(stream, 8, 0, True, contents)
-        start = time.process_time()
-        (lane,) = {ticket.lane for (ticket,) in StreamSampler(order, 8, 0, 1, 1)}
-        num_read = sum(1 for _ in order.samples(lane))
-        read = num_read / (time.process_time() - start)
-    sys.stdout.write(
-        f"{annotations:,.0f} bytes of annotations and {images:,.0f} of image per row; a CPU second counts "
-        f"{counted:,.0f} rows, or reads {read:,.0f} rows with their images, which are not decoded\n"
-    )
+    sys.stdout.write(f"{annotations:,.0f} bytes of annotations per row; a CPU second counts {counted:,.0f} rows\n")
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ class StreamedOrder:
         remaining = [[(0, int(counts.sum()))] for counts in self.counts]
         num_left_out = 0
         for number, (size, num_batches, *processes) in enumerate(legs):
-            plan = self.deal((epoch, number), remaining, (size, *processes))
+            plan = self.divide((epoch, number), remaining, (size, *processes))
             # another layout reads on where the windows end that were begun
             remaining = plan.rest
             for lane, num_read in zip(plan.lanes, plan.num_read(num_batches), strict=True):
@@ -311,10 +311,10 @@ class StreamedOrder:
                 num_left_out += end - num_read
                 for stream, start in enumerate(np.bincount(sources[:end], minlength=len(remaining)).tolist()):
                     remaining[stream] += cut(lane.parts[stream], start, lane.sizes[stream] - start)
-        plan = self.deal((epoch, len(legs)), remaining, layout)
+        plan = self.divide((epoch, len(legs)), remaining, layout)
         return plan._replace(num_taken=num_taken, num_left_out=num_left_out)
 
-    def deal(self, leg: tuple[int, int], remaining: list[list[Interval]], layout: Sequence[int]) -> Plan:
+    def divide(self, leg: tuple[int, int], remaining: list[list[Interval]], layout: Sequence[int]) -> Plan:
         """Cut what is left of each stream into lanes for a leg (epoch, its number there), see `plan`."""
         global_batch_size, num_processes, num_readers = layout
         num_batches = self.num_available(remaining, num_processes * num_readers) // global_batch_size

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import random
+import re
 import time
 
 import datasets
@@ -340,7 +341,8 @@ def read_parquet(folder, text):
             tokenizer.save_pretrained(folder / "tokenizer")
             messages.add(None)
         except (ValueError, OSError) as error:
-            messages.add(str(error))
+            # a stream converts several rows at once, so that it may name an earlier image
+            messages.add(re.sub(r"image \S+ or after it", "image 'a' or after it", str(error)))
     assert len(messages) == 1, messages
     if (message := messages.pop()) is not None:
         raise ValueError(message)
