@@ -3,16 +3,17 @@ Read the rows of a split shard by shard, so that several processes can share the
 or what a builder reads at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
 from .building import GroundingBuilder
-from .combining import coco_id
 from .loading import make_builder, stream
 from .named_rows import checked_texts, stream_annotations
+from .reading import coco_id
+from .split_parts import check_split_parts, cut_splits
 
 
 # rows that are converted to Python at once
@@ -80,13 +81,17 @@ def iterate(rows: datasets.IterableDataset) -> Iterator[dict]:
 
 
 def open_streams(
-    name: str, data_dir: str | None = None, cache_dir: str | None = None, **config: Any
+    name: str,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    split_parts: Mapping[str, Mapping[str, float]] | None = None,
+    **config: Any,
 ) -> dict[str, SplitStream]:
     """
     Open the splits of a dataset as streams; of its rows, only the first of each split is read.
 
     Args:
-        name, data_dir, cache_dir, config: see `loading.load`.
+        name, data_dir, cache_dir, split_parts, config: see `loading.load`.
 
     Returns:
         `dict[str, SplitStream]`: split -> its stream.
@@ -104,9 +109,10 @@ def open_streams(
     3
 
     ```"""
+    check_split_parts(split_parts or {})
     builder = make_builder(name, data_dir, cache_dir, config, streaming=True)
-    splits = stream(builder, None, decode=False)
+    splits = cut_splits(stream(builder, None, decode=False), split_parts or {}, name)
     if isinstance(builder, GroundingBuilder):
         return {split: SplitStream.of(rows) for split, rows in splits.items()}
-    annotations = stream_annotations(name, cache_dir, config, builder)
+    annotations = cut_splits(stream_annotations(name, cache_dir, config, builder), split_parts or {}, name)
     return {split: SplitStream(rows, annotations[split], f"{name!r} {split}") for split, rows in splits.items()}
