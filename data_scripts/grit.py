@@ -121,7 +121,7 @@ class Grit(GroundingBuilder):
             for number, sample in enumerate(read_shard(shard)):
                 where, row = f"{shard!r}, sample {number} ({quote(sample.get('key'))})", None
                 try:
-                    row = make_row(sample, columns, self.config.min_score, dropped, changed)
+                    row = row_of_sample(sample, columns, self.config.min_score, dropped, changed)
                 except (ValueError, OSError) as error:
                     if not self.config.drop_bad_samples:
                         raise ValueError(f"{where}: {error} (drop_bad_samples leaves such samples out)") from error
@@ -132,7 +132,7 @@ class Grit(GroundingBuilder):
         self.report_changed(split, changed)
 
 
-def make_row(
+def row_of_sample(
     sample: dict, columns: tuple[str, ...], min_score: float, dropped: Counter, changed: Counter
 ) -> dict | None:
     """

@@ -388,7 +388,7 @@ class StreamedOrder:
         part, number = self.shards[stream][shard]
         rng_of = (self.seed, epoch, stream, shard)
         num_yielded = 0
-        for sample in itertools.islice(cut_rows(part.read(number), epoch, self.limit, rng_of), start, end):
+        for sample in itertools.islice(cut_into_samples(part.read(number), epoch, self.limit, rng_of), start, end):
             yield sample
             num_yielded += 1
         if num_yielded < end - start:
@@ -398,7 +398,7 @@ class StreamedOrder:
             )
 
 
-def cut_rows(rows: Iterable[dict], epoch: int, limit: int, seeds: tuple[int, ...]) -> Iterator[SampleIndex]:
+def cut_into_samples(rows: Iterable[dict], epoch: int, limit: int, seeds: tuple[int, ...]) -> Iterator[SampleIndex]:
     """Yield the samples of each row, in the order of the rows; `seeds` and the row decide on their sentences."""
     for index, row in enumerate(rows):
         indices = learnable_indices(row)
