@@ -3,6 +3,7 @@ The parts of a training run. `build_accelerator` and `prepare_run` are collectiv
 """
 
 import logging
+import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,13 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
 from torch.optim.swa_utils import AveragedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -127,7 +134,12 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=settings.tracking.tracker_names or None,
         project_dir=settings.checkpoints.output_dir,
         # A process that waits longer for another one fails.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=settings.checkpoints.watchdog_minutes))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=settings.checkpoints.watchdog_minutes)),
+            # Without this, DDP changes the order in which it adds up gradients after the first step of a process, and
+            # a run that resumes has other last bits; the sum of two processes has one order.
+            DistributedDataParallelKwargs(find_unused_parameters=int(os.environ.get("WORLD_SIZE", 1)) > 2),
+        ],
     )
     disable_progress_bar()  # the library shows one for every file it reads or writes
     disable_library_bars()

@@ -484,11 +484,6 @@ def test_processes_share_shards_and_resume_to_the_same_bits(ranks, num_shards, d
     whole = tmp_path / "whole" / "run"
     assert [names[-1] for names in noted("killed", "seen")] == [names[-1] for names in noted("whole", "seen")]
     assert set(itertools.chain(*noted("killed", "seen"))) == set(seen)
-    if ranks > 2:
-        # the order in which gradients of more than two processes are added differs after a start
-        losses = [{step: line["train/loss"] for step, line in losses_of(folder).items()} for folder in (run, whole)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-        return
     assert losses_of(run) == losses_of(whole)
     for name in ("model.safetensors", "optimizer.safetensors"):
         one, other = (folder / f"checkpoints/step_{num_steps:08d}" / name for folder in (run, whole))
