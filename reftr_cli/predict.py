@@ -11,16 +11,24 @@ The first form prints the answers of one image and draws them. Several images, f
 "phrases" for captions, print one line of JSON per question and draw each answer into the folder `answers`. A question
 that fails, or a line that is not a question, has an "error" in its line, and the exit code is 1. `--save FORMAT FILE`
 also writes all answers to a file for an evaluation or an annotation tool.
+
+    accelerate launch --num_processes 4 -m reftr_cli predict --model runs/demo --image images/ --text "the star" \\
+        --answers answers
+    reftr predict --model runs/demo --dataset refcoco_unc --split testA --data_dir refer --answers answers
+
+The last forms write the answers into a folder, on any number of processes, see `shared_answers`; the same command
+continues an interrupted run. A dataset has its own texts and phrases.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
+import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +36,7 @@ from data_scripts.escaping import for_stdout, for_terminal
 from data_scripts.formats import PREDICTED
 from data_scripts.progress import disable_library_bars, progress_bar
 from reftr_cli.prediction_files import PredictionFiles
+from reftr_cli.shared_answers import MERGED, SharedAnswers
 from training_reftr.json_files import read_json_lines
 from training_reftr.locating import check_model
 
@@ -190,6 +199,63 @@ def answer_all(
     return num_failed, num_written
 
 
+class DatasetQuestions(Sequence):
+    """
+    The questions of the rows of a dataset, as those of `read_questions`: one about each image, with all of its
+    sentences.
+
+    Args:
+        name, split, data_dir (`str`): see `data_scripts.load`.
+
+    Raises:
+        ValueError, OSError: if it cannot be loaded.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | None) -> None:
+        import data_scripts
+
+        self.rows = data_scripts.load(name, split=split, data_dir=data_dir)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[dict, dict]:
+        row = self.rows[index]
+        sentences = row["sentences"]
+        fields = {"image": row["image_id"], "id": [sentence["sentence_id"] for sentence in sentences]}
+        question = {"image": row["image"], "text": [sentence["text"] for sentence in sentences]}
+        spans = [[(phrase["start"], phrase["end"]) for phrase in sentence["phrases"]] for sentence in sentences]
+        if any(part != [(0, len(text))] for part, text in zip(spans, question["text"], strict=True)):
+            question["phrases"] = spans
+        return {**fields, "text": question["text"]}, question
+
+
+def answer_shared(ground: VisualGroundingPipeline, questions: Sequence, shared: SharedAnswers) -> None:
+    """
+    Answer the questions of this process that are open, and merge the answers of all processes when all have ended.
+
+    Raises:
+        ValueError: if questions failed.
+    """
+    from modeling_reftr.answers_reftr import answer_to_json
+
+    numbers = shared.open_questions()
+    for number in progress_bar(numbers, desc="predicting", unit="image", is_shown=shared.rank == 0):
+        fields, question = questions[number]
+        try:
+            answers = answer_question(ground, question)
+            shared.add(number, {**fields, "answers": [answer_to_json(answer) for answer in answers]})
+        except (ValueError, OSError) as error:
+            shared.add(number, {**fields, "error": str(error)})
+    num_open, num_failed = shared.merge()
+    if num_open:
+        sys.stderr.write(for_terminal(f"Answered {len(numbers)} questions; {num_open} are open on other processes.\n"))
+        return
+    sys.stderr.write(for_terminal(f"Written: {len(questions)} lines in {shared.folder / MERGED}\n"))
+    if num_failed:
+        raise ValueError(f'{num_failed} of {len(questions)} questions failed: see "error" in their lines.')
+
+
 def describe_answers(answers: list[dict[str, Any]]) -> str:
     """Return a readable line per answer: its label, its box in pixels, and the area of its mask."""
     import numpy as np
@@ -226,6 +292,15 @@ def validate_output(output: str, is_folder: bool) -> None:
         )
 
 
+def device_of_process() -> str | None:
+    """Return the accelerator of this process, of several on a machine; None for the default one."""
+    import torch
+
+    if "LOCAL_RANK" not in os.environ or not torch.accelerator.is_available():
+        return None
+    return f"{torch.accelerator.current_accelerator().type}:{os.environ['LOCAL_RANK']}"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -236,7 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--image",
         nargs="+",
         action="extend",
-        required=True,
+        default=[],
         help='images, folders of images, patterns such as "images/*.jpg", or .jsonl files of questions',
     )
     parser.add_argument("--text", nargs="+", help="one or several expressions, each in quotes")
@@ -249,6 +324,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar=("FORMAT", "FILE"),
         help=f"also write the answers to a file: {', '.join(PREDICTED)}; may be repeated",
+    )
+    parser.add_argument("--dataset", help="a dataset to answer in place of images, with its texts and phrases")
+    parser.add_argument("--split", default="test", help="its split (default: test)")
+    parser.add_argument("--data_dir", help="folder of its files")
+    parser.add_argument(
+        "--answers",
+        metavar="DIR",
+        help="write the answers into a folder, on all processes of a launcher; the same command continues",
     )
     parser.add_argument("--json", action="store_true", help="print JSON on a terminal, too")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; by default an accelerator if there is one")
@@ -263,7 +346,13 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: if arguments contradict each other, or a question has no answer.
     """
     args = make_parser().parse_args(argv)
-    are_many = is_for_many(args.image)
+    if bool(args.image) == bool(args.dataset):
+        raise ValueError("Name what to answer: --image, or --dataset with --answers, not both.")
+    if args.dataset and (args.text or args.phrases or not args.answers):
+        raise ValueError("--dataset has its own texts, and writes into a folder: give --answers DIR, without --text.")
+    if args.answers and (args.output or args.save or args.phrases):
+        raise ValueError("--answers is a folder of JSON Lines: leave --output, --save and --phrases out.")
+    are_many = bool(args.answers) or is_for_many(args.image)
     if not args.text and not are_many:
         raise ValueError('An expression to locate is required: add --text "the red circle" ...')
     if args.phrases and (are_many or len(args.text) != 1):
@@ -272,8 +361,17 @@ def main(argv: list[str] | None = None) -> None:
         validate_output(args.output, is_folder=are_many)
     files = PredictionFiles(args.save, Path(args.model).name)
     check_model(args.model)
-    questions = read_questions(args.image, args.text) if are_many else []
-    files.expect([question for _, question in questions])
+    if args.dataset:
+        questions = DatasetQuestions(args.dataset, args.split, args.data_dir)
+        title = f"{args.dataset} {args.split}"
+    else:
+        questions = read_questions(args.image, args.text) if are_many else []
+        title = repr(questions)
+    shared = None
+    if args.answers:
+        shared = SharedAnswers(Path(args.answers), f"{args.model} {title}", len(questions))
+    else:
+        files.expect([question for _, question in questions])
 
     from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor, VisualGroundingPipeline
     from modeling_reftr.answers_reftr import answer_to_json
@@ -281,7 +379,11 @@ def main(argv: list[str] | None = None) -> None:
     disable_library_bars()
     model = RefTRForVisualGrounding.from_pretrained(args.model).fused_copy()
     processor = RefTRProcessor.from_pretrained(args.model)
-    ground = VisualGroundingPipeline(model, processor=processor, device=args.device)
+    device = args.device or device_of_process()
+    ground = VisualGroundingPipeline(model, processor=processor, device=device)
+    if shared is not None:
+        answer_shared(ground, questions, shared)
+        return
     output = Path(args.output) if args.output else None
     if output:
         (output if are_many else output.parent).mkdir(parents=True, exist_ok=True)
