@@ -394,10 +394,12 @@ def check_launch(program, argv):
         return None
     if program == "accelerate":
         assert argv.pop(0) == "launch"
-    settings = argv[argv.index("train_reftr.py") + 1 :]
+    script = "reftr_cli" if "reftr_cli" in argv else "train_reftr.py"
+    rest = argv[argv.index(script) + 1 :]
     launch = (launch_command_parser() if program == "accelerate" else torchrun_parser()).parse_args(argv)
-    assert (launch.training_script, launch.training_script_args) == ("train_reftr.py", settings)
-    check_settings(settings)
+    assert (launch.training_script, launch.training_script_args) == (script, rest)
+    assert bool(launch.module) == (script == "reftr_cli")
+    (check_reftr if launch.module else check_settings)(rest)
     return getattr(launch, "config_file", None)
 
 
