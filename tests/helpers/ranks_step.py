@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +51,7 @@ def main(settings: dict):
 
     args = TrainingSettings.from_flat(max_grad_norm=1e9)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args.optimization))
-    run = Run(prepared, optimizer, None, None, None, TrainingState(), 4, args)
+    run = Run(prepared, optimizer, None, None, SimpleNamespace(layout=()), TrainingState(), 4, args)
     seen = {}
     clip = accelerator.clip_grad_norm_
 

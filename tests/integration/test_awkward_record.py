@@ -22,6 +22,7 @@ from data_scripts.importing import import_files
 from data_scripts.masks import box_of, decode_segmentation
 from data_scripts.records import Written
 from data_scripts.schema import FEATURES
+from tests.helpers.layout_grit import make_sample, write_tar
 from tests.helpers.layout_orientation import UPRIGHT_BOX, UPRIGHT_SIZE, find_red, save_jpeg
 from training_reftr.data import GroundingCollator
 
@@ -34,8 +35,8 @@ SPANS = [(TEXT.index(words), TEXT.index(words) + len(words)) for words in BOXES]
 NOTHING = "kein Einhorn"
 ANNOTATED = (2 * WIDTH, 2 * HEIGHT)
 # what formats carry in addition to words and boxes
-CAPTIONS = ("parquet", "jsonl", "mdetr_json", "odvg")
-MASKS = ("parquet", "jsonl", "coco", "cvat", "phrasecut")
+CAPTIONS = ("parquet", "jsonl", "mdetr_json", "odvg", "grit")
+MASKS = ("parquet", "jsonl", "coco", "cvat", "phrasecut", "refer", "grefcoco")
 TOLERANCE = {"loc_tokens": 0.1}
 
 
@@ -152,12 +153,56 @@ FILES = {
     "qwen": write_qwen,
     "loc_tokens": write_loc_tokens,
 }
+
+
+def write_references(folder, name, image):
+    """Write the record in the refer API's layout, with a reference to nothing."""
+    (folder / "images").mkdir(parents=True)
+    save_jpeg(folder / "images" / image, 6)
+    annotations = [
+        {"id": number, "image_id": 1, "category_id": 1, "bbox": xywh(box), "segmentation": [corners_of(box)]}
+        for number, box in enumerate(BOXES.values(), start=1)
+    ]
+    instances = {"images": [{"id": 1, "file_name": image, **SIZE}], "annotations": annotations}
+    (folder / "instances.json").write_text(json.dumps({**instances, "categories": [{"id": 1, "name": "thing"}]}))
+    refs = [
+        {"ref_id": number, "ann_id": target, "image_id": 1, "category_id": 1, "split": "train"}
+        | {"sentences": [{"sent_id": number, "sent": words, "raw": words, "tokens": words.split()}]}
+        for number, (words, target) in enumerate(zip([*BOXES, NOTHING], ([1], [2], [-1]), strict=True))
+    ]
+    (folder / name).write_text(json.dumps(refs))
+    return folder
+
+
+def write_refer(folder):
+    return write_references(folder, "refs(x).json", IMAGE)
+
+
+def write_grefcoco(folder):
+    folder = write_references(folder / "grefcoco", "grefs(unc).json", "COCO_train2014_000000000001.jpg")
+    (folder.parent / "images").mkdir()
+    (folder / "images").rename(folder.parent / "images" / "train2014")
+    return folder.parent
+
+
+def write_grit(folder):
+    folder.mkdir()
+    save_jpeg(folder / IMAGE, 6)
+    boxes = np.array(list(BOXES.values())) / ([WIDTH, HEIGHT] * 2)
+    chunks = [[*span, *box, 1.0] for span, box in zip(SPANS, boxes.tolist(), strict=True)]
+    size = {"width": WIDTH, "height": HEIGHT, "original_width": ANNOTATED[0], "original_height": ANNOTATED[1]}
+    sample = make_sample(0, TEXT, chunks, [], **size, image=(folder / IMAGE).read_bytes())
+    write_tar(folder / "00000.tar", [sample, make_sample(1, NOTHING, [], [])])
+    return folder
+
+
+FOLDERS = {"refer": write_refer, "grefcoco": write_grefcoco, "grit": write_grit}
 OPTIONS = {"qwen": {"box_format": "xyxy_thousand"}}
 
 
 def test_record_is_in_every_format():
     assert set(FILES) == set(IMPORTED)
-    assert {*IMPORTED, *EXPORTED, *PREDICTED} == set(FORMATS)
+    assert {*IMPORTED, *EXPORTED, *PREDICTED, *FOLDERS} == set(FORMATS)
 
 
 # in and out
@@ -198,6 +243,13 @@ def test_record_is_read_from_files_of_other_tools(tmp_path, name):
         (tmp_path / "image_data_split.json").write_text(json.dumps([{"image_id": 7, **SIZE, "coco_id": None}]))
     import_files(name, {"train": [tmp_path / "file"]}, tmp_path / "out", tmp_path, **OPTIONS.get(name, {}))
     (row,) = load_lines(tmp_path / "out", tmp_path, image_dir=str(tmp_path))
+    assert_carries_record(row, name)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_record_is_read_from_folder_of_a_dataset(tmp_path, name):
+    data_dir = FOLDERS[name](tmp_path / "data")
+    (row,) = data_scripts.load(name, "train", data_dir=str(data_dir), cache_dir=str(tmp_path / "cache"))
     assert_carries_record(row, name)
 
 

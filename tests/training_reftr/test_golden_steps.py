@@ -1,6 +1,7 @@
 """Four optimizer steps of the script match those of the published code."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -69,7 +70,16 @@ def golden_steps(request):
     batch = golden_inputs(case, arrays) | {"targets": [[{}] for _ in case["sizes"]]}  # one phrase per sentence
     args, accelerator = published_settings(steps), Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args.optimization))
-    run = Run(model, optimizer, None, None, None, TrainingState(steps_per_epoch=4), len(case["sizes"]), args)
+    run = Run(
+        model,
+        optimizer,
+        None,
+        None,
+        SimpleNamespace(layout=()),
+        TrainingState(steps_per_epoch=4),
+        len(case["sizes"]),
+        args,
+    )
     run.scheduler = build_scheduler(optimizer, args.schedule, run.state.steps_per_epoch, run.num_steps)
     model.train()
     ours = []

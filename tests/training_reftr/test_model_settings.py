@@ -34,6 +34,7 @@ STARTS = {**dict.fromkeys(PATHS, REFUSED), "new": TESTED_ELSEWHERE}
 TABLE = {
     "image_size": SIZES,
     "keep_aspect_ratio": SIZES,
+    "mask_resampling": SIZES,
     "max_text_length": SIZES,
     "size_divisor": SIZES,
     "attn_implementation": dict.fromkeys(PATHS, APPLIES),
@@ -56,6 +57,10 @@ VALUES = {
     "keep_aspect_ratio": (
         ["--keep_aspect_ratio", "false"],
         lambda model, processor: processor.image_processor.size.longest_edge is None,
+    ),
+    "mask_resampling": (
+        ["--mask_resampling", "nearest-exact"],
+        lambda model, processor: processor.image_processor.mask_resampling == "nearest-exact",
     ),
     "max_text_length": (
         ["--max_text_length", "12"],

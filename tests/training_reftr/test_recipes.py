@@ -120,7 +120,7 @@ def recipe_of(name):
 
 
 def test_recipes_cover_every_published_run():
-    assert set(NAMES) == PUBLISHED.keys() | {"demo", "refcoco_m_demo", "shapes/small"}
+    assert set(NAMES) == PUBLISHED.keys() | {"demo", "refcoco_m_demo", "cutouts/openmoji", "shapes/small"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -382,7 +382,7 @@ def test_command_line_values_have_yaml_types():
     [
         (["--bach_size", "3"], "The command line has no field 'bach_size'. Did you mean 'batch_size'?"),
         (["--model.d_modl", "3"], "model has no field 'd_modl'. Did you mean 'd_model'?"),
-        (["--seed.x", "3"], "'seed' has no keys; only dataset_config, model are mappings."),
+        (["--seed.x", "3"], "'seed' has no keys; only dataset_config, stream_weights, model are mappings."),
         (["--output_dir"], "--output_dir requires a value."),
         (["--seed", "1", "2"], "'2' is not a setting; recipes come first"),
         (["--lr_schedule", "linear"], "lr_schedule='linear' must be one of 'step', 'cosine', 'constant'"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def make_run(make_model, accelerator):
         args = TrainingSettings.from_flat(**SETTINGS)
         model = (model or make_model(predict_masks=True, **overrides)).train()
         model, optimizer = accelerator.prepare(model, build_optimizer(model, args.optimization))
-        run = Run(model, optimizer, None, None, None, TrainingState(steps_per_epoch=9), 4, args)
+        run = Run(model, optimizer, None, None, SimpleNamespace(layout=()), TrainingState(steps_per_epoch=9), 4, args)
         run.scheduler = build_scheduler(optimizer, args.schedule, 9, run.num_steps)
         return run
 
