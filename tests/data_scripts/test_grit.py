@@ -205,3 +205,11 @@ def test_grit_gives_same_rows_in_processes_and_streaming(tmp_path, load):
     builder.download_and_prepare(num_proc=2)
     assert builder.as_dataset(split="train").to_dict() == rows.to_dict()
     assert [row["objects"] for row in load(streaming=True)] == rows["objects"][:]
+
+
+def test_grit_leaves_out_phrase_that_ends_past_its_caption(tmp_path, load, caplog):
+    box = [0.1, 0.2, 0.3, 0.4, 0.9]
+    write_tar(tmp_path / "data" / "00000.tar", [make_sample(0, "the sea", [[0, 7, *box], [4, 9, *box]], [])])
+    (row,) = load()
+    assert phrases_of(row) == [("the sea", [0])]
+    assert "1 phrases that are not in their caption" in caplog.text
