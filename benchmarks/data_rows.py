@@ -314,14 +314,14 @@ def megabytes(name: str) -> float:
 def measure(folder: Path, images: Path, kind: str, name: str) -> tuple[int, float, float]:
     """Return the rows, the seconds and the megabytes of `run`."""
     disable_library_bars()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     base, start = megabytes("VmRSS"), time.process_time()
     count = run(folder, images, kind, name)
     return count, time.process_time() - start, megabytes("VmHWM") - base
 
 
 def apart(function: Callable, *args: Any) -> Any:
-    """Return what a function does in a process of its own, which has the imports of this one."""
+    """Return the result of a function that runs in a forked process, which has the imports of this one."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(function, *args).result()
 

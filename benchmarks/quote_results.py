@@ -60,7 +60,7 @@ def table_of_splits(splits: dict[str, dict]) -> str:
 
 
 def table_of_summary() -> str:
-    """Format the accuracy and the masks of all committed runs, the worst of several, beside the blind baselines."""
+    """Format the metrics of all committed runs and of the blind baselines, the worst of several runs first."""
     demo = [run["metrics"] for run in json.loads(seeds_of("demo").read_text())["runs"] if not run["label"]]
     own_images = json.loads((RESULTS / "demo" / "own_images.json").read_text()).values()
     ratios = [item["accuracy@0.5"] for sizes in own_images for name, item in sizes.items() if name != "shape alone"]

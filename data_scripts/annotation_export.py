@@ -1,5 +1,5 @@
 """
-Export a dataset as annotation files of other formats, with its images or beside them:
+Export a dataset as annotation files of other formats, with a copy of its images or with their paths:
 
     output/train.json  output/val.json  ...     a file per split
     output/images/...                           the images, whose names in the files begin with "images/"
@@ -146,7 +146,7 @@ def line_of_row(row: dict, findings: Findings) -> dict | None:
 
     Args:
         row (`dict`): see `schema.FEATURES`.
-        findings ([`Findings`]): counts what a line does not have, or has in another way.
+        findings ([`Findings`]): counts what is left out of a line or changed.
 
     Example:
 

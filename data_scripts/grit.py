@@ -6,7 +6,7 @@ writes when it downloads the images:
         00000.tar  00001.tar  ...             output_format webdataset: <key>.jpg and <key>.json of each image
         00000.parquet  00001.parquet  ...     output_format parquet: columns jpg, key, caption, ...
 
-Shards may be in subfolders. Where there are tars, the Parquet files beside them are their metadata, and are not read.
+Shards may be in subfolders. If a folder has tars, its Parquet files are their metadata, and are not read.
 A sample has
 
 - `caption`;

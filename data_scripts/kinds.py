@@ -23,7 +23,7 @@ def is_list(value: Any) -> bool:
 
 
 def is_targets(value: Any) -> bool:
-    """Return whether it is what references have as the ids of their objects; -1 is none, and stands alone."""
+    """Return whether a value is an object id of a reference or a list of them; -1, for no object, excludes others."""
     numbers = value if is_list(value) else [-1 if value is None else value]
     return all(map(is_integer, numbers)) and (-1 not in numbers or set(numbers) == {-1})
 

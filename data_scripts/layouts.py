@@ -7,8 +7,8 @@ A converter takes all rows of one image, without the image, and returns a record
      "objects": [{"object_id", "boxes", "category", "segmentation"}],      as they are written
      "sentences": [{"sentence_id", "text", "objects": [index, ...]}]}      one for each text of the rows, in order
 
-`boxes` are in the layout's `box_format` and may be empty where there is a mask; `segmentation` is what COCO has:
-polygons, or run lengths. `named_rows.NamedRows` clips, scales and counts.
+`boxes` are in the layout's `box_format` and may be empty where there is a mask; `segmentation` is in one of COCO's
+formats, polygons or run lengths. `named_rows.NamedRows` clips, scales and counts.
 """
 
 import json
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
         convert (callable): rows of one image -> record, see above.
         texts (`str`): the column with the expressions of a row: a list of them, or one text.
         box_format (`str`): of `box_conventions.BOX_FORMATS`.
-        key (`str`, *optional*): the column that tells which rows are of one image; None: each row is an image.
+        key (`str`, *optional*): the column whose values identify the image of a row; None: each row is an image.
         image (`str`, *optional*): the column of images; None: `key` is the path of a file.
         image_id (`str`, *optional*): the column that names images, where it is another than `key`.
         split (`str`, *optional*): the column with the authors' name of a row's split; None: splits are those of the

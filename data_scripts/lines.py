@@ -86,7 +86,7 @@ class LineConfig(datasets.BuilderConfig):
 
 class Part(NamedTuple):
     """
-    What a line says about an image.
+    The fields of a line about its image.
 
     Args:
         image_id (`str`): of the image.

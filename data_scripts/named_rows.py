@@ -386,7 +386,7 @@ def open_named(
 ) -> datasets.DatasetBuilder:
     """
     Return the builder of a folder or a dataset of the Hub: the library's own if its rows are those of `FEATURES`, else
-    a `NamedRows`. The Hub is asked only if there is no folder of this name.
+    a `NamedRows`. A folder of this name takes precedence over the Hub.
 
     Args:
         name (`str`): path of a folder, or "user/name".

@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     others = ", ".join(EXPORTED)
     exports.add_argument("--format", default=PARQUET, metavar="FORMAT", help=f"{others} (default: %(default)s)")
     form = exports.add_mutually_exclusive_group()
-    form.add_argument("--embed", action="store_true", help="store the images in the files or beside them (default)")
+    form.add_argument("--embed", action="store_true", help="copy the images into the export (default)")
     form.add_argument("--by_path", action="store_true", help="store the paths of the images on this machine")
     exports.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     exports.add_argument("--license", metavar="ID", help="licence for the card, e.g. cc-by-4.0 (default: if known)")

@@ -315,7 +315,7 @@ class StreamedOrder:
         return plan._replace(num_taken=num_taken, num_left_out=num_left_out)
 
     def divide(self, leg: tuple[int, int], remaining: list[list[Interval]], layout: Sequence[int]) -> Plan:
-        """Cut what is left of each stream into lanes for a leg (epoch, its number there), see `plan`."""
+        """Cut the rest of each stream into lanes for a leg (epoch, its number there), see `plan`."""
         global_batch_size, num_processes, num_readers = layout
         num_batches = self.num_available(remaining, num_processes * num_readers) // global_batch_size
         lanes, starts = [], [0] * len(remaining)
