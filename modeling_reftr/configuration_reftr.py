@@ -215,13 +215,28 @@ class RefTRConfig(PreTrainedConfig):
             positions, as published; `"scaled_attention"`, multiplied by their number, so that they have mean 1 as the
             other input channels, which distinguishes the masks of a sentence's phrases.
         freeze_grounding (`bool`, *optional*, defaults to `False`):
-            Train the mask head alone; everything else stays as it was loaded, and without dropout.
+            Train the mask head alone, and the presence head; everything else stays as it was loaded, and without
+            dropout.
+        freeze_answers (`bool`, *optional*, defaults to `False`):
+            Train the presence head alone: boxes and masks stay as they were loaded, to the bit.
+        num_queries_per_phrase (`int`, *optional*, defaults to 1):
+            Queries of the decoder for each phrase, as many as objects that a phrase can refer to. The published model
+            has one; more require `predict_presence`.
+        predict_presence (`bool`, *optional*, defaults to `False`):
+            Whether the model predicts, for the box of each query, the probability that it is an answer to the phrase.
+            It is low for all queries of a phrase that refers to nothing in the image.
+        presence_temperature (`float`, *optional*, defaults to 1.0):
+            What the logits of presence are divided by, fitted to the validation split after training.
+        presence_threshold (`float`, *optional*, defaults to 0.5):
+            Probability from which on an answer is given, fitted to the validation split after training.
         auxiliary_loss (`bool`, *optional*, defaults to `True`):
             Whether the earlier decoder layers' boxes are returned and trained too.
         bbox_loss_coefficient, giou_loss_coefficient (`float`, *optional*, default to 1.0):
             Weights of the L1 and the generalised-IoU box losses.
         mask_loss_coefficient, dice_loss_coefficient (`float`, *optional*, default to 1.0):
             Weights of the focal and the dice mask losses.
+        presence_loss_coefficient (`float`, *optional*, defaults to 1.0):
+            Weight of the presence loss.
         mask_loss_over_padding (`bool`, *optional*, defaults to `True`):
             Whether pixels of a batch's padding count as background in the mask losses, as published.
         init_xavier_std (`float`, *optional*, defaults to 1.0):
@@ -250,6 +265,11 @@ class RefTRConfig(PreTrainedConfig):
         "loss_dict",
         "auxiliary_outputs",
         "mask_attentions",
+        "presence_logits",
+        "presence",
+        "presence_threshold",
+        "query_boxes",
+        "query_masks",
         "image_index",
         "input_ids",
         "phrase_input_ids",
@@ -304,12 +324,18 @@ class RefTRConfig(PreTrainedConfig):
     predict_masks: bool = False
     mask_head_group_norm_groups: int = 8
     mask_conditioning: str = "attention"
+    num_queries_per_phrase: int = 1
+    predict_presence: bool = False
+    presence_temperature: float | int = 1.0
+    presence_threshold: float | int = 0.5
     freeze_grounding: bool = False
+    freeze_answers: bool = False
     auxiliary_loss: bool = True
     bbox_loss_coefficient: float | int = 1.0
     giou_loss_coefficient: float | int = 1.0
     mask_loss_coefficient: float | int = 1.0
     dice_loss_coefficient: float | int = 1.0
+    presence_loss_coefficient: float | int = 1.0
     mask_loss_over_padding: bool = True
     init_xavier_std: float | int = 1.0
     box_head_init_std: float | int = 0.0
@@ -403,6 +429,7 @@ class RefTRConfig(PreTrainedConfig):
             "mask_head_group_norm_groups",
             "max_image_positions",
             "max_text_positions",
+            "num_queries_per_phrase",
         )
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -431,10 +458,10 @@ class RefTRConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={quote(getattr(self, name))} must be at least 0 and less than 1.")
         not_negative = ("bbox_loss_coefficient", "giou_loss_coefficient", "box_head_init_std")
-        for name in (*not_negative, "mask_loss_coefficient", "dice_loss_coefficient"):
+        for name in (*not_negative, "mask_loss_coefficient", "dice_loss_coefficient", "presence_loss_coefficient"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={quote(getattr(self, name))} must be a finite number of at least 0.")
-        for name in ("layer_norm_eps", "position_embedding_temperature", "init_xavier_std"):
+        for name in ("layer_norm_eps", "position_embedding_temperature", "init_xavier_std", "presence_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={quote(getattr(self, name))} must be a finite number greater than 0.")
         if self.position_embedding_type not in ("sine", "learned"):
@@ -458,6 +485,20 @@ class RefTRConfig(PreTrainedConfig):
                         f"{part}.{field}={quote(name)} names a location to load from; give the plain name of a timm "
                         "architecture, for example 'resnet50'."
                     )
+
+    def validate_presence(self) -> None:
+        """Refuse queries and heads that do not fit together, and a threshold that is not a probability."""
+        if self.num_queries_per_phrase > 1 and not self.predict_presence:
+            raise ValueError(
+                f"num_queries_per_phrase={self.num_queries_per_phrase} requires predict_presence=True, which selects "
+                "the queries that answer."
+            )
+        if self.freeze_answers and not self.predict_presence:
+            raise ValueError(
+                "freeze_answers=True trains the presence head alone, but predict_presence=False has none."
+            )
+        if not 0 <= self.presence_threshold <= 1:
+            raise ValueError(f"presence_threshold={self.presence_threshold} must be a probability, from 0 to 1.")
 
     def validate_masks(self) -> None:
         """Refuse masks that cannot be trained or built."""

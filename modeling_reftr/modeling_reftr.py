@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     from .pipeline_reftr import VisualGroundingPipeline as VisualGroundingPipeline
 
 
-# Shapes: I images, S sentences, P phrase slots per sentence, L tokens per sentence, d = config.d_model, and h x w
-# positions of the backbone's last feature map, each of which is an image token. Boxes are relative to the image
-# without padding.
+# Shapes: I images, S sentences, P phrase slots per sentence, K = config.num_queries_per_phrase queries per phrase, L
+# tokens per sentence, d = config.d_model, and h x w positions of the backbone's last feature map, each of which is an
+# image token. Boxes are relative to the image without padding.
 
 TEXT_TYPE, IMAGE_TYPE = 0, 1  # rows of the token type embeddings
 
@@ -104,7 +104,7 @@ class RefTRImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class RefTRDecoderOutput(BaseModelOutputWithCrossAttentions):
     r"""
-    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P * K, d)`):
         Output of every decoder layer, each after the shared final layer norm.
     """
 
@@ -115,9 +115,9 @@ class RefTRDecoderOutput(BaseModelOutputWithCrossAttentions):
 @dataclass
 class RefTRModelOutput(ModelOutput):
     r"""
-    last_hidden_state (`torch.Tensor` of shape `(S, P, d)`):
-        Output of the decoder, one vector per phrase.
-    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+    last_hidden_state (`torch.Tensor` of shape `(S, P * K, d)`):
+        Output of the decoder, one vector per query, those of a phrase in a row.
+    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P * K, d)`):
         Output of every decoder layer, each after the shared final layer norm.
     phrase_mask (`torch.Tensor` of shape `(S, P)`):
         True for real phrases, False for padding.
@@ -169,19 +169,29 @@ class RefTRVisualGroundingOutput(ModelOutput):
         Weighted sum of `loss_dict`.
     loss_dict (`dict[str, torch.Tensor]`, *optional*, returned with `labels`):
         `loss_bbox` and `loss_giou`, and the same with `_0`, `_1`, ... for the earlier decoder layers; with masks
-        also `loss_mask` (focal) and `loss_dice`.
+        also `loss_mask` (focal) and `loss_dice`; with `config.predict_presence` also `loss_presence`.
     pred_boxes (`torch.Tensor` of shape `(S, P, 4)`):
         Boxes (center_x, center_y, width, height) of every phrase slot, normalized to the image without padding.
-        Boxes of padding slots have no meaning, see `phrase_mask`.
+        Boxes of padding slots have no meaning, see `phrase_mask`. Of several queries, that of the highest presence.
     phrase_mask (`torch.Tensor` of shape `(S, P)`):
         True for real phrases, False for padding.
     auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*, returned if `config.auxiliary_loss`):
-        `pred_boxes` of each earlier decoder layer.
+        `pred_boxes` of each earlier decoder layer, and with several queries `query_boxes`.
     pred_masks (`torch.Tensor` of shape `(S, P, h1, w1)`, *optional*, returned if `config.predict_masks`):
         Mask logits of each phrase over the padded image, in the resolution of the backbone's fourth to last
         feature map (a quarter of the image for a ResNet).
     mask_attentions (`torch.Tensor` of shape `(S, P, heads, h, w)`, *optional*, with `output_attentions=True`):
         Attention maps that the mask head starts from. The values of all heads and positions sum to 1.
+    presence_logits (`torch.Tensor` of shape `(S, P, K)`, *optional*, returned if `config.predict_presence`):
+        Logits of the probability that the box of a query is an answer to its phrase.
+    presence (`torch.Tensor` of shape `(S, P, K)`, *optional*, returned if `config.predict_presence`):
+        That probability: the sigmoid of the logits divided by `config.presence_temperature`.
+    presence_threshold (`torch.Tensor` of shape `()`, *optional*, returned if `config.predict_presence`):
+        `config.presence_threshold`, for the post-processing.
+    query_boxes (`torch.Tensor` of shape `(S, P, K, 4)`, *optional*, returned if `config.predict_presence`):
+        Boxes of all queries, as `pred_boxes`.
+    query_masks (`torch.Tensor` of shape `(S, P, K, h1, w1)`, *optional*, with `config.predict_masks` as well):
+        Mask logits of all queries, as `pred_masks`.
     image_index (`torch.Tensor` of shape `(S,)`, *optional*):
         Image of each sentence as given, 0 where it was out of range.
     input_ids (`torch.Tensor` of shape `(S, L)`):
@@ -190,9 +200,9 @@ class RefTRVisualGroundingOutput(ModelOutput):
         The input of this name, for the post-processing.
     pixel_mask (`torch.Tensor` of shape `(I, H, W)`):
         1 for pixels of the image, 0 for padding.
-    last_hidden_state (`torch.Tensor` of shape `(S, P, d)`):
-        Output of the decoder, one vector per phrase.
-    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P, d)`):
+    last_hidden_state (`torch.Tensor` of shape `(S, P * K, d)`):
+        Output of the decoder, one vector per query, those of a phrase in a row.
+    intermediate_hidden_states (`torch.Tensor` of shape `(decoder_layers, S, P * K, d)`):
         Output of every decoder layer, each after the shared final layer norm.
     encoder_last_hidden_state (`torch.Tensor` of shape `(S, L + h * w, d)`):
         Output of the encoder, text tokens first, then image tokens.
@@ -205,6 +215,11 @@ class RefTRVisualGroundingOutput(ModelOutput):
     auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None
     pred_masks: torch.Tensor | None = None
     mask_attentions: torch.Tensor | None = None
+    presence_logits: torch.Tensor | None = None
+    presence: torch.Tensor | None = None
+    presence_threshold: torch.Tensor | None = None
+    query_boxes: torch.Tensor | None = None
+    query_masks: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
     input_ids: torch.Tensor | None = None
     phrase_input_ids: torch.Tensor | None = None
@@ -505,7 +520,7 @@ class RefTREncoderLayer(GradientCheckpointingLayer):
 
 
 class RefTRDecoderLayer(GradientCheckpointingLayer):
-    """Decoder layer: self-attention among phrases, cross-attention to the encoder's output, feed-forward."""
+    """Decoder layer: self-attention among queries, cross-attention to the encoder's output, feed-forward."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -530,13 +545,13 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states, position_embeddings (`torch.Tensor` of shape `(S, P, d)`): queries and positions.
+            hidden_states, position_embeddings (`torch.Tensor` of shape `(S, P * K, d)`): queries and positions.
             encoder_hidden_states, encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`):
                 Output of the encoder and its positions.
             attention_mask, encoder_attention_mask (*optional*): masks as returned by `expand_attention_mask`.
 
         Returns:
-            `torch.Tensor` of shape `(S, P, d)`
+            `torch.Tensor` of shape `(S, P * K, d)`
         """
 
         def attend_to_phrases(states: torch.Tensor) -> torch.Tensor:
@@ -560,7 +575,7 @@ class RefTRDecoderLayer(GradientCheckpointingLayer):
 
 
 class RefTRQueryEncoder(nn.Module):
-    """Encode each phrase and its context in the sentence to a decoder input and a query position."""
+    """Encode each phrase and its context in the sentence to decoder inputs and query positions, K of each."""
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
@@ -570,7 +585,7 @@ class RefTRQueryEncoder(nn.Module):
         self.context_projection = nn.Linear(config.d_model, config.d_model)
         self.context_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.fusion = RefTRProjection(config, 2 * config.d_model)
-        self.query_embedding = nn.Embedding(1, 2 * config.d_model)
+        self.query_embedding = nn.Embedding(config.num_queries_per_phrase, 2 * config.d_model)
 
     def forward(
         self, text_memory: torch.Tensor, context_mask: torch.Tensor, phrase_features: torch.Tensor
@@ -582,7 +597,7 @@ class RefTRQueryEncoder(nn.Module):
             phrase_features (`torch.Tensor` of shape `(S, P, d)`): features of each phrase on its own.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: decoder inputs and query positions, each of shape (S, P, d).
+            `tuple[torch.Tensor, torch.Tensor]`: decoder inputs and query positions, each of shape (S, P * K, d).
         """
         # Phrases that span no token attend to [CLS], because a softmax over nothing is NaN
         token = torch.arange(context_mask.shape[-1], device=context_mask.device)
@@ -593,8 +608,9 @@ class RefTRQueryEncoder(nn.Module):
         context = scores.softmax(dim=-1).to(text_memory.dtype) @ self.context_value(text_memory)
         context = self.context_layer_norm(self.context_projection(context)) + sentence_token
         fused = self.fusion(torch.cat((context, phrase_features), dim=-1))
-        query_embedding = self.query_embedding(torch.zeros(1, dtype=torch.long, device=fused.device))
-        return (torch.cat((fused, fused), dim=-1) + query_embedding).chunk(2, dim=-1)
+        query_embeddings = self.query_embedding(torch.arange(self.query_embedding.num_embeddings, device=fused.device))
+        queries = torch.cat((fused, fused), dim=-1)[:, :, None] + query_embeddings
+        return queries.flatten(1, 2).chunk(2, dim=-1)
 
 
 class RefTRBoxHead(nn.Module):
@@ -611,6 +627,83 @@ class RefTRBoxHead(nn.Module):
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states).relu()
         return self.layers[-1](hidden_states)
+
+
+class RefTRPresenceHead(nn.Module):
+    """
+    MLP of three layers that predicts whether the box of a query is an answer to its phrase. It reads the output of the
+    decoder, and the image tokens inside the box before and after the encoder, so that it can compare what is there
+    with what is asked for.
+    """
+
+    def __init__(self, config: RefTRConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(inputs, outputs)
+            for inputs, outputs in ((3 * config.d_model, config.d_model), (config.d_model, config.d_model))
+        )
+        self.output = nn.Linear(config.d_model, 1)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        boxes_cxcywh: torch.Tensor,
+        image_features: torch.Tensor,
+        image_memory: torch.Tensor,
+        image_mask: torch.Tensor,
+        image_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Predict the presence of the answers of queries.
+
+        Args:
+            queries (`torch.Tensor` of shape `(S, Q, d)`): output of the decoder.
+            boxes_cxcywh (`torch.Tensor` of shape `(S, Q, 4)`): boxes of the queries in 0..1; they get no gradient.
+            image_features (`torch.Tensor` of shape `(I, h * w, d)`): image tokens projected to the model's width.
+            image_memory (`torch.Tensor` of shape `(S, h * w, d)`): output of the encoder at the image tokens.
+            image_mask (`torch.Tensor` of shape `(I, h, w)`): True for image tokens.
+            image_index (`torch.Tensor` of shape `(S,)`, *optional*):
+                Image of each sentence. Defaults to one sentence per image, in order.
+
+        Returns:
+            `torch.Tensor` of shape `(S, Q)`: logits.
+        """
+        shares = tokens_inside(boxes_cxcywh.detach(), image_mask, image_index).to(queries.dtype)
+        if image_index is not None:
+            image_features = image_features[image_index]
+        states = torch.cat((queries, shares @ image_features, shares @ image_memory), dim=-1)
+        for layer in self.layers:
+            states = layer(states).relu()
+        return self.output(states)[..., 0]
+
+
+def tokens_inside(
+    boxes_cxcywh: torch.Tensor, image_mask: torch.Tensor, image_index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Return the share of each box that lies in each image token.
+
+    Args:
+        boxes_cxcywh (`torch.Tensor` of shape `(S, Q, 4)`): in 0..1 of the image without padding.
+        image_mask (`torch.Tensor` of shape `(I, h, w)`): True for image tokens.
+        image_index (`torch.Tensor` of shape `(S,)`, *optional*): image of each sentence; absent: in order.
+
+    Returns:
+        `torch.Tensor` of shape `(S, Q, h * w)`, float32; it sums to 1 over the tokens.
+    """
+    center, size = boxes_cxcywh.float().split(2, dim=-1)
+    first, last = center - size / 2, center + size / 2
+    shares = []
+    for axis in (0, 1):  # columns, then rows
+        ends = image_mask.any(1 + axis).cumsum(-1, dtype=torch.float32)
+        ends = ends / ends[:, -1:].clamp(min=1)
+        starts = nn.functional.pad(ends[:, :-1], (1, 0))
+        if image_index is not None:
+            ends, starts = ends[image_index], starts[image_index]
+        overlap = torch.min(ends[:, None], last[..., axis, None]) - torch.max(starts[:, None], first[..., axis, None])
+        shares.append(overlap.clamp(min=0))
+    inside = (shares[1][..., None] * shares[0][..., None, :]).flatten(-2)
+    return inside / inside.sum(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 class RefTRMaskInputConvolution(nn.Conv2d):
@@ -696,13 +789,13 @@ class RefTRMaskHead(nn.Module):
         image_mask: torch.Tensor,
         feature_maps: tuple[torch.Tensor, ...],
         image_index: torch.Tensor | None = None,
-        phrase_slots: torch.Tensor | None = None,
+        query_slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Predict the masks of phrases.
+        Predict the masks of queries.
 
         Args:
-            queries (`torch.Tensor` of shape `(S, P, d)`): output of the decoder.
+            queries (`torch.Tensor` of shape `(S, Q, d)`): output of the decoder.
             image_features (`torch.Tensor` of shape `(I, h * w, d)`): image tokens projected to the model's width.
             image_memory (`torch.Tensor` of shape `(S, h * w, d)`): output of the encoder at the image tokens.
             image_mask (`torch.Tensor` of shape `(I, h * w)`):
@@ -711,18 +804,18 @@ class RefTRMaskHead(nn.Module):
             feature_maps (`tuple[torch.Tensor]`): feature maps of the backbone, each (I, channels, height, width).
             image_index (`torch.Tensor` of shape `(S,)`, *optional*):
                 Image of each sentence. Defaults to one sentence per image, in order.
-            phrase_slots (`torch.Tensor` of shape `(N,)`, *optional*):
-                Slots to predict masks for, see [`RefTRModelOutput`]. Defaults to all.
+            query_slots (`torch.Tensor` of shape `(N,)`, *optional*):
+                Flat indices `sentence * Q + query` of those to predict masks for, or `S * Q`. Defaults to all.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: logits (S, P, h1, w1), and attention maps (S, P, heads, h, w), zero in
-            slots without a mask.
+            `tuple[torch.Tensor, torch.Tensor]`: logits (S, Q, h1, w1), and attention maps (S, Q, heads, h, w), zero
+            for queries without a mask.
         """
         shape, size = queries.shape[:2], feature_maps[-1].shape[-2:]
-        if phrase_slots is None:
-            phrase_slots = torch.arange(shape[0] * shape[1], device=queries.device)
-        # From here on tensors have one row per phrase that gets a mask
-        rows = phrase_slots.clamp(max=shape[0] * shape[1] - 1)
+        if query_slots is None:
+            query_slots = torch.arange(shape[0] * shape[1], device=queries.device)
+        # From here on tensors have one row per query that gets a mask
+        rows = query_slots.clamp(max=shape[0] * shape[1] - 1)
         sentence = rows // shape[1]
         image = sentence if image_index is None else image_index[sentence]
 
@@ -745,7 +838,7 @@ class RefTRMaskHead(nn.Module):
             states = nn.functional.interpolate(states, size=feature_map.shape[-2:], mode="nearest")
             states = norm(convolution(states + adapter(feature_map)[image])).relu()
         logits = self.output_convolution(states)[:, 0]
-        return scatter_phrases(logits, phrase_slots, shape), scatter_phrases(attentions, phrase_slots, shape)
+        return scatter_phrases(logits, query_slots, shape), scatter_phrases(attentions, query_slots, shape)
 
 
 # arguments of the forward methods
@@ -780,7 +873,9 @@ labels (`list[dict]` of length `S`, *optional*):
     `boxes` (P or fewer, 4) of each sentence, aligned with its phrase slots, as (center_x, center_y, width,
     height) normalized to the image without padding. Boxes that leave the image, are empty, inverted or NaN
     are ignored by the loss. With `config.predict_masks` also `masks` (P or fewer, H, W) of the padded
-    image, True for pixels of the object.
+    image, True for pixels of the object. If phrases refer to none or to several objects, `target_slots` (targets,)
+    gives the phrase slot of each of the `boxes` (targets, 4) and `masks`, and `is_absent` (P or fewer) is True for
+    phrases that refer to nothing; phrases with neither are ignored by the loss.
 num_items_in_batch (`int` or `torch.Tensor`, *optional*, defaults to S):
     Number of sentences in the global batch (all ranks, all accumulation steps), which divides the loss.
 """
@@ -859,6 +954,10 @@ class RefTRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RefTRBoxHead):
             init.normal_(module.layers[-1].weight, std=self.config.box_head_init_std)
             init.zeros_(module.layers[-1].bias)
+        elif isinstance(module, RefTRPresenceHead):
+            # all answers are equally probable at first
+            init.zeros_(module.output.weight)
+            init.zeros_(module.output.bias)
         elif isinstance(module, RefTRMaskHead):
             for projection in (module.query_projection, module.key_projection):
                 init.xavier_uniform_(projection.weight)
@@ -958,7 +1057,7 @@ class RefTREncoder(RefTRPreTrainedModel):
 
 
 class RefTRDecoder(RefTRPreTrainedModel):
-    """Query decoder: a transformer decoder with one query per phrase."""
+    """Query decoder: a transformer decoder with K queries per phrase."""
 
     _can_record_outputs = {
         "hidden_states": OutputRecorder(RefTRDecoderLayer, num_hidden_layers_key="decoder_layers"),
@@ -986,12 +1085,12 @@ class RefTRDecoder(RefTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefTRDecoderOutput:
         r"""
-        inputs_embeds (`torch.Tensor` of shape `(S, P, d)`):
-            Queries, one per phrase.
-        position_embeddings (`torch.Tensor` of shape `(S, P, d)`):
+        inputs_embeds (`torch.Tensor` of shape `(S, P * K, d)`):
+            Queries, K per phrase.
+        position_embeddings (`torch.Tensor` of shape `(S, P * K, d)`):
             Positions of the queries.
-        attention_mask (`torch.Tensor` of shape `(S, P)`):
-            True for real phrases, False for padding.
+        attention_mask (`torch.Tensor` of shape `(S, P * K)`):
+            True for queries of real phrases, False for padding.
         encoder_hidden_states (`torch.Tensor` of shape `(S, L + h * w, d)`):
             Output of the encoder.
         encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`):
@@ -1392,7 +1491,8 @@ class RefTRModel(RefTRPreTrainedModel):
         phrase_mask = phrases.mask & is_answered[:, None]
         text_memory = memory[:, : input_ids.shape[1]]
         queries, query_positions = self.query_encoder(text_memory, phrases.context_mask, phrases.features)
-        decoder_outputs = self.decoder(queries, query_positions, phrase_mask, memory, positions, mask, **kwargs)
+        query_mask = phrase_mask.repeat_interleave(self.config.num_queries_per_phrase, dim=1)
+        decoder_outputs = self.decoder(queries, query_positions, query_mask, memory, positions, mask, **kwargs)
         return RefTRModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             intermediate_hidden_states=decoder_outputs.intermediate_hidden_states,
@@ -1425,25 +1525,35 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         # CODEPATH: published RES checkpoints have a mask head, REC and phrase grounding checkpoints do not
         if config.predict_masks:
             self.mask_head = RefTRMaskHead(config, self.model.backbone.channels)
+        # CODEPATH: no published checkpoint has it; it tells phrases that refer to nothing, and which queries answer
+        if config.predict_presence:
+            self.presence_head = RefTRPresenceHead(config)
         self.loss_function = grounding_loss
         self.post_init()
         self.freeze_parameters()
 
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The modules that the configuration freezes as a whole."""
+        # CODEPATH: no published checkpoint sets them; they train a head on a frozen grounding model
+        modules = []
+        if self.config.freeze_grounding or self.config.freeze_answers:
+            modules += [self.model, self.box_head]
+        if self.config.freeze_answers and self.config.predict_masks:
+            modules.append(self.mask_head)
+        return modules
+
     def freeze_parameters(self) -> None:
-        """Stop training the first stages of the backbone, or all but the mask head, as the configuration says."""
+        """Stop training the first stages of the backbone, or all but some heads, as the configuration says."""
         self.model.freeze_parameters()
-        # CODEPATH: no published checkpoint sets it; it trains a mask head on a frozen grounding model
-        if self.config.freeze_grounding:
-            for module in (self.model, self.box_head):
-                module.requires_grad_(False)
+        for module in self.frozen_modules:
+            module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode. Modules that `config.freeze_grounding` freezes stay in evaluation mode."""
+        """Set the training mode. Modules that the configuration freezes as a whole stay in evaluation mode."""
         super().train(mode)
-        # CODEPATH: no published checkpoint sets it; it trains a mask head on a frozen grounding model
-        if self.config.freeze_grounding:
-            for module in (self.model, self.box_head):
-                module.eval()
+        for module in self.frozen_modules:
+            module.eval()
         return self
 
     @auto_docstring(custom_intro="Encode images, see [`RefTRModel.get_image_features`].")
@@ -1540,43 +1650,74 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        pred_boxes, auxiliary_outputs = self.predict_boxes(outputs)
-        pred_masks, mask_attentions = self.predict_masks(outputs, num_text_tokens=input_ids.shape[1])
-        if not kwargs.get("output_attentions", self.config.output_attentions):
-            mask_attentions = None
+        num_text_tokens = input_ids.shape[1]
+        query_boxes, query_boxes_of_earlier_layers = self.predict_boxes(outputs)
+        query_masks, query_attentions = self.predict_masks(outputs, num_text_tokens)
+        presence_logits = self.predict_presence(outputs, query_boxes, num_text_tokens)
+        best = None if self.config.num_queries_per_phrase == 1 else presence_logits.argmax(dim=-1)
+        predictions = {
+            "pred_boxes": select_queries(query_boxes, best),
+            "pred_masks": None if query_masks is None else select_queries(query_masks, best),
+        }
+        # CODEPATH: published REC checkpoints are trained with it, RES checkpoints are not
+        if self.config.auxiliary_loss:
+            predictions["auxiliary_outputs"] = [
+                {"pred_boxes": select_queries(boxes, best), **({} if best is None else {"query_boxes": boxes})}
+                for boxes in query_boxes_of_earlier_layers
+            ]
+        # CODEPATH: no published checkpoint has it; without it, every phrase has one answer
+        if self.config.predict_presence:
+            predictions |= {
+                "presence_logits": presence_logits,
+                "query_boxes": query_boxes,
+                "query_masks": query_masks,
+            }
         loss, loss_dict = None, None
         if labels is not None:
-            predictions = (pred_boxes, auxiliary_outputs, pred_masks)
-            loss, loss_dict = self.compute_loss(outputs, predictions, labels, num_items_in_batch)
+            loss, loss_dict = self.loss_function(
+                **predictions,
+                phrase_mask=outputs.phrase_mask,
+                labels=labels,
+                config=self.config,
+                pixel_mask=outputs.pixel_mask,
+                image_index=outputs.image_index,
+                num_items_in_batch=num_items_in_batch,
+            )
+        if self.config.predict_presence:
+            predictions["presence"] = (presence_logits / self.config.presence_temperature).sigmoid()
+            predictions["presence_threshold"] = presence_logits.new_full((), self.config.presence_threshold)
+        if query_attentions is not None and kwargs.get("output_attentions", self.config.output_attentions):
+            predictions["mask_attentions"] = select_queries(query_attentions, best)
         return RefTRVisualGroundingOutput(
             loss=loss,
             loss_dict=loss_dict,
-            pred_boxes=pred_boxes,
-            auxiliary_outputs=auxiliary_outputs,
-            pred_masks=pred_masks,
-            mask_attentions=mask_attentions,
             input_ids=input_ids,
             phrase_input_ids=phrase_input_ids,
+            **predictions,
             **{name: getattr(outputs, name) for name in SHARED_OUTPUTS},
         )
 
-    def predict_boxes(self, outputs: RefTRModelOutput) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]] | None]:
-        """Return the boxes of the last decoder layer, and those of the earlier layers if `config.auxiliary_loss`."""
+    def predict_boxes(self, outputs: RefTRModelOutput) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the boxes (S, P, K, 4) of all queries, of the last decoder layer and of each earlier one."""
         layer_boxes = self.box_head(outputs.intermediate_hidden_states).float().sigmoid()
         layer_boxes = layer_boxes.to(outputs.phrase_mask.device)
-        auxiliary_outputs = None
-        # CODEPATH: published REC checkpoints are trained with it, RES checkpoints are not
-        if self.config.auxiliary_loss:
-            auxiliary_outputs = [{"pred_boxes": boxes} for boxes in layer_boxes[:-1]]
-        return layer_boxes[-1], auxiliary_outputs
+        *earlier, last = layer_boxes.unflatten(2, (-1, self.config.num_queries_per_phrase))
+        return last, earlier
 
     def predict_masks(
         self, outputs: RefTRModelOutput, num_text_tokens: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return mask logits and the attention maps that the mask head starts from; None without a mask head."""
+        """
+        Return mask logits (S, P, K, h1, w1) of all queries, and the attention maps (S, P, K, heads, h, w) that the
+        mask head starts from; None without a mask head.
+        """
         # CODEPATH: published RES checkpoints have a mask head, the others do not
         if not self.config.predict_masks:
             return None, None
+        num_queries, query_slots = self.config.num_queries_per_phrase, outputs.phrase_slots
+        if query_slots is not None and num_queries > 1:
+            query_slots = query_slots[:, None] * num_queries + torch.arange(num_queries, device=query_slots.device)
+            query_slots = query_slots.flatten().clamp(max=outputs.phrase_mask.numel() * num_queries)
         pred_masks, mask_attentions = self.mask_head(
             outputs.last_hidden_state,
             outputs.image_features,
@@ -1584,31 +1725,44 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             outputs.image_mask,
             outputs.feature_maps,
             outputs.image_index,
-            outputs.phrase_slots,
+            query_slots,
         )
         pred_masks = pred_masks.float().to(outputs.phrase_mask.device)
-        return pred_masks, mask_attentions
+        return tuple(values.unflatten(1, (-1, num_queries)) for values in (pred_masks, mask_attentions))
 
-    def compute_loss(
-        self,
-        outputs: RefTRModelOutput,
-        predictions: tuple[torch.Tensor, list[dict[str, torch.Tensor]] | None, torch.Tensor | None],
-        labels: list[dict[str, torch.Tensor]],
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss and its parts for predicted boxes, boxes of earlier layers and masks."""
-        pred_boxes, auxiliary_outputs, pred_masks = predictions
-        return self.loss_function(
-            pred_boxes,
-            outputs.phrase_mask,
-            labels,
-            config=self.config,
-            auxiliary_outputs=auxiliary_outputs,
-            pred_masks=pred_masks,
-            pixel_mask=outputs.pixel_mask,
-            image_index=outputs.image_index,
-            num_items_in_batch=num_items_in_batch,
+    def predict_presence(
+        self, outputs: RefTRModelOutput, query_boxes: torch.Tensor, num_text_tokens: int
+    ) -> torch.Tensor | None:
+        """Return the logits (S, P, K) that the boxes of queries are answers; None without a presence head."""
+        # CODEPATH: no published checkpoint has a presence head
+        if not self.config.predict_presence:
+            return None
+        logits = self.presence_head(
+            outputs.last_hidden_state,
+            query_boxes.flatten(1, 2),
+            outputs.image_features,
+            outputs.encoder_last_hidden_state[:, num_text_tokens:],
+            outputs.image_mask.unflatten(1, tuple(outputs.feature_maps[-1].shape[-2:])),
+            outputs.image_index,
         )
+        return logits.float().to(outputs.phrase_mask.device).unflatten(1, (-1, self.config.num_queries_per_phrase))
+
+
+def select_queries(values: torch.Tensor, best: torch.Tensor | None) -> torch.Tensor:
+    """
+    Return the values of one query per phrase.
+
+    Args:
+        values (`torch.Tensor` of shape `(S, P, K, ...)`): of all queries.
+        best (`torch.Tensor` of shape `(S, P)`, *optional*): the query to select; absent: the only one.
+
+    Returns:
+        `torch.Tensor` of shape `(S, P, ...)`.
+    """
+    if best is None:
+        return values[:, :, 0]
+    index = best.reshape(*best.shape, *[1] * (values.ndim - 2)).expand(-1, -1, 1, *values.shape[3:])
+    return values.gather(2, index)[:, :, 0]
 
 
 RefTRModel.register_for_auto_class("AutoModel")

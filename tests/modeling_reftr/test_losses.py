@@ -5,7 +5,9 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from modeling_reftr import RefTRConfig
-from modeling_reftr.loss_reftr import box_losses, generalized_box_iou, grounding_loss, pad_target_boxes
+from modeling_reftr.loss_reftr import box_losses, grounding_loss
+from modeling_reftr.matching_reftr import pad_targets
+from modeling_reftr.overlap_reftr import generalized_box_iou
 
 
 WEIGHTS = {"bbox_loss_coefficient": 2.0, "giou_loss_coefficient": 3.0}
@@ -39,13 +41,14 @@ def test_box_losses_sum_over_mask_and_divide_by_sentences(boxes):
     torch.testing.assert_close(losses["loss_giou"], generalized_box_iou_loss(*corners).sum() / 11)
 
 
-def test_pad_target_boxes_masks_phrases_without_box():
+def test_pad_targets_masks_phrases_without_box():
     phrase_mask = torch.tensor([[True, False], [True, True]])
     labels = [{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 2)}, {"boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}]
-    target_boxes, mask = pad_target_boxes(labels, phrase_mask)
-    assert mask.tolist() == [[True, False], [True, False]]
-    assert target_boxes[1, 0].tolist() == pytest.approx([0.5, 0.5, 0.4, 0.4])
-    assert not target_boxes[1, 1].any()
+    targets = pad_targets(labels, phrase_mask)
+    assert targets.is_target.tolist() == [[[True], [False]], [[True], [False]]]
+    assert targets.boxes_cxcywh[1, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.4, 0.4])
+    assert not targets.boxes_cxcywh[1, 1].any()
+    assert not targets.is_absent.any(), "a phrase without a box may refer to something"
 
 
 def mask_case():

@@ -264,7 +264,7 @@ def test_mask_loss_of_extreme_logits_is_finite(batch, make_mask_model, logit, dt
 
 def test_model_rejects_label_masks_of_wrong_size(batch, make_mask_model):
     batch["labels"][0]["masks"] = torch.ones(1, 9, 9)
-    with pytest.raises(ValueError, match=r"\['masks'\] has shape \(1, 9, 9\), expected \(phrases, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"\['masks'\] has shape \(1, 9, 9\), expected \(targets, 64, 64\)"):
         make_mask_model()(**batch)
 
 
