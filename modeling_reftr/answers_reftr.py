@@ -20,9 +20,6 @@ from .quoting_reftr import quote
 from .rle_reftr import to_coco_rle
 
 
-SCORE = 1.0  # of every box: the model predicts one box per phrase and no confidence
-
-
 def flatten_question(text: Any, phrases: Any) -> tuple[list[str], list | None]:
     """
     Convert what is asked about one image to a list of sentences, and a list of the phrases of each.
@@ -68,18 +65,27 @@ def make_answers(labels: list[list[str]], results: list[dict[str, Any]]) -> list
         results (`list[dict]`): the result of the processor's post-processing for each sentence.
 
     Returns:
-        `list[list[dict]]`: for each sentence an answer per phrase, see [`VisualGroundingPipeline.__call__`].
+        `list[list[dict]]`: for each sentence the answers of its phrases in order, at least one each, see
+        [`VisualGroundingPipeline.__call__`].
     """
     has_masks = any("masks" in result for result in results)
     answers = []
     for of_sentence, result in zip(labels, results, strict=True):
-        unanswered = {"score": 0.0, "box": None, **({"mask": None} if has_masks else {})}
-        found = [{"label": label, "phrase": label, **unanswered} for label in of_sentence]
+        has_presence, scores = "phrase_scores" in result, result["scores"].tolist()
+        of_slots = [[] for _ in of_sentence]
         for position, slot in enumerate(result["phrase_indices"]):
-            found[slot] |= {"score": SCORE, "box": box_to_dict(result["boxes"][position])}
+            answer = {"score": scores[position], "box": box_to_dict(result["boxes"][position])}
             if has_masks:
                 pixels = result["masks"][position].cpu().numpy().astype(np.uint8) * 255
-                found[slot]["mask"] = Image.fromarray(pixels)
+                answer["mask"] = Image.fromarray(pixels)
+            of_slots[slot].append(answer)
+        found = []
+        for slot, (label, of_slot) in enumerate(zip(of_sentence, of_slots, strict=True)):
+            if not of_slot:
+                score = result["phrase_scores"].get(slot, 0.0) if has_presence else 0.0
+                of_slot.append({"score": score, "box": None, **({"mask": None} if has_masks else {})})
+            number = {"phrase_index": slot} if has_presence else {}
+            found += [{"label": label, "phrase": label, **number, **answer} for answer in of_slot]
         answers.append(found)
     return answers
 
@@ -108,31 +114,38 @@ def answer_to_json(answer: dict[str, Any]) -> dict[str, Any]:
     Convert an answer of the pipeline or the predictor to JSON.
 
     Returns:
-        `dict`: the fields of `json_answer`, and `phrase`, an alias of `label`.
+        `dict`: the fields of `json_answer`, `phrase`, an alias of `label`, and `phrase_index`, if the answer has it.
     """
     box = answer["box"] and list(answer["box"].values())
     segmentation = {}
     if "mask" in answer:
         segmentation["segmentation"] = answer["mask"] and to_coco_rle(np.asarray(answer["mask"]))
-    return {**json_answer(answer["label"], box, **segmentation), "phrase": answer["label"]}
+    number = {name: answer[name] for name in ("phrase_index",) if name in answer}
+    return {**json_answer(answer["label"], box, answer["score"], **segmentation), "phrase": answer["label"], **number}
 
 
-def json_answer(label: str, box_xyxy: Sequence[float] | None, **segmentation: dict[str, Any] | None) -> dict[str, Any]:
+def json_answer(
+    label: str, box_xyxy: Sequence[float] | None, score: float | None = None, **segmentation: dict[str, Any] | None
+) -> dict[str, Any]:
     """
     Return an answer in JSON.
 
     Args:
         label (`str`): the text of the phrase.
         box_xyxy (`(4,)`, *optional*): the box in pixels; None: there is no answer.
+        score (`float`, *optional*):
+            The presence of the answer; by default that of a model without presence, 1 if there is a box.
         segmentation (`dict`, *optional*): the mask in COCO RLE, None without an answer; omit it without masks.
 
     Returns:
-        `dict`: `label`, `score`, `box` ([xmin, ymin, xmax, ymax] in pixels, rounded to hundredths) and `segmentation`,
-        if it was given.
+        `dict`: `label`, `score` (rounded to four digits), `box` ([xmin, ymin, xmax, ymax] in pixels, rounded to
+        hundredths) and `segmentation`, if it was given.
     """
+    if score is None:
+        score = 0.0 if box_xyxy is None else 1.0
     return {
         "label": label,
-        "score": 0.0 if box_xyxy is None else SCORE,
+        "score": round(float(score), 4),
         "box": None if box_xyxy is None else [round(float(side), 2) for side in box_xyxy],
         **segmentation,
     }

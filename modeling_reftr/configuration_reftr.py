@@ -228,7 +228,7 @@ class RefTRConfig(PreTrainedConfig):
         presence_temperature (`float`, *optional*, defaults to 1.0):
             What the logits of presence are divided by, fitted to the validation split after training.
         presence_threshold (`float`, *optional*, defaults to 0.5):
-            Probability from which on an answer is given, fitted to the validation split after training.
+            Presence above which a box is an answer, fitted to the validation split after training.
         auxiliary_loss (`bool`, *optional*, defaults to `True`):
             Whether the earlier decoder layers' boxes are returned and trained too.
         bbox_loss_coefficient, giou_loss_coefficient (`float`, *optional*, default to 1.0):

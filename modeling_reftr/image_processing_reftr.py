@@ -65,6 +65,7 @@ from .loading_reftr import IMAGE_PROCESSOR_FILES, naming_files
 from .locating_reftr import check_source
 from .orientation_reftr import load_as_stored, read_orientation, turn_upright
 from .pixels_reftr import blend_onto_white, check_image, height_and_width, to_channels_first, to_rgb
+from .presence_reftr import RankedQueries, rank_queries
 from .quoting_reftr import explain, quote
 
 
@@ -829,11 +830,33 @@ class RefTRImageProcessor(TorchvisionBackend):
         tensor([[[160.,   0., 480., 480.]]])
 
         ```"""
-        boxes_xyxy = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
+        return self.scale_boxes(outputs.pred_boxes, outputs, target_sizes)
+
+    def scale_boxes(
+        self,
+        boxes_cxcywh: torch.Tensor,
+        outputs: ModelOutput,
+        target_sizes: TensorType | Sequence[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:
+        """
+        Convert boxes of outputs to (x0, y0, x1, y1) in pixels of the original images.
+
+        Args:
+            boxes_cxcywh (`torch.Tensor` of shape `(S, ..., 4)`): in 0..1 of the images.
+            outputs, target_sizes: see `post_process_boxes`.
+
+        Returns:
+            `torch.Tensor` of shape `(S, ..., 4)`.
+
+        Raises:
+            ValueError: if there is not one size per image.
+        """
+        boxes_xyxy = box_convert(boxes_cxcywh, "cxcywh", "xyxy")
         if target_sizes is None:
             return boxes_xyxy
         height, width = self.sizes_of_sentences(target_sizes, outputs).to(boxes_xyxy).unbind(1)
-        return boxes_xyxy * torch.stack((width, height, width, height), dim=1)[:, None]
+        scale = torch.stack((width, height, width, height), dim=1)
+        return boxes_xyxy * scale.reshape(-1, *[1] * (boxes_xyxy.ndim - 2), 4)
 
     def post_process_masks(
         self,
@@ -841,6 +864,7 @@ class RefTRImageProcessor(TorchvisionBackend):
         target_sizes: TensorType | Sequence[tuple[int, int]] | None = None,
         threshold: float = 0.5,
         two_step: bool = False,
+        queries: RankedQueries | None = None,
     ) -> list[torch.Tensor]:
         """
         Convert the predicted logits to masks at the size of the original images.
@@ -854,9 +878,12 @@ class RefTRImageProcessor(TorchvisionBackend):
             two_step (`bool`, *optional*, defaults to `False`):
                 Resize as published: to the padded size, where the threshold is applied, then to the original size by
                 the nearest pixel. By default logits are resized once, directly to the original size.
+            queries ([`RankedQueries`], *optional*):
+                The queries whose answers get a mask. By default the best one of each real phrase.
 
         Returns:
-            `list[torch.Tensor]`: for each sentence the masks of its real phrases, bool (phrases, height, width).
+            `list[torch.Tensor]`: for each sentence the masks of its real phrases, or of the answers of `queries`, bool
+            (masks, height, width).
 
         Raises:
             ValueError: if the model does not predict masks, there is not one size per image, or a size has more than
@@ -882,9 +909,10 @@ class RefTRImageProcessor(TorchvisionBackend):
                         "pixels."
                     )
         masks = []
-        for logits, is_real, resized, target in zip(
-            outputs.pred_masks, outputs.phrase_mask, resized_sizes, target_sizes, strict=True
-        ):
+        all_logits, is_wanted = outputs.pred_masks, outputs.phrase_mask
+        if queries is not None:
+            all_logits, is_wanted = queries.mask_logits, queries.is_answer
+        for logits, is_real, resized, target in zip(all_logits, is_wanted, resized_sizes, target_sizes, strict=True):
             resize = resize_logits_in_two_steps if two_step else resize_logits
             # Resize one mask at a time: the float values of a photograph take many megabytes.
             resized_masks = [
@@ -896,23 +924,23 @@ class RefTRImageProcessor(TorchvisionBackend):
     def post_process_object_detection(
         self,
         outputs: ModelOutput,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         target_sizes: TensorType | Sequence[tuple[int, int]] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """
         Convert outputs for the library's `zero-shot-object-detection` pipeline.
 
-        Prefer [`RefTRProcessor.post_process_grounded_object_detection`], which returns one dict per image. RefTR
-        predicts one box per phrase and no score: every score is 1.0.
+        Prefer [`RefTRProcessor.post_process_grounded_object_detection`], which returns one dict per image.
 
         Args:
             outputs ([`RefTRVisualGroundingOutput`]): outputs of the model.
-            threshold (`float`, *optional*, defaults to 0.0): the score above which boxes are kept.
+            threshold (`float`, *optional*):
+                The score above which boxes are kept, see [`RefTRProcessor.post_process_grounding`].
             target_sizes: see `post_process_boxes`.
 
         Returns:
-            `list[dict]`: for each sentence `scores` (phrases,), `labels` (phrases,), the slots of the phrases, and
-            `boxes` (phrases, 4), xyxy in pixels.
+            `list[dict]`: for each sentence `scores` (boxes,), `labels` (boxes,), the slots of the phrases, and `boxes`
+            (boxes, 4), xyxy in pixels.
 
         Raises:
             ValueError: see `post_process_boxes`.
@@ -920,11 +948,12 @@ class RefTRImageProcessor(TorchvisionBackend):
         label = getattr(outputs, "candidate_label", None)  # the text, which that pipeline passes to no processor
         if isinstance(label, str):
             warn_about_joined_expressions([label])
-        threshold = to_threshold(threshold)
+        queries = rank_queries(outputs, threshold)
+        boxes_xyxy = self.scale_boxes(queries.boxes_cxcywh, outputs, target_sizes)
         results = []
-        for boxes, mask in zip(self.post_process_boxes(outputs, target_sizes), outputs.phrase_mask, strict=True):
-            labels = mask.nonzero().flatten() if threshold < 1 else mask.new_zeros(0, dtype=torch.long)
-            results.append({"scores": boxes.new_ones(len(labels)), "labels": labels, "boxes": boxes[labels]})
+        for boxes, scores, is_answer in zip(boxes_xyxy, queries.scores, queries.is_answer, strict=True):
+            labels = is_answer.nonzero()[:, 0]
+            results.append({"scores": scores[is_answer], "labels": labels, "boxes": boxes[is_answer]})
         return results
 
 

@@ -18,8 +18,8 @@ from .rle_reftr import fill_mask, to_run_lengths
 
 def is_one_target(value: Any, name: str) -> bool:
     """
-    Return whether the boxes or masks of a sentence with one phrase are the box (4,) or mask (height, width) itself,
-    and not a list of it, judged by the number of dimensions. RLE and PIL images are masks.
+    Return whether a value is one box (4,) or mask (height, width), and not a list of them, judged by the number of
+    dimensions. RLE and PIL images are masks.
 
     Raises:
         ValueError: if it is neither.
@@ -28,6 +28,74 @@ def is_one_target(value: Any, name: str) -> bool:
         return True
     values = to_list(value, name)
     return len(values) > 0 and nesting_depth(values) == {"boxes": 1, "masks": 2}[name]
+
+
+def group_targets(value: Any, name: str, num_phrases: int, is_whole: bool, sentence: str) -> list[list]:
+    """
+    Return the boxes or masks of each phrase of a sentence.
+
+    Args:
+        value: for each phrase one target, or a list of its targets; without phrases, such a value itself.
+        name (`str`): "boxes" or "masks".
+        num_phrases (`int`): phrases of the sentence.
+        is_whole (`bool`): whether the sentence was given without phrases, as its own one.
+        sentence (`str`): the sentence, for messages.
+
+    Raises:
+        ValueError: if there is not one entry per phrase.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.labels_reftr import group_targets
+
+    >>> group_targets([[0, 0, 9, 9], [[0, 0, 9, 9], [9, 0, 12, 9]], []], "boxes", 3, False, "a, both cups and no cat")
+    [[[0, 0, 9, 9]], [[0, 0, 9, 9], [9, 0, 12, 9]], []]
+
+    ```"""
+    if is_whole and is_one_target(value, name):
+        return [[value]]
+    values = to_list(value, f"{name} of {quote(sentence)}")
+    if len(values) != num_phrases:
+        raise ValueError(
+            f"{len(values)} {name} for the {num_phrases} phrases of {quote(sentence)}: give one per phrase, or a list "
+            "of those of each phrase."
+        )
+    return [
+        [target] if is_one_target(target, name) else to_list(target, f"{name} of a phrase of {quote(sentence)}")
+        for target in values
+    ]
+
+
+def slots_of_targets(counts: dict[str, list[int]], sentence: str) -> dict[str, torch.Tensor]:
+    """
+    Return `target_slots` and `is_absent` of a label, see [`RefTRForVisualGrounding.forward`]; nothing if every phrase
+    has one target.
+
+    Args:
+        counts (`dict[str, list[int]]`): "boxes" and "masks" -> number of them for each phrase.
+        sentence (`str`): the sentence, for messages.
+
+    Raises:
+        ValueError: if phrases have other numbers of masks than of boxes.
+    """
+    if not counts or all(set(of_phrases) == {1} for of_phrases in counts.values()):
+        return {}
+    of_phrases = counts.get("boxes")
+    if of_phrases is None:
+        raise ValueError(
+            f"The phrases of {quote(sentence)} have {counts['masks']} masks and no boxes: give the box of each mask."
+        )
+    if counts.get("masks", of_phrases) != of_phrases:
+        raise ValueError(
+            f"The phrases of {quote(sentence)} have {of_phrases} boxes and {counts['masks']} masks: give a mask for "
+            "each box."
+        )
+    counts_of_slots = torch.tensor(of_phrases)
+    return {
+        "target_slots": torch.arange(len(of_phrases)).repeat_interleave(counts_of_slots),
+        "is_absent": counts_of_slots == 0,
+    }
 
 
 def to_mask_array(mask: Any, sentence: str) -> np.ndarray:

@@ -84,20 +84,27 @@ class VisualGroundingPipeline(Pipeline):
             batch_size (`int`, *optional*, defaults to 1): images per forward pass. Padding changes answers slightly.
             num_workers (`int`, *optional*, defaults to 0):
                 Processes that prepare images; images of a generator are prepared in the current one.
-            threshold (`float`, *optional*, defaults to 0.5): the probability above which a pixel belongs to the mask.
+            threshold (`float`, *optional*):
+                The score above which a box is an answer, by default the one that the model was saved with. A model
+                that does not predict presence answers every phrase.
+            mask_threshold (`float`, *optional*, defaults to 0.5):
+                The probability above which a pixel belongs to the mask.
 
         Returns:
-            `list[dict]`: for each phrase in order
+            `list[dict]`: for each phrase in order, and for each of its answers, from the highest score to the lowest
                 - **label** (`str`): the text of the phrase.
-                - **score** (`float`): 1.0, as the model predicts exactly one box per phrase and no confidence.
+                - **score** (`float`): the probability that the box is an answer; 1.0 from a model without presence.
                 - **box** (`dict[str, float]`): `xmin`, `ymin`, `xmax`, `ymax` in pixels of the upright image.
                 - **mask** (`PIL.Image.Image`): only from a model that predicts masks, an image of mode "L" and of the
                   image's size, 255 in the mask.
                 - **phrase** (`str`): an alias of `label`.
+                - **phrase_index** (`int`): only from a model that predicts presence, the number of the phrase in its
+                  text, for phrases with several answers.
 
-            For a phrase past the end of a truncated text, `box` and `mask` are None and `score` is 0.0. For several
-            images or questions, a list of such lists; for a dataset or a generator an iterator of them, which reads
-            images as required.
+            A phrase that refers to nothing in the image has one answer whose `box` and `mask` are None, with the
+            highest score, which is not above the threshold. So has a phrase past the end of a truncated text, with a
+            score of 0.0. For several images or questions, a list of such lists; for a dataset or a generator an
+            iterator of them, which reads images as required.
 
         Raises:
             ValueError: if there is no image or no text, or a text, a phrase or an image is invalid.
@@ -128,8 +135,11 @@ class VisualGroundingPipeline(Pipeline):
         batches = (batch for batch in iter(lambda: list(itertools.islice(questions, batch_size)), []))
         return itertools.chain.from_iterable(super().__call__(batches, batch_size=1, **kwargs))
 
-    def _sanitize_parameters(self, threshold: float | None = None) -> tuple[dict, dict, dict]:
-        return {}, {} if threshold is None else {"threshold": threshold}, {}
+    def _sanitize_parameters(
+        self, threshold: float | None = None, mask_threshold: float | None = None
+    ) -> tuple[dict, dict, dict]:
+        given = {"threshold": threshold, "mask_threshold": mask_threshold}
+        return {}, {name: value for name, value in given.items() if value is not None}, {}
 
     def preprocess(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """
@@ -157,14 +167,19 @@ class VisualGroundingPipeline(Pipeline):
             "counts": [len(of_image) for of_image in sentences],
         }
 
-    def _forward(self, batch: list[dict[str, Any]], threshold: float = 0.5) -> list[dict[str, Any]]:
-        return [self._forward_part(part, threshold) for part in batch]
+    def _forward(self, batch: list[dict[str, Any]], **thresholds: float) -> list[dict[str, Any]]:
+        return [self._forward_part(part, **thresholds) for part in batch]
 
-    def _forward_part(self, part: dict[str, Any], threshold: float) -> dict[str, Any]:
+    def _forward_part(
+        self, part: dict[str, Any], threshold: float | None = None, mask_threshold: float = 0.5
+    ) -> dict[str, Any]:
         outputs = self.model(**part.pop("inputs"), return_dict=True)
         if outputs.pred_masks is None:
-            return {**part, "results": self.processor.post_process_grounding(outputs, part["sizes"])}
-        results = self.processor.post_process_referring_segmentation(outputs, part["sizes"], threshold)
+            results = self.processor.post_process_grounding(outputs, part["sizes"], threshold)
+        else:
+            results = self.processor.post_process_referring_segmentation(
+                outputs, part["sizes"], mask_threshold, threshold=threshold
+            )
         return {**part, "results": results}
 
     def postprocess(self, batch: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

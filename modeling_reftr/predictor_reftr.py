@@ -99,7 +99,11 @@ class RefTRPredictor:
 
     @torch.no_grad()
     def predict(
-        self, text: str | list[str], phrases: list | None = None, mask_threshold: float = 0.5
+        self,
+        text: str | list[str],
+        phrases: list | None = None,
+        mask_threshold: float = 0.5,
+        threshold: float | None = None,
     ) -> list[dict[str, Any]]:
         """
         Locate expressions, or the phrases of captions, in the image.
@@ -112,9 +116,11 @@ class RefTRPredictor:
                 one phrase.
             mask_threshold (`float`, *optional*, defaults to 0.5):
                 The probability above which a pixel belongs to the mask.
+            threshold (`float`, *optional*):
+                The score above which a box is an answer, by default the one that the model was saved with.
 
         Returns:
-            `list[dict]`: an answer per phrase, in their order, see [`VisualGroundingPipeline.__call__`].
+            `list[dict]`: the answers of the phrases, in their order, see [`VisualGroundingPipeline.__call__`].
 
         Raises:
             ValueError: if no image is set, there is no text, or a text or a phrase is invalid.
@@ -126,9 +132,11 @@ class RefTRPredictor:
         outputs = self.model(image_features=self.features, **inputs, return_dict=True)
         sizes = [height_and_width(self.image)]
         if outputs.pred_masks is None:
-            results = self.processor.post_process_grounding(outputs, sizes)
+            results = self.processor.post_process_grounding(outputs, sizes, threshold)
         else:
-            results = self.processor.post_process_referring_segmentation(outputs, sizes, mask_threshold)
+            results = self.processor.post_process_referring_segmentation(
+                outputs, sizes, mask_threshold, threshold=threshold
+            )
         answers = make_answers(labels_of_sentences(sentences, phrases), results)
         return [answer for of_sentence in answers for answer in of_sentence]
 

@@ -30,11 +30,12 @@ from transformers.utils import ModelOutput, TensorType, logging
 from .configuration_reftr import AUTO_MAP, check_config_file
 from .decoding_reftr import without_decoding
 from .image_processing_reftr import RefTRImageProcessor
-from .inputs_reftr import check_setting, take_renamed_argument, to_list, to_threshold, warn_about_joined_expressions
-from .labels_reftr import is_one_target, stack_masks, to_label_boxes
+from .inputs_reftr import check_setting, take_renamed_argument, to_list, warn_about_joined_expressions
+from .labels_reftr import group_targets, slots_of_targets, stack_masks, to_label_boxes
 from .loading_reftr import CONFIG_FILES, IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, naming_files
 from .locating_reftr import check_source
 from .phrases_reftr import find_phrases
+from .presence_reftr import rank_queries
 from .quoting_reftr import quote
 from .rle_reftr import to_coco_rle
 from .text_reftr import check_text, is_blank
@@ -184,12 +185,13 @@ class RefTRProcessor(ProcessorMixin):
                 characters. None, for all or for one sentence: its one phrase is the entire sentence.
             boxes (*optional*):
                 The boxes of the phrases of each sentence, (phrases, 4), as (x0, y0, x1, y1) in pixels of the upright
-                image; (4,) or (1, 4) for a sentence without `phrases`. Nested like `phrases`. None for a sentence
-                without boxes. Returned in `labels`.
+                image; (4,) or (1, 4) for a sentence without `phrases`. Nested like `phrases`. In place of its box, a
+                phrase may have a list of boxes, if it refers to several objects, or an empty list, if it refers to
+                nothing in the image. None for a sentence without boxes. Returned in `labels`.
             masks (*optional*):
                 The masks of the phrases of each sentence, arrays (height, width) of the image's size or COCO RLE; one
-                mask or a list of it for a sentence without `phrases`. Nested like `boxes`. None for a sentence without
-                masks. Returned in `labels`.
+                mask or a list of it for a sentence without `phrases`. Nested like `boxes`, with as many masks as boxes
+                for each phrase. None for a sentence without masks. Returned in `labels`.
             original_sizes (list of `(height, width)`, *optional*):
                 The size that each image was annotated at, which decides whether its EXIF orientation is followed.
             padding (`"longest"` or `"max_length"`, *optional*, defaults to `"longest"`):
@@ -479,36 +481,34 @@ class RefTRProcessor(ProcessorMixin):
             `list[dict[str, torch.Tensor]]`: the labels of each sentence, see [`RefTRForVisualGrounding.forward`].
 
         Raises:
-            ValueError: if there is not one target per phrase, or one is invalid.
+            ValueError: if the targets do not match the phrases, or one is invalid.
         """
         labels = [{} for _ in sentences]
         for index, (sentence, sentence_spans, size) in enumerate(zip(sentences, spans, sizes, strict=True)):
             num_phrases = 1 if sentence_spans is None else len(sentence_spans)
+            counts = {}
             for name, values in targets.items():
                 value = values[index]
                 if value is None:
                     continue
-                if sentence_spans is None and is_one_target(value, name):
-                    value = [value]
-                value = to_list(value, f"{name} of {quote(sentence)}")
-                if len(value) != num_phrases:
-                    raise ValueError(
-                        f"{len(value)} {name} for the {num_phrases} phrases of {quote(sentence)}: give one per phrase."
-                    )
+                of_phrases = group_targets(value, name, num_phrases, sentence_spans is None, sentence)
+                counts[name] = [len(of_phrase) for of_phrase in of_phrases]
+                flat = [target for of_phrase in of_phrases for target in of_phrase]
                 if name == "boxes":
-                    labels[index]["boxes"] = to_label_boxes(value, *size, sentence)
+                    labels[index]["boxes"] = to_label_boxes(flat, *size, sentence)
                 else:
-                    masks = stack_masks(value, *size, sentence)
+                    masks = stack_masks(flat, *size, sentence)
                     labels[index]["masks"] = self.image_processor.resize_masks(
                         masks, padded_size, image_kwargs.get("size"), image_kwargs.get("do_resize")
                     )
+            labels[index] |= slots_of_targets(counts, sentence)
         return labels
 
     def post_process_grounded_object_detection(
         self,
         outputs: ModelOutput,
         input_ids: TensorType | None = None,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         text_threshold: float = 0.0,
         target_sizes: TensorType | Sequence[tuple[int, int]] | None = None,
         text_labels: list[list[str]] | None = None,
@@ -518,13 +518,11 @@ class RefTRProcessor(ProcessorMixin):
         Convert outputs to boxes (and masks) for each image, in the format of
         [`GroundingDinoProcessor.post_process_grounded_object_detection`].
 
-        RefTR predicts exactly one box per phrase, in the order of the phrases, and no confidence: every score is 1.0.
-
         Args:
             outputs ([`RefTRVisualGroundingOutput`]): outputs of the model.
             input_ids (`torch.LongTensor` of shape `(S, L)`, *optional*):
                 The token ids of the sentences, by default those of the outputs.
-            threshold (`float`, *optional*, defaults to 0.0): the score above which boxes are kept.
+            threshold (`float`, *optional*): the score above which boxes are kept, see `post_process_grounding`.
             text_threshold (`float`, *optional*): unused, for code written for Grounding DINO.
             target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
                 The original size of each image, in the order of `pixel_values`. By default boxes stay in 0..1.
@@ -536,7 +534,7 @@ class RefTRProcessor(ProcessorMixin):
 
         Returns:
             `list[dict]`: for each image
-                - **scores** (`torch.Tensor` of shape `(boxes,)`): 1.0 for every box.
+                - **scores** (`torch.Tensor` of shape `(boxes,)`): presence; 1.0 from a model that does not predict it.
                 - **boxes** (`torch.Tensor` of shape `(boxes, 4)`): boxes as (x0, y0, x1, y1).
                 - **labels** (`torch.Tensor` of shape `(boxes,)`): the index of the box's text among those asked about
                   the image. With `phrases`, each sentence counts for the `P` phrase slots of the batch.
@@ -547,12 +545,12 @@ class RefTRProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is not one size or one list of texts per image, or a list is too short.
         """
-        threshold = to_threshold(threshold)
         if input_ids is not None:
             outputs = dataclasses.replace(outputs, input_ids=input_ids)
-        sentences = self.post_process_grounding(outputs, target_sizes)
+        sentences = self.post_process_grounding(outputs, target_sizes, threshold)
         if outputs.pred_masks is not None:
-            masks = self.image_processor.post_process_masks(outputs, target_sizes, mask_threshold)
+            queries = rank_queries(outputs, threshold)
+            masks = self.image_processor.post_process_masks(outputs, target_sizes, mask_threshold, queries=queries)
         num_images, num_slots = len(outputs.pixel_mask), outputs.pred_boxes.shape[1]
         if text_labels is not None and len(text_labels) != num_images:
             raise ValueError(f"{len(text_labels)} text_labels for {num_images} images: give one list per image.")
@@ -562,7 +560,7 @@ class RefTRProcessor(ProcessorMixin):
             sentences_of_images[image].append(index)
         results = []
         for image, indices in enumerate(sentences_of_images):
-            found = [sentences[index] for index in indices] if threshold < 1 else []
+            found = [sentences[index] for index in indices]
             labels = [
                 number * num_slots + slot
                 for number, sentence in enumerate(found)
@@ -573,15 +571,14 @@ class RefTRProcessor(ProcessorMixin):
                 texts = select_text_labels(text_labels[image], labels)
             boxes = torch.cat([outputs.pred_boxes.new_zeros(0, 4), *(sentence["boxes"] for sentence in found)])
             result = {
-                "scores": boxes.new_ones(len(boxes)),
+                "scores": torch.cat([boxes.new_zeros(0), *(sentence["scores"] for sentence in found)]),
                 "boxes": boxes,
                 "text_labels": texts,
                 "labels": torch.tensor(labels, dtype=torch.long, device=boxes.device),
             }
             if outputs.pred_masks is not None:
-                of_image = [masks[index] for index in indices] if threshold < 1 else []
                 empty = boxes.new_zeros(0, *self.mask_size(outputs, image, target_sizes), dtype=torch.bool)
-                result["masks"] = torch.cat([empty, *of_image])[:, None]
+                result["masks"] = torch.cat([empty, *(masks[index] for index in indices)])[:, None]
             results.append(result)
         return results
 
@@ -596,7 +593,10 @@ class RefTRProcessor(ProcessorMixin):
         return int(pixel_mask.amax(1).sum()), int(pixel_mask.amax(0).sum())
 
     def post_process_grounding(
-        self, outputs: ModelOutput, target_sizes: TensorType | Sequence[tuple[int, int]] | None = None
+        self,
+        outputs: ModelOutput,
+        target_sizes: TensorType | Sequence[tuple[int, int]] | None = None,
+        threshold: float | None = None,
     ) -> list[dict[str, Any]]:
         """
         Convert outputs to boxes in pixels for each sentence, with the phrases that they belong to.
@@ -606,57 +606,80 @@ class RefTRProcessor(ProcessorMixin):
             target_sizes (`torch.Tensor` of shape `(I, 2)` or list of `(height, width)`, *optional*):
                 The original size of each image, in the order of `pixel_values`: one per image, however many sentences
                 refer to it. By default boxes stay in 0..1.
+            threshold (`float`, *optional*):
+                The score above which boxes are kept, by default `config.presence_threshold` of the model. A model that
+                does not predict presence answers each phrase with one box, whose score is 1.0.
 
         Returns:
-            `list[dict]`: for each sentence `boxes` (`torch.Tensor` of shape `(phrases, 4)`, xyxy in pixels), `phrases`
-            (`list[str]`, as decoded by the tokenizer) and `phrase_indices` (`list[int]`, their slots: padding and
-            phrases past the end of a truncated sentence get no answer).
+            `list[dict]`: for each sentence
+                - **boxes** (`torch.Tensor` of shape `(boxes, 4)`): xyxy in pixels, in the order of the phrases, those
+                  of a phrase from the highest score to the lowest.
+                - **scores** (`torch.Tensor` of shape `(boxes,)`): the presence of each box.
+                - **phrases** (`list[str]`): the phrase of each box, as decoded by the tokenizer.
+                - **phrase_indices** (`list[int]`): its slot: padding, phrases past the end of a truncated sentence
+                  and phrases that nothing was found for are missing; phrases with several boxes are repeated.
+                - **phrase_scores** (`dict[int, float]`): only from a model that predicts presence, for the slot of
+                  each real phrase the highest presence, kept or not.
 
         Raises:
             ValueError: if there is not one size per image.
         """
-        boxes_xyxy = self.image_processor.post_process_boxes(outputs, target_sizes)
+        queries = rank_queries(outputs, threshold)
+        boxes_xyxy = self.image_processor.scale_boxes(queries.boxes_cxcywh, outputs, target_sizes)
         token_ids = outputs.input_ids[:, None] if outputs.phrase_input_ids is None else outputs.phrase_input_ids
         # Copy the masks and tokens at once: each copy waits for the device.
-        phrase_mask, token_ids = outputs.phrase_mask.cpu(), token_ids.cpu()
-        boxes_of_sentences = boxes_xyxy[outputs.phrase_mask].split(phrase_mask.sum(1).tolist())
+        is_answer, token_ids, phrase_mask = queries.is_answer.cpu(), token_ids.cpu(), outputs.phrase_mask.cpu()
+        highest = None if outputs.presence is None else queries.scores[..., 0].cpu()
+        counts = is_answer.sum((1, 2)).tolist()
+        boxes_of_sentences = boxes_xyxy[queries.is_answer].split(counts)
+        scores_of_sentences = queries.scores[queries.is_answer].split(counts)
         results = []
-        for boxes, mask, ids in zip(boxes_of_sentences, phrase_mask, token_ids, strict=True):
-            results.append(
-                {
-                    "boxes": boxes,
-                    "phrases": self.tokenizer.batch_decode(ids[mask], skip_special_tokens=True),
-                    "phrase_indices": mask.nonzero().flatten().tolist(),
-                }
-            )
+        for index, (boxes, scores) in enumerate(zip(boxes_of_sentences, scores_of_sentences, strict=True)):
+            slots = is_answer[index].nonzero()[:, 0]
+            result = {
+                "boxes": boxes,
+                "scores": scores,
+                "phrases": self.tokenizer.batch_decode(token_ids[index][slots], skip_special_tokens=True),
+                "phrase_indices": slots.tolist(),
+            }
+            if highest is not None:
+                real = phrase_mask[index].nonzero()[:, 0]
+                result["phrase_scores"] = dict(zip(real.tolist(), highest[index][real].tolist(), strict=True))
+            results.append(result)
         return results
 
     def post_process_referring_segmentation(
         self,
         outputs: ModelOutput,
         target_sizes: TensorType | Sequence[tuple[int, int]],
-        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
         two_step: bool = False,
         return_coco_rle: bool = False,
+        threshold: float | None = None,
     ) -> list[dict[str, Any]]:
         """
         Convert outputs to boxes and masks in pixels for each sentence, with the phrases that they belong to.
 
         Args:
             outputs ([`RefTRVisualGroundingOutput`]): outputs of a model with `config.predict_masks`.
-            target_sizes, threshold, two_step: see [`RefTRImageProcessor.post_process_masks`].
+            target_sizes, two_step: see [`RefTRImageProcessor.post_process_masks`].
+            mask_threshold (`float`, *optional*, defaults to 0.5):
+                The probability above which a pixel belongs to the mask.
             return_coco_rle (`bool`, *optional*, defaults to `False`):
                 Whether to return `segmentations`, COCO RLE, instead of `masks`.
+            threshold (`float`, *optional*): the score above which boxes are kept, see `post_process_grounding`.
 
         Returns:
             `list[dict]`: for each sentence what `post_process_grounding` returns, and `masks` (`torch.Tensor` of shape
-            `(phrases, height, width)`, bool), or `segmentations` (`list[dict]`, `size` and `counts` each).
+            `(boxes, height, width)`, bool), or `segmentations` (`list[dict]`, `size` and `counts` each).
 
         Raises:
             ValueError: if the model does not predict masks, or there is not one size per image.
         """
-        results = self.post_process_grounding(outputs, target_sizes)
-        masks_of_sentences = self.image_processor.post_process_masks(outputs, target_sizes, threshold, two_step)
+        results = self.post_process_grounding(outputs, target_sizes, threshold)
+        masks_of_sentences = self.image_processor.post_process_masks(
+            outputs, target_sizes, mask_threshold, two_step, queries=rank_queries(outputs, threshold)
+        )
         for result, masks in zip(results, masks_of_sentences, strict=True):
             if return_coco_rle:
                 result["segmentations"] = [to_coco_rle(mask) for mask in masks]

@@ -35,7 +35,9 @@ AXES = {
 }
 DESCRIPTION = (
     "RefTR for visual grounding. pred_boxes: (center_x, center_y, width, height) in 0..1 of each image without its "
-    "padding. pred_masks: logits over the padded image. phrase_mask: true for real phrases."
+    "padding. pred_masks: logits over the padded image. phrase_mask: true for real phrases. From a model that predicts "
+    "presence, query_boxes are the boxes of all queries of a phrase, and presence their scores; those above "
+    "presence_threshold are its answers."
 )
 
 
@@ -141,7 +143,7 @@ def compare_outputs(exported: ExportedModel, model: RefTRForVisualGrounding, phr
     """
     Return the largest differences between the outputs of a graph and of a model over a few shapes.
 
-    `pred_boxes` are relative to the image, `pred_masks` to the largest logit.
+    Boxes are relative to the image, `pred_masks` to the largest logit.
     """
     found = {}
     for seed, (images, sentences) in enumerate([(1, 1), (1, 4), (3, 5)]):
@@ -149,10 +151,10 @@ def compare_outputs(exported: ExportedModel, model: RefTRForVisualGrounding, phr
         sizes |= {"phrase_tokens": 4 + seed, "height": 160 + 37 * seed, "width": 224 - 40 * seed}
         inputs = make_inputs(model, sizes, phrases, seed)
         answers, expected = exported(**inputs), model(**inputs)
-        for name in ("pred_boxes", "pred_masks"):
+        for name in ("pred_boxes", "pred_masks", "query_boxes", "presence"):
             if name not in expected:
                 continue
-            largest = 1.0 if name == "pred_boxes" else expected[name].abs().max().item()
+            largest = expected[name].abs().max().item() if name == "pred_masks" else 1.0
             difference = (answers[name] - expected[name])[expected.phrase_mask].abs().max().item() / largest
             found[name] = max(found.get(name, 0.0), difference)
     return found

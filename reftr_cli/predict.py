@@ -257,7 +257,7 @@ def answer_shared(ground: VisualGroundingPipeline, questions: Sequence, shared: 
 
 
 def describe_answers(answers: list[dict[str, Any]]) -> str:
-    """Return a readable line per answer: its label, its box in pixels, and the area of its mask."""
+    """Return a readable line per answer: its label, its box in pixels, the area of its mask, and its presence."""
     import numpy as np
 
     labels = [" ".join(answer["label"].split()) for answer in answers]
@@ -265,12 +265,16 @@ def describe_answers(answers: list[dict[str, Any]]) -> str:
     lines = []
     for label, answer in zip(labels, answers, strict=True):
         if answer["box"] is None:
-            lines.append(f"{label:<{width}}  no answer: it is past the end of the truncated text")
+            reason = "no answer: it is past the end of the truncated text"
+            if answer["score"]:
+                reason = f"not found ({answer['score']:.2f})"
+            lines.append(f"{label:<{width}}  {reason}")
             continue
         sides = ", ".join(f"{side:.1f}" for side in answer["box"].values())
         mask = answer.get("mask")
         area = "" if mask is None else f"  mask {np.asarray(mask).mean() / 255:.1%} of the image"
-        lines.append(f"{label:<{width}}  box [{sides}]{area}")
+        score = f"  score {answer['score']:.2f}" if "phrase_index" in answer else ""
+        lines.append(f"{label:<{width}}  box [{sides}]{area}{score}")
     return "\n".join(lines)
 
 
@@ -316,6 +320,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", nargs="+", help="one or several expressions, each in quotes")
     parser.add_argument("--phrases", nargs="+", help="phrases to locate, when --text is one caption")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="score above which a box is an answer (default: that of the model); for models that predict presence",
+    )
     parser.add_argument("--output", help="where to draw: a file (.png, .jpg, ...), or a folder for several images")
     parser.add_argument(
         "--save",
@@ -369,7 +378,8 @@ def main(argv: list[str] | None = None) -> None:
         title = repr(questions)
     shared = None
     if args.answers:
-        shared = SharedAnswers(Path(args.answers), f"{args.model} {title}", len(questions))
+        threshold = "" if args.threshold is None else f" above {args.threshold}"
+        shared = SharedAnswers(Path(args.answers), f"{args.model} {title}{threshold}", len(questions))
     else:
         files.expect([question for _, question in questions])
 
@@ -380,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     model = RefTRForVisualGrounding.from_pretrained(args.model).fused_copy()
     processor = RefTRProcessor.from_pretrained(args.model)
     device = args.device or device_of_process()
-    ground = VisualGroundingPipeline(model, processor=processor, device=device)
+    ground = VisualGroundingPipeline(model, processor=processor, device=device, threshold=args.threshold)
     if shared is not None:
         answer_shared(ground, questions, shared)
         return

@@ -402,6 +402,7 @@ def test_data_commands_take_folders(shapes, run, tmp_path, layout):
     refused(result, "There is no folder", "datasets.load_dataset")
 
 
+@pytest.mark.slow
 def test_data_commands_take_columns_of_a_pushed_dataset(hub, run, tmp_path, monkeypatch):
     hub.use(monkeypatch, "hf_write")
     rows = [{"photo": {"bytes": encoded(11), "path": None}, "said": "a cup", "at": [4, 6, 16, 24]}]
@@ -456,6 +457,7 @@ def test_export_card_describes_terms_size_and_files(toy, tmp_path):
     assert (card.license, card.language) == ("unknown", ["und"])
 
 
+@pytest.mark.slow
 def test_export_pushes_to_hub_only_with_flag(command, toy, tmp_path, hub, run):
     make_toy(toy)
     online = hub.environment("hf_write", tmp_path / "home")

@@ -73,6 +73,7 @@ assert not any(name.startswith("modeling_reftr") for name in sys.modules), "our 
 """
 
 
+@pytest.mark.slow
 def test_pushed_model_loads_identically_in_clean_process(run, hub, folder, shapes, tmp_path):
     pushed = json.loads(push(run, hub, folder, tmp_path / "home", "--private").stdout)
     revision = hub.head(REPOSITORY)
@@ -180,6 +181,7 @@ def test_publisher_waits_for_running_push_before_last_one(hub, folder, monkeypat
     assert [commit.message for commit in hub.repositories["model", REPOSITORY].commits] == [*messages, "Upload model"]
 
 
+@pytest.mark.slow
 @pytest.mark.row("S10")
 def test_token_is_written_to_no_file(run, hub, recipe, tmp_path):
     """Neither pushed files nor files of the run, the client and the Hub contain it."""
@@ -215,6 +217,7 @@ def test_training_without_push_rights_does_not_start(run, hub, recipe, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_run_with_failing_hub_still_writes_results(run, hub, recipe, tmp_path, monkeypatch):
     """All results are written, and the last line says what was not pushed."""
     hub.fault("status", "POST .*/commit/", times=10_000)
@@ -285,6 +288,7 @@ def test_push_refuses_incomplete_folder(hub, folder, monkeypatch, missing):
     assert hub.repositories == {}
 
 
+@pytest.mark.slow
 def test_hub_killed_during_push_serves_previous_model(folder, tmp_path):
     """The server is killed at different moments of an upload and started again."""
     state = tmp_path / "hub"

@@ -42,6 +42,7 @@ def make(*arguments, **environment):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_make_reproduce_converts_evaluates_and_compares(files, tmp_path):
     output = tmp_path / "out"
     result = make(

@@ -613,6 +613,7 @@ def test_streaming_rejects_training_on_evaluated_split(arguments):
 # the script
 
 
+@pytest.mark.slow
 def test_train_script_trains_on_streamed_parquet_files(exported, recipe, run, tmp_path):
     """End to end: a streamed folder of Parquet files, workers, strong augmentation and the image cache."""
     settings = yaml.safe_load(recipe.read_text())

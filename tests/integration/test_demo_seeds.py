@@ -215,6 +215,7 @@ def test_committed_seeds_are_of_current_recipe():
     assert "+" not in results["commit"]  # no uncommitted changes
 
 
+@pytest.mark.slow
 def test_own_images_of_every_size_are_measured(run, trained, tmp_path):
     output = tmp_path / "own_images.json"
     run("benchmarks/own_images.py", "--model", trained[0], "--num_images", 2, "--output", output, PYTHONPATH=str(ROOT))

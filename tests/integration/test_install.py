@@ -102,6 +102,7 @@ def test_former_recipe_name_works_with_warning(installed, tmp_path):
     assert "is now called 'refcoco+/r50_masks'" in result.stderr
 
 
+@pytest.mark.slow
 def test_installed_commands_train_and_predict(installed, recipe, shapes, tmp_path):
     run_installed(installed, tmp_path, "train", recipe, "--max_steps", "1", "--output_dir", tmp_path / "run")
     shapes["test"][0]["image"].save(tmp_path / "image.png")

@@ -446,7 +446,7 @@ torch.save(model.state_dict(), output)
 """
 
 
-@pytest.mark.parametrize("method", ["folder", "push_to_hub"])
+@pytest.mark.parametrize("method", ["folder", pytest.param("push_to_hub", marks=pytest.mark.slow)])
 def test_pushed_model_loads_in_clean_process(hub, api, make_model, processor, run, tmp_path, method):
     model, saved = make_model(), tmp_path / "saved"
     environment = hub.environment("hf_read", tmp_path / "home")

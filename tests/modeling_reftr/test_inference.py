@@ -407,6 +407,7 @@ def test_speed_benchmark_rejects_output_of_other_machine(monkeypatch, tmp_path):
         speed.main()
 
 
+@pytest.mark.slow
 def test_peak_memory_excludes_parent_process(run):
     """Memory of the process that started it is not counted."""
     child = "import sys; from benchmarks import speed; sys.stdout.write(str(speed.peak_memory()))"

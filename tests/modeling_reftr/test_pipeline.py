@@ -155,9 +155,9 @@ def test_pipeline_returns_no_box_for_truncated_phrases(ground, images):
     assert ground(images[0], text=caption, phrases=["the star", "the red circle"]) == answers[::-1]
 
 
-def test_pipeline_threshold_shrinks_masks(ground, images):
+def test_pipeline_mask_threshold_shrinks_masks(ground, images):
     areas = [
-        np.asarray(ground(images[0], text="the star", threshold=threshold)[0]["mask"]).sum()
+        np.asarray(ground(images[0], text="the star", mask_threshold=threshold)[0]["mask"]).sum()
         for threshold in (0.01, 0.5, 0.99)
     ]
     assert areas == sorted(areas, reverse=True)

@@ -226,7 +226,9 @@ assert "visual-grounding" in pipelines.PIPELINE_REGISTRY.supported_tasks
 @pytest.mark.parametrize(
     "code",
     [
-        "from transformers import AutoModel; from modeling_reftr import RefTRModel",
+        pytest.param(
+            "from transformers import AutoModel; from modeling_reftr import RefTRModel", marks=pytest.mark.slow
+        ),
         "import modeling_reftr; from transformers import AutoModel; from modeling_reftr import RefTRModel",
         pytest.param(
             "from modeling_reftr.modeling_reftr import RefTRModel; from transformers import AutoModel",

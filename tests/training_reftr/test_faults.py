@@ -171,6 +171,7 @@ def test_run_keeps_latest_checkpoints_and_best_model(recipe, tmp_path, keep):
 
 
 @pytest.mark.row("R17")
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", trials(20, short=1))
 def test_run_saves_checkpoint_on_sigterm_to_one_rank(recipe, undisturbed, tmp_path, trial):
     """Send SIGTERM to the only process or to one of two, in training or evaluation: all save and end."""
@@ -294,7 +295,7 @@ def test_signal_to_one_rank_ends_all_ranks_with_its_exit_code(recipe, tmp_path):
     assert 1 < steps_of(tmp_path)[0] < LAST_STEP
 
 
-@pytest.mark.parametrize("moment", ["training", "saving"])
+@pytest.mark.parametrize("moment", ["training", pytest.param("saving", marks=pytest.mark.slow)])
 def test_second_interrupt_ends_run_at_once(recipe, undisturbed, tmp_path, moment):
     process = run(recipe, tmp_path / "run", 1, "--checkpoint_every", 2, before=linger(moment, tmp_path, seconds=100))
     wait_for((tmp_path / moment).exists, process)
@@ -313,7 +314,7 @@ def test_second_interrupt_ends_run_at_once(recipe, undisturbed, tmp_path, moment
 
 
 @pytest.mark.row("R23")
-@pytest.mark.parametrize("trial", trials(20, short=2))
+@pytest.mark.parametrize("trial", trials(20, short=1))
 def test_second_run_in_folder_is_refused_and_first_unharmed(recipe, undisturbed, tmp_path, trial):
     """Start two runs at once or one during another, as a new run, a resume and an evaluation."""
     argv = [(), (), ("--resume", "auto"), ("--eval_only",)][trial % 4]
@@ -374,6 +375,7 @@ def test_run_saves_extra_checkpoint_on_sigusr1(recipe, undisturbed, tmp_path):
 
 @pytest.mark.row("R7")
 @pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", trials(3, short=1))
 def test_non_finite_loss_stops_all_ranks_before_step(recipe, undisturbed, tmp_path, value, trial):
     step, rank = 2 + trial, 1
@@ -423,7 +425,8 @@ def test_hanging_run_ends_with_stack_traces(recipe, tmp_path):
 
 
 @pytest.mark.row("R19")
-@pytest.mark.parametrize(("first", "second"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 def test_resume_with_other_process_count_repeats_no_sample(recipe, undisturbed, tmp_path, first, second):
     """Keep 8 images per process, so that the global batch changes, and record the samples of every step."""
     before = (

@@ -93,6 +93,7 @@ def test_portable_keeps_message_of_unpicklable_error():
     assert str(sent) == "The disk is gone."
 
 
+@pytest.mark.slow
 def test_loader_bug_keeps_original_traceback():
     loader = SampleLoader(FailingDataset(), collate, batch_sampler=[[KeyError("text")]], num_workers=1)
     with pytest.raises(KeyError, match=r"Original Traceback"):

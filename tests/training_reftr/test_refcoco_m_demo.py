@@ -60,6 +60,7 @@ def test_recipe_names_dataset_and_weights_of_the_hub():
     assert SETTINGS.data.augmentation == "strong"
 
 
+@pytest.mark.slow
 def test_recipe_trains_and_reports_a_cut_of_validation(hub, run, tmp_path):
     miniature = tmp_path / "miniature.yaml"
     miniature.write_text(yaml.safe_dump({**MINIATURE, "data_cache_dir": str(tmp_path / "cache")}))
