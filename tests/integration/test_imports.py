@@ -103,7 +103,7 @@ REPEATED = {
     *("quote", "explain", "_parts", "_array_parts", "check_text", "uncompress_counts", "to_run_lengths"),
     *("PhraseSearcher", "fold_text", "mark_words", "find_whole_words", "find_characters", "find_occurrences"),
     "is_word_character",
-    *("mean", "entries", "precisions", "has_lists"),
+    *("mean", "entries", "precisions", "has_lists", "to_box", "to_number", "array_to_counts", "count_pixels"),
 }
 
 

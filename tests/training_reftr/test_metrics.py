@@ -3,10 +3,12 @@
 import inspect
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +20,35 @@ from torchvision.ops import box_iou
 from data_scripts import masks as data_masks
 from modeling_reftr.rle_reftr import from_coco_rle
 from modeling_reftr.rle_reftr import uncompress_counts as model_uncompress_counts
+from tests.helpers.generalized_cases import box_cases, mask_cases
 from tests.helpers.tiny import ROOT
 from training_reftr import metrics as training_metrics
 from training_reftr.evaluation import compare_boxes, compare_masks, mask_metrics, summarize
-from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, count_pixels
+from training_reftr.metrics import (
+    BoxMetrics,
+    GeneralizedBoxMetrics,
+    MaskMetrics,
+    PresenceMetrics,
+    box_ious,
+    count_pixels,
+)
+from training_reftr.metrics.generalized_referring_comprehension import generalized_referring_comprehension
+from training_reftr.metrics.generalized_referring_segmentation import generalized_referring_segmentation
+from training_reftr.metrics.grounding_presence import grounding_presence
 from training_reftr.metrics.referring_expression_comprehension import referring_expression_comprehension as boxes_alone
 from training_reftr.metrics.referring_segmentation import referring_segmentation as masks_alone
 
 
-MODULES = {module.__name__.rpartition(".")[2]: module for module in (boxes_alone, masks_alone)}
+MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        boxes_alone,
+        masks_alone,
+        generalized_referring_comprehension,
+        generalized_referring_segmentation,
+        grounding_presence,
+    )
+}
 BOX, MASK = [0, 0, 8, 10], {"size": [2, 2], "counts": "13"}
 
 
@@ -153,7 +175,17 @@ def test_evaluate_modules_match_training_metrics(clone, run_alone, trained, shap
         "predictions": [record["pred_segmentation"] for record in records],
         "references": [record["segmentation"] for record in records],
     }
-    (tmp_path / "inputs.json").write_text(json.dumps({"boxes": boxes, "masks": masks}))
+    predictions, references = box_cases(1)[0]
+    answers, true_masks = mask_cases(1)[0]
+    generalized = {
+        "generalized_referring_comprehension": {"predictions": predictions, "references": references},
+        "generalized_referring_segmentation": {
+            "predictions": [answer["mask"].tolist() for answer in answers],
+            "references": [mask.tolist() for mask in true_masks],
+        },
+        "grounding_presence": {"predictions": [0.9, 0.4, 0.6], "references": [True, False, False]},
+    }
+    (tmp_path / "inputs.json").write_text(json.dumps({"boxes": boxes, "masks": masks, "generalized": generalized}))
     code = """
 import evaluate, numpy as np
 inputs = json.load(open("inputs.json"))
@@ -164,9 +196,10 @@ found = [boxes.compute(**inputs["boxes"]), masks.compute(**inputs["masks"])]
 boxes.add_batch(predictions=np.array([[0, 0, 8, 10], [0, 0, 1, 1]]), references=[[0, 0, 10, 10], [5, 5, 6, 6]])
 boxes.add(prediction=None, reference=[0, 0, 1, 1])
 found += [boxes.compute()["mean_iou"], boxes.compute(predictions=[], references=[])["num_phrases"]]
+found += [evaluate.load(f"{sys.argv[1]}/{name}").compute(**values) for name, values in inputs["generalized"].items()]
 print(json.dumps(found))
 """
-    of_boxes, of_masks, by_hand, of_nothing = json.loads(run_alone(code, clone))
+    of_boxes, of_masks, by_hand, of_nothing, *of_generalized = json.loads(run_alone(code, clone))
     expected = json.loads((trained[0] / "metrics.json").read_text())["splits"]["test"]
     assert of_boxes["num_phrases"] == len(lines) > 50
     assert of_boxes["mean_iou"] > 0
@@ -177,6 +210,11 @@ print(json.dumps(found))
     assert of_masks == {name: expected[f"mask_{name}"] for name in of_masks}
     assert by_hand == pytest.approx(0.8 / 3)
     assert of_nothing == 0
+    boxes, presence = GeneralizedBoxMetrics(), PresenceMetrics()
+    boxes.update(predictions, references)
+    presence.update(*generalized["grounding_presence"].values())
+    assert of_generalized[::2] == [boxes.compute(), presence.compute()]
+    assert 0 < of_generalized[1]["giou"] != of_generalized[1]["ciou"] > 0
 
 
 class FakeProcessor:
@@ -189,9 +227,14 @@ class FakeProcessor:
 
 
 def test_evaluate_modules_share_identical_helpers():
-    """Both files work alone and copy these functions, so the copies must stay identical."""
-    for name in ("mean", "entries", "precisions"):
-        assert len({inspect.getsource(getattr(module, name)) for module in MODULES.values()}) == 1
+    """Each file works alone and copies the functions it shares with others, so the copies must stay identical."""
+    sources = defaultdict(list)
+    for module in MODULES.values():
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            sources[name].append(inspect.getsource(function))
+    copied = {name: found for name, found in sources.items() if len(found) > 1}
+    assert {"quote", "mean", "entries", "precisions", "to_box", "to_run_lengths", "count_pixels"} <= copied.keys()
+    assert [name for name, found in copied.items() if len(set(found)) > 1] == []
     assert boxes_alone.THRESHOLDS == masks_alone.THRESHOLDS == training_metrics.THRESHOLDS
     assert training_metrics.MaskMetrics is masks_alone.MaskMetrics
 
@@ -202,8 +245,8 @@ def test_evaluate_module_folder_is_complete_space(name):
     folder = ROOT / "training_reftr" / "metrics" / name
     assert "- metric\n" in (folder / "README.md").read_text()
     needed = (folder / "requirements.txt").read_text().split()
-    imported = {line.split()[1] for line in (folder / f"{name}.py").read_text().splitlines() if line[:7] == "import "}
-    assert imported - sys.stdlib_module_names == {"datasets", "evaluate", "numpy"} == set(needed)
+    imported = set(re.findall(r"^(?:import|from) (\w+)", (folder / f"{name}.py").read_text(), re.MULTILINE))
+    assert {"datasets", "evaluate", "numpy"} <= imported - sys.stdlib_module_names == set(needed)
 
 
 def test_box_ious_match_torchvision():

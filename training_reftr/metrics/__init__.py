@@ -3,6 +3,14 @@ Metrics of grounding from what each phrase scored. The folders next to this file
 without the project; training computes with their functions. Nothing here is a collective.
 """
 
+from training_reftr.metrics.generalized_referring_comprehension.generalized_referring_comprehension import (
+    GeneralizedBoxMetrics,
+    box_overlaps,
+)
+from training_reftr.metrics.generalized_referring_segmentation.generalized_referring_segmentation import (
+    GeneralizedMaskMetrics,
+)
+from training_reftr.metrics.grounding_presence.grounding_presence import PresenceMetrics
 from training_reftr.metrics.referring_expression_comprehension.referring_expression_comprehension import (
     THRESHOLDS,
     BoxMetrics,
@@ -16,8 +24,12 @@ from training_reftr.metrics.referring_segmentation.referring_segmentation import
 __all__ = [
     "THRESHOLDS",
     "BoxMetrics",
+    "GeneralizedBoxMetrics",
+    "GeneralizedMaskMetrics",
     "MaskMetrics",
+    "PresenceMetrics",
     "box_ious",
+    "box_overlaps",
     "count_pixels",
     "mean",
     "precisions",
