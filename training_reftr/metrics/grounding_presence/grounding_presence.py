@@ -34,7 +34,7 @@ Returns:
     reliability: for each bin its bounds, count, mean_confidence (mean prediction) and share_right (share of present
         phrases)
     num_present, num_phrases
-    Phrases of equal prediction are taken as if in all orders. Values that have nothing to be computed from are 0.
+    Equal predictions count as the mean over all their orders. Values of nothing are 0.
 Raises:
     ValueError: if a prediction is not a number from 0 to 1, or a reference is not a boolean.
 Example:
