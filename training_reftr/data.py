@@ -22,6 +22,7 @@ from modeling_reftr.text_reftr import check_text
 from training_reftr.augmentation import augment
 from training_reftr.fingerprint import Fingerprint
 from training_reftr.images import ImageReader, read_row_image, to_array
+from training_reftr.negatives import add_negatives, context_of
 from training_reftr.packing import pack_labels, unpack_labels
 from training_reftr.samples import Sample, make_sample, take_sentences, without_misses
 from training_reftr.sampling import BuiltOrder, EpochSampler, SampleIndex, evaluation_batches
@@ -83,20 +84,26 @@ class TrainingSamples:
         augmentation (`str`): see `augment`.
         seed (`int`): of the run.
         with_masks (`bool`): whether samples have masks.
+        learns_absence (`bool`, *optional*, defaults to `False`): see `sampling.is_learnable`.
     """
 
-    def __init__(self, reader: ImageReader, augmentation: str, seed: int, with_masks: bool) -> None:
+    def __init__(
+        self, reader: ImageReader, augmentation: str, seed: int, with_masks: bool, learns_absence: bool = False
+    ) -> None:
         self.reader = reader
         self.augmentation = augmentation
         self.seed = seed
         self.with_masks = with_masks
+        self.learns_absence = learns_absence
 
     def __call__(self, row: dict, sample_index: SampleIndex) -> Sample:
         """Make the sample of a row and its index."""
-        row = take_sentences(without_misses(row), sample_index.sentences)
+        context = context_of(row) if self.learns_absence else None
+        row = take_sentences(without_misses(row, self.learns_absence), sample_index.sentences)
         sample = make_sample(row, self.reader(row), self.reader.image_processor, self.with_masks)
-        rng = random.Random(f"{self.seed}/{sample_index.epoch}/{row['sentences'][0]['sentence_id']}")
-        return augment(sample, self.augmentation, rng)
+        sample.key = f"{self.seed}/{sample_index.epoch}/{row['sentences'][0]['sentence_id']}"
+        sample.context = context
+        return augment(sample, self.augmentation, random.Random(sample.key))
 
 
 class EvaluationSamples:
@@ -122,8 +129,8 @@ class GroundingCollator:
     """
     Collate samples, or rows, into a batch of the model, through its processor.
 
-    A batch is the processor's, with `labels`, and `targets`: for each sentence a list with a dict for each phrase, of
-    its ids, text, types and annotations at the original size of the image.
+    A batch is the processor's, with `labels`, and `targets`: for each sentence a list with a dict for each phrase, see
+    `targets_of`.
 
     Args:
         processor ([`RefTRProcessor`]): makes the batch.
@@ -136,6 +143,8 @@ class GroundingCollator:
         are_resized (`bool`, *optional*, defaults to `False`): whether images have the model's size already.
         defers_normalization (`bool`, *optional*, defaults to `False`): whether images stay 8-bit, which takes a fifth
             of the bytes. `move` normalizes them.
+        negative_ratio (`float`, *optional*, defaults to 0): expressions about other images per sentence of training
+            samples, see `negatives`.
     """
 
     def __init__(
@@ -145,8 +154,10 @@ class GroundingCollator:
         with_masks: bool = False,
         are_resized: bool = False,
         defers_normalization: bool = False,
+        negative_ratio: float = 0.0,
     ) -> None:
         self.processor = processor
+        self.negative_ratio = negative_ratio
         self.defers_normalization = defers_normalization
         self.are_resized = are_resized
         self.with_targets = with_targets
@@ -155,6 +166,8 @@ class GroundingCollator:
     def __call__(self, items: list[Sample | dict]) -> dict:
         """Collate samples, or rows of `data_scripts.FEATURES`."""
         samples = [item if isinstance(item, Sample) else self.read(item) for item in items]
+        if self.negative_ratio:
+            samples = add_negatives(samples, self.negative_ratio)
         texts, phrases, boxes, masks, targets = [], [], [], [], []
         are_expressions = True
         for sample in samples:
@@ -167,7 +180,7 @@ class GroundingCollator:
                 spans = [(phrase["start"], phrase["end"]) for phrase in sentence["phrases"]]
                 spans_of_image.append(spans)
                 are_expressions = are_expressions and spans == [(0, len(sentence["text"]))]
-                objects = [phrase["objects"][0] for phrase in sentence["phrases"]]
+                objects = [phrase["objects"] for phrase in sentence["phrases"]]
                 boxes[-1].append(self.label_boxes(sample, objects))
                 masks[-1].append(self.label_masks(sample, objects))
                 targets.append(targets_of(sample, number))
@@ -197,26 +210,51 @@ class GroundingCollator:
         (image,) = image_processor.open_images([row["image"]], [(row["height"], row["width"])])
         return make_sample(row, to_array(row, image), image_processor, self.with_masks)
 
-    def label_boxes(self, sample: Sample, objects: list[int]) -> np.ndarray | None:
-        """Return the boxes of a sentence's labels, None if an evaluation asks for a degenerate one."""
-        boxes_xyxy = sample.boxes_xyxy[objects]
-        is_asked_only = self.with_targets and any(is_degenerate(box) for box in boxes_xyxy.tolist())
-        return None if is_asked_only else boxes_xyxy
+    def label_boxes(self, sample: Sample, objects: list[list[int]]) -> np.ndarray | list | None:
+        """
+        Return the boxes of a sentence's labels, as the processor takes them; None if an evaluation asks for a
+        degenerate one.
 
-    def label_masks(self, sample: Sample, objects: list[int]) -> np.ndarray | None:
-        """Return the masks of a sentence's labels, None if one of them is missing or empty."""
+        Args:
+            sample ([`Sample`]): with the sentence.
+            objects (`list[list[int]]`): those of each phrase.
+        """
+        named = [index for of_phrase in objects for index in of_phrase]
+        if self.with_targets and any(is_degenerate(box) for box in sample.boxes_xyxy[named].tolist()):
+            return None
+        return by_phrase(sample.boxes_xyxy, objects)
+
+    def label_masks(self, sample: Sample, objects: list[list[int]]) -> np.ndarray | list | None:
+        """Return the masks of a sentence's labels, None if one of them is missing or empty; see `label_boxes`."""
         if sample.masks is None:
             return None
-        masks = sample.masks[objects]
-        return masks if masks.any(axis=(1, 2)).all() else None
+        named = [index for of_phrase in objects for index in of_phrase]
+        return by_phrase(sample.masks, objects) if sample.masks[named].any(axis=(1, 2)).all() else None
+
+
+def by_phrase(values: np.ndarray, objects: list[list[int]]) -> np.ndarray | list[np.ndarray]:
+    """Return one value per phrase, or if phrases refer to none or several objects, an array for each of them."""
+    if all(len(of_phrase) == 1 for of_phrase in objects):
+        return values[[index for (index,) in objects]]
+    return [values[of_phrase] for of_phrase in objects]
 
 
 def targets_of(sample: Sample, number: int) -> list[dict]:
-    """Return the target of each phrase of a sentence, in pixels of the original image."""
+    """
+    Return what each phrase of a sentence refers to, in pixels of the original image.
+
+    Returns:
+        `list[dict]`: for each phrase its ids, text, types and the size of the image; of the one object that it refers
+        to `object_id`, `box`, `boxes` and `segmentation`, or `targets`, a list of such, if it refers to none or to
+        several.
+    """
     row, sentence = sample.row, sample.sentences[number]
     targets = []
     for index, phrase in enumerate(sentence["phrases"]):
-        item = row["objects"][phrase["objects"][0]]
+        of_phrase = [
+            {name: row["objects"][number][name] for name in ("object_id", "box", "boxes", "segmentation")}
+            for number in phrase["objects"]
+        ]
         targets.append(
             {
                 "image_id": row["image_id"],
@@ -224,10 +262,7 @@ def targets_of(sample: Sample, number: int) -> list[dict]:
                 "phrase": index,
                 "words": sentence["text"][phrase["start"] : phrase["end"]],
                 "types": phrase["types"],
-                "object_id": item["object_id"],
-                "box": item["box"],
-                "boxes": item["boxes"],
-                "segmentation": item["segmentation"],
+                **(of_phrase[0] if len(of_phrase) == 1 else {"targets": of_phrase}),
                 "image_size": (row["height"], row["width"]),
             }
         )
@@ -361,6 +396,8 @@ class TrainingData:
         with_masks (`bool`, *optional*, defaults to `False`): whether labels have masks.
         contents (`dict`, *optional*): samples of each shard of a stream, see `streams.count_together`; absent: they
             are counted here.
+        learns_absence (`bool`, *optional*, defaults to `False`): whether phrases that refer to nothing are trained on,
+            those of the rows and `negative_ratio` more.
 
     Raises:
         ValueError: if the samples do not fill one global batch.
@@ -375,23 +412,28 @@ class TrainingData:
         world_size: int,
         with_masks: bool = False,
         contents: dict | None = None,
+        learns_absence: bool = False,
     ) -> None:
         data, seed, batch_size = settings.data, settings.optimization.seed, settings.optimization.batch_size
         order = data.sentences_per_sample, seed, data.bucket_by_shape
         reader = ImageReader(processor.image_processor, data.image_cache)
-        prepare = TrainingSamples(reader, data.augmentation, seed, with_masks)
+        prepare = TrainingSamples(reader, data.augmentation, seed, with_masks, learns_absence)
         if isinstance(rows, StreamedRows):
-            streamed = StreamedOrder(rows, *order, contents)
+            streamed = StreamedOrder(rows, *order, contents, learns_absence)
             self.sampler = StreamSampler(streamed, batch_size, rank, world_size, max(1, data.num_workers))
             dataset = StreamedDataset(streamed, prepare)
         else:
-            self.sampler = EpochSampler(BuiltOrder(rows, *order), batch_size, rank, world_size)
+            self.sampler = EpochSampler(BuiltOrder(rows, *order, learns_absence), batch_size, rank, world_size)
             dataset = GroundingDataset(rows, prepare)
         self.loader = SampleLoader(
             dataset,
             batch_sampler=self.sampler,
             collate_fn=GroundingCollator(
-                processor, with_masks=with_masks, are_resized=True, defers_normalization=True
+                processor,
+                with_masks=with_masks,
+                are_resized=True,
+                defers_normalization=True,
+                negative_ratio=data.negative_ratio if learns_absence else 0.0,
             ),
             num_workers=data.num_workers,
         )

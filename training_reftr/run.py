@@ -171,7 +171,8 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
         synchronize_batch_norm(model, accelerator.device)
     contents = None
     if isinstance(train_rows, StreamedRows):
-        contents = count_together(train_rows, settings.data.sentences_per_sample, accelerator)
+        limit = settings.data.sentences_per_sample
+        contents = count_together(train_rows, limit, accelerator, model.config.predict_presence)
     data = TrainingData(
         train_rows,
         processor,
@@ -180,6 +181,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
         accelerator.num_processes,
         with_masks=model.config.predict_masks,
         contents=contents,
+        learns_absence=model.config.predict_presence,
     )
     num_batches = data.num_batches(0)
     refuse_few_samples(num_batches, settings.optimization, accelerator.num_processes)

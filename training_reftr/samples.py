@@ -14,6 +14,7 @@ import torch
 from data_scripts.building import is_degenerate
 from modeling_reftr import RefTRImageProcessor
 from modeling_reftr.rle_reftr import from_coco_rle
+from training_reftr.negatives import ImageContext
 from training_reftr.sampling import is_learnable
 
 
@@ -29,6 +30,8 @@ class Sample:
             mask.
         sentences (`list[dict]`): see `data_scripts.FEATURES`; their phrases name objects by index.
         row (`dict`): the annotations of these sentences, in pixels of the original image.
+        key (`str`, *optional*): identifies a training sample, for random numbers.
+        context ([`ImageContext`], *optional*): what all annotations of the image say.
     """
 
     image: np.ndarray
@@ -36,6 +39,8 @@ class Sample:
     masks: np.ndarray | None
     sentences: list[dict]
     row: dict
+    key: str = ""
+    context: ImageContext | None = None
 
 
 def make_sample(
@@ -75,12 +80,20 @@ def resize_mask(mask: np.ndarray, new_size: tuple[int, int], image_processor: Re
     return image_processor.resize_masks(torch.from_numpy(mask)[None], new_size, size, do_resize=True)[0].numpy()
 
 
-def without_misses(row: dict) -> dict:
-    """Return a row without the phrases that cannot be learned, see `sampling.is_learnable`."""
-    if not any(is_degenerate(item["box"]) for item in row["objects"]):
+def without_misses(row: dict, learns_absence: bool = False) -> dict:
+    """Return a row without the phrases and targets that cannot be learned, see `sampling.is_learnable`."""
+    is_miss = [is_degenerate(item["box"]) for item in row["objects"]]
+    if not any(is_miss) and all(phrase["objects"] for item in row["sentences"] for phrase in item["phrases"]):
         return row
     sentences = [
-        {**sentence, "phrases": [phrase for phrase in sentence["phrases"] if is_learnable(phrase, row["objects"])]}
+        {
+            **sentence,
+            "phrases": [
+                {**phrase, "objects": [index for index in phrase["objects"] if not is_miss[index]]}
+                for phrase in sentence["phrases"]
+                if is_learnable(phrase, row["objects"], learns_absence)
+            ],
+        }
         for sentence in row["sentences"]
     ]
     return {**row, "sentences": sentences}

@@ -110,9 +110,10 @@ def shard_batch(sizes: list[int], rank: int, world_size: int) -> list[int]:
     return sorted(rounds[:, rank].tolist())
 
 
-def is_learnable(phrase: dict, objects: list[dict]) -> bool:
+def is_learnable(phrase: dict, objects: list[dict], learns_absence: bool = False) -> bool:
     """
-    Return whether a phrase can be trained on: its object's box has an extent. Evaluation counts the others as misses.
+    Return whether a phrase can be trained on: the box of one of its objects has an extent, or it refers to nothing and
+    the model learns absence. Evaluation counts phrases of objects without extent as misses.
 
     Example:
 
@@ -120,37 +121,55 @@ def is_learnable(phrase: dict, objects: list[dict]) -> bool:
     >>> from training_reftr.sampling import is_learnable
 
     >>> objects = [{"box": [3.0, 4.0, 3.0, 9.0]}, {"box": [3.0, 4.0, 8.0, 9.0]}]
-    >>> [is_learnable({"objects": [index]}, objects) for index in (0, 1)]
-    [False, True]
+    >>> [is_learnable({"objects": indices}, objects) for indices in ([0], [1], [0, 1], [])]
+    [False, True, True, False]
 
     ```"""
-    return not (phrase["objects"] and is_degenerate(objects[phrase["objects"][0]]["box"]))
+    if not phrase["objects"]:
+        return learns_absence
+    return any(not is_degenerate(objects[index]["box"]) for index in phrase["objects"])
 
 
-def learnable_indices(row: dict) -> list[int]:
+def learnable_indices(row: dict, learns_absence: bool = False) -> list[int]:
     """Return the indices of a row's sentences that can be trained on, see `is_learnable`."""
     return [
         index
         for index, sentence in enumerate(row["sentences"])
-        if not sentence["phrases"] or any(is_learnable(phrase, row["objects"]) for phrase in sentence["phrases"])
+        if not sentence["phrases"]
+        or any(is_learnable(phrase, row["objects"], learns_absence) for phrase in sentence["phrases"])
     ]
 
 
-def learnable_sentences(table: pa.Table) -> list[np.ndarray]:
+def learnable_sentences(table: pa.Table, learns_absence: bool = False) -> list[np.ndarray]:
     """Return `learnable_indices` of each row of a table with the columns objects and sentences."""
     counts = pc.list_value_length(table["sentences"]).to_numpy()
     indices = [np.arange(count) for count in counts]
-    first = 0
-    for objects in table["objects"].chunks if "objects" in table.column_names else ():
-        boxes = objects.flatten().field("box").flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+    # converting a row to Python objects takes long, but few have something that cannot be learned
+    is_open = np.zeros(len(indices), dtype=bool)
+    if "objects" in table.column_names:
+        boxes = column_of(table, "objects").flatten().field("box").flatten()
+        boxes = boxes.to_numpy(zero_copy_only=False).reshape(-1, 4)
         is_miss = (boxes[:, 0] == boxes[:, 2]) | (boxes[:, 1] == boxes[:, 3])
-        if is_miss.any():  # rare, so that converting these rows to Python objects is cheap enough
-            row_of_object = np.repeat(np.arange(len(objects)), pc.list_value_length(objects).to_numpy())
-            for index in np.unique(row_of_object[is_miss]).tolist():
-                row = {"objects": objects[index].as_py(), "sentences": table["sentences"][first + index].as_py()}
-                indices[first + index] = np.array(learnable_indices(row), dtype=int)
-        first += len(objects)
+        row_of_object = np.repeat(
+            np.arange(len(indices)), pc.list_value_length(column_of(table, "objects")).to_numpy()
+        )
+        is_open[row_of_object[is_miss]] = True
+        if not learns_absence:
+            phrases = column_of(table, "sentences").flatten().field("phrases")
+            row_of_sentence = np.repeat(np.arange(len(indices)), counts)
+            num_phrases = pc.list_value_length(phrases).fill_null(0).to_numpy(zero_copy_only=False).astype(int)
+            is_absent = pc.list_value_length(phrases.flatten().field("objects")).to_numpy(zero_copy_only=False) == 0
+            is_open[np.repeat(row_of_sentence, num_phrases)[is_absent]] = True
+    for index in np.flatnonzero(is_open).tolist():
+        row = {name: table[name][index].as_py() for name in ("objects", "sentences")}
+        indices[index] = np.array(learnable_indices(row, learns_absence), dtype=int)
     return indices
+
+
+def column_of(table: pa.Table, name: str) -> pa.Array:
+    """Return a column of a table in one piece."""
+    column = table[name].combine_chunks()
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 class BuiltOrder:
@@ -165,9 +184,12 @@ class BuiltOrder:
         limit (`int`): maximum number of sentences per sample.
         seed (`int`): seed of the order.
         by_shape (`bool`): whether to group images of similar shape and texts of similar length, see `shuffle`.
+        learns_absence (`bool`, *optional*, defaults to `False`): whether phrases that refer to nothing are trained on.
     """
 
-    def __init__(self, rows: datasets.Dataset, limit: int, seed: int, by_shape: bool) -> None:
+    def __init__(
+        self, rows: datasets.Dataset, limit: int, seed: int, by_shape: bool, learns_absence: bool = False
+    ) -> None:
         self.rows = rows
         self.limit = limit
         self.seed = seed
@@ -178,7 +200,7 @@ class BuiltOrder:
         columns = rows.select_columns(names).with_format("arrow")
         for table in columns.iter(10_000):
             sentences = table["sentences"].combine_chunks()
-            taken = learnable_sentences(table)
+            taken = learnable_sentences(table, learns_absence)
             counts.append(np.array([len(row) for row in taken], dtype=int))
             indices.append(np.concatenate([none, *taken]))
             sizes = pc.list_value_length(sentences).to_numpy(zero_copy_only=False)

@@ -130,6 +130,12 @@ class DataSettings:
         "Batch images of similar shape, and texts of similar length, together; false for trained batch norms, whose "
         "statistics would depend on the shape.",
     )
+    negative_ratio: float = setting(
+        Scope.RESULTS,
+        0.0,
+        "Expressions about other images of a batch that are asked about each image, per sentence of training, and "
+        "refer to nothing there; for model.predict_presence.",
+    )
     augmentation: str = setting(
         Scope.RESULTS,
         "published",
@@ -145,7 +151,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "image_size", "max_text_length", "size_divisor", "expressions_per_image")
-        require_non_negative(self, "num_workers")
+        require_non_negative(self, "num_workers", "negative_ratio")
         for name, weight in self.stream_weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
                 raise ValueError(f"stream_weights has {name}={quote(weight)}; expected a finite number above 0.")

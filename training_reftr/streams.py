@@ -101,7 +101,9 @@ class StreamFingerprint(NamedTuple):
         return hashlib.blake2b("\n".join(self.digests).encode()).hexdigest()[:LENGTH]
 
 
-def count_shards(rows: StreamedRows, limit: int, rank: int = 0, world_size: int = 1) -> dict[tuple, ShardContents]:
+def count_shards(
+    rows: StreamedRows, limit: int, rank: int = 0, world_size: int = 1, learns_absence: bool = False
+) -> dict[tuple, ShardContents]:
     """
     Count the samples in the shards that a process is to count, reading their annotations.
 
@@ -109,6 +111,7 @@ def count_shards(rows: StreamedRows, limit: int, rank: int = 0, world_size: int 
         rows ([`StreamedRows`]): the stream.
         limit (`int`): maximum number of sentences per sample.
         rank, world_size (`int`): this process takes every `world_size`-th shard.
+        learns_absence (`bool`, *optional*, defaults to `False`): see `sampling.is_learnable`.
 
     Returns:
         `dict`: (stream, shard) -> its contents.
@@ -122,14 +125,16 @@ def count_shards(rows: StreamedRows, limit: int, rank: int = 0, world_size: int 
     for stream, number, part, shard in shards[rank::world_size]:
         num_samples, fingerprint = 0, Fingerprint()
         for table in tables_of(part.read_annotations(shard)):
-            counts = np.array([len(indices) for indices in learnable_sentences(table)], dtype=int)
+            counts = np.array([len(indices) for indices in learnable_sentences(table, learns_absence)], dtype=int)
             num_samples += int((-(-counts // limit)).sum())
             fingerprint.add(table)
         contents[stream, number] = ShardContents(fingerprint.num_rows, num_samples, fingerprint.hexdigest())
     return contents
 
 
-def count_together(rows: StreamedRows, limit: int, accelerator: Accelerator) -> dict[tuple, ShardContents]:
+def count_together(
+    rows: StreamedRows, limit: int, accelerator: Accelerator, learns_absence: bool = False
+) -> dict[tuple, ShardContents]:
     """
     Count the samples in all shards, each process a part of them. A collective.
 
@@ -139,7 +144,7 @@ def count_together(rows: StreamedRows, limit: int, accelerator: Accelerator) -> 
     start = time.monotonic()
     contents, error = {}, None
     try:
-        contents = count_shards(rows, limit, accelerator.process_index, accelerator.num_processes)
+        contents = count_shards(rows, limit, accelerator.process_index, accelerator.num_processes, learns_absence)
     except (ValueError, OSError) as raised:
         error = (OSError if isinstance(raised, OSError) else ValueError)(str(raised))
     gathered = gather_object([(contents, error)])
@@ -253,17 +258,25 @@ class StreamedOrder:
         seed (`int`): seed of the order.
         by_shape (`bool`): see `sampling.shuffle`.
         contents (`dict`, *optional*): see `count_together`; absent: all shards are counted now.
+        learns_absence (`bool`, *optional*, defaults to `False`): see `sampling.is_learnable`.
     """
 
     def __init__(
-        self, rows: StreamedRows, limit: int, seed: int, by_shape: bool, contents: dict | None = None
+        self,
+        rows: StreamedRows,
+        limit: int,
+        seed: int,
+        by_shape: bool,
+        contents: dict | None = None,
+        learns_absence: bool = False,
     ) -> None:
         self.shards = [rows.shards_of(stream) for stream in range(len(rows.streams))]
         self.weights = rows.weights
         self.limit = limit
         self.seed = seed
         self.by_shape = by_shape
-        contents = count_shards(rows, limit) if contents is None else contents
+        self.learns_absence = learns_absence
+        contents = count_shards(rows, limit, learns_absence=learns_absence) if contents is None else contents
         contents = [contents[shard] for shard in sorted(contents)]
         self.fingerprint = StreamFingerprint(
             sum(shard.num_rows for shard in contents), [shard.digest for shard in contents]
@@ -388,7 +401,8 @@ class StreamedOrder:
         part, number = self.shards[stream][shard]
         rng_of = (self.seed, epoch, stream, shard)
         num_yielded = 0
-        for sample in itertools.islice(cut_into_samples(part.read(number), epoch, self.limit, rng_of), start, end):
+        samples = cut_into_samples(part.read(number), epoch, self.limit, rng_of, self.learns_absence)
+        for sample in itertools.islice(samples, start, end):
             yield sample
             num_yielded += 1
         if num_yielded < end - start:
@@ -398,10 +412,12 @@ class StreamedOrder:
             )
 
 
-def cut_into_samples(rows: Iterable[dict], epoch: int, limit: int, seeds: tuple[int, ...]) -> Iterator[SampleIndex]:
+def cut_into_samples(
+    rows: Iterable[dict], epoch: int, limit: int, seeds: tuple[int, ...], learns_absence: bool = False
+) -> Iterator[SampleIndex]:
     """Yield the samples of each row, in the order of the rows; `seeds` and the row decide on their sentences."""
     for index, row in enumerate(rows):
-        indices = learnable_indices(row)
+        indices = learnable_indices(row, learns_absence)
         if len(indices) > 1:
             indices = np.array(indices)[generator(*seeds, index).permutation(len(indices))].tolist()
         num_samples = -(-len(indices) // limit)
