@@ -9,7 +9,8 @@ Four kinds of expression, named in each phrase's `types`:
 - relation: "the cat left of the apple", where the words before the relation fit two or more objects;
 - caption: "the cat is left of the apple and above the car", several phrases, each unique by attributes.
 
-A name also fits objects whose names end with it: a red mug is a mug.
+A name also fits objects whose names end with it: a red mug is a mug. On request there are three more kinds, for none
+or several of the objects: see `data_scripts/questions.py`.
 
 With `objects="openmoji"` the objects are the colour emoji of OpenMoji, https://openmoji.org, License: CC BY-SA 4.0.
 """
@@ -30,10 +31,13 @@ from PIL import Image, ImageFilter
 from .building import GroundingBuilder, Source, fingerprint
 from .masks import encode_mask
 from .openmoji import CITATION, HOMEPAGE, LICENSE, NAMES, draw_emoji, emoji_of, package_version
+from .questions import Description, draw_questions
 from .quoting import quote
 from .reading import MAX_PIXELS, check_text, has_words, load_image_file, read_image_size
 from .scenes import (
     MARGIN,
+    MAX_POSITIONS,
+    MAX_SCENES,
     MIN_SENTENCES,
     PLACES,
     RELATIONS,
@@ -65,8 +69,12 @@ MIN_SIDE = 8  # pixels of an object
 OPAQUE = 128  # alpha from which a pixel belongs to an object
 SIZE_RATIO = 1.4  # of the sides of two objects that are called large and small
 SHADOW = 0.06  # blur and distance of a shadow, in sides of its object
-MAX_POSITIONS = 20  # that are tried before an object is left out
-MAX_SCENES = 1000  # that are tried before an image is given up
+SIZES = ("small", "large")
+SIZE_WEIGHT = 0.1  # of "the large cat" where no cat is, relative to "the cat"
+# without these, the plural of a noun is the noun + "s", or "ies" for a "y"; others are asked for by "every" only
+IRREGULAR_ENDINGS = ("s", "x", "z", "ch", "sh", "f", "fe", "o", "man", "mouse", "goose", "foot", "tooth", "child")
+IRREGULAR_NOUNS = ("person", "die", "louse", "sheep", "deer", "moose", "bison", "salmon", "trout", "squid", "aircraft")
+PREPOSITIONS = ("of", "with", "in", "on", "for", "and")  # of "cup of tea", the plural is not at the end
 
 
 @dataclass
@@ -93,6 +101,8 @@ class CutoutsConfig(SceneConfig):
         mirror (`bool`): mirror half of the objects horizontally.
         min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
         shadow_opacity (`float`): opacity of the shadows, 0 for none.
+        absent_questions, half_right_questions, plural_questions (`int`): most expressions per image that fit nothing,
+            fit nothing although each word fits something, or fit several objects.
         seed (`int`): another seed generates another dataset.
     """
 
@@ -405,6 +415,10 @@ def draw_cutouts_row(split: str, index: int, library: Library, config: CutoutsCo
             continue
         sentences = describe_cutouts(rng, cutouts, MARGIN * config.image_size)
         if len(sentences) >= MIN_SENTENCES:
+            if config.has_questions:
+                # another generator leaves the images and the sentences above as they are
+                other_rng = np.random.default_rng([config.seed, SPLITS.index(split), index, 1])
+                sentences += ask_about_cutouts(other_rng, cutouts, names, config)
             objects = [(cutout.name, cutout.visible) for cutout in cutouts]
             return make_scene_row(f"cutouts_{split}_{index:06d}", image, objects, sentences)
     raise ValueError(
@@ -582,7 +596,7 @@ def describe_by_attributes(cutouts: list[Cutout], called: dict[str, list[int]]) 
                     (cutouts[large].visible_side, cutouts[small].visible_side),
                 )
             )
-            for size, index in (("small", small), ("large", large)):
+            for size, index in zip(SIZES, (small, large), strict=True):
                 if is_clear and not is_name(cutouts, f"{size} {head}"):
                     descriptions[index].append(f"{size} {head}")
     return descriptions
@@ -596,6 +610,58 @@ def is_name(cutouts: list[Cutout], text: str) -> bool:
 def choose_description(rng: np.random.Generator, choices: list[str]) -> str:
     """Choose one of an object's unique descriptions at random."""
     return f"the {choices[rng.integers(len(choices))]}"
+
+
+def plural_of(name: str) -> str | None:
+    """
+    Return the plural of a name whose last word has a regular one, else None.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.cutouts import plural_of
+
+    >>> plural_of("red mug"), plural_of("butterfly"), plural_of("snowman"), plural_of("T-REX")
+    ('red mugs', 'butterflies', None, None)
+
+    ```"""
+    *others, noun = name.split()
+    is_regular = re.fullmatch("[a-z]{2,}", noun) and not noun.endswith(IRREGULAR_ENDINGS)
+    if not is_regular or noun in IRREGULAR_NOUNS or not set(PREPOSITIONS).isdisjoint(others):
+        return None
+    return f"{name[:-1]}ies" if re.search("[^aeiou]y$", noun) else f"{name}s"
+
+
+def ask_about_cutouts(
+    rng: np.random.Generator, cutouts: list[Cutout], names: list[str], config: CutoutsConfig
+) -> list[dict]:
+    """Draw the expressions for none or several objects that the settings ask for, with the names of the split."""
+    descriptions = {"known": [], "absent": [], "half_right": []}
+    in_image = {cutout.name for cutout in cutouts}
+    words_in_image = {word for name in in_image for word in name.casefold().split()}
+    for name in names:
+        objects = [index for index, cutout in enumerate(cutouts) if is_called(cutout.name, name)]
+        description = Description(name, plural_of(name), objects)
+        words = name.casefold().split()
+        if objects:
+            descriptions["known"].append(description)
+        elif words_in_image.isdisjoint(words):
+            descriptions["absent"].append(description)
+            if words[0] not in SIZES:
+                descriptions["absent"] += [Description(f"{size} {name}", None, [], 2, SIZE_WEIGHT) for size in SIZES]
+        # a mug may be a red mug, and any cup the large cup
+        elif (
+            words_in_image.issuperset(words)
+            and words[0] not in SIZES
+            and not any(is_called(name, other) for other in in_image)
+        ):
+            descriptions["half_right"].append(description)
+    by_attribute = describe_by_attributes(
+        cutouts, {description.singular: description.objects for description in descriptions["known"]}
+    )
+    anchors = [(choices[0], index) for index, choices in enumerate(by_attribute) if choices]
+    middles = [middle_of(box_of_mask(cutout.visible)) for cutout in cutouts]
+    return draw_questions(rng, config, middles, descriptions, anchors)
 
 
 SOURCES = [

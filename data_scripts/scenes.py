@@ -1,7 +1,8 @@
 """
 Shared by the builders that generate their images: settings, sizes of images, textured grounds, and sentences.
 
-The kinds of expressions, `COUNTS`, are those of `data_scripts/shapes.py`.
+The kinds of expressions, `COUNTS`, are those of `data_scripts/shapes.py`; `data_scripts/questions.py` draws those for
+none or several objects.
 """
 
 import io
@@ -23,6 +24,8 @@ COUNTS = {"attribute": 2, "place": 2, "relation": 2, "caption": 1}  # kind -> mo
 MIN_SENTENCES = 3  # per image
 MARGIN = 0.08  # in `image_size`: what is called left is left by this much, what is not, is not
 MAX_ASPECT_RATIO = 4.0  # shorter sides than half of `image_size` leave no room for objects
+MAX_POSITIONS = 20  # that are tried before an object is given up
+MAX_SCENES = 1000  # that are tried before an image is given up
 
 
 @dataclass
@@ -34,6 +37,8 @@ class SceneConfig(datasets.BuilderConfig):
             have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
         num_train, num_validation, num_test (`int`): images per split, each with about seven expressions.
         min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
+        absent_questions, half_right_questions, plural_questions (`int`): most expressions per image that fit nothing,
+            fit nothing although each word fits something, or fit several objects.
         seed (`int`): another seed generates another dataset.
     """
 
@@ -44,6 +49,9 @@ class SceneConfig(datasets.BuilderConfig):
     num_validation: int = 200
     num_test: int = 200
     min_visible: float = 0.6
+    absent_questions: int = 0
+    half_right_questions: int = 0
+    plural_questions: int = 0
     seed: int = 0
 
     def validate(self) -> None:
@@ -62,8 +70,16 @@ class SceneConfig(datasets.BuilderConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 0.1 <= self.min_visible <= 1:
             raise ValueError(f"min_visible={self.min_visible} must be from 0.1 to 1.")
+        for name in ("absent_questions", "half_right_questions", "plural_questions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0: the most expressions per image.")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative.")
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether there are expressions that fit nothing, or several objects."""
+        return self.absent_questions + self.half_right_questions + self.plural_questions > 0
 
 
 def draw_image_size(rng: np.random.Generator, config: SceneConfig) -> tuple[int, int]:

@@ -7,8 +7,11 @@ Four kinds of expression, named in each phrase's `types`:
 - place: "the leftmost circle", the extreme one of two or more;
 - relation: "the star below the blue square", where the words before the relation fit two or more objects;
 - caption: "the red circle is left of the star", several phrases, each unique by attributes.
+
+On request three more, for none or several of the objects: see `data_scripts/questions.py`.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,10 +23,13 @@ from PIL import Image, ImageDraw
 
 from .building import GroundingBuilder, Source
 from .masks import encode_mask
+from .questions import Description, draw_questions
 from .quoting import quote
 from .reading import MAX_PIXELS
 from .scenes import (
     MARGIN,
+    MAX_POSITIONS,
+    MAX_SCENES,
     MIN_SENTENCES,
     PLACES,
     RELATIONS,
@@ -50,6 +56,7 @@ SHAPES = ("circle", "square", "star")
 SIZES = {"small": (0.1, 0.12), "large": (0.17, 0.21)}  # radius, in shorter sides of an image
 MIN_SCALE = 0.5  # smaller objects have too few pixels for their shape to be seen
 MAX_DIAMETER = 0.85  # of an object, in shorter sides of an image
+MAX_OBJECTS = 6
 SPLITS = ("train", "validation", "test")
 
 REPEATED_COLORS = 1 / 12
@@ -65,20 +72,27 @@ class ShapesConfig(SceneConfig):
         min_aspect_ratio, max_aspect_ratio (`float`): width / height is drawn between these, log-uniformly: images
             have round(image_size * sqrt(ratio)) x round(image_size / sqrt(ratio)) pixels. From 0.25 to 4.
         num_train, num_validation, num_test (`int`): images per split, each with about seven expressions.
+        max_objects (`int`): objects per image, from 2 to this number, which is at most 6. Scenes of more objects are
+            given up more often, because of large objects. The colours of more than three objects repeat.
         object_scale (`float`): factor of the size of all objects, at most what fits into the shorter side of an image.
         min_visible (`float`): fraction of an object that objects in front of it leave visible, at least 0.1.
         repeated_colors (`float`): share of the training scenes in which a colour may come twice, in steps of 1/12. In
             the others a colour is enough to name an object; here expressions depend on its size and shape, which
             takes longer to learn. The other splits always have 1/12, so that results are comparable.
+        absent_questions, half_right_questions, plural_questions (`int`): most expressions per image that fit nothing,
+            fit nothing although each word fits something, or fit several objects.
         seed (`int`): another seed generates another dataset.
     """
 
+    max_objects: int = 3
     object_scale: float = 1.0
     repeated_colors: float = REPEATED_COLORS
 
     def validate(self) -> None:
         """Validate the settings; raise a ValueError for one that no image can be generated with."""
         super().validate()
+        if not 2 <= self.max_objects <= MAX_OBJECTS:
+            raise ValueError(f"max_objects={self.max_objects} must be from 2 to {MAX_OBJECTS}.")
         limit = MAX_DIAMETER / (2 * SIZES["large"][1])
         if not MIN_SCALE <= self.object_scale <= limit:
             raise ValueError(
@@ -132,15 +146,32 @@ class Shape:
 
 
 def draw_row(split: str, index: int, config: ShapesConfig) -> dict:
-    """Place shapes until there are enough sentences about them, then draw and describe the scene."""
+    """
+    Place shapes until there are enough sentences about them, then draw and describe the scene.
+
+    Raises:
+        ValueError: if none of many scenes has enough, because of the settings.
+    """
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     width, height = draw_image_size(rng, config)
     repeated_colors = config.repeated_colors if split == "train" else REPEATED_COLORS
-    sentences = []
-    while len(sentences) < MIN_SENTENCES:
+    for _ in range(MAX_SCENES):
         shapes = place_shapes(rng, width, height, config, repeated_colors)
         sentences = write_sentences(rng, shapes, config.image_size) if shapes else []
+        if len(sentences) >= MIN_SENTENCES:
+            break
+    else:
+        raise ValueError(
+            f"None of {MAX_SCENES} scenes has room for its objects and {MIN_SENTENCES} unambiguous sentences: lower "
+            f"object_scale={config.object_scale}, min_visible={config.min_visible} or "
+            f"max_objects={config.max_objects}."
+        )
     image = draw_scene(rng, width, height, shapes)
+    if config.has_questions:
+        # another generator leaves the images and the sentences above as they are
+        sentences += ask_about_shapes(
+            np.random.default_rng([config.seed, SPLITS.index(split), index, 1]), shapes, config
+        )
     objects = [(shape.shape, shape.visible) for shape in shapes]
     return make_scene_row(f"shapes_{split}_{index:06d}", image, objects, sentences)
 
@@ -149,33 +180,43 @@ def place_shapes(
     rng: np.random.Generator, width: int, height: int, config: ShapesConfig, repeated_colors: float
 ) -> list[Shape]:
     """
-    Draw positions of two or three shapes, later ones in front; return none if one hides too much of another. The share
+    Draw positions of two or more shapes, later ones in front; return none if one hides too much of another. The share
     `repeated_colors` of the scenes may have a colour twice.
     """
-    count = rng.integers(2, 4)
+    count = rng.integers(2, config.max_objects + 1)
     may_repeat = bool(rng.integers(12) < 12 * repeated_colors)
-    colors = rng.choice(list(COLORS), size=count, replace=may_repeat)
+    colors = rng.choice(list(COLORS), size=count, replace=may_repeat or count > len(COLORS))
+    num_positions = MAX_POSITIONS if config.max_objects > 3 else 1  # the images of up to three stay the same
     shapes = []
     for color in colors:
         size, kind = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))
         radius = rng.uniform(*SIZES[size]) * config.object_scale * min(width, height)
-        center = tuple(rng.uniform(radius + 1, np.array([width, height]) - radius - 1))
-        shape = Shape(size, str(color), kind, center, radius)
-        shape.alpha = draw_alpha(shape, width, height)
-        if not place_in_front(shape, shapes, config.min_visible):
+        for _ in range(num_positions):
+            center = tuple(rng.uniform(radius + 1, np.array([width, height]) - radius - 1))
+            shape = Shape(size, str(color), kind, center, radius)
+            shape.alpha = draw_alpha(shape, width, height)
+            if place_in_front(shape, shapes, config.min_visible):
+                break
+        else:
             return []
-        shapes.append(shape)
     for shape in shapes:
         shape.middle = middle_of(box_of_mask(shape.visible))
     return shapes
 
 
 def place_in_front(shape: Shape, others: list[Shape], min_visible: float) -> bool:
-    """Remove what a shape covers from the visible parts of others, and return whether enough of each remains."""
+    """Add a shape in front of others and return True, unless it leaves too little of one visible."""
     shape.visible = shape.alpha > 0.5
-    for other in others:
-        other.visible = other.visible & ~shape.visible
-    return all(other.visible.sum() >= min_visible * (other.alpha > 0.5).sum() for other in others)
+    remaining = [other.visible & ~shape.visible for other in others]
+    if any(
+        visible.sum() < min_visible * (other.alpha > 0.5).sum()
+        for visible, other in zip(remaining, others, strict=True)
+    ):
+        return False
+    for visible, other in zip(remaining, others, strict=True):
+        other.visible = visible
+    others.append(shape)
+    return True
 
 
 def draw_scene(rng: np.random.Generator, width: int, height: int, shapes: list[Shape]) -> Image.Image:
@@ -227,9 +268,15 @@ def attributes_of(shape: Shape) -> list[tuple]:
     ]
 
 
+def weight_of(attributes: tuple) -> float:
+    """Return how often a description (size, color, shape) is drawn, relative to others."""
+    size, color, _ = attributes
+    return (12.0 if color else 1.0) * (0.2 if size else 1.0)
+
+
 def draw_description(rng: np.random.Generator, choices: list[tuple]) -> tuple:
     """Draw one of several descriptions; the colour is mostly named, and the size only if required."""
-    weights = np.array([(12.0 if color else 1.0) * (0.2 if size else 1.0) for size, color, _ in choices])
+    weights = np.array([weight_of(words) for words in choices])
     return choices[rng.choice(len(choices), p=weights / weights.sum())]
 
 
@@ -238,13 +285,23 @@ def matches(shapes: list[Shape], attributes: tuple) -> list[int]:
     return [index for index, shape in enumerate(shapes) if shape.fits(*attributes)]
 
 
-def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: int) -> list[dict]:
-    """Write up to seven unambiguous sentences, of fewer kinds if the scene does not allow all."""
-    margin = MARGIN * image_size
-    by_attribute = [
+def unique_attributes(shapes: list[Shape]) -> list[list[tuple]]:
+    """Return the descriptions of each shape that fit no other one."""
+    return [
         [words for words in attributes_of(shape) if any(words) and matches(shapes, words) == [index]]
         for index, shape in enumerate(shapes)
     ]
+
+
+def choose_anchor_words(choices: list[tuple]) -> tuple:
+    """Choose the fullest description that is not the longest: two words where they do, else what there is."""
+    return min(choices, key=lambda words: abs(2 - sum(word is not None for word in words)))
+
+
+def write_sentences(rng: np.random.Generator, shapes: list[Shape], image_size: int) -> list[dict]:
+    """Write up to seven unambiguous sentences, of fewer kinds if the scene does not allow all."""
+    margin = MARGIN * image_size
+    by_attribute = unique_attributes(shapes)
     written = {
         "attribute": [
             [(f"the {describe_shape(draw_description(rng, choices))}", index)]
@@ -280,8 +337,7 @@ def relations(shapes: list[Shape], by_attribute: list, margin: float) -> list:
     for anchor, anchor_words in enumerate(by_attribute):
         if not anchor_words:
             continue
-        # the fullest description that is not the longest: two words where they do, else what there is
-        told_by = min(anchor_words, key=lambda words: abs(2 - sum(word is not None for word in words)))
+        told_by = choose_anchor_words(anchor_words)
         for words in descriptions:
             candidates = [index for index in matches(shapes, words) if index != anchor]
             for relation in RELATIONS:
@@ -308,6 +364,29 @@ def captions(rng: np.random.Generator, shapes: list[Shape], by_attribute: list, 
             parts += [(f" {'and' if number else 'is'} {relation} ", None), (name(other), other)]
         found.append(parts)
     return found
+
+
+def ask_about_shapes(rng: np.random.Generator, shapes: list[Shape], config: ShapesConfig) -> list[dict]:
+    """Draw the expressions for none or several shapes that the settings ask for."""
+    descriptions = {"known": [], "absent": [], "half_right": []}
+    for words in itertools.product((None, *SIZES), (None, *COLORS), (None, *SHAPES)):
+        size, color, kind = words
+        objects = matches(shapes, words)
+        text = describe_shape(words)
+        length = sum(word is not None for word in words)
+        description = Description(text, f"{text}s", objects, length, weight_of(words))
+        if objects:
+            descriptions["known"].append(description)
+        elif not (matches(shapes, (None, color, None)) and matches(shapes, (None, None, kind))):
+            descriptions["absent"].append(description)
+        elif matches(shapes, (size, None, None)):  # else it is not clear that a shape is not small, or not large
+            descriptions["half_right"].append(description)
+    anchors = [
+        (describe_shape(choose_anchor_words(choices)), index)
+        for index, choices in enumerate(unique_attributes(shapes))
+        if choices
+    ]
+    return draw_questions(rng, config, [shape.middle for shape in shapes], descriptions, anchors)
 
 
 SOURCES = [
