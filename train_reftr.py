@@ -31,6 +31,7 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 
 from training_reftr.banner import announce, describe_results
+from training_reftr.calibration import calibrate
 from training_reftr.card import write_card
 from training_reftr.checkpoints import save_checkpoint
 from training_reftr.dry_run import estimate, limited
@@ -98,6 +99,8 @@ def run_all(settings: TrainingSettings, signals: Signals) -> None:
             model, processor = load_for_report(settings)
             if eval_only:
                 announce(rows, model, settings, accelerator)
+            elif model.config.predict_presence:
+                calibrate(model.to(accelerator.device), processor, rows, settings, accelerator)
             metrics = report(model.to(accelerator.device), processor, rows, settings, accelerator)
             if accelerator.is_main_process:
                 if not (eval_only and settings.initialization.init_from):  # the folder has no model otherwise

@@ -35,8 +35,8 @@ AXES = {
 }
 DESCRIPTION = (
     "RefTR for visual grounding. pred_boxes: (center_x, center_y, width, height) in 0..1 of each image without its "
-    "padding. pred_masks: logits over the padded image. phrase_mask: true for real phrases. From a model that predicts "
-    "presence, query_boxes are the boxes of all queries of a phrase, and presence their scores; those above "
+    "padding. pred_masks: logits over the padded image. phrase_mask: true for real phrases. Of a model that predicts "
+    "presence, query_boxes are the boxes of all queries of a phrase and presence their scores; those above "
     "presence_threshold are its answers."
 )
 

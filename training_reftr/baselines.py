@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from training_reftr.evaluation import grounding_metrics, largest_iou
+from training_reftr.generalized import has_one_target
 from training_reftr.metrics import THRESHOLDS, box_ious
 
 
@@ -19,7 +20,7 @@ def shuffled_expressions(records: list[dict]) -> dict | None:
 
     Each object is compared with the box predicted for an expression about another object of its image. A model that
     ignores the text scores here as it does otherwise. Images with a single object cannot be shuffled and are not
-    counted.
+    counted, nor are phrases with none or several targets.
 
     Args:
         records (`list[dict]`): see `training_reftr.evaluation.evaluate`.
@@ -28,7 +29,7 @@ def shuffled_expressions(records: list[dict]) -> dict | None:
         `dict`, *optional*: see `grounding_metrics`; None if no image has several objects.
     """
     by_image = defaultdict(list)
-    for record in records:
+    for record in filter(has_one_target, records):
         by_image[record["image_id"]].append(record)
     ious = []
     for group in by_image.values():
@@ -48,7 +49,8 @@ def constant_box(
     """
     Return the metrics of one box for all phrases, which ignores image and text.
 
-    The box is the one, relative to its image, that matches most of the boxes of some training phrases.
+    The box is the one, relative to its image, that matches most of the boxes of some training phrases. Phrases with
+    none or several targets are not counted.
 
     Args:
         train_rows (`Dataset` or `IterableDataset`): see `data_scripts.FEATURES`.
@@ -66,13 +68,15 @@ def constant_box(
         columns = list(columns.take(num_phrases))
     for index in rng.sample(range(len(columns)), min(len(columns), num_phrases)):
         row = columns[index]
-        phrases = [phrase for sentence in row["sentences"] for phrase in sentence["phrases"]]
-        box = row["objects"][rng.choice(phrases)["objects"][0]]["box"]
-        boxes.append(np.array(box) / [row["width"], row["height"], row["width"], row["height"]])
+        phrases = [phrase for sentence in row["sentences"] for phrase in sentence["phrases"] if phrase["objects"]]
+        for number in rng.choice(phrases)["objects"] if phrases else ():
+            box = np.array(row["objects"][number]["box"])
+            boxes.append(box / [row["width"], row["height"], row["width"], row["height"]])
     boxes = np.stack(boxes)
     candidates = np.concatenate((boxes[:num_candidates], boxes.mean(axis=0, keepdims=True)))
     hits = (box_ious(candidates[:, None], boxes) > THRESHOLDS[0]).sum(axis=1)
     best = candidates[hits.argmax()]
+    records = list(filter(has_one_target, records))
     sizes = np.array([record["image_size"][::-1] * 2 for record in records])
     ious = box_ious(best, np.array([record["box"] for record in records]) / sizes)
     return {**grounding_metrics(ious.tolist()), "box_xyxy": [round(value, 4) for value in best.tolist()]}

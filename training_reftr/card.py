@@ -19,6 +19,7 @@ from data_scripts.yaml_values import read_yaml
 from modeling_reftr.configuration_reftr import RefTRConfig
 from modeling_reftr.loading_reftr import naming_files
 from modeling_reftr.requirements_reftr import MINIMUM_VERSIONS
+from training_reftr.evaluation import default_best_metric
 from training_reftr.hub import write_contents
 from training_reftr.json_files import read_json, read_json_lines
 from training_reftr.published_results import DATASET_NAMES, find_cut, has_coco_images
@@ -184,31 +185,37 @@ def read_facts(folder: Path) -> dict:
         with naming_files(folder, [file.name], {}), safe_open(file, "pt") as weights:
             names = list(weights.keys())
             num_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    recipe = read(run.recipe)
+    config, recipe = RefTRConfig.from_pretrained(folder).to_dict(), read(run.recipe)
     comments = read_text(run.recipe).splitlines() if recipe else []
     metrics = read(run.metrics)
     return {
-        "config": RefTRConfig.from_pretrained(folder).to_dict(),
+        "config": config,
         "recipe": recipe,
         # changes of settings when the run was resumed
         "changes": [line.removeprefix("# ") for line in comments if line.startswith("# from step ")],
         "origin": read(run.origin),
         "metrics": metrics,
-        "validation": best_validation(run.log, recipe.get("validation_split", "validation")),
+        "validation": best_validation(
+            run.log, recipe.get("validation_split", "validation"), config.get("predict_presence", False)
+        ),
         "num_parameters": num_parameters,
         "has_pictures": run.drawn_predictions.is_file(),
         "has_example": "example" in metrics and (folder / metrics["example"]["image"]).is_file(),
     }
 
 
-def best_validation(path: Path, split: str) -> dict:
-    """Return the record of the best validation in a run's metrics.jsonl, by masks if there are any."""
+def best_validation(path: Path, split: str, predicts_presence: bool = False) -> dict:
+    """Return the record of the best validation in a run's metrics.jsonl, by `default_best_metric`."""
     if not path.is_file():
         return {}
     records = [record for _, _, record in read_json_lines(path) if isinstance(record, dict)]
     records = [record for record in records if f"{split}/accuracy@0.5" in record]
-    keys = (f"{split}/mask_mean_iou", f"{split}/accuracy@0.5")
-    return max(records, key=lambda record: next(record[key] for key in keys if key in record), default={})
+
+    def value_of(record: dict) -> float:
+        names = [name.removeprefix(f"{split}/") for name in record]
+        return record.get(f"{split}/{default_best_metric(names, predicts_presence)}", 0.0)
+
+    return max(records, key=value_of, default={})
 
 
 def make_card(facts: dict, repository: str | None = None) -> str:

@@ -5,7 +5,8 @@ call it.
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import combinations
 
 import datasets
@@ -15,8 +16,11 @@ from accelerate.utils import DistributedType, gather_object
 
 from data_scripts.masks import mask_iou
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
+from modeling_reftr.modeling_reftr import RefTRVisualGroundingOutput
+from modeling_reftr.presence_reftr import RankedQueries, rank_queries
 from modeling_reftr.rle_reftr import from_coco_rle, to_coco_rle
 from training_reftr.data import EvaluationData, move
+from training_reftr.generalized import generalized_metrics, has_one_target, targets_in
 from training_reftr.metrics import BoxMetrics, MaskMetrics, box_ious, mean, recalls
 from training_reftr.progress import Progress
 from training_reftr.settings import EvaluationSettings, TrainingSettings
@@ -54,7 +58,10 @@ def evaluate(
         `pred_box` (xyxy in pixels), `iou`, and `any_box_iou`, the largest IoU with any of the object's boxes. A phrase
         removed by truncation has `pred_box` None and IoUs of 0. With masks also `pred_segmentation` (COCO's run-length
         encoding, or None) and, where the target has a mask, `mask_pixels` and `resized_mask_pixels`: (intersection,
-        union) at the image's original size, and at its resized size, which the published evaluation uses. None, on
+        union) at the image's original size, and at its resized size, which the published evaluation uses. From a model
+        that predicts presence, and of phrases with none or several targets, also `query_boxes` and `query_scores` of
+        all queries, from the highest score to the lowest, the `threshold` above which they are answers, and with masks
+        `answer_pixels`, (intersection, union) of the masks of all answers together at the original size. None, on
         every process, if `should_stop` ended the evaluation.
 
     Raises:
@@ -157,27 +164,96 @@ def predict_batch(
         for image, targets in zip(batch["image_index"].tolist(), batch["targets"], strict=True)
     }
     sizes = [size_of[image] for image in range(len(batch["pixel_mask"]))]  # every image of a batch has a sentence
-    answers = processor.post_process_grounding(outputs, sizes)
-    if outputs.pred_masks is None:
-        masks = [()] * len(answers)
-    else:
-        masks = zip(
-            processor.image_processor.post_process_masks(outputs, sizes, two_step=evaluation.two_step_masks),
-            processor.image_processor.post_process_masks(outputs, two_step=True),
-            strict=True,
-        )
+    queries = rank_queries(outputs)
+    boxes_xyxy = processor.image_processor.scale_boxes(outputs.pred_boxes, outputs, sizes).float().cpu()
+    query_boxes = processor.image_processor.scale_boxes(queries.boxes_cxcywh, outputs, sizes).float().cpu()
+    query_scores, is_answered = queries.scores.float().cpu(), outputs.phrase_mask.cpu()
+    threshold = 0.0 if outputs.presence is None else outputs.presence_threshold.item()
+    masks = PhraseMasks.of(outputs, sizes, queries, evaluation.two_step_masks, processor)
     records = []
-    for targets, answer, masks_of_sentence in zip(batch["targets"], answers, masks, strict=True):
-        answer_indices = {phrase: index for index, phrase in enumerate(answer["phrase_indices"])}
+    for number, targets in enumerate(batch["targets"]):
         for target in targets:
-            index = answer_indices.get(target["phrase"])
+            slot = target["phrase"]
+            has_answer = slot < is_answered.shape[1] and bool(is_answered[number, slot])
             record = {**target, "pred_box": None, "iou": 0.0, "any_box_iou": 0.0}
-            if index is not None:
-                record |= compare_boxes(answer["boxes"][index].float().cpu(), target)
-            if masks_of_sentence:
-                record |= compare_masks(*masks_of_sentence, index, target, processor)
+            if has_answer:
+                record |= compare_boxes(boxes_xyxy[number, slot], target)
+            if outputs.presence is not None or not has_one_target(target):
+                record["query_boxes"] = query_boxes[number, slot].tolist() if has_answer else []
+                record["query_scores"] = query_scores[number, slot].tolist() if has_answer else []
+                record["threshold"] = threshold
+            if masks is not None:
+                record |= masks.compare(number, slot if has_answer else None, record, processor)
             records.append(record)
     return records
+
+
+@dataclass
+class PhraseMasks:
+    """
+    The masks of a batch.
+
+    Args:
+        best, resized (`list[torch.Tensor]`): for each sentence the masks of its real phrases, bool (phrases, height,
+            width), at the original size and at the resized one.
+        answers (`list[torch.Tensor]`): for each sentence those of all answers, at the original size.
+        phrase_mask (`torch.Tensor` of shape `(S, P)`): True for real phrases.
+        is_answer (`torch.Tensor` of shape `(S, P, K)`): True for answers.
+    """
+
+    best: list[torch.Tensor]
+    resized: list[torch.Tensor]
+    answers: list[torch.Tensor]
+    phrase_mask: torch.Tensor
+    is_answer: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        outputs: RefTRVisualGroundingOutput,
+        sizes: list[tuple[int, int]],
+        queries: RankedQueries,
+        two_step: bool,
+        processor: RefTRProcessor,
+    ) -> "PhraseMasks | None":
+        """Return the masks of outputs, at the original sizes (height, width) of the images; None without masks."""
+        if outputs.pred_masks is None:
+            return None
+        convert = processor.image_processor.post_process_masks
+        best = convert(outputs, sizes, two_step=two_step)
+        answers = best if outputs.presence is None else convert(outputs, sizes, two_step=two_step, queries=queries)
+        resized = convert(outputs, two_step=True)
+        return cls(best, resized, answers, outputs.phrase_mask.cpu(), queries.is_answer.cpu())
+
+    def compare(self, number: int, slot: int | None, record: dict, processor: RefTRProcessor) -> dict:
+        """
+        Return the fields of a phrase's record about its masks.
+
+        Args:
+            number (`int`): of the sentence in the batch.
+            slot (`int`, *optional*): of the phrase; None: it has no prediction.
+            record (`dict`): what is known of it.
+            processor ([`RefTRProcessor`]): resizes the truth.
+        """
+        index = None if slot is None else int(self.phrase_mask[number, :slot].sum())
+        fields = {"pred_segmentation": None if index is None else to_coco_rle(self.best[number][index])}
+        truths = [target["segmentation"] for target in targets_in(record)]
+        if None in truths:
+            return fields
+        truths = [torch.from_numpy(from_coco_rle(truth)) for truth in truths]
+        if has_one_target(record):
+            masks = self.best[number], self.resized[number]
+            fields |= compare_masks(*masks, index, truths[0], processor)
+        if "query_scores" in record:
+            union = torch.zeros(record["image_size"], dtype=torch.bool)
+            expected = torch.stack(truths).any(dim=0) if truths else union
+            if slot is not None:
+                is_answer = self.is_answer[number]
+                start = int(is_answer[:slot].sum())
+                answers = self.answers[number][start : start + int(is_answer[slot].sum())].cpu()
+                union = answers.any(dim=0) if len(answers) else union
+            fields["answer_pixels"] = ((union & expected).sum().item(), (union | expected).sum().item())
+        return fields
 
 
 def compare_boxes(pred_box: torch.Tensor, target: dict) -> dict:
@@ -192,10 +268,11 @@ def compare_boxes(pred_box: torch.Tensor, target: dict) -> dict:
             f"The model's box for {target['words']!r} ({target['sentence_id']}) is {pred_box.tolist()}: its weights "
             "are broken, or mixed_precision is too coarse for it."
         )
+    targets, box = targets_in(target), pred_box.tolist()
     return {
-        "pred_box": pred_box.tolist(),
-        "iou": largest_iou(pred_box.tolist(), [target["box"]]),
-        "any_box_iou": largest_iou(pred_box.tolist(), target["boxes"]),
+        "pred_box": box,
+        "iou": max((largest_iou(box, [item["box"]]) for item in targets), default=0.0),
+        "any_box_iou": max((largest_iou(box, item["boxes"]) for item in targets), default=0.0),
     }
 
 
@@ -205,13 +282,14 @@ def largest_iou(box_xyxy: list[float], boxes_xyxy: list[list[float]]) -> float:
 
 
 def compare_masks(
-    masks: torch.Tensor, resized_masks: torch.Tensor, index: int | None, target: dict, processor: RefTRProcessor
+    masks: torch.Tensor,
+    resized_masks: torch.Tensor,
+    index: int | None,
+    truth: torch.Tensor,
+    processor: RefTRProcessor,
 ) -> dict:
-    """Return the fields of a phrase's record about its mask, which is `masks[index]`; None if it has no prediction."""
-    fields = {"pred_segmentation": None if index is None else to_coco_rle(masks[index])}
-    if target["segmentation"] is None:
-        return fields
-    truth = torch.from_numpy(from_coco_rle(target["segmentation"]))
+    """Return the counted pixels of a phrase's mask, which is `masks[index]`; None if it has no prediction."""
+    fields = {}
     resized_truth = processor.image_processor.resize_masks(truth[None], resized_masks.shape[-2:])[0]
     for name, answers, expected in (
         ("mask_pixels", masks, truth),
@@ -273,10 +351,18 @@ def mask_separation(records: list[dict]) -> dict[str, float]:
 
 def summarize(records: list[dict]) -> dict:
     """
-    Return the metrics of all phrases, and under `per_kind` those of each phrase type (a phrase of two types counts in
-    both): `grounding_metrics`, `mask_metrics`, and, where objects have several boxes, `recalls`. `mask_separation` is
-    that of all phrases.
+    Return the metrics of an evaluation.
+
+    Args:
+        records (`list[dict]`): see `evaluate`.
+
+    Returns:
+        `dict`: of the phrases that refer to one object, and under `per_kind` those of each phrase type (a phrase of
+        two types counts in both): `grounding_metrics`, `mask_metrics`, and, where objects have several boxes,
+        `recalls`; `mask_separation` of all of them. From a model that predicts presence, or with phrases that refer to
+        none or several objects, also the `generalized_metrics` of all phrases.
     """
+    all_records, records = records, [record for record in records if has_one_target(record)]
     by_kind = defaultdict(list)
     for record in records:
         for kind in record["types"]:
@@ -290,4 +376,30 @@ def summarize(records: list[dict]) -> dict:
         return values | mask_metrics(group)
 
     per_kind = {kind: metrics(group) for kind, group in sorted(by_kind.items())}
-    return metrics(records) | mask_separation(records) | {"per_kind": per_kind}
+    values = metrics(records) | mask_separation(records)
+    if any("query_scores" in record for record in all_records):
+        all_records = [with_queries(record) for record in all_records]
+        values |= generalized_metrics(all_records, all_records[0]["threshold"])
+    return values | {"per_kind": per_kind}
+
+
+def with_queries(record: dict) -> dict:
+    """Return a record with `query_boxes` and `query_scores`; a model without presence has one certain answer."""
+    if "query_scores" in record:
+        return record
+    boxes = [] if record["pred_box"] is None else [record["pred_box"]]
+    fields = {"query_boxes": boxes, "query_scores": [1.0] * len(boxes), "threshold": 0.0}
+    return {**record, **fields, **({"answer_pixels": record["mask_pixels"]} if "mask_pixels" in record else {})}
+
+
+def default_best_metric(metrics: Collection[str], predicts_presence: bool) -> str:
+    """
+    Return the metric that selects the best model.
+
+    Args:
+        metrics (`Collection[str]`): names of the metrics of an evaluation.
+        predicts_presence (`bool`): whether the model predicts presence.
+    """
+    if predicts_presence:
+        return "pr_f1_iou@0.5"
+    return "mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5"

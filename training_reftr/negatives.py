@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 # words that are true of something in almost every image
 UNSPECIFIC = frozenset(
-    (
+    re.findall(
+        r"\w+",
         "a an the this that these those it its his her their him them he she they who which one ones two both all "
-        "of in on at by to from with and or not is are was were be has have near next between behind front above "
-        "below under over left right top bottom middle center corner side leftmost rightmost topmost bottommost first "
-        "last closest object objects thing things shape shapes item items something small large big little tall short "
-        "other every"
-    ).split(" ")
+        "every other of in on at by to from with and or not is are was were be has have near next between behind "
+        "front above below under over left right top bottom middle center corner side leftmost rightmost topmost "
+        "bottommost first last closest object objects thing things shape shapes item items something small large big "
+        "little tall short",
+    )
 )
 MAX_TRIES = 8  # of an expression for each negative
 NEGATIVE = "negative"  # type of the phrases

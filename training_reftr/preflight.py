@@ -75,8 +75,9 @@ def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings) -> N
     ]
     if all(reasons):
         raise ValueError(f"Nothing would be learned: {', '.join(dict.fromkeys(reasons))}.")
-    losses = {"boxes": ("bbox", "giou")} if not config.freeze_grounding else {}
-    losses |= {"masks": ("mask", "dice")} if config.predict_masks else {}
+    losses = {} if config.freeze_grounding or config.freeze_answers else {"boxes": ("bbox", "giou")}
+    losses |= {"masks": ("mask", "dice")} if config.predict_masks and not config.freeze_answers else {}
+    losses |= {"presence": ("presence",)} if config.predict_presence else {}
     for target, names in losses.items():
         if not any(getattr(config, f"{name}_loss_coefficient") for name in names):
             zeros = " and ".join(f"model.{name}_loss_coefficient=0" for name in names)
@@ -88,9 +89,11 @@ def reason_not_to_learn(
 ) -> str | None:
     """Return the setting that keeps a parameter as it is, None where it is trained."""
     if not parameter.requires_grad:
-        is_grounding = config.freeze_grounding and part_of(name) != "mask_head"
-        stages = f"model.num_frozen_backbone_stages={config.num_frozen_backbone_stages}"
-        return "model.freeze_grounding=True" if is_grounding else stages
+        if config.freeze_answers and part_of(name) != "presence_head":
+            return "model.freeze_answers=True"
+        if config.freeze_grounding and part_of(name) not in ("mask_head", "presence_head"):
+            return "model.freeze_grounding=True"
+        return f"model.num_frozen_backbone_stages={config.num_frozen_backbone_stages}"
     setting = learning_rate_setting(name)
     return None if getattr(optimization, setting) > 0 else f"{setting}=0"
 

@@ -19,6 +19,7 @@ class RunFolder:
     report.md                            tables of metrics, next to published ones where they are comparable
     predictions.jsonl                    a line per phrase
     predictions.png                      images of the first split with their predictions
+    presence.png                         diagrams of the scores of the first split, from a model that predicts presence
     example.png                          an image of the first split, for the card's example
     visualizations/<split>/*.png         phrases drawn one by one
     checkpoints/step_<step>/             see `training_reftr.checkpoints`
@@ -50,6 +51,7 @@ class RunFolder:
         "report.md",
         "predictions.jsonl",
         "predictions.png",
+        "presence.png",
         "example.png",
         "visualizations/*/*",
         ".eval_results/*.yaml",
@@ -68,6 +70,11 @@ class RunFolder:
     def weights(self) -> Path:
         """The weights of the best model."""
         return self.path / "model.safetensors"
+
+    @property
+    def config(self) -> Path:
+        """The configuration of the best model."""
+        return self.path / "config.json"
 
     @property
     def card(self) -> Path:
@@ -110,6 +117,11 @@ class RunFolder:
         return self.path / "predictions.png"
 
     @property
+    def drawn_presence(self) -> Path:
+        """Diagrams of the scores."""
+        return self.path / "presence.png"
+
+    @property
     def example(self) -> Path:
         """The image of the card's example."""
         return self.path / "example.png"
@@ -139,5 +151,6 @@ class RunFolder:
 
     def remove_report(self) -> None:
         """Delete a report that is, or will be, about another model than the folder's."""
-        for file in (self.metrics, self.predictions, self.drawn_predictions, self.example, self.report):
+        drawings = self.drawn_predictions, self.drawn_presence, self.example
+        for file in (self.metrics, self.predictions, *drawings, self.report):
             file.unlink(missing_ok=True)

@@ -344,7 +344,8 @@ class EvaluationSettings:
     best_metric: str | None = setting(
         Scope.RESULTS,
         None,
-        "Validation metric that selects the best model; none: mask_mean_iou with masks, otherwise accuracy@0.5.",
+        "Validation metric that selects the best model; none: pr_f1_iou@0.5 with presence, else mask_mean_iou with "
+        "masks, else accuracy@0.5.",
     )
     two_step_masks: bool = setting(
         Scope.RESULTS, False, "Resize masks as published, in two steps; otherwise once, which is more accurate."

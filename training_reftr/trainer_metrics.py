@@ -28,32 +28,41 @@ def score_phrases(outputs: tuple[torch.Tensor, ...], labels: list[dict[str, torc
         labels (`list[dict]` of length `S`): of the batch, with `boxes`, `size` and, for some or all, `masks`.
 
     Returns:
-        `torch.Tensor` of shape `(1, phrases, 3)`: the IoU of each phrase's box with the target, 0 without an answer,
-        and the number of pixels in the intersection and in the union of its masks at the size of the model's input,
-        -1 without masks.
+        `torch.Tensor` of shape `(1, phrases, 3)`: for each phrase with one target the IoU of its box, 0 without an
+        answer, and the number of pixels in the intersection and in the union of its masks at the size of the model's
+        input, -1 without masks.
     """
     pred_boxes, phrase_mask, *pred_masks = outputs
     scores = []
     for index, label in enumerate(labels):
-        true_boxes = label["boxes"].double()
-        num_phrases = len(true_boxes)
-        is_answered = phrase_mask[index, :num_phrases]
-        pair = [
-            box_convert(boxes, "cxcywh", "xyxy") for boxes in (pred_boxes[index, :num_phrases].double(), true_boxes)
-        ]
+        slots, rows = slots_with_one_target(label)
+        true_boxes = label["boxes"][rows].double()
+        is_answered = phrase_mask[index, slots]
+        pair = [box_convert(boxes, "cxcywh", "xyxy") for boxes in (pred_boxes[index, slots].double(), true_boxes)]
         ious = torch.from_numpy(box_ious(*(boxes.cpu() for boxes in pair)))
         ious = ious.to(is_answered.device).where(is_answered, 0.0)
-        pixels = ious.new_full((num_phrases, 2), NO_MASK)
+        pixels = ious.new_full((len(slots), 2), NO_MASK)
         if pred_masks and "masks" in label:
             height, width = label["size"].tolist()
-            for slot, true_mask in enumerate(label["masks"]):
+            for number, (slot, row) in enumerate(zip(slots.tolist(), rows.tolist(), strict=True)):
+                true_mask = label["masks"][row]
                 mask = resize_logits_in_two_steps(
                     pred_masks[0][index, slot], true_mask.shape, (height, width), (height, width), threshold=0.5
                 )
-                mask, true_mask = mask & bool(is_answered[slot]), true_mask[:height, :width].bool()
-                pixels[slot] = torch.stack([(mask & true_mask).sum(), (mask | true_mask).sum()])
+                mask, true_mask = mask & bool(is_answered[number]), true_mask[:height, :width].bool()
+                pixels[number] = torch.stack([(mask & true_mask).sum(), (mask | true_mask).sum()])
         scores.append(torch.cat((ious[:, None], pixels), dim=1))
     return torch.cat(scores)[None]
+
+
+def slots_with_one_target(label: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the slots of the phrases of a label that have one target, and the rows of their targets."""
+    if "target_slots" not in label:
+        slots = torch.arange(len(label["boxes"]), device=label["boxes"].device)
+        return slots, slots
+    slots, counts = label["target_slots"].unique(return_counts=True)
+    slots = slots[counts == 1]
+    return slots, (label["target_slots"] == slots[:, None]).int().argmax(dim=1) if len(slots) else slots
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float | int]:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from data_scripts.quoting import quote
 from training_reftr.checkpoints import save_best
-from training_reftr.evaluation import evaluate, summarize
+from training_reftr.evaluation import default_best_metric, evaluate, summarize
 from training_reftr.publishing import Publisher
 from training_reftr.run import Run, describe_best
 from training_reftr.sources import split_of
@@ -35,7 +35,9 @@ def validate(
     if records is None:
         return False
     metrics = summarize(records)
-    name = settings.evaluation.best_metric or ("mask_mean_iou" if "mask_mean_iou" in metrics else "accuracy@0.5")
+    name = settings.evaluation.best_metric or default_best_metric(
+        metrics, accelerator.unwrap_model(run.result).config.predict_presence
+    )
     if name not in metrics:
         raise ValueError(f"best_metric={quote(name)} is not one of {', '.join(sorted(metrics))}.")
     tracking.log_evaluation(state, settings.data.validation_split, metrics, records, split)

@@ -17,6 +17,7 @@ from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
 from modeling_reftr.rle_reftr import from_coco_rle
 from training_reftr.data import GroundingCollator, move
+from training_reftr.generalized import answers_of, best_score, has_one_target, is_exact, targets_in
 from training_reftr.images import read_row_image
 
 
@@ -106,6 +107,12 @@ def recorded_mask_iou(record: dict) -> float | None:
 
 def describe_failure(records: list[dict]) -> str:
     """Return why a sentence is a failure: the worst IoU of its boxes or masks, if it is at most 0.5; else nothing."""
+    for record in records:
+        if reason := describe_wrong_answers(record):
+            return reason
+    records = [record for record in records if has_one_target(record)]
+    if not records:
+        return ""
     iou = min(record["iou"] for record in records)
     masks = [value for value in map(recorded_mask_iou, records) if value is not None]
     if iou <= 0.5:
@@ -113,14 +120,38 @@ def describe_failure(records: list[dict]) -> str:
     return f"failure, mask IoU {min(masks):.2f}" if masks and min(masks) <= 0.5 else ""
 
 
+def describe_wrong_answers(record: dict) -> str:
+    """Return why the answers of a phrase are not exactly its targets, of a model or phrase with other than one."""
+    if "query_scores" not in record:
+        return ""
+    targets, answers = targets_in(record), answers_of(record)
+    if len(targets) == 1 and not answers:
+        return f"failure, not found ({best_score(record):.2f})"
+    if len(targets) != len(answers):
+        return f"failure, {len(answers)} of {len(targets)} found" if targets else "failure, not there"
+    return "" if len(targets) == 1 or is_exact(record) else "failure, other objects"
+
+
+def label_of(record: dict) -> str:
+    """Return the label of a drawn answer: the phrase with the IoU of its box, or with its score."""
+    if "query_scores" not in record:
+        return f"{record['words']} {record['iou']:.2f}"
+    return f"{record['words']} ({best_score(record):.2f})"
+
+
 def draw_sentence(row: dict, records: list[dict], width: int = 320) -> Image.Image:
     """Draw the predictions for all phrases of a sentence on one image of a width in pixels."""
+    answers = [(record, box) for record in records for box, _ in answers_of(record) or [(None, 0.0)]]
+    has_masks = any("pred_segmentation" in record for record in records)
     return draw_answers(
         row["image"],
-        [record["pred_box"] for record in records],
-        [f"{record['words']} {record['iou']:.2f}" for record in records],
-        true_boxes_xyxy=[record["box"] for record in records],
-        masks=[decode(record["pred_segmentation"]) for record in records if "pred_segmentation" in record],
+        [box for _, box in answers],
+        [label_of(record) for record, _ in answers],
+        true_boxes_xyxy=[target["box"] for record in records for target in targets_in(record)],
+        # a record has the mask of its best box
+        masks=[decode(record["pred_segmentation"]) if box == record["pred_box"] else None for record, box in answers]
+        if has_masks
+        else (),
         title=find_sentence(row, records[0])["text"] if len(records) > 1 else "",
         width=width,
         failure=describe_failure(records),
@@ -178,7 +209,12 @@ def attend(
     inputs.pop("labels")
     with accelerator.autocast():
         outputs = model.model(**inputs, output_attentions=True)
-    weights = outputs.cross_attentions[-1][0, :, record["phrase"], inputs["input_ids"].shape[1] :]
+        num_text_tokens, num_queries = inputs["input_ids"].shape[1], model.config.num_queries_per_phrase
+        query = record["phrase"] * num_queries
+        if num_queries > 1:  # that of the best box
+            logits = model.predict_presence(outputs, model.predict_boxes(outputs)[0], num_text_tokens)
+            query += int(logits[0, record["phrase"]].argmax())
+    weights = outputs.cross_attentions[-1][0, :, query, num_text_tokens:]
     weights = weights.unflatten(-1, outputs.feature_maps[-1].shape[-2:]).float().cpu().numpy()
     is_image = outputs.image_mask[0].unflatten(-1, weights.shape[-2:]).cpu().numpy()
     return weights[:, is_image.any(axis=1)][:, :, is_image.any(axis=0)]
@@ -197,8 +233,8 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
     answer = draw_answers(
         row["image"],
         [record["pred_box"]],
-        [f"{record['words']} (IoU {record['iou']:.2f})"],
-        true_boxes_xyxy=[record["box"]],
+        [f"{record['words']} (IoU {record['iou']:.2f})" if has_one_target(record) else label_of(record)],
+        true_boxes_xyxy=[target["box"] for target in targets_in(record)],
         masks=[decode(record["pred_segmentation"])] if "pred_segmentation" in record else (),
         title=sentence if sentence != record["words"] else "",
         width=PANEL_WIDTH,
@@ -208,8 +244,8 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
         row["image"],
         [],
         [],
-        true_boxes_xyxy=[record["box"]],
-        true_masks=[decode(record["segmentation"])],
+        true_boxes_xyxy=[target["box"] for target in targets_in(record)],
+        true_masks=[decode(target["segmentation"]) for target in targets_in(record)],
         width=PANEL_WIDTH,
     )
     heads = maps[:NUM_HEADS]

@@ -6,6 +6,7 @@ without the project; training computes with their functions. Nothing here is a c
 from training_reftr.metrics.generalized_referring_comprehension.generalized_referring_comprehension import (
     GeneralizedBoxMetrics,
     box_overlaps,
+    count_matches,
 )
 from training_reftr.metrics.generalized_referring_segmentation.generalized_referring_segmentation import (
     GeneralizedMaskMetrics,
@@ -30,6 +31,7 @@ __all__ = [
     "PresenceMetrics",
     "box_ious",
     "box_overlaps",
+    "count_matches",
     "count_pixels",
     "mean",
     "precisions",
