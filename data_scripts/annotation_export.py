@@ -24,12 +24,12 @@ from .atomic_files import atomic_folder
 from .building import CHANGED, LEFT_OUT, Source, describe_reported, is_degenerate
 from .exporting import check_output, in_usual_order, path_of_image
 from .findings import Findings
-from .formats import EXPORTED, PARQUET, suffix_of, writer_of
+from .formats import EXPORTED, FORMATS, PARQUET, suffix_of, writer_of
 from .importing import count_lines
-from .masks import is_empty, unite_segmentations
+from .masks import is_empty
 from .progress import progress_bar
 from .reading import is_as_stored, name_format
-from .records import Written
+from .records import NO_TARGET, Written, target_of
 
 
 OTHERS = tuple(name for name in EXPORTED if name != PARQUET)
@@ -111,7 +111,7 @@ def export_annotations(
         names = ImageNames(common, None if by_path else folder)
         for split, file_name in files.items():
             findings, counts = Findings(), Counter()
-            lines = lines_of_rows(splits[split], names, findings, counts, progress)
+            lines = lines_of_rows(splits[split], names, FORMATS[name].has_no_target, findings, counts, progress)
             with open(folder / file_name, "w", encoding="utf-8") as file:
                 file.writelines(writer(lines, findings, about))
             kinds = {LEFT_OUT: findings.left_out, CHANGED: findings.changed}
@@ -124,7 +124,12 @@ def export_annotations(
 
 
 def lines_of_rows(
-    rows: datasets.Dataset, names: "ImageNames", findings: Findings, counts: Counter, progress: tqdm
+    rows: datasets.Dataset,
+    names: "ImageNames",
+    has_no_target: bool,
+    findings: Findings,
+    counts: Counter,
+    progress: tqdm,
 ) -> Iterator[dict]:
     """Yield the line of each row that has one, see `line_of_row`, and count what is in it."""
     for row in rows.select_columns(COLUMNS).cast_column("image", datasets.Image(decode=False)):
@@ -132,21 +137,23 @@ def lines_of_rows(
         if names.folder is None and is_as_stored(row["image"]):
             findings.leave_out("images annotated against their EXIF orientation, which have no path")
             continue
-        line = line_of_row(row, findings)
+        line = line_of_row(row, findings, has_no_target)
         if line is not None:
             line = {"image": names.name(row), **line}
             counts.update(count_lines([line]))
             yield line
 
 
-def line_of_row(row: dict, findings: Findings) -> dict | None:
+def line_of_row(row: dict, findings: Findings, has_no_target: bool = True) -> dict | None:
     """
-    Return a row as a line that is written, see `records`, without the name of its image; None without a sentence that
-    names an object.
+    Return a row as a line that is written, see `records`, without the name of its image; None without a sentence to
+    write.
 
     Args:
         row (`dict`): see `schema.FEATURES`.
         findings ([`Findings`]): counts what is left out of a line or changed.
+        has_no_target (`bool`, *optional*, defaults to `True`): write phrases that refer to nothing in the image; else
+            they are left out.
 
     Example:
 
@@ -170,15 +177,17 @@ def line_of_row(row: dict, findings: Findings) -> dict | None:
             indices += phrase["objects"]
             types += phrase["types"]
         named.update(index for indices, _ in spans.values() for index in indices)
-        if not any(indices for indices, _ in spans.values()):
-            findings.leave_out("sentences without a target")
+        if not spans:
+            findings.leave_out("sentences without a phrase")
             continue
         phrases = []
         for (start, end), (indices, types) in spans.items():
-            target = target_of_objects([row["objects"][index] for index in dict.fromkeys(indices)], findings)
-            if target is not None:
-                words = {"types": list(dict.fromkeys(types))} if types else {}
-                phrases.append({"start": start, "end": end, **target, **words})
+            objects = [object_to_write(row["objects"][index], findings) for index in dict.fromkeys(indices)]
+            if None in objects or not (objects or has_no_target):
+                findings.leave_out("phrases of objects without extent" if objects else NO_TARGET)
+                continue
+            words = {"types": list(dict.fromkeys(types))} if types else {}
+            phrases.append({"start": start, "end": end, **target_of(objects), **words})
         if phrases:
             expressions.append({"text": sentence["text"], "phrases": phrases})
     findings.leave_out("objects that no sentence names", len(row["objects"]) - len(named))
@@ -188,31 +197,18 @@ def line_of_row(row: dict, findings: Findings) -> dict | None:
     return {**{name: row[name] for name in ("image_id", "width", "height")}, "expressions": expressions}
 
 
-def target_of_objects(objects: list[dict], findings: Findings) -> dict | None:
-    """Return what a phrase that is written has of the objects that it names; None if none has an extent."""
-    if len(objects) > 1:
-        findings.changed["phrases of several objects have all their boxes, and one mask"] += 1
-    boxes = [box for item in objects for box in (item["boxes"] if len(item["boxes"]) > 1 else [item["box"]])]
+def object_to_write(item: dict, findings: Findings) -> dict | None:
+    """Return what a line that is written has of an object of a row; None if the object has no extent."""
+    boxes = item["boxes"] if len(item["boxes"]) > 1 else [item["box"]]
     boxes = [shorten_numbers(box) for box in boxes if not is_degenerate(box)]
     if not boxes:
-        findings.leave_out("phrases of objects without extent" if objects else "phrases without a target")
         return None
-    target = {"boxes": boxes}
-    categories = {item["category"] for item in objects}
-    if len(categories) > 1:
-        findings.leave_out("categories of phrases of several", len(categories))
-    elif categories != {None}:
-        (target["category"],) = categories
-    masks = [item["segmentation"] for item in objects if item["segmentation"] is not None]
-    if masks and len(masks) < len(objects):
-        findings.leave_out("masks of phrases whose other objects have none", len(masks))
-    elif masks:
-        mask = masks[0] if len(masks) == 1 else unite_segmentations(masks)
-        if is_empty(mask):
-            findings.leave_out("masks without a pixel")
-        else:
-            target["segmentation"] = mask
-    return target
+    category = {} if item["category"] is None else {"category": item["category"]}
+    segmentation = item["segmentation"]
+    if segmentation is not None and is_empty(segmentation):
+        findings.leave_out("masks without a pixel")
+        segmentation = None
+    return {"boxes": boxes, **category, **({} if segmentation is None else {"segmentation": segmentation})}
 
 
 def shorten_numbers(box: list[float]) -> list[float]:

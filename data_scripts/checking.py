@@ -140,7 +140,7 @@ def validate_mask(counts: str, size: list[int], box_xyxy: Sequence[float], toler
 
 
 def validate_sentences(row: dict) -> list[tuple[str, str]]:
-    """Return (kind, message) where a sentence is blank, or a phrase lies outside it, is blank or names no object."""
+    """Return (kind, message) where a sentence is blank, or a phrase lies outside it, is blank or names bad objects."""
     problems = []
     for sentence in row["sentences"]:
         text, where = sentence["text"], f"sentence {sentence['sentence_id']!r}"
@@ -153,10 +153,10 @@ def validate_sentences(row: dict) -> list[tuple[str, str]]:
                 problems.append(("phrase", f"{where}: {start}:{end} is not a span of its {len(text)} characters"))
             elif not has_words(text[start:end]):
                 problems.append(("phrase", f"{where}: {start}:{end} contains no word"))
-            if not phrase["objects"]:
-                problems.append(("phrase", f"{where}: {text[start:end]!r} names no object"))
-            elif not all(0 <= index < len(row["objects"]) for index in phrase["objects"]):
+            if not all(0 <= index < len(row["objects"]) for index in phrase["objects"]):
                 problems.append(("phrase", f"{where}: objects {phrase['objects']} of {len(row['objects'])}"))
+            elif len(set(phrase["objects"])) < len(phrase["objects"]):
+                problems.append(("phrase", f"{where}: {text[start:end]!r} names an object twice"))
     return problems
 
 

@@ -6,7 +6,8 @@ Read and write COCO's JSON of instances, as many datasets and tools write it (CO
      "categories": [{"id": 3, "name": "car"}]}
 
 Annotations have no expressions in COCO itself: an annotation's own words are taken where it has any (`caption`,
-`description` or the like, in it or in its `attributes`), else its category where the image has one such object. Groups
+`description` or the like, in it or in its `attributes`), else its category where the image has one such object. Words
+that several annotations of an image have refer to all of these; the format has no words that refer to nothing. Groups
 of objects (`iscrowd`) are left out unless they have words. An annotation that is written has the expressions of its
 object as `captions`.
 """
@@ -22,10 +23,12 @@ from .reading import load_json
 from .records import (
     LabeledObject,
     Written,
+    box_around,
     expressions_of_objects,
     is_expression,
     json_array,
     leave_out_fields,
+    objects_of,
     size_fields,
     texts_of,
     to_json,
@@ -137,21 +140,20 @@ def entries_of_images(
             if not is_expression(expression):
                 findings.changed["phrases of captions are expressions of their own"] += len(expression["phrases"])
             for phrase in expression["phrases"]:
-                key = to_json([phrase["boxes"], phrase.get("segmentation"), phrase.get("category")])
-                texts = objects.setdefault(key, (phrase, []))[1]
-                texts.append(expression["text"][phrase["start"] : phrase["end"]])
-        for phrase, texts in objects.values():
-            x_starts, y_starts, x_ends, y_ends = zip(*phrase["boxes"], strict=True)
-            bbox = to_xywh([min(x_starts), min(y_starts), max(x_ends), max(y_ends)])
-            findings.changed.update(["objects with several boxes have the box around them"] * (len(x_starts) > 1))
-            findings.changed.update([f"objects without a category are of {NAMELESS!r}"] * ("category" not in phrase))
-            mask = phrase.get("segmentation")
+                for item in objects_of(phrase):
+                    key = to_json([item["boxes"], item.get("segmentation"), item.get("category")])
+                    texts = objects.setdefault(key, (item, []))[1]
+                    texts.append(expression["text"][phrase["start"] : phrase["end"]])
+        for item, texts in objects.values():
+            bbox = to_xywh(box_around(item, findings))
+            findings.changed.update([f"objects without a category are of {NAMELESS!r}"] * ("category" not in item))
+            mask = item.get("segmentation")
             segmentation = {} if mask is None else {"segmentation": mask}
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": category_ids[phrase.get("category", NAMELESS)],
+                    "category_id": category_ids[item.get("category", NAMELESS)],
                     "bbox": bbox,
                     "area": bbox[2] * bbox[3] if mask is None else area_of(mask),
                     "iscrowd": 0,
@@ -164,7 +166,8 @@ def entries_of_images(
 
 def write_coco_results(lines: Iterable[dict], findings: Findings, about: Written) -> Iterator[str]:
     """
-    Yield the text of a file of results, which `pycocotools.coco.COCO.loadRes` reads: one per box.
+    Yield the text of a file of results, which `pycocotools.coco.COCO.loadRes` reads: one per box, so none for a phrase
+    that refers to nothing.
 
     Args:
         lines (iterable of `dict`): the lines, see `records`, and `result`, the `image_id` and the `category_id` of
@@ -191,13 +194,14 @@ def write_coco_results(lines: Iterable[dict], findings: Findings, about: Written
         {
             **line["result"],
             "bbox": to_xywh(box),
-            "score": phrase["score"],
-            **({"segmentation": phrase["segmentation"]} if "segmentation" in phrase else {}),
+            "score": item["score"],
+            **({"segmentation": item["segmentation"]} if "segmentation" in item else {}),
             "label": expression["text"][phrase["start"] : phrase["end"]],
         }
         for line in lines
         for expression in line["expressions"]
         for phrase in expression["phrases"]
-        for box in phrase["boxes"]
+        for item in objects_of(phrase)
+        for box in item["boxes"]
     )
     yield "\n"

@@ -12,7 +12,8 @@ Read "CVAT for images 1.1", the XML of CVAT.
     </annotations>
 
 The words of a shape are an attribute of it (`description`, `caption` or the like), else its label where the image has
-one such shape. A rotated box is refused. Tracks of videos, and shapes without an area, are left out.
+one such shape; words that several shapes have refer to all of these. A rotated box is refused. Tracks of videos, and
+shapes without an area, are left out.
 """
 
 import xml.etree.ElementTree as ElementTree

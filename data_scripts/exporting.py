@@ -200,8 +200,8 @@ rows = load_dataset({json.dumps(str(folder), ensure_ascii=False)}, split="{next(
 
 - `objects`: `box` is xyxy in pixels of the upright image, right and bottom exclusive; `boxes` are all boxes of an
   object that has several, `box` their union; `segmentation` is COCO's run-length encoding, or null.
-- `sentences`: `text[start:end]` of each phrase names the `objects` with these indices. A referring expression is a
-  sentence whose one phrase is all of it.
+- `sentences`: `text[start:end]` of each phrase names the `objects` with these indices, each of which is an answer; if
+  there are none, it refers to nothing in the image. A referring expression is a sentence with one phrase, all of it.
 - `positions`: the number of each sentence in the annotations of its split, where rows are ordered otherwise, or null.
 
 Source: {source.distribution} Licences of images and annotations are their authors'.{credit}

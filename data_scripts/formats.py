@@ -24,6 +24,7 @@ class Format:
         is_dataset (`bool`): whether it is a dataset of this name for `data_scripts.load`.
         writer (`str`, *optional*): module and function that write lines, "coco_json.write_coco".
         written_by (`tuple[str, ...]`): the commands that write it, of "import", "export" and "predict".
+        has_no_target (`bool`): whether it can say that an expression refers to nothing in its image.
         checked_by (`str`): what its tests compare it with.
     """
 
@@ -33,6 +34,7 @@ class Format:
     is_dataset: bool = False
     writer: str | None = None
     written_by: tuple[str, ...] = ()
+    has_no_target: bool = False
     checked_by: str = "files in the documented layout"
 
 
@@ -43,6 +45,7 @@ FORMATS: dict[str, Format] = {
             PARQUET,
             "our Parquet files with images",
             written_by=("export",),
+            has_no_target=True,
             checked_by="`datasets.load_dataset`",
         ),
         Format(
@@ -51,6 +54,7 @@ FORMATS: dict[str, Format] = {
             is_dataset=True,
             writer="jsonl.write_jsonl",
             written_by=("import", "export", "predict"),
+            has_no_target=True,
         ),
         Format(
             "mdetr_json",
@@ -59,6 +63,7 @@ FORMATS: dict[str, Format] = {
             is_dataset=True,
             writer="mdetr_json.write_mdetr",
             written_by=("export",),
+            has_no_target=True,
             checked_by="pycocotools",
         ),
         Format(
@@ -73,9 +78,16 @@ FORMATS: dict[str, Format] = {
             "refer",
             "refs(*).json or .p, and instances.json, of the refer API",
             is_dataset=True,
+            has_no_target=True,
             checked_by="pycocotools",
         ),
-        Format("grefcoco", "grefs(unc).json or .p, and instances.json", is_dataset=True, checked_by="pycocotools"),
+        Format(
+            "grefcoco",
+            "grefs(unc).json or .p, and instances.json",
+            is_dataset=True,
+            has_no_target=True,
+            checked_by="pycocotools",
+        ),
         Format("grit", "shards of img2dataset with GRIT's columns, tar or Parquet", is_dataset=True),
         Format("phrasecut", "refer_*.json of PhraseCut", "phrasecut.read_phrasecut", is_dataset=True),
         Format(
@@ -103,9 +115,19 @@ FORMATS: dict[str, Format] = {
         ),
         Format("cvat", "XML of CVAT for images 1.1", "cvat_xml.read_cvat"),
         Format("imagefolder", "metadata.jsonl of an imagefolder", "image_folder.read_image_folder"),
-        Format("image_text_bbox", "objects with image, text and bbox", "image_text_bbox.read_image_text_bbox"),
-        Format("qwen", "conversations with bbox_2d of Qwen-VL", "qwen_vl.read_qwen"),
-        Format("loc_tokens", "location tokens of PaliGemma and Florence-2", "loc_tokens.read_loc_tokens"),
+        Format(
+            "image_text_bbox",
+            "objects with image, text and bbox",
+            "image_text_bbox.read_image_text_bbox",
+            has_no_target=True,
+        ),
+        Format("qwen", "conversations with bbox_2d of Qwen-VL", "qwen_vl.read_qwen", has_no_target=True),
+        Format(
+            "loc_tokens",
+            "location tokens of PaliGemma and Florence-2",
+            "loc_tokens.read_loc_tokens",
+            has_no_target=True,
+        ),
     )
 }
 IMPORTED = tuple(name for name, item in FORMATS.items() if item.reader is not None)
@@ -193,9 +215,10 @@ def suffix_of(name: str) -> str:
 
 def describe_formats() -> str:
     """Return the table of all formats for the documentation, in Markdown."""
-    rows = [("format", "read", "write", "checked by"), ("---",) * 4]
+    rows = [("format", "read", "write", "no target", "checked by"), ("---",) * 5]
     for item in FORMATS.values():
         is_read = {"as a dataset": item.is_dataset or item.name == PARQUET, "import": item.reader is not None}
         read = ", ".join(name for name, is_way in is_read.items() if is_way)
-        rows.append((f"`{item.name}`: {item.content}", read, ", ".join(item.written_by), item.checked_by))
+        no_target = "yes" if item.has_no_target else ""
+        rows.append((f"`{item.name}`: {item.content}", read, ", ".join(item.written_by), no_target, item.checked_by))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -12,7 +12,7 @@ A sample has
 - `caption`;
 - `noun_chunks` and `ref_exps`, lists of [start, end, x1, y1, x2, y2, score]: a phrase of the caption, by its
   characters, and one of its boxes in 0..1. `ref_exps` are the noun chunks with what belongs to them ("a cup" and "a
-  cup on the table"), and equal to them if nothing does. Phrases overlap; boxes of one phrase are one object's;
+  cup on the table"), and equal to them if nothing does. Phrases overlap; each box of a phrase is an object;
 - `id`, else the key of img2dataset, as the image's id.
 
 The authors' own Parquet files have addresses in place of images. Download the images with their shape kept, and the
@@ -39,7 +39,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from .box_conventions import LIMITS, to_boxes_xyxy
-from .building import Copy, GroundingBuilder, Source, clip_boxes, describe_copies, merge_boxes
+from .building import Copy, GroundingBuilder, Source, clip_boxes, describe_copies
 from .kinds import LIST, TEXT, check_fields
 from .quoting import explain, quote
 from .reading import (
@@ -175,11 +175,14 @@ def row_of_sample(
         kept = clip_boxes(boxes_xyxy, *frame.size, dropped, changed)
         if not kept:
             continue
-        index = indices.setdefault(str(kept), len(objects))
-        if index == len(objects):
-            item = {"object_id": f"{image_id}_{index}", "box": merge_boxes(kept), "boxes": kept}
-            objects.append({**item, "category": None, "segmentation": None})
-        phrases.append({"start": start, "end": end, "objects": [index], "types": []})
+        named = {}
+        for box in kept:
+            index = indices.setdefault(str(box), len(objects))
+            if index == len(objects):
+                item = {"object_id": f"{image_id}_{index}", "box": box, "boxes": [box]}
+                objects.append({**item, "category": None, "segmentation": None})
+            named[index] = None
+        phrases.append({"start": start, "end": end, "objects": list(named), "types": []})
     if not phrases:
         dropped["images without a phrase"] += 1
         return None

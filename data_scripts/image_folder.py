@@ -5,7 +5,8 @@ Read the metadata.jsonl of an `imagefolder` of the datasets library.
     {"file_name": "2.jpg", "text": "the red car", "bbox": [x, y, width, height]}
 
 `objects` are lists of equal length, or a list of objects. The words of an object are its own (`caption`, `text` or the
-like), else its category where the image has one such object. Numbers of categories have no names in this file.
+like), else its category where the image has one such object. Words that several objects have refer to all of these.
+Numbers of categories have no names in this file.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,12 @@
 """
-Read the simplest files of referring expressions: one object per expression, in a JSON array or JSON Lines, as the
-evaluation files of Qwen-VL, InternVL and LLaVA are.
+Read the simplest files of referring expressions, in a JSON array or JSON Lines, as the evaluation files of Qwen-VL,
+InternVL and LLaVA are.
 
     {"image": "coco/train2014/COCO_train2014_000000581857.jpg", "sent": "the lady with the blue shirt",
      "bbox": [103, 300, 238, 427], "height": 427, "width": 640}
 
-The fields have one of the names in `IMAGE_NAMES`, `TEXT_NAMES` and `BOX_NAMES`.
+The fields have one of the names in `IMAGE_NAMES`, `TEXT_NAMES` and `BOX_NAMES`. Each box of a list is an object that
+the text refers to; it refers to nothing in the image if the list is empty.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from .findings import Findings
 from .quoting import quote
-from .records import read_records, size_fields, to_box_list, words_in
+from .records import read_records, size_fields, target_of, to_box_list, words_in
 
 
 IMAGE_NAMES = ("image", "image_path", "file_name", "filename", "img", "img_path")
@@ -53,10 +54,11 @@ def read_image_text_bbox(
         with findings.entry(where):
             image = first_field(record, IMAGE_NAMES)
             texts = words_in(first_field(record, TEXT_NAMES if text_field is None else (text_field,)))
-            boxes = to_box_list(first_field(record, BOX_NAMES), "bbox")
+            value = first_field(record, BOX_NAMES)
+            target = target_of([{"box": box} for box in ([] if value == [] else to_box_list(value, "bbox"))])
             size = size_fields(record.get("width"), record.get("height"))
             line = {"image": image, **size, "box_format": box_format}
-            line["expressions"] = [{"text": text.strip(), "boxes": boxes} for text in texts]
+            line["expressions"] = [{"text": text.strip(), **target} for text in texts]
             findings.leave_out("objects without words", not texts)
         if line is not None and line["expressions"]:
             yield where, line

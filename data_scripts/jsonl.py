@@ -13,16 +13,20 @@ A line, here on several:
                      {"text": "the tree", "box": [200, 5, 260, 190], "polygon": [[200, 5, 260, 5, 230, 190]]},
                      {"text": "a car near a tree",
                       "phrases": [{"text": "a car", "box": [10, 20, 110, 90]},
-                                  {"start": 11, "end": 17, "boxes": [[200, 5, 260, 190]]}]}]}
+                                  {"start": 11, "end": 17, "boxes": [[200, 5, 230, 190], [230, 9, 260, 190]]}]},
+                     {"text": "both cars", "objects": [{"box": [10, 20, 110, 90]}, {"box": [120, 20, 190, 95]}]},
+                     {"text": "the bus", "boxes": []}]}
 
-- `box` (or `boxes`, all boxes of the object; then their union is the answer): left, top, right and bottom, the last
-  two exclusive, in pixels of the upright image. `box_format`, in the line or as a flag, declares another
+- `box`: left, top, right and bottom, the last two exclusive, in pixels of the upright image. Several `boxes` are parts
+  of one object, and the box around them is the one answer; several `objects` are answers of their own; and with
+  `boxes: []` or `objects: []` nothing in the image is meant. `box_format`, in the line or as a flag, declares another
   convention: "xywh" or "cxcywh" (center, width, height), and "xyxy_fraction", "xywh_thousand" and so on if numbers
   are 0..1 or 0..1000 of the image's width and height. All boxes together are compared with the declared convention.
 - a mask, if there is one: `polygon` (lists of x, y, x, y, ...), `segmentation` (such polygons, or COCO's run-length
   encoding, compressed or not, at the image's size) or `mask` (an image file of one channel and the image's size,
   0 where the object is not). With a mask, `box` may be absent: it is the mask's.
-- `category` (text) and `types` (list of texts) of the object and of the phrase, for reports.
+- `category` (text) of an object and `types` (list of texts) of a phrase, for reports. An entry of `objects` has the
+  fields of an object: a box or boxes, a mask, `category`.
 - in the line: `image_id`, else the path; `width` and `height`, if the boxes were drawn on an image of that size,
   which tells whether its EXIF orientation was followed.
 - the text of a phrase is found as the processor finds it: complete words first, any case, any quotes and spaces. It
@@ -51,7 +55,7 @@ from .masks import box_of
 from .phrase_search import PhraseSearcher
 from .quoting import quote
 from .reading import parse_line, read_entries
-from .records import Written, is_expression, leave_out_fields, to_json
+from .records import Written, is_expression, leave_out_fields, objects_of, target_of, to_json
 from .schema import FEATURES
 
 
@@ -170,12 +174,19 @@ def shorten_expression(expression: dict) -> dict:
     """Return an expression that is written without the phrase that is all of it, and one box as `box`."""
     phrases = []
     for phrase in expression["phrases"]:
-        boxes = {"box": phrase["boxes"][0]} if len(phrase["boxes"]) == 1 else {"boxes": phrase["boxes"]}
-        rest = {name: value for name, value in phrase.items() if name not in ("start", "end", "boxes", "score")}
-        phrases.append(({"start": phrase["start"], "end": phrase["end"]}, {**boxes, **rest}))
+        types = {"types": phrase["types"]} if "types" in phrase else {}
+        target = {**target_of([shorten_object(item) for item in objects_of(phrase)]), **types}
+        phrases.append(({"start": phrase["start"], "end": phrase["end"]}, target))
     if is_expression(expression):
         return {"text": expression["text"], **phrases[0][1]}
     return {"text": expression["text"], "phrases": [{**span, **target} for span, target in phrases]}
+
+
+def shorten_object(item: dict) -> dict:
+    """Return the fields of an object that is written."""
+    boxes = item["boxes"]
+    fields = {name: item[name] for name in ("category", "segmentation") if name in item}
+    return {**({"box": boxes[0]} if len(boxes) == 1 else {"boxes": boxes}), **fields}
 
 
 SOURCES = [

@@ -10,6 +10,7 @@ Read the JSON export of Label Studio, a list of tasks, and write tasks with pred
 - Coordinates are percent of the image.
 - The words of a region are the texts with its id, or its `meta`; else its label where the annotation has one such
   region.
+- Regions with the same words are the answers to one expression. Words without a region are not annotated.
 - A rotated rectangle or image is refused: a box cannot have its corners.
 - The image is a URL, which is not fetched: a file is searched for by the last parts of its path.
 
@@ -33,11 +34,13 @@ from .masks import decode_segmentation
 from .quoting import quote
 from .reading import is_number
 from .records import (
+    NO_TARGET,
     LabeledObject,
     Written,
     expressions_of_objects,
     json_array,
     leave_out_fields,
+    objects_of,
     read_records,
     size_fields,
     words_in,
@@ -199,7 +202,10 @@ def write_label_studio(lines: Iterable[dict], findings: Findings, about: Written
         for expression in line["expressions"]:
             for phrase in expression["phrases"]:
                 words = expression["text"][phrase["start"] : phrase["end"]]
-                results += results_of_phrase(phrase, words, size, len(results), findings)
+                objects = objects_of(phrase)
+                findings.leave_out(NO_TARGET, not objects)
+                for item in objects:
+                    results += results_of_object(item, words, size, len(results), findings)
     yield from json_array(
         {
             "data": {"image": url_of_image(image)},
@@ -228,14 +234,14 @@ def url_of_image(image: str) -> str:
     return LOCAL_FILES + quote_plus(image.lstrip("/"), safe="/").replace("+", "%20")
 
 
-def results_of_phrase(
-    phrase: dict, words: str, size: tuple[int, int], number: int, findings: Findings
+def results_of_object(
+    item: dict, words: str, size: tuple[int, int], number: int, findings: Findings
 ) -> Iterator[dict]:
-    """Yield the rectangles and the mask of a phrase with its words; `number` is that of the next result of a task."""
+    """Yield the rectangles and the mask of an object with its words; `number` is that of the next result of a task."""
     width, height = size
     shared = {"to_name": "image", "original_width": width, "original_height": height, "image_rotation": 0}
-    score = {"score": phrase["score"]} if "score" in phrase else {}
-    for index, box in enumerate(phrase["boxes"]):
+    score = {"score": item["score"]} if "score" in item else {}
+    for index, box in enumerate(item["boxes"]):
         clipped = np.clip(box, 0, [width, height, width, height])
         findings.changed.update(["boxes are clipped to their images"] * bool((clipped != box).any()))
         x0, y0, x1, y1 = (clipped / [width, height, width, height] * 100).tolist()
@@ -244,8 +250,8 @@ def results_of_phrase(
         labels = {**value, "rectanglelabels": [LABEL]}
         yield {**region, "type": "rectanglelabels", "from_name": "label", "value": labels, **score}
         yield {**region, "type": "textarea", "from_name": "text", "value": {**value, "text": [words]}}
-    if "segmentation" in phrase:
-        rle = encode_brush(decode_segmentation(phrase["segmentation"]))
+    if "segmentation" in item:
+        rle = encode_brush(decode_segmentation(item["segmentation"]))
         yield {
             "id": f"m{number}",
             **shared,

@@ -7,6 +7,7 @@ A converter takes all rows of one image, without the image, and returns a record
      "objects": [{"object_id", "boxes", "category", "segmentation"}],      as they are written
      "sentences": [{"sentence_id", "text", "objects": [index, ...]}]}      one for each text of the rows, in order
 
+A sentence without objects says that its text refers to nothing in the image.
 `boxes` are in the layout's `box_format` and may be empty where there is a mask; `segmentation` is in one of COCO's
 formats, polygons or run lengths. `named_rows.NamedRows` clips, scales and counts.
 """
@@ -351,8 +352,8 @@ def value_at(row: dict, path: str) -> Any:
 def convert_columns(rows: list[dict], columns: dict[str, str]) -> dict:
     """
     Convert the rows of an image by the columns that a user names. A row has one box or mask and one or more texts
-    about it; or a list of boxes or masks, with as many texts, or lists of texts; or a list of boxes and one text:
-    then they are all boxes of one object.
+    about it; or a list of boxes or masks, with as many texts, or lists of texts; or a list and one text, which refers
+    to all of them, and to nothing in the image if the list is empty.
 
     Raises:
         ValueError: if the columns of a row are none of these.
@@ -360,37 +361,44 @@ def convert_columns(rows: list[dict], columns: dict[str, str]) -> dict:
     objects, sentences = Objects(), []
     for row in rows:
         values = {field: value_at(row, path) for field, path in columns.items() if field != "image"}
-        for boxes, mask, category, texts in mapped_targets(values, columns):
-            index = objects.add((json.dumps([boxes, mask]),), boxes, mask, category)
+        for found, texts in mapped_targets(values, columns):
+            named = [objects.add((json.dumps([boxes, mask]),), boxes, mask, name) for boxes, mask, name in found]
             for sentence in texts:
-                sentences.append({"sentence_id": str(len(sentences)), "text": sentence, "objects": [index]})
+                sentences.append({"sentence_id": str(len(sentences)), "text": sentence, "objects": named})
     size = tuple(value_at(rows[0], columns[side]) if side in columns else None for side in ("width", "height"))
     annotated_size = size if all(type(side) is int and side > 0 for side in size) else None
     return {"annotated_size": annotated_size, "objects": objects.items, "sentences": sentences}
 
 
-def mapped_targets(values: dict, columns: dict[str, str]) -> list[tuple[list, Any, str | None, list[str]]]:
-    """Return (boxes, mask, category, texts) of each object of a row, see `convert_columns`."""
+def mapped_targets(values: dict, columns: dict[str, str]) -> list[tuple[list[tuple], list[str]]]:
+    """Return the objects, each (boxes, mask, category), and the texts about them of a row, see `convert_columns`."""
     box, mask, category, text = (values.get(field) for field in ("box", "mask", "category", "text"))
-    is_one = is_box(box) if box is not None else not is_list_of_masks(mask)
-    if is_one or isinstance(text, str):
-        boxes = [box] if is_one and box is not None else (box or [])
-        name = category if isinstance(category, str) else None
-        return [(check_boxes(boxes, columns), mask, name, texts_in(text, columns))]
     targets = box if box is not None else mask
-    if not isinstance(targets, list) or not isinstance(text, list) or len(text) != len(targets):
+    is_one = is_box(box) if box is not None else not is_list_of_masks(mask)
+    has_own_masks = isinstance(mask, list) and isinstance(targets, list) and len(mask) == len(targets)
+    # several boxes of one mask are parts of an object
+    if is_one or (isinstance(text, str) and mask is not None and not has_own_masks):
+        boxes = [box] if is_box(box) else (box or [])
+        name = category if isinstance(category, str) else None
+        return [([(check_boxes(boxes, columns), mask, name)], texts_in(text, columns))]
+    is_shared = isinstance(text, str) or targets == []
+    if not isinstance(targets, list) or not (is_shared or (isinstance(text, list) and len(text) == len(targets))):
         where = columns["box"] if box is not None else columns["mask"]
         raise ValueError(
             f"{where} is {quote(targets)} and {columns['text']} is {quote(text)}; expected one box or mask, or a list "
-            "with as many texts."
+            "with as many texts or one."
         )
-    masks = mask if isinstance(mask, list) and len(mask) == len(targets) else [None] * len(targets)
-    names = category if isinstance(category, list) and len(category) == len(targets) else [None] * len(targets)
+    masks = mask if has_own_masks else [None] * len(targets)
+    has_own_names = isinstance(category, list) and len(category) == len(targets)
+    names = category if has_own_names else [category] * len(targets)
     boxes = [[one] for one in box] if box is not None else [[]] * len(targets)
-    return [
-        (check_boxes(one, columns), part, name if isinstance(name, str) else None, texts_in(some, columns))
-        for one, part, name, some in zip(boxes, masks, names, text, strict=True)
+    objects = [
+        (check_boxes(one, columns), part, name if isinstance(name, str) else None)
+        for one, part, name in zip(boxes, masks, names, strict=True)
     ]
+    if is_shared:
+        return [(objects, texts_in(text, columns))]
+    return [([item], texts_in(some, columns)) for item, some in zip(objects, text, strict=True)]
 
 
 def is_list_of_masks(mask: Any) -> bool:

@@ -46,10 +46,12 @@ from .reading import (
     read_frame,
     read_image_size,
 )
+from .records import objects_of
 
 
 MASK_FIELDS = ("polygon", "segmentation", "mask")
-TARGET_FIELDS = ("box", "boxes", *MASK_FIELDS, "category", "types")
+OBJECT_FIELDS = ("box", "boxes", *MASK_FIELDS, "category")
+TARGET_FIELDS = (*OBJECT_FIELDS, "objects", "types")
 LINE_FIELDS = ("image", "expressions", "image_id", "width", "height", "box_format")
 # how similar an unknown field is to a known one that is misspelled, for difflib
 MISSPELLED = 0.8
@@ -92,7 +94,7 @@ class Part(NamedTuple):
         image_id (`str`): of the image.
         path (`Path`): its file.
         frame ([`Frame`]): the frame that it is annotated in.
-        sentences (`list`): pairs of a text and its phrases, each (start, end, object, types); the object has `box`,
+        sentences (`list`): pairs of a text and its phrases, each (start, end, objects, types); an object has `box`,
             `boxes`, `category` and `segmentation`.
     """
 
@@ -208,33 +210,36 @@ class LineConverter:
         sentences = []
         for index, expression in enumerate(line["expressions"]):
             text, spans = read_expression(expression, f"expressions[{index}]", unknown)
-            phrases = [
-                (start, end, self._object(target, where, box_format, frame, folders, changed), target.get("types", []))
-                for start, end, target, where in spans
-            ]
+            phrases = []
+            for start, end, target, where in spans:
+                objects = [
+                    self._object(item, field, box_format, frame, folders, changed)
+                    for item, field in read_objects(target, where, unknown)
+                ]
+                phrases.append((start, end, objects, target.get("types", [])))
             sentences.append((text, phrases))
         return sentences
 
     def _object(
-        self, target: dict, where: str, box_format: str, frame: Frame, folders: Sequence[Path], changed: Counter
+        self, item: dict, where: str, box_format: str, frame: Frame, folders: Sequence[Path], changed: Counter
     ) -> dict:
-        """Return the object of a target, without its id."""
+        """Return an object of a line as that of a row, without its id."""
         width, height = frame.size
-        boxes = parse_boxes(target, where, box_format, width, height)
-        mask = self._mask(target, where, frame, folders, changed)
+        boxes = parse_boxes(item, where, box_format, width, height)
+        mask = self._mask(item, where, frame, folders, changed)
         kept = clip_boxes(boxes or [box_of(mask)], width, height, Counter(), changed)
         inside = len(kept) == max(1, len(boxes))
         require(inside, f"{where}.box", boxes, f"boxes in the image of {width} x {height}")
-        return {"box": merge_boxes(kept), "boxes": kept, "category": target.get("category"), "segmentation": mask}
+        return {"box": merge_boxes(kept), "boxes": kept, "category": item.get("category"), "segmentation": mask}
 
-    def _mask(self, target: dict, where: str, frame: Frame, folders: Sequence[Path], changed: Counter) -> dict | None:
-        """Return the run-length encoding of a target's mask, if it has one."""
+    def _mask(self, item: dict, where: str, frame: Frame, folders: Sequence[Path], changed: Counter) -> dict | None:
+        """Return the run-length encoding of an object's mask, if it has one."""
         width, height = frame.size
-        given = [name for name in MASK_FIELDS if name in target]
+        given = [name for name in MASK_FIELDS if name in item]
         require(len(given) < 2, where, given, "one of them")
         if not given:
             return None
-        field, value = f"{where}.{given[0]}", target[given[0]]
+        field, value = f"{where}.{given[0]}", item[given[0]]
         if given == ["mask"]:
             found = self.find(value, field, folders)
             changed.update([RESPELLED] * found.is_respelled)
@@ -397,11 +402,14 @@ def row_of_parts(parts: list[Part]) -> dict:
     objects, indices, sentences = [], {}, []
     for text, found in (sentence for part in parts for sentence in part.sentences):
         phrases = []
-        for start, end, item, types in found:
-            index = indices.setdefault(json.dumps(item), len(objects))
-            if index == len(objects):
-                objects.append({"object_id": f"{image_id}_{index}", **item})
-            phrases.append({"start": start, "end": end, "objects": [index], "types": types})
+        for start, end, items, types in found:
+            named = {}
+            for item in items:
+                index = indices.setdefault(json.dumps(item), len(objects))
+                if index == len(objects):
+                    objects.append({"object_id": f"{image_id}_{index}", **item})
+                named[index] = None
+            phrases.append({"start": start, "end": end, "objects": list(named), "types": types})
         sentences.append({"sentence_id": f"{image_id}_{len(sentences)}", "text": text, "phrases": phrases})
     width, height = frame.size
     row = {"image_id": image_id, "image": image_of(path.absolute(), frame), "width": width, "height": height}
@@ -487,7 +495,7 @@ def annotated_size(value: dict) -> tuple[int, int] | None:
 def read_expression(expression: Any, field: str, ignored: Counter | None = None) -> tuple[str, list]:
     """
     Return the text of an expression and (start, end, target, field) of its phrases, by default the entire text. A
-    target is the mapping that has the box. Unknown fields are counted in `ignored`, see `known`.
+    target is the mapping that has the box, see `read_objects`. Unknown fields are counted in `ignored`, see `known`.
     """
     require(isinstance(expression, dict), field, expression, '{"text": ..., "box": ...}')
     text = expression.get("text")
@@ -521,6 +529,32 @@ def read_expression(expression: Any, field: str, ignored: Counter | None = None)
     return text, spans
 
 
+def read_objects(target: dict, field: str, ignored: Counter | None = None) -> list[tuple[dict, str]]:
+    """
+    Return (object, field) of each object that an expression or phrase refers to; none if it refers to nothing in the
+    image. An object is the mapping that has the box. Unknown fields are counted in `ignored`, see `known`.
+
+    Raises:
+        ValueError: if `objects` is not a list of objects, or there are other fields of an object where `objects` or
+            `boxes: []` says what they are.
+    """
+    types = target.get("types", [])
+    texts = isinstance(types, list) and all(isinstance(word, str) for word in types)
+    require(texts, f"{field}.types", types, "a list of texts")
+    is_listed = "objects" in target
+    if not is_listed and target.get("boxes") != []:
+        return [(target, field)]
+    name = "objects" if is_listed else "boxes"
+    given = [name, *(other for other in OBJECT_FIELDS if other in target and other != name)]
+    require(len(given) == 1, field, given, "one of them" if is_listed else "boxes alone, since [] is for no object")
+    objects = objects_of(target)
+    require(isinstance(objects, list), f"{field}.objects", objects, "a list of objects, [] for none")
+    for index, item in enumerate(objects):
+        require(isinstance(item, dict), f"{field}.objects[{index}]", item, '{"box": ...}')
+        known(item, OBJECT_FIELDS, f"{field}.objects[{index}]", ignored)
+    return [(item, f"{field}.objects[{index}]") for index, item in enumerate(objects)]
+
+
 def check_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
     """Return the (start, end) of a phrase that is given by its characters, and perhaps by its text as well."""
     start, end, words = phrase.get("start"), phrase.get("end"), phrase.get("text")
@@ -530,41 +564,42 @@ def check_span(phrase: dict, text: str, field: str) -> tuple[int, int]:
     return start, end
 
 
-def targets_in(value: dict) -> list[dict]:
-    """Return the expressions and phrases of a parsed line, whatever else is wrong with it."""
+def objects_in(value: dict) -> list[dict]:
+    """Return the objects of a parsed line, whatever else is wrong with it."""
     found = []
-    for expression in filter(is_dict, value["expressions"]):
-        phrases = expression.get("phrases")
-        found += [expression, *filter(is_dict, phrases if isinstance(phrases, list) else ())]
+    for expression in dicts_in(value, "expressions"):
+        for target in (expression, *dicts_in(expression, "phrases")):
+            found += [target, *dicts_in(target, "objects")]
     return found
+
+
+def dicts_in(value: dict, name: str) -> list[dict]:
+    """Return the JSON objects of a field that should be a list of them."""
+    items = value.get(name)
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
 def boxes_in(value: dict) -> list[list]:
     """Return the boxes of a parsed line that are four numbers, as they are written, whatever else is wrong with it."""
     found = []
-    for target in targets_in(value):
-        boxes = target.get("boxes")
-        found += [target.get("box"), *(boxes if isinstance(boxes, list) else ())]
+    for item in objects_in(value):
+        boxes = item.get("boxes")
+        found += [item.get("box"), *(boxes if isinstance(boxes, list) else ())]
     return [box for box in found if is_four_numbers(box)]
 
 
 def spans_in(value: dict) -> list[list]:
     """Return the boxes_xyxy around the polygons of a parsed line, in the unit that they are written in."""
     found = []
-    for target in targets_in(value):
+    for item in objects_in(value):
         for field in ("polygon", "segmentation"):
-            polygons = target.get(field)
+            polygons = item.get(field)
             polygons = polygons if isinstance(polygons, list) else []
             for polygon in [polygons] if polygons and is_number(polygons[0]) else polygons:
                 if isinstance(polygon, list) and len(polygon) >= 6 and all(is_number(number) for number in polygon):
                     across, down = polygon[0::2], polygon[1::2]
                     found.append([min(across), min(down), max(across), max(down)])
     return found
-
-
-def is_dict(value: Any) -> bool:
-    """Return whether a value is a JSON object."""
-    return isinstance(value, dict)
 
 
 def collect_boxes(line: dict, box_format: str, size: tuple[int, int], written: dict) -> None:
@@ -619,8 +654,9 @@ def scale_line(line: dict, annotated: tuple[int, int], size: tuple[int, int], bo
                 scaled[name] = scale_numbers(value) if is_flat else [scale_numbers(polygon) for polygon in value]
             elif isinstance(value, dict):
                 scaled[name] = scale_run_lengths(value, annotated, size)
-        if isinstance(scaled.get("phrases"), list):
-            scaled["phrases"] = [scale_target(phrase) for phrase in scaled["phrases"]]
+        for name in ("phrases", "objects"):
+            if isinstance(scaled.get(name), list):
+                scaled[name] = [scale_target(part) for part in scaled[name]]
         return scaled
 
     expressions = [scale_target(expression) for expression in line["expressions"]]
@@ -642,25 +678,23 @@ def scale_run_lengths(value: dict, annotated: tuple[int, int], size: tuple[int, 
     return to_segmentation(encode_mask(resize_to_nearest(mask, size[1], size[0])), keep_empty=True)
 
 
-def parse_boxes(target: dict, field: str, box_format: str, width: int, height: int) -> list[list[float]]:
+def parse_boxes(item: dict, field: str, box_format: str, width: int, height: int) -> list[list[float]]:
     """
-    Return the boxes of a target as xyxy in pixels of an image of (width, height); none where it has a mask instead.
-    Checks its category and types too.
+    Return the boxes of an object as xyxy in pixels of an image of (width, height); none where it has a mask instead.
+    Checks its category too.
 
     Raises:
         ValueError: where a box is not four finite numbers of the box format, or has no extent.
     """
-    category, types = target.get("category"), target.get("types", [])
+    category = item.get("category")
     require(category is None or isinstance(category, str), f"{field}.category", category, "text")
-    texts = isinstance(types, list) and all(isinstance(word, str) for word in types)
-    require(texts, f"{field}.types", types, "a list of texts")
-    if "boxes" in target:
-        require("box" not in target, field, ["box", "boxes"], "one of them")
-        boxes, name = target["boxes"], "boxes"
+    if "boxes" in item:
+        require("box" not in item, field, ["box", "boxes"], "one of them")
+        boxes, name = item["boxes"], "boxes"
         require(isinstance(boxes, list) and boxes, f"{field}.boxes", boxes, "a list of one or more")
     else:
-        boxes, name = [target["box"]] if "box" in target else [], "box"
-    if not boxes and not any(mask in target for mask in MASK_FIELDS):
+        boxes, name = [item["box"]] if "box" in item else [], "box"
+    if not boxes and not any(mask in item for mask in MASK_FIELDS):
         raise ValueError(f"{field} has no field 'box'; expected one, or 'boxes', or a mask.")
     layout, unit = parse_box_format(box_format)
     limit = LIMITS.get(unit)

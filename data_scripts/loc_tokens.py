@@ -7,21 +7,33 @@ Read the JSON Lines that PaliGemma and Florence-2 are fine-tuned with, as Robofl
 - PaliGemma: top, left, bottom, right (y before x) of 0..1023, 1024ths of the image; the label follows.
 - Florence-2: left, top, right, bottom of 0..999, of which each stands for the middle of a thousandth; the label is
   before them.
-- A label that occurs once in its image is an expression. Masks in `<seg>` tokens are not decoded.
+- A label is an expression, which refers to all boxes that have it. A name that PaliGemma is asked for, as the prefix
+  "detect car ; dog" does, and that its answer lacks, refers to nothing in the image.
+- Masks in `<seg>` tokens are not decoded.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .findings import Findings
 from .kinds import TEXT, check_fields
 from .quoting import quote
-from .records import LabeledObject, expressions_of_objects, read_records, size_fields
+from .reading import has_words
+from .records import (
+    LabeledObject,
+    expressions_of_objects,
+    read_records,
+    size_fields,
+    target_of,
+    words_of_category,
+)
 
 
 PALIGEMMA = re.compile(r"((?:<loc\d{4}>){4})((?:<seg\d{3}>)*)([^<;]*)")
 FLORENCE = re.compile(r"([^<>]*)((?:<loc_\d{1,3}>)+)")
+ASKED = re.compile(r"\s*(?:detect|segment)\s+([^<>]+)")
 BINS = {"paligemma": 1024, "florence": 1000}
 
 
@@ -40,15 +52,36 @@ def read_loc_tokens(path: Path, findings: Findings) -> Iterator[tuple[str, dict]
         expressions = []
         with findings.entry(where):
             check_fields(record, {"image": TEXT, "suffix": TEXT}, "the line")
+            found = parse_loc_tokens(record["suffix"], findings)
             objects = [
-                LabeledObject("", {"box": box}, label) for label, box in parse_loc_tokens(record["suffix"], findings)
+                LabeledObject("", {"box": box}, label, [words_of_category(label)] if has_words(label) else ())
+                for label, box in found
             ]
-            findings.leave_out("answers without a box", not objects)
+            absent = [name for name in names_asked(record.get("prefix")) if name not in dict(found)]
+            findings.leave_out("answers without a box", not objects and not absent)
             expressions = [expression for _, expression in expressions_of_objects(objects, findings)]
+            expressions += [{"text": words_of_category(name), **target_of([])} for name in absent]
         if expressions:
             size = size_fields(record.get("width"), record.get("height"))
             line = {"image": record["image"], **size, "box_format": "xyxy_fraction"}
             yield where, {**line, "expressions": expressions}
+
+
+def names_asked(prefix: Any) -> list[str]:
+    """
+    Return the names that a prefix of PaliGemma asks for; none for another one.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.loc_tokens import names_asked
+
+    >>> names_asked("detect car ; dog"), names_asked("<OD>")
+    (['car', 'dog'], [])
+
+    ```"""
+    asked = ASKED.fullmatch(prefix) if isinstance(prefix, str) else None
+    return [name for part in asked[1].split(";") if has_words(name := part.strip())] if asked else []
 
 
 def parse_loc_tokens(suffix: str, findings: Findings) -> list[tuple[str, list[float]]]:

@@ -7,8 +7,10 @@ expression.
      "annotations": [{"image_id": 0, "bbox": [103.9, 300.0, 134.2, 177.4], "tokens_positive": [[4, 8]]}]}
 
 - The entries of one image have one `file_name`, and their lines are joined.
-- In RefCOCO, RefCOCO+ and RefCOCOg (`dataset_name`), the box is that of the expression: `tokens_positive` are its root
-  noun alone, and are not read. Elsewhere each span of `tokens_positive` is a phrase, and all boxes of a span are its.
+- In RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO (`dataset_name`), boxes are those of the expression: `tokens_positive`
+  are its root noun alone, and are not read. Elsewhere each span of `tokens_positive` is a phrase.
+- Each annotation is an object: a phrase with several refers to all of them. One with `"empty": true`, as gRefCOCO's
+  authors write it, says that the phrase refers to nothing in the image; a caption without annotations does not.
 - There are no masks. The boxes of the Flickr30k files count pixels as the file does, which may be from 1, see
   `flickr30k_entities`.
 """
@@ -23,20 +25,23 @@ from .kinds import INTEGER, LIST, TEXT, check_fields
 from .reading import load_json
 from .records import (
     Written,
+    box_around,
     expression_of_spans,
     is_expression,
     json_array,
     leave_out_fields,
+    objects_of,
     size_fields,
     spans_of_tokens,
+    target_of,
     to_box_list,
     to_json,
     to_xywh,
 )
 
 
-# beginnings of `dataset_name` of which an expression is about one object
-REFERRING = ("refcoco", "refexp", "referit", "refclef")
+# beginnings of `dataset_name` of which a caption is one expression
+REFERRING = ("refcoco", "grefcoco", "refexp", "referit", "refclef")
 CATEGORIES = [{"supercategory": "object", "id": 1, "name": "object"}]
 
 
@@ -78,25 +83,29 @@ def make_expression(image: dict, annotations: list[dict], findings: Findings) ->
         findings.leave_out("captions without a box")
         return None
     if is_referring(dataset_name):
-        boxes = [box for item in annotations for box in to_box_list(item.get("bbox"), "bbox")]
-        return {"text": caption.strip(), "boxes": boxes}
+        return {"text": caption.strip(), **target_of([{"box": box} for item in annotations for box in boxes_of(item)])}
     targets = []
     for item in annotations:
         spans = spans_of_tokens(item.get("tokens_positive"))
         if not spans:
             findings.leave_out("boxes without words of their caption")
-        targets += [(span, {}, to_box_list(item.get("bbox"), "bbox")) for span in spans]
+        targets += [(span, boxes_of(item)) for span in spans]
     return expression_of_spans(caption, targets)
 
 
+def boxes_of(annotation: dict) -> list[list]:
+    """Return the boxes of an annotation; none if it says that its phrase refers to nothing."""
+    return [] if annotation.get("empty") is True else to_box_list(annotation.get("bbox"), "bbox")
+
+
 def is_referring(dataset_name: Any) -> bool:
-    """Return whether the expressions of a dataset are about one object, by its name."""
+    """Return whether each caption of a dataset is one expression, by its name."""
     return isinstance(dataset_name, str) and dataset_name.lower().startswith(REFERRING)
 
 
 def write_mdetr(lines: Iterable[dict], findings: Findings, about: Written) -> Iterator[str]:
     """
-    Yield the text of a file: an image entry per expression, an annotation per box.
+    Yield the text of a file: an image entry per expression, an annotation per object.
 
     Args:
         lines (iterable of `dict`): the lines, see `records`.
@@ -139,7 +148,8 @@ def entries_of_lines(
         for expression in line["expressions"]:
             number += 1
             for phrase in expression["phrases"]:
-                for x0, y0, width, height in map(to_xywh, phrase["boxes"]):
+                boxes = [to_xywh(box_around(item, findings)) for item in objects_of(phrase)]
+                for x0, y0, width, height in boxes or [(0, 0, 0, 0)]:
                     annotations.append(
                         {
                             "id": len(annotations) + 1,
@@ -148,6 +158,7 @@ def entries_of_lines(
                             "bbox": [x0, y0, width, height],
                             "area": width * height,
                             "iscrowd": 0,
+                            "empty": not boxes,
                             "tokens_positive": [[phrase["start"], phrase["end"]]],
                         }
                     )

@@ -296,13 +296,13 @@ class NamedRows(GroundingBuilder):
         sentences, kept_positions = [], []
         for order, sentence in enumerate(record["sentences"]):
             text = check_text(sentence["text"], "a text").strip()
-            named = [indices[index] for index in sentence["objects"] if index in indices]
+            named = dict.fromkeys(indices.get(index) for index in sentence["objects"])
             if not has_words(text):
                 dropped["expressions without words"] += 1
-            elif not named:
+            elif None in named:
                 dropped["expressions of objects without a box in the image"] += 1
             else:
-                phrase = {"start": 0, "end": len(text), "objects": named, "types": []}
+                phrase = {"start": 0, "end": len(text), "objects": list(named), "types": []}
                 sentence_id = f"{image_id}_{sentence['sentence_id']}"
                 sentences.append({"sentence_id": sentence_id, "text": text, "phrases": [phrase]})
                 kept_positions.append(None if positions is None else positions[order])

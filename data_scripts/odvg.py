@@ -6,8 +6,9 @@ Read and write ODVG JSON Lines, the annotations of Grounding DINO in mmdetection
                    "regions": [{"bbox": [10, 20, 110, 90], "phrase": "a car", "tokens_positive": [[0, 5]]},
                                {"bbox": [[200, 5, 260, 190], [300, 5, 360, 190]], "phrase": "two trees"}]}}
 
-- Regions of one phrase are boxes of it. `tokens_positive` say where it is in the caption; without them its text is
-  looked for.
+- Each box is an object: a phrase with several boxes or regions refers to all of them. A phrase without a region is not
+  annotated, since nothing in a line could say that it refers to nothing.
+- `tokens_positive` say where a phrase is in the caption; without them its text is looked for.
 - `bbox` are the corners, in pixels in mmdetection, 0..1 in other tools, which the build recognizes and reports.
 - `detection`, of lines without a caption: `{"instances": [{"bbox": [...], "category": "car"}]}`; categories that occur
   once in their image are expressions.
@@ -19,12 +20,15 @@ from pathlib import Path
 from .findings import Findings
 from .kinds import LIST, TEXT, check_fields
 from .records import (
+    NO_TARGET,
     WITHOUT_WORDS,
     LabeledObject,
     Written,
+    box_around,
     expression_of_spans,
     expressions_of_objects,
     leave_out_fields,
+    objects_of,
     read_records,
     size_fields,
     spans_of_tokens,
@@ -72,7 +76,7 @@ def read_grounding(grounding: dict, findings: Findings) -> list[dict]:
         spans = spans or [text for text in (phrase if isinstance(phrase, list) else [phrase]) if isinstance(text, str)]
         if not spans:
             findings.leave_out(WITHOUT_WORDS, len(boxes))
-        targets += [(span, {}, boxes) for span in spans]
+        targets += [(span, boxes) for span in spans]
     expression = expression_of_spans(grounding["caption"], targets)
     return [] if expression is None else [expression]
 
@@ -89,7 +93,7 @@ def read_detection(detection: dict, findings: Findings) -> list[dict]:
 
 def write_odvg(lines: Iterable[dict], findings: Findings, about: Written) -> Iterator[str]:
     """
-    Yield the text of a file: a line per expression, a region per box.
+    Yield the text of a file: a line per expression, a region per object.
 
     Args:
         lines (iterable of `dict`): the lines, see `records`.
@@ -119,9 +123,14 @@ def write_odvg(lines: Iterable[dict], findings: Findings, about: Written) -> Ite
             text, regions = expression["text"], []
             for phrase in expression["phrases"]:
                 start, end = phrase["start"], phrase["end"]
-                score = {"score": phrase["score"]} if "score" in phrase else {}
-                named = {"phrase": text[start:end], "tokens_positive": [[start, end]], **score}
-                regions += [{"bbox": box, **named} for box in phrase["boxes"]]
+                named = {"phrase": text[start:end], "tokens_positive": [[start, end]]}
+                objects = objects_of(phrase)
+                findings.leave_out(NO_TARGET, not objects)
+                for item in objects:
+                    score = {"score": item["score"]} if "score" in item else {}
+                    regions.append({"bbox": box_around(item, findings), **named, **score})
+            if not regions:
+                continue
             size = {"height": line["height"], "width": line["width"]}
             record = {"filename": line["image"], **size, "grounding": {"caption": text, "regions": regions}}
             yield f"{to_json(record)}\n"

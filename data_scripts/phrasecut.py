@@ -9,8 +9,8 @@ instances as boxes and polygons.
     image_data_split.json       optional: sizes and COCO ids of the images
     VG_100K/  VG_100K_2/        or one folder of all images, <image_id>.jpg
 
-A phrase has all its instances: `boxes` are theirs, and the mask is their union. `image_id` is that of `visual_genome`,
-so that images that other datasets hold out can be left out by `combine`.
+Each instance is an object with its box and its mask, and a phrase refers to all its instances. `image_id` is that of
+`visual_genome`, so that images that other datasets hold out can be left out by `combine`.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from .findings import Findings
 from .kinds import DIGITS_OR_NONE, INTEGER, LIST, TEXT, check_fields, check_list
 from .quoting import quote
 from .reading import is_number, load_json
-from .records import read_records, size_fields
+from .records import read_records, size_fields, target_of
 
 
 IMAGES_FILE = "image_data_split.json"
@@ -47,9 +47,7 @@ def read_phrasecut(path: Path, findings: Findings, box_format: str = "xywh") -> 
                 record, {"image_id": INTEGER, "phrase": TEXT, "instance_boxes": LIST, "Polygons": LIST}, "the entry"
             )
             image_id = record["image_id"]
-            expression = {"text": record["phrase"].strip(), "boxes": record["instance_boxes"]}
-            polygons = flatten_polygons(record["Polygons"], findings)
-            expression |= {"polygon": polygons} if polygons else {}
+            expression = {"text": record["phrase"].strip(), **target_of(list_instances(record, findings))}
             image = images.get(image_id, {})
             coco = "" if image.get("coco_id") is None else f"_coco_{image['coco_id']}"
             size = size_fields(image.get("width"), image.get("height"))
@@ -70,25 +68,33 @@ def read_image_data(path: Path) -> dict[int, dict]:
     return images
 
 
-def flatten_polygons(value: list, findings: Findings) -> list[list[float]]:
+def list_instances(record: dict, findings: Findings) -> list[dict]:
     """
-    Return polygons [x, y, x, y, ...] of all parts of all instances. Parts of fewer than three points have no area.
+    Return the box and the polygons [x, y, x, y, ...] of each instance of a phrase. Parts of fewer than three points
+    have no area.
 
     Raises:
-        ValueError: if it is not a list of instances, of parts, of points [x, y].
+        ValueError: if there is no box, or `Polygons` is not a list of as many instances, of parts, of points [x, y].
 
     Example:
 
     ```python
     >>> from data_scripts.findings import Findings
-    >>> from data_scripts.phrasecut import flatten_polygons
+    >>> from data_scripts.phrasecut import list_instances
 
-    >>> flatten_polygons([[[[1, 2], [3, 4], [5, 6]], [[7, 8]]]], Findings())
-    [[1, 2, 3, 4, 5, 6]]
+    >>> polygons = [[[[1, 2], [3, 4], [5, 6]], [[7, 8]]]]
+    >>> list_instances({"instance_boxes": [[1, 2, 4, 4]], "Polygons": polygons}, Findings())
+    [{'box': [1, 2, 4, 4], 'polygon': [[1, 2, 3, 4, 5, 6]]}]
 
     ```"""
-    polygons = []
-    for index, parts in enumerate(value):
+    boxes, instances = record["instance_boxes"], record["Polygons"]
+    if not boxes:
+        raise ValueError("instance_boxes is []; expected a box for each instance of the phrase.")
+    if len(instances) != len(boxes):
+        raise ValueError(f"Polygons has {len(instances)} instances; expected {len(boxes)}, as instance_boxes.")
+    found = []
+    for index, (box, parts) in enumerate(zip(boxes, instances, strict=True)):
+        polygons = []
         for part in check_list(parts, f"Polygons[{index}]"):
             if not isinstance(part, list) or not all(is_point(point) for point in part):
                 raise ValueError(f"Polygons[{index}] has {quote(part)}; expected a list of points [x, y].")
@@ -96,7 +102,8 @@ def flatten_polygons(value: list, findings: Findings) -> list[list[float]]:
                 polygons.append([number for point in part for number in point])
             else:
                 findings.changed["polygons of fewer than three points are left out of their mask"] += 1
-    return polygons
+        found.append({"box": box, **({"polygon": polygons} if polygons else {})})
+    return found
 
 
 def is_point(value: Any) -> bool:

@@ -6,7 +6,8 @@ Read conversations about boxes that Qwen-VL and its kin are fine-tuned with, in 
         {"from": "gpt", "value": "[{\\"bbox_2d\\": [10, 20, 110, 90], \\"label\\": \\"the red car\\"}]"}]}
 
 - An answer has `bbox_2d` in JSON, or the marks of Qwen2-VL, `<|box_start|>(x, y),(x, y)<|box_end|>`.
-- The words of a box are its `label`, where the answer has one such box, else what the question asks for (`PROMPTS`).
+- The words of a box are its `label`, else what the question asks for (`PROMPTS`). Boxes with the same words are the
+  answers to one expression. If the answer to such a question is an empty list, `[]`, the expression refers to nothing.
 - `bbox_2d` are pixels for Qwen2.5-VL, and 0..1000 for Qwen2-VL and Qwen3-VL. Nothing in the file says so: lines have
   no `box_format` unless it is given, and who reads them compares all boxes with the images.
 """
@@ -19,7 +20,16 @@ from typing import Any
 
 from .findings import Findings
 from .quoting import quote
-from .records import LabeledObject, expressions_of_objects, read_records, size_fields, to_box_list
+from .reading import has_words
+from .records import (
+    LabeledObject,
+    expressions_of_objects,
+    read_records,
+    size_fields,
+    target_of,
+    to_box_list,
+    words_of_category,
+)
 
 
 # what questions look like; {} is the expression
@@ -33,6 +43,7 @@ PROMPTS = (
 )
 ANSWERERS, ASKERS = ("gpt", "assistant", "model"), ("human", "user")
 ENTRY = re.compile(r"\{[^{}]*\"bbox_2d\"[^{}]*\}")
+EMPTY = re.compile(r"\s*(```(json)?)?\s*\[\s*\]\s*(```)?\s*")
 MARKED = re.compile(
     r"(?:<\|object_ref_start\|>(.*?)<\|object_ref_end\|>)?<\|box_start\|>\s*"
     r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)\s*<\|box_end\|>"
@@ -68,10 +79,15 @@ def read_qwen(
                 question = text
                 continue
             position, objects, is_thousand = f"{where}, turn {index}", [], False
+            asked, expressions = expression_of_question(question, patterns), []
             with findings.entry(position):
-                objects, is_thousand = objects_of_answer(text, expression_of_question(question, patterns), position)
-                findings.leave_out("answers without a box", not objects)
-            for _, expression in expressions_of_objects(objects, findings):
+                objects, is_thousand = objects_of_answer(text, asked, position)
+                expressions = [expression for _, expression in expressions_of_objects(objects, findings)]
+                if asked and EMPTY.fullmatch(text):
+                    expressions = [{"text": asked, **target_of([])}]
+                else:
+                    findings.leave_out("answers without a box", not objects)
+            for expression in expressions:
                 said = "xyxy_thousand" if is_thousand else box_format
                 line = {"image": image, **size_fields(record.get("width"), record.get("height"))}
                 line |= {} if said is None else {"box_format": said}
@@ -103,8 +119,8 @@ def expression_of_question(question: str, patterns: list[re.Pattern]) -> str | N
 
 def objects_of_answer(answer: str, asked: str | None, where: str) -> tuple[list[LabeledObject], bool]:
     """
-    Return the objects of an answer, and whether its boxes are certainly in 0..1000. Boxes without a label are together
-    what was asked for.
+    Return the objects of an answer, and whether its boxes are certainly in 0..1000. Boxes without a label are what was
+    asked for.
 
     Raises:
         ValueError: if an entry is malformed.
@@ -115,11 +131,12 @@ def objects_of_answer(answer: str, asked: str | None, where: str) -> tuple[list[
         for entry in entries_of_answer(answer)
         for box in to_box_list(entry["bbox_2d"], "bbox_2d")
     ]
-    labeled = [LabeledObject(where, {"box": box}, label) for box, label in found if isinstance(label, str)]
-    others = [box for box, label in found if not isinstance(label, str)]
-    if others:
-        labeled.append(LabeledObject(where, {"boxes": others}, None, [asked] if asked else ()))
-    return labeled, bool(marked)
+    objects = []
+    for box, label in found:
+        is_labeled = has_words(label)
+        words = words_of_category(label) if is_labeled else asked
+        objects.append(LabeledObject(where, {"box": box}, label if is_labeled else None, [words] if words else ()))
+    return objects, bool(marked)
 
 
 def entries_of_answer(answer: str) -> list[dict]:

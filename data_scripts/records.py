@@ -3,8 +3,9 @@ Helpers of readers, which turn annotation files of other formats into lines (see
 lines into these formats.
 
 A line that is written has all its fields: `image`, `width`, `height`, and expressions with `text` and `phrases`, each
-with `start`, `end` and `boxes` (xyxy, in pixels), and with `category`, `segmentation`, `types` and `score` if it has
-them.
+with `start` and `end`, `types` if it has them, and the fields of its object: `boxes` (xyxy, in pixels), and
+`category`, `segmentation` and `score` if it has them. A phrase that refers to several objects has them as `objects`,
+and one that refers to nothing in the image has `boxes: []`, see `objects_of`.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .building import merge_boxes
 from .findings import Findings
 from .quoting import quote
 from .reading import has_words, is_number, parse_line, read_entries
@@ -21,6 +23,8 @@ from .reading import has_words, is_number, parse_line, read_entries
 AMBIGUOUS = "objects whose category is that of another object of their image"
 WITHOUT_WORDS = "objects without words"
 GROUPS = "groups of objects of one category"
+SAME_WORDS = "objects have the words of another object of their image, and are answers to one expression"
+NO_TARGET = "phrases that refer to nothing in their image"
 # fields that hold an expression, in the order in which they are looked for
 TEXT_FIELDS = ("caption", "captions", "expression", "expressions", "description", "sentence", "sentences", "text")
 
@@ -76,13 +80,56 @@ def to_box_list(value: Any, field: str) -> list[list]:
     return boxes
 
 
-def expression_of_spans(caption: str, targets: Iterable[tuple[tuple[int, int] | str, dict, list]]) -> dict | None:
+def target_of(objects: Sequence[dict]) -> dict:
     """
-    Return the expression of a caption whose phrases are given one box at a time; None if there are none.
+    Return the fields of an expression or phrase that refers to these objects.
+
+    Args:
+        objects (`list[dict]`): the fields of each object, such as `box`.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import target_of
+
+    >>> target_of([]), target_of([{"box": [1, 2, 3, 4]}])
+    ({'boxes': []}, {'box': [1, 2, 3, 4]})
+    >>> target_of([{"box": [1, 2, 3, 4]}, {"box": [5, 6, 7, 8]}])
+    {'objects': [{'box': [1, 2, 3, 4]}, {'box': [5, 6, 7, 8]}]}
+
+    ```"""
+    if len(objects) == 1:
+        return dict(objects[0])
+    return {"objects": list(objects)} if objects else {"boxes": []}
+
+
+def objects_of(target: dict) -> list[dict]:
+    """
+    Return the fields of each object that an expression or phrase refers to, the reverse of `target_of`; the one of a
+    single object has the other fields of the phrase as well.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.records import objects_of
+
+    >>> objects_of({"boxes": []}), objects_of({"objects": [{"box": [1, 2, 3, 4]}]})
+    ([], [{'box': [1, 2, 3, 4]}])
+
+    ```"""
+    if "objects" in target:
+        return target["objects"]
+    return [] if target.get("boxes") == [] else [target]
+
+
+def expression_of_spans(caption: str, targets: Iterable[tuple[tuple[int, int] | str, list]]) -> dict | None:
+    """
+    Return the expression of a caption from the phrases of its objects; None if there are none.
 
     Args:
         caption (`str`): the caption.
-        targets (iterable): the phrase of each, (start, end) or its text; further fields; its boxes.
+        targets (iterable): a phrase, (start, end) or its text, and the boxes of objects that it refers to; no boxes if
+            it refers to nothing in the image.
 
     Example:
 
@@ -90,15 +137,18 @@ def expression_of_spans(caption: str, targets: Iterable[tuple[tuple[int, int] | 
     >>> from data_scripts.records import expression_of_spans
 
     >>> boxes = [[1, 2, 3, 4]], [[5, 6, 7, 8]]
-    >>> expression_of_spans("two cars", [((0, 8), {}, box) for box in boxes])["phrases"]
-    [{'start': 0, 'end': 8, 'boxes': [[1, 2, 3, 4], [5, 6, 7, 8]]}]
+    >>> expression_of_spans("two cars", [((0, 8), box) for box in boxes])["phrases"]
+    [{'start': 0, 'end': 8, 'objects': [{'box': [1, 2, 3, 4]}, {'box': [5, 6, 7, 8]}]}]
 
     ```"""
-    phrases = {}
-    for span, fields, boxes in targets:
-        named = {"text": span} if isinstance(span, str) else {"start": span[0], "end": span[1]}
-        phrases.setdefault(span, {**named, **fields, "boxes": []})["boxes"] += boxes
-    return {"text": caption, "phrases": list(phrases.values())} if phrases else None
+    objects = {}
+    for span, boxes in targets:
+        objects.setdefault(span, []).extend({"box": box} for box in boxes)
+    phrases = [
+        {**({"text": span} if isinstance(span, str) else {"start": span[0], "end": span[1]}), **target_of(found)}
+        for span, found in objects.items()
+    ]
+    return {"text": caption, "phrases": phrases} if phrases else None
 
 
 def spans_of_tokens(value: Any) -> list[tuple[int, int]]:
@@ -137,12 +187,12 @@ class LabeledObject(NamedTuple):
 
 def expressions_of_objects(objects: Sequence[LabeledObject], findings: Findings) -> Iterator[tuple[str, dict]]:
     """
-    Yield (position, expression) of each object: its own texts, else its category where no other object of the image
-    has it.
+    Yield (position, expression) of objects: their own texts, else their category where no other object of the image
+    has it. Objects with the same text of their own are the answers to it.
 
     Args:
         objects (`list[LabeledObject]`): all objects of an image.
-        findings ([`Findings`]): counts those without an expression.
+        findings ([`Findings`]): counts those without an expression, and those that share one.
 
     Example:
 
@@ -160,11 +210,15 @@ def expressions_of_objects(objects: Sequence[LabeledObject], findings: Findings)
 
     ```"""
     counts = Counter(item.category for item in objects)
+    named = {}  # an object may have a text several times: it is several expressions
     for where, target, category, texts, is_group in objects:
         is_named = has_words(category)
         fields = {"category": category, **target} if is_named else target
         if texts:
-            yield from ((where, {"text": text.strip(), **fields}) for text in texts)
+            times = Counter()
+            for text in map(str.strip, texts):
+                named.setdefault((text, times[text]), (where, []))[1].append(fields)
+                times[text] += 1
         elif not is_named:
             findings.leave_out(WITHOUT_WORDS)
         elif is_group:
@@ -172,7 +226,15 @@ def expressions_of_objects(objects: Sequence[LabeledObject], findings: Findings)
         elif counts[category] > 1:
             findings.leave_out(AMBIGUOUS)
         else:
-            yield where, {"text": category.replace("_", " ").strip(), **fields}
+            named[category, None] = (where, [fields])
+    for (text, number), (where, found) in named.items():
+        findings.changed.update({SAME_WORDS: len(found)} if len(found) > 1 else {})
+        yield where, {"text": words_of_category(text) if number is None else text, **target_of(found)}
+
+
+def words_of_category(category: str) -> str:
+    """Return the name of a category as the words of an expression."""
+    return category.replace("_", " ").strip()
 
 
 def words_in(value: Any) -> list[str]:
@@ -237,7 +299,7 @@ def is_expression(expression: dict) -> bool:
 
 def leave_out_fields(line: dict, names: dict[str, str], findings: Findings) -> None:
     """
-    Count the fields of the phrases of a line that a format does not have.
+    Count the fields of the phrases of a line, and of their objects, that a format does not have.
 
     Args:
         line (`dict`): the line.
@@ -247,7 +309,29 @@ def leave_out_fields(line: dict, names: dict[str, str], findings: Findings) -> N
     for expression in line["expressions"]:
         for phrase in expression["phrases"]:
             for field, reason in names.items():
-                findings.leave_out(reason, field in phrase)
+                findings.leave_out(reason, sum(field in part for part in (phrase, *phrase.get("objects", ()))))
+
+
+def box_around(item: dict, findings: Findings) -> list[float]:
+    """
+    Return the box of an object that is written, in a format that has one box per object.
+
+    Args:
+        item (`dict`): the object, see `objects_of`.
+        findings ([`Findings`]): counts objects with several boxes.
+
+    Example:
+
+    ```python
+    >>> from data_scripts.findings import Findings
+    >>> from data_scripts.records import box_around
+
+    >>> box_around({"boxes": [[1, 2, 3, 4], [5, 6, 7, 8]]}, Findings())
+    [1, 2, 7, 8]
+
+    ```"""
+    findings.changed.update(["objects with several boxes have the box around them"] * (len(item["boxes"]) > 1))
+    return merge_boxes(item["boxes"])
 
 
 def to_xywh(box_xyxy: Sequence[float]) -> list[float]:

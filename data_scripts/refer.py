@@ -6,7 +6,7 @@ Datasets in the layout of the refer API that are not RefCOCO, such as RRSIS-D, R
         refs(unc).json            references, or refs(unc).p; any name that `refs_file` tells
         images/                   or in another of `IMAGE_FOLDERS`, or in image_dir
 
-Rows are those of `refcoco`, references with several objects or without one included. Splits are those of the
+Rows are those of `refcoco`, references with several objects or with none included. Splits are those of the
 references. The name of an image is its `file_name` in `instances.json`, unless `image_name` says how to make it, as in
 "{id:05d}.jpg" or "{stem}.tif". All boxes are compared with `box_format`, since not all of these datasets have COCO's.
 

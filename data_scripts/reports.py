@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 import textwrap
+from collections import Counter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -221,7 +222,7 @@ def compute_statistics(rows: datasets.Dataset) -> tuple[dict, list[str]]:
     Returns:
         `dict`: name of a statistic -> its value. `list[str]`: the sentences, the longest first.
     """
-    sizes, phrases, words, areas, masks, longest = [], [], [], [], 0, []
+    sizes, phrases, words, areas, masks, longest, targets = [], [], [], [], 0, [], Counter()
     for row in rows.select_columns(["width", "height", "objects", "sentences"]):
         sizes.append((row["width"], row["height"]))
         for item in row["objects"]:
@@ -230,6 +231,7 @@ def compute_statistics(rows: datasets.Dataset) -> tuple[dict, list[str]]:
             masks += item["segmentation"] is not None
         for sentence in row["sentences"]:
             phrases.append(len(sentence["phrases"]))
+            targets.update(min(len(phrase["objects"]), 2) for phrase in sentence["phrases"])
             words.append(len(sentence["text"].split()))
         longest = heapq.nlargest(NUM_LONGEST, {*longest, *(item["text"] for item in row["sentences"])}, key=len)
 
@@ -243,6 +245,8 @@ def compute_statistics(rows: datasets.Dataset) -> tuple[dict, list[str]]:
         "objects": len(areas),
         "sentences": len(words),
         "expressions (phrases)": sum(phrases),
+        "expressions with no target": targets[0],
+        "expressions with several targets": targets[2],
         "sentences per image": len(words) / len(sizes) if sizes else None,
         "phrases per sentence, mean": float(mean(phrases)) if phrases else None,
         "phrases per sentence, maximum": max(phrases, default=None),

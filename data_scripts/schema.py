@@ -16,7 +16,7 @@ FEATURES = datasets.Features(
                 # A box without extent, or a mask without a pixel, cannot be learned or found, but the published
                 # evaluation counts it as a miss: datasets built with `integer_boxes` keep it
                 "box": [datasets.Value("float32")],
-                # all boxes of the object if it has several (then `box` is their union)
+                # all boxes of the object if it has several: parts of one answer, whose `box` is their union
                 "boxes": [[datasets.Value("float32")]],
                 "category": datasets.Value("string"),
                 # COCO run-length encoding at the image's size, or null
@@ -32,6 +32,7 @@ FEATURES = datasets.Features(
                     {
                         "start": datasets.Value("int32"),
                         "end": datasets.Value("int32"),
+                        # each is an answer; none if the annotations say that nothing in the image is meant
                         "objects": [datasets.Value("int32")],
                         "types": [datasets.Value("string")],
                     }

@@ -13,31 +13,29 @@ from modeling_reftr.image_processing_reftr import open_image
 from modeling_reftr.orientation_reftr import turn_upright
 
 
-MAX_OBJECTS = 4  # to draw in an image with many expressions
+MAX_EXPRESSIONS = 4  # to draw in an image with many
 COLUMNS = 4
 
 
-def choose_phrases(row: dict, rng: random.Random) -> tuple[str, list[tuple[str, int]]]:
+def choose_phrases(row: dict, rng: random.Random) -> tuple[str, list[tuple[str, list[int]]]]:
     """
-    Choose a sentence of several phrases of a row, or one expression for each of a few objects.
+    Choose a sentence of several phrases of a row, or a few expressions about different objects.
 
     Returns:
-        `str`: the sentence, empty for expressions. `list[tuple[str, int]]`: the text and object index of each phrase.
+        `str`: the sentence, empty for expressions. `list`: the text and the object indices of each phrase.
     """
     captions = [sentence for sentence in row["sentences"] if len(sentence["phrases"]) > 1]
     if captions and rng.random() < len(captions) / len(row["sentences"]) + 0.25:
         sentence = rng.choice(captions)
-        chosen = [(sentence, phrase) for phrase in sentence["phrases"]]
-        return sentence["text"], [(phrase_of(*pair), pair[1]["objects"][0]) for pair in chosen if pair[1]["objects"]]
-    pairs = [
-        (sentence, phrase) for sentence in row["sentences"] for phrase in sentence["phrases"] if phrase["objects"]
-    ]
+        return sentence["text"], [(phrase_of(sentence, phrase), phrase["objects"]) for phrase in sentence["phrases"]]
+    pairs = [(sentence, phrase) for sentence in row["sentences"] for phrase in sentence["phrases"]]
     rng.shuffle(pairs)
     chosen = {}
     for sentence, phrase in pairs:
-        if len(chosen) < MAX_OBJECTS:
-            chosen.setdefault(phrase["objects"][0], phrase_of(sentence, phrase))
-    return "", [(text, index) for index, text in chosen.items()]
+        text = phrase_of(sentence, phrase)
+        if len(chosen) < MAX_EXPRESSIONS:
+            chosen.setdefault(tuple(sorted(phrase["objects"])) or text, (text, phrase["objects"]))
+    return "", list(chosen.values())
 
 
 def phrase_of(sentence: dict, phrase: dict) -> str:
@@ -45,11 +43,28 @@ def phrase_of(sentence: dict, phrase: dict) -> str:
     return sentence["text"][phrase["start"] : phrase["end"]]
 
 
+def number_labels(text: str, number: int) -> list[str]:
+    """
+    Return the labels of the objects of a phrase.
+
+    Example:
+
+    ```python
+    >>> from reftr_cli.preview import number_labels
+
+    >>> number_labels("the cup", 1), number_labels("two cups", 2)
+    (['the cup'], ['two cups (1 of 2)', 'two cups (2 of 2)'])
+
+    ```"""
+    return [text] if number == 1 else [f"{text} ({index} of {number})" for index in range(1, number + 1)]
+
+
 def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) -> Image.Image:
     """
-    Draw random rows: each image with boxes and masks in the colours of the phrases at them.
+    Draw random rows: each image with boxes and masks of objects, and with the phrases at them.
 
-    If an object has several boxes, they are dashed and their union is coloured.
+    All objects of a phrase are drawn and numbered; a phrase that refers to nothing is listed below the image as not
+    there. If an object has several boxes, they are dashed and their union is coloured.
 
     Args:
         rows (`datasets.Dataset`): a split.
@@ -72,17 +87,20 @@ def draw_preview(rows: datasets.Dataset, num: int, seed: int, width: int = 320) 
     for row in rows.cast_column("image", datasets.Image(decode=False)).select(indices):
         image = turn_upright(open_image(image_file_of(row)), (row["height"], row["width"]))
         sentence, phrases = choose_phrases(row, rng)
-        objects = [row["objects"][index] for _, index in phrases]
+        objects = [row["objects"][index] for _, indices in phrases for index in indices]
+        absent = "; ".join(text for text, indices in phrases if not indices)
+        titles = [f"{row['image_id']}: {sentence}" if sentence else row["image_id"]]
+        titles += [f"- not there: {absent}"] if absent else []
         masks = [decode_segmentation(item["segmentation"]) for item in objects]
         parts = [box for item in objects if len(item["boxes"]) > 1 for box in item["boxes"]]
         images.append(
             draw_answers(
                 image,
                 [item["box"] for item in objects],
-                [text for text, _ in phrases],
+                [label for text, indices in phrases for label in number_labels(text, len(indices))],
                 true_boxes_xyxy=parts,
                 masks=masks,
-                title=f"{row['image_id']}: {sentence}" if sentence else row["image_id"],
+                title=" ".join(titles),
                 width=width,
                 legend="dashed: the boxes of an object with several",
             )

@@ -12,6 +12,7 @@ import data_scripts
 from data_scripts.formats import FORMATS, IMPORTED, reader_of
 from data_scripts.importing import import_files
 from data_scripts.masks import decode_segmentation
+from data_scripts.records import SAME_WORDS
 from tests.helpers.layout_line_formats import make_line_formats
 
 
@@ -51,12 +52,15 @@ def load(folder, tmp_path):
 
 
 def expressions_of(rows):
-    """Return {text: boxes of its object, rounded} of all rows."""
-    return {
-        sentence["text"]: np.round(row["objects"][sentence["phrases"][0]["objects"][0]]["boxes"], 3).tolist()
-        for row in rows
-        for sentence in row["sentences"]
-    }
+    """Return {text: boxes of its objects, rounded} of all rows; each object has one box."""
+    found = {}
+    for row in rows:
+        for sentence in row["sentences"]:
+            (phrase,) = sentence["phrases"]
+            boxes = [box for index in phrase["objects"] for box in row["objects"][index]["boxes"]]
+            assert len(boxes) == len(phrase["objects"])
+            found[sentence["text"]] = np.round(boxes, 3).tolist()
+    return found
 
 
 # the formats
@@ -103,6 +107,19 @@ def test_coco_takes_words_from_named_attribute(convert, load):
     annotations = [{**item, "attributes": {"color": "red one"}} for item in coco()["annotations"][:1]]
     convert("coco", coco(annotations=annotations), text_field="color")
     assert list(expressions_of(load())) == ["red one"]
+
+
+def test_coco_gives_words_of_several_annotations_all_of_them(convert, load):
+    first, second, third = (
+        {**item, "image_id": 1, "caption": captions}
+        for item, captions in zip(coco()["annotations"], (["lights", "it"], ["lights"], ["it "]), strict=False)
+    )
+    _, report = convert("coco", coco(annotations=[first, second, third]))
+    assert expressions_of(load()) == {
+        "lights": [[1, 2, 11, 12], [20, 2, 25, 7]],
+        "it": [[1, 2, 11, 12], [30, 2, 35, 7]],
+    }
+    assert report.build["train"]["changed"] == {SAME_WORDS: 4}
 
 
 def test_coco_leaves_out_groups_without_words(convert, load):
@@ -205,12 +222,14 @@ def test_image_text_bbox_reads_arrays_and_lines(convert, load):
     records = [
         {"image": "data/coco/train2014/a.png", "sent": "the cup", "bbox": [1, 2, 11, 12], "width": 40, "height": 30},
         {"img": "a.png", "text": ["it", "that"], "box": [[1, 2, 5, 6], [7, 8, 9, 10]]},
+        {"image": "a.png", "text": "no cup", "bboxes": []},
         {"image": "a.png", "text": " ", "bbox": [1, 2, 3, 4]},
     ]
     expected = {
         "the cup": [[1, 2, 11, 12]],
         "it": [[1, 2, 5, 6], [7, 8, 9, 10]],
         "that": [[1, 2, 5, 6], [7, 8, 9, 10]],
+        "no cup": [],
     }
     for content in (records, "\n".join(map(json.dumps, records))):
         _, report = convert("image_text_bbox", content)
@@ -256,6 +275,9 @@ def test_qwen_reads_labels_questions_and_marks(convert, load):
         chat("a.png", "What is there?", f"```json\n{answer(([3, 4, 9, 9], 'a dog'), ([1, 1, 5, 5], 'a cat'))}\n```"),
         chat("a.png", "Find it.", answer(([1, 1, 5, 5], None))),
         chat("a.png", "And?", "Nothing."),
+        chat("b.png", QUESTION.replace("car", "bus"), "```json\n[]\n```"),
+        chat("b.png", QUESTION.replace("red car", "cars"), answer(([1, 2, 3, 4], None), ([5, 6, 7, 8], None))),
+        chat("b.png", "What else?", "[]"),
         {
             "images": ["b.png"],
             "messages": [
@@ -270,9 +292,11 @@ def test_qwen_reads_labels_questions_and_marks(convert, load):
         "the red car": [[1, 2, 11, 12]],
         "a dog": [[3, 4, 9, 9]],
         "a cat": [[1, 1, 5, 5]],
+        "the red bus": [],
+        "the cars": [[1, 2, 3, 4], [5, 6, 7, 8]],
         "the cup": [[20, 3, 30, 27]],
     }
-    assert report.build["train"]["left_out"] == {"answers without a box": 1, "objects without words": 1}
+    assert report.build["train"]["left_out"] == {"answers without a box": 2, "objects without words": 1}
     convert("qwen", records[2:3], box_format="xyxy", prompt="Find {}.")
     assert expressions_of(load()) == {"it": [[1, 1, 5, 5]]}
     with pytest.raises(ValueError, match=r"prompt is 'Find it'; expected \{\}"):
@@ -304,8 +328,10 @@ def test_loc_tokens_read_both_orders_and_bins(convert, load):
         {"image": "a.png", "prefix": "detect car ; dog", "suffix": "<loc0256><loc0512><loc0768><loc1023> car ; "
          "<loc0000><loc0000><loc0512><loc0512><seg001><seg002> dog"},
         {"image": "b.png", "prefix": "<OD>", "suffix": "cup<loc_0><loc_249><loc_499><loc_999>"},
-        {"image": "b.png", "prefix": "detect cat", "suffix": "<loc0000><loc0000><loc0512><loc0512> cat ; "
+        {"image": "b.png", "prefix": "detect cat ; fire_truck", "suffix": "<loc0000><loc0000><loc0512><loc0512> cat ; "
          "<loc0000><loc0000><loc0256><loc0512> cat"},
+        {"image": "b.png", "prefix": "segment bus", "suffix": ""},
+        {"image": "b.png", "prefix": "<OD>", "suffix": ""},
     ]  # fmt: skip
     content = "\n".join(map(json.dumps, records))
     _, report = convert("loc_tokens", content, file="_annotations.train.jsonl")
@@ -315,8 +341,11 @@ def test_loc_tokens_read_both_orders_and_bins(convert, load):
     np.testing.assert_allclose(found["dog"], [[0, 0, 20, 15]], atol=0.05)
     # x before y, the middles of thousandths
     np.testing.assert_allclose(found["cup"], [[0.02, 7.485, 19.98, 29.985]], atol=0.002)
-    assert report.build["train"]["changed"] == {"masks of <seg> tokens are left out": 1}
-    assert report.build["train"]["left_out"] == {"objects whose category is that of another object of their image": 2}
+    # names that were asked for, with two answers and with none
+    np.testing.assert_allclose(found["cat"], [[0, 0, 20, 15], [0, 0, 20, 7.5]], atol=0.05)
+    assert found["fire truck"] == found["bus"] == []
+    assert report.build["train"]["changed"] == {"masks of <seg> tokens are left out": 1, SAME_WORDS: 2}
+    assert report.build["train"]["left_out"] == {"answers without a box": 1}
     with pytest.raises(ValueError, match="expected four <loc> tokens per box"):
         convert("loc_tokens", json.dumps({"image": "a.png", "suffix": "<loc0000><loc0001> car"}))
 
@@ -446,7 +475,7 @@ def test_import_without_images_warns_and_keeps_what_it_can_check(convert, folder
     ]
     lines, report = convert("image_text_bbox", records)
     assert report.missing == ["gone.png", "lost.png"]
-    assert lines[1] == {"image": "lost.png", "expressions": [{"text": "the cup", "boxes": [[1, 2, 11, 12]]}]}
+    assert lines[1] == {"image": "lost.png", "expressions": [{"text": "the cup", "box": [1, 2, 11, 12]}]}
     records[0]["bbox"] = [100, 2, 111, 12]
     with pytest.raises(ValueError, match="expected boxes in the image of 40 x 30"):
         convert("image_text_bbox", records)

@@ -12,8 +12,10 @@ from pycocotools.coco import COCO
 import data_scripts
 from data_scripts import SOURCES, annotation_export
 from data_scripts.annotation_export import export_annotations
+from data_scripts.formats import FORMATS as ALL_FORMATS
 from data_scripts.importing import import_files
 from data_scripts.masks import decode_segmentation, encode_mask, to_segmentation
+from data_scripts.records import NO_TARGET
 from data_scripts.schema import FEATURES
 from tests.helpers.layout_flickr30k import make_flickr30k
 from tests.helpers.layout_refcoco import make_refcoco
@@ -45,7 +47,7 @@ def content_of(row, name, with_masks=None):
         for phrase in sentence["phrases"]:
             (index,) = phrase["objects"]
             item = row["objects"][index]
-            boxes = item["boxes"] if len(item["boxes"]) > 1 and name != "coco" else [item["box"]]
+            boxes = item["boxes"] if len(item["boxes"]) > 1 and name == "jsonl" else [item["box"]]
             text, span = sentence["text"], (phrase["start"], phrase["end"])
             words = (text, span) if name in CAPTIONS else text[slice(*span)]
             category = (item["category"] or (name == "coco" and "object") or None) if with_masks else None
@@ -98,7 +100,7 @@ def test_captions_are_the_same_when_read_back(tmp_path, name):
     )
     report = export_annotations(name, SOURCES["flickr30k_entities"], rows, tmp_path / "out")
     without = sum(not sentence["phrases"] for row in rows["train"] for sentence in row["sentences"])
-    assert report.build["train"].get("left_out", {}).get("sentences without a target", 0) == without
+    assert report.build["train"].get("left_out", {}).get("sentences without a phrase", 0) == without
     assert_same(name, rows, read_back(name, tmp_path / "out", tmp_path))
     if name == "coco":
         assert report.build["train"]["changed"]["phrases of captions are expressions of their own"] > 0
@@ -161,6 +163,11 @@ def rows():
         ("a line", [make_phrase("a line", "a line", 3)]),
         ("forks", [make_phrase("forks", "forks", 4)]),
         ("a dot", [make_phrase("a dot", "a dot", 5)]),
+        (
+            "a cup and no fork",
+            [make_phrase("a cup and no fork", "a cup", 0), make_phrase("a cup and no fork", "fork")],
+        ),
+        ("a cup and a line", [make_phrase("a cup and a line", "a cup and a line", 0, 3)]),
     ]
     row = {
         "image_id": "first",
@@ -183,22 +190,21 @@ LEFT_OUT = {
     "images without a sentence to write": 1,
     "masks without a pixel": 1,
     "objects that no sentence names": 1,
-    "phrases of objects without extent": 1,
-    "sentences without a target": 3,
+    "phrases of objects without extent": 2,
+    "sentences without a phrase": 2,
 }
-WITHOUT = {"categories": 2, "masks": 2, "types of phrases": 1}
-MERGED = {"phrases of several objects have all their boxes, and one mask": 1}
+WITHOUT = {"categories": 4, "masks": 4, "types of phrases": 1}
+AROUND = {"objects with several boxes have the box around them": 1}
 REPORTS = {
-    "jsonl": (LEFT_OUT, MERGED),
-    "odvg": ({**LEFT_OUT, **WITHOUT}, MERGED),
-    "mdetr_json": ({**LEFT_OUT, **WITHOUT}, MERGED),
+    "jsonl": (LEFT_OUT, {}),
+    "odvg": ({**LEFT_OUT, **WITHOUT, NO_TARGET: 2}, AROUND),
+    "mdetr_json": ({**LEFT_OUT, **WITHOUT}, AROUND),
     "coco": (
-        {**LEFT_OUT, "types of phrases": 1},
+        {**LEFT_OUT, "types of phrases": 1, NO_TARGET: 2},
         {
-            **MERGED,
-            "objects with several boxes have the box around them": 2,
+            **AROUND,
             "objects without a category are of 'object'": 2,
-            "phrases of captions are expressions of their own": 2,
+            "phrases of captions are expressions of their own": 3,
         },
     ),
 }
@@ -208,23 +214,28 @@ REPORTS = {
 def test_fields_that_a_format_lacks_are_counted_by_reason(rows, tmp_path, name):
     report = export_annotations(name, SOURCES["jsonl"], rows, tmp_path / "out")
     left_out, changed = REPORTS[name]
-    assert report.build["train"] == {"left_out": left_out, "changed": changed}
+    assert report.build["train"] == {"left_out": left_out, **({"changed": changed} if changed else {})}
     assert report.counts["train"]["images"] == report.counts["val"]["images"] == 1
     read = read_back(name, tmp_path / "out", tmp_path)
     # two images with one name are two files
     colors = [read[split][0]["image"].convert("RGB").getpixel((0, 0)) for split in ("train", "val")]
     assert colors == [(255, 0, 0), (0, 0, 255)]
     phrases = {
-        sentence["text"][phrase["start"] : phrase["end"]]: read["train"][0]["objects"][phrase["objects"][0]]
+        sentence["text"][phrase["start"] : phrase["end"]]: [
+            read["train"][0]["objects"][index] for index in phrase["objects"]
+        ]
         for sentence in read["train"][0]["sentences"]
         for phrase in sentence["phrases"]
     }
-    assert set(phrases) == {"a cup", "two plates", "forks", "a dot"}
-    plates = [[20, 2, 35, 12]] if name == "coco" else [[20, 2, 25, 12], [30, 2, 35, 12]]
-    assert phrases["two plates"]["boxes"] == plates
+    absent = {"no unicorn", "fork"} if ALL_FORMATS[name].has_no_target else set()
+    assert set(phrases) == {"a cup", "two plates", "forks", "a dot"} | absent
+    assert [phrases[words] for words in absent] == [[]] * len(absent)
+    assert [item["boxes"] for item in phrases["two plates"]] == [[[20, 2, 25, 12]], [[30, 2, 35, 12]]]
+    forks = [[3, 3, 9, 9], [12, 3, 15, 9]] if name == "jsonl" else [[3, 3, 15, 9]]
+    assert [item["boxes"] for item in phrases["forks"]] == [forks]
     if name in MASKS:
-        assert phrases["two plates"]["category"] == "plate"
-        assert decode_segmentation(phrases["two plates"]["segmentation"]).sum() == 100
+        assert [item["category"] for item in phrases["two plates"]] == ["plate", "plate"]
+        assert [decode_segmentation(item["segmentation"]).sum() for item in phrases["two plates"]] == [50, 50]
 
 
 def test_coco_has_one_annotation_per_object_and_one_category_list(refcoco, tmp_path):

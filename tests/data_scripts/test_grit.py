@@ -50,10 +50,10 @@ def test_grit_gives_captions_with_overlapping_phrases(tmp_path, load, ending, st
     boxes = [item["box"] for item in first["objects"]]
     expected = [[0.0196, 0.3105, 0.9622, 0.9603], [0.0194, 0.0276, 0.9593, 0.9695]] * scale
     np.testing.assert_allclose(boxes, expected, rtol=1e-6)
-    # both lists have the phrase with the same boxes, which are one object's
-    assert phrases_of(second) == [("two dogs", [0])]
-    assert [item["boxes"] for item in second["objects"]] == [[[5, 3, 15, 15], [20, 3, 30, 15]]]
-    assert second["objects"][0]["box"] == [5, 3, 30, 15]
+    # both lists have the phrase with the same boxes, each of an object
+    assert phrases_of(second) == [("two dogs", [0, 1])]
+    assert [item["box"] for item in second["objects"]] == [[5, 3, 15, 15], [20, 3, 30, 15]]
+    assert [item["boxes"] for item in second["objects"]] == [[item["box"]] for item in second["objects"]]
     assert phrases_of(third) == [("the sea ", [0]), ("the sea", [1])]
     assert third["objects"][0]["boxes"] == [[36, 6, 40, 18]]
     assert phrases_of(fourth) == [("nothing", [0])]

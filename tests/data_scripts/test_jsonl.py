@@ -147,6 +147,41 @@ def test_builder_accepts_boxes_in_xywh(load, where):
     assert row["objects"][0]["box"] == [1, 2, 12, 14]
 
 
+def test_builder_reads_none_one_and_several_objects_of_expressions_and_phrases(load):
+    text = "a car and two dogs but no bus"
+    caption = [
+        {"text": "a car", "objects": [{"box": [1, 2, 11, 12]}]},
+        {"text": "two dogs", "objects": [{"box": [20, 2, 30, 12]}, {"mask": "pictures/mask.png", "category": "dog"}]},
+        {"text": "bus", "boxes": [], "types": ["vehicle"]},
+    ]
+    row = load(
+        line(
+            {"text": text, "phrases": caption},
+            {"text": "the unicorn", "objects": []},
+            {"text": "all", "objects": [{"box": [20, 2, 30, 12]}, {"box": [1, 2, 11, 12]}, {"box": [20, 2, 30, 12]}]},
+            {"text": "parts", "boxes": [[0, 0, 5, 5], [9, 9, 12, 12]]},
+        ),
+        line({"text": "nothing", "boxes": []}, image="pictures/b.png"),
+    )
+    assert row["image_id"] == ["pictures/a.png", "pictures/b.png"]
+    assert row[1]["objects"] == []
+    assert row[1]["sentences"][0]["phrases"] == [{"start": 0, "end": 7, "objects": [], "types": []}]
+    row = row[0]
+    named = [
+        (sentence["text"], [phrase["objects"] for phrase in sentence["phrases"]]) for sentence in row["sentences"]
+    ]
+    # equal objects are one
+    assert named == [(text, [[0], [1, 2], []]), ("the unicorn", [[]]), ("all", [[1, 0]]), ("parts", [[3]])]
+    assert row["sentences"][0]["phrases"][2]["types"] == ["vehicle"]
+    assert [len(item["boxes"]) for item in row["objects"]] == [1, 1, 1, 2]
+    assert row["objects"][2]["box"] == [10, 5, 30, 15]
+    assert row["objects"][2]["category"] == "dog"
+    # boxes of objects are in the box format of their line, and scaled with it
+    fraction = {"box": [0.5, 0.5, 0.25, 0.25]}
+    row = load(line({"text": "a", "objects": [fraction, {"box": [0, 0, 1, 1]}]}, box_format="xywh_fraction"))[0]
+    assert [item["box"] for item in row["objects"]] == [[20, 15, 30, 22.5], [0, 0, 40, 30]]
+
+
 POLYGON = [10, 5, 30, 5, 30, 15, 10, 15]
 UNCOMPRESSED = coco_mask.encode(np.asfortranarray(MASK))
 
@@ -215,7 +250,19 @@ BAD = {
     "no extent": (line(box(box=[1, 2, 1, 12])), "expressions[0].box is [1, 2, 1, 12]"),
     "outside": (line(box(box=[100, 2, 111, 12])), "expected boxes in the image of 40 x 30"),
     "box and boxes": (line(box(boxes=[[1, 2, 3, 4]])), "is ['box', 'boxes']; expected one of them"),
-    "no boxes": (line({"text": "a", "boxes": []}), "expressions[0].boxes is []"),
+    "no object and a category": (
+        line({"text": "a", "boxes": [], "category": "cup"}),
+        "expressions[0] is ['boxes', 'category']; expected boxes alone, since [] is for no object",
+    ),
+    "objects and box": (line(box(objects=[])), "expressions[0] is ['objects', 'box']; expected one of them"),
+    "objects are no list": (line({"text": "a", "objects": {}}), "expressions[0].objects is {}; expected a list of"),
+    "object is no object": (line({"text": "a", "objects": [[1, 2, 3, 4]]}), "objects[0] is [1, 2, 3, 4]; expected {"),
+    "object without boxes": (line({"text": "a", "objects": [{"boxes": []}]}), "objects[0].boxes is []; expected a"),
+    "object without a box": (line({"text": "a", "objects": [{}]}), "expressions[0].objects[0] has no field 'box'"),
+    "types of an object": (
+        line({"text": "a", "objects": [{"box": [1, 2, 3, 4], "types": []}]}),
+        "objects[0] has fields that are unknown, ['types']; expected of box, boxes",
+    ),
     "box_format": (line(box(), box_format="yxyx"), "box_format is 'yxyx'; expected one of xyxy, xywh, cxcywh"),
     "unit of boxes": (line(box(), box_format=["xyxy"]), "box_format is ['xyxy']; expected one of xyxy"),
     "number outside its unit": (

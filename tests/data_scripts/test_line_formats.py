@@ -81,7 +81,8 @@ def test_mdetr_json_has_boxes_and_captions_of_pycocotools(load, tmp_path):
             expected.setdefault(caption[start:end], []).append([x, y, x + width, y + height])
     (sentence,) = row["sentences"]
     assert sentence["text"] == caption
-    assert {text: row["objects"][index]["boxes"] for text, (index,) in phrases_of(sentence)} == expected
+    found = {text: [row["objects"][index]["box"] for index in indices] for text, indices in phrases_of(sentence)}
+    assert found == expected
     assert expected["Two young guys"] == [[1, 2, 10, 32], [20, 2, 30, 32]]
     assert set(expected) == {"Two young guys", "shaggy hair", "their hands"}
 
@@ -97,8 +98,24 @@ def test_mdetr_json_counts_what_has_no_words_or_no_image(load, caplog):
 def test_mdetr_json_scales_boxes_to_image_of_another_size(load, caplog):
     row = load("mdetr_json", "val", lambda folder: save(folder / "flickr30k-images" / FLICKR, (80, 50)))[0]
     assert (row["width"], row["height"]) == (80, 50)
-    assert row["objects"][0]["boxes"] == [[2, 2, 20, 32], [40, 2, 60, 32]]
+    assert [item["boxes"] for item in row["objects"]][:2] == [[[2, 2, 20, 32]], [[40, 2, 60, 32]]]
     assert "val: 1 images have another size than annotated" in caplog.text
+
+
+def test_mdetr_json_has_expressions_of_none_and_several_as_the_authors_of_grefcoco_write_them(load):
+    def change(content):
+        images = [{**content["images"][0], "dataset_name": "grefcoco", "caption": name} for name in ("both", "no bus")]
+        content["images"] = [{**image, "id": number} for number, image in enumerate(images)]
+        fields = {"tokens_positive": [[0, 2]], "iscrowd": 0, "empty": False}
+        content["annotations"] = [
+            {"image_id": 0, "bbox": [1, 2, 9, 30], **fields},
+            {"image_id": 0, "bbox": [20, 2, 10, 30], **fields},
+            {"image_id": 1, "bbox": [0, 0, 0, 0], "area": -1, "original_id": -1, **fields, "empty": True},
+        ]
+
+    (row,) = load("mdetr_json", "val", rewrite("finetune_refcoco_val.json", change))
+    assert [phrases_of(sentence) for sentence in row["sentences"]] == [[("both", [0, 1])], [("no bus", [])]]
+    assert [item["box"] for item in row["objects"]] == [[1, 2, 10, 32], [20, 2, 30, 32]]
 
 
 @pytest.mark.parametrize(
@@ -155,10 +172,11 @@ def test_odvg_gives_regions_of_one_phrase_to_it(load, caplog):
     first, second = rows["train"]
     assert [item["boxes"] for item in first["objects"]] == [
         [[1, 2, 11, 12]],
-        [[20, 2, 25, 12], [30, 2, 35, 12]],
+        [[20, 2, 25, 12]],
+        [[30, 2, 35, 12]],
         [[3, 20, 9, 25]],
     ]
-    assert phrases_of(first["sentences"][0]) == [("A car", [0]), ("two trees", [1]), ("a bench", [2])]
+    assert phrases_of(first["sentences"][0]) == [("A car", [0]), ("two trees", [1, 2]), ("a bench", [3])]
     assert phrases_of(second["sentences"][0]) == [("the dog", [0])]
     assert (second["width"], second["height"]) == (40, 30)
     assert "odvg train: left out 1 objects without words." in caplog.text
@@ -209,21 +227,21 @@ def test_odvg_names_malformed_line(load, line, message):
     assert len(load("odvg", "train", make=False, drop_bad_lines=True)) == 2
 
 
-def test_phrasecut_gives_all_instances_with_their_union_as_mask(load, caplog):
+def test_phrasecut_gives_all_instances_with_their_masks(load, caplog):
     rows = load("phrasecut")
     assert list(rows) == ["miniv", "train"]
     (row,) = rows["train"]
     assert row["image_id"] == "vg_2375429_coco_271471"
-    assert [sentence["text"] for sentence in row["sentences"]] == ["walking people", "sky"]
-    assert row["objects"][0]["boxes"] == [[1, 2, 11, 12], [20, 2, 26, 10]]
-    assert row["objects"][0]["box"] == [1, 2, 26, 12]
-    for item, entry in zip(masks_of(row), PHRASECUT["train"], strict=True):
+    assert [phrases_of(sentence) for sentence in row["sentences"]] == [[("walking people", [0, 1])], [("sky", [2])]]
+    assert [item["boxes"] for item in row["objects"]] == [[[1, 2, 11, 12]], [[20, 2, 26, 10]], [[0, 0, 40, 5]]]
+    instances = [instance for entry in PHRASECUT["train"] for instance in entry["Polygons"]]
+    for mask, instance, area in zip(masks_of(row), instances, (100, 48, 200), strict=True):
         # as the authors draw it, whose polygons include their edges
         drawn = Image.new("L", (40, 30))
-        for part in (part for instance in entry["Polygons"] for part in instance if len(part) > 2):
+        for part in (part for part in instance if len(part) > 2):
             ImageDraw.Draw(drawn).polygon([tuple(point) for point in part], fill=1)
-        assert (np.asarray(drawn) >= item).all()
-        assert item.sum() == {"walking people": 100 + 48, "sky": 200}[entry["phrase"]]
+        assert (np.asarray(drawn) >= mask).all()
+        assert mask.sum() == area
     assert "train: 1 polygons of fewer than three points are left out of their mask." in caplog.text
     assert "train: 1 lines are joined to the first one of their image." in caplog.text
     assert rows["miniv"][0]["image_id"] == "vg_61512"
@@ -239,9 +257,10 @@ def test_phrasecut_is_read_without_sizes_of_images(load):
     [
         (lambda content: content[0].pop("phrase"), "entry 1: the entry has no phrase"),
         (lambda content: content[0].update(phrase=" "), "entry 1: expressions[0].text is ''; expected words"),
-        (lambda content: content[0].update(Polygons=[[[1, 2, 3]]]), "Polygons[0] has [1, 2, 3]; expected a list of"),
-        (lambda content: content[0].update(Polygons=[7]), "entry 1: Polygons[0] is 7; expected a list"),
-        (lambda content: content[0].update(instance_boxes=[]), "entry 1: expressions[0].boxes is []"),
+        (lambda content: content[0].update(Polygons=[[[1, 2, 3]], []]), "Polygons[0] has [1, 2, 3]; expected a list"),
+        (lambda content: content[0].update(Polygons=[7, []]), "entry 1: Polygons[0] is 7; expected a list"),
+        (lambda content: content[0].update(Polygons=[[]]), "entry 1: Polygons has 1 instances; expected 2, as"),
+        (lambda content: content[0].update(instance_boxes=[]), "entry 1: instance_boxes is []; expected a box for"),
     ],
 )
 def test_phrasecut_names_malformed_entry(load, edit, message):

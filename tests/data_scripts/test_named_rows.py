@@ -255,12 +255,14 @@ def test_columns_that_are_not_there_are_named(load, tmp_path, columns, message):
 
 
 def test_columns_are_read_as_the_user_names_them(load, tmp_path):
-    """One text per row, several texts of one box, and several boxes of one text; boxes in the user's convention."""
+    """One text per row, several texts of one box, several or no boxes of one text; boxes in the user's convention."""
     image = {"bytes": encoded(11), "path": None}
     rows = {
         "one": {"photo": image, "phrase": "the cup", "rectangle": to_xywh(BOXES[11][0])},
         "texts": {"photo": image, "phrase": ["the cup", "it"], "rectangle": to_xywh(BOXES[11][0])},
         "boxes": {"photo": image, "phrase": "cups", "rectangle": list(map(to_xywh, BOXES[11]))},
+        "none": {"photo": image, "phrase": ["no plate", "no cat"], "rectangle": []},
+        "missing": {"photo": image, "phrase": "not annotated", "rectangle": None},
         "both": {"photo": image, "phrase": ["a", "b"], "rectangle": list(map(to_xywh, BOXES[11]))},
         "lists": {"photo": image, "phrase": [["a", "aa"], ["b"]], "rectangle": list(map(to_xywh, BOXES[11]))},
     }
@@ -271,6 +273,10 @@ def test_columns_are_read_as_the_user_names_them(load, tmp_path):
         datasets.Dataset.from_list([row], features=datasets.Features(features)).to_parquet(
             tmp_path / name / "train.parquet"
         )
+        if name == "missing":
+            with pytest.raises(ValueError, match="1 expressions of objects without a box in the image"):
+                load(tmp_path / name, columns=COLUMNS, box_format="xywh")
+            continue
         (row,) = load(tmp_path / name, columns=COLUMNS, box_format="xywh")["train"]
         assert row["image_id"] == "train_0"
         found[name] = (
@@ -281,7 +287,8 @@ def test_columns_are_read_as_the_user_names_them(load, tmp_path):
     assert found == {
         "one": ([[first]], [("the cup", [0])]),
         "texts": ([[first]], [("the cup", [0]), ("it", [0])]),
-        "boxes": ([[first, second]], [("cups", [0])]),
+        "boxes": ([[first], [second]], [("cups", [0, 1])]),
+        "none": ([], [("no plate", []), ("no cat", [])]),
         "both": ([[first], [second]], [("a", [0]), ("b", [1])]),
         "lists": ([[first], [second]], [("a", [0]), ("aa", [0]), ("b", [1])]),
     }

@@ -99,12 +99,14 @@ def test_grefcoco_gives_phrases_all_their_objects(tmp_path, load, ending):
         ("both people", [0, 1]),
         ("the two people", [0, 1]),
         ("the right one", [1]),
+        ("the dog", []),
+        ("a cat", []),
         ("the crowd and the left one", [2, 0]),
     ]
-    assert expressions(second) == [("the cup", [0])]
+    assert expressions(second) == [("nobody", []), ("nothing", []), ("no one", []), ("the cup", [0])]
     assert expressions(rows["val"][0]) == [("both, right to left", [0, 1])]
     assert [item["object_id"] for item in rows["val"][0]["objects"]] == ["coco_32", "coco_31"]
-    assert first["positions"] == [0, 1, 2, 5]
+    assert first["positions"] == [0, 1, 2, 3, 4, 5]
     coco = COCO(str(facts["instances_file"]))
     for row in rows["train"]:
         for item in row["objects"]:
@@ -117,17 +119,14 @@ def test_grefcoco_gives_phrases_all_their_objects(tmp_path, load, ending):
             assert (coco_mask.decode(segmentation) == coco.annToMask(annotation)).all()
 
 
-def test_grefcoco_counts_references_without_target_and_others(tmp_path, load, caplog):
+def test_grefcoco_counts_missing_objects_and_crowds(tmp_path, load, caplog):
     make_grefcoco(tmp_path / "data")
     load("grefcoco")
     assert (
         "grefcoco train: left out 1 expressions of objects that instances.json lacks, 1 expressions of objects "
-        "without a box in the image, 5 expressions without a target." in caplog.text
+        "without a box in the image." in caplog.text
     )
-    assert (
-        "grefcoco train: 3 expressions have several objects, of which training and evaluation use the first, 1 "
-        "objects are crowds." in caplog.text
-    )
+    assert "grefcoco train: 1 objects are crowds." in caplog.text
 
 
 @pytest.mark.parametrize("ann_id", ["11", 1.5, [11, -1], [[11]], [None], True])
@@ -236,11 +235,11 @@ def test_refer_scales_boxes_to_image_of_another_size(tmp_path, load):
     np.testing.assert_allclose(boxes, [[1, 1, 6, 5], [10, 3, 17.5, 29 / 3]], rtol=1e-6)
 
 
-def test_refer_reads_several_targets_and_counts_none(tmp_path, load, caplog):
+def test_refer_reads_several_targets_and_none(tmp_path, load, caplog):
     facts = make_refer(tmp_path / "data", "refs(unc).json", "images")
     edit_json(facts["refs_file"], lambda refs: [refs[0].update(ann_id=[10, 11]), refs[1].update(ann_id=[])])
-    assert expressions(load("refer", "train")[0]) == [("the field 0", [0, 1])]
-    assert "refer train: left out 1 expressions without a target" in caplog.text
+    assert expressions(load("refer", "train")[0]) == [("the field 0", [0, 1]), ("the field 1", [])]
+    assert "left out" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["grefcoco", "refer"])
