@@ -20,6 +20,9 @@ from pycocotools import mask as coco_mask
 
 from data_scripts import FEATURES, SOURCES, exporting, load
 from data_scripts.checking import is_box_within
+from data_scripts.reports import compute_statistics
+from modeling_reftr.drawing_reftr import draw_answers
+from reftr_cli import preview
 from reftr_cli.data_commands import push_export
 from tests.helpers.layout_hub import encoded, write_layout
 from tests.helpers.layout_toy import make_row, make_toy, save_picture
@@ -176,7 +179,7 @@ def spoil(rows):
     fault(8, "phrase", "contains no word")[1]["phrases"][0].update(start=3, end=4)
     fault(9, "phrase", "not a span")[1]["phrases"][0].update(end=999)
     fault(10, "phrase", "[1]")[1]["phrases"][0].update(objects=[1])
-    fault(11, "phrase", "names no object")[1]["phrases"][0].update(objects=[])
+    fault(11, "phrase", "names an object twice")[1]["phrases"][0].update(objects=[0, 0])
     fault(12, "sentence", "blank")[1].update(text=" ")
     fault(13, "picture", "48 x 32")
     train[13].update(width=47)
@@ -242,6 +245,7 @@ def test_is_box_within_rejects_box_past_edge(box_xyxy, expected):
 def test_check_accepts_valid_rows(command, toy, run, tmp_path):
     rows = {"train": [make_row("train", index) for index in range(6)], "testA": [make_row("testA", 0)]}
     rows["train"][0]["objects"][0]["segmentation"] = None
+    rows["train"][2]["sentences"][0]["phrases"][0]["objects"] = []  # nothing is meant
     make_toy(toy, rows)
     # stored rotated, with its EXIF tag: the row has the upright size
     exif = Image.Exif()
@@ -365,6 +369,37 @@ def test_preview_draws_boxes_masks_and_text(command, toy, tmp_path, run):
     assert (tmp_path / "train.png").read_bytes() == first
     refused(command("preview", "--output", tmp_path / "train.nothing", check=False), ".nothing")
     refused(command("preview", "--output", tmp_path / "train.png", "--num", "0", check=False), "--num 0")
+
+
+def test_preview_and_stats_take_all_objects_of_expressions(monkeypatch):
+    boxes = [[1, 2, 10, 12], [20, 2, 29, 12]]
+    fields = {"object_id": "", "category": None, "segmentation": None}
+    objects = [{"box": box, "boxes": [box], **fields} for box in boxes]
+    named = {"the left": [0], "both": [0, 1], "the dog": [], "no cat": []}
+    sentences = []
+    for text, indices in named.items():
+        phrase = {"start": 0, "end": len(text), "objects": indices, "types": []}
+        sentences.append({"sentence_id": text, "text": text, "phrases": [phrase]})
+    picture = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(picture, "PNG")
+    row = {"image_id": "1.png", "image": {"path": None, "bytes": picture.getvalue()}, "width": 48, "height": 32}
+    rows = datasets.Dataset.from_list([{**row, "objects": objects, "sentences": sentences}])
+    rows = rows.cast(datasets.Features({name: FEATURES[name] for name in rows.column_names}))
+    drawn = []
+
+    def draw(image, boxes_xyxy, phrases, *, title, **settings):
+        drawn.append((dict(zip(phrases, boxes_xyxy, strict=True)), title))
+        return draw_answers(image, boxes_xyxy, phrases, title=title, **settings)
+
+    monkeypatch.setattr(preview, "draw_answers", draw)
+    preview.draw_preview(rows, num=1, seed=0)
+    ((found, title),) = drawn
+    left, right = boxes
+    assert found == {"the left": left, "both (1 of 2)": left, "both (2 of 2)": right}
+    assert title in ("1.png - not there: the dog; no cat", "1.png - not there: no cat; the dog")
+    statistics, _ = compute_statistics(rows)
+    counted = {"expressions (phrases)": 4, "expressions with no target": 2, "expressions with several targets": 1}
+    assert statistics.items() >= counted.items()
 
 
 def test_stats_prints_statistics_of_each_split(command, toy):

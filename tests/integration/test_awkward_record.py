@@ -1,7 +1,7 @@
 """
 One awkward record through every format, out and in, and through loader, model and back: an image turned by its EXIF
-orientation, annotated at twice the size of its file, a caption in Unicode with two phrases, masks, and a sentence
-without a target.
+orientation, annotated at twice the size of its file, a caption in Unicode with two phrases, masks, an expression of
+both objects, and one that refers to nothing.
 """
 
 import json
@@ -20,7 +20,7 @@ from data_scripts.findings import Findings
 from data_scripts.formats import EXPORTED, FORMATS, IMPORTED, PARQUET, PREDICTED, suffix_of, writer_of
 from data_scripts.importing import import_files
 from data_scripts.masks import box_of, decode_segmentation
-from data_scripts.records import Written
+from data_scripts.records import NO_TARGET, Written, objects_of
 from data_scripts.schema import FEATURES
 from tests.helpers.layout_grit import make_sample, write_tar
 from tests.helpers.layout_orientation import UPRIGHT_BOX, UPRIGHT_SIZE, find_red, save_jpeg
@@ -32,7 +32,9 @@ WIDTH, HEIGHT = UPRIGHT_SIZE
 BOXES = {"Die “rote” Tu\u0308r ☕": list(UPRIGHT_BOX), "der Wand": [48, 8, 80, 64]}
 TEXT = " neben ".join(BOXES)
 SPANS = [(TEXT.index(words), TEXT.index(words) + len(words)) for words in BOXES]
+BOTH = "alle beide"
 NOTHING = "kein Einhorn"
+TARGETS = {**{words: [box] for words, box in BOXES.items()}, BOTH: list(BOXES.values()), NOTHING: []}
 ANNOTATED = (2 * WIDTH, 2 * HEIGHT)
 # what formats carry in addition to words and boxes
 CAPTIONS = ("parquet", "jsonl", "mdetr_json", "odvg", "grit")
@@ -67,15 +69,23 @@ SIZE = {"width": ANNOTATED[0], "height": ANNOTATED[1]}
 def write_mdetr():
     spans = zip(BOXES.values(), SPANS, strict=True)
     annotations = [{"image_id": 3, "bbox": xywh(box), "tokens_positive": [list(span)]} for box, span in spans]
-    images = [{"id": 3, "file_name": IMAGE, **SIZE, "caption": TEXT, "dataset_name": "flickr"}]
-    images.append({"id": 4, "file_name": IMAGE, **SIZE, "caption": NOTHING, "dataset_name": "flickr"})
+    captions = {3: TEXT, 4: NOTHING, 5: BOTH, 6: "nicht annotiert"}
+    images = [
+        {"id": number, "file_name": IMAGE, **SIZE, "caption": caption, "dataset_name": "flickr"}
+        for number, caption in captions.items()
+    ]
+    annotations.append({"image_id": 4, "bbox": [0, 0, 0, 0], "empty": True, "tokens_positive": [[0, len(NOTHING)]]})
+    annotations += [{"image_id": 5, "bbox": xywh(box), "tokens_positive": [[0, len(BOTH)]]} for box in BOXES.values()]
     return {"images": images, "annotations": annotations}
 
 
 def write_odvg():
     regions = [{"bbox": xyxy(box), "phrase": words} for words, box in BOXES.items()]
-    nothing = {"filename": IMAGE, **SIZE, "grounding": {"caption": NOTHING, "regions": []}}
-    return [{"filename": IMAGE, **SIZE, "grounding": {"caption": TEXT, "regions": regions}}, nothing]
+    captions = {TEXT: regions, BOTH: [{**region, "phrase": BOTH} for region in regions], NOTHING: []}
+    return [
+        {"filename": IMAGE, **SIZE, "grounding": {"caption": caption, "regions": found}}
+        for caption, found in captions.items()
+    ]
 
 
 def write_phrasecut():
@@ -83,16 +93,17 @@ def write_phrasecut():
         {
             "image_id": 7,
             "phrase": words,
-            "instance_boxes": [xywh(box)],
-            "Polygons": [[np.reshape(corners_of(box), (4, 2)).tolist()]],
+            "instance_boxes": [xywh(box) for box in boxes],
+            "Polygons": [[np.reshape(corners_of(box), (4, 2)).tolist()] for box in boxes],
         }
-        for words, box in BOXES.items()
+        for words, boxes in TARGETS.items()
+        if boxes
     ]
 
 
 def write_coco():
     annotations = [
-        {"image_id": 1, "bbox": xywh(box), "segmentation": [corners_of(box)], "caption": words}
+        {"image_id": 1, "bbox": xywh(box), "segmentation": [corners_of(box)], "caption": [words, BOTH]}
         for words, box in BOXES.items()
     ]
     return {"images": [{"id": 1, "file_name": IMAGE, **SIZE}], "annotations": annotations}
@@ -104,13 +115,13 @@ def write_label_studio():
         value = dict(zip(("x", "y", "width", "height"), xywh(np.array(in_unit(box, 1000)) / 10, 1), strict=True))
         size = {"original_width": ANNOTATED[0], "original_height": ANNOTATED[1]}
         results.append({"id": str(number), "type": "rectanglelabels", "value": value, **size})
-        results.append({"id": str(number), "type": "textarea", "value": {"text": [words]}})
+        results.append({"id": str(number), "type": "textarea", "value": {"text": [words, BOTH]}})
     return [{"data": {"image": f"/data/upload/1/0a1b2c3d-{IMAGE}"}, "annotations": [{"result": results}]}]
 
 
 def write_cvat():
     shapes = ""
-    for words, box in BOXES.items():
+    for words, box in [*BOXES.items(), *((BOTH, box) for box in BOXES.values())]:
         points = ";".join(f"{x},{y}" for x, y in np.reshape(corners_of(box), (4, 2)).tolist())
         attribute = f'<attribute name="caption">{words}</attribute>'
         shapes += f'<polygon label="thing" points="{points}">{attribute}</polygon>'
@@ -119,26 +130,29 @@ def write_cvat():
 
 
 def write_image_folder():  # no sizes: annotated at that of the image
-    objects = {"bbox": [xywh(box, 1) for box in BOXES.values()], "text": list(BOXES)}
+    objects = {"bbox": [xywh(box, 1) for box in BOXES.values()], "text": [[words, BOTH] for words in BOXES]}
     return [{"file_name": IMAGE, "objects": objects}]
 
 
 def write_image_text_bbox():
-    return [{"image": IMAGE, "text": words, "bbox": xyxy(box), **SIZE} for words, box in BOXES.items()]
+    boxes = {words: list(map(xyxy, boxes)) for words, boxes in TARGETS.items()}
+    return [{"image": IMAGE, "text": words, "bbox": boxes[words], **SIZE} for words in TARGETS]
 
 
 def write_qwen():
-    answer = json.dumps([{"bbox_2d": in_unit(box, 1000), "label": words} for words, box in BOXES.items()])
+    found = [(words, box) for words, boxes in TARGETS.items() for box in boxes]
+    answer = json.dumps([{"bbox_2d": in_unit(box, 1000), "label": words} for words, box in found])
     turns = [{"from": "human", "value": "<image>\nWas ist da?"}, {"from": "gpt", "value": answer}]
+    turns += [{"from": "human", "value": f"Locate {NOTHING} in this image."}, {"from": "gpt", "value": "[]"}]
     return [{"image": IMAGE, "conversations": turns}]
 
 
 def write_loc_tokens():
     parts = []
-    for words, box in BOXES.items():
+    for words, box in [(words, box) for words, boxes in TARGETS.items() for box in boxes]:
         x0, y0, x1, y1 = (min(number, 1023) for number in in_unit(box, 1024))
         parts.append("".join(f"<loc{number:04d}>" for number in (y0, x0, y1, x1)) + f" {words}")
-    return [{"image": IMAGE, "prefix": "detect", "suffix": " ; ".join(parts)}]
+    return [{"image": IMAGE, "prefix": f"detect {BOTH} ; {NOTHING}", "suffix": " ; ".join(parts)}]
 
 
 FILES = {
@@ -156,7 +170,7 @@ FILES = {
 
 
 def write_references(folder, name, image):
-    """Write the record in the refer API's layout, with a reference to nothing."""
+    """Write the record in the refer API's layout."""
     (folder / "images").mkdir(parents=True)
     save_jpeg(folder / "images" / image, 6)
     annotations = [
@@ -168,7 +182,7 @@ def write_references(folder, name, image):
     refs = [
         {"ref_id": number, "ann_id": target, "image_id": 1, "category_id": 1, "split": "train"}
         | {"sentences": [{"sent_id": number, "sent": words, "raw": words, "tokens": words.split()}]}
-        for number, (words, target) in enumerate(zip([*BOXES, NOTHING], ([1], [2], [-1]), strict=True))
+        for number, (words, target) in enumerate(zip(TARGETS, ([1], [2], [1, 2], [-1]), strict=True))
     ]
     (folder / name).write_text(json.dumps(refs))
     return folder
@@ -189,7 +203,8 @@ def write_grit(folder):
     folder.mkdir()
     save_jpeg(folder / IMAGE, 6)
     boxes = np.array(list(BOXES.values())) / ([WIDTH, HEIGHT] * 2)
-    chunks = [[*span, *box, 1.0] for span, box in zip(SPANS, boxes.tolist(), strict=True)]
+    spans = [*SPANS, *[(0, len(TEXT))] * 2]  # both boxes are those of the caption
+    chunks = [[*span, *box, 1.0] for span, box in zip(spans, boxes.tolist() * 2, strict=True)]
     size = {"width": WIDTH, "height": HEIGHT, "original_width": ANNOTATED[0], "original_height": ANNOTATED[1]}
     sample = make_sample(0, TEXT, chunks, [], **size, image=(folder / IMAGE).read_bytes())
     write_tar(folder / "00000.tar", [sample, make_sample(1, NOTHING, [], [])])
@@ -213,21 +228,27 @@ def assert_carries_record(row, name):
     assert (row["width"], row["height"]) == row["image"].size == UPRIGHT_SIZE
     np.testing.assert_allclose(find_red(row["image"].convert("RGB")), UPRIGHT_BOX, atol=1)
     phrases = [
-        (sentence["text"], (phrase["start"], phrase["end"]), row["objects"][phrase["objects"][0]])
+        (sentence["text"], (phrase["start"], phrase["end"]), [row["objects"][index] for index in phrase["objects"]])
         for sentence in row["sentences"]
         for phrase in sentence["phrases"]
     ]
-    assert [words[start:end] for words, (start, end), _ in phrases] == list(BOXES)
+    expected = {words: boxes for words, boxes in TARGETS.items() if boxes or FORMATS[name].has_no_target}
+    if name == "grit":
+        expected[TEXT] = expected.pop(BOTH)
+    found = {words[slice(*span)]: items for words, span, items in phrases}
+    assert len(phrases) == len(found)
+    assert set(found) == set(expected)
     if name in CAPTIONS:
-        assert [(words, span) for words, span, _ in phrases] == [(TEXT, span) for span in SPANS]
-    for (_, _, item), box in zip(phrases, BOXES.values(), strict=True):
-        np.testing.assert_allclose(item["box"], box, atol=TOLERANCE.get(name, 1e-4))
-        if name in MASKS:
-            assert box_of(item["segmentation"]) == box
-            x0, y0, x1, y1 = box
-            assert decode_segmentation(item["segmentation"]).sum() == (x1 - x0) * (y1 - y0)
-        else:
-            assert item["segmentation"] is None
+        assert [(words, span) for words, span, _ in phrases][:2] == [(TEXT, span) for span in SPANS]
+    for words, boxes in expected.items():
+        for item, box in zip(found[words], boxes, strict=True):
+            np.testing.assert_allclose(item["boxes"], [box], atol=TOLERANCE.get(name, 1e-4))
+            if name in MASKS:
+                assert box_of(item["segmentation"]) == box
+                x0, y0, x1, y1 = box
+                assert decode_segmentation(item["segmentation"]).sum() == (x1 - x0) * (y1 - y0)
+            else:
+                assert item["segmentation"] is None
 
 
 def load_lines(folder, tmp_path, **flags):
@@ -255,7 +276,7 @@ def test_record_is_read_from_folder_of_a_dataset(tmp_path, name):
 
 @pytest.fixture
 def rows(tmp_path):
-    """The record as rows of the schema, with a sentence without a target beside the caption."""
+    """The record as rows of the schema, and a sentence without phrases, which asks for nothing."""
     folder = tmp_path / "images of the record"
     folder.mkdir()
     save_jpeg(folder / IMAGE, 6)
@@ -263,10 +284,12 @@ def rows(tmp_path):
         {"start": start, "end": end, "box": box, "polygon": [corners_of(box, 1)]}
         for (start, end), box in zip(SPANS, BOXES.values(), strict=True)
     ]
-    line = {"image": IMAGE, "expressions": [{"text": TEXT, "phrases": phrases}]}
-    (folder / "train.jsonl").write_text(json.dumps(line))
+    both = [{"box": phrase["box"], "polygon": phrase["polygon"]} for phrase in phrases]
+    expressions = [{"text": TEXT, "phrases": phrases}, {"text": BOTH, "objects": both}, {"text": NOTHING, "boxes": []}]
+    (folder / "train.jsonl").write_text(json.dumps({"image": IMAGE, "expressions": expressions}))
     (row,) = load_lines(folder, tmp_path, path="train.jsonl").cast_column("image", datasets.Image(decode=False))
-    row["sentences"].append({"sentence_id": "nothing", "text": NOTHING, "phrases": []})
+    assert len(row["objects"]) == 2
+    row["sentences"].append({"sentence_id": "silent", "text": "ohne Frage", "phrases": []})
     return datasets.Dataset.from_list([row], features=FEATURES)
 
 
@@ -280,7 +303,10 @@ def test_record_is_written_and_read_back(rows, tmp_path, name):
         assert row["objects"] == rows[0]["objects"]
     else:
         report = export_annotations(name, source, {"train": rows}, output)
-        assert report.build["train"]["left_out"]["sentences without a target"] == 1
+        left_out = report.build["train"]["left_out"]
+        assert left_out["sentences without a phrase"] == 1
+        assert left_out.get(NO_TARGET, 0) == (not FORMATS[name].has_no_target)
+        assert report.counts["train"] == {"images": 1, "expressions": 2 + FORMATS[name].has_no_target, "boxes": 4}
         assert (output / "images" / IMAGE).read_bytes() == (tmp_path / "images of the record" / IMAGE).read_bytes()
         if name in IMPORTED:
             import_files(name, {"train": [output / f"train{suffix_of(name)}"]}, tmp_path / "in", output)
@@ -297,7 +323,8 @@ def test_record_is_written_as_answers_and_read_back(rows, tmp_path, name):
     line["result"] = {"image_id": 7, "category_id": 1}
     for expression in line["expressions"]:
         for phrase in expression["phrases"]:
-            phrase["score"] = 1.0
+            for item in objects_of(phrase):
+                item["score"] = 1.0
     path, findings = tmp_path / f"answers{suffix_of(name)}", Findings()
     path.write_text("".join(writer_of(name, PREDICTED)([line], findings, Written("model"))), encoding="utf-8")
     if name == "coco_results":
@@ -305,9 +332,11 @@ def test_record_is_written_as_answers_and_read_back(rows, tmp_path, name):
         (tmp_path / "truth.json").write_text(json.dumps(truth))
         api = COCO(str(tmp_path / "truth.json")).loadRes(str(path))
         found = api.loadAnns(api.getAnnIds())
-        assert [(item["label"], item["bbox"]) for item in found] == [(key, xywh(box, 1)) for key, box in BOXES.items()]
-        assert [api.annToMask(item).sum() for item in found] == [24 * 40, 32 * 56]
+        expected = [(words, xywh(box, 1)) for words, boxes in TARGETS.items() for box in boxes]
+        assert [(item["label"], item["bbox"]) for item in found] == expected
+        assert [api.annToMask(item).sum() for item in found] == [24 * 40, 32 * 56] * 2
         return
+    assert findings.left_out[NO_TARGET] == (not FORMATS[name].has_no_target)
     if name == "label_studio":  # as exported when the predictions were accepted
         tasks = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps([{"data": task["data"], "annotations": task["predictions"]} for task in tasks]))
@@ -324,7 +353,8 @@ def test_record_is_written_as_answers_and_read_back(rows, tmp_path, name):
 
 
 def test_record_goes_through_loader_and_model_and_back(rows, processor, make_model):
-    batch = GroundingCollator(processor, with_masks=True)([rows[0]])
+    row = {**rows[0], "sentences": [rows[0]["sentences"][index] for index in (0, -1)]}
+    batch = GroundingCollator(processor, with_masks=True)([row])
     caption, nothing = batch["labels"]
     assert len(nothing["boxes"]) == 0
     assert caption["masks"].shape[0] == 2
