@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .building import merge_boxes
 from .findings import Findings
 from .quoting import quote
 from .reading import has_words, is_number, parse_line, read_entries
@@ -330,6 +329,8 @@ def box_around(item: dict, findings: Findings) -> list[float]:
     [1, 2, 7, 8]
 
     ```"""
+    from .building import merge_boxes
+
     findings.changed.update(["objects with several boxes have the box around them"] * (len(item["boxes"]) > 1))
     return merge_boxes(item["boxes"])
 
