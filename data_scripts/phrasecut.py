@@ -74,7 +74,8 @@ def list_instances(record: dict, findings: Findings) -> list[dict]:
     have no area.
 
     Raises:
-        ValueError: if there is no box, or `Polygons` is not a list of as many instances, of parts, of points [x, y].
+        ValueError: if there is no box, or `Polygons` is not a list of as many instances, of parts, of points [x, y],
+            nor empty.
 
     Example:
 
@@ -87,7 +88,8 @@ def list_instances(record: dict, findings: Findings) -> list[dict]:
     [{'box': [1, 2, 4, 4], 'polygon': [[1, 2, 3, 4, 5, 6]]}]
 
     ```"""
-    boxes, instances = record["instance_boxes"], record["Polygons"]
+    boxes = record["instance_boxes"]
+    instances = record["Polygons"] or [[]] * len(boxes)
     if not boxes:
         raise ValueError("instance_boxes is []; expected a box for each instance of the phrase.")
     if len(instances) != len(boxes):
