@@ -192,22 +192,6 @@ def area_of(segmentation: dict) -> int:
     return int(coco_mask.area(_as_bytes(segmentation)))
 
 
-def unite_segmentations(segmentations: list[dict]) -> dict:
-    """
-    Return the union of masks of one size.
-
-    Example:
-
-    ```python
-    >>> from data_scripts.masks import area_of, unite_segmentations
-
-    >>> area_of(unite_segmentations([{"size": [4, 4], "counts": "52203"}, {"size": [4, 4], "counts": "`0"}]))
-    4
-
-    ```"""
-    return to_segmentation(merge_masks([_as_bytes(item) for item in segmentations]), keep_empty=True)
-
-
 def box_of(segmentation: dict) -> list[float]:
     """
     Return the smallest box (xyxy) that contains a mask.

@@ -78,17 +78,17 @@ def read_qwen(
             if role in ASKERS:
                 question = text
                 continue
-            position, objects, is_thousand = f"{where}, turn {index}", [], False
-            asked, expressions = expression_of_question(question, patterns), []
+            position, expressions, said = f"{where}, turn {index}", [], box_format
+            asked = expression_of_question(question, patterns)
             with findings.entry(position):
                 objects, is_thousand = objects_of_answer(text, asked, position)
                 expressions = [expression for _, expression in expressions_of_objects(objects, findings)]
                 if asked and EMPTY.fullmatch(text):
-                    expressions = [{"text": asked, **target_of([])}]
+                    expressions, said = [{"text": asked, **target_of([])}], "xyxy"  # of no box
                 else:
                     findings.leave_out("answers without a box", not objects)
+                said = "xyxy_thousand" if is_thousand else said
             for expression in expressions:
-                said = "xyxy_thousand" if is_thousand else box_format
                 line = {"image": image, **size_fields(record.get("width"), record.get("height"))}
                 line |= {} if said is None else {"box_format": said}
                 yield position, {**line, "expressions": [expression]}

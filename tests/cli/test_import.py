@@ -297,6 +297,8 @@ def test_qwen_reads_labels_questions_and_marks(convert, load):
         "the cup": [[20, 3, 30, 27]],
     }
     assert report.build["train"]["left_out"] == {"answers without a box": 2, "objects without words": 1}
+    convert("qwen", [chat("a.png", QUESTION, " [ ] ")])  # without a box there is no convention to recognize
+    assert expressions_of(load()) == {"the red car": []}
     convert("qwen", records[2:3], box_format="xyxy", prompt="Find {}.")
     assert expressions_of(load()) == {"it": [[1, 1, 5, 5]]}
     with pytest.raises(ValueError, match=r"prompt is 'Find it'; expected \{\}"):
