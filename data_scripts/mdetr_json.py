@@ -9,8 +9,9 @@ expression.
 - The entries of one image have one `file_name`, and their lines are joined.
 - In RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO (`dataset_name`), boxes are those of the expression: `tokens_positive`
   are its root noun alone, and are not read. Elsewhere each span of `tokens_positive` is a phrase.
-- Each annotation is an object: a phrase with several refers to all of them. One with `"empty": true`, as gRefCOCO's
-  authors write it, says that the phrase refers to nothing in the image; a caption without annotations does not.
+- Each annotation is an object: a phrase with several refers to all of them; in Flickr30k, they are the boxes of one
+  object. One with `"empty": true`, as gRefCOCO's authors write it, says that the phrase refers to nothing in the
+  image; a caption without annotations does not.
 - There are no masks. The boxes of the Flickr30k files count pixels as the file does, which may be from 1, see
   `flickr30k_entities`.
 """
@@ -42,6 +43,8 @@ from .records import (
 
 # beginnings of `dataset_name` of which a caption is one expression
 REFERRING = ("refcoco", "grefcoco", "refexp", "referit", "refclef")
+# beginning of `dataset_name` of which the boxes of a phrase are those of one object
+UNITED = "flickr"
 CATEGORIES = [{"supercategory": "object", "id": 1, "name": "object"}]
 
 
@@ -90,7 +93,14 @@ def make_expression(image: dict, annotations: list[dict], findings: Findings) ->
         if not spans:
             findings.leave_out("boxes without words of their caption")
         targets += [(span, boxes_of(item)) for span in spans]
-    return expression_of_spans(caption, targets)
+    expression = expression_of_spans(caption, targets)
+    if expression is None or not isinstance(dataset_name, str) or not dataset_name.lower().startswith(UNITED):
+        return expression
+    phrases = [
+        {"start": phrase["start"], "end": phrase["end"], "boxes": [item["box"] for item in objects_of(phrase)]}
+        for phrase in expression["phrases"]
+    ]
+    return {**expression, "phrases": phrases}
 
 
 def boxes_of(annotation: dict) -> list[list]:

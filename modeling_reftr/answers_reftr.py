@@ -90,6 +90,31 @@ def make_answers(labels: list[list[str]], results: list[dict[str, Any]]) -> list
     return answers
 
 
+def join_sentences(answers: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """
+    Return the answers about all sentences of a question in one list, with a `phrase_index` that counts the phrases of
+    all sentences.
+
+    Example:
+
+    ```python
+    >>> from modeling_reftr.answers_reftr import join_sentences
+
+    >>> several = [{"phrase_index": 0}, {"phrase_index": 0}, {"phrase_index": 1}]
+    >>> [answer["phrase_index"] for answer in join_sentences([several, [{"phrase_index": 0}]])]
+    [0, 0, 1, 2]
+
+    ```"""
+    joined, offset = [], 0
+    for of_sentence in answers:
+        for answer in of_sentence:
+            is_numbered = "phrase_index" in answer
+            joined.append({**answer, "phrase_index": answer["phrase_index"] + offset} if is_numbered else answer)
+        if joined and "phrase_index" in joined[-1]:  # each phrase has an answer
+            offset = joined[-1]["phrase_index"] + 1
+    return joined
+
+
 def group(values: Iterable[Any], counts: Iterable[int]) -> list[list]:
     """Split values into lists of the given lengths."""
     values = iter(values)

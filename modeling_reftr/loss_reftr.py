@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig
 
-from .matching_reftr import Assignment, QueryPairs, assign_targets, pad_targets, pair_queries
+from .matching_reftr import Assignment, QueryPairs, Targets, assign_targets, pad_targets, pair_queries
 from .overlap_reftr import generalized_box_iou, paired_box_iou
 
 
@@ -184,6 +184,8 @@ def grounding_loss(
     presence_logits: torch.Tensor | None = None,
     query_boxes: torch.Tensor | None = None,
     query_masks: torch.Tensor | None = None,
+    targets: Targets | None = None,
+    assigned: Assignment | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     Return RefTR's training loss: box losses of the last decoder layer and of every earlier one, mask losses, and the
@@ -202,6 +204,8 @@ def grounding_loss(
         presence_logits (`torch.Tensor` of shape `(S, P, K)`, *optional*): of the queries.
         query_boxes (`torch.Tensor` of shape `(S, P, K, 4)`, *optional*): of the queries; absent: `pred_boxes`.
         query_masks (`torch.Tensor` of shape `(S, P, K, h1, w1)`, *optional*): of the queries; absent: `pred_masks`.
+        targets ([`Targets`], *optional*): of the labels, if they are known.
+        assigned ([`Assignment`], *optional*): of the queries of the last layer, if it is known.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the weighted sum, and its parts under their published names.
@@ -209,10 +213,11 @@ def grounding_loss(
     Raises:
         ValueError: see `pad_targets` and `mask_losses`.
     """
-    targets = pad_targets(labels, phrase_mask)
+    targets = pad_targets(labels, phrase_mask) if targets is None else targets
     num_sentences = len(labels) if num_items_in_batch is None else num_items_in_batch
     query_boxes = pred_boxes[:, :, None] if query_boxes is None else query_boxes
-    assigned = assign_targets(query_boxes, targets, config, presence_logits)
+    if assigned is None:
+        assigned = assign_targets(query_boxes, targets, config, presence_logits)
     loss_dict = box_losses(query_boxes, assigned.boxes_cxcywh, assigned.mask, num_sentences, assigned.weights)
     for index, outputs in enumerate(auxiliary_outputs or []):
         boxes = outputs["query_boxes"] if "query_boxes" in outputs else outputs["pred_boxes"][:, :, None]

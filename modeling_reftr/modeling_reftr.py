@@ -55,6 +55,7 @@ from .input_checks_reftr import (
 from .loading_reftr import CONFIG_FILES, WEIGHT_FILES, check_index, naming_files
 from .locating_reftr import check_source
 from .loss_reftr import grounding_loss
+from .matching_reftr import assign_targets, pad_targets
 from .quoting_reftr import quote
 from .saving_reftr import apply_default_permissions
 from .text_cache_reftr import TextCache, active_text_cache
@@ -1652,8 +1653,16 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         )
         num_text_tokens = input_ids.shape[1]
         query_boxes, query_boxes_of_earlier_layers = self.predict_boxes(outputs)
-        query_masks, query_attentions = self.predict_masks(outputs, num_text_tokens)
         presence_logits = self.predict_presence(outputs, query_boxes, num_text_tokens)
+        targets = assigned = query_slots = None
+        if labels is not None:
+            targets = pad_targets(labels, outputs.phrase_mask)
+            assigned = assign_targets(query_boxes, targets, self.config, presence_logits)
+            if self.training and self.config.num_queries_per_phrase > 1:
+                # only the masks of queries with a target have a loss; one is predicted if there are none
+                query_slots = assigned.mask.flatten().nonzero().flatten()
+                query_slots = query_slots if len(query_slots) else query_slots.new_zeros(1)
+        query_masks, query_attentions = self.predict_masks(outputs, num_text_tokens, query_slots)
         best = None if self.config.num_queries_per_phrase == 1 else presence_logits.argmax(dim=-1)
         predictions = {
             "pred_boxes": select_queries(query_boxes, best),
@@ -1678,6 +1687,8 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
                 **predictions,
                 phrase_mask=outputs.phrase_mask,
                 labels=labels,
+                targets=targets,
+                assigned=assigned,
                 config=self.config,
                 pixel_mask=outputs.pixel_mask,
                 image_index=outputs.image_index,
@@ -1705,19 +1716,28 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         return last, earlier
 
     def predict_masks(
-        self, outputs: RefTRModelOutput, num_text_tokens: int
+        self, outputs: RefTRModelOutput, num_text_tokens: int, query_slots: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
-        Return mask logits (S, P, K, h1, w1) of all queries, and the attention maps (S, P, K, heads, h, w) that the
-        mask head starts from; None without a mask head.
+        Return mask logits (S, P, K, h1, w1) of queries, and the attention maps (S, P, K, heads, h, w) that the mask
+        head starts from; None without a mask head.
+
+        Args:
+            outputs ([`RefTRModelOutput`]): of the model without heads.
+            num_text_tokens (`int`): L.
+            query_slots (`torch.Tensor` of shape `(N,)`, *optional*):
+                Flat indices `(sentence * P + slot) * K + query` of the queries, the masks of others are zero. Defaults
+                to those of all real phrases.
         """
         # CODEPATH: published RES checkpoints have a mask head, the others do not
         if not self.config.predict_masks:
             return None, None
-        num_queries, query_slots = self.config.num_queries_per_phrase, outputs.phrase_slots
-        if query_slots is not None and num_queries > 1:
-            query_slots = query_slots[:, None] * num_queries + torch.arange(num_queries, device=query_slots.device)
-            query_slots = query_slots.flatten().clamp(max=outputs.phrase_mask.numel() * num_queries)
+        num_queries = self.config.num_queries_per_phrase
+        if query_slots is None and outputs.phrase_slots is not None:
+            first = outputs.phrase_slots[:, None] * num_queries
+            query_slots = (first + torch.arange(num_queries, device=first.device)).flatten()
+            # a phrase out of range has one index for all of its queries
+            query_slots = query_slots.clamp(max=outputs.phrase_mask.numel() * num_queries)
         pred_masks, mask_attentions = self.mask_head(
             outputs.last_hidden_state,
             outputs.image_features,

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.image_utils import ImageInput
 
-from .answers_reftr import draw_on, flatten_question, group, labels_of_sentences, make_answers
+from .answers_reftr import draw_on, flatten_question, group, join_sentences, labels_of_sentences, make_answers
 from .decoding_reftr import is_undecoded, without_decoding
 from .image_processing_reftr import is_one_image
 from .inputs_reftr import is_sequence, to_list
@@ -98,8 +98,8 @@ class VisualGroundingPipeline(Pipeline):
                 - **mask** (`PIL.Image.Image`): only from a model that predicts masks, an image of mode "L" and of the
                   image's size, 255 in the mask.
                 - **phrase** (`str`): an alias of `label`.
-                - **phrase_index** (`int`): only from a model that predicts presence, the number of the phrase in its
-                  text, for phrases with several answers.
+                - **phrase_index** (`int`): only from a model that predicts presence, the number of the phrase among
+                  those asked about the image, which the answers of one phrase share.
 
             A phrase that refers to nothing in the image has one answer whose `box` and `mask` are None, with the
             highest score, which is not above the threshold. So has a phrase past the end of a truncated text, with a
@@ -187,7 +187,7 @@ class VisualGroundingPipeline(Pipeline):
         answers = []
         for part in batch:
             for of_question in group(make_answers(part["labels"], part["results"]), part["counts"]):
-                answers.append(list(itertools.chain.from_iterable(of_question)))
+                answers.append(join_sentences(of_question))
         return answers
 
     def open_image(self, image: ImageInput) -> Any:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import ImageInput
 
-from .answers_reftr import answer_to_json, draw_on, flatten_question, labels_of_sentences, make_answers
+from .answers_reftr import answer_to_json, draw_on, flatten_question, join_sentences, labels_of_sentences, make_answers
 from .modeling_reftr import RefTRForVisualGrounding
 from .pixels_reftr import height_and_width, to_pil_image
 from .processing_reftr import RefTRProcessor
@@ -137,8 +137,7 @@ class RefTRPredictor:
             results = self.processor.post_process_referring_segmentation(
                 outputs, sizes, mask_threshold, threshold=threshold
             )
-        answers = make_answers(labels_of_sentences(sentences, phrases), results)
-        return [answer for of_sentence in answers for answer in of_sentence]
+        return join_sentences(make_answers(labels_of_sentences(sentences, phrases), results))
 
     @staticmethod
     def to_json(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:

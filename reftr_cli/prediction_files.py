@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,11 @@ from data_scripts.escaping import for_terminal
 from data_scripts.findings import Findings
 from data_scripts.formats import PREDICTED, writer_of
 from data_scripts.reading import coco_number
-from data_scripts.records import Written
+from data_scripts.records import Written, target_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from modeling_reftr import VisualGroundingPipeline
 
@@ -122,7 +123,7 @@ def line_of_answers(question: dict, answers: list[dict[str, Any]], findings: Fin
 
     Args:
         question (`dict`): `text` and perhaps `phrases`.
-        answers (`list[dict]`): of the pipeline, an answer per phrase.
+        answers (`list[dict]`): of the pipeline.
         findings ([`Findings`]): counts phrases without an answer.
 
     Example:
@@ -140,17 +141,30 @@ def line_of_answers(question: dict, answers: list[dict[str, Any]], findings: Fin
     from modeling_reftr.phrases_reftr import find_phrases
 
     sentences, phrases = flatten_question(question["text"], question.get("phrases"))
-    found, expressions = iter(answers), []
+    found, expressions = group_by_phrase(answers), []
     for sentence, of_sentence in zip(sentences, phrases or [None] * len(sentences), strict=True):
         spans = [(0, len(sentence))] if of_sentence is None else find_phrases(sentence, of_sentence)
         answered = []
         for start, end in spans:
-            answer = answer_to_json(next(found))
-            if answer["box"] is None:
+            of_phrase = [answer_to_json(answer) for answer in next(found)]
+            if of_phrase[0]["box"] is None and not of_phrase[0]["score"]:
                 findings.leave_out("phrases past the end of a truncated text")
                 continue
-            mask = {"segmentation": answer["segmentation"]} if "segmentation" in answer else {}
-            answered.append({"start": start, "end": end, "boxes": [answer["box"]], "score": answer["score"], **mask})
+            objects = [fields_of_answer(answer) for answer in of_phrase if answer["box"] is not None]
+            answered.append({"start": start, "end": end, **target_of(objects)})
         if answered:
             expressions.append({"text": sentence, "phrases": answered})
     return {"expressions": expressions}
+
+
+def group_by_phrase(answers: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the answers of each phrase: one, or from a model that predicts presence those of one `phrase_index`."""
+    numbered = ((answer.get("phrase_index", number), answer) for number, answer in enumerate(answers))
+    for _, pairs in itertools.groupby(numbered, key=lambda pair: pair[0]):
+        yield [answer for _, answer in pairs]
+
+
+def fields_of_answer(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an object of a line, see `data_scripts.records`, for an answer in JSON."""
+    mask = {"segmentation": answer["segmentation"]} if "segmentation" in answer else {}
+    return {"boxes": [answer["box"]], "score": answer["score"], **mask}

@@ -37,6 +37,7 @@ from training_reftr.tokenizer_training import all_sentences, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
+QUERY_NOISE = 0.1  # of new queries, in standard deviations of the weights
 LEFT_FROM_TEXT = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 
 
@@ -161,13 +162,17 @@ def load_weights(
         config = RefTRConfig.from_pretrained(location)
         weights = {"pretrained_model_name_or_path": location, "use_safetensors": True}
         processor = RefTRProcessor.from_pretrained(location)
+    changed = change_config(config, changes)
+    num_queries, changed.num_queries_per_phrase = changed.num_queries_per_phrase, config.num_queries_per_phrase
     model, info = RefTRForVisualGrounding.from_pretrained(
         **weights,
-        config=change_config(config, changes),
+        config=changed,
         dtype=torch.float32,
         attn_implementation=settings.initialization.attn_implementation,
         output_loading_info=True,
     )
+    if num_queries != config.num_queries_per_phrase:
+        add_queries(model, num_queries)
     new = {part_of(name) for name in info["missing_keys"]}
     left = {part_of(name) for name in info["unexpected_keys"]}
     logger.info(
@@ -176,6 +181,32 @@ def load_weights(
     )
     set_sizes(processor, settings.data, model.config)
     return model, processor, set(info["missing_keys"])
+
+
+def add_queries(model: RefTRForVisualGrounding, num_queries: int) -> None:
+    """
+    Give a model more queries per phrase. The first ones keep their weights; each new one starts as a copy of one of
+    them with a little noise, without which both would learn the same.
+
+    Args:
+        model ([`RefTRForVisualGrounding`]): changed in place.
+        num_queries (`int`): queries per phrase.
+
+    Raises:
+        ValueError: if the model has more already.
+    """
+    query_encoder, known = model.model.query_encoder, model.config.num_queries_per_phrase
+    if num_queries < known:
+        raise ValueError(
+            f"model.num_queries_per_phrase={num_queries}, but init_from has {known}: queries can be added only."
+        )
+    weight = query_encoder.query_embedding.weight.detach()
+    rows = weight[torch.arange(num_queries) % known]
+    noise = torch.randn_like(rows) * QUERY_NOISE * weight.std()
+    noise[:known] = 0
+    query_encoder.query_embedding = torch.nn.Embedding.from_pretrained(rows + noise, freeze=False)
+    model.config.num_queries_per_phrase = num_queries
+    model.freeze_parameters()
 
 
 def new_model(

@@ -35,8 +35,8 @@ def calibrate(
     accelerator: Accelerator,
 ) -> None:
     """
-    Fit `presence_temperature` and `presence_threshold` to the validation split, set them in the model's configuration, and write it
-    into the folder of the run. A collective.
+    Fit `presence_temperature` and `presence_threshold` to the validation split, set them in the model's configuration,
+    and write it into the folder of the run. A collective.
 
     Args:
         model ([`RefTRForVisualGrounding`]): the best model of the run.

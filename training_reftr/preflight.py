@@ -62,14 +62,19 @@ def refuse_untrained_parts(model: nn.Module, random_weights: set[str], optimizat
         )
 
 
-def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings) -> None:
+def refuse_idle_model(model: nn.Module, optimization: OptimizationSettings, negative_ratio: float = 0.0) -> None:
     """
-    Refuse a model without trained parameters, or a head without a loss.
+    Refuse a model without trained parameters, a head without a loss, or negatives that no head learns from.
 
     Raises:
         ValueError: saying why.
     """
     config = model.config
+    if negative_ratio and not config.predict_presence:
+        raise ValueError(
+            f"negative_ratio={negative_ratio:g} asks about what is not in an image, and model.predict_presence=False "
+            "does not learn that: set model.predict_presence, or leave negative_ratio out."
+        )
     reasons = [
         reason_not_to_learn(name, parameter, config, optimization) for name, parameter in model.named_parameters()
     ]

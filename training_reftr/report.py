@@ -22,6 +22,7 @@ from training_reftr.baselines import constant_box, shuffled_expressions
 from training_reftr.build import image_size_of
 from training_reftr.data import EvaluationData
 from training_reftr.evaluation import evaluate, summarize
+from training_reftr.generalized import answers_of, best_score, has_one_target, targets_in
 from training_reftr.images import read_row_image
 from training_reftr.metrics import THRESHOLDS
 from training_reftr.published_results import (
@@ -33,7 +34,7 @@ from training_reftr.published_results import (
 )
 from training_reftr.sampling import has_positions
 from training_reftr.settings import DataSettings, TrainingSettings
-from training_reftr.visualization import draw_samples, draw_validation_images
+from training_reftr.visualization import draw_presence, draw_samples, draw_validation_images
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,19 @@ MASK_COLUMNS = {
     **{f"mask_precision@{threshold}": f"P@{threshold}" for threshold in THRESHOLDS},
     "mask_mean_iou_resized": "mIoU, resized",
     "mask_num_phrases": "phrases",
+}
+EXACT_COLUMNS = {"pr_f1_iou@0.5": "answered exactly", "num_phrases": "phrases"}
+ABSENT_COLUMNS = {"n_acc": "N-acc", "auroc": "AUROC of presence", "num_phrases": "phrases"}
+GROUP_LABELS = {"none": "no target", "one": "one target", "several": "several targets"}
+GENERALIZED_VALUES = {
+    "pr_f1_generalized_iou@0.5": "exact by generalised IoU, as in the authors' script,",
+    "n_acc": "N-acc",
+    "t_acc": "T-acc",
+    "presence_n_acc@t_acc_0.95": "N-acc at T-acc 0.95",
+    "average_precision@0.5": "average precision of boxes",
+    "mask_giou": "masks: gIoU",
+    "mask_ciou": "cIoU",
+    "expected_calibration_error": "expected calibration error",
 }
 METRIC_NAMES = {"accuracy@0.5": "boxes, accuracy@0.5", "mask_mean_iou_resized": "masks, mIoU at the resized size"}
 BATCHINGS = {
@@ -142,6 +156,8 @@ def report(
                 file.writelines(json.dumps(prediction(name, record), ensure_ascii=False) + "\n" for record in records)
             if evaluation.num_pictures and len(metrics["splits"]) == 1:
                 draw_validation_images(records, split, evaluation.num_pictures).save(run.drawn_predictions)
+                if "generalized" in metrics["splits"][name]:
+                    draw_presence(metrics["splits"][name]["generalized"]).save(run.drawn_presence)
                 undecoded = split.cast_column("image", datasets.Image(decode=False))
                 metrics["example"] = save_example(undecoded[0], run.example)
     if accelerator.is_main_process:
@@ -196,10 +212,10 @@ def count_targets(rows: datasets.Dataset, records: list[dict], split: str, cut: 
     counts = {
         "left_out": left_out,
         "num_left_out": max(positions) + 1 - len(positions) if positions else None,
-        "num_without_extent": sum(is_degenerate(record["box"]) for record in records),
+        "num_without_extent": sum(is_degenerate(record["box"]) for record in records if has_one_target(record)),
     }
     if any("pred_segmentation" in record for record in records):
-        masks = [record["segmentation"] for record in records]
+        masks = [record["segmentation"] for record in records if has_one_target(record)]
         counts["num_empty_masks"] = sum(mask is not None and is_empty(mask) for mask in masks)
         counts["num_without_mask"] = masks.count(None)
     return counts
@@ -236,10 +252,23 @@ def blind_baselines(
 
 
 def prediction(split: str, record: dict) -> dict:
-    """Return the line of predictions.jsonl about one phrase: an answer in JSON, and how it was scored."""
+    """
+    Return the line of predictions.jsonl about one phrase: an answer in JSON, and how it was scored. From a model that
+    predicts presence it is the best answer, with `answers`, all of them, and `num_targets`.
+    """
     segmentation = {"segmentation": record["pred_segmentation"]} if "pred_segmentation" in record else {}
+    box, score, several = record["pred_box"], None, {}
+    if "query_scores" in record:
+        answers = answers_of(record)
+        box, score = answers[0][0] if answers else None, best_score(record)
+        several = {
+            "answers": [{"box": answer, "score": round(probability, 4)} for answer, probability in answers],
+            "num_targets": len(targets_in(record)),
+        }
+        if segmentation and not answers:
+            segmentation = {"segmentation": None}
     return {
-        **json_answer(record["words"], record["pred_box"], **segmentation),
+        **json_answer(record["words"], box, score, **segmentation),
         "split": split,
         "image_id": record["image_id"],
         "sentence_id": record["sentence_id"],
@@ -248,6 +277,7 @@ def prediction(split: str, record: dict) -> dict:
         "pred_box_xyxy": record["pred_box"],
         "iou": record["iou"],
         "any_box_iou": record["any_box_iou"],
+        **several,
     }
 
 
@@ -283,6 +313,8 @@ def format_results(metrics: dict, heading: str) -> list[str]:
                 "Objects of this split have several boxes. Merged: the prediction is compared with their union; any "
                 "box: with each of them. The two protocols are not comparable.",
             ]
+        if "generalized" in values:
+            lines += format_generalized(values)
         if "mask_separation" in values:
             lines += [
                 "",
@@ -290,6 +322,39 @@ def format_results(metrics: dict, heading: str) -> list[str]:
                 f"that of the annotated masks is {values['mask_separation_target']:.3f}.",
             ]
     return [*lines, *format_conditions(metrics, heading)]
+
+
+def format_generalized(values: dict) -> list[str]:
+    """Return tables of the phrases that refer to none, one or several objects, and of how certain the scores are."""
+    generalized = values["generalized"]
+    entries = {"all phrases": {**values, **generalized}}
+    entries |= {GROUP_LABELS[name]: group for name, group in generalized["per_group"].items()}
+    entries |= generalized["per_kind"]
+    lines = ["", *format_columns("none, one or several", entries, EXACT_COLUMNS)]
+    absent = {name: kind for name, kind in generalized["per_kind"].items() if "auroc" in kind}
+    if "presence_auroc" in values:
+        presence = {
+            "n_acc": values["n_acc"],
+            "auroc": values["presence_auroc"],
+            "num_phrases": values["num_no_target"],
+        }
+        lines += ["", *format_columns("no target", {"all of them": presence, **absent}, ABSENT_COLUMNS)]
+    known = {label: values[name] for name, label in GENERALIZED_VALUES.items() if name in values}
+    lines += [
+        "",
+        "A phrase is answered exactly if its boxes match all of its targets and nothing else, each with an IoU of at "
+        f"least 0.5 (Pr@(F1=1) of gRefCOCO's GREC). Answers have a score over {generalized['threshold']:.3f}. "
+        + "; ".join(f"{label} {value:.3f}" for label, value in known.items())
+        + ".",
+    ]
+    bins = [row for row in generalized["reliability"] if row["count"]]
+    lines += ["", "| score of the best box | phrases | mean score | share right |", "|---|---:|---:|---:|"]
+    for row in bins:
+        low, high = row["bin"]
+        lines.append(
+            f"| {low:.2f} to {high:.2f} | {row['count']} | {row['mean_confidence']:.3f} | {row['share_right']:.3f} |"
+        )
+    return lines
 
 
 def describe_cut(cut: dict) -> str:
@@ -398,5 +463,8 @@ def format_metrics(metrics: dict) -> str:
                 f"{name:<22}{part['accuracy@0.5']:>14.3f}{part['mean_iou']:>10.3f}{mask_mean_iou:>11}"
                 f"{part['num_phrases']:>9}"
             )
+        if "generalized" in values:
+            known = {name: values[name] for name in ("pr_f1_iou@0.5", *GENERALIZED_VALUES) if name in values}
+            lines += ["none, one or several: " + ", ".join(f"{name} {value:.3f}" for name, value in known.items())]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

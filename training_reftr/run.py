@@ -166,7 +166,7 @@ def prepare_run(rows: dict, settings: TrainingSettings, accelerator: Accelerator
     checkpoint = find_checkpoint(settings.checkpoints, accelerator)
     set_seed(settings.optimization.seed)  # equal weights on all processes
     model, processor, state, settings = start_or_resume(settings, train_rows, checkpoint)
-    refuse_idle_model(model, settings.optimization)
+    refuse_idle_model(model, settings.optimization, settings.data.negative_ratio)
     if accelerator.num_processes > 1 and not model.config.freeze_backbone_batch_norm:
         synchronize_batch_norm(model, accelerator.device)
     contents = None

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from modeling_reftr import RefTRForVisualGrounding, RefTRProcessor
 from modeling_reftr.drawing_reftr import draw_answers, make_grid
@@ -25,6 +25,8 @@ NUM_HEADS = 4  # as many as the published evaluation shows
 PANEL_WIDTH = 512
 GRID_WIDTH = 1400  # of predictions.png, if it has several columns
 GAP = 8
+DIAGRAM = 360  # side in pixels
+BAR = "#4477aa"
 FULL_ATTENTION = 4  # times uniform attention
 
 
@@ -157,6 +159,35 @@ def draw_sentence(row: dict, records: list[dict], width: int = 320) -> Image.Ima
         failure=describe_failure(records),
         legend="",
     )
+
+
+def draw_presence(generalized: dict) -> Image.Image:
+    """
+    Draw how certain scores are: a reliability diagram (bars: share of boxes that are right, by their score; dashed:
+    where both are equal), and the risk-coverage curve (share of wrong boxes among the most certain ones).
+
+    Args:
+        generalized (`dict`): `reliability` and `risk_coverage`, see `generalized_metrics`.
+    """
+    panels = []
+    for title in ("share right by score", "risk by coverage"):
+        panel = Image.new("RGB", (DIAGRAM, DIAGRAM + 2 * GAP), "white")
+        pen = ImageDraw.Draw(panel)
+        pen.rectangle([0, 0, DIAGRAM - 1, DIAGRAM - 1], outline="black")
+        if title.startswith("share"):
+            for row in generalized["reliability"]:
+                if row["count"]:
+                    low, high = (DIAGRAM * side for side in row["bin"])
+                    pen.rectangle(
+                        [low, DIAGRAM * (1 - row["share_right"]), high, DIAGRAM - 1], fill=BAR, outline="white"
+                    )
+            for start in range(0, DIAGRAM, 2 * GAP):
+                pen.line([start, DIAGRAM - start, start + GAP, DIAGRAM - start - GAP], fill="black")
+        else:
+            points = [(DIAGRAM * row["coverage"], DIAGRAM * (1 - row["risk"])) for row in generalized["risk_coverage"]]
+            pen.line(points, fill=BAR, width=3)
+        panels.append(draw_answers(panel, [], [], title=f"{title}, from 0 to 1", width=DIAGRAM))
+    return make_grid(panels, columns=2, gap=GAP)
 
 
 @torch.no_grad()
