@@ -40,14 +40,19 @@ MIN_WIDTH = 320  # pixels, for the texts
 MAX_QUOTED = 80  # characters of a truncated text in a message
 CSS = "#examples td { white-space: pre-line; }"  # one line per expression, as in the text field
 EXAMPLES = [[str(Path(__file__).parent / "shapes.jpg"), "the green star\nthe red square\nthe shape right of the star"]]
-ABOUT = f"""# Locate expressions in an image
+ABOUT = """# Locate expressions in an image
 
 Upload an image and enter the expressions to locate, one per line: RefTR
 ([paper](https://arxiv.org/abs/2106.03089)) answers each with a box, and with a mask if the model was trained for it.
-It always answers: it predicts no confidence, and cannot tell that an object is absent.
+{presence}
 
-An image file may have up to {MAX_FILE_BYTES // 1024**2} MB. Up to {MAX_EXPRESSIONS} expressions are accepted, and each
-is truncated to {MAX_CHARACTERS} characters and to the length of the model's input. A message says what was read."""
+An image file may have up to {megabytes} MB. Up to {expressions} expressions are accepted, and each is truncated to
+{characters} characters and to the length of the model's input. A message says what was read."""
+PRESENCE = {
+    False: "It always answers: it predicts no confidence, and cannot tell that an object is absent.",
+    True: "It answers with none, one or several boxes, each with the probability that it is right. If nothing is found, "
+    "the highest probability of a box is shown.",
+}
 
 
 class Answerer:
@@ -115,7 +120,8 @@ class Answerer:
         predictor = self.encode(path)
         answers = predictor.predict(expressions)
         width = round(DISPLAY_SIDE * predictor.image.width / max(predictor.image.size))
-        return predictor.draw(answers, width=max(width, MIN_WIDTH)), to_json(predictor, answers)
+        drawing = predictor.draw(with_scores(answers), width=max(width, MIN_WIDTH))
+        return drawing, to_json(predictor, answers)
 
     def find_truncated(self, expressions: list[str]) -> list[tuple[int, int, str]]:
         """
@@ -141,6 +147,28 @@ class Answerer:
 def to_json(predictor: Any, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Convert answers to JSON, label and box first: a mask is a long text that would hide the box below it."""
     return [{name: answer[name] for name in ("label", "box")} | answer for answer in predictor.to_json(answers)]
+
+
+def with_scores(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return answers whose labels have the score, from a model that predicts presence: "not found (0.08)"."""
+    labelled = []
+    for answer in answers:
+        label = answer["label"]
+        if "phrase_index" in answer:
+            score = f"({answer['score']:.2f})"
+            label = f"{label} {score}" if answer["box"] else f"{label}: not found {score}"
+        labelled.append({**answer, "label": label})
+    return labelled
+
+
+def describe_app(predicts_presence: bool) -> str:
+    """Return the text of the page."""
+    return ABOUT.format(
+        presence=PRESENCE[predicts_presence],
+        megabytes=MAX_FILE_BYTES // 1024**2,
+        expressions=MAX_EXPRESSIONS,
+        characters=MAX_CHARACTERS,
+    )
 
 
 def read_expressions(text: Any) -> tuple[list[str], bool]:
@@ -242,7 +270,7 @@ def build_app(model_name: str) -> gr.Blocks:
     with UploadsOnly(
         title="RefTR: visual grounding", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as app:
-        gr.Markdown(ABOUT)
+        gr.Markdown(describe_app(getattr(answerer.model.config, "predict_presence", False)))
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(

@@ -74,9 +74,7 @@ ground.draw("photo.jpg", answers).save("answers.png")
 
 ## Limits
 
-The model always predicts a box: it gives no confidence, and cannot tell that an object is absent. It predicts one
-box{and_one_mask} per phrase, even if the phrase refers to several objects. It works on images and expressions like
-those it was trained on, and reproduces their errors and biases.
+{limits} It works on images and expressions like those it was trained on, and reproduces their errors and biases.
 
 ## Licence
 
@@ -97,6 +95,13 @@ those it was trained on, and reproduces their errors and biases.
     + MARK
     + "\n"
 )
+LIMITS = {
+    False: "The model always predicts a box: it gives no confidence, and cannot tell that an object is absent. It "
+    "predicts one box{and_one_mask} per phrase, even if the phrase refers to several objects.",
+    True: "The model answers a phrase with none, one or several boxes (at most {num_queries}), each with its "
+    "probability as `score`; boxes with a score over {threshold:.3f} are answers (`threshold` of the call), as fitted "
+    "to the validation split.",
+}
 # metrics of all phrases of a split in a card's front matter, by their names in metrics.json
 METRICS = {
     "accuracy@0.5": "boxes: accuracy at IoU 0.5",
@@ -105,6 +110,11 @@ METRICS = {
     "mask_mean_iou": "masks: mean IoU at the original size",
     "mask_overall_iou": "masks: overall IoU at the original size",
     "mask_mean_iou_resized": "masks: mean IoU at the resized size",
+    "pr_f1_iou@0.5": "none, one or several: Pr@(F1=1, IoU>=0.5)",
+    "n_acc": "none, one or several: N-acc",
+    "t_acc": "none, one or several: T-acc",
+    "mask_giou": "none, one or several: gIoU of masks",
+    "mask_ciou": "none, one or several: cIoU of masks",
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # starts with a user's name: ./runs is a folder
 TITLE = "RefTR"  # title of a card that was not pushed, and has no name of its own
@@ -239,7 +249,11 @@ def make_card(facts: dict, repository: str | None = None) -> str:
             else "The code in the folder is run."
         ),
         "and_mask": " and a mask" if masks else "",
-        "and_one_mask": " and one mask" if masks else "",
+        "limits": LIMITS[config.get("predict_presence", False)].format(
+            and_one_mask=" and one mask" if masks else "",
+            num_queries=config.get("num_queries_per_phrase"),
+            threshold=config.get("presence_threshold", 0.0),
+        ),
         "printed": 'answer["label"], answer["box"]' + (', answer["mask"]' if masks else ""),
         "num_parameters": f"{facts['num_parameters'] / 1e6:.3g}",
         "backbone": for_markdown(backbone.get("backbone") or backbone["model_type"]),

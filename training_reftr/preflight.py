@@ -185,16 +185,15 @@ def refuse_missing_labels(rows: datasets.Dataset | StreamedRows, data: DataSetti
 
 
 def labels_of_row(row: dict) -> Iterator[tuple[bool, bool]]:
-    """Yield for each sentence of a row whether it has phrases, and whether each of them has a mask."""
+    """Yield for each sentence of a row whether it refers to an object, and whether each of its objects has a mask."""
     for sentence in row["sentences"]:
-        named = [phrase["objects"] for phrase in sentence["phrases"]]
-        masks = [bool(indices) and row["objects"][indices[0]]["segmentation"] is not None for indices in named]
-        yield bool(named), bool(masks) and all(masks)
+        named = [index for phrase in sentence["phrases"] for index in phrase["objects"]]
+        yield bool(named), bool(named) and all(row["objects"][index]["segmentation"] is not None for index in named)
 
 
 def count_labels(rows: datasets.Dataset, with_masks: bool) -> tuple[int, int]:
     """
-    Count the sentences that have phrases, and those that have a mask for each, from columns alone.
+    Count the sentences that refer to objects, and those whose objects all have masks, from columns alone.
 
     Args:
         rows (`datasets.Dataset`): see `data_scripts.FEATURES`.
@@ -208,26 +207,22 @@ def count_labels(rows: datasets.Dataset, with_masks: bool) -> tuple[int, int]:
     for table in columns.iter(10_000):
         sentences = table["sentences"].combine_chunks()
         phrases = sentences.flatten().field("phrases")
-        num_phrases = lengths_of(phrases)
-        num_boxes += np.count_nonzero(num_phrases)
+        # the objects of each phrase, as indices into those of their row
+        named = phrases.flatten().field("objects")
+        num_phrases, num_named = lengths_of(phrases), lengths_of(named)
+        sentence_of_object = np.repeat(np.repeat(np.arange(len(num_phrases)), num_phrases), num_named)
+        named_of_sentence = np.bincount(sentence_of_object, minlength=len(num_phrases))
+        num_boxes += np.count_nonzero(named_of_sentence)
         if not with_masks:
             continue
         objects = table["objects"].combine_chunks()
-        # the first object of each phrase, as an index into the objects of all rows
-        named = phrases.flatten().field("objects")
-        num_named = lengths_of(named)
-        is_named = num_named > 0
-        sentence_of_phrase = np.repeat(np.arange(len(num_phrases)), num_phrases)
         num_sentences, num_objects = lengths_of(sentences), lengths_of(objects)
-        row_of_phrase = np.repeat(np.arange(len(num_sentences)), num_sentences)[sentence_of_phrase]
+        row_of_object = np.repeat(np.arange(len(num_sentences)), num_sentences)[sentence_of_object]
         indices = named.flatten().to_numpy(zero_copy_only=False)
-        first = indices[(np.cumsum(num_named) - num_named)[is_named]]
-        first = first + (np.cumsum(num_objects) - num_objects)[row_of_phrase[is_named]]
-        has_mask = np.zeros(len(num_named), dtype=bool)
-        segmentations = objects.flatten().field("segmentation")
-        has_mask[is_named] = segmentations.is_valid().to_numpy(zero_copy_only=False)[first]
-        masked = np.bincount(sentence_of_phrase, weights=has_mask, minlength=len(num_phrases))
-        num_masks += np.count_nonzero((masked == num_phrases) & (num_phrases > 0))
+        indices = indices + (np.cumsum(num_objects) - num_objects)[row_of_object]
+        has_mask = objects.flatten().field("segmentation").is_valid().to_numpy(zero_copy_only=False)[indices]
+        masks_of_sentence = np.bincount(sentence_of_object, weights=has_mask, minlength=len(num_phrases))
+        num_masks += np.count_nonzero((masks_of_sentence == named_of_sentence) & (named_of_sentence > 0))
     return num_boxes, num_masks
 
 

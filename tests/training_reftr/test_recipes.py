@@ -120,7 +120,13 @@ def recipe_of(name):
 
 
 def test_recipes_cover_every_published_run():
-    assert set(NAMES) == PUBLISHED.keys() | {"demo", "refcoco_m_demo", "cutouts/openmoji", "shapes/small"}
+    assert set(NAMES) == PUBLISHED.keys() | {
+        "demo",
+        "refcoco_m_demo",
+        "cutouts/openmoji",
+        "shapes/presence",
+        "shapes/small",
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
