@@ -50,8 +50,8 @@ An image file may have up to {megabytes} MB. Up to {expressions} expressions are
 {characters} characters and to the length of the model's input. A message says what was read."""
 PRESENCE = {
     False: "It always answers: it predicts no confidence, and cannot tell that an object is absent.",
-    True: "It answers with none, one or several boxes, each with the probability that it is right. If nothing is found, "
-    "the highest probability of a box is shown.",
+    True: "It answers with none, one or several boxes, each with the probability that it is right. If nothing is "
+    "found, the highest probability of a box is shown.",
 }
 
 

@@ -27,7 +27,9 @@ def is_one_target(value: Any, name: str) -> bool:
     if name == "masks" and isinstance(value, (dict, Image.Image)):
         return True
     values = to_list(value, name)
-    return len(values) > 0 and nesting_depth(values) == {"boxes": 1, "masks": 2}[name]
+    if len(values) == 0 or (is_sequence(values[0]) and len(values[0]) == 0):
+        return False  # no targets, or the empty list of those of the first phrase
+    return nesting_depth(values) == {"boxes": 1, "masks": 2}[name]
 
 
 def group_targets(value: Any, name: str, num_phrases: int, is_whole: bool, sentence: str) -> list[list]:

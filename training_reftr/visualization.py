@@ -178,9 +178,8 @@ def draw_presence(generalized: dict) -> Image.Image:
             for row in generalized["reliability"]:
                 if row["count"]:
                     low, high = (DIAGRAM * side for side in row["bin"])
-                    pen.rectangle(
-                        [low, DIAGRAM * (1 - row["share_right"]), high, DIAGRAM - 1], fill=BAR, outline="white"
-                    )
+                    top = min(DIAGRAM * (1 - row["share_right"]), DIAGRAM - 3)
+                    pen.rectangle([low, top, high, DIAGRAM - 1], fill=BAR, outline="white")
             for start in range(0, DIAGRAM, 2 * GAP):
                 pen.line([start, DIAGRAM - start, start + GAP, DIAGRAM - start - GAP], fill="black")
         else:

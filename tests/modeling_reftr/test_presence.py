@@ -248,7 +248,7 @@ def test_processor_labels_none_one_and_several_targets(processor):
     assert first["masks"].shape[0] == 3
     assert not (first["masks"][0] & first["masks"][1]).any()
     assert set(second) == {"boxes", "masks"}, "one target per phrase is labelled as before"
-    alone = processor(images=image, text="no cat", boxes=[[]])["labels"][0]
+    alone = processor(images=image, text="no cat", boxes=[[]], masks=[[]])["labels"][0]
     assert alone["boxes"].shape == (0, 4)
     assert alone["is_absent"].tolist() == [True]
     with pytest.raises(ValueError, match=r"have \[2\] boxes and \[1\] masks: give a mask for each box"):
