@@ -81,7 +81,7 @@ def slots_of_targets(counts: dict[str, list[int]], sentence: str) -> dict[str, t
     Raises:
         ValueError: if phrases have other numbers of masks than of boxes.
     """
-    if not counts or all(set(of_phrases) == {1} for of_phrases in counts.values()):
+    if all(count == 1 for of_phrases in counts.values() for count in of_phrases):
         return {}
     of_phrases = counts.get("boxes")
     if of_phrases is None:
@@ -93,7 +93,7 @@ def slots_of_targets(counts: dict[str, list[int]], sentence: str) -> dict[str, t
             f"The phrases of {quote(sentence)} have {of_phrases} boxes and {counts['masks']} masks: give a mask for "
             "each box."
         )
-    counts_of_slots = torch.tensor(of_phrases)
+    counts_of_slots = torch.tensor(of_phrases, dtype=torch.long)
     return {
         "target_slots": torch.arange(len(of_phrases)).repeat_interleave(counts_of_slots),
         "is_absent": counts_of_slots == 0,

@@ -134,7 +134,7 @@ def describe_wrong_answers(record: dict) -> str:
     return "" if len(targets) == 1 or is_exact(record) else "failure, other objects"
 
 
-def label_of(record: dict) -> str:
+def label_of_record(record: dict) -> str:
     """Return the label of a drawn answer: the phrase with the IoU of its box, or with its score."""
     if "query_scores" not in record:
         return f"{record['words']} {record['iou']:.2f}"
@@ -148,7 +148,7 @@ def draw_sentence(row: dict, records: list[dict], width: int = 320) -> Image.Ima
     return draw_answers(
         row["image"],
         [box for _, box in answers],
-        [label_of(record) for record, _ in answers],
+        [label_of_record(record) for record, _ in answers],
         true_boxes_xyxy=[target["box"] for record in records for target in targets_in(record)],
         # a record has the mask of its best box
         masks=[decode(record["pred_segmentation"]) if box == record["pred_box"] else None for record, box in answers]
@@ -263,7 +263,7 @@ def draw_sample(row: dict, record: dict, maps: np.ndarray) -> Image.Image:
     answer = draw_answers(
         row["image"],
         [record["pred_box"]],
-        [f"{record['words']} (IoU {record['iou']:.2f})" if has_one_target(record) else label_of(record)],
+        [f"{record['words']} (IoU {record['iou']:.2f})" if has_one_target(record) else label_of_record(record)],
         true_boxes_xyxy=[target["box"] for target in targets_in(record)],
         masks=[decode(record["pred_segmentation"])] if "pred_segmentation" in record else (),
         title=sentence if sentence != record["words"] else "",

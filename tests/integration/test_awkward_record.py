@@ -71,7 +71,7 @@ def write_mdetr():
     annotations = [{"image_id": 3, "bbox": xywh(box), "tokens_positive": [list(span)]} for box, span in spans]
     captions = {3: TEXT, 4: NOTHING, 5: BOTH, 6: "nicht annotiert"}
     images = [
-        {"id": number, "file_name": IMAGE, **SIZE, "caption": caption, "dataset_name": "flickr"}
+        {"id": number, "file_name": IMAGE, **SIZE, "caption": caption, "dataset_name": "mixed"}
         for number, caption in captions.items()
     ]
     annotations.append({"image_id": 4, "bbox": [0, 0, 0, 0], "empty": True, "tokens_positive": [[0, len(NOTHING)]]})
@@ -380,3 +380,20 @@ def test_record_goes_through_loader_and_model_and_back(rows, processor, make_mod
     red = find_red(np.asarray(Image.open(rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["path"])))
     assert red != list(UPRIGHT_BOX)  # the file is turned
     np.testing.assert_allclose(find_red(np.asarray(rows[0]["image"])), answer["boxes"][0].numpy(), atol=1)
+
+
+def test_record_trains_with_all_its_targets(rows, processor, make_model):
+    batch = GroundingCollator(processor, with_masks=True)([rows[0]])
+    named = [[phrase["objects"] for phrase in sentence["phrases"]] for sentence in rows[0]["sentences"]]
+    for label, targets, objects in zip(batch["labels"], batch["targets"], named, strict=True):
+        counts = [len(of_phrase) for of_phrase in objects]
+        slots = label.get("target_slots", torch.arange(len(label["boxes"])))
+        assert slots.tolist() == [slot for slot, count in enumerate(counts) for _ in range(count)]
+        assert len(label.get("masks", slots)) == sum(counts)
+        found = [len(target["targets"]) if "targets" in target else 1 for target in targets]
+        assert found == counts
+    assert {len(objects) for sentence in named for objects in sentence} == {0, 1, 2}
+    model = make_model(predict_masks=True, predict_presence=True, num_queries_per_phrase=2).train()
+    inputs = {name: value for name, value in batch.items() if name != "targets"}
+    losses = model(**inputs).loss_dict
+    assert all(value.isfinite() and value > 0 for value in losses.values())
