@@ -18,13 +18,14 @@ class Targets(NamedTuple):
         boxes_cxcywh (`torch.Tensor` of shape `(S, P, T, 4)`): in 0..1, float32, zero for padding.
         is_target (`torch.Tensor` of shape `(S, P, T)`): True for targets, False for padding.
         is_absent (`torch.Tensor` of shape `(S, P)`): True for real phrases that are known to refer to nothing.
-        rows (`list[torch.Tensor]` of length `S`): see `number_targets`.
+        rows (`list[torch.Tensor | None]` of length `S`):
+            See `number_targets`; None if each row of the label is the one target of the slot of its number.
     """
 
     boxes_cxcywh: torch.Tensor
     is_target: torch.Tensor
     is_absent: torch.Tensor
-    rows: list[torch.Tensor]
+    rows: list[torch.Tensor | None]
 
 
 def pad_targets(labels: list[dict[str, torch.Tensor]], phrase_mask: torch.Tensor) -> Targets:
@@ -56,23 +57,25 @@ def pad_targets(labels: list[dict[str, torch.Tensor]], phrase_mask: torch.Tensor
                     f"{num_slots} phrases."
                 )
             is_absent[index, : len(absent)] = absent.to(is_absent)
-    num_targets = 1 + max((int(of_sentence[:, 1].max()) for of_sentence in rows if len(of_sentence)), default=0)
+    # With one target per phrase, as published, nothing is read off the device
+    num_targets = max([1, *(int(part[:, 1].max()) + 1 for part in rows if part is not None and len(part))])
     boxes = phrase_mask.new_zeros((num_sentences, num_slots, num_targets, 4), dtype=torch.float32)
     for index, (label, of_sentence) in enumerate(zip(labels, rows, strict=True)):
-        if "target_slots" in label:
+        if of_sentence is None:
+            boxes[index, : len(label["boxes"]), 0] = label["boxes"].to(boxes)
+        else:
             slots, numbers = of_sentence.to(boxes.device).unbind(1)
             boxes[index, slots, numbers] = label["boxes"].to(boxes)
-        else:
-            boxes[index, : len(of_sentence), 0] = label["boxes"].to(boxes)
     corners = box_convert(boxes, "cxcywh", "xyxy")
     # what is not a number fails every comparison
     is_box = (boxes[..., 2:] > 0).all(dim=-1) & ((corners >= -0.01) & (corners <= 1.01)).all(dim=-1)
     return Targets(boxes.where(is_box[..., None], 0), phrase_mask[..., None] & is_box, phrase_mask & is_absent, rows)
 
 
-def number_targets(label: dict[str, torch.Tensor], num_slots: int, name: str) -> torch.Tensor:
+def number_targets(label: dict[str, torch.Tensor], num_slots: int, name: str) -> torch.Tensor | None:
     """
-    Return the phrase slot of each row of a label, and its number among the targets of the phrase.
+    Return the phrase slot of each row of a label, and its number among the targets of the phrase; None if the label
+    has no `target_slots`, and each row is the one target of the slot of its number.
 
     Args:
         label (`dict[str, torch.Tensor]`): of a sentence.
@@ -104,7 +107,7 @@ def number_targets(label: dict[str, torch.Tensor], num_slots: int, name: str) ->
             "or (targets, 4) with the phrase slot of each in 'target_slots'."
         )
     if slots is None:
-        return torch.stack((torch.arange(len(boxes)), torch.zeros(len(boxes), dtype=torch.long)), dim=1)
+        return None
     slots = slots.cpu()
     if slots.shape != (len(boxes),):
         raise ValueError(
@@ -257,16 +260,20 @@ class QueryPairs(NamedTuple):
 
 def pair_queries(assigned: Assignment, targets: Targets) -> list[QueryPairs] | None:
     """Return the pairs of each sentence; None if each query is assigned to the row of its number."""
-    if assigned.matches is None and all((rows[:, 0] == torch.arange(len(rows))).all() for rows in targets.rows):
+    if assigned.matches is None and all(rows is None for rows in targets.rows):
         return None
     num_queries = assigned.mask.shape[-1]
     matches = torch.where(assigned.mask, 0, -1) if assigned.matches is None else assigned.matches
     matches, pairs = matches.cpu(), []
     weights = torch.ones(matches.shape) if assigned.weights is None else assigned.weights.cpu()
     for rows, of_sentence, weights_of_sentence in zip(targets.rows, matches, weights, strict=True):
-        slots, numbers = rows.unbind(1)
+        if rows is None:
+            slots = torch.arange(len(of_sentence))
+            numbers = torch.zeros_like(slots)
+        else:
+            slots, numbers = rows.unbind(1)
         row, query = (of_sentence[slots] == numbers[:, None]).nonzero().unbind(1)
         pairs.append(
-            QueryPairs(slots[row] * num_queries + query, row, weights_of_sentence[slots[row], query], len(rows))
+            QueryPairs(slots[row] * num_queries + query, row, weights_of_sentence[slots[row], query], len(slots))
         )
     return pairs

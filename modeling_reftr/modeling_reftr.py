@@ -137,6 +137,10 @@ class RefTRModelOutput(ModelOutput):
         1 for pixels of the image, 0 for padding.
     image_index (`torch.Tensor` of shape `(S,)`, *optional*):
         Image of each sentence as given, 0 where it was out of range.
+    encoder_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`):
+        Positions of the tokens of the encoder.
+    encoder_mask (`torch.Tensor` of shape `(S, L + h * w)`):
+        True for real tokens of the encoder, False for padding.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -149,6 +153,8 @@ class RefTRModelOutput(ModelOutput):
     image_mask: torch.Tensor | None = None
     pixel_mask: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
+    encoder_position_embeddings: torch.Tensor | None = None
+    encoder_mask: torch.Tensor | None = None
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -632,79 +638,51 @@ class RefTRBoxHead(nn.Module):
 
 class RefTRPresenceHead(nn.Module):
     """
-    MLP of three layers that predicts whether the box of a query is an answer to its phrase. It reads the output of the
-    decoder, and the image tokens inside the box before and after the encoder, so that it can compare what is there
-    with what is asked for.
+    Predict whether the box of a query is an answer to its phrase. A layer of cross-attention lets each query compare
+    what it found with the text and the image once more, before an MLP of two layers decides.
     """
 
     def __init__(self, config: RefTRConfig):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(inputs, outputs)
-            for inputs, outputs in ((3 * config.d_model, config.d_model), (config.d_model, config.d_model))
-        )
+        self.config = config
+        self.cross_attn = RefTRAttention(config, config.decoder_attention_heads)
+        self.cross_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.mlp = RefTRMLP(config, config.decoder_ffn_dim)
+        self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.hidden = nn.Linear(config.d_model, config.d_model)
         self.output = nn.Linear(config.d_model, 1)
 
     def forward(
         self,
         queries: torch.Tensor,
-        boxes_cxcywh: torch.Tensor,
-        image_features: torch.Tensor,
-        image_memory: torch.Tensor,
-        image_mask: torch.Tensor,
-        image_index: torch.Tensor | None = None,
+        memory: torch.Tensor,
+        memory_position_embeddings: torch.Tensor,
+        memory_mask: torch.Tensor,
     ) -> torch.Tensor:
         """
         Predict the presence of the answers of queries.
 
         Args:
             queries (`torch.Tensor` of shape `(S, Q, d)`): output of the decoder.
-            boxes_cxcywh (`torch.Tensor` of shape `(S, Q, 4)`): boxes of the queries in 0..1; they get no gradient.
-            image_features (`torch.Tensor` of shape `(I, h * w, d)`): image tokens projected to the model's width.
-            image_memory (`torch.Tensor` of shape `(S, h * w, d)`): output of the encoder at the image tokens.
-            image_mask (`torch.Tensor` of shape `(I, h, w)`): True for image tokens.
-            image_index (`torch.Tensor` of shape `(S,)`, *optional*):
-                Image of each sentence. Defaults to one sentence per image, in order.
+            memory, memory_position_embeddings (`torch.Tensor` of shape `(S, L + h * w, d)`):
+                Output of the encoder and positions of its tokens.
+            memory_mask (`torch.Tensor` of shape `(S, L + h * w)`): True for real tokens.
 
         Returns:
             `torch.Tensor` of shape `(S, Q)`: logits.
         """
-        shares = tokens_inside(boxes_cxcywh.detach(), image_mask, image_index).to(queries.dtype)
-        if image_index is not None:
-            image_features = image_features[image_index]
-        states = torch.cat((queries, shares @ image_features, shares @ image_memory), dim=-1)
-        for layer in self.layers:
-            states = layer(states).relu()
-        return self.output(states)[..., 0]
+        attention_mask = expand_attention_mask(self.config, queries, memory_mask, memory)
 
+        def attend(states: torch.Tensor) -> torch.Tensor:
+            return self.cross_attn(
+                states, torch.zeros_like(states), memory, memory_position_embeddings, attention_mask
+            )[0]
 
-def tokens_inside(
-    boxes_cxcywh: torch.Tensor, image_mask: torch.Tensor, image_index: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Return the share of each box that lies in each image token.
-
-    Args:
-        boxes_cxcywh (`torch.Tensor` of shape `(S, Q, 4)`): in 0..1 of the image without padding.
-        image_mask (`torch.Tensor` of shape `(I, h, w)`): True for image tokens.
-        image_index (`torch.Tensor` of shape `(S,)`, *optional*): image of each sentence; absent: in order.
-
-    Returns:
-        `torch.Tensor` of shape `(S, Q, h * w)`, float32; it sums to 1 over the tokens.
-    """
-    center, size = boxes_cxcywh.float().split(2, dim=-1)
-    first, last = center - size / 2, center + size / 2
-    shares = []
-    for axis in (0, 1):  # columns, then rows
-        ends = image_mask.any(1 + axis).cumsum(-1, dtype=torch.float32)
-        ends = ends / ends[:, -1:].clamp(min=1)
-        starts = nn.functional.pad(ends[:, :-1], (1, 0))
-        if image_index is not None:
-            ends, starts = ends[image_index], starts[image_index]
-        overlap = torch.min(ends[:, None], last[..., axis, None]) - torch.max(starts[:, None], first[..., axis, None])
-        shares.append(overlap.clamp(min=0))
-    inside = (shares[1][..., None] * shares[0][..., None, :]).flatten(-2)
-    return inside / inside.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        dropout, pre_norm = self.dropout, self.config.pre_norm
+        states = add_residual(queries, attend, self.cross_attn_layer_norm, dropout, pre_norm)
+        states = add_residual(states, self.mlp, self.final_layer_norm, dropout, pre_norm)
+        return self.output(self.hidden(states).relu())[..., 0]
 
 
 class RefTRMaskInputConvolution(nn.Conv2d):
@@ -896,6 +874,7 @@ class RefTRPreTrainedModel(PreTrainedModel):
         "RefTRLearnedPositionEmbedding",
         "RefTRQueryEncoder",
         "RefTRMaskHead",
+        "RefTRPresenceHead",
         "TimmBackbone",
     ]
     _supports_sdpa = True
@@ -1505,6 +1484,8 @@ class RefTRModel(RefTRPreTrainedModel):
             image_mask=image_features.image_mask,
             pixel_mask=image_features.pixel_mask,
             image_index=image_index,
+            encoder_position_embeddings=positions,
+            encoder_mask=mask,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -1653,7 +1634,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         )
         num_text_tokens = input_ids.shape[1]
         query_boxes, query_boxes_of_earlier_layers = self.predict_boxes(outputs)
-        presence_logits = self.predict_presence(outputs, query_boxes, num_text_tokens)
+        presence_logits = self.predict_presence(outputs)
         targets = assigned = query_slots = None
         if labels is not None:
             targets = pad_targets(labels, outputs.phrase_mask)
@@ -1750,20 +1731,16 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
         pred_masks = pred_masks.float().to(outputs.phrase_mask.device)
         return tuple(values.unflatten(1, (-1, num_queries)) for values in (pred_masks, mask_attentions))
 
-    def predict_presence(
-        self, outputs: RefTRModelOutput, query_boxes: torch.Tensor, num_text_tokens: int
-    ) -> torch.Tensor | None:
+    def predict_presence(self, outputs: RefTRModelOutput) -> torch.Tensor | None:
         """Return the logits (S, P, K) that the boxes of queries are answers; None without a presence head."""
         # CODEPATH: no published checkpoint has a presence head
         if not self.config.predict_presence:
             return None
         logits = self.presence_head(
             outputs.last_hidden_state,
-            query_boxes.flatten(1, 2),
-            outputs.image_features,
-            outputs.encoder_last_hidden_state[:, num_text_tokens:],
-            outputs.image_mask.unflatten(1, tuple(outputs.feature_maps[-1].shape[-2:])),
-            outputs.image_index,
+            outputs.encoder_last_hidden_state,
+            outputs.encoder_position_embeddings,
+            outputs.encoder_mask,
         )
         return logits.float().to(outputs.phrase_mask.device).unflatten(1, (-1, self.config.num_queries_per_phrase))
 

@@ -242,7 +242,7 @@ def attend(
         num_text_tokens, num_queries = inputs["input_ids"].shape[1], model.config.num_queries_per_phrase
         query = record["phrase"] * num_queries
         if num_queries > 1:  # that of the best box
-            logits = model.predict_presence(outputs, model.predict_boxes(outputs)[0], num_text_tokens)
+            logits = model.predict_presence(outputs)
             query += int(logits[0, record["phrase"]].argmax())
     weights = outputs.cross_attentions[-1][0, :, query, num_text_tokens:]
     weights = weights.unflatten(-1, outputs.feature_maps[-1].shape[-2:]).float().cpu().numpy()
