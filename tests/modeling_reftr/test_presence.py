@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert, box_iou
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRPredictor, VisualGroundingPipeline
 from modeling_reftr.loss_reftr import grounding_loss
-from modeling_reftr.matching_reftr import match_queries, pad_targets
+from modeling_reftr.matching_reftr import assign_targets, match_queries, pad_targets
 from modeling_reftr.presence_reftr import rank_queries
 from tests.helpers.golden import golden_inputs, golden_model, load_case
 from tests.modeling_reftr.test_modeling import model_inputs
@@ -115,6 +116,15 @@ def test_queries_are_matched_with_lowest_total_cost():
         )
         total = sum(cost[sentence, slot, query, target].item() for query, target in enumerate(found) if target >= 0)
         assert total == pytest.approx(expected)
+
+
+def test_presence_decides_between_equal_boxes():
+    label = {"boxes": torch.full((1, 4), 0.5), "target_slots": torch.tensor([0])}
+    targets = pad_targets([label], torch.tensor([[True]]))
+    boxes = torch.full((1, 1, 3, 4), 0.5)
+    config = RefTRConfig(predict_presence=True, num_queries_per_phrase=3)
+    assigned = assign_targets(boxes, targets, config, torch.tensor([[[-2.0, 2.0, 0.0]]]))
+    assert assigned.matches.tolist() == [[[-1, 0, -1]]]
 
 
 def test_more_targets_than_queries_match_the_nearest():
@@ -371,3 +381,15 @@ def test_post_processing_agrees_on_scores_and_masks(several, processor):
     (segmented,) = processor.post_process_referring_segmentation(outputs, [(60, 80)], threshold=threshold)
     assert torch.equal(segmented["masks"], result["masks"][:, 0])
     assert set(segmented["phrase_scores"]) == {0, 1}
+
+
+def test_presence_costs_at_most_one_percent_of_a_forward():
+    flops = {}
+    for presence in (False, True):
+        with torch.device("meta"):
+            model = RefTRForVisualGrounding(RefTRConfig(predict_masks=True, predict_presence=presence)).eval()
+            inputs = {"pixel_values": torch.zeros(1, 3, 640, 640), "input_ids": torch.zeros(1, 20, dtype=torch.long)}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs)
+        flops[presence] = counter.get_total_flops()
+    assert 1 < flops[True] / flops[False] < 1.01
