@@ -52,6 +52,28 @@ def table_of_shapes(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_presence(splits: dict[str, dict]) -> str:
+    """Format the metrics of phrases with none, one or several targets of one split as Markdown."""
+    (values,) = splits.values()
+    generalized = values["generalized"]
+    rows = {
+        "exactly the targets, Pr@(F1=1)": values["pr_f1_iou@0.5"],
+        "of phrases with one target": generalized["per_group"]["one"]["pr_f1_iou@0.5"],
+        "of phrases with several targets": generalized["per_group"]["several"]["pr_f1_iou@0.5"],
+        "of phrases without a target (N-acc)": values["n_acc"],
+        "AUROC of presence, all phrases without a target": values["presence_auroc"],
+        "AUROC, absent": generalized["per_kind"]["absent"]["auroc"],
+        "AUROC, half right": generalized["per_kind"]["half_right"]["auroc"],
+        "N-acc at T-acc 0.95": values["presence_n_acc@t_acc_0.95"],
+        "expected calibration error": values["expected_calibration_error"],
+        "accuracy at IoU 0.5, phrases with one target": values["accuracy@0.5"],
+        "mask mean IoU, phrases with one target": values.get("mask_mean_iou"),
+        "masks of all phrases, gIoU": values.get("mask_giou"),
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value:.3f} |" for name, value in rows.items() if value is not None)]
+    return "\n".join([*lines, "", f"{generalized['num_phrases']} phrases of the test split."])
+
+
 def table_of_splits(splits: dict[str, dict]) -> str:
     """Format the metrics of a run as Markdown, one table per split, under their names if there are several."""
     if len(splits) == 1:

@@ -10,7 +10,8 @@ The first form prints the answers of one image and draws them. Several images, f
 "images/*.jpg", and files with one question per line, such as {"image": "1.jpg", "text": ["the red circle"]}, with
 "phrases" for captions, print one line of JSON per question and draw each answer into the folder `answers`. A question
 that fails, or a line that is not a question, has an "error" in its line, and the exit code is 1. `--save FORMAT FILE`
-also writes all answers to a file for an evaluation or an annotation tool.
+also writes all answers to a file for an evaluation or an annotation tool. A model that predicts presence answers an
+expression with none, one or several boxes, those with a score over `--threshold`.
 
     accelerate launch --num_processes 4 -m reftr_cli predict --model runs/demo --image images/ --text "the star" \\
         --answers answers

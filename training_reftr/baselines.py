@@ -77,6 +77,6 @@ def constant_box(
     hits = (box_ious(candidates[:, None], boxes) > THRESHOLDS[0]).sum(axis=1)
     best = candidates[hits.argmax()]
     records = list(filter(has_one_target, records))
-    sizes = np.array([record["image_size"][::-1] * 2 for record in records])
-    ious = box_ious(best, np.array([record["box"] for record in records]) / sizes)
+    sizes = np.array([record["image_size"][::-1] * 2 for record in records]).reshape(-1, 4)
+    ious = box_ious(best, np.array([record["box"] for record in records]).reshape(-1, 4) / sizes)
     return {**grounding_metrics(ious.tolist()), "box_xyxy": [round(value, 4) for value in best.tolist()]}

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
-from modeling_reftr import RefTRPredictor
+from modeling_reftr import RefTRForVisualGrounding, RefTRPredictor
 from modeling_reftr.answers_reftr import answer_to_json
 from modeling_reftr.rle_reftr import from_coco_rle
 from tests.helpers.refused_formats import REFUSED, is_refusal, stand_in_for_ghostscript
@@ -555,3 +555,20 @@ def test_space_metadata_and_requirements_are_valid():
     needed = (DEMO / "requirements.txt").read_text().splitlines()
     assert not [line for line in needed if f"    {line}" not in setup]
     assert not [line for line in needed if line.startswith("gradio")]  # the Space installs the version in sdk_version
+
+
+def test_page_shows_scores_of_a_model_with_presence(space, folder, image, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    model = RefTRForVisualGrounding.from_pretrained(folder, predict_presence=True, presence_threshold=0.9999)
+    model.save_pretrained(tmp_path / "model")
+    assert "gives no confidence" not in space.describe_app(predicts_presence=True)
+    answerer = space.Answerer(str(tmp_path / "model"))
+    drawing, answers = answerer.answer(str(image), EXPRESSIONS)
+    assert [(answer["box"], answer["segmentation"]) for answer in answers] == [(None, None)] * 2
+    assert [answer["score"] for answer in answers] == [0.5, 0.5]
+    labels = [answer["label"] for answer in space.with_scores(answers)]
+    assert labels == ["the green circle: not found (0.50)", "the star: not found (0.50)"]
+    assert space.with_scores([{**answers[0], "box": [0, 0, 9, 9]}])[0]["label"] == "the green circle (0.50)"
+    plain = space.Answerer(str(folder)).answer(str(image), EXPRESSIONS)
+    assert drawing.tobytes() != plain[0].tobytes()
+    assert space.with_scores(plain[1]) == plain[1]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert, box_iou
+from transformers import pipeline
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRPredictor, VisualGroundingPipeline
 from modeling_reftr.loss_reftr import grounding_loss
@@ -351,6 +352,19 @@ def test_pipeline_answers_none_one_or_several_times(several, processor):
     lines = predictor.to_json(nothing)
     assert [(line["box"], line["segmentation"]) for line in lines] == [(None, None)] * 2
     assert all(0 < line["score"] < 1 for line in lines)
+
+
+def test_library_pipeline_returns_scores(several, processor, tmp_path):
+    several.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    detector = pipeline("zero-shot-object-detection", model=str(tmp_path))
+    image = Image.new("RGB", (80, 60))
+    answers = detector(image, candidate_labels=["the star"], threshold=0.0)
+    predictor = RefTRPredictor(several, processor)
+    predictor.set_image(image)
+    expected = [answer["score"] for answer in predictor.predict("the star", threshold=0.0)]
+    assert [answer["score"] for answer in answers] == pytest.approx(expected, abs=1e-4)
+    assert len(detector(image, candidate_labels=["the star"], threshold=expected[1] - 1e-3)) == 2
 
 
 def test_stored_threshold_is_the_default(several, processor, tmp_path):
