@@ -53,7 +53,7 @@ def draw_validation_images(records: list[dict], rows: datasets.Dataset, num: int
         row = undecoded[index_of[group[0]["image_id"]]]
         images.append(draw_sentence({**row, "image": Image.fromarray(read_row_image(row))}, group, width))
     num_good = sum(not describe_failure(group) for group in sentences)
-    note = f"Dashed: ground truth. Chosen from {len(sentences)} texts, of which {num_good} have every IoU over 0.5."
+    note = f"Dashed: ground truth. Chosen from {len(sentences)} texts, of which {num_good} are answered correctly."
     images.sort(key=lambda image: image.height, reverse=True)  # makes columns of similar height
     return make_grid(images, columns, GAP, note)
 

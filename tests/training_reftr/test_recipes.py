@@ -125,6 +125,7 @@ def test_recipes_cover_every_published_run():
         "refcoco_m_demo",
         "cutouts/openmoji",
         "shapes/presence",
+        "shapes/presence_frozen",
         "shapes/small",
     }
 
