@@ -152,7 +152,11 @@ def matching_cost(
 
 def match_queries(cost: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
     """
-    Assign queries to the targets of their phrase one to one, with the lowest total cost.
+    Assign the first queries of each phrase to its targets, as many as it has, one to one, with the lowest total cost.
+
+    All other queries are to find nothing. So the first query alone answers a phrase with one target, as in the
+    published model: if any query could, those of a phrase would learn to find all objects of the image, whatever the
+    phrase is.
 
     Args:
         cost (`torch.Tensor` of shape `(S, P, K, T)`): see `matching_cost`.
@@ -171,7 +175,7 @@ def match_queries(cost: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
     >>> import torch
     >>> from modeling_reftr.matching_reftr import match_queries
 
-    >>> cost = torch.tensor([[[[1.0, 2.0], [1.5, 9.0], [5.0, 5.0]]]])
+    >>> cost = torch.tensor([[[[1.0, 2.0], [1.5, 9.0], [0.0, 0.0]]]])
     >>> match_queries(cost, torch.tensor([[[True, True]]])).tolist()
     [[[1, 0, -1]]]
 
@@ -180,10 +184,9 @@ def match_queries(cost: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
     matches = torch.full(cost.shape[:3], -1)
     for sentence, slot in is_target.any(dim=-1).nonzero().tolist():
         targets = is_target[sentence, slot].nonzero().flatten()
-        of_phrase = cost[sentence, slot][:, targets]
-        if of_phrase.shape[0] == 1 or of_phrase.shape[1] == 1:
-            lowest = int(of_phrase.argmin())
-            matches[sentence, slot, lowest // len(targets)] = targets[lowest % len(targets)]
+        of_phrase = cost[sentence, slot, : len(targets), targets]
+        if len(of_phrase) == 1:
+            matches[sentence, slot, 0] = targets[of_phrase.argmin()]
             continue
         if not is_scipy_available():
             raise ImportError(

@@ -13,7 +13,7 @@ from transformers import pipeline
 
 from modeling_reftr import RefTRConfig, RefTRForVisualGrounding, RefTRPredictor, VisualGroundingPipeline
 from modeling_reftr.loss_reftr import grounding_loss
-from modeling_reftr.matching_reftr import assign_targets, match_queries, pad_targets
+from modeling_reftr.matching_reftr import match_queries, matching_cost, pad_targets
 from modeling_reftr.presence_reftr import rank_queries
 from tests.helpers.golden import golden_inputs, golden_model, load_case
 from tests.modeling_reftr.test_modeling import model_inputs
@@ -103,29 +103,30 @@ def test_presence_is_independent_of_grouping_by_image(several, shapes, processor
 # labels and losses
 
 
-def test_queries_are_matched_with_lowest_total_cost():
+def test_first_queries_are_matched_with_lowest_total_cost():
     torch.manual_seed(0)
     cost, is_target = torch.rand(5, 2, 4, 3), torch.rand(5, 2, 3) > 0.4
     matches = match_queries(cost, is_target)
     for sentence, slot in itertools.product(range(5), range(2)):
         targets = is_target[sentence, slot].nonzero().flatten().tolist()
         found = matches[sentence, slot].tolist()
-        assert sorted(target for target in found if target >= 0) == targets
+        assert sorted(found[: len(targets)]) == targets
+        assert set(found[len(targets) :]) == {-1}
         expected = min(
-            sum(cost[sentence, slot, query, target].item() for query, target in zip(queries, targets, strict=True))
-            for queries in itertools.permutations(range(4), len(targets))
+            sum(cost[sentence, slot, query, target].item() for query, target in enumerate(order))
+            for order in itertools.permutations(targets)
         )
         total = sum(cost[sentence, slot, query, target].item() for query, target in enumerate(found) if target >= 0)
         assert total == pytest.approx(expected)
 
 
 def test_presence_decides_between_equal_boxes():
-    label = {"boxes": torch.full((1, 4), 0.5), "target_slots": torch.tensor([0])}
-    targets = pad_targets([label], torch.tensor([[True]]))
+    """Of two queries that find the same, the more certain one gets the target that both are close to."""
+    label = {"boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.1, 0.1]])}
+    targets = pad_targets([{**label, "target_slots": torch.tensor([0, 0])}], torch.tensor([[True]]))
     boxes = torch.full((1, 1, 3, 4), 0.5)
-    config = RefTRConfig(predict_presence=True, num_queries_per_phrase=3)
-    assigned = assign_targets(boxes, targets, config, torch.tensor([[[-2.0, 2.0, 0.0]]]))
-    assert assigned.matches.tolist() == [[[-1, 0, -1]]]
+    cost = matching_cost(boxes, targets, 2.0, 3.0, torch.tensor([[[0.1, 0.9, 0.5]]]))
+    torch.testing.assert_close(cost[0, 0, 0] - cost[0, 0, 1], torch.full((2,), 0.8))
 
 
 def test_more_targets_than_queries_match_the_nearest():
@@ -161,7 +162,7 @@ def test_losses_of_several_targets_equal_direct_calculation():
     expected_l1, expected_presence = 0, 0
     for sentence, slot, targets in ((0, 0, boxes[1:2]), (0, 1, boxes[[0, 2]]), (1, 0, []), (1, 2, labels[1]["boxes"])):
         queries, of_phrase = query_boxes[sentence, slot], logits[sentence, slot]
-        orders = list(itertools.permutations(range(2), len(targets)))
+        orders = list(itertools.permutations(range(len(targets))))
         best = min(
             orders,
             key=lambda order: sum(cost(queries[q], targets[t], of_phrase[q]).item() for t, q in enumerate(order)),
