@@ -155,8 +155,7 @@ def match_queries(cost: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
     Assign the first queries of each phrase to its targets, as many as it has, one to one, with the lowest total cost.
 
     All other queries are to find nothing. So the first query alone answers a phrase with one target, as in the
-    published model: if any query could, those of a phrase would learn to find all objects of the image, whatever the
-    phrase is.
+    published model.
 
     Args:
         cost (`torch.Tensor` of shape `(S, P, K, T)`): see `matching_cost`.
