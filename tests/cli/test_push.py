@@ -73,7 +73,6 @@ assert not any(name.startswith("modeling_reftr") for name in sys.modules), "our 
 """
 
 
-@pytest.mark.slow
 def test_pushed_model_loads_identically_in_clean_process(run, hub, folder, shapes, tmp_path):
     pushed = json.loads(push(run, hub, folder, tmp_path / "home", "--private").stdout)
     revision = hub.head(REPOSITORY)

@@ -151,7 +151,6 @@ def run_alone(tmp_path):
     return run
 
 
-@pytest.mark.slow
 def test_evaluate_modules_match_training_metrics(clone, run_alone, trained, shapes, tmp_path):
     """Load the modules by path, offline and without the project; compare on predictions and on random masks."""
     lines = [json.loads(line) for line in (trained[0] / "predictions.jsonl").read_text().splitlines()]
