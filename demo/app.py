@@ -40,14 +40,14 @@ MIN_WIDTH = 320  # pixels, for the texts
 MAX_QUOTED = 80  # characters of a truncated text in a message
 CSS = "#examples td { white-space: pre-line; }"  # one line per expression, as in the text field
 EXAMPLES = [[str(Path(__file__).parent / "shapes.jpg"), "the green star\nthe red square\nthe shape right of the star"]]
-ABOUT = """# Locate expressions in an image
+ABOUT = f"""# Locate expressions in an image
 
 Upload an image and enter the expressions to locate, one per line: RefTR
 ([paper](https://arxiv.org/abs/2106.03089)) answers each with a box, and with a mask if the model was trained for it.
-{presence}
+{{presence}}
 
-An image file may have up to {megabytes} MB. Up to {expressions} expressions are accepted, and each is truncated to
-{characters} characters and to the length of the model's input. A message says what was read."""
+An image file may have up to {MAX_FILE_BYTES // 1024**2} MB. Up to {MAX_EXPRESSIONS} expressions are accepted, and each
+is truncated to {MAX_CHARACTERS} characters and to the length of the model's input. A message says what was read."""
 PRESENCE = {
     False: "It always answers: it predicts no confidence, and cannot tell that an object is absent.",
     True: "It answers with none, one or several boxes, each with the probability that it is right. If nothing is "
@@ -163,12 +163,7 @@ def with_scores(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def describe_app(predicts_presence: bool) -> str:
     """Return the text of the page."""
-    return ABOUT.format(
-        presence=PRESENCE[predicts_presence],
-        megabytes=MAX_FILE_BYTES // 1024**2,
-        expressions=MAX_EXPRESSIONS,
-        characters=MAX_CHARACTERS,
-    )
+    return ABOUT.format(presence=PRESENCE[predicts_presence])
 
 
 def read_expressions(text: Any) -> tuple[list[str], bool]:

@@ -64,7 +64,10 @@ def group_targets(value: Any, name: str, num_phrases: int, is_whole: bool, sente
             "of those of each phrase."
         )
     return [
-        [target] if is_one_target(target, name) else to_list(target, f"{name} of a phrase of {quote(sentence)}")
+        # what is no list at all is refused where its numbers are read
+        to_list(target, f"{name} of a phrase of {quote(sentence)}")
+        if is_sequence(target) and not is_one_target(target, name)
+        else [target]
         for target in values
     ]
 

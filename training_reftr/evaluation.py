@@ -236,15 +236,11 @@ class PhraseMasks:
             processor ([`RefTRProcessor`]): resizes the truth.
         """
         index = None if slot is None else int(self.phrase_mask[number, :slot].sum())
-        fields = {"pred_segmentation": None if index is None else to_coco_rle(self.best[number][index])}
+        target = record if has_one_target(record) else {"segmentation": None}
+        fields = compare_masks(self.best[number], self.resized[number], index, target, processor)
         truths = [target["segmentation"] for target in targets_in(record)]
-        if None in truths:
-            return fields
-        truths = [torch.from_numpy(from_coco_rle(truth)) for truth in truths]
-        if has_one_target(record):
-            masks = self.best[number], self.resized[number]
-            fields |= compare_masks(*masks, index, truths[0], processor)
-        if "query_scores" in record:
+        if "query_scores" in record and None not in truths:
+            truths = [torch.from_numpy(from_coco_rle(truth)) for truth in truths]
             union = torch.zeros(record["image_size"], dtype=torch.bool)
             expected = torch.stack(truths).any(dim=0) if truths else union
             if slot is not None:
@@ -282,14 +278,13 @@ def largest_iou(box_xyxy: list[float], boxes_xyxy: list[list[float]]) -> float:
 
 
 def compare_masks(
-    masks: torch.Tensor,
-    resized_masks: torch.Tensor,
-    index: int | None,
-    truth: torch.Tensor,
-    processor: RefTRProcessor,
+    masks: torch.Tensor, resized_masks: torch.Tensor, index: int | None, target: dict, processor: RefTRProcessor
 ) -> dict:
-    """Return the counted pixels of a phrase's mask, which is `masks[index]`; None if it has no prediction."""
-    fields = {}
+    """Return the fields of a phrase's record about its mask, which is `masks[index]`; None if it has no prediction."""
+    fields = {"pred_segmentation": None if index is None else to_coco_rle(masks[index])}
+    if target["segmentation"] is None:
+        return fields
+    truth = torch.from_numpy(from_coco_rle(target["segmentation"]))
     resized_truth = processor.image_processor.resize_masks(truth[None], resized_masks.shape[-2:])[0]
     for name, answers, expected in (
         ("mask_pixels", masks, truth),

@@ -288,7 +288,7 @@ def test_processor_accepts_boxes_nested_like_their_text(processor, text, phrases
     ("text", "phrases", "boxes", "message"),
     [
         (["a", "b", "c", "d"], None, BOX, "must be a list, got int"),  # four numbers are not four boxes
-        ("the star", None, [[BOX]], "must be four numbers"),
+        ("the star", None, [[[BOX]]], "must be four numbers"),
         ("the star", None, BOX[:3], "must be four numbers"),
         ("the star", None, [*BOX, 1], "must be four numbers"),
         ("the star", None, [[*BOX, *BOX]], "must be four numbers"),
@@ -344,7 +344,7 @@ def test_processor_reads_mask_of_one_row_as_one_mask(processor):
         ("the star", None, MASK.T, r"has the size \(64, 48\)"),
         ("the star", None, MASK[..., None], "48 masks for the 1 phrases"),
         ("the star", None, MASK[0], "64 masks for the 1 phrases"),
-        ("the star", None, MASK[None, None], r"has the size \(1, 48, 64\)"),
+        ("the star", None, MASK[None, None, None], r"has the size \(1, 48, 64\)"),
         ("the star", None, "mask.png", "must be a list, got str"),
         (["the star"], None, MASK, "48 entries of masks for 1 sentences"),
         ("a b", ["a", "b"], [MASK, None], r"has the size \(\)"),

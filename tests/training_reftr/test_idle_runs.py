@@ -188,7 +188,7 @@ def test_count_labels_requires_mask_for_every_phrase(shapes):
         known = {"image_id": "i", "width": 1, "height": 1, "objects": objects, "sentences": sentences}
         return dict.fromkeys(features) | known
 
-    rows = [row(sentence((1,), (0, 1))), row(), row(sentence((1, 0), (2,)), sentence((0,))), row(sentence())]
+    rows = [row(sentence((1,), (0, 1))), row(), row(sentence((1, 2), (2,)), sentence((0,))), row(sentence())]
     built = datasets.Dataset.from_list(rows, features=features)
     assert count_labels(built, with_masks=True) == (3, 1)
     assert count_labels(built.select([0, 1, 3]), with_masks=True) == (1, 0)
