@@ -313,6 +313,8 @@ def quote(document: str) -> str:
             text = table_of_seeds(json.loads(seeds_of(name).read_text()))
         elif name.startswith("speed"):
             text = table_of_speed(json.loads((RESULTS / f"{name}.json").read_text()))
+        elif "presence" in name:
+            text = table_of_presence(json.loads((RESULTS / name / "metrics.json").read_text())["splits"])
         else:
             text = table_of_splits(json.loads((RESULTS / name / "metrics.json").read_text())["splits"])
         return f"{start}{text}\n{end}"

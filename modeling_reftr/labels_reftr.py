@@ -64,7 +64,7 @@ def group_targets(value: Any, name: str, num_phrases: int, is_whole: bool, sente
             "of those of each phrase."
         )
     return [
-        # what is no list at all is refused where its numbers are read
+        # what is not a list is refused where its numbers are read
         to_list(target, f"{name} of a phrase of {quote(sentence)}")
         if is_sequence(target) and not is_one_target(target, name)
         else [target]

@@ -534,6 +534,7 @@ def test_documents_quote_committed_results():
         "openmoji",
         "own_images",
         "precision",
+        "shapes_presence_frozen",
         "shapes_small",
         "space",
         "speed_cpu",
