@@ -52,6 +52,10 @@ EXPECTED = {
             *("mine_coco/train.json", "mine_odvg/images/1.jpg", "results.json", "tasks.json"),
         ],
     ),
+    "docs/presence.md": (
+        ["none, one or several: pr_f1_iou@0.5"],
+        ["runs/shapes_presence/presence.png", "runs/demo_presence/report.md", "runs/demo_several/predictions.jsonl"],
+    ),
     "docs/cutouts.md": (
         ["cutouts: 0 errors, 0 warnings.", '"phrase": "the mug left of the apple"'],
         ["samples.png", "runs/objects/report.md", "out.png"],
