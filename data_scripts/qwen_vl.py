@@ -6,7 +6,7 @@ Read conversations about boxes that Qwen-VL and its kin are fine-tuned with, in 
         {"from": "gpt", "value": "[{\\"bbox_2d\\": [10, 20, 110, 90], \\"label\\": \\"the red car\\"}]"}]}
 
 - An answer has `bbox_2d` in JSON, or the marks of Qwen2-VL, `<|box_start|>(x, y),(x, y)<|box_end|>`.
-- The words of a box are its `label`, else what the question asks for (`PROMPTS`). Boxes with the same words are the
+- The text of a box is its `label`, else what the question asks for (`PROMPTS`). Boxes with the same text are the
   answers to one expression. If the answer to such a question is an empty list, `[]`, the expression refers to nothing.
 - `bbox_2d` are pixels for Qwen2.5-VL, and 0..1000 for Qwen2-VL and Qwen3-VL. Nothing in the file says so: lines have
   no `box_format` unless it is given, and who reads them compares all boxes with the images.

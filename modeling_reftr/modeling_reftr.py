@@ -1516,7 +1516,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
 
     @property
     def frozen_modules(self) -> list[nn.Module]:
-        """The modules that the configuration freezes as a whole."""
+        """The modules whose parameters the configuration freezes completely."""
         # CODEPATH: no published checkpoint sets them; they train a head on a frozen grounding model
         modules = []
         if self.config.freeze_grounding or self.config.freeze_answers:
@@ -1532,7 +1532,7 @@ class RefTRForVisualGrounding(RefTRPreTrainedModel):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode. Modules that the configuration freezes as a whole stay in evaluation mode."""
+        """Set the training mode. Completely frozen modules stay in evaluation mode."""
         super().train(mode)
         for module in self.frozen_modules:
             module.eval()
