@@ -287,7 +287,7 @@ def test_predict_batch_matches_answers_to_phrases_after_truncation(make_model, p
     ]
     row = {**row, "sentences": [{"sentence_id": "s", "text": text, "phrases": phrases}]}
     processor.max_caption_length = 20
-    model = make_model()
+    model = make_model(predict_masks=True)
     batch = GroundingCollator(processor)([row])
     with torch.no_grad():
         outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "targets")})
@@ -296,6 +296,9 @@ def test_predict_batch_matches_answers_to_phrases_after_truncation(make_model, p
     expected = processor.image_processor.post_process_boxes(outputs, [size])[0, 1]
     assert (found[0]["pred_box"], found[0]["iou"], found[0]["any_box_iou"]) == (None, 0.0, 0.0)
     assert found[1]["pred_box"] == pytest.approx(expected.tolist(), abs=1e-3)
+    (mask,) = processor.image_processor.post_process_masks(outputs, [size])[0]
+    assert found[0]["pred_segmentation"] is None
+    assert (from_coco_rle(found[1]["pred_segmentation"]) == mask.numpy()).all()
     assert [record["object_id"] for record in found] == [item["object_id"] for item in row["objects"][:2]]
 
 
